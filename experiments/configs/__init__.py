@@ -1,0 +1,14 @@
+"""One file a dataset: what it is, how long it takes, what it gives."""
+
+import dataclasses
+
+import ml_collections
+
+from fused_rec.config import Config, to_dict
+
+
+def config_dict(**sections: dict) -> ml_collections.ConfigDict:
+    """The defaults of `fused_rec.config` with some settings replaced, by section, for `--config` to override further."""
+    config = Config()
+    changed = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in sections.items()}
+    return ml_collections.ConfigDict(to_dict(dataclasses.replace(config, **changed)))

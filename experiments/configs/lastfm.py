@@ -1,0 +1,12 @@
+"""Last.fm (HetRec 2011), the published SocialLGN split: artist names, tags, friends."""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings chosen on validation."""
+    return config_dict(
+        data={"name": "lastfm_sociallgn"},
+        split={"kind": "published"},
+        train={"learning_rate": 0.01, "eval_every": 20, "max_steps": 1000, "refit": True},
+    )

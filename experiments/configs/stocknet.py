@@ -1,0 +1,13 @@
+"""StockNet (Xu and Cohen, 2018): who wrote about which ticker, company profiles, retweets; split by global time."""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings chosen on validation."""
+    return config_dict(
+        data={"name": "stocknet", "core": 5},
+        split={"kind": "time"},
+        graph={"attributes": ("sector",)},
+        train={"learning_rate": 0.005, "eval_every": 10},
+    )

@@ -1,0 +1,1 @@
+"""Text-and-graph recommendation of financial products in JAX."""

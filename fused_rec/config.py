@@ -1,0 +1,167 @@
+"""Every setting and its default, once. Frozen, validated on construction, to and from JSON."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "published"]
+Variant = Literal["fused", "graph", "text"]
+KS = (5, 10, 20, 50)  # ranks at which lists are cut
+METRICS = ("accuracy", *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS))
+Score = Literal["cosine", "dot"]
+Loss = Literal["softmax", "sampled_softmax", "bpr"]
+
+
+def _require(condition: bool, setting: str, value: object, bound: str) -> None:
+    if not condition:
+        raise ValueError(f"{setting} is {value!r}; it must be {bound}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tables are read. `path` empty means the reader's own folder under $FUSED_REC_DATA."""
+
+    name: str = "synthetic"  # a key of fused_rec.data.readers.READERS
+    path: str = ""
+    repair: bool = False  # mend what can be mended (each repair counted and printed) instead of refusing
+    core: int = 1  # keep users and items with at least this many interactions, repeated until stable
+    seed: int = 0  # of the synthetic market
+
+    def __post_init__(self):
+        _require(self.core >= 1, "data.core", self.core, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitConfig:
+    """What is held out. Fractions are of the interactions (of the users or items for new_users, new_items)."""
+
+    kind: SplitKind = "random"
+    test: float = 0.2  # unused by a published split that names its own test part
+    valid: float = 0.1  # carved from what the test part leaves
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.kind in typing.get_args(SplitKind), "split.kind", self.kind, f"one of {typing.get_args(SplitKind)}")
+        for name in ("test", "valid"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"split.{name}", value, "between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Which language model encodes the texts, and where its vectors are kept."""
+
+    model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@REVISION
+    cache: str = "~/.cache/fused_rec"
+    max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
+    batch_tokens: int = 8192  # padded tokens an encoder call takes
+    offline: bool = True  # False lets a hub revision be downloaded
+
+    def __post_init__(self):
+        _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
+        _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig:
+    """Which relations are derived besides the holdings and the ties that the tables give."""
+
+    attributes: tuple[str, ...] = ()  # item columns whose values become nodes of their own, such as "sector"
+    similar_text: int = 10  # each user and item hears so many others of its type with the nearest words; 0 = none
+
+    def __post_init__(self):
+        _require(self.similar_text >= 0, "graph.similar_text", self.similar_text, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The text-conditioned propagation and its parts. `variant` text and graph switch the other's input off."""
+
+    variant: Variant = "fused"
+    dim: int = 64
+    rounds: int = 3
+    score: Score = "cosine"
+    gates: bool = True  # words and degree of a node open and close each relation for it
+    affinity: bool = False  # words at both ends of an edge scale its message
+    id_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
+    id_scale: float = 0.1  # standard deviation of the initial id rows
+
+    def __post_init__(self):
+        _require(self.variant in typing.get_args(Variant), "model.variant", self.variant, f"one of {typing.get_args(Variant)}")
+        _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
+        _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
+        _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
+        _require(0 <= self.id_dropout < 1, "model.id_dropout", self.id_dropout, "in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Loss, optimiser and when to stop. A step sees `batch_users` users with up to `positives` of their items."""
+
+    loss: Loss = "softmax"
+    temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
+    batch_users: int = 512
+    positives: int = 64
+    negatives: int = 16  # drawn uniformly for each user of a batch; sampled_softmax shares the batch's, softmax needs none
+    learning_rate: float = 0.01
+    weight_decay: float = 0.1  # decoupled, of AdamW
+    max_steps: int = 2000
+    eval_every: int = 50
+    patience: int = 5  # evaluations without a better validation value before training stops
+    metric: str = "ndcg@10"  # on validation; chooses the step
+    refit: bool = False  # having chosen the step, train anew on train and valid for as many steps before the test is read
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
+        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
+        for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `from_dict` and `to_dict` carry it to JSON, checkpoints and absl flags."""
+
+    data: DataConfig = DataConfig()
+    split: SplitConfig = SplitConfig()
+    text: TextConfig = TextConfig()
+    graph: GraphConfig = GraphConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested dictionaries, as JSON and ml_collections take them."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The inverse of `to_dict`; settings that are absent take their defaults.
+
+    Raises:
+      ValueError: an unknown section or setting, or a value out of its bounds.
+    """
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    unknown = set(values) - set(sections)
+    _require(not unknown, "config", sorted(unknown), f"made of the sections {sorted(sections)}")
+    return Config(**{name: _section(name, sections[name], settings) for name, settings in values.items()})
+
+
+def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
+    known = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
+    unknown = set(settings) - set(known)
+    _require(not unknown, f"config section {name}", sorted(unknown), f"made of the settings {sorted(known)}")
+    typed = {}
+    for setting, value in settings.items():
+        default = known[setting]
+        if isinstance(default, tuple):
+            value = tuple(value)
+        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        _require(type(value) is type(default), f"{name}.{setting}", value, f"of type {type(default).__name__}")
+        typed[setting] = value
+    return kind(**typed)

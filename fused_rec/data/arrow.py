@@ -1,0 +1,52 @@
+"""Arrow columns: ids as dictionaries, texts joined, masks, places in a catalogue."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from jaxtyping import Bool, Int32
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported, where no type checker sees them
+
+ID = pa.dictionary(pa.int32(), pa.string())
+
+
+def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text or integer ids as one chunk of type `ID`, its dictionary in order of first appearance."""
+    if pa.types.is_dictionary(column.type):
+        encoded = column.unify_dictionaries().combine_chunks()
+    else:
+        encoded = pc.dictionary_encode(column).combine_chunks()
+    strings = encoded.dictionary.cast(pa.string())
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), strings)])
+
+
+def distinct(ids: pa.ChunkedArray) -> pa.Array:
+    """The ids as strings, each once, in order of first appearance."""
+    return pc.unique(ids).cast(pa.string())
+
+
+def locate(ids: pa.ChunkedArray, catalogue: pa.ChunkedArray) -> Int32[np.ndarray, "R"]:
+    """The row at which each id (type `ID`) stands in a catalogue of strings; -1 for others and for null."""
+    encoded = ids.combine_chunks()
+    places = pc.fill_null(pc.index_in(encoded.dictionary, value_set=catalogue.combine_chunks()), -1).to_numpy()
+    return np.append(places, np.int32(-1))[pc.fill_null(encoded.indices, -1).to_numpy()]
+
+
+def flags(condition: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
+    """An Arrow condition as a NumPy mask; null counts as False."""
+    return np.asarray(pc.fill_null(condition, False))
+
+
+def replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The table with one column exchanged."""
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def join_texts(*columns: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The texts of each row as sentences ("first. second"), nulls left out; null where all are."""
+    # Arrow 26 loses the rows in which it skips every column; an empty first one keeps them.
+    joined = pc.binary_join_element_wise("", *columns, ". ", null_handling="skip")
+    text = pc.utf8_slice_codeunits(joined, 2)
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)

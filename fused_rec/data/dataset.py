@@ -1,0 +1,84 @@
+"""The tables every later package works on: ids replaced by positions, nothing aggregated.
+
+Words about a (user, item) pair and ties keep the pair and the time they come from, so that what a split
+holds out can be taken away from them too (`fused_rec.data.splits.observe`) and the audit can prove it
+(`fused_rec.data.audit`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What was read. U users and I items are addressed by their row in `users` and `items`.
+
+    users: U rows; `user_id` string, unique; optional `text` string (null = none); other columns are attributes.
+    items: I rows; `item_id` string, unique; optional `text` and `name`, likewise; other columns are attributes.
+    interactions: one row a distinct pair; `user` int32, `item` int32; optional `timestamp` int64 (unix seconds,
+      the first time the pair was seen), `value` float32, `part` string (a published split: train, valid or test).
+    reviews: what a user wrote about an item (a review, a tag, a post), any number of rows a pair, and the pair
+      need not be an interaction; `user` int32, `item` int32, `text` string; optional `timestamp` int64.
+    ties: directed; `source` int32, `target` int32 (rows of `users`), `kind` string; optional `timestamp` int64;
+      optional `item` int32: the tie was seen in an act of `source` on that item (a retweet of a post about it),
+      so it tells of that interaction; null where it does not.
+    repairs: what was mended on request, by description, with its count.
+    """
+
+    name: str
+    users: pa.Table
+    items: pa.Table
+    interactions: pa.Table
+    reviews: pa.Table
+    ties: pa.Table
+    repairs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def n_users(self) -> int:
+        return self.users.num_rows
+
+    @property
+    def n_items(self) -> int:
+        return self.items.num_rows
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """The column as one NumPy array. Raises KeyError where the table has no such column."""
+    return table.column(name).to_numpy()
+
+
+def empty_reviews() -> pa.Table:
+    """A `Dataset.reviews` table without rows."""
+    return pa.table({"user": pa.array([], pa.int32()), "item": pa.array([], pa.int32()), "text": pa.array([], pa.string())})
+
+
+def empty_ties() -> pa.Table:
+    """A `Dataset.ties` table without rows."""
+    return pa.table(
+        {"source": pa.array([], pa.int32()), "target": pa.array([], pa.int32()), "kind": pa.array([], pa.string())}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input. row: 1-based line of the file (header = 1), None where it concerns the file."""
+
+    file: str
+    row: int | None
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        where = self.file if self.row is None else f"{self.file}, row {self.row}"
+        return f"{where}: {self.message}. {self.remedy}."
+
+
+class DataError(ValueError):
+    """Input that must not be used; carries every problem found, and prints them as one report."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join([f"{len(problems)} problem(s) in the input:", *(f"  {p}" for p in problems)]))

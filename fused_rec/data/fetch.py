@@ -1,0 +1,151 @@
+"""Files from the network and out of archives: resumed, bounded, verified, and only then moved into place."""
+
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import tqdm
+
+CHUNK = 1 << 16
+LIMIT = 1 << 29  # bytes that a download, or what it unpacks to, may have
+ATTEMPTS = 5
+
+
+class DownloadError(RuntimeError):
+    """A transfer that did not succeed, or a file that is not what was published."""
+
+
+def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> None:
+    """The file at `url`, moved to `target` once it is complete and verified.
+
+    What arrives is kept in `target`.part, and asked for from there on (HTTP Range) after a break or by a later call.
+    Raises DownloadError after 5 breaks, for an HTTP error, more than `limit` bytes, or another SHA-256.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _receive(url, part, limit)
+            break
+        except urllib.error.HTTPError as error:
+            raise DownloadError(f"{url} answers {error.code} {error.reason}") from error
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == ATTEMPTS:
+                raise DownloadError(
+                    f"{url} broke off {ATTEMPTS} times ({error}); run again to go on at {part}"
+                ) from error
+            time.sleep(0.1 * 2**attempt)
+    try:
+        verify(part, target.name, sha256, limit)
+    except DownloadError:
+        part.unlink()
+        raise
+    os.replace(part, target)
+
+
+def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
+    """Every file of a .zip or .tar.gz, below `folder`.
+
+    Raises DownloadError, before anything is written, where a member is no plain file or folder, its name leads out of
+    `folder`, or the members come to more than `limit` bytes; and where the archive is corrupt.
+    """
+    try:
+        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
+            read: Any = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile
+            for name, member in list(_members(opened, archive.name, limit)):
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with read(member) as source, open(target, "xb") as sink:
+                    shutil.copyfileobj(source, sink, CHUNK)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise DownloadError(f"{archive.name} cannot be unpacked: {error}") from error
+
+
+def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: str, limit: int) -> Iterator[tuple[str, Any]]:
+    """Each file and its name. What zipfile and tarfile read of a member is bounded by the size it declares."""
+    total = 0
+    for member in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
+        if isinstance(member, zipfile.ZipInfo):
+            name, size, folder = member.filename, member.file_size, member.is_dir()
+            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)  # 0: packed where there are no modes
+        else:
+            name, size, folder, plain = member.name, member.size, member.isdir(), member.isfile()
+        path = PurePosixPath(name)
+        if not (plain or folder) or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise DownloadError(f"{archive} holds {name!r}, which is no plain file below its folder; nothing unpacked")
+        total += size
+        if total > limit:
+            raise DownloadError(f"{archive} unpacks to more than {limit:,} bytes; nothing unpacked")
+        if not folder:
+            yield name, member
+
+
+def verify(file: Path, name: str, sha256: str, limit: int = LIMIT) -> None:
+    """Raises DownloadError where the file called `name` has another sum, or is a .gz file cut short or too large."""
+    if sha256 and digest(file) != sha256:
+        raise DownloadError(f"{name} is not the published file: its SHA-256 is {digest(file)}, {sha256} is due")
+    if name.endswith(".gz"):
+        held = 0
+        try:
+            with gzip.open(file) as source:  # checks the length and the CRC-32 at its end
+                while chunk := source.read(CHUNK):
+                    held += len(chunk)
+                    if held > limit:
+                        raise DownloadError(f"{name} unpacks to more than {limit:,} bytes")
+        except (OSError, EOFError, zlib.error) as error:
+            raise DownloadError(f"{name} is cut short or corrupt: {error}") from error
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of the file without its carriage returns."""
+    total = hashlib.sha256()
+    with open(file, "rb") as source:
+        while chunk := source.read(CHUNK):
+            total.update(chunk.replace(b"\r", b""))
+    return total.hexdigest()
+
+
+def _receive(url: str, part: Path, limit: int) -> None:
+    held = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "fused_rec", **({"Range": f"bytes={held}-"} if held else {})}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not held:
+            raise
+        error.close()  # nothing lies beyond what is held: all of it is here, or it is of another file
+        if error.headers.get("Content-Range") != f"bytes */{held}":
+            part.unlink()
+            _receive(url, part, limit)
+        return
+    with response:
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+        if response.status == 206 and not resumed:
+            raise DownloadError(f"{url} sends another range than the one asked for, from byte {held}")
+        held = held if resumed else 0  # a server without ranges sends the file from its start
+        length = response.headers.get("Content-Length")
+        total = held + int(length) if length else None
+        with (
+            open(part, "ab" if resumed else "wb") as sink,
+            tqdm.tqdm(desc=part.stem, total=total, initial=held, unit="B", unit_scale=True) as bar,
+        ):
+            while chunk := response.read(CHUNK):
+                held += len(chunk)
+                if held > limit:
+                    raise DownloadError(f"{url} sends more than {limit:,} bytes")
+                sink.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and held < total:
+        raise ConnectionError(f"after {held:,} of {total:,} bytes")

@@ -1,0 +1,150 @@
+"""Public formats -> Dataset: Amazon reviews, LightGCN's lines, integer edge tables, RecBole's atomic files.
+
+Each takes (folder, repair), brings its files into `Tables` and hands them to `validate.assemble`. What a format is
+known for (repeated pairs, users known by their ties only) is mended and counted, not refused.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fused_rec.data.arrow import join_texts, pc, replace
+from fused_rec.data.dataset import DataError, Dataset, Problem
+from fused_rec.data.files import read_delimited, read_json_lines, read_lines
+from fused_rec.data.validate import Tables, assemble
+
+PARTS = ("train", "test")  # of the published splits read here
+
+
+def amazon(path: Path, repair: bool) -> Dataset:
+    """The one `*.json.gz` of an Amazon review set of 2014. A review's text is "summary. reviewText"; value: stars."""
+    schema = dict.fromkeys(("reviewerID", "asin", "reviewText", "summary"), pa.string())
+    rows = read_json_lines(_only(path, "*.json.gz"), {**schema, "overall": pa.float64(), "unixReviewTime": pa.int64()})
+    said = {name: pc.utf8_trim_whitespace(pc.fill_null(rows[name], "")) for name in ("summary", "reviewText")}
+    empty = {name: pc.equal(text, "") for name, text in said.items()}
+    text = join_texts(*(pc.if_else(empty[name], pa.scalar(None, pa.string()), said[name]) for name in said))
+    events = pa.table(
+        {
+            "user_id": rows["reviewerID"],
+            "item_id": rows["asin"],
+            "timestamp": rows["unixReviewTime"],
+            "value": rows["overall"],
+            "text": text,
+        }
+    )
+    bare = pc.sum(empty["reviewText"]).as_py()
+    notes = {"interactions: reviews without a body, for which the summary stands": bare} if bare else {}
+    return assemble(path.name, Tables(events), repair=repair, notes=notes, inherent=("repeated interaction",))
+
+
+def lightgcn_text(path: Path, repair: bool) -> Dataset:
+    """`train.txt` and `test.txt`, a line a user (`user item item ...`), as NGCF and LightGCN publish them."""
+    lines = {part: [np.array(line.split(), np.int64) for line in read_lines(path / f"{part}.txt")] for part in PARTS}
+    rows = [(part, line) for part, several in lines.items() for line in several if len(line)]
+    lengths = [len(line) - 1 for _, line in rows]
+    events = pa.table(
+        {
+            "user_id": np.repeat([line[0] for _, line in rows], lengths),
+            "item_id": np.concatenate([line[1:] for _, line in rows]),
+            "part": np.repeat([part for part, _ in rows], lengths),
+        }
+    )
+    return _numbered(path.name, events, np.array([line[0] for _, line in rows]), None, repair)
+
+
+def edges(path: Path, repair: bool) -> Dataset:
+    """`train.tsv`, `test.tsv` and, where there is one, `social.tsv` (each may be .gz): two integers a row.
+
+    Users known by their ties alone are kept as new users, and counted.
+    """
+    pairs = {part: _integer_pairs(_only(path, f"{part}.tsv*"), "user_id", "item_id") for part in PARTS}
+    events = [rows.append_column("part", pa.array([part] * len(rows))) for part, rows in pairs.items()]
+    ties = _integer_pairs(_only(path, "social.tsv*"), "source_id", "target_id") if _has(path, "social.tsv*") else None
+    known = [] if ties is None else [np.asarray(end) for end in ties.columns]
+    return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *known]).astype(np.int64), ties, repair)
+
+
+def recbole(path: Path, repair: bool) -> Dataset:
+    """RecBole atomic files: one `*.inter` and, where they are, `*.item`, `*.user` and `*.net` (headers `name:type`).
+
+    The token_seq columns make up a row's text, and the first with "title" or "name" in it is its name; the others
+    stay as attributes too, each in one string, beside those of the other types. Of `*.inter` the text is the review
+    and `rating` the value; columns beyond user_id, item_id, timestamp and these are counted, not read.
+    """
+    events, notes = _atomic(_only(path, "*.inter"), ("user_id", "item_id")), {}
+    known = [name for name in ("user_id", "item_id", "rating", "timestamp", "text") if name in events.column_names]
+    for name in set(events.column_names).difference(known, ["name"]):
+        notes[f"interactions: column {name!r} not read"] = 1
+    tables = {"interactions": events.select(known).rename_columns([{"rating": "value"}.get(n, n) for n in known])}
+    for table, ending, ids in (
+        ("items", "item", ("item_id",)),
+        ("users", "user", ("user_id",)),
+        ("ties", "net", ("source_id", "target_id")),
+    ):
+        if _has(path, f"*.{ending}"):
+            tables[table] = _atomic(_only(path, f"*.{ending}"), ids)
+    inherent = ("repeated interaction", "unknown id", "idle user")
+    return assemble(path.name, Tables(**tables), repair=repair, notes=notes, inherent=inherent)
+
+
+def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | None, repair: bool) -> Dataset:
+    """Integer ids in numeric order; `known` are users beside those of the interactions."""
+    users = np.unique(np.concatenate([np.asarray(events["user_id"]), known]))
+    items = np.unique(np.asarray(events["item_id"]))
+    if ties is not None:
+        ties = ties.append_column("kind", pa.array(["trust"] * len(ties)))
+    tables = Tables(events, users=pa.table({"user_id": users}), items=pa.table({"item_id": items}), ties=ties)
+    return assemble(name, tables, repair=repair, inherent=("repeated interaction", "idle user", "tie to oneself"))
+
+
+def _integer_pairs(file: Path, *names: str) -> pa.Table:
+    rows = read_delimited(file, names=names)
+    try:
+        return pa.table({name: rows[name].cast(pa.string()).cast(pa.int64()) for name in names})
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            [Problem(file.name, None, f"an id is no integer: {error}", "give two integers a row")]
+        ) from error
+
+
+def _atomic(file: Path, ids: tuple[str, ...]) -> pa.Table:
+    rows = read_delimited(file)
+    types = {header.partition(":")[0]: header.partition(":")[2] for header in rows.column_names}
+    rows = rows.rename_columns(list(types))
+    if missing := [name for name in ids if name not in types]:
+        there = ", ".join(types)
+        raise DataError([Problem(file.name, None, f"no column {name} (there: {there})", "add it") for name in missing])
+    texts = [name for name, kind in types.items() if kind == "token_seq"]
+    titles = [name for name in texts if "title" in name or "name" in name]
+    for name, kind in types.items():
+        try:
+            if kind == "float" and name not in ("rating", "timestamp"):  # the checks read these two themselves
+                rows = replace(rows, name, rows[name].cast(pa.float64()))
+            elif kind == "float_seq":
+                rows = replace(rows, name, pc.split_pattern(rows[name], " ").cast(pa.list_(pa.float32())))
+        except pa.ArrowInvalid as error:
+            fault = Problem(
+                file.name, None, f"{name}:{kind} holds something else: {error}", "mend the value or the type"
+            )
+            raise DataError([fault]) from error
+    if texts:
+        text = join_texts(*(rows[name] for name in texts))
+        title = rows[titles[0]] if titles else None
+        rows = rows.drop_columns(titles)
+        rows = rows.append_column("text", text)
+        rows = rows if title is None else rows.append_column("name", title)
+    return rows
+
+
+def _has(path: Path, pattern: str) -> bool:
+    return any(path.glob(pattern))
+
+
+def _only(path: Path, pattern: str) -> Path:
+    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    if len(found) != 1:
+        there = sorted(file.name for file in (found or path.iterdir()))
+        message = f"{len(found)} files match {pattern} in {path} where one is due (there: {there})"
+        raise DataError([Problem(pattern, None, message, "name a folder that holds one dataset")])
+    return found[0]

@@ -1,0 +1,64 @@
+"""The words of every user and item: their own description and the reviews that may be seen."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int32
+
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.splits import Observed
+
+
+@dataclass(frozen=True)
+class NodeTexts:
+    """What each node says, as weights over T distinct texts.
+
+    texts: stripped, never blank, in order of first appearance: users' descriptions, items' descriptions, reviews.
+    user_rows, user_texts, user_weights: user `user_rows[k]` has text `texts[user_texts[k]]` with that weight; sorted
+      by (user, text), each pair once. The weights of a user sum to 1; a user without words is absent. Items likewise.
+    """
+
+    texts: list[str]
+    user_rows: Int32[np.ndarray, "K_users"]
+    user_texts: Int32[np.ndarray, "K_users"]
+    user_weights: Float32[np.ndarray, "K_users"]
+    item_rows: Int32[np.ndarray, "K_items"]
+    item_texts: Int32[np.ndarray, "K_items"]
+    item_weights: Float32[np.ndarray, "K_items"]
+
+
+def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
+    """Half of a node's weight goes to its `text`, half to its observed reviews in equal shares; all to the only one."""
+    said = [_texts(dataset.users), _texts(dataset.items), _texts(observed.reviews)]
+    encoded = pa.array([text for texts in said for text in texts], pa.string()).dictionary_encode()
+    codes = encoded.indices.fill_null(-1).to_numpy()
+    users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in said])[:-1])
+    writer, about = column(observed.reviews, "user"), column(observed.reviews, "item")
+    return NodeTexts(
+        encoded.dictionary.to_pylist(), *_weighed(users, writer, reviews), *_weighed(items, about, reviews)
+    )
+
+
+def _texts(table: pa.Table) -> list[str | None]:
+    """The column `text`, stripped, None where blank; all None without the column."""
+    if "text" not in table.column_names:
+        return [None] * table.num_rows
+    return [(text or "").strip() or None for text in table.column("text").to_pylist()]
+
+
+def _weighed(
+    description: Int32[np.ndarray, "n"], reviewed: Int32[np.ndarray, "R"], review: Int32[np.ndarray, "R"]
+) -> tuple[Int32[np.ndarray, "K"], Int32[np.ndarray, "K"], Float32[np.ndarray, "K"]]:
+    """Rows, texts and weights of n nodes from the text of each and of R reviews; -1 = no text."""
+    described = np.flatnonzero(description >= 0)
+    reviewed, review = reviewed[review >= 0], review[review >= 0]
+    count = np.bincount(reviewed, minlength=len(description))
+    share = np.where(description >= 0, 0.5, 1.0)
+    node = np.concatenate([described, reviewed]).astype(np.int64)
+    text = np.concatenate([description[described], review])
+    weight = np.concatenate([np.where(count[described] > 0, 0.5, 1.0), share[reviewed] / count[reviewed]])
+    n_texts = int(text.max(initial=0)) + 1
+    pairs, position = np.unique(node * n_texts + text, return_inverse=True)
+    weights = np.bincount(position, weight, minlength=len(pairs))
+    return (pairs // n_texts).astype(np.int32), (pairs % n_texts).astype(np.int32), weights.astype(np.float32)

@@ -1,0 +1,106 @@
+"""A folder of your own tables -> Dataset.
+
+The folder holds `interactions` and, where you have them, `items`, `users` and `ties`, each one file: Parquet
+(`items.parquet`) or CSV with a header, commas and UTF-8 (`items.csv`). Columns, those in brackets optional:
+
+  interactions  user_id, item_id [timestamp, value, text, part]   text: the user's own words about the item;
+                                                                  part: train, valid or test of a published split
+  items         item_id [name, text, ...]                         further columns are attributes: numbers where
+  users         user_id [name, text, ...]                         every value is one, categories otherwise
+  ties          source_id, target_id [kind, timestamp]            directed; kind is "tie" unless given
+
+Ids are text: "007" is not "7". Times are unix seconds or ISO 8601, in UTC unless they name a zone. An empty cell is
+null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the ids come from `interactions`,
+in order of first appearance. Items without interactions are new products.
+
+What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
+tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.
+"""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+
+from fused_rec.data.arrow import pc, replace
+from fused_rec.data.dataset import DataError, Dataset, Problem
+from fused_rec.data.files import read_delimited, read_parquet
+from fused_rec.data.validate import Tables, assemble
+
+# table -> its required and its optional columns; None: further columns are attributes.
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
+    "interactions": (("user_id", "item_id"), ("timestamp", "value", "text", "part")),
+    "items": (("item_id",), None),
+    "users": (("user_id",), None),
+    "ties": (("source_id", "target_id"), ("kind", "timestamp")),
+}
+
+
+def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False) -> Dataset:
+    """The dataset in folder `path`, checked.
+
+    repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
+    Raises DataError with every problem found in any of the files.
+    """
+    folder = Path(path)
+    tables: dict[str, pa.Table] = {}
+    files: dict[str, str] = {}
+    notes: dict[str, int] = {}
+    problems: list[Problem] = []
+    for table in COLUMNS:
+        try:
+            if file := _find(folder, table):
+                files[table] = file.name
+                read = read_parquet(file) if file.suffix == ".parquet" else read_delimited(file, ",", quoted=True)
+                tables[table] = _select(read, table, file, notes)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        tables.setdefault(
+            "interactions", pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
+        )
+    return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems, files=files)
+
+
+def _find(folder: Path, table: str) -> Path | None:
+    found = [file for file in (folder / f"{table}.csv", folder / f"{table}.parquet") if file.is_file()]
+    if len(found) == 2:
+        raise DataError(
+            [Problem(table, None, f"both {found[0].name} and {found[1].name} are there", "keep one of them")]
+        )
+    if not found and table == "interactions":
+        there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
+        message = f"{folder} holds no interactions.csv or interactions.parquet (there: {there})"
+        raise DataError([Problem(table, None, message, "add one of them, or name the folder that has it")])
+    return found[0] if found else None
+
+
+def _select(table: pa.Table, name: str, file: Path, notes: dict[str, int]) -> pa.Table:
+    required, optional = COLUMNS[name]
+    there = table.column_names
+    faults = [f"column {column} is missing (there: {', '.join(there)})" for column in required if column not in there]
+    faults += [
+        f"column {column} is there {there.count(column)} times" for column in set(there) if there.count(column) > 1
+    ]
+    if faults:
+        raise DataError([Problem(file.name, None, fault, "name the columns as the format does") for fault in faults])
+    if optional is not None:
+        unread = [column for column in there if column not in required + optional]
+        notes.update({f"{name}: column {column!r}, which the format does not have, not read": 1 for column in unread})
+        return table.drop_columns(unread)
+    if file.suffix == ".csv":
+        for column in [column for column in there if column not in (*required, "name", "text")]:
+            table = replace(table, column, _typed(table[column]))
+    return table
+
+
+def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Integers or floats where every value is one and none starts with an idle zero, as postal codes do."""
+    if pc.any(pc.match_substring_regex(column, r"^[+-]?0\d")).as_py():
+        return column
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            return column.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column

@@ -1,0 +1,337 @@
+"""Full-catalogue ranking: every item is scored for every user, nothing is sampled.
+
+U users, I items; B users a batch, k ranks. Only here do a scorer's dense rows exist, one batch at a time.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
+from tqdm import tqdm
+
+from fused_rec.evaluate import metrics
+
+Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
+"""Scores of the whole catalogue for a batch of users, traceable by JAX.
+
+Best a `jax.tree_util.Partial` of a function and its arrays: it passes into the compiled step as an argument,
+so new parameters need no new compilation. A closure works too, compiles once for each closure and is kept
+alive, arrays included, by JAX's compilation cache.
+"""
+
+BATCH = 256  # users; 256 x 40,981 scores are 42 MB, and about five such arrays live at once
+TOP = 10  # ranks that coverage and novelty look at
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """A set of items for each user, in compressed rows: user u has `items[indptr[u]:indptr[u + 1]]`, ascending."""
+
+    indptr: Int64[np.ndarray, "rows"]  # rows = U + 1
+    items: Int32[np.ndarray, "E"]
+
+    @property
+    def n_users(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def sizes(self) -> Int64[np.ndarray, "U"]:
+        return np.diff(self.indptr)
+
+    @property
+    def users(self) -> Int64[np.ndarray, "E"]:
+        """The user of each entry of `items`."""
+        return np.repeat(np.arange(self.n_users), self.sizes)
+
+
+def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int) -> Sets:
+    """The items paired with each user; a repeated pair counts once.
+
+    Raises:
+        ValueError: a user outside 0..n_users-1 or a negative item.
+    """
+    if len(user) and not (0 <= user.min() and user.max() < n_users):
+        raise ValueError(f"users span {user.min()}..{user.max()}; they must lie in 0..{n_users - 1}")
+    if len(item) and item.min() < 0:
+        raise ValueError(f"item {item.min()} is negative; items are positions from 0")
+    order = np.lexsort((item, user))
+    user, item = user[order], item[order]
+    new = np.ones(len(user), bool)
+    new[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
+    sizes = np.bincount(user[new], minlength=n_users)
+    return Sets(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), item[new].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerUser:
+    """Metrics of V evaluated users.
+
+    metrics: by name ("recall@10", "accuracy", ...), one value a user; NaN where the user has no pair to compare.
+    aggregate: what exists only over all users together ("coverage@10").
+    """
+
+    users: Int32[np.ndarray, "V"]
+    metrics: Mapping[str, Float32[np.ndarray, "V"]]
+    aggregate: Mapping[str, float]
+
+
+def mean(per_user: PerUser) -> dict[str, float]:
+    """The mean of each metric over users, in float64, then the aggregates. Users with NaN are left out of that mean."""
+    means = {}
+    for name, values in per_user.metrics.items():
+        known = values[~np.isnan(values)]
+        means[name] = float(known.mean(dtype=np.float64)) if len(known) else math.nan
+    return means | dict(per_user.aggregate)
+
+
+class _Rows(NamedTuple):
+    """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
+
+    starts: Int32[Array, "rows"]
+    items: Int32[Array, "F"]
+
+    def mask(self, n_items: int) -> Bool[Array, "B I"]:
+        n_rows = self.starts.shape[0] - 1
+        slots = jnp.arange(self.items.shape[0])
+        row = jnp.searchsorted(self.starts[1:], slots, side="right")  # padding falls to row B, and is dropped
+        return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
+
+
+def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"]) -> Iterator[_Rows]:
+    sizes = sets.sizes[batches]
+    width = max(1, int(sizes.sum(1).max()))
+    for users, size in zip(batches, sizes, strict=True):
+        starts = np.concatenate([[0], np.cumsum(size)])
+        items = np.zeros(width, np.int32)
+        source = np.repeat(sets.indptr[users] - starts[:-1], size) + np.arange(starts[-1])
+        items[: starts[-1]] = sets.items[source]
+        yield _Rows(jnp.asarray(starts, jnp.int32), jnp.asarray(items))
+
+
+class _Ranked(NamedTuple):
+    scores: Float32[Array, "B I"]
+    eligible: Bool[Array, "B I"]  # candidates the user has not seen
+    items: Int32[Array, "B k"]
+    top: Float32[Array, "B k"]
+    finite: Bool[Array, "B"]
+
+
+def _rank(scorer, users, seen: _Rows, allowed, order, k: int) -> _Ranked:
+    n_items = allowed.shape[0]
+    scores = scorer(users)
+    if scores.shape != (users.shape[0], n_items):
+        raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
+    scores = scores.astype(jnp.float32)
+    finite = jnp.isfinite(scores).all(1)
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0
+    eligible = allowed[None, :] & ~seen.mask(n_items)
+
+    def best(row, open_to):
+        return jax.lax.top_k(jnp.where(open_to, row, -jnp.inf)[order], min(k, n_items))
+
+    top, position = metrics.map_rows(best, scores, eligible)
+    items = jnp.where(top == -jnp.inf, -1, order[position])
+    short = ((0, 0), (0, k - items.shape[1]))
+    items, top = jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
+    return _Ranked(scores, eligible, items, top, finite)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top_batch(scorer, users, seen, allowed, order, *, k):
+    ranked = _rank(scorer, users, seen, allowed, order, k)
+    return ranked.items, ranked.top, ranked.finite
+
+
+@functools.partial(jax.jit, static_argnames=("ks", "n_users"))
+def _measure_batch(scorer, users, seen, truth, allowed, order, item_counts, *, ks, n_users):
+    ranked = _rank(scorer, users, seen, allowed, order, max(*ks, TOP))
+    relevant = truth.mask(allowed.shape[0])
+    hits = jnp.take_along_axis(relevant, jnp.maximum(ranked.items, 0), axis=1) & (ranked.items >= 0)
+    n_truth = jnp.diff(truth.starts)
+    values = {f"{name}@{k}": measure(hits, n_truth, k) for name, measure in metrics.RANKED.items() for k in ks}
+    values["accuracy"] = metrics.pairwise_accuracy(
+        ranked.scores, relevant, ranked.eligible & ~relevant, truth.starts, truth.items
+    )
+    values[f"novelty@{TOP}"] = metrics.novelty(ranked.items, item_counts, n_users, TOP)
+    return values, ranked.items[:, :TOP], ranked.finite
+
+
+def top_k(
+    scorer: Scorer,
+    users: Int[np.ndarray, "B"],
+    *,
+    seen: Sets,
+    n_items: int,
+    k: int,
+    candidates: Int[np.ndarray, "C"] | None = None,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
+    """The k best unseen candidates of each user, best first, and their scores.
+
+    Equal scores are ordered by one permutation of the items drawn from `seed`: `lax.top_k` alone would prefer low
+    ids, which often follow popularity or time, and a constant scorer would look better than chance.
+
+    Args:
+        scorer: see `Scorer`.
+        users: any users, in any order, repeated or not.
+        seen: items never recommended to the user.
+        n_items: I.
+        k: ranks wanted; may exceed what remains.
+        candidates: items that may be recommended; None means all.
+        batch: users scored together. The last batch is padded, so one compilation serves all.
+        seed: of the permutation that orders equal scores.
+        progress: show a bar.
+
+    Returns:
+        Items and scores; -1 and -inf where fewer than k remain.
+
+    Raises:
+        ValueError: a score that is not finite (naming the user), or users, items or k outside their bounds.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    allowed, order = _catalogue(n_items, candidates, seed)
+    _check_items("seen", seen, n_items)
+    if len(users) and not (0 <= users.min() and users.max() < seen.n_users):
+        raise ValueError(f"users span {users.min()}..{users.max()}; they must lie in 0..{seen.n_users - 1}")
+    items, scores = np.full((len(users), k), -1, np.int32), np.full((len(users), k), -np.inf, np.float32)
+    if len(users) == 0:
+        return items, scores
+    batches = _pad_to_batches(users, batch)
+    scorer = _as_argument(scorer)
+    bar = tqdm(batches, desc="rank", unit="batch", disable=not progress)
+    done = 0
+    for rows, seen_rows in zip(bar, _rows(seen, batches), strict=True):
+        found = jax.device_get(_top_batch(scorer, jnp.asarray(rows), seen_rows, allowed, order, k=k))
+        _check_finite(rows, found[2])
+        n = min(len(rows), len(users) - done)
+        items[done : done + n], scores[done : done + n] = found[0][:n], found[1][:n]
+        done += n
+    return items, scores
+
+
+def evaluate(
+    scorer: Scorer,
+    *,
+    truth: Sets,
+    seen: Sets,
+    n_items: int,
+    item_counts: Int[np.ndarray, "I"],
+    ks: Sequence[int] = (5, 10, 20, 50),
+    candidates: Int[np.ndarray, "C"] | None = None,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: bool = False,
+) -> PerUser:
+    """Rank the catalogue for every user who has held-out items among the candidates, and measure each list.
+
+    Metrics: those of `metrics.RANKED` at each k; "accuracy" (pairwise, over all unseen candidates);
+    "novelty@10"; in the aggregate "coverage@10", the share of candidates that at least one of these users
+    finds among the first 10 (Ge et al., RecSys 2010). Equal scores are ordered as in `top_k`.
+
+    Args:
+        scorer: see `Scorer`.
+        truth: held-out items. Those outside `candidates` count neither as hits nor in denominators.
+        seen: items never recommended to the user; they must not be held out as well.
+        n_items: I.
+        item_counts: users who have the item in training (for novelty).
+        ks: cuts, in ranks.
+        candidates: items that may be recommended; None means all.
+        batch: users scored together. The last batch is padded, so one compilation serves all.
+        seed: of the permutation that orders equal scores.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a score that is not finite (naming the user), an item both seen and held out, no user to
+            evaluate, or arguments outside their bounds.
+    """
+    ks = tuple(sorted(set(ks)))
+    if not ks or ks[0] < 1:
+        raise ValueError(f"ks is {ks}; it must hold cuts of at least 1")
+    allowed, order = _catalogue(n_items, candidates, seed)
+    if truth.n_users != seen.n_users:
+        raise ValueError(f"truth is of {truth.n_users} users and seen of {seen.n_users}; they must be the same users")
+    if len(item_counts) != n_items or item_counts.min() < 0 or item_counts.max() > seen.n_users:
+        raise ValueError(
+            f"item_counts has {len(item_counts)} entries in {item_counts.min()}..{item_counts.max()}; it must have "
+            f"{n_items}, each the number of distinct users of an item, at most {seen.n_users}"
+        )
+    _check_items("seen", seen, n_items)
+    _check_items("truth", truth, n_items)
+    _check_disjoint(truth, seen, n_items)
+    kept = np.asarray(allowed)[truth.items]
+    truth = item_sets(truth.users[kept], truth.items[kept], truth.n_users)
+    users = np.flatnonzero(truth.sizes).astype(np.int32)
+    if len(users) == 0:
+        raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
+
+    batches = _pad_to_batches(users, batch)
+    scorer, counts = _as_argument(scorer), jnp.asarray(item_counts, jnp.int32)
+    parts: list[dict[str, np.ndarray]] = []
+    recommended = np.zeros(n_items, bool)
+    bar = tqdm(batches, desc="evaluate", unit="batch", disable=not progress)
+    for rows, seen_rows, truth_rows in zip(bar, _rows(seen, batches), _rows(truth, batches), strict=True):
+        values, items, finite = jax.device_get(
+            _measure_batch(
+                scorer, jnp.asarray(rows), seen_rows, truth_rows, allowed, order, counts, ks=ks, n_users=seen.n_users
+            )
+        )
+        _check_finite(rows, finite)
+        recommended[items[items >= 0]] = True
+        parts.append(values)
+    names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "accuracy", f"novelty@{TOP}"]
+    columns = {name: np.concatenate([part[name] for part in parts])[: len(users)] for name in names}
+    return PerUser(users, columns, {f"coverage@{TOP}": float(recommended.sum() / np.asarray(allowed).sum())})
+
+
+def _as_argument(scorer: Scorer) -> jax.tree_util.Partial:
+    return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
+
+
+def _catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], Int32[Array, "I"]]:
+    allowed = np.full(n_items, candidates is None)
+    if candidates is not None:
+        if len(candidates) == 0 or candidates.min() < 0 or candidates.max() >= n_items:
+            raise ValueError(f"candidates must be one or more items in 0..{n_items - 1}; got {candidates}")
+        allowed[candidates] = True
+    order = np.random.default_rng(seed).permutation(n_items)
+    return jnp.asarray(allowed), jnp.asarray(order, jnp.int32)
+
+
+def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int) -> Int32[np.ndarray, "M B"]:
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    batch = min(batch, len(users))
+    padding = np.full(-len(users) % batch, users[-1])  # the last user again: harmless, and cut off the results
+    return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
+
+
+def _check_items(name: str, sets: Sets, n_items: int) -> None:
+    if len(sets.items) and sets.items.max() >= n_items:
+        raise ValueError(f"{name} holds item {sets.items.max()}; items must lie in 0..{n_items - 1}")
+
+
+def _check_disjoint(truth: Sets, seen: Sets, n_items: int) -> None:
+    both = np.intersect1d(truth.users * n_items + truth.items, seen.users * n_items + seen.items)
+    if len(both):
+        user, item = divmod(int(both[0]), n_items)
+        raise ValueError(
+            f"{len(both)} held-out pairs are seen as well, first user {user} with item {item}; a seen item is never "
+            "recommended, so take it out of one of the two"
+        )
+
+
+def _check_finite(users: Int32[np.ndarray, "B"], finite: Bool[np.ndarray, "B"]) -> None:
+    if not finite.all():
+        raise ValueError(
+            f"the scores of user {users[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
+            "(leave items out with `seen` or `candidates` instead)"
+        )

@@ -1,0 +1,138 @@
+"""What training may see, as a graph: holdings, ties, nearest texts and attribute nodes."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32, Int32
+
+from fused_rec.config import GraphConfig
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.splits import Observed
+from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+
+USER, ITEM = "user", "item"
+HOLDS = Relation(USER, "holds", ITEM)
+HELD_BY = Relation(ITEM, "held_by", USER)
+
+
+def build(
+    dataset: Dataset,
+    observed: Observed,
+    texts: NodeTexts,
+    vectors: Float32[np.ndarray, "T D"],
+    config: GraphConfig,
+) -> HeteroGraph:
+    """Every relation both ways; `vectors` are the encoded `texts.texts`.
+
+    Raises:
+      ValueError: an attribute that is no column of the items, or vectors that do not match the texts.
+    """
+    if len(vectors) != len(texts.texts):
+        raise ValueError(f"{len(vectors)} vectors for {len(texts.texts)} texts; encode the texts of this very split")
+    counts = {USER: dataset.n_users, ITEM: dataset.n_items}
+    words = {
+        USER: node_vectors(texts.user_rows, texts.user_texts, texts.user_weights, vectors, dataset.n_users),
+        ITEM: node_vectors(texts.item_rows, texts.item_texts, texts.item_weights, vectors, dataset.n_items),
+    }
+    relations: dict[Relation, Edges] = both_ways(HOLDS, HELD_BY, observed.user, observed.item, counts)
+    relations |= tie_relations(observed.ties, counts)
+    for name in config.attributes:
+        values, edges = attribute_edges(dataset.items, name)
+        counts[name] = values
+        words[name] = np.zeros((values, vectors.shape[1]), np.float32)
+        pair = Relation(ITEM, f"in_{name}", name), Relation(name, f"{name}_of", ITEM)
+        relations |= both_ways(*pair, *edges, counts)
+    for node_type in (USER, ITEM):
+        if config.similar_text and words[node_type].any():
+            relation = Relation(node_type, "similar_text", node_type)
+            relations[relation] = nearest_texts(words[node_type], config.similar_text)
+    return hetero_graph(counts, relations, np.concatenate(list(words.values())))
+
+
+def node_vectors(
+    rows: Int32[np.ndarray, "K"],
+    texts: Int32[np.ndarray, "K"],
+    weights: Float32[np.ndarray, "K"],
+    vectors: Float32[np.ndarray, "T D"],
+    n_nodes: int,
+) -> Float32[np.ndarray, "n_nodes D"]:
+    """Each node's weighted mean of its texts' vectors, whitened over the nodes of the type that have words.
+
+    Sentence vectors crowd into a narrow cone (Ethayarajh, 2019): the mean is taken out and the principal
+    directions are scaled towards equal variance, the smallest ones held back by the mean variance so that
+    noise is not blown up. Rows have unit length; a node without words stays zero.
+    """
+    # Imported here: scipy takes 0.2 s that `import fused_rec.graph` need not.
+    from scipy import sparse
+
+    mean = sparse.csr_matrix((weights, (rows, texts)), shape=(n_nodes, len(vectors)), dtype=np.float32) @ vectors
+    named = np.zeros(n_nodes, bool)
+    named[rows] = True
+    out = np.zeros((n_nodes, vectors.shape[1]), np.float32)
+    if named.sum() < 2:
+        return out
+    centred = mean[named] - mean[named].mean(0)
+    variance, directions = np.linalg.eigh(np.cov(centred, rowvar=False, dtype=np.float64))
+    scaled = (centred @ directions) / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
+    out[named] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
+    return out
+
+
+def both_ways(
+    forward: Relation, backward: Relation, sources: np.ndarray, targets: np.ndarray, counts: Mapping[str, int]
+) -> dict[Relation, Edges]:
+    """A relation and its reverse, messages weighted 1 / sqrt(degree of source * degree of target) (LightGCN, eq. 3)."""
+    from_degree = np.bincount(sources, minlength=counts[forward.source])
+    to_degree = np.bincount(targets, minlength=counts[forward.target])
+    weight = (1 / np.sqrt(from_degree[sources] * to_degree[targets])).astype(np.float32)
+    return {forward: Edges(sources, targets, weight), backward: Edges(targets, sources, weight)}
+
+
+def tie_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, Edges]:
+    """One relation a kind of tie; `source` hears `target`, and the reverse where not all ties are mutual."""
+    kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
+    sources, targets = column(ties, "source"), column(ties, "target")
+    relations: dict[Relation, Edges] = {}
+    for kind in sorted(set(kinds)):
+        at = kinds == kind
+        heard, hears = targets[at], sources[at]
+        pair = both_ways(Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), heard, hears, counts)
+        mutual = set(zip(heard, hears, strict=True)) == set(zip(hears, heard, strict=True))
+        relations |= dict(list(pair.items())[:1]) if mutual else pair
+    return relations
+
+
+def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
+    """Number of distinct values of a categorical item column, and its (item, value) edges; nulls have none."""
+    if name not in items.column_names:
+        raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
+    encoded = items.column(name).combine_chunks().dictionary_encode()
+    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    known = np.flatnonzero(encoded.is_valid().to_numpy(zero_copy_only=False))
+    return len(encoded.dictionary), (known, codes[known].astype(np.int64))
+
+
+def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int, block: int = 2048) -> Edges:
+    """Each node hears the `neighbours` nodes of nearest words, weighted by their cosine over its sum.
+
+    Only positive cosines count; nodes without words neither hear nor are heard.
+    """
+    named = np.flatnonzero(vectors.any(1))
+    words = vectors[named]
+    k = min(neighbours, len(named) - 1)
+    senders, receivers, weights = [], [], []
+    for start in range(0, len(named), block) if k > 0 else ():
+        scores = words[start : start + block] @ words.T
+        rows = np.arange(len(scores))
+        scores[rows, start + rows] = -np.inf
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        cosine = np.maximum(np.take_along_axis(scores, top, 1), 0)
+        share = cosine / np.maximum(cosine.sum(1, keepdims=True), 1e-12)
+        row, rank = np.nonzero(share)
+        senders.append(named[top[row, rank]])
+        receivers.append(named[start + row])
+        weights.append(share[row, rank])
+    empty = [np.zeros(0, np.int64)]
+    return Edges(*(np.concatenate(part or empty) for part in (senders, receivers, weights)))

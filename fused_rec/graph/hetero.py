@@ -1,0 +1,134 @@
+"""The typed graph: several kinds of nodes and relations over one `jraph.GraphsTuple`.
+
+Nodes of all types stand one after the other in the order of `node_types`, edges of all relations in the order
+of `relations`; inside a relation edges ascend by (receiver, sender). The counts are static, so a type or a
+relation is a slice known at trace time, and a new relation adds data, not branches.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.struct
+import jax.numpy as jnp
+import jraph
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+
+class Relation(NamedTuple):
+    """Messages flow from nodes of type `source` to nodes of type `target`."""
+
+    source: str
+    name: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.name}-{self.target}"
+
+
+class Edges(NamedTuple):
+    """One relation's edges, numbered inside their node types. weight: the fixed factor of a message."""
+
+    senders: np.ndarray  # int [E], rows of the source type
+    receivers: np.ndarray  # int [E], rows of the target type
+    weight: np.ndarray  # float [E]
+
+
+@flax.struct.dataclass
+class HeteroGraph:
+    """graph.nodes["text"]: float32 [N, D]; graph.edges["weight"]: float32 [E]; the rest of the legend in `GraphsTuple`.
+
+    A node without words has a zero text row.
+    """
+
+    graph: jraph.GraphsTuple
+    node_types: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
+    relations: tuple[tuple[Relation, int], ...] = flax.struct.field(pytree_node=False)
+
+    def node_slice(self, node_type: str) -> slice:
+        """Where the type's nodes stand. Raises KeyError naming the types there are."""
+        return _slice(self.node_types, node_type)
+
+    def count(self, node_type: str) -> int:
+        """Number of nodes of the type."""
+        return dict(self.node_types)[node_type]
+
+    def text(self, node_type: str) -> Float32[Array, "n D"]:
+        """Text vectors of one node type."""
+        return self.graph.nodes["text"][self.node_slice(node_type)]
+
+    def edges(self, relation: Relation) -> Edges:
+        """One relation's edges with senders and receivers numbered inside their types."""
+        at = _slice(self.relations, relation)
+        return Edges(
+            self.graph.senders[at] - self.node_slice(relation.source).start,
+            self.graph.receivers[at] - self.node_slice(relation.target).start,
+            self.graph.edges["weight"][at],
+        )
+
+
+def _slice(counts: tuple, key: object) -> slice:
+    start = 0
+    for name, count in counts:
+        if name == key:
+            return slice(start, start + count)
+        start += count
+    raise KeyError(f"{key!r} is not among {[name for name, _ in counts]}")
+
+
+def hetero_graph(
+    node_types: Mapping[str, int], relations: Mapping[Relation, Edges], text: Float32[np.ndarray, "N D"]
+) -> HeteroGraph:
+    """Joins the relations into one validated graph, edges sorted by (receiver, sender) inside each relation.
+
+    JAX clamps ids out of range and drops them from segment sums without a word, so everything is checked here.
+
+    Raises:
+      ValueError: an id outside its node type, a weight or a text vector that is not finite, a repeated edge, or
+        lengths that differ; names the relation, the value and the bound.
+    """
+    total = sum(node_types.values())
+    if len(text) != total:
+        raise ValueError(f"text has {len(text)} rows for {total} nodes; give one row a node, zeros where it has no words")
+    if not np.isfinite(text).all():
+        row = int(np.flatnonzero(~np.isfinite(text).all(1))[0])
+        raise ValueError(f"text vector of node {row} is not finite; encode it again")
+    start = dict(zip(node_types, np.cumsum([0, *node_types.values()]), strict=False))
+    senders, receivers, weights, counts = [], [], [], []
+    for relation, edges in relations.items():
+        _check(relation, edges, node_types)
+        order = np.lexsort((edges.senders, edges.receivers))
+        senders.append(edges.senders[order] + start[relation.source])
+        receivers.append(edges.receivers[order] + start[relation.target])
+        weights.append(edges.weight[order])
+        counts.append((relation, len(order)))
+    empty = [np.zeros(0)]
+    graph = jraph.GraphsTuple(
+        nodes={"text": jnp.asarray(text, jnp.float32)},
+        edges={"weight": jnp.asarray(np.concatenate(weights or empty), jnp.float32)},
+        senders=jnp.asarray(np.concatenate(senders or empty), jnp.int32),
+        receivers=jnp.asarray(np.concatenate(receivers or empty), jnp.int32),
+        globals=None,
+        n_node=jnp.array([total], jnp.int32),
+        n_edge=jnp.array([sum(count for _, count in counts)], jnp.int32),
+    )
+    return HeteroGraph(graph, tuple(node_types.items()), tuple(counts))
+
+
+def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> None:
+    if not len(edges.senders) == len(edges.receivers) == len(edges.weight):
+        raise ValueError(f"{relation}: {[len(part) for part in edges]} senders, receivers, weights; they must agree")
+    for role, ids, node_type in (
+        ("sender", edges.senders, relation.source),
+        ("receiver", edges.receivers, relation.target),
+    ):
+        bound = node_types[node_type]
+        bad = np.flatnonzero((ids < 0) | (ids >= bound))
+        if len(bad):
+            raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {node_type} ids are 0 to {bound - 1}")
+    bad = np.flatnonzero(~np.isfinite(edges.weight))
+    if len(bad):
+        raise ValueError(f"{relation}: weight {edges.weight[bad[0]]} of edge {bad[0]} is not finite")
+    keys = edges.receivers.astype(np.int64) * node_types[relation.source] + edges.senders
+    if len(np.unique(keys)) != len(keys):
+        raise ValueError(f"{relation}: the same edge stands in it twice; merge repeated edges before building the graph")

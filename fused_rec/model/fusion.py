@@ -1,0 +1,58 @@
+"""Where words enter: as inputs, as gates of a node's relations, as weights of the edges between two texts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from fused_rec.graph.propagate import Adjacency, edge_dot
+
+RANK = 16  # width of the views that gates and affinities take of a text vector
+
+
+class TextInput(nn.Module):
+    """Projected words: text @ W, W normal with standard deviation `scale`, so that they start as large as id rows."""
+
+    dim: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, text: Float32[Array, "n D"]) -> Float32[Array, "n K"]:
+        return nn.Dense(self.dim, use_bias=False, kernel_init=nn.initializers.normal(self.scale))(text)
+
+
+class Gate(nn.Module):
+    """exp(b_l) * 2 sigmoid(w_l . view(node)): how much each round lets a relation in; 1 at the start.
+
+    The view is the node's words at rank `RANK`, whether it has any, and the log of its degree in the relation.
+    Without `by_node` only the factor of the round remains.
+    """
+
+    rounds: int
+    by_node: bool
+
+    @nn.compact
+    def __call__(self, text: Float32[Array, "n D"], degree: Float32[Array, "n"]) -> Float32[Array, "L n"]:
+        level = jnp.exp(self.param("level", nn.initializers.zeros, (self.rounds,)))
+        if not self.by_node:
+            return jnp.broadcast_to(level[:, None], (self.rounds, len(degree)))
+        log_degree = jnp.log1p(degree)
+        log_degree = (log_degree - log_degree.mean()) / (log_degree.std() + 1e-6)
+        words = nn.Dense(RANK, use_bias=False, name="view")(text)
+        named = (jnp.abs(text).sum(-1) > 0).astype(text.dtype)
+        view = jnp.concatenate([words, named[:, None], log_degree[:, None]], axis=-1)
+        node = nn.Dense(self.rounds, use_bias=False, kernel_init=nn.initializers.zeros, name="weight")(view)
+        return level[:, None] * 2 * jax.nn.sigmoid(node.T)
+
+
+class Affinity(nn.Module):
+    """2 sigmoid(<Q text_target, K text_source>) a message's factor by the words at both ends; 1 at the start."""
+
+    @nn.compact
+    def __call__(
+        self, adjacency: Adjacency, source: Float32[Array, "s D"], target: Float32[Array, "t D"]
+    ) -> Float32[Array, "E"]:
+        # Only one side starts at zero: with both, neither would ever get a gradient.
+        query = nn.Dense(RANK, use_bias=False, kernel_init=nn.initializers.zeros, name="query")(target)
+        key = nn.Dense(RANK, use_bias=False, name="key")(source)
+        return 2 * jax.nn.sigmoid(edge_dot(adjacency, query, key))

@@ -1,0 +1,67 @@
+"""What training minimises. Each returns (sum, count), so that devices may add them up before dividing.
+
+A user's loss is the mean over their positives; users count by the square root of their number of positives,
+between a mean over pairs, which the heaviest users rule, and a mean over users, which the noisiest do.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
+
+Sum = tuple[Float32[Array, ""], Float32[Array, ""]]
+
+
+def softmax(
+    user: Float32[Array, "B K"],
+    catalogue: Float32[Array, "I K"],
+    items: Int32[Array, "B P"],
+    mask: Float32[Array, "B P"],
+    present: Bool[Array, "I"],
+    temperature: float,
+) -> Sum:
+    """-log softmax over the whole catalogue at each positive (the multinomial likelihood of Liang et al., 2018).
+
+    Items that are not `present` while training (new products) are no alternatives: to learn that nobody wants
+    them would be to learn from the future.
+    """
+    scores = jnp.where(present, (user / temperature) @ catalogue.T, -jnp.inf)
+    positive = jnp.take_along_axis(scores, items, axis=1)
+    return _over_users(jax.nn.logsumexp(scores, axis=-1)[:, None] - positive, mask)
+
+
+def sampled_softmax(
+    user: Float32[Array, "B K"],
+    catalogue: Float32[Array, "I K"],
+    items: Int32[Array, "B P"],
+    mask: Float32[Array, "B P"],
+    negatives: Int32[Array, "S"],
+    temperature: float,
+) -> Sum:
+    """Softmax over each positive and S shared uniform negatives, scaled up by log(I / S) to estimate the catalogue.
+
+    Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant for all negatives.
+    """
+    positive = jnp.einsum("bk,bpk->bp", user, catalogue[items]) / temperature
+    rest = jax.nn.logsumexp(user @ catalogue[negatives].T / temperature, axis=-1)
+    rest = rest + jnp.log(len(catalogue) / len(negatives))
+    return _over_users(jax.nn.softplus(rest[:, None] - positive), mask)
+
+
+def bpr(
+    user: Float32[Array, "B K"],
+    catalogue: Float32[Array, "I K"],
+    items: Int32[Array, "B P"],
+    mask: Float32[Array, "B P"],
+    negatives: Int32[Array, "B P"],
+    temperature: float,
+) -> Sum:
+    """-log sigmoid(positive - negative), one negative a positive (Rendle et al., 2009)."""
+    margin = jnp.einsum("bk,bpk->bp", user, catalogue[items] - catalogue[negatives])
+    return _over_users(jax.nn.softplus(-margin / temperature), mask)
+
+
+def _over_users(loss: Float32[Array, "B P"], mask: Float32[Array, "B P"]) -> Sum:
+    count = mask.sum(axis=1)
+    weight = jnp.sqrt(count)
+    per_user = (loss * mask).sum(axis=1) / jnp.maximum(count, 1)
+    return (weight * per_user).sum(), weight.sum()

@@ -1,0 +1,1 @@
+"""Words to vectors: pre-trained encoders in Flax, and their vectors kept on disk."""

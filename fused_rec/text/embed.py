@@ -1,0 +1,172 @@
+"""Texts to vectors: deduplicated, sorted by length, encoded in batches of few shapes, kept on disk by content."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+from tqdm import tqdm
+
+from fused_rec.text.bert import encode
+from fused_rec.text.cache import read_vectors, write_vectors
+from fused_rec.text.pretrained import PretrainedModel
+
+# Raise it when the same text, weights and settings give other vectors than before: old cache entries then lapse.
+VECTORS_VERSION = 1
+FLUSH_SECONDS = 20.0
+FLUSH_TEXTS = 65_536
+TOKENIZE_TEXTS = 8_192  # a tokenizer call; its results take some kilobytes a text until they are arrays
+
+
+def embed(
+    texts: Sequence[str],
+    model: PretrainedModel,
+    *,
+    cache: str | Path | None,
+    batch_tokens: int = 8192,
+    max_tokens: int = 0,
+    progress: bool = True,
+) -> Float32[np.ndarray, "T D"]:
+    """One vector a text, in the order given; equal texts are encoded once.
+
+    cache: folder to keep vectors in and take them from, None for none; below it each combination of model and
+    settings has its own folder. Vectors are written every 20 s, so a run that was killed goes on where it stopped.
+    batch_tokens: padded tokens an encoder call takes, at least one text. max_tokens: a text is cut after so many
+    tokens, special ones included; 0 = the model's own limit. Raises TypeError on a text that is no str and ValueError
+    on one that is no valid Unicode, on settings out of bounds and on vectors that are not finite.
+    """
+    limit = _token_limit(model, max_tokens)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
+    places: dict[str, int] = {}
+    inverse = np.fromiter((places.setdefault(text, len(places)) for text in _checked(texts)), np.int64, len(texts))
+    unique = list(places)
+    vectors = np.zeros((len(unique), model.config.hidden_size), np.float32)
+    missing = np.arange(len(unique))
+    folder, keys = None, np.zeros((len(unique), 32), np.uint8)
+    if cache is not None and unique:
+        identity = _identity(model, limit)
+        folder = Path(cache).expanduser() / "text_vectors" / identity[:32]
+        keys = _keys(unique, identity)
+        vectors, found = read_vectors(folder, keys, model.config.hidden_size)
+        missing = np.flatnonzero(~found)
+
+    unsaved: list[np.ndarray] = []
+
+    def save() -> None:
+        if folder is not None and unsaved:
+            rows = np.concatenate(unsaved)
+            write_vectors(folder, keys[rows], vectors[rows])
+            unsaved.clear()
+
+    saved_at = time.monotonic()
+    with tqdm(total=len(missing), desc="texts encoded", unit="text", disable=not progress or not len(missing)) as bar:
+        for rows, batch in _encode_all([unique[i] for i in missing], model, limit, batch_tokens):
+            places_of_batch = missing[rows]
+            if not np.isfinite(batch).all():
+                text = unique[places_of_batch[~np.isfinite(batch).all(axis=1)][0]]
+                raise ValueError(f"the model gives a vector that is not finite for {text[:80]!r}; check its weights")
+            vectors[places_of_batch] = batch
+            unsaved.append(places_of_batch)
+            bar.update(len(rows))
+            if time.monotonic() - saved_at > FLUSH_SECONDS or sum(map(len, unsaved)) >= FLUSH_TEXTS:
+                save()
+                saved_at = time.monotonic()
+    save()
+    return vectors[inverse]
+
+
+def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> Int32[np.ndarray, "T"]:
+    """Tokens of each text after the cut, special ones included. Raises ValueError as `embed` does."""
+    return np.array([len(ids) for ids in _tokenize(texts, model, _token_limit(model, max_tokens))], np.int32)
+
+
+def _token_limit(model: PretrainedModel, max_tokens: int) -> int:
+    if max_tokens and not 3 <= max_tokens <= model.max_tokens:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be 0 or from 3 to the model's limit, {model.max_tokens}")
+    return max_tokens or model.max_tokens
+
+
+def _checked(texts: Sequence[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise TypeError("texts is one str; give a list of them")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {i} is {text!r}; every text must be a str (an absent one the empty string)")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {i} is no valid Unicode ({error}); decode it from UTF-8 strictly") from error
+        yield text
+
+
+def _identity(model: PretrainedModel, limit: int) -> str:
+    """What a vector depends on apart from its text, as 64 hex digits."""
+    parts = [VECTORS_VERSION, model.digest, limit, model.pooling, model.normalize]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
+    start = hashlib.sha256(identity.encode())
+    digests = []
+    for text in texts:
+        digest = start.copy()
+        digest.update(text.encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+
+def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[Int32[np.ndarray, "L"]]:
+    model.tokenizer.enable_truncation(limit)
+    ids = []
+    for start in range(0, len(texts), TOKENIZE_TEXTS):
+        part = model.tokenizer.encode_batch_fast(list(texts[start : start + TOKENIZE_TEXTS]))
+        ids += [np.array(encoding.ids, np.int32) for encoding in part]
+    return ids
+
+
+def padded_length(length: int, limit: int) -> int:
+    """The length a batch is padded to: few shapes, so few compilations, for little padding."""
+    step = 8 if length <= 64 else 16 if length <= 128 else 32
+    return min(-(-length // step) * step, limit)
+
+
+def _batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int, limit: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(texts, padded rows, padded length) a batch, longest texts first so that a lack of memory shows at once.
+
+    Only the last batch is not full; its rows are rounded up to a power of two.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        length = padded_length(int(lengths[order[start]]), limit)
+        rows = max(1, batch_tokens // length)
+        batch = order[start : start + rows]
+        yield batch, min(rows, 1 << (len(batch) - 1).bit_length()), length
+        start += rows
+
+
+def _encode_all(
+    texts: Sequence[str], model: PretrainedModel, limit: int, batch_tokens: int
+) -> Iterator[tuple[np.ndarray, Float32[np.ndarray, "B D"]]]:
+    """(positions in `texts`, their vectors) batch by batch, each text once."""
+    ids = _tokenize(texts, model, limit)
+    lengths = np.array([len(row) for row in ids], np.int32)
+    params = jax.device_put(model.params)
+    waiting: tuple[np.ndarray, jax.Array] | None = None  # the device works on the next batch while this one is read
+    for batch, rows, length in _batches(lengths, batch_tokens, limit):
+        padded = np.zeros((rows, length), np.int32)
+        mask: Bool[np.ndarray, "B L"] = np.zeros((rows, length), bool)
+        for row, text in enumerate(batch):
+            padded[row, : lengths[text]] = ids[text]
+            mask[row, : lengths[text]] = True
+        vectors = encode(params, padded, mask, model.config, model.pooling, model.normalize)
+        if waiting is not None:
+            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+        waiting = batch, vectors
+    if waiting is not None:
+        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]

@@ -1,0 +1,281 @@
+"""The only Orbax: training states on disk that are whole, checked, and independent of the devices.
+
+Orbax writes the arrays. It does not notice flipped bits, casts wrong dtypes, saves NaN and takes an empty folder for
+the latest step, so each step folder is made complete under a hidden name and then renamed:
+
+    <folder>/<step>/state/            the arrays, as Orbax lays them out
+    <folder>/<step>/checkpoint.json   step, best, extras, and the name, shape and dtype of every leaf
+    <folder>/<step>/manifest.sha256   a digest of every other file, as `sha256sum --check` reads it; written last
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jaxtyping import PyTree
+
+STATE, RECORD, MANIFEST = "state", "checkpoint.json", "manifest.sha256"
+PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders that a killed process leaves behind
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is absent, damaged, not fit to be saved, or of another model."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the best one and the last `keep_last`, each a folder named after its step.
+
+    One process writes at a time. Reading never changes the folder, which may be read-only.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 2):
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; it must be at least 1")
+        self._folder = Path(folder)
+        self._keep_last = keep_last
+
+    def save(self, step: int, state: PyTree, extras: Mapping[str, Any], *, best: bool) -> None:
+        """Returns once the checkpoint is on disk; a process killed before leaves every earlier one untouched.
+
+        Damaged checkpoints of this step and later ones are replaced, and the log says so: the run was taken up again
+        before them.
+
+        Args:
+          step: optimiser steps taken, 0 or more.
+          state: arrays in any tree that JAX knows, without a device axis, all values finite.
+          extras: the configuration and the loop's bookkeeping, as JSON; tuples come back as lists.
+          best: whether no earlier step of this run is better.
+
+        Raises:
+          CheckpointError: a value that is not finite or no array, extras that JSON cannot hold, or a sound checkpoint
+            of this step or a later one is there already.
+          OSError: the folder cannot be written.
+        """
+        if step < 0:
+            raise CheckpointError(f"step is {step}; it must be 0 or more")
+        arrays = {name: _host_array(name, leaf) for name, leaf in _leaves(state).items()}
+        leaves = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+        record = {"step": step, "best": best, "extras": dict(extras), "leaves": leaves}
+        try:
+            written = json.dumps(record, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"extras cannot be written as JSON: {error}") from error
+        stale = [later for later in self._folders() if later >= step]
+        for later in stale:
+            if self._problem(later) is None:
+                raise CheckpointError(
+                    f"step {step} is not saved: {self._folder} holds a sound step {later}; "
+                    "resume from that one, or give this run another folder"
+                )
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left in [*self._folder.glob(f".*{PARTIAL}"), *self._folder.glob(f".*{DISCARDED}")]:
+            logging.warning("Removing %s, left by a process that was stopped while it saved.", left)
+            shutil.rmtree(left)
+        partial = self._folder / f".{step}{PARTIAL}"
+        partial.mkdir()
+        # Orbax refuses arrays without elements; their shape and dtype, kept in the record, say all there is to know.
+        if stored := {name: array for name, array in arrays.items() if array.size}:
+            with _orbax() as orbax:
+                orbax.save((partial / STATE).absolute(), args=ocp.args.StandardSave(stored))
+        (partial / RECORD).write_text(written, encoding="utf-8")
+        (partial / MANIFEST).write_text(_manifest(partial), encoding="utf-8")
+        for file in _files(partial):
+            _flush(partial / file)
+
+        for later in stale:
+            logging.warning("%s It is replaced by the run that now saves step %d.", self._problem(later), step)
+            self._discard(later)
+        partial.rename(self._folder / str(step))
+        _flush(self._folder)
+        self._prune()
+
+    def steps(self) -> list[int]:
+        """Steps whose save was completed, ascending. A folder without its manifest is left out and logged."""
+        complete = self._complete()
+        for step in set(self._folders()) - set(complete):
+            logging.warning("%s has no %s and is no checkpoint; ignored.", self._folder / str(step), MANIFEST)
+        return complete
+
+    def last_step(self) -> int | None:
+        """The latest completed step, None where there is none. Its bytes are not read: see `last_good`."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The latest completed step that was saved as the best so far; None where there is none."""
+        for step in reversed(self._complete()):
+            try:
+                if self._record(step)["best"]:
+                    return step
+            except CheckpointError as error:
+                logging.warning("%s", error)
+        return None
+
+    def last_good(self) -> int | None:
+        """The latest completed step whose every byte is as it was written; damaged ones after it are logged by name."""
+        for step in reversed(self.steps()):
+            problem = self._problem(step)
+            if problem is None:
+                return step
+            logging.warning("%s An earlier checkpoint is looked for.", problem)
+        return None
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The state saved at `step` and its extras.
+
+        Args:
+          step: one of `steps()`.
+          like: a tree of arrays or jax.ShapeDtypeStruct of the state's structure, shapes and dtypes. Each leaf is
+            placed as its counterpart is; NumPy arrays stay on the host.
+
+        Raises:
+          CheckpointError: the step is absent or damaged, or a leaf is missing, left over, or of another shape or
+            dtype than in `like`; names the leaf. Nothing is ever cast.
+        """
+        path = self._folder / str(step)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path} holds no checkpoint; this run has the steps {self.steps()}")
+        if problem := self._problem(step):
+            raise CheckpointError(problem)
+        record = self._record(step)
+        wanted = _leaves(like)
+        saved = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record["leaves"].items()}
+        for name in sorted(wanted.keys() | saved.keys()):
+            here = saved.get(name)
+            there = (tuple(wanted[name].shape), wanted[name].dtype.name) if name in wanted else None
+            if here != there:
+                raise CheckpointError(
+                    f"{path}: {name} is {_describe(here)} in the checkpoint and {_describe(there)} in the model; "
+                    "build the model from the configuration that the checkpoint was trained with."
+                )
+        arrays = {name: np.zeros(shape, jnp.dtype(dtype)) for name, (shape, dtype) in saved.items() if 0 in shape}
+        if len(arrays) < len(saved):
+            with _orbax() as orbax:
+                arrays |= orbax.restore((path / STATE).absolute())
+        placed = [_place(name, arrays[name], leaf) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), placed), record["extras"]
+
+    def _folders(self) -> list[int]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
+
+    def _complete(self) -> list[int]:
+        return [step for step in self._folders() if (self._folder / str(step) / MANIFEST).is_file()]
+
+    def _problem(self, step: int) -> str | None:
+        """What is wrong with the step, after reading every byte of it; None where nothing is."""
+        path = self._folder / str(step)
+        try:
+            listed, now = (path / MANIFEST).read_bytes(), _manifest(path).encode()
+        except OSError as error:
+            return f"{path} cannot be read: {error}."
+        if listed == now:
+            return None
+        changed = sorted(
+            {line[66:].decode(errors="replace") for line in set(now.splitlines()) ^ set(listed.splitlines())}
+        )
+        return f"{path} is damaged: {', '.join(changed) or MANIFEST} differs from {MANIFEST}."
+
+    def _record(self, step: int) -> dict[str, Any]:
+        path = self._folder / str(step)
+        try:
+            if f"{_digest(path / RECORD)}  {RECORD}\n".encode() in (path / MANIFEST).read_bytes():
+                return json.loads((path / RECORD).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        raise CheckpointError(f"{path} is damaged: {RECORD} differs from {MANIFEST}.")
+
+    def _prune(self) -> None:
+        steps = self._complete()
+        for step in set(steps) - set(steps[-self._keep_last :]) - {self.best_step()}:
+            self._discard(step)
+
+    def _discard(self, step: int) -> None:
+        # Renamed first: a process killed half-way through the removal leaves no step that only looks complete.
+        hidden = self._folder / f".{step}{DISCARDED}"
+        (self._folder / str(step)).rename(hidden)
+        shutil.rmtree(hidden)
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """A synchronous Orbax checkpointer that logs only warnings while it is in use."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.WARNING))
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            yield checkpointer
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """The tree's leaves in its own order by names such as params/gates/kernel."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    if len(leaves) < len(paths):
+        raise CheckpointError("two leaves of the state share one name; keep '/' and '.' out of its keys")
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise CheckpointError(f"{name} is a {type(leaf).__name__}; every leaf of a state must be an array")
+    return leaves
+
+
+def _host_array(name: str, leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise CheckpointError(
+            f"{name} has {count} of {array.size} values that are not finite, so the state is not saved; "
+            "resume from the last checkpoint with a lower learning rate"
+        )
+    return array
+
+
+def _place(name: str, array: Any, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        placed = np.asarray(array)
+    else:
+        placed = jax.device_put(array, leaf.sharding)
+    if False:  # device_put narrows 64-bit values unless told not to
+        raise CheckpointError(f"{name} came back as {placed.dtype}{placed.shape}, not {leaf.dtype}{leaf.shape}")
+    return placed
+
+
+def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _manifest(folder: Path) -> str:
+    """What the manifest of the folder's present files would say, in the format of `sha256sum`."""
+    return "".join(f"{_digest(folder / file)}  {file}\n" for file in _files(folder) if file != MANIFEST)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Asks the system to put a file or the entries of a folder on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,274 @@
+"""train(config, workdir): from files to a checkpointed model and `results.json`, in the order in which it happens.
+
+workdir/
+  config.json          what the run is; another config in the same folder is refused
+  choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
+  results.json         written last: validation and test metrics, seconds, versions
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+from fused_rec.config import Config, from_dict, to_dict
+from fused_rec.data.batches import batch, holdings, steps_per_epoch
+from fused_rec.data.dataset import column
+from fused_rec.evaluate.ranking import Scorer, evaluate, item_sets, mean
+from fused_rec.train.checkpoint import Checkpoints
+from fused_rec.train.curves import Curves
+from fused_rec.train.parallel import parallel_step, replicate
+from fused_rec.train.prepare import Prepared, prepare, read
+from fused_rec.train.step import Task, TrainState, embed, init
+
+LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
+
+
+class NonFiniteLoss(FloatingPointError):
+    """Training diverged; the message names the step and the last good checkpoint."""
+
+
+class Progress(NamedTuple):
+    """The loop's bookkeeping, kept with each checkpoint. best: (validation value, step)."""
+
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best
+    seconds: float = 0.0
+
+
+def train(config: Config, workdir: str | Path) -> dict[str, Any]:
+    """Runs or resumes one run and returns what `results.json` holds.
+
+    Raises:
+      ValueError: workdir holds a run of another config.
+      DataError, LeakError: the input must not be used.
+      NonFiniteLoss: training diverged.
+    """
+    workdir = Path(workdir)
+    claim(config, workdir)
+    dataset, parts_of = read(config)
+
+    known: tuple[str, ...] = ("train",)
+    prepared = prepare(config, dataset, parts_of, known)
+    state, progress = fit(config, prepared, workdir / "choose")
+    seconds = progress.seconds
+    valid = measure(prepared, scorer(config, prepared, state), "valid")
+
+    if config.train.refit:
+        known = ("train", "valid")
+        prepared = prepare(config, dataset, parts_of, known)
+        state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
+        seconds += refitted.seconds
+
+    # Everything is chosen: the one time that the test part is read.
+    results = {
+        "dataset": dataset.name,
+        "split": parts_of.kind,
+        "variant": config.model.variant,
+        "seed": config.train.seed,
+        "valid": valid,
+        "test": measure(prepared, scorer(config, prepared, state), "test"),
+        "best_step": progress.best_step,
+        "seconds": round(seconds, 1),
+        "config": to_dict(config),
+        "versions": versions(),
+    }
+    write_json(workdir / "results.json", results)
+    return results
+
+
+def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None = None) -> tuple[TrainState, Progress]:
+    """Trains in `folder`, from its newest checkpoint on, and returns the state that counts.
+
+    steps None: validation every `eval_every` steps chooses; the state of the best step comes back.
+    steps given: trains so many without looking at anything; the last state comes back.
+    """
+    settings = config.train
+    dataset, observed = prepared.dataset, prepared.observed
+    held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
+    checkpoints, curves = Checkpoints(folder / "checkpoints"), Curves(folder)
+    task = replicate(prepared.task)
+    state, progress = resume(config, prepared, checkpoints)
+    curves.rewind(int(state.step))
+    state = replicate(state)
+    step = parallel_step(config)
+
+    first, last, began = int(state.step), steps or settings.max_steps, time.monotonic()
+    if first:
+        logging.info("%s: goes on from the checkpoint of step %d", folder.name, first)
+    logging.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
+    losses: list[jax.Array] = []
+    bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
+    for number in range(first, last):
+        if steps is None and progress.worse >= settings.patience:
+            break
+        users = batch(
+            held,
+            number,
+            seed=settings.seed,
+            batch_users=settings.batch_users,
+            positives=settings.positives,
+            negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
+        )
+        state, loss = step(state, task, users)
+        losses.append(loss)
+        bar.update()
+        due = (number + 1) % settings.eval_every == 0 or number + 1 == last
+        if due or len(losses) == LOSS_EVERY:
+            check_finite(losses, number + 1, checkpoints, folder)
+            bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
+        if due:
+            scalars = {"loss": float(np.mean(losses))}
+            improved = False
+            if steps is None:
+                values = measure(prepared, scorer(config, prepared, state), "valid")
+                scalars |= {f"valid/{name}": value for name, value in values.items()}
+                progress = judge(progress, values[settings.metric], number + 1)
+                improved = progress.worse == 0
+            progress = progress._replace(seconds=progress.seconds + time.monotonic() - began)
+            began = time.monotonic()
+            curves.write(number + 1, scalars)
+            extras = {"config": to_dict(config), "progress": progress._asdict()}
+            checkpoints.save(number + 1, state, extras, best=improved)
+            losses = []
+    bar.close()
+    if steps is None:
+        state, _ = checkpoints.restore(progress.best_step, like=state)
+    return state, progress
+
+
+def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
+    """The newest sound checkpoint, or a fresh start."""
+    state = init(config, prepared.task)
+    step = checkpoints.last_good()
+    if step is None:
+        return state, Progress()
+    state, extras = checkpoints.restore(step, like=state)
+    return state, Progress(**extras["progress"])
+
+
+def judge(progress: Progress, value: float, step: int) -> Progress:
+    """The bookkeeping after a validation value; equal to the best is not better."""
+    if progress.best is None or value > progress.best:
+        return progress._replace(best=value, best_step=step, worse=0)
+    return progress._replace(worse=progress.worse + 1)
+
+
+def caption(loss: float, metric: str, progress: Progress) -> str:
+    """What stands beside the progress bar."""
+    best = "" if progress.best is None else f", {metric} {progress.best:.4f} at {progress.best_step}"
+    return f"loss {loss:.4f}{best}"
+
+
+def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, folder: Path) -> None:
+    """Raises NonFiniteLoss where one of the last losses, the newest of them `step`'s, is not finite."""
+    values = np.asarray(jax.device_get(losses))
+    if np.isfinite(values).all():
+        return
+    first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+    good = checkpoints.last_good()
+    kept = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good} in {folder}"
+    raise NonFiniteLoss(
+        f"the loss of step {first} is {values[first - step - 1]}; {kept}. Lower train.learning_rate or raise "
+        "train.temperature, and use a new workdir"
+    )
+
+
+def measure(prepared: Prepared, scorer: Scorer, part: str) -> dict[str, float]:
+    """Ranks the whole catalogue for the users with held-out items in `part`, items known before it left out."""
+    dataset, parts_of = prepared.dataset, prepared.split
+    users, items = (column(dataset.interactions, name) for name in ("user", "item"))
+    rows = getattr(parts_of, part)
+    known = parts_of.train if part == "valid" else np.concatenate([parts_of.train, parts_of.valid])
+    per_user = evaluate(
+        scorer,
+        truth=item_sets(users[rows], items[rows], dataset.n_users),
+        seen=item_sets(users[known], items[known], dataset.n_users),
+        n_items=dataset.n_items,
+        item_counts=np.bincount(items[parts_of.train], minlength=dataset.n_items),
+        candidates=parts_of.valid_candidates if part == "valid" else parts_of.test_candidates,
+    )
+    return mean(per_user)
+
+
+def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
+    """Scores of the whole catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes it."""
+    users, items = _embed(config, state.params, prepared.task)
+    return jax.tree_util.Partial(_dot, users, items)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(config: Config, params: PyTree, task: Task) -> tuple[jax.Array, jax.Array]:
+    return embed(config, params, task)
+
+
+def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
+    return users[batch] @ items.T
+
+
+def claim(config: Config, workdir: Path) -> None:
+    """Makes `workdir` this config's; raises ValueError where it is another's already, naming the settings that differ."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "config.json"
+    mine = json.loads(json.dumps(to_dict(config)))
+    if not file.exists():
+        write_json(file, mine)
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    differ = [
+        f"{section}.{name} is {there.get(section, {}).get(name)!r} there and {value!r} here"
+        for section, settings in mine.items()
+        for name, value in settings.items()
+        if there.get(section, {}).get(name) != value
+    ]
+    if differ:
+        raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differ)}); give this run a workdir of its own")
+
+
+def load(workdir: str | Path) -> tuple[Config, Prepared, TrainState]:
+    """A finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
+
+    Raises:
+      FileNotFoundError: workdir holds no finished run.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "results.json").exists():
+        raise FileNotFoundError(f"{workdir} holds no results.json; finish the run there with experiments.train first")
+    config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    phase, known = ("refit", ("train", "valid")) if config.train.refit else ("choose", ("train",))
+    checkpoints = Checkpoints(workdir / phase / "checkpoints")
+    step = checkpoints.last_good() if config.train.refit else checkpoints.best_step()
+    if step is None:
+        raise FileNotFoundError(f"{workdir / phase} holds no sound checkpoint; run experiments.train there again")
+    prepared = prepare(config, *read(config), known)
+    state, _ = checkpoints.restore(step, like=init(config, prepared.task))
+    return config, prepared, state
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides its config."""
+    names = ("fused_rec", "jax", "jaxlib", "flax", "optax", "jraph", "orbax-checkpoint", "transformers", "numpy")
+    found = {"python": platform.python_version(), "backend": f"{jax.local_device_count()} {jax.default_backend()}"}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Writes all or nothing: to a name of its own, then renamed."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(file)

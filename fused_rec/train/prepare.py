@@ -1,0 +1,79 @@
+"""From a config to all that training and serving need: tables, split, audit, texts, graph."""
+
+import dataclasses
+
+import numpy as np
+from absl import logging
+
+from fused_rec.config import Config
+from fused_rec.data import readers
+from fused_rec.data.audit import audit
+from fused_rec.data.dataset import Dataset
+from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.splits import Observed, Split, observe, split
+from fused_rec.graph.build import build
+from fused_rec.graph.propagate import adjacencies
+from fused_rec.text.embed import embed
+from fused_rec.text.pretrained import open_model
+from fused_rec.train.step import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One dataset, split, and what `parts` of it may be seen, as a graph."""
+
+    dataset: Dataset
+    split: Split
+    observed: Observed
+    task: Task
+
+
+def read(config: Config) -> tuple[Dataset, Split]:
+    """The tables and their split. Raises DataError with one report where the tables must not be used."""
+    dataset = readers.load(config.data)
+    for repair, count in dataset.repairs.items():
+        logging.info("repaired: %s: %d", repair, count)
+    logging.info(
+        "%s: %d customers, %d products, %d interactions, %d reviews, %d ties",
+        *(dataset.name, dataset.n_users, dataset.n_items),
+        *(table.num_rows for table in (dataset.interactions, dataset.reviews, dataset.ties)),
+    )
+    return dataset, split(dataset, config.split)
+
+
+def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str, ...] = ("train",)) -> Prepared:
+    """Takes away what the split holds out, proves it gone, encodes the words left and builds the graph.
+
+    Raises:
+      LeakError: text or ties tell of held-out rows.
+    """
+    observed = observe(dataset, parts_of, parts)
+    texts = node_texts(dataset, observed)
+    audit(dataset, parts_of, observed, texts, parts)
+    graph = build(dataset, observed, texts, encode(config, texts), config.graph)
+    return Prepared(
+        dataset, parts_of, observed, Task(graph, adjacencies(graph), np.asarray(present(dataset, parts_of, parts)))
+    )
+
+
+def encode(config: Config, texts: NodeTexts) -> np.ndarray:
+    """float32 [T, D] vectors of the distinct texts; a variant without words needs no language model."""
+    if config.model.variant == "graph" or not texts.texts:
+        return np.zeros((len(texts.texts), 1), np.float32)
+    model = open_model(config.text.model, offline=config.text.offline)
+    return embed(
+        texts.texts,
+        model,
+        cache=config.text.cache,
+        batch_tokens=config.text.batch_tokens,
+        max_tokens=config.text.max_tokens,
+    )
+
+
+def present(dataset: Dataset, parts_of: Split, parts: tuple[str, ...]) -> np.ndarray:
+    """bool [I]: items that exist while training; a new-items split holds the others back altogether."""
+    there = np.ones(dataset.n_items, bool)
+    for part, candidates in (("valid", parts_of.valid_candidates), ("test", parts_of.test_candidates)):
+        if part not in parts and candidates is not None:
+            there[candidates] = False
+    return there

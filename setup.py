@@ -1,0 +1,51 @@
+"""What is installed: the package, its version, and the libraries it needs. Tool settings stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fused_rec",
+    version="0.1.0",
+    description="Recommends financial products from text and a heterogeneous graph, trained together in JAX.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # experiments/ stays out: its name would claim a top-level module of every environment. It runs from the checkout.
+    packages=find_packages(include=["fused_rec", "fused_rec.*"]),
+    package_data={"fused_rec": ["py.typed"]},
+    zip_safe=False,
+    # Lower bounds are the oldest versions that the test suite passed with, all of them together.
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12.4",
+        "jax>=0.10.0",
+        "jaxtyping>=0.3.3",
+        "jraph==0.0.6.dev0",  # the last release, and a pre-release: without the pin pip looks for an older one
+        "ml_collections>=1.0",
+        "numpy>=2.1",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.0",
+        "pyarrow>=18.0",
+        "safetensors>=0.6",
+        "scipy>=1.14.1",
+        "tensorboardX>=2.6.2.2",
+        "tqdm>=4.66",
+        "transformers>=5.3",  # earlier ones could run code that a model folder names
+    ],
+    extras_require={
+        "tests": [
+            "beartype>=0.22",
+            "hypothesis>=6.100",
+            "ir-measures>=0.4",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8.4",
+            "pytest-xdist>=3.6",
+            "ruff>=0.15",
+        ],
+        "notebooks": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10"],
+        "sweeps": ["optuna>=4.0"],
+        "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
+    },
+)

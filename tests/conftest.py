@@ -1,0 +1,18 @@
+"""The environment every test runs in. JAX reads it once, so it is set before anything imports JAX."""
+
+import os
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError(
+        "a pytest plugin imported JAX before tests/conftest.py could choose its devices; disable it with -p no:NAME"
+    )
+
+# Four devices on one host, so that multi-device code runs everywhere the tests do.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# [U] + [U, K] is a forgotten axis far more often than a wish.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# A test that needs the network is a broken test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,78 @@
+"""The words of nodes and their weights, by hand."""
+
+import numpy as np
+import pyarrow as pa
+
+from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
+from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.splits import Observed
+
+
+def reviews(rows: list[tuple[int, int, str | None]]) -> pa.Table:
+    user, item, text = zip(*rows, strict=True)
+    return pa.table(
+        {"user": pa.array(user, pa.int32()), "item": pa.array(item, pa.int32()), "text": pa.array(text, pa.string())}
+    )
+
+
+def words(users: list[str | None] | None, items: list[str | None] | None, said: pa.Table) -> NodeTexts:
+    """Three users and three items, described or, where None, from tables without the column."""
+
+    def nodes(texts: list[str | None] | None) -> pa.Table:
+        ids = pa.table({"id": ["0", "1", "2"]})
+        return ids if texts is None else ids.append_column("text", pa.array(texts, pa.string()))
+
+    pairs = np.zeros(1, np.int32)
+    data = Dataset("tiny", nodes(users), nodes(items), pa.table({}), said, empty_ties())
+    return node_texts(data, Observed(pairs, pairs, said, empty_ties()))
+
+
+def by_node(texts: NodeTexts, side: str) -> dict[int, dict[str, float]]:
+    columns = (getattr(texts, f"{side}_{name}").tolist() for name in ("rows", "texts", "weights"))
+    nodes: dict[int, dict[str, float]] = {}
+    for row, text, weight in zip(*columns, strict=True):
+        assert texts.texts[text] not in nodes.setdefault(row, {})
+        nodes[row][texts.texts[text]] = weight
+    return nodes
+
+
+def test_description_has_half_and_reviews_share_half():
+    said = reviews([(0, 0, " good "), (0, 1, "good"), (0, 2, "bad"), (1, 2, "bad"), (0, 2, "so so")])
+    texts = words(["saver", None, "  "], ["fund", "\t", None], said)
+    assert texts.texts == ["saver", "fund", "good", "bad", "so so"]
+    assert by_node(texts, "user") == {0: {"saver": 0.5, "good": 0.25, "bad": 0.125, "so so": 0.125}, 1: {"bad": 1}}
+    third = float(np.float32(1 / 3))
+    assert by_node(texts, "item") == {
+        0: {"fund": 0.5, "good": 0.5},
+        1: {"good": 1},
+        2: {"bad": 2 * third, "so so": third},
+    }
+    assert texts.user_rows.tolist() == [0, 0, 0, 0, 1]
+    assert (texts.user_rows.dtype, texts.user_weights.dtype) == (np.int32, np.float32)
+
+
+def test_blank_reviews_are_nobodys_words():
+    texts = words(["saver", None, None], None, reviews([(0, 0, None), (0, 1, " \n"), (1, 1, "")]))
+    assert texts.texts == ["saver"]
+    assert by_node(texts, "user") == {0: {"saver": 1}}
+    assert by_node(texts, "item") == {}
+
+
+def test_a_review_that_repeats_the_description_adds_to_it():
+    texts = words(["same", None, None], None, reviews([(0, 0, "same"), (0, 1, "other")]))
+    assert by_node(texts, "user") == {0: {"same": 0.75, "other": 0.25}}
+
+
+def test_without_any_words():
+    texts = words(None, None, empty_reviews())
+    assert texts.texts == [] and len(texts.user_rows) == len(texts.item_weights) == 0
+
+
+def test_weights_sum_to_one_and_keep_first_appearance_order():
+    rng = np.random.default_rng(0)
+    said = reviews([(int(u), int(i), f"text {t}") for u, i, t in rng.integers(0, 3, (500, 3))])
+    texts = words([None, "text 1", "zebra"], ["apple", None, "text 1"], said)
+    assert texts.texts[:3] == ["text 1", "zebra", "apple"]
+    for rows, weights in ((texts.user_rows, texts.user_weights), (texts.item_rows, texts.item_weights)):
+        np.testing.assert_allclose(np.bincount(rows, weights), 1, atol=1e-6)
+        assert (np.diff(rows) >= 0).all()

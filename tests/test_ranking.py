@@ -1,0 +1,305 @@
+"""Ranking and evaluation against hand-made lists, a brute-force ranking, and ir-measures."""
+
+from typing import Any
+
+import ir_measures
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ir_measures import AP, RR, P, R, Success, nDCG
+from jax.tree_util import Partial
+
+from fused_rec.evaluate.ranking import Sets, evaluate, item_sets, mean, top_k
+
+
+def _lookup(table, users):
+    return table[users]
+
+
+def scorer_of(table):
+    return Partial(_lookup, jnp.asarray(table, jnp.float32))
+
+
+def sets_of(lists):
+    user = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
+    return item_sets(user, np.array([i for x in lists for i in x], int), len(lists))
+
+
+def sets_where(mask):
+    user, item = np.nonzero(mask)
+    return item_sets(user, item, len(mask))
+
+
+def lists_of(sets: Sets):
+    return [list(sets.items[sets.indptr[u] : sets.indptr[u + 1]]) for u in range(sets.n_users)]
+
+
+# --- item sets ----------------------------------------------------------------------------------------------------
+
+
+def test_item_sets_are_sorted_and_unique():
+    sets = item_sets(np.array([2, 0, 2, 2]), np.array([5, 1, 3, 5]), 4)
+    assert lists_of(sets) == [[1], [], [3, 5], []]
+    assert (sets.indptr.dtype, sets.items.dtype) == (np.int64, np.int32)
+    assert list(sets.sizes) == [1, 0, 2, 0]
+    assert list(sets.users) == [0, 2, 2]
+
+
+@pytest.mark.parametrize(("user", "item", "message"), [([4], [0], "0..3"), ([-1], [0], "0..3"), ([0], [-2], "item -2")])
+def test_item_sets_outside_their_bounds(user, item, message):
+    with pytest.raises(ValueError, match=message):
+        item_sets(np.array(user), np.array(item), 4)
+
+
+# --- three users, five items, by hand ------------------------------------------------------------------------------
+
+# item      0    1    2    3    4
+TABLE = [[0.5, 0.4, 0.3, 0.2, 0.1],  # user 0 has seen 0: ranks 1 2 3 4, holds out 2 and 4: hits at ranks 2 and 4
+         [0.1, 0.2, 0.3, 0.4, 0.5],  # user 1 has seen 4 and 3: ranks 2 1 0, holds out 2: hit at rank 1
+         [0.1, 0.9, 0.2, 0.8, 0.3]]  # user 2 holds out nothing: ranked, not evaluated  # fmt: skip
+SEEN = [[0], [3, 4], [2]]
+TRUTH = [[2, 4], [2], []]
+
+
+def _by_hand(**changes):
+    arguments: dict[str, Any] = {"truth": sets_of(TRUTH), "seen": sets_of(SEEN), "n_items": 5, "ks": (2, 4)}
+    return evaluate(scorer_of(TABLE), **{**arguments, "item_counts": np.array([1, 0, 1, 2, 3]), **changes})
+
+
+def test_top_k_by_hand():
+    items, scores = top_k(scorer_of(TABLE), np.array([2, 0, 1]), seen=sets_of(SEEN), n_items=5, k=4, batch=2)
+    assert items.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 1, 0, -1]]
+    np.testing.assert_allclose(scores[2], [0.3, 0.2, 0.1, -np.inf], rtol=1e-6)
+    assert (items.dtype, scores.dtype) == (np.int32, np.float32)
+
+
+def test_evaluate_by_hand():
+    per_user = _by_hand()
+    assert per_user.users.tolist() == [0, 1]
+    rank_2, rank_4 = 1 / np.log2(3), 1 / np.log2(5)
+    expected = {
+        "recall@2": [1 / 2, 1],
+        "recall@4": [1, 1],
+        "precision@2": [1 / 2, 1 / 2],
+        "precision@4": [2 / 4, 1 / 4],
+        "hitrate@2": [1, 1],
+        "ndcg@2": [rank_2 / (1 + rank_2), 1],
+        "ndcg@4": [(rank_2 + rank_4) / (1 + rank_2), 1],
+        "mrr@4": [1 / 2, 1],
+        "map@4": [(1 / 2 + 2 / 4) / 2, 1],
+        # User 0: 2 and 4 against 1 and 3: 2 beats 3. User 1: 2 against 0 and 1.
+        "accuracy": [1 / 4, 1],
+        # log2(3 users / count), item 1 as if one user had it: items 1 2 3 4, and 2 1 0.
+        "novelty@10": [(2 * np.log2(3) + np.log2(3 / 2)) / 4, np.log2(3)],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(per_user.metrics[name], values, rtol=1e-6, err_msg=name)
+        assert per_user.metrics[name].dtype == np.float32
+    means = mean(per_user)
+    assert means["recall@2"] == pytest.approx(3 / 4)
+    assert means["coverage@10"] == 1  # user 0 is given items 1 to 4, user 1 item 0
+    assert set(means) == set(per_user.metrics) | {"coverage@10"}
+
+
+def test_evaluate_among_candidates():
+    # Of 0, 1 and 4, user 0 has 1 and 4 left and holds out 4; user 1 has 1 and 0 left and holds out none of them.
+    per_user = _by_hand(candidates=np.array([4, 0, 1]))
+    assert per_user.users.tolist() == [0]
+    assert per_user.metrics["recall@2"] == [1]
+    assert per_user.metrics["mrr@2"] == [1 / 2]
+    assert per_user.metrics["accuracy"] == [0]
+    assert per_user.aggregate == {"coverage@10": pytest.approx(2 / 3)}
+
+
+def test_mean_leaves_out_users_without_pairs():
+    # User 1 has seen all but its held-out item: every metric is 1, and there is nothing to compare it with.
+    per_user = _by_hand(seen=sets_of([[0], [0, 1, 3, 4], []]))
+    np.testing.assert_allclose(per_user.metrics["accuracy"], [1 / 4, np.nan])
+    assert mean(per_user)["accuracy"] == 1 / 4
+    assert per_user.metrics["recall@2"].tolist() == [1 / 2, 1]
+
+
+def test_users_who_have_seen_everything():
+    seen = sets_of([[0, 1, 2, 3, 4], [0, 1, 2, 3], []])
+    items, scores = top_k(scorer_of(TABLE), np.arange(3), seen=seen, n_items=5, k=7)
+    assert items.tolist() == [[-1] * 7, [4] + [-1] * 6, [1, 3, 4, 2, 0, -1, -1]]
+    assert np.isneginf(scores[0]).all()
+
+
+def test_no_users_no_rows():
+    items, scores = top_k(scorer_of(TABLE), np.array([], int), seen=sets_of(SEEN), n_items=5, k=3)
+    assert items.shape == scores.shape == (0, 3)
+
+
+# --- against other implementations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "ties"])
+def test_equals_ir_measures(rounded):
+    rng = np.random.default_rng(3)
+    n_users, n_items, ks, seed = 150, 120, (1, 5, 10, 50), 11
+    table = rng.normal(size=(n_users, n_items)).astype(np.float32)
+    table = np.round(table, 1) if rounded else table  # also gives -0.0 and 0.0, which tie
+    kind = rng.choice(3, (n_users, n_items), p=[0.08, 0.7, 0.22])  # held out, neither, seen
+    truth, seen = sets_where(kind == 0), sets_where(kind == 2)
+    assert truth.sizes.min() > 0
+    per_user = evaluate(
+        scorer_of(table),
+        truth=truth,
+        seen=seen,
+        n_items=n_items,
+        ks=ks,
+        item_counts=(kind == 2).sum(0),
+        batch=64,
+        seed=seed,
+    )
+
+    place = np.argsort(np.random.default_rng(seed).permutation(n_items))  # the documented order of equal scores
+    run, judged = [], []
+    for user in range(n_users):
+        open_to = np.flatnonzero(kind[user] != 2)
+        ranked = open_to[np.lexsort((place[open_to], -table[user, open_to]))]
+        run += [ir_measures.ScoredDoc(str(user), str(i), float(n_items - rank)) for rank, i in enumerate(ranked)]
+        judged += [ir_measures.Qrel(str(user), str(i), 1) for i in np.flatnonzero(kind[user] == 0)]
+    theirs = {"recall": R, "precision": P, "hitrate": Success, "ndcg": nDCG, "mrr": RR, "map": AP}
+    measures = {f"{name}@{k}": measure @ k for name, measure in theirs.items() for k in ks}
+    expected = {(m.measure, int(m.query_id)): m.value for m in ir_measures.iter_calc(measures.values(), judged, run)}
+    assert len(expected) == len(measures) * n_users
+    for name, measure in measures.items():
+        want = [expected[measure, user] for user in per_user.users]
+        np.testing.assert_allclose(per_user.metrics[name], want, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_masks_hold_for_every_user():
+    rng = np.random.default_rng(0)
+    n_users, n_items = 70, 40
+    kind = rng.random((n_users, n_items)) < 0.5
+    candidates = np.sort(rng.choice(n_items, 25, replace=False))
+    table = rng.normal(size=(n_users, n_items))
+    seen = sets_where(kind)
+    items, _ = top_k(
+        scorer_of(table), np.arange(n_users), seen=seen, n_items=n_items, k=40, candidates=candidates, batch=16
+    )
+    for user in range(n_users):
+        open_to = np.setdiff1d(candidates, np.flatnonzero(kind[user]))
+        found = items[user][items[user] >= 0]
+        assert found.tolist() == open_to[np.argsort(-table[user, open_to])].tolist()
+
+
+def test_batch_size_changes_nothing():
+    rng = np.random.default_rng(5)
+    n_users, n_items = 53, 31
+    kind = rng.choice(3, (n_users, n_items), p=[0.1, 0.6, 0.3])
+    truth, seen = sets_where(kind == 0), sets_where(kind == 2)
+    table = np.round(rng.normal(size=(n_users, n_items)), 1)
+    results = [
+        evaluate(scorer_of(table), truth=truth, seen=seen, n_items=n_items, item_counts=(kind == 2).sum(0), batch=batch)
+        for batch in (7, 52, 1000)
+    ]
+    for result in results[1:]:
+        assert result.users.tolist() == results[0].users.tolist()
+        assert result.aggregate == results[0].aggregate
+        for name, values in results[0].metrics.items():
+            # XLA adds in another order for another shape: one unit in the last place
+            np.testing.assert_allclose(result.metrics[name], values, rtol=3e-7, err_msg=name)
+
+
+# --- equal scores --------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_scorer_is_chance():
+    """Half the items are held out by everybody and have the low ids: preferring low ids would give recall 10/20."""
+    n_users, n_items = 8, 40
+    arguments = {"truth": sets_of([list(range(20))] * n_users), "seen": sets_of([[]] * n_users), "n_items": n_items}
+    scorer = scorer_of(np.ones((n_users, n_items)))
+    counts = np.ones(n_items, int)
+    recalls = [mean(evaluate(scorer, **arguments, ks=(10,), item_counts=counts, seed=seed)) for seed in range(60)]
+    assert all(r["accuracy"] == 0.5 for r in recalls)
+    # Hypergeometric: mean 10 * 20 / 40 / 20 = 1/4, deviation of the mean of 60 draws .0088.
+    assert np.mean([r["recall@10"] for r in recalls]) == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_negative_zero_ties_with_zero():
+    table = np.where(np.arange(20) % 2, -0.0, 0.0)[None, :]
+    items, _ = top_k(scorer_of(table), np.array([0]), seen=sets_of([[]]), n_items=20, k=20, seed=4)
+    assert items[0].tolist() == np.random.default_rng(4).permutation(20).tolist()
+
+
+def test_a_plain_function_is_a_scorer():
+    items, _ = top_k(lambda users: jnp.asarray(TABLE)[users], np.arange(3), seen=sets_of(SEEN), n_items=5, k=1)
+    assert items.tolist() == [[1], [2], [1]]
+
+
+# --- compilation ---------------------------------------------------------------------------------------------------
+
+
+def test_new_parameters_and_the_last_batch_need_no_compilation():
+    traced = []
+
+    def score(table, users):
+        traced.append(users.shape)
+        return table[users]
+
+    seen = sets_of([[]] * 10)
+    for scale in (1.0, 2.0):
+        top_k(
+            Partial(score, jnp.arange(50.0).reshape(10, 5) * scale), np.arange(10), seen=seen, n_items=5, k=2, batch=4
+        )
+    assert traced == [(4,)]
+
+
+def test_half_precision_scores_are_ranked():
+    items, scores = top_k(
+        Partial(_lookup, jnp.asarray(TABLE, jnp.bfloat16)), np.array([0]), seen=sets_of(SEEN), n_items=5, k=2
+    )
+    assert items.tolist() == [[1, 2]]
+    assert scores.dtype == np.float32
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite(bad):
+    table = np.array(TABLE)
+    table[1, 3] = bad  # also where the item is seen: a broken scorer must not hide behind a mask
+    with pytest.raises(ValueError, match="user 1 hold NaN or infinity"):
+        top_k(scorer_of(table), np.array([0, 2, 1]), seen=sets_of(SEEN), n_items=5, k=1)
+    with pytest.raises(ValueError, match="user 1 hold NaN or infinity"):
+        evaluate(
+            scorer_of(table), truth=sets_of(TRUTH), seen=sets_of(SEEN), n_items=5, item_counts=np.ones(5, int), ks=(1,)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ks": ()}, "at least 1"),
+        ({"ks": (0, 5)}, "at least 1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"candidates": np.array([], int)}, "0..4"),
+        ({"candidates": np.array([5])}, "0..4"),
+        ({"candidates": np.array([3])}, "no user has a held-out item"),
+        ({"seen": sets_of([[2], [], []])}, "1 held-out pairs are seen as well, first user 0 with item 2"),
+        ({"seen": sets_of([[], []])}, "truth is of 3 users and seen of 2"),
+        ({"seen": sets_of([[], [], [5]])}, "seen holds item 5"),
+        ({"truth": sets_of([[], [9], []])}, "truth holds item 9"),
+        ({"item_counts": np.array([1, 2, 3, 0])}, "item_counts has 4 entries"),
+        ({"item_counts": np.array([1, 2, 3, 0, 4])}, "at most 3"),
+        ({"n_items": 6, "item_counts": np.ones(6, int)}, r"shape \(2, 5\); it must be \(2, 6\)"),
+    ],
+)
+def test_evaluate_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _by_hand(**changes)
+
+
+@pytest.mark.parametrize(("users", "k", "message"), [([0, 3], 1, "0..2"), ([-1], 1, "0..2"), ([0], 0, "k is 0")])
+def test_top_k_refuses(users, k, message):
+    with pytest.raises(ValueError, match=message):
+        top_k(scorer_of(TABLE), np.array(users), seen=sets_of(SEEN), n_items=5, k=k)
+
+
+def test_a_bar_shows_progress(capfd):
+    top_k(scorer_of(TABLE), np.arange(3), seen=sets_of(SEEN), n_items=5, k=1, progress=True)
+    assert "rank" in capfd.readouterr().err
