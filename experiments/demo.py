@@ -4,18 +4,24 @@ Trains text alone, graph alone and both fused, ranks the whole catalogue on held
 customer's recommendations and where everything lies.
 """
 
+import logging
 from pathlib import Path
 
-from absl import app, flags, logging
+import pyarrow as pa
+from absl import app, flags
 
 from experiments.configs.synthetic import get_config
-from experiments.evaluate import measure_baseline, table
-from experiments.recommend import recommendations
 from fused_rec.config import Config, from_dict
-from fused_rec.train.loop import load, train
+from fused_rec.data.dataset import Dataset
+from fused_rec.evaluate.compare import table
+from fused_rec.train.loop import train
+from fused_rec.train.measure import baseline, measure
+from fused_rec.train.serve import load, recommend
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the three runs.")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
+BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
+CUSTOMER = "C0001"
 SHOWN = ["recall@10", "ndcg@10", "accuracy"]
 
 
@@ -30,32 +36,29 @@ def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings and shows what came out."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
+    logging.getLogger("fused_rec").setLevel(logging.INFO)
     workdir = Path(WORKDIR.value)
     rows = {}
     for variant, name in VARIANTS.items():
         print(f"\n== {name}")
         rows[name] = train(variant_config(variant), workdir / variant)["test"]
-    _, prepared, _ = load(workdir / "fused")
-    rows = {name: measure_baseline(key, prepared, "test") for key, name in BASELINES.items()} | rows
+    config, prepared, state = load(workdir / "fused")
+    rows = {name: measure(prepared, baseline(key, prepared), "test") for key, name in BASELINES.items()} | rows
 
     print("\nHeld-out purchases, the whole catalogue ranked for every customer:\n")
     print(table(rows, SHOWN))
-    show_customer(workdir / "fused")
+    show_customer(prepared.dataset, recommend(config, prepared, state, [CUSTOMER], 5))
     print(f"\ncheckpoints: {workdir}/fused/choose/checkpoints")
     print(f"results:     {workdir}/fused/results.json")
 
 
-def show_customer(workdir: Path) -> None:
-    """Prints five recommendations for the first customer of the market."""
-    ranked, dataset = recommendations(str(workdir), ["C0001"], 5)
+def show_customer(dataset: Dataset, ranked: pa.Table) -> None:
+    """Prints a customer's recommendations with the products' names."""
     names = dict(zip(*(dataset.items.column(name).to_pylist() for name in ("item_id", "name")), strict=True))
-    print("\nFor customer C0001:\n")
+    print(f"\nFor customer {CUSTOMER}:\n")
     for row in ranked.to_pylist():
         print(f"  {row['rank']}. {row['item_id']}  {names[row['item_id']]}  (score {row['score']:.3f})")
 
-
-BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 
 if __name__ == "__main__":
     app.run(main)

@@ -5,7 +5,9 @@
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
 """
 
-from absl import app, flags, logging
+import logging
+
+from absl import app, flags
 from ml_collections import config_flags
 
 from fused_rec.config import from_dict
@@ -20,7 +22,7 @@ def main(argv: list[str]) -> None:
     """Parses the flags, trains, and prints where things lie."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.section.name=value")
-    logging.set_verbosity(logging.INFO)
+    logging.getLogger("fused_rec").setLevel(logging.INFO)
     results = train(from_dict(CONFIG.value.to_dict()), WORKDIR.value)
     for part in ("valid", "test"):
         print(f"{part:5}  " + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN))

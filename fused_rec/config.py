@@ -8,7 +8,10 @@ from typing import Any, Literal
 SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "published"]
 Variant = Literal["fused", "graph", "text"]
 KS = (5, 10, 20, 50)  # ranks at which lists are cut
-METRICS = ("accuracy", *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS))
+METRICS = (
+    "accuracy",
+    *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS),
+)
 Score = Literal["cosine", "dot"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 
@@ -42,7 +45,9 @@ class SplitConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _require(self.kind in typing.get_args(SplitKind), "split.kind", self.kind, f"one of {typing.get_args(SplitKind)}")
+        _require(
+            self.kind in typing.get_args(SplitKind), "split.kind", self.kind, f"one of {typing.get_args(SplitKind)}"
+        )
         for name in ("test", "valid"):
             value = getattr(self, name)
             _require(0 < value < 1, f"split.{name}", value, "between 0 and 1")
@@ -88,7 +93,12 @@ class ModelConfig:
     id_scale: float = 0.1  # standard deviation of the initial id rows
 
     def __post_init__(self):
-        _require(self.variant in typing.get_args(Variant), "model.variant", self.variant, f"one of {typing.get_args(Variant)}")
+        _require(
+            self.variant in typing.get_args(Variant),
+            "model.variant",
+            self.variant,
+            f"one of {typing.get_args(Variant)}",
+        )
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
@@ -103,14 +113,18 @@ class TrainConfig:
     temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
     batch_users: int = 512
     positives: int = 64
-    negatives: int = 16  # drawn uniformly for each user of a batch; sampled_softmax shares the batch's, softmax needs none
+    negatives: int = (
+        16  # drawn uniformly for each user of a batch; sampled_softmax shares the batch's, softmax needs none
+    )
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
     max_steps: int = 2000
     eval_every: int = 50
     patience: int = 5  # evaluations without a better validation value before training stops
     metric: str = "ndcg@10"  # on validation; chooses the step
-    refit: bool = False  # having chosen the step, train anew on train and valid for as many steps before the test is read
+    refit: bool = (
+        False  # having chosen the step, train anew on train and valid for as many steps before the test is read
+    )
     seed: int = 0
 
     def __post_init__(self):

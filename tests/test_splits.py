@@ -111,6 +111,8 @@ def test_new_items_go_with_all_their_interactions():
     assert parts.test.tolist() == np.flatnonzero(np.isin(item, parts.test_candidates)).tolist()
     assert parts.valid.tolist() == np.flatnonzero(np.isin(item, parts.valid_candidates)).tolist()
     assert parts.test_candidates.dtype == np.int32 and parts.test_candidates.max() < 10
+    drawn = [split(data, SplitConfig(kind="new_items", seed=seed)).test_candidates for seed in range(60)]
+    assert np.bincount(np.concatenate([new for new in drawn if new is not None]), minlength=12)[:10].min() >= 2
 
 
 def test_new_users_go_with_all_their_interactions():

@@ -1,5 +1,6 @@
 """Arrow columns: ids as dictionaries, texts joined, masks, places in a catalogue."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,28 @@ def locate(ids: pa.ChunkedArray, catalogue: pa.ChunkedArray) -> Int32[np.ndarray
     encoded = ids.combine_chunks()
     places = pc.fill_null(pc.index_in(encoded.dictionary, value_set=catalogue.combine_chunks()), -1).to_numpy()
     return np.append(places, np.int32(-1))[pc.fill_null(encoded.indices, -1).to_numpy()]
+
+
+def read_texts(
+    column: pa.ChunkedArray,
+    casts: Sequence[Callable[[pa.ChunkedArray], pa.ChunkedArray]],
+    read: Callable[[str], int | float | None],
+    kind: pa.DataType,
+) -> pa.ChunkedArray:
+    """Texts as numbers of type `kind`: by the first cast that takes them all, or else half by half.
+
+    So a few odd values among millions cost a few casts; the last 256 or fewer go through `read` one by one.
+    """
+    for cast in casts:
+        try:
+            return cast(column)
+        except pa.ArrowInvalid:
+            continue
+    if len(column) > 256:
+        halves = column.slice(0, len(column) // 2), column.slice(len(column) // 2)
+        return pa.chunked_array([c for half in halves for c in read_texts(half, casts, read, kind).chunks], kind)
+    values = [None if value is None else read(value) for value in column.to_pylist()]
+    return pa.chunked_array([pa.array(values, kind)])
 
 
 def flags(condition: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:

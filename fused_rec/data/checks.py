@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
-from fused_rec.data.arrow import ID, as_ids, flags, pc, replace
+from fused_rec.data.arrow import ID, as_ids, flags, pc, read_texts, replace
 from fused_rec.data.dataset import Problem
 from fused_rec.data.times import EARLIEST, LATEST, parse_times
 
@@ -193,17 +193,18 @@ def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, Bool[np.ndarray, "R"]]:
     """Float64 values (0 where there is none) and which rows could be read as a number."""
-    try:
-        numbers = column.cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        values = column.unique()
-        read = pa.array([_as_number(value) for value in values.to_pylist()], pa.float64())
-        numbers = pc.take(pa.chunked_array([read]), pc.index_in(column, value_set=values))
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        column = read_texts(column.cast(pa.string()), (_as_floats,), _as_float, pa.float64())
+    numbers = column.cast(pa.float64(), safe=False)
     return np.asarray(pc.fill_null(numbers, 0.0)), flags(pc.is_valid(numbers))
 
 
-def _as_number(value: object) -> float | None:
+def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.float64())
+
+
+def _as_float(value: str) -> float | None:
     try:
-        return float(str(value))
+        return float(value)
     except ValueError:
         return None

@@ -39,7 +39,11 @@ def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> No
         try:
             _receive(url, part, limit)
             break
+        except DownloadError:
+            part.unlink(missing_ok=True)  # these bytes are not to be taken up again
+            raise
         except urllib.error.HTTPError as error:
+            error.close()
             raise DownloadError(f"{url} answers {error.code} {error.reason}") from error
         except (OSError, http.client.HTTPException) as error:
             if attempt == ATTEMPTS:
@@ -61,6 +65,8 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
     Raises DownloadError, before anything is written, where a member is no plain file or folder, its name leads out of
     `folder`, or the members come to more than `limit` bytes; and where the archive is corrupt.
     """
+    if not zipfile.is_zipfile(archive):
+        verify(archive, archive.name, "", limit)  # tarfile stops at its own end mark, before that of gzip
     try:
         with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
             read: Any = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile

@@ -78,6 +78,8 @@ def read_delimited(
         raise DataError(faults or [_fault(file, error, "write it again or download it again")]) from error
     if count > len(torn):
         torn.append(Problem(file.name, None, f"{count:,} rows of another width in all", "write them again"))
+    if quoted:
+        torn += _unclosed(file)
     if torn:
         raise DataError(torn)
     return table
@@ -108,6 +110,20 @@ def _header(file: Path, delimiter: str, encoding: str, quoted: bool) -> tuple[st
     with opened(file, "rt", encoding="utf-8-sig" if encoding == "utf8" else encoding, newline="") as lines:
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         return tuple(next(csv.reader(lines, delimiter=delimiter, quoting=style), ()))
+
+
+def _unclosed(file: Path) -> Iterator[Problem]:
+    """A quote that the file ends in, which Arrow takes for closed: the file is cut short, or rows were swallowed."""
+    with open(file, "rb") as source:
+        if sum(chunk.count(b'"') for chunk in iter(lambda: source.read(1 << 20), b"")) % 2 == 0:
+            return
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        row = 1
+        try:
+            for _ in csv.reader(lines, strict=True):
+                row += 1
+        except csv.Error as error:
+            yield Problem(file.name, row, f"a quote is not closed as it should be ({error})", "write the file again")
 
 
 def _not_utf8(file: Path) -> Iterator[Problem]:

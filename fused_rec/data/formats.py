@@ -72,10 +72,10 @@ def recbole(path: Path, repair: bool) -> Dataset:
     stay as attributes too, each in one string, beside those of the other types. Of `*.inter` the text is the review
     and `rating` the value; columns beyond user_id, item_id, timestamp and these are counted, not read.
     """
-    events, notes = _atomic(_only(path, "*.inter"), ("user_id", "item_id")), {}
+    events, said = _atomic(_only(path, "*.inter"), ("user_id", "item_id"))
     known = [name for name in ("user_id", "item_id", "rating", "timestamp", "text") if name in events.column_names]
-    for name in set(events.column_names).difference(known, ["name"]):
-        notes[f"interactions: column {name!r} not read"] = 1
+    unread = [name for name in events.column_names if name not in (*known, *said, "name")]
+    notes = {f"interactions: column {name!r} not read": 1 for name in unread}
     tables = {"interactions": events.select(known).rename_columns([{"rating": "value"}.get(n, n) for n in known])}
     for table, ending, ids in (
         ("items", "item", ("item_id",)),
@@ -83,7 +83,7 @@ def recbole(path: Path, repair: bool) -> Dataset:
         ("ties", "net", ("source_id", "target_id")),
     ):
         if _has(path, f"*.{ending}"):
-            tables[table] = _atomic(_only(path, f"*.{ending}"), ids)
+            tables[table], _ = _atomic(_only(path, f"*.{ending}"), ids)
     inherent = ("repeated interaction", "unknown id", "idle user")
     return assemble(path.name, Tables(**tables), repair=repair, notes=notes, inherent=inherent)
 
@@ -108,7 +108,8 @@ def _integer_pairs(file: Path, *names: str) -> pa.Table:
         ) from error
 
 
-def _atomic(file: Path, ids: tuple[str, ...]) -> pa.Table:
+def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
+    """The table with the types its header names, its texts joined as `text`, and the columns that went into it."""
     rows = read_delimited(file)
     types = {header.partition(":")[0]: header.partition(":")[2] for header in rows.column_names}
     rows = rows.rename_columns(list(types))
@@ -134,7 +135,7 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> pa.Table:
         rows = rows.drop_columns(titles)
         rows = rows.append_column("text", text)
         rows = rows if title is None else rows.append_column("name", title)
-    return rows
+    return rows, texts
 
 
 def _has(path: Path, pattern: str) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int64
 
-from fused_rec.data.arrow import pc
+from fused_rec.data.arrow import pc, read_texts
 
 EARLIEST = 0  # 1970-01-01, inclusive, in unix seconds
 LATEST = 4_102_444_800  # 2100-01-01, exclusive
@@ -20,11 +20,10 @@ def parse_times(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[n
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = _read_text(column)
-    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
-        # Arrow keeps zoned times in UTC already; dropping the zone leaves the instant as it is.
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
-    if pa.types.is_floating(column.type):
+        column = read_texts(column, (_as_integers, _as_local, _as_zoned), _read_one, pa.int64())
+    elif pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        column = _seconds(column)
+    elif pa.types.is_floating(column.type):
         column = _whole(column)
     if pa.types.is_null(column.type) or not pa.types.is_integer(column.type):
         return np.zeros(len(column), np.int64), np.zeros(len(column), bool)
@@ -32,24 +31,28 @@ def parse_times(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[n
     return np.asarray(pc.fill_null(column, 0)).astype(np.int64), readable
 
 
-def _read_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """One cast reads a column that is all of one form; anything mixed or faulty is read value by value."""
-    for form in (pa.int64(), pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
-        try:
-            return column.cast(form)
-        except pa.ArrowInvalid:
-            continue
-    values = column.unique()
-    seconds = pa.array([_read_one(value) for value in values.to_pylist()], pa.int64())
-    return pc.take(pa.chunked_array([seconds]), pc.index_in(column, value_set=values))
+def _as_integers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.int64())
 
 
-def _read_one(value: str | None) -> int | None:
-    if value is None:
-        return None
+def _as_local(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return _seconds(column.cast(pa.timestamp("us")))
+
+
+def _as_zoned(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return _seconds(column.cast(pa.timestamp("us", tz="UTC")))
+
+
+def _seconds(times: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Arrow keeps zoned times in UTC; dropping the zone leaves the instant as it is.
+    return times.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+
+
+def _read_one(value: str) -> int | None:
     for read in (float, _read_iso):
         try:
-            return int(read(value.strip()) // 1)
+            seconds = int(read(value.strip()) // 1)
+            return seconds if abs(seconds) < 2**62 else None
         except (ValueError, OverflowError):  # int() of NaN and of infinity
             continue
     return None

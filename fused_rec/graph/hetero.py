@@ -89,7 +89,9 @@ def hetero_graph(
     """
     total = sum(node_types.values())
     if len(text) != total:
-        raise ValueError(f"text has {len(text)} rows for {total} nodes; give one row a node, zeros where it has no words")
+        raise ValueError(
+            f"text has {len(text)} rows for {total} nodes; give one row a node, zeros where it has no words"
+        )
     if not np.isfinite(text).all():
         row = int(np.flatnonzero(~np.isfinite(text).all(1))[0])
         raise ValueError(f"text vector of node {row} is not finite; encode it again")
@@ -131,4 +133,6 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         raise ValueError(f"{relation}: weight {edges.weight[bad[0]]} of edge {bad[0]} is not finite")
     keys = edges.receivers.astype(np.int64) * node_types[relation.source] + edges.senders
     if len(np.unique(keys)) != len(keys):
-        raise ValueError(f"{relation}: the same edge stands in it twice; merge repeated edges before building the graph")
+        raise ValueError(
+            f"{relation}: the same edge stands in it twice; merge repeated edges before building the graph"
+        )

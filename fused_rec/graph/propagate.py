@@ -6,7 +6,7 @@ faster; that kernel has no fast transpose, so the edges are stored twice, by rec
 derivative is the same kernel over the second order.
 """
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 import flax.struct
 import jax
@@ -20,6 +20,7 @@ from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
 Backend = Literal["csr", "segment"]
 
 
+@no_type_check  # jax.pmap rebuilds its arguments with placeholders for arrays, which a checked constructor refuses
 @flax.struct.dataclass
 class Adjacency:
     """One relation, ready to be summed over. Edges ascend by receiver; `by_sender` reorders them by sender."""

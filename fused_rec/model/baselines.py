@@ -3,7 +3,8 @@
 Each takes interactions as U x I pairs (a repeated pair counts once) and returns a scorer: user ids (B,) to
 scores of the whole catalogue, float32 (B, I), as `fused_rec.evaluate.ranking` takes them. The host prepares
 with SciPy; scorers are `jax.tree_util.Partial`s of their arrays. A user without history (or friends) gets
-equal scores. Settings have no defaults: validation chooses them. All raise ValueError for ids outside 0..n-1 and settings outside their bounds.
+equal scores. Settings have no defaults: validation chooses them. All raise ValueError for ids outside
+0..n-1 and for settings outside their bounds.
 """
 
 from typing import NamedTuple
@@ -101,7 +102,7 @@ def ease(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int, n
         rows, columns = history.nonzero()
         smooth[rows, columns] += 1
         return Partial(_rows_of, jnp.asarray(smooth))
-    weights = _regularised_inverse(history.T @ history, l2)
+    weights = _regularised_inverse((history.T @ history).tocsr(), l2)
     weights /= -np.diag(weights)[None, :]
     np.fill_diagonal(weights, 0)
     return Partial(_sum_dense_rows, _entries(history), jnp.asarray(weights), _zeros(n_items))
@@ -147,15 +148,15 @@ def _nearest(vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) ->
 
 
 def _regularised_inverse(gram: scipy.sparse.csr_array, l2: float) -> Float32[np.ndarray, "n n"]:
-    matrix = gram.toarray(order="F").astype(np.float32, copy=False)
+    matrix = gram.toarray(order="F")
+    norm = matrix.sum(0).max()  # bounds the largest eigenvalue: no entry is negative
     matrix[np.diag_indices_from(matrix)] += np.float32(l2)
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.float32)
     # Cholesky in place: half the work and a third of the memory of a general inverse.
     factor, failed = potrf(matrix, lower=1, overwrite_a=1)
-    if not failed:
-        inverse, failed = potri(factor, lower=1, overwrite_c=1)
-    if failed:
-        raise ValueError(f"l2 is {l2}, too small to invert {len(matrix)} x {len(matrix)} numbers in float32; raise it")
+    if failed or l2 < 1e-5 * norm:  # a condition number of 1e5 leaves float32 two digits
+        raise ValueError(f"l2 is {l2}, too small for an inverse in float32; it must be at least {1e-5 * norm:.2g}")
+    inverse, _ = potri(factor, lower=1, overwrite_c=1)
     for i in range(len(inverse)):  # LAPACK fills one triangle
         inverse[i, i + 1 :] = inverse[i + 1 :, i]
     return inverse

@@ -56,9 +56,7 @@ class FusedRec(nn.Module):
             if config.variant != "text":
                 rows = self.param(f"id_{node_type}", nn.initializers.normal(config.id_scale), shape)
                 if dropout is not None and config.id_dropout:
-                    kept = jax.random.bernoulli(
-                        jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1)
-                    )
+                    kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
                     rows = rows * kept / (1 - config.id_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in (USER, ITEM):

@@ -24,9 +24,11 @@ def softmax(
     Items that are not `present` while training (new products) are no alternatives: to learn that nobody wants
     them would be to learn from the future.
     """
-    scores = jnp.where(present, (user / temperature) @ catalogue.T, -jnp.inf)
+    scores = (user / temperature) @ catalogue.T
+    # Before the absent items are set to -inf: padding points at item 0, and 0 * inf is not a number.
     positive = jnp.take_along_axis(scores, items, axis=1)
-    return _over_users(jax.nn.logsumexp(scores, axis=-1)[:, None] - positive, mask)
+    everything = jax.nn.logsumexp(jnp.where(present[None, :], scores, -jnp.inf), axis=-1)
+    return _over_users(everything[:, None] - positive, mask)
 
 
 def sampled_softmax(
@@ -34,16 +36,19 @@ def sampled_softmax(
     catalogue: Float32[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
+    present: Bool[Array, "I"],
     negatives: Int32[Array, "S"],
     temperature: float,
 ) -> Sum:
     """Softmax over each positive and S shared uniform negatives, scaled up by log(I / S) to estimate the catalogue.
 
-    Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant for all negatives.
+    I counts the items that are `present`, from which negatives are drawn; a negative of -1 is padding and not
+    one of the S. Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant.
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items]) / temperature
-    rest = jax.nn.logsumexp(user @ catalogue[negatives].T / temperature, axis=-1)
-    rest = rest + jnp.log(len(catalogue) / len(negatives))
+    drawn = negatives >= 0
+    scores = jnp.where(drawn[None, :], user @ catalogue[negatives].T / temperature, -jnp.inf)
+    rest = jax.nn.logsumexp(scores, axis=-1) + jnp.log(present.sum() / drawn.sum())
     return _over_users(jax.nn.softplus(rest[:, None] - positive), mask)
 
 

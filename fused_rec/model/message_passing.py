@@ -17,22 +17,22 @@ from jaxtyping import Array, Float32
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency, neighbour_sum
 
-Nodes = Mapping[str, Float32[Array, "n K"]]  # one row a node, by node type
+Nodes = Mapping[str, Float32[Array, "_ K"]]  # one row a node, by node type
 
 
 @flax.struct.dataclass
 class Coefficients:
     """All that turns inputs into outputs. L rounds; mappings by relation or node type."""
 
-    edge: Mapping[Relation, Float32[Array, "E"]]
-    gate: Mapping[Relation, Float32[Array, "L n"]]  # n nodes of the relation's target type
-    text_gate: Mapping[str, Float32[Array, "L n"]]
+    edge: Mapping[Relation, Float32[Array, "_"]]  # one weight an edge of the relation
+    gate: Mapping[Relation, Float32[Array, "L _"]]  # one column a node of the relation's target type
+    text_gate: Mapping[str, Float32[Array, "L _"]]  # one column a node of the type
     mix: Float32[Array, "L_plus_1"]
 
 
 def propagate(
     adjacencies: Mapping[Relation, Adjacency], coefficients: Coefficients, inputs: Nodes, text: Nodes
-) -> dict[str, Float32[Array, "n K"]]:
+) -> dict[str, Float32[Array, "_ K"]]:
     """The rounds and the readout. `text` holds the part of the inputs that each round may add again."""
     h = dict(inputs)
     out = {node_type: coefficients.mix[0] * x for node_type, x in h.items()}

@@ -119,8 +119,8 @@ class BertEncoder(nn.Module):
         config = self.config
         embed = functools.partial(nn.Embed, features=config.hidden_size, dtype=jnp.float32)
         words = embed(config.vocab_size, name="word")(input_ids)
-        positions = embed(config.max_position_embeddings, name="position")(jnp.arange(input_ids.shape[1]))
-        segment = embed(config.type_vocab_size, name="segment")(jnp.zeros((), jnp.int32))
+        positions = embed(config.max_position_embeddings, name="position")(jnp.arange(input_ids.shape[1])[None])
+        segment = embed(config.type_vocab_size, name="segment")(jnp.zeros((1, 1), jnp.int32))
         x = _layer_norm(config, "norm")(words + positions + segment)
         bias = jnp.where(mask, 0.0, -1e9).astype(jnp.float32)[:, None, None, :]
         layers = nn.scan(
@@ -160,7 +160,8 @@ def encode(
     normalize: bool,
 ) -> Float32[Array, "B D"]:
     """Text vectors of a padded batch of token ids. Compiles once a shape."""
-    return pool(BertEncoder(config).apply({"params": params}, input_ids, mask), mask, pooling, normalize)
+    hidden: Any = BertEncoder(config).apply({"params": params}, input_ids, mask)
+    return pool(hidden, mask, pooling, normalize)
 
 
 def convert_weights(weights: Mapping[str, np.ndarray], config: BertConfig) -> Params:
@@ -173,29 +174,28 @@ def convert_weights(weights: Mapping[str, np.ndarray], config: BertConfig) -> Pa
     named = {_current_name(name): value for name, value in weights.items()}
     named = {name: value for name, value in named.items() if not name.startswith(UNUSED_WEIGHTS)}
     sample = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    shapes = jax.eval_shape(BertEncoder(config).init, jax.random.key(0), *sample)["params"]
+    variables: Any = jax.eval_shape(BertEncoder(config).init, jax.random.key(0), *sample)
 
     problems: list[str] = []
-    params: Params = {}
-    for path, abstract in flatten_dict(shapes).items():
+    params = {}
+    for path, abstract in flatten_dict(variables["params"]).items():
         *modules, leaf = path
-        name = CHECKPOINT_NAMES["/".join(modules)] + (".bias" if leaf == "bias" else ".weight")
-        stacked = path[0] == "layers"
-        names = [name.format(i) for i in range(config.num_hidden_layers)] if stacked else [name]
-        shape = abstract.shape[1:] if stacked else abstract.shape
         transposed = leaf == "kernel"  # a checkpoint's matrices are [out, in], Flax's are [in, out]
-        stored_shape = shape[::-1] if transposed else shape
-        arrays = [named.pop(name, None) for name in names]
-        bad = [
-            f"{name} is missing" if array is None else f"{name} has shape {array.shape}, config.json asks for {stored_shape}"
-            for name, array in zip(names, arrays, strict=True)
-            if array is None or array.shape != stored_shape
-        ]
-        if bad:
-            problems += bad
-            continue
-        arrays = [np.asarray(array.T if transposed else array, np.float32) for array in arrays]
-        params[path] = np.stack(arrays) if stacked else arrays[0]
+        stacked = path[0] == "layers"
+        shape = abstract.shape[stacked:][::-1] if transposed else abstract.shape[stacked:]
+        module = CHECKPOINT_NAMES["/".join(modules)]
+        arrays = []
+        for layer in range(config.num_hidden_layers if stacked else 1):
+            name = module.format(layer) + (".bias" if leaf == "bias" else ".weight")
+            array = named.pop(name, None)
+            if array is None:
+                problems.append(f"{name} is missing")
+            elif array.shape != shape:
+                problems.append(f"{name} has shape {array.shape}, config.json asks for {shape}")
+            else:
+                arrays.append(np.asarray(array.T if transposed else array, np.float32))
+        if not problems:
+            params[path] = np.stack(arrays) if stacked else arrays[0]
     problems += [f"{name} is no weight of this encoder" for name in named]
     if problems:
         raise ValueError(

@@ -6,10 +6,11 @@ processes may write to one folder, and a kill costs only what was not yet writte
 key. To forget everything delete the folder; so too files named *.tmp that a killed process left.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,14 @@ def read_vectors(
                     continue
                 values = file.get_tensor("vectors")
                 _check_array(values, np.float32, dims)
-                if len(values) != len(stored) or file.metadata().get("sha256") != _checksum(stored, values):
+                if len(values) != len(stored) or (file.metadata() or {}).get("sha256") != _checksum(stored, values):
                     raise ValueError("its bytes have changed since they were written")
         except FileNotFoundError:
             continue  # another process has just found it damaged, or someone clears the folder
-        except (safetensors.SafetensorError, ValueError, AttributeError) as error:
+        except (safetensors.SafetensorError, ValueError) as error:
             log.warning("%s is damaged (%s); its texts are encoded again", shard, error)
-            shard.rename(shard.with_suffix(DAMAGED))
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                shard.rename(shard.with_suffix(DAMAGED))
             continue
         vectors[near[rows]] = values[rows]
         found[near[rows]] = True
@@ -66,15 +68,15 @@ def write_vectors(folder: Path, keys: UInt8[np.ndarray, "T 32"], vectors: Float3
     """Adds one shard. When this returns, its bytes are on the disk under their final name."""
     folder.mkdir(parents=True, exist_ok=True)
     checksum = _checksum(keys, vectors)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(safetensors.numpy.save({"keys": keys, "vectors": vectors}, {"sha256": checksum}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / f"{checksum[:32]}.safetensors")
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     directory = os.open(folder, os.O_RDONLY)
     try:
@@ -93,6 +95,6 @@ def _check_array(array: np.ndarray, dtype: type, columns: int) -> None:
 
 
 def _checksum(keys: UInt8[np.ndarray, "T 32"], vectors: Float32[np.ndarray, "T D"]) -> str:
-    digest = hashlib.sha256(np.ascontiguousarray(keys))
-    digest.update(np.ascontiguousarray(vectors))
+    digest = hashlib.sha256(np.ascontiguousarray(keys).data)
+    digest.update(np.ascontiguousarray(vectors).data)
     return digest.hexdigest()

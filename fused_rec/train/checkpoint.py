@@ -249,7 +249,7 @@ def _place(name: str, array: Any, leaf: Any) -> Any:
         placed = np.asarray(array)
     else:
         placed = jax.device_put(array, leaf.sharding)
-    if False:  # device_put narrows 64-bit values unless told not to
+    if placed.shape != leaf.shape or placed.dtype != leaf.dtype:  # device_put narrows 64-bit values unless told not to
         raise CheckpointError(f"{name} came back as {placed.dtype}{placed.shape}, not {leaf.dtype}{leaf.shape}")
     return placed
 

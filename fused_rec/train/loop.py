@@ -7,10 +7,10 @@ workdir/
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import os
+import logging
 import platform
 import time
 from pathlib import Path
@@ -18,20 +18,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
-from jaxtyping import PyTree
 from tqdm import tqdm
 
-from fused_rec.config import Config, from_dict, to_dict
+from fused_rec.config import Config, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
-from fused_rec.data.dataset import column
-from fused_rec.evaluate.ranking import Scorer, evaluate, item_sets, mean
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
+from fused_rec.train.measure import measure, scorer
 from fused_rec.train.parallel import parallel_step, replicate
 from fused_rec.train.prepare import Prepared, prepare, read
-from fused_rec.train.step import Task, TrainState, embed, init
+from fused_rec.train.step import TrainState, init
 
+LOG = logging.getLogger(__name__)
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
@@ -107,8 +105,8 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
 
     first, last, began = int(state.step), steps or settings.max_steps, time.monotonic()
     if first:
-        logging.info("%s: goes on from the checkpoint of step %d", folder.name, first)
-    logging.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
+        LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
+    LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
     losses: list[jax.Array] = []
     bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
     for number in range(first, last):
@@ -126,7 +124,7 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
         losses.append(loss)
         bar.update()
         due = (number + 1) % settings.eval_every == 0 or number + 1 == last
-        if due or len(losses) == LOSS_EVERY:
+        if due or len(losses) % LOSS_EVERY == 0:
             check_finite(losses, number + 1, checkpoints, folder)
             bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
         if due:
@@ -144,6 +142,7 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
             checkpoints.save(number + 1, state, extras, best=improved)
             losses = []
     bar.close()
+    curves.close()
     if steps is None:
         state, _ = checkpoints.restore(progress.best_step, like=state)
     return state, progress
@@ -186,38 +185,6 @@ def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, f
     )
 
 
-def measure(prepared: Prepared, scorer: Scorer, part: str) -> dict[str, float]:
-    """Ranks the whole catalogue for the users with held-out items in `part`, items known before it left out."""
-    dataset, parts_of = prepared.dataset, prepared.split
-    users, items = (column(dataset.interactions, name) for name in ("user", "item"))
-    rows = getattr(parts_of, part)
-    known = parts_of.train if part == "valid" else np.concatenate([parts_of.train, parts_of.valid])
-    per_user = evaluate(
-        scorer,
-        truth=item_sets(users[rows], items[rows], dataset.n_users),
-        seen=item_sets(users[known], items[known], dataset.n_users),
-        n_items=dataset.n_items,
-        item_counts=np.bincount(items[parts_of.train], minlength=dataset.n_items),
-        candidates=parts_of.valid_candidates if part == "valid" else parts_of.test_candidates,
-    )
-    return mean(per_user)
-
-
-def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
-    """Scores of the whole catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes it."""
-    users, items = _embed(config, state.params, prepared.task)
-    return jax.tree_util.Partial(_dot, users, items)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: Config, params: PyTree, task: Task) -> tuple[jax.Array, jax.Array]:
-    return embed(config, params, task)
-
-
-def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
-    return users[batch] @ items.T
-
-
 def claim(config: Config, workdir: Path) -> None:
     """Makes `workdir` this config's; raises ValueError where it is another's already, naming the settings that differ."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -234,27 +201,9 @@ def claim(config: Config, workdir: Path) -> None:
         if there.get(section, {}).get(name) != value
     ]
     if differ:
-        raise ValueError(f"{workdir} holds a run of another config ({'; '.join(differ)}); give this run a workdir of its own")
-
-
-def load(workdir: str | Path) -> tuple[Config, Prepared, TrainState]:
-    """A finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
-
-    Raises:
-      FileNotFoundError: workdir holds no finished run.
-    """
-    workdir = Path(workdir)
-    if not (workdir / "results.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no results.json; finish the run there with experiments.train first")
-    config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
-    phase, known = ("refit", ("train", "valid")) if config.train.refit else ("choose", ("train",))
-    checkpoints = Checkpoints(workdir / phase / "checkpoints")
-    step = checkpoints.last_good() if config.train.refit else checkpoints.best_step()
-    if step is None:
-        raise FileNotFoundError(f"{workdir / phase} holds no sound checkpoint; run experiments.train there again")
-    prepared = prepare(config, *read(config), known)
-    state, _ = checkpoints.restore(step, like=init(config, prepared.task))
-    return config, prepared, state
+        raise ValueError(
+            f"{workdir} holds a run of another config ({'; '.join(differ)}); give this run a workdir of its own"
+        )
 
 
 def versions() -> dict[str, str]:

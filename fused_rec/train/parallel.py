@@ -1,7 +1,7 @@
 """The only `jax.pmap`: one program over all devices, the state without a device axis."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,37 +15,47 @@ from fused_rec.train.step import AXIS, Task, TrainState, train_step
 Step = Callable[[TrainState, Task, Batch], tuple[TrainState, Float32[Array, ""]]]
 
 
-def parallel_step(config: Config) -> Step:
-    """`train_step` mapped over the local devices: state and task replicated, the batch split by its first axis.
+def parallel_step(config: Config, devices: Sequence[jax.Device] | None = None) -> Step:
+    """`train_step` mapped over `devices` (all local ones if None): state and task replicated, the batch split.
 
     The state that goes in is given up (donated) to the state that comes out.
     """
+    devices = jax.local_devices() if devices is None else devices
     mapped = jax.pmap(
         functools.partial(train_step, config),
         axis_name=AXIS,
+        devices=devices,
         in_axes=(None, None, 0),
         out_axes=(None, None),
         donate_argnums=(0,),
     )
 
     def step(state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
-        return mapped(state, task, split_batch(batch))
+        return mapped(state, task, split_batch(batch, len(devices)))
 
     return step
 
 
-def split_batch(batch: Batch) -> Batch:
-    """Adds the device axis: [B, ...] to [devices, B / devices, ...], the last users padded with an empty mask."""
-    devices = jax.local_device_count()
-    padding = -len(batch.users) % devices
-    return Batch(*(_pad(part, padding).reshape(devices, -1, *part.shape[1:]) for part in batch))
+def split_batch(batch: Batch, devices: int) -> Batch:
+    """Adds the device axis: [B, ...] to [devices, B / devices, ...]; users added to fill up have an empty mask.
+
+    Their negatives are -1, so that those a device shares with others do not depend on the number of devices.
+    """
+    rows = -len(batch.users) % devices
+    padded = Batch(
+        users=_pad(batch.users, rows),
+        items=_pad(batch.items, rows),
+        mask=_pad(batch.mask, rows),
+        negatives=_pad(batch.negatives, rows, fill=-1),
+    )
+    return Batch(*(part.reshape(devices, -1, *part.shape[1:]) for part in padded))
 
 
-def _pad(part: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(part, [(0, rows)] + [(0, 0)] * (part.ndim - 1))
+def _pad(part: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
+    return np.pad(part, [(0, rows)] + [(0, 0)] * (part.ndim - 1), constant_values=fill)
 
 
-def replicate(tree: PyTree) -> PyTree:
-    """Places a copy on every local device, before the first step, which would compile twice otherwise."""
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
+    """Places a copy on each of `devices` (all local ones if None) before the first step, which else compiles twice."""
+    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,9 +1,9 @@
 """From a config to all that training and serving need: tables, split, audit, texts, graph."""
 
 import dataclasses
+import logging
 
 import numpy as np
-from absl import logging
 
 from fused_rec.config import Config
 from fused_rec.data import readers
@@ -16,6 +16,8 @@ from fused_rec.graph.propagate import adjacencies
 from fused_rec.text.embed import embed
 from fused_rec.text.pretrained import open_model
 from fused_rec.train.step import Task
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ def read(config: Config) -> tuple[Dataset, Split]:
     """The tables and their split. Raises DataError with one report where the tables must not be used."""
     dataset = readers.load(config.data)
     for repair, count in dataset.repairs.items():
-        logging.info("repaired: %s: %d", repair, count)
-    logging.info(
+        LOG.info("repaired: %s: %d", repair, count)
+    LOG.info(
         "%s: %d customers, %d products, %d interactions, %d reviews, %d ties",
         *(dataset.name, dataset.n_users, dataset.n_items),
         *(table.num_rows for table in (dataset.interactions, dataset.reviews, dataset.ties)),

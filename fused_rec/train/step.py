@@ -1,6 +1,7 @@
 """One training step as a pure function of (state, graph, batch)."""
 
 from collections.abc import Mapping
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -19,6 +20,7 @@ from fused_rec.model.fused import FusedRec
 AXIS = "devices"
 
 
+@no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes. step: how many were taken."""
@@ -28,6 +30,7 @@ class TrainState:
     optimiser: PyTree
 
 
+@no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class Task:
     """What stays the same from step to step."""
@@ -67,13 +70,16 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
     The only key is fold_in(seed, step): devices must drop the same id rows, and a resumed run the same again.
     """
     dropout = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+    # Each device differentiates for itself. Without this the replication check of shard_map would add up the
+    # gradients on its own, the psum below would do it again, and one forgotten here would go unnoticed.
+    params, task = jax.lax.pcast((state.params, task), AXIS, to="varying")
 
     def mean_loss(params: PyTree) -> Float32[Array, ""]:
         total, count = _loss(config, params, task, batch, dropout)
         count = jax.lax.psum(count, AXIS)
         return total / jnp.maximum(count, 1)  # this device's share; the psum below completes the mean
 
-    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+    loss, gradient = jax.value_and_grad(mean_loss)(params)
     loss, gradient = jax.lax.psum((loss, gradient), AXIS)
     updates, moments = optimiser(config.train).update(gradient, state.optimiser, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), loss
@@ -88,6 +94,5 @@ def _loss(config: Config, params: PyTree, task: Task, batch: Batch, dropout: Arr
         return losses.softmax(*common, task.present, temperature)
     if config.train.loss == "sampled_softmax":
         shared = jax.lax.all_gather(batch.negatives, AXIS).reshape(-1)
-        return losses.sampled_softmax(*common, shared, temperature)
+        return losses.sampled_softmax(*common, task.present, shared, temperature)
     return losses.bpr(*common, batch.negatives, temperature)
-

@@ -1,0 +1,1 @@
+"""Commands: each parses its flags and delegates to fused_rec."""

@@ -1,0 +1,76 @@
+"""Text vectors of a file, one a line.
+
+python -m experiments.encode --input=texts.txt --output=vectors.safetensors
+python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --output=vectors.safetensors
+
+Writes `vectors`, float32, a row for each line of the input. Vectors already in the cache are not computed again.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import safetensors.numpy
+from absl import app, flags
+
+from fused_rec.config import TextConfig
+from fused_rec.text.embed import count_tokens, embed
+from fused_rec.text.pretrained import open_model
+
+DEFAULTS = TextConfig()
+MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
+OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
+CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
+)
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens an encoder call takes.")
+OFFLINE = flags.DEFINE_bool(
+    "offline", DEFAULTS.offline, "Use local files only; --nooffline lets the model be downloaded."
+)
+
+
+def read_lines(file: Path) -> list[str]:
+    r"""The file's lines without their ends (\n or \r\n). Raises ValueError that names the first line not in UTF-8."""
+    texts = []
+    content = file.read_bytes()
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    return texts
+
+
+def write_vectors(file: Path, vectors) -> None:
+    """The whole file or, where this fails, none; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(safetensors.numpy.save({"vectors": vectors}))
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main(argv: list[str]) -> None:
+    """Reads, encodes, writes."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
+    texts = read_lines(Path(INPUT.value))
+    model = open_model(MODEL.value, offline=OFFLINE.value)
+    start = time.perf_counter()
+    vectors = embed(
+        texts, model, cache=CACHE.value or None, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value
+    )
+    seconds = time.perf_counter() - start
+    tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
+    write_vectors(Path(OUTPUT.value), vectors)
+    print(f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s")
+    print(f"wrote {vectors.shape[0]} x {vectors.shape[1]} float32 to {OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["input", "output"])
+    app.run(main)

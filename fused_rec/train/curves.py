@@ -1,0 +1,102 @@
+"""Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
+
+
+class Curves:
+    """Appends to <workdir>/curves.jsonl and <workdir>/tensorboard. One process writes at a time.
+
+    A last line that a kill tore is dropped with a warning as the file is opened.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        self._workdir = Path(workdir)
+        self._lines = self._workdir / LINES
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._file = self._lines.open("a+b")
+        self._mend()
+        self._board = self._open_board()
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Adds one line {"step": step, name: value, ...}; whoever reads the files sees it at once.
+
+        A value that is not finite is null in JSON, which knows no other word for it, and itself in TensorBoard.
+
+        Raises:
+          ValueError: a value is named "step".
+        """
+        if "step" in values:
+            raise ValueError('a value is named "step", which names the step itself; rename it')
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, **{name: number if math.isfinite(number) else None for name, number in numbers.items()}}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()])
+        self._board.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._board.flush()
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.
+
+        The JSON lines are replaced in one piece. TensorBoard's files only grow, and are told to hide later steps.
+
+        Raises:
+          ValueError: a line is no record of a step; names the line. Nothing is dropped then.
+        """
+        lines = self._lines.read_bytes().splitlines(keepends=True)
+        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
+        replacement = self._workdir / f".{LINES}.partial"
+        with replacement.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        replacement.replace(self._lines)
+        self._file = self._lines.open("a+b")
+        self._board = self._open_board(hide_from=step + 1)
+
+    def close(self) -> None:
+        """Ends both files; nothing can be written afterwards."""
+        self._file.close()
+        self._board.close()
+
+    def _mend(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logging.warning("%s: the torn last line %r is dropped.", self._lines, content[whole:])
+            self._file.truncate(whole)
+
+    def _open_board(self, hide_from: int | None = None) -> EventsWriter:
+        # Not SummaryWriter: its queue to a thread outlives flush(), so a kill would lose values that were written.
+        # The suffix because file names count whole seconds: a second writer in one second would empty the first's file.
+        (self._workdir / TENSORBOARD).mkdir(exist_ok=True)
+        board = EventsWriter(str(self._workdir / TENSORBOARD / "events"), f".{time.time_ns()}")
+        if hide_from is not None:
+            board.write_event(
+                Event(step=hide_from, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+            )
+        board.flush()
+        return board
+
+    def _step(self, number: int, line: bytes) -> int:
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            step = None
+        if not isinstance(step, int):
+            raise ValueError(f"{self._lines}, line {number} is no record of a step: {line!r}; mend or remove it")
+        return step

@@ -1,0 +1,264 @@
+"""The whole path in real processes: from tables on disk to results, stopped and taken up again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from market import write_tables
+
+from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
+from fused_rec.train.loop import NonFiniteLoss, Progress, claim, judge, train
+from fused_rec.train.serve import load
+
+SETTINGS = {
+    "train.batch_users": 32,
+    "train.max_steps": 20,
+    "train.eval_every": 5,
+    "train.patience": 100,
+    "train.learning_rate": 0.02,
+    "model.dim": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One text cache and one compilation cache for all runs, so that the encoder and the step are paid once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def small(tables: Path, cache: Path, **changes: object) -> Config:
+    values = to_dict(Config(data=DataConfig(name="tables", path=str(tables)), text=TextConfig(cache=str(cache))))
+    for setting, value in (SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}).items():
+        section, name = setting.split(".")
+        values[section][name] = value
+    return from_dict(values)
+
+
+def command(module: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{module}", *flags]
+
+
+def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
+    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": True}
+    return command(
+        "train",
+        "--config=experiments/configs/tables.py",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    )
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def without_time(results: dict) -> dict:
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def finished(tables: Path, cache: Path, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(
+        train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "results.json" in done.stdout
+    return workdir
+
+
+def test_results_hold_what_is_promised(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["dataset"] == "tables"
+    assert (results["split"], results["variant"], results["seed"]) == ("random", "fused", 0)
+    assert results["seconds"] > 0
+    assert results["config"]["model"]["dim"] == 8
+    assert {"jax", "python", "fused_rec"} <= set(results["versions"])
+    for part in ("valid", "test"):
+        assert set(METRICS) <= set(results[part])
+        assert all(0 <= results[part][name] <= 1 for name in METRICS)
+    assert results["best_step"] % SETTINGS["train.eval_every"] == 0
+    curve = [json.loads(line) for line in (finished / "choose" / "curves.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [5, 10, 15, 20]
+    best = max(curve, key=lambda line: line["valid/ndcg@10"])
+    assert results["best_step"] == best["step"]
+    assert results["valid"]["ndcg@10"] == pytest.approx(best["valid/ndcg@10"], abs=1e-12)
+
+
+@pytest.mark.parametrize("milestone", ["choose/checkpoints/10", "refit/checkpoints/5"])
+def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished, milestone):
+    """SIGKILL soon after a checkpoint; the same command then finishes, bit for bit as the undisturbed run."""
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(tables, cache, workdir),
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline and not (workdir / milestone).exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (workdir / milestone).exists()
+    assert not (workdir / "results.json").exists(), "the run was over before it could be killed"
+    again = subprocess.run(
+        train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "goes on from the checkpoint" in again.stderr
+    ends = [json.loads((folder / "results.json").read_text()) for folder in (workdir, finished)]
+    assert without_time(ends[0]) == without_time(ends[1])
+    curves = [(folder / "choose" / "curves.jsonl").read_text() for folder in (workdir, finished)]
+    assert curves[0] == curves[1]
+    states = [load(folder)[2] for folder in (workdir, finished)]
+    for one, other in zip(*(np_leaves(state.params) for state in states), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def np_leaves(tree) -> list[np.ndarray]:
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_recommend_writes_what_is_not_held(tables, cache, finished, tmp_path):
+    held = pyarrow.csv.read_csv(tables / "interactions.csv").to_pylist()
+    holds = {(row["user_id"], row["item_id"]) for row in held}
+    out = tmp_path / "ranked.parquet"
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ranked = pyarrow.parquet.read_table(out)
+    assert ranked.column_names == ["user_id", "rank", "item_id", "score"]
+    rows = ranked.to_pylist()
+    assert [(row["user_id"], row["rank"]) for row in rows] == [(u, r) for u in ("C0001", "C0002") for r in (1, 2, 3, 4)]
+    assert not holds & {(row["user_id"], row["item_id"]) for row in rows}
+    for user in ("C0001", "C0002"):
+        scores = [row["score"] for row in rows if row["user_id"] == user]
+        assert scores == sorted(scores, reverse=True)
+
+    out = tmp_path / "all.csv"
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001", "--k=30", "--include_held", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pyarrow.csv.read_csv(out).num_rows == 30
+
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001,nobody", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "'nobody'" in done.stderr
+
+
+def test_evaluate_repeats_the_results_and_shows_baselines(cache, finished):
+    done = subprocess.run(
+        command("evaluate", f"--workdir={finished}", "--part=test", "--baselines=popularity"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((finished / "results.json").read_text())
+    line = next(line for line in done.stdout.splitlines() if line.startswith("fused"))
+    assert line.split()[1:] == [f"{results['test'][name]:.4f}" for name in ("recall@10", "ndcg@10", "accuracy")]
+    assert any(line.startswith("popularity") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("variant", ["text", "graph"])
+def test_every_variant_trains(tables, cache, tmp_path, variant):
+    results = train(small(tables, cache, model__variant=variant, train__max_steps=10), tmp_path)
+    assert results["variant"] == variant
+    assert results["test"]["accuracy"] > 0.5
+
+
+def test_a_time_split_of_own_tables(tables, cache, tmp_path):
+    results = train(small(tables, cache, split__kind="time", model__variant="graph", train__max_steps=5), tmp_path)
+    assert results["split"] == "time"
+
+
+def test_a_finished_run_is_not_trained_again(tables, cache, finished):
+    before = (finished / "choose" / "curves.jsonl").read_text()
+    again = subprocess.run(
+        train_command(tables, cache, finished), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert (finished / "choose" / "curves.jsonl").read_text() == before
+
+
+def test_a_workdir_is_one_config_only(tmp_path):
+    claim(Config(), tmp_path)
+    claim(Config(), tmp_path)
+    with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
+        claim(Config(train=TrainConfig(seed=1)), tmp_path)
+
+
+def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="loss of step 2 is nan; there is no checkpoint yet"):
+        train(small(tables, cache, model__variant="graph", train__learning_rate=1e38), tmp_path)
+
+
+def test_judge_keeps_the_first_of_equals():
+    progress = judge(Progress(), 0.2, 10)
+    assert (progress.best, progress.best_step, progress.worse) == (0.2, 10, 0)
+    progress = judge(progress, 0.2, 20)
+    assert (progress.best_step, progress.worse) == (10, 1)
+    progress = judge(progress, 0.3, 30)
+    assert (progress.best_step, progress.worse) == (30, 0)
+
+
+def test_load_wants_a_finished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="finish the run there"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif(
+    "FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the public datasets"
+)
+@pytest.mark.parametrize(
+    ("name", "split", "core"),
+    [("lastfm_sociallgn", "published", 1), ("amazon", "per_user", 1), ("stocknet", "time", 5)],
+)
+def test_real_tables_train(cache, tmp_path, name, split, core):
+    """From raw files; without words, whose encoding takes minutes."""
+    config = Config(
+        data=DataConfig(name=name, core=core),
+        split=SplitConfig(kind=split),
+        train=TrainConfig(max_steps=3, eval_every=3, batch_users=256, positives=16),
+    )
+    values = to_dict(config)
+    values["model"] |= {"variant": "graph", "dim": 8, "rounds": 2}
+    results = train(from_dict(values), tmp_path)
+    assert results["test"]["accuracy"] > 0.5

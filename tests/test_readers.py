@@ -1,0 +1,394 @@
+"""Public data: the published counts where the files are at hand, each format on a few rows, naming, k-core."""
+
+import gzip
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fused_rec.config import DataConfig
+from fused_rec.data.dataset import DataError, Dataset, column, empty_reviews
+from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
+from fused_rec.data.lastfm import lastfm
+from fused_rec.data.readers import READERS, k_core, load
+from fused_rec.data.stocknet import mask_tickers, stocknet
+
+DATA = Path(os.environ.get("FUSED_REC_DATA", ""))
+real = pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the folder of public data")
+
+
+def read(name: str) -> Dataset:
+    return load(DataConfig(name=name))
+
+
+def parts(dataset: Dataset) -> Counter:
+    return Counter(dataset.interactions["part"].to_pylist())
+
+
+def gz(file: Path, *rows: dict) -> None:
+    file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+@real
+def test_lastfm():
+    dataset = read("lastfm")
+    assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (1892, 17632, 92834)
+    assert len(dataset.ties) == 25434 and set(dataset.ties["kind"].to_pylist()) == {"friend"}
+    tags = {"reviews: bad times left empty": 4, "reviews: reviews of unknown users or items dropped": 1538}
+    assert dataset.repairs == tags
+    assert len(dataset.reviews) == 186479 - 1538
+    first = dataset.reviews.slice(0, 1).to_pylist()[0]  # "2 52 13 1 4 2009", tag 13 is chillout, 2009-04-01 in UTC
+    assert dataset.users["user_id"][first["user"]].as_py() == "2"
+    assert dataset.items["item_id"][first["item"]].as_py() == "52"
+    assert (first["text"], first["timestamp"]) == ("chillout", 1238544000)
+    assert "tropicália" in dataset.reviews["text"].to_pylist()  # tags.dat is latin-1
+
+
+@real
+def test_lastfm_sociallgn_is_the_raw_data_under_its_raw_ids():
+    dataset, raw = read("lastfm_sociallgn"), read("lastfm")
+    assert (dataset.n_users, dataset.n_items) == (1892, 17632)
+    assert parts(dataset) == {"train": 74267, "test": 18567}
+    assert named(dataset) == named(raw)
+    assert sorted(tied(dataset)) == sorted(tied(raw))
+    assert len(dataset.reviews) == len(raw.reviews)
+    train = np.asarray(dataset.interactions["part"]) == "train"
+    item = column(dataset.interactions, "item")
+    assert len(np.setdiff1d(item[~train], item[train])) == 2312  # items of the test part alone
+
+
+@real
+def test_lastfm_lightgcn_ids_agree_with_the_recovered_maps():
+    dataset = read("lastfm_lightgcn")
+    folder = DATA / "lastfm" / "lightgcn_split"
+    assert (dataset.n_users, dataset.n_items) == (1892, 4489)
+    assert parts(dataset) == {"train": 42135, "test": 10533}
+    users, items = (
+        [line.split("\t") for line in (folder / f"{n}_map.tsv").read_text().splitlines()[1:]] for n in ("user", "item")
+    )
+    assert dataset.users["user_id"].to_pylist() == [row[1] for row in users]
+    assert dataset.items.to_pydict() == {
+        key: [row[n] for row in items] for key, n in (("item_id", 1), ("name", 2), ("text", 2))
+    }
+    assert sorted(tied(dataset)) == sorted(tied(read("lastfm")))
+    assert dataset.repairs["reviews: reviews of unknown users or items dropped"] + len(dataset.reviews) == 186479
+
+
+@real
+def test_stocknet():
+    dataset = read("stocknet")
+    assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (25100, 5720, 118531)
+    assert len(dataset.reviews) == 159151  # 62,410 tweets, one row for each symbol
+    assert dataset.items["name"].length() - dataset.items["name"].null_count == 3078
+    assert dataset.items["text"].null_count == dataset.items["name"].null_count
+    times = column(dataset.reviews, "timestamp")
+    assert (times.min(), times.max()) == (1388531408, 1435646237)  # 2013-12-31 to 2015-06-30
+    symbol = np.array(dataset.items["item_id"].to_pylist())[column(dataset.reviews, "item")]
+    for name, text in zip(symbol.tolist(), dataset.reviews["text"].to_pylist(), strict=True):
+        assert "$" not in text or not re.search(r"\$[A-Za-z]", text), text
+        assert name not in text or not re.search(rf"(?<![^\W\d_]){re.escape(name)}(?![^\W\d_])", text), (name, text)
+    ties = dataset.repairs
+    assert (ties["ties: ties to unknown users dropped"], ties["ties: ties to oneself dropped"]) == (19388, 1176)
+    assert set(dataset.ties["kind"].to_pylist()) == {"retweet", "reply", "mention"}
+    # A tie was seen in its source's own act on that item.
+    pairs = set(zip(column(dataset.interactions, "user"), column(dataset.interactions, "item"), strict=True))
+    assert set(zip(column(dataset.ties, "source"), column(dataset.ties, "item"), strict=True)) <= pairs
+
+
+@real
+def test_amazon():
+    dataset = read("amazon")
+    assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (1429, 900, 10261)
+    assert len(dataset.reviews) == 10261 and dataset.items.column_names == ["item_id"]
+    assert dataset.repairs == {"interactions: reviews without a body, for which the summary stands": 7}
+    words = np.mean([len(text.split()) for text in dataset.reviews["text"].to_pylist()])
+    assert 93 < words < 97
+    times = column(dataset.interactions, "timestamp")
+    assert (times.min(), times.max()) == (1095465600, 1405987200)  # 2004-09-18 to 2014-07-22
+
+
+@real
+def test_gowalla():
+    dataset = read("lightgcn_text")
+    assert (dataset.name, dataset.n_users, dataset.n_items) == ("gowalla", 29858, 40981)
+    assert parts(dataset) == {"train": 810128, "test": 217242}
+    assert dataset.items["item_id"].to_pylist() == [str(n) for n in range(40981)]
+
+
+@real
+def test_douban_book():
+    dataset = read("edges")
+    active = np.unique(column(dataset.interactions, "user"))
+    assert (len(active), dataset.n_items) == (12859, 22294)
+    assert parts(dataset) == {"train": 478730, "test": 119690}
+    assert dataset.repairs == {
+        "users: users without an interaction kept as new users": dataset.n_users - 12859,
+        "ties: ties to oneself dropped": 169150 - len(dataset.ties),
+    }
+
+
+@real
+def test_ml_100k():
+    dataset = read("recbole")
+    assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (943, 1682, 100000)
+    assert dataset.items.slice(0, 1).to_pylist() == [
+        {
+            "item_id": "1",
+            "name": "Toy Story",
+            "text": "Toy Story. Animation Children's Comedy",
+            "class": "Animation Children's Comedy",
+            "release_year": "1995",
+        }
+    ]
+    assert dataset.interactions.slice(0, 1).to_pylist() == [
+        {"user": 195, "item": 241, "timestamp": 881250949, "value": 3}
+    ]
+
+
+def named(dataset: Dataset) -> set[tuple[str, str]]:
+    users, items = (np.array(c.to_pylist()) for c in (dataset.users["user_id"], dataset.items["item_id"]))
+    user, item = users[column(dataset.interactions, "user")], items[column(dataset.interactions, "item")]
+    return set(zip(user.tolist(), item.tolist(), strict=True))
+
+
+def tied(dataset: Dataset) -> list[tuple[str, str]]:
+    users = np.array(dataset.users["user_id"].to_pylist())
+    return list(zip(*(users[column(dataset.ties, end)].tolist() for end in ("source", "target")), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "symbols", "masked"),
+    [
+        ("Long $AAPL, short $fb and AAPL.", ["AAPL", "FB"], "Long <ticker>, short <ticker> and <ticker>."),
+        ("$BRK.A beats BRK.A and BRK-A", ["BRK-A"], "<ticker> beats <ticker> and <ticker>"),
+        ("#aapl #CML_AAPL AAPL150306C00132", ["AAPL"], "<ticker> #CML_<ticker> <ticker>150306C00132"),
+        ("GE Appliances, IGE and gem cost $5", ["GE"], "<ticker> Appliances, IGE and gem cost $5"),
+        ("TWTR is not of this tweet", ["AAPL"], "TWTR is not of this tweet"),
+        ("$TÝLLO", ["T"], "<ticker>"),
+    ],
+)
+def test_tickers_are_masked(text, symbols, masked):
+    assert mask_tickers(text, symbols) == masked
+
+
+def test_stocknet_ties_stand_for_each_symbol_of_the_tweet(tmp_path):
+    gz(
+        tmp_path / "tweets.jsonl.gz",
+        {"t": 0, "user": 0, "ts": 50, "text": "RT $A $B", "symbols": ["A", "B"], "rt_of": 1, "mentions": [1, 2, 99]},
+        {"t": 1, "user": 1, "ts": 40, "text": "$A", "symbols": ["A"]},
+        {"t": 2, "user": 2, "ts": 70, "text": "$B", "symbols": ["B"], "reply_to": 0, "mentions": [2]},
+        {"t": 3, "user": 0, "ts": 30, "text": "again $A", "symbols": ["A"]},
+    )
+    gz(tmp_path / "users.jsonl.gz", *({"user": n, "followers": n, "friends": 0} for n in range(3)))
+    company = {
+        "name": "Alpha Inc.",
+        "sector": "Tech",
+        "industry": None,
+        "country": "US",
+        "kind": "Equities",
+        "summary": "It makes.",
+    }
+    gz(tmp_path / "items.jsonl.gz", {"symbol": "A", **company}, {"symbol": "B", **dict.fromkeys(company)})
+    dataset = stocknet(tmp_path, False)
+
+    assert dataset.interactions.to_pydict() == {
+        "user": [0, 1, 2, 0],
+        "item": [1, 0, 1, 0],
+        "timestamp": [50, 40, 70, 30],
+    }
+    assert dataset.reviews.to_pydict() == {
+        "user": [0, 0, 1, 2, 0],
+        "item": [0, 1, 0, 1, 0],
+        "text": ["RT <ticker> <ticker>", "RT <ticker> <ticker>", "<ticker>", "<ticker>", "again <ticker>"],
+        "timestamp": [50, 50, 40, 70, 30],
+    }
+    kind, source, target, item, time = (
+        dataset.ties[c].to_pylist() for c in ("kind", "source", "target", "item", "timestamp")
+    )
+    assert list(zip(kind, source, target, item, time, strict=True)) == [
+        ("retweet", 0, 1, 0, 50),
+        ("retweet", 0, 1, 1, 50),
+        ("reply", 2, 0, 1, 70),
+        ("mention", 0, 2, 0, 50),
+        ("mention", 0, 2, 1, 50),
+    ]
+    assert dataset.items["text"].to_pylist() == ["Alpha Inc. Tech. It makes.", None]
+    assert dataset.repairs == {
+        "interactions: rows that repeat a pair merged into its earliest": 1,
+        "ties: ties to unknown users dropped": 2,  # account 99, once for each symbol
+        "ties: ties to oneself dropped": 1,
+    }
+
+
+def test_lastfm_keeps_tags_on_artists_nobody_played(tmp_path):
+    files = {
+        "artists.dat": 'id\tname\turl\tpictureURL\n1\tAbba "live"\tx\ty\n2\tBjörk\tx\ty\n',
+        "user_artists.dat": "userID\tartistID\tweight\n7\t1\t30\n8\t1\t2\n",
+        "user_friends.dat": "userID\tfriendID\n7\t8\n8\t7\n",
+        "user_taggedartists.dat": "userID\tartistID\ttagID\tday\tmonth\tyear\n"
+        "7\t2\t5\t1\t4\t2009\n8\t9\t5\t1\t1\t2010\n8\t1\t5\t1\t1\t1956\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode())  # as the publisher packs them
+    (tmp_path / "tags.dat").write_bytes("tagID\ttagValue\n5\tfußball\n".encode("latin-1"))
+    dataset = lastfm(tmp_path, False)
+
+    assert dataset.items["name"].to_pylist() == ['Abba "live"', "Björk"]
+    assert dataset.interactions.to_pydict() == {"user": [0, 1], "item": [0, 0], "value": [30.0, 2.0]}
+    assert dataset.reviews.to_pydict() == {
+        "user": [0, 1],
+        "item": [1, 0],
+        "text": ["fußball", "fußball"],
+        "timestamp": [1238544000, None],
+    }
+    (tmp_path / "tags.dat").unlink()
+    with pytest.raises(DataError, match=r"tags.dat: no such file in .* \(there: \['artists.dat'"):
+        lastfm(tmp_path, False)
+
+
+def test_amazon_texts(tmp_path):
+    row = {"reviewerID": "A", "asin": "007", "overall": 4.0, "unixReviewTime": 9, "helpful": [0, 1]}
+    gz(
+        tmp_path / "reviews.json.gz",
+        {**row, "summary": "Good", "reviewText": "It hums."},
+        {**row, "asin": "008", "summary": "Bad", "reviewText": ""},
+        {**row, "asin": "009", "summary": "", "reviewText": " "},
+    )
+    dataset = amazon(tmp_path, False)
+    assert dataset.items["item_id"].to_pylist() == ["007", "008", "009"]
+    assert dataset.interactions["value"].to_pylist() == [4.0, 4.0, 4.0]
+    assert dataset.reviews["text"].to_pylist() == ["Good. It hums.", "Bad"]
+    whole = (tmp_path / "reviews.json.gz").read_bytes()
+    (tmp_path / "reviews.json.gz").write_bytes(whole[:-20])
+    with pytest.raises(DataError, match="reviews.json.gz: cannot be read"):
+        amazon(tmp_path, False)
+    (tmp_path / "other.json.gz").write_bytes(whole)
+    with pytest.raises(DataError, match="2 files match"):
+        amazon(tmp_path, False)
+
+
+def test_lightgcn_text(tmp_path):
+    (tmp_path / "train.txt").write_text("10 3 5\n2 3\n4\n")
+    (tmp_path / "test.txt").write_text("2 5\n10 3\n")
+    dataset = lightgcn_text(tmp_path, False)
+    assert dataset.users["user_id"].to_pylist() == ["2", "4", "10"]  # in numeric order
+    assert dataset.interactions.to_pydict() == {
+        "user": [2, 2, 0, 0],
+        "item": [0, 1, 0, 1],
+        "part": ["train", "train", "train", "test"],
+    }
+    assert dataset.repairs == {
+        "users: users without an interaction kept as new users": 1,  # user 4
+        "interactions: rows that repeat a pair merged into its earliest": 1,  # 10 3, of both parts: train has it
+    }
+
+
+def test_edges(tmp_path):
+    (tmp_path / "train.tsv").write_text("1\t5\n2\t5\n")
+    (tmp_path / "test.tsv.gz").write_bytes(gzip.compress(b"1\t6\n"))
+    (tmp_path / "social.tsv").write_text("1\t2\n9\t1\n2\t2\n")
+    dataset = edges(tmp_path, False)
+    assert dataset.users["user_id"].to_pylist() == ["1", "2", "9"]
+    assert dataset.ties.to_pydict() == {"source": [0, 2], "target": [1, 0], "kind": ["trust", "trust"]}
+    assert dataset.interactions["part"].to_pylist() == ["train", "train", "test"]
+    (tmp_path / "social.tsv").write_text("1\tx\n")
+    with pytest.raises(DataError, match="social.tsv: an id is no integer"):
+        edges(tmp_path, False)
+
+
+def test_recbole(tmp_path):
+    (tmp_path / "x.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\treview:token_seq\tdevice:token\nu\ti\t2.5\tso so\tphone\n"
+    )
+    (tmp_path / "x.item").write_text(
+        "item_id:token\tname:token_seq\tprice:float\tpoint:float_seq\ni\tThing\t1.5\t1 2\nj\t\t\t\n"
+    )
+    (tmp_path / "x.net").write_text("source_id:token\ttarget_id:token\nu\tv\n")
+    (tmp_path / "x.user").write_text("user_id:token\nu\nv\n")
+    dataset = recbole(tmp_path, False)
+    assert dataset.items.to_pylist() == [
+        {"item_id": "i", "price": 1.5, "point": [1.0, 2.0], "text": "Thing", "name": "Thing"},
+        {"item_id": "j", "price": None, "point": None, "text": None, "name": None},
+    ]
+    assert dataset.interactions.to_pylist() == [{"user": 0, "item": 0, "value": 2.5}]
+    assert dataset.reviews["text"].to_pylist() == ["so so"]
+    assert dataset.ties.to_pylist() == [{"source": 0, "target": 1, "kind": "tie"}]
+    assert dataset.repairs == {
+        "interactions: column 'device' not read": 1,
+        "users: users without an interaction kept as new users": 1,
+    }
+    (tmp_path / "x.user").write_text("id:token\nu\n")
+    with pytest.raises(DataError, match=r"x.user: no column user_id \(there: id\)"):
+        recbole(tmp_path, False)
+
+
+def test_core_is_repeated_until_stable_and_counts_what_it_removes():
+    #  a-0  a-1  b-0  b-1  c-1  c-2  d-2: item 2 has two users, but d has one item; without d, 2 falls; then c.
+    pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2)]
+    ties = [(0, 1, None), (0, 1, 2), (1, 0, 1), (0, 3, None)]
+    dataset = Dataset(
+        "small",
+        pa.table({"user_id": list("abcd")}),
+        pa.table({"item_id": ["0", "1", "2", "3"]}),
+        int32(pairs, "user", "item"),
+        int32([(0, 0), (0, 2), (3, 1)], "user", "item").append_column("text", pa.array(["keep", "item 2", "user d"])),
+        int32(ties, "source", "target", "item").append_column("kind", pa.array(["tie"] * 4)),
+        {"before": 1},
+    )
+    cut = k_core(dataset, 2)
+    assert cut.users.to_pydict() == {"user_id": ["a", "b"]} and cut.items.to_pydict() == {"item_id": ["0", "1"]}
+    assert cut.interactions.to_pydict() == {"user": [0, 0, 1, 1], "item": [0, 1, 0, 1]}
+    assert cut.interactions.schema == dataset.interactions.schema and cut.ties.schema == dataset.ties.schema
+    assert cut.reviews["text"].to_pylist() == ["keep"]
+    assert cut.ties.to_pydict() == {"source": [0, 1], "target": [1, 0], "item": [None, 1], "kind": ["tie", "tie"]}
+    assert cut.repairs == {
+        "before": 1,
+        "users: removed by core 2": 2,
+        "items: removed by core 2": 2,
+        "interactions: removed by core 2": 3,
+        "reviews: removed by core 2": 2,
+        "ties: removed by core 2": 2,
+    }
+    assert k_core(Dataset("s", cut.users, cut.items, cut.interactions, empty_reviews(), cut.ties), 2).repairs == {}
+    with pytest.raises(ValueError, match="data.core is 3, and no user and item are left"):
+        k_core(dataset, 3)
+
+
+def int32(rows: list[tuple], *names: str) -> pa.Table:
+    return pa.table({name: pa.array([row[n] for row in rows], pa.int32()) for n, name in enumerate(names)})
+
+
+def test_load_finds_folders_and_says_what_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "gowalla").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "gowalla" / f"{part}.txt").write_text("0 1\n" if part == "train" else "1 1\n")
+    monkeypatch.setenv("FUSED_REC_DATA", str(tmp_path))
+    assert load(DataConfig(name="lightgcn_text")).n_users == 2
+    assert load(DataConfig(name="lightgcn_text", path=str(tmp_path / "gowalla"), core=1)).name == "gowalla"
+    monkeypatch.chdir(tmp_path / "gowalla")
+    assert load(DataConfig(name="lightgcn_text", path=".")).name == "gowalla"
+    with pytest.raises(ValueError, match="no user and item are left"):
+        load(DataConfig(name="lightgcn_text", core=3))
+    with pytest.raises(FileNotFoundError, match=r"(?s)douban_book.*set FUSED_REC_DATA .*, or pass --config.data.path$"):
+        load(DataConfig(name="edges"))
+    monkeypatch.delenv("FUSED_REC_DATA")
+    with pytest.raises(FileNotFoundError, match="or run python -m fused_rec.data.download gowalla"):
+        load(DataConfig(name="lightgcn_text"))
+    with pytest.raises(ValueError, match=r"data.name 'tables' needs a folder: pass --config.data.path"):
+        load(DataConfig(name="tables"))
+    with pytest.raises(ValueError, match="data.name is 'netflix'; it must be one of synthetic, tables, lastfm, "):
+        load(DataConfig(name="netflix"))
+
+
+def test_load_makes_the_synthetic_market_from_its_seed():
+    one, again, other = (load(DataConfig(seed=seed)) for seed in (3, 3, 4))
+    assert one.interactions.equals(again.interactions) and not one.interactions.equals(other.interactions)
+    assert set(READERS) == {
+        *("synthetic", "tables", "lastfm", "lastfm_sociallgn", "lastfm_lightgcn", "stocknet"),
+        *("amazon", "lightgcn_text", "recbole", "edges"),
+    }

@@ -1,0 +1,51 @@
+"""A market small enough to reason about, shared by the tests of the model and of its training.
+
+7 users, 6 items and 2 sectors. User 6 and item 5 have neither words nor edges; sector 1 has no edge.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
+from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.graph.propagate import Backend, adjacencies
+from fused_rec.train.step import Task
+
+COUNTS = {USER: 7, ITEM: 6, "sector": 2}
+WIDTH = 5  # of a text vector
+TRUSTS = Relation(USER, "trusts", USER)
+SIMILAR = Relation(ITEM, "similar_text", ITEM)
+IN_SECTOR = Relation(ITEM, "in_sector", "sector"), Relation("sector", "sector_of", ITEM)
+
+# user    0  0  0  1  1  2  2  3  3  3  4  5
+HOLDER = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 5], np.int32)
+HELD = np.array([0, 1, 2, 0, 3, 1, 4, 2, 3, 4, 0, 4], np.int32)
+
+
+def words(seed: int = 0) -> np.ndarray:
+    """float32 [15, 5]: unit rows of users and items; zero for user 6, item 5 and the sectors."""
+    drawn = np.random.default_rng(seed).normal(size=(15, WIDTH)).astype(np.float32)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    drawn[[6, 12, 13, 14]] = 0
+    return drawn
+
+
+def relations(text: np.ndarray) -> dict[Relation, Edges]:
+    """Holdings and sectors both ways, three ties, the two items of nearest words."""
+    return {
+        **both_ways(HOLDS, HELD_BY, HOLDER, HELD, COUNTS),
+        TRUSTS: Edges(np.array([1, 2, 0]), np.array([0, 0, 4]), np.array([0.5, 0.5, 1], np.float32)),
+        SIMILAR: nearest_texts(text[7:13], 2),
+        **both_ways(*IN_SECTOR, np.array([0, 1, 3]), np.array([0, 0, 0]), COUNTS),
+    }
+
+
+def graph(text: np.ndarray | None = None) -> HeteroGraph:
+    """The market as a graph; `text` takes the place of its words, but not of the relation made of them."""
+    return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
+
+
+def task(backend: Backend = "csr", present: np.ndarray | None = None) -> Task:
+    """The market ready to be trained on; `present` says which items there are (all of them if None)."""
+    there = np.ones(COUNTS[ITEM], bool) if present is None else present
+    return Task(graph(), adjacencies(graph(), backend), jnp.asarray(there))
