@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12.4",
+        "huggingface_hub>=1.3",
         "jax>=0.10.0",
         "jaxtyping>=0.3.3",
         "jraph==0.0.6.dev0",  # the last release, and a pre-release: without the pin pip looks for an older one
@@ -28,15 +29,16 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.0",
         "pyarrow>=18.0",
-        "safetensors>=0.6",
+        "safetensors>=0.6.2",
         "scipy>=1.14.1",
         "tensorboardX>=2.6.2.2",
         "tqdm>=4.66",
+        "tokenizers>=0.22.1",
         "transformers>=5.3",  # earlier ones could run code that a model folder names
     ],
     extras_require={
         "tests": [
-            "beartype>=0.22",
+            "beartype>=0.22.1",
             "hypothesis>=6.100",
             "ir-measures>=0.4",
             "pyright[nodejs]>=1.1.400",

@@ -19,8 +19,8 @@ from fused_rec.text.pretrained import open_model
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
-INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
+INPUT = flags.DEFINE_string("input", "", "UTF-8 file, a text a line.")
+OUTPUT = flags.DEFINE_string("output", "", "safetensors file to write.")
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
@@ -58,6 +58,9 @@ def main(argv: list[str]) -> None:
     """Reads, encodes, writes."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
+    for flag in (INPUT, OUTPUT):
+        if not flag.value:
+            raise app.UsageError(f"--{flag.name} is missing; name the {flag.name} file")
     texts = read_lines(Path(INPUT.value))
     model = open_model(MODEL.value, offline=OFFLINE.value)
     start = time.perf_counter()
@@ -72,5 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["input", "output"])
     app.run(main)

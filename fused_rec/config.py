@@ -33,6 +33,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.core >= 1, "data.core", self.core, "at least 1")
+        _require(self.seed >= 0, "data.seed", self.seed, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SplitConfig:
     """What is held out. Fractions are of the interactions (of the users or items for new_users, new_items)."""
 
     kind: SplitKind = "random"
-    test: float = 0.2  # unused by a published split that names its own test part
+    test: float = 0.2  # unused by a published split, which names its own test part
     valid: float = 0.1  # carved from what the test part leaves
     seed: int = 0
 
@@ -51,6 +52,7 @@ class SplitConfig:
         for name in ("test", "valid"):
             value = getattr(self, name)
             _require(0 < value < 1, f"split.{name}", value, "between 0 and 1")
+        _require(self.seed >= 0, "split.seed", self.seed, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ModelConfig:
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
         _require(0 <= self.id_dropout < 1, "model.id_dropout", self.id_dropout, "in [0, 1)")
+        _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +178,8 @@ def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
     for setting, value in settings.items():
         default = known[setting]
         if isinstance(default, tuple):
+            words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+            _require(words, f"{name}.{setting}", value, "a list of strings")
             value = tuple(value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -296,14 +296,14 @@ def test_missing_and_broken_files_are_named(folder, name):
 def test_the_digest_follows_every_file_that_vectors_depend_on(folder, tiny):
     assert open_model(str(folder)).digest == tiny.digest
     seen = {tiny.digest}
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+    for name in ("config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         (folder / name).write_text((folder / name).read_text() + "\n")
         seen.add(open_model(str(folder)).digest)
     weights = load_file(folder / "model.safetensors")
     weights["bert.embeddings.LayerNorm.bias"][0] += 1
     save_file(weights, folder / "model.safetensors")
     seen.add(open_model(str(folder)).digest)
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/name@main", "org/name@v1.0", f"org/name@{COMMIT[:12]}"])

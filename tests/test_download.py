@@ -120,7 +120,9 @@ def test_a_later_call_goes_on_where_an_earlier_one_gave_up(server, tmp_path):
 
 def test_a_server_without_ranges_sends_all_of_it_again(server, tmp_path):
     server.cuts, server.ranges = 1, False
-    fetch(server.url("data.bin"), tmp_path / "data.bin")
+    fetch(
+        server.url("data.bin"), tmp_path / "data.bin", limit=400_000
+    )  # what the first transfer brought is not counted
     assert server.asked == [None, "bytes=100000-"]
     assert (tmp_path / "data.bin").read_bytes() == BODY
 

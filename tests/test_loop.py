@@ -15,7 +15,7 @@ import pytest
 from market import write_tables
 
 from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
-from fused_rec.train.loop import NonFiniteLoss, Progress, claim, judge, train
+from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
 from fused_rec.train.serve import load
 
 SETTINGS = {
@@ -226,7 +226,7 @@ def test_a_workdir_is_one_config_only(tmp_path):
 
 
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="loss of step 2 is nan; there is no checkpoint yet"):
+    with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan; there is no checkpoint yet"):
         train(small(tables, cache, model__variant="graph", train__learning_rate=1e38), tmp_path)
 
 

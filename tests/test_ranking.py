@@ -126,6 +126,13 @@ def test_users_who_have_seen_everything():
     assert np.isneginf(scores[0]).all()
 
 
+def test_empty_ranks_hit_nothing():
+    # User 1 has items 2 1 0 left: rank 4 is empty (-1), and must not count as a second hit of item 0.
+    per_user = _by_hand(truth=sets_of([[], [0], []]))
+    assert per_user.metrics["recall@4"] == [1]
+    assert per_user.metrics["precision@4"] == [1 / 4]
+
+
 def test_no_users_no_rows():
     items, scores = top_k(scorer_of(TABLE), np.array([], int), seen=sets_of(SEEN), n_items=5, k=3)
     assert items.shape == scores.shape == (0, 3)

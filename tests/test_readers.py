@@ -303,17 +303,18 @@ def test_edges(tmp_path):
 
 def test_recbole(tmp_path):
     (tmp_path / "x.inter").write_text(
-        "user_id:token\titem_id:token\trating:float\treview:token_seq\tdevice:token\nu\ti\t2.5\tso so\tphone\n"
+        "user_id:token\titem_id:token\trating:float\ttext:token_seq\tdevice:token\nu\ti\t2.5\tso so\tphone\n"
     )
     (tmp_path / "x.item").write_text(
-        "item_id:token\tname:token_seq\tprice:float\tpoint:float_seq\ni\tThing\t1.5\t1 2\nj\t\t\t\n"
+        "item_id:token\tname:token_seq\tother_name:token_seq\tprice:float\tpoint:float_seq\n"
+        "i\tThing\tIt\t1.5\t1 2\nj\t\t\t\t\n"
     )
     (tmp_path / "x.net").write_text("source_id:token\ttarget_id:token\nu\tv\n")
     (tmp_path / "x.user").write_text("user_id:token\nu\nv\n")
     dataset = recbole(tmp_path, False)
     assert dataset.items.to_pylist() == [
-        {"item_id": "i", "price": 1.5, "point": [1.0, 2.0], "text": "Thing", "name": "Thing"},
-        {"item_id": "j", "price": None, "point": None, "text": None, "name": None},
+        {"item_id": "i", "price": 1.5, "point": [1.0, 2.0], "text": "Thing. It", "other_name": "It", "name": "Thing"},
+        {"item_id": "j", "price": None, "point": None, "text": None, "other_name": None, "name": None},
     ]
     assert dataset.interactions.to_pylist() == [{"user": 0, "item": 0, "value": 2.5}]
     assert dataset.reviews["text"].to_pylist() == ["so so"]

@@ -99,6 +99,14 @@ def test_times(written, seconds):
     assert [int(s) if r else None for s, r in zip(read, readable, strict=True)] == seconds
 
 
+def test_an_odd_time_among_many_does_not_change_the_others():
+    written = [str(n) for n in range(1500)]
+    written[700:703] = ["1970-01-02", "soon", "9.5"]
+    read, readable = parse_times(pa.chunked_array([written[:1000], written[1000:]]))
+    assert read.tolist() == [*range(700), 86400, 0, 9, *range(703, 1500)]
+    assert np.flatnonzero(~readable).tolist() == [701]
+
+
 def test_every_fault_of_every_file_is_told_at_once(tmp_path):
     write(
         tmp_path,
@@ -261,6 +269,11 @@ def test_broken_parquet(tmp_path):
     for content in (whole[: len(whole) // 2], b"user_id,item_id\nu,i\n", b""):
         file.write_bytes(content)
         assert "interactions.parquet: cannot be read" in told(tmp_path)
+    pq.write_table(
+        pa.table({"user_id": ["abcd"], "item_id": ["i"]}), file, write_page_checksum=True, compression="none"
+    )
+    file.write_bytes(file.read_bytes().replace(b"abcd", b"abce", 1))
+    assert "cannot be read: could not verify page integrity, CRC checksum verification failed" in told(tmp_path)
     bad = pa.array([b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"user_id": bad, "item_id": ["i"]}), file)
     assert "Invalid UTF8" in told(tmp_path)
@@ -309,7 +322,7 @@ def markets(draw) -> dict[str, pa.Table]:
     return {"interactions": pa.table(events), "items": pa.table({"item_id": items, "name": names})}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(markets())
 def test_csv_and_parquet_give_the_same_dataset(tables):
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from fused_rec.config import Config, to_dict
 
 
 def config_dict(**sections: dict) -> ml_collections.ConfigDict:
-    """The defaults of `fused_rec.config` with some settings replaced, by section, for `--config` to override further."""
+    """The defaults of `fused_rec.config` with some settings replaced, for `--config` to override further."""
     config = Config()
     changed = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in sections.items()}
     return ml_collections.ConfigDict(to_dict(dataclasses.replace(config, **changed)))

@@ -25,7 +25,9 @@ class Dataset:
     ties: directed; `source` int32, `target` int32 (rows of `users`), `kind` string; optional `timestamp` int64;
       optional `item` int32: the tie was seen in an act of `source` on that item (a retweet of a post about it),
       so it tells of that interaction; null where it does not.
-    repairs: what was mended on request, by description, with its count.
+    repairs: what was mended, merged or left unread, by description, with its count.
+
+    `timestamp` and `value` may hold nulls.
     """
 
     name: str
@@ -46,13 +48,15 @@ class Dataset:
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    """The column as one NumPy array. Raises KeyError where the table has no such column."""
+    """The column as one NumPy array, NaN for null (which makes integers floats). Raises KeyError for an absent one."""
     return table.column(name).to_numpy()
 
 
 def empty_reviews() -> pa.Table:
     """A `Dataset.reviews` table without rows."""
-    return pa.table({"user": pa.array([], pa.int32()), "item": pa.array([], pa.int32()), "text": pa.array([], pa.string())})
+    return pa.table(
+        {"user": pa.array([], pa.int32()), "item": pa.array([], pa.int32()), "text": pa.array([], pa.string())}
+    )
 
 
 def empty_ties() -> pa.Table:

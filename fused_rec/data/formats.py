@@ -132,8 +132,7 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     if texts:
         text = join_texts(*(rows[name] for name in texts))
         title = rows[titles[0]] if titles else None
-        rows = rows.drop_columns(titles)
-        rows = rows.append_column("text", text)
+        rows = rows.drop_columns([*titles[:1], *(["text"] if "text" in texts else [])]).append_column("text", text)
         rows = rows if title is None else rows.append_column("name", title)
     return rows, texts
 

@@ -1,6 +1,6 @@
 """What training may see, as a graph: holdings, ties, nearest texts and attribute nodes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ def build(
     """Every relation both ways; `vectors` are the encoded `texts.texts`.
 
     Raises:
-      ValueError: an attribute that is no column of the items, or vectors that do not match the texts.
+      ValueError: an attribute that is no column of the items, vectors that do not match the texts, or a name that
+        two attributes, ties or node types share.
     """
     if len(vectors) != len(texts.texts):
         raise ValueError(f"{len(vectors)} vectors for {len(texts.texts)} texts; encode the texts of this very split")
@@ -36,19 +37,30 @@ def build(
         USER: node_vectors(texts.user_rows, texts.user_texts, texts.user_weights, vectors, dataset.n_users),
         ITEM: node_vectors(texts.item_rows, texts.item_texts, texts.item_weights, vectors, dataset.n_items),
     }
-    relations: dict[Relation, Edges] = both_ways(HOLDS, HELD_BY, observed.user, observed.item, counts)
-    relations |= tie_relations(observed.ties, counts)
+    parts = [both_ways(HOLDS, HELD_BY, observed.user, observed.item, counts), tie_relations(observed.ties, counts)]
     for name in config.attributes:
+        if name in counts:
+            raise ValueError(f"graph.attributes names {name!r}, and there are nodes of that name already; take it out")
         values, edges = attribute_edges(dataset.items, name)
         counts[name] = values
         words[name] = np.zeros((values, vectors.shape[1]), np.float32)
         pair = Relation(ITEM, f"in_{name}", name), Relation(name, f"{name}_of", ITEM)
-        relations |= both_ways(*pair, *edges, counts)
+        parts.append(both_ways(*pair, *edges, counts))
     for node_type in (USER, ITEM):
         if config.similar_text and words[node_type].any():
             relation = Relation(node_type, "similar_text", node_type)
-            relations[relation] = nearest_texts(words[node_type], config.similar_text)
-    return hetero_graph(counts, relations, np.concatenate(list(words.values())))
+            parts.append({relation: nearest_texts(words[node_type], config.similar_text)})
+    return hetero_graph(counts, _joined(parts), np.concatenate(list(words.values())))
+
+
+def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
+    relations: dict[Relation, Edges] = {}
+    for part in parts:
+        for relation, edges in part.items():
+            if relation in relations:
+                raise ValueError(f"two relations are named {relation}; rename that kind of tie or that attribute")
+            relations[relation] = edges
+    return relations
 
 
 def node_vectors(
@@ -62,7 +74,9 @@ def node_vectors(
 
     Sentence vectors crowd into a narrow cone (Ethayarajh, 2019): the mean is taken out and the principal
     directions are scaled towards equal variance, the smallest ones held back by the mean variance so that
-    noise is not blown up. Rows have unit length; a node without words stays zero.
+    noise is not blown up. Turned back to the encoder's axes, so that the result does not depend on the signs that
+    a linear algebra library gives the directions: a checkpoint meets the same vectors on another machine.
+    Rows have unit length; a node without words stays zero.
     """
     # Imported here: scipy takes 0.2 s that `import fused_rec.graph` need not.
     from scipy import sparse
@@ -74,8 +88,9 @@ def node_vectors(
     if named.sum() < 2:
         return out
     centred = mean[named] - mean[named].mean(0)
-    variance, directions = np.linalg.eigh(np.cov(centred, rowvar=False, dtype=np.float64))
-    scaled = (centred @ directions) / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
+    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(centred, rowvar=False, dtype=np.float64)))
+    scale = 1 / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
+    scaled = centred @ (directions * scale[None, :] @ directions.T)
     out[named] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
     return out
 
@@ -94,14 +109,14 @@ def tie_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, E
     """One relation a kind of tie; `source` hears `target`, and the reverse where not all ties are mutual."""
     kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
     sources, targets = column(ties, "source"), column(ties, "target")
-    relations: dict[Relation, Edges] = {}
+    parts = []
     for kind in sorted(set(kinds)):
         at = kinds == kind
         heard, hears = targets[at], sources[at]
         pair = both_ways(Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), heard, hears, counts)
         mutual = set(zip(heard, hears, strict=True)) == set(zip(hears, heard, strict=True))
-        relations |= dict(list(pair.items())[:1]) if mutual else pair
-    return relations
+        parts.append(dict(list(pair.items())[:1]) if mutual else pair)
+    return _joined(parts)
 
 
 def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, np.ndarray]]:

@@ -84,8 +84,8 @@ def hetero_graph(
     JAX clamps ids out of range and drops them from segment sums without a word, so everything is checked here.
 
     Raises:
-      ValueError: an id outside its node type, a weight or a text vector that is not finite, a repeated edge, or
-        lengths that differ; names the relation, the value and the bound.
+      ValueError: a node type that is not counted, an id outside its node type, a weight or a text vector that is not
+        finite, a repeated edge, or lengths that differ; names the relation, the value and the bound.
     """
     total = sum(node_types.values())
     if len(text) != total:
@@ -124,10 +124,13 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         ("sender", edges.senders, relation.source),
         ("receiver", edges.receivers, relation.target),
     ):
+        if node_type not in node_types:
+            raise ValueError(f"{relation}: {node_type!r} is not among the node types {list(node_types)}; count its nodes")
         bound = node_types[node_type]
         bad = np.flatnonzero((ids < 0) | (ids >= bound))
         if len(bad):
-            raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {node_type} ids are 0 to {bound - 1}")
+            known = f"{node_type} ids are 0 to {bound - 1}" if bound else f"there are no {node_type} nodes"
+            raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {known}")
     bad = np.flatnonzero(~np.isfinite(edges.weight))
     if len(bad):
         raise ValueError(f"{relation}: weight {edges.weight[bad[0]]} of edge {bad[0]} is not finite")

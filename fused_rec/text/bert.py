@@ -72,6 +72,8 @@ class BertConfig:
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention of each token over its text. bias: 0 on tokens, a large negative number on padding."""
+
     config: BertConfig
 
     @nn.compact
@@ -127,7 +129,7 @@ class BertEncoder(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.num_hidden_layers,
         )
         return layers(config, name="layers")(x, bias)[0]
@@ -175,14 +177,15 @@ def convert_weights(weights: Mapping[str, np.ndarray], config: BertConfig) -> Pa
     named = {name: value for name, value in named.items() if not name.startswith(UNUSED_WEIGHTS)}
     sample = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     variables: Any = jax.eval_shape(BertEncoder(config).init, jax.random.key(0), *sample)
+    expected: Any = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, variables["params"]))
 
     problems: list[str] = []
     params = {}
-    for path, abstract in flatten_dict(variables["params"]).items():
+    for path, shape in expected.items():
         *modules, leaf = path
         transposed = leaf == "kernel"  # a checkpoint's matrices are [out, in], Flax's are [in, out]
         stacked = path[0] == "layers"
-        shape = abstract.shape[stacked:][::-1] if transposed else abstract.shape[stacked:]
+        shape = shape[stacked:][::-1] if transposed else shape[stacked:]
         module = CHECKPOINT_NAMES["/".join(modules)]
         arrays = []
         for layer in range(config.num_hidden_layers if stacked else 1):

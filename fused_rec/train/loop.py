@@ -9,8 +9,8 @@ workdir/
 import contextlib
 import importlib.metadata
 import json
-import os
 import logging
+import os
 import platform
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fused_rec.config import Config, to_dict
+from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLossError(FloatingPointError):
     """Training diverged; the message names the step and the last good checkpoint."""
 
 
@@ -52,7 +52,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: workdir holds a run of another config.
       DataError, LeakError: the input must not be used.
-      NonFiniteLoss: training diverged.
+      NonFiniteLossError: training diverged.
     """
     workdir = Path(workdir)
     claim(config, workdir)
@@ -172,21 +172,21 @@ def caption(loss: float, metric: str, progress: Progress) -> str:
 
 
 def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, folder: Path) -> None:
-    """Raises NonFiniteLoss where one of the last losses, the newest of them `step`'s, is not finite."""
+    """Raises NonFiniteLossError where one of the last losses, the newest of them `step`'s, is not finite."""
     values = np.asarray(jax.device_get(losses))
     if np.isfinite(values).all():
         return
     first = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
     good = checkpoints.last_good()
     kept = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good} in {folder}"
-    raise NonFiniteLoss(
+    raise NonFiniteLossError(
         f"the loss of step {first} is {values[first - step - 1]}; {kept}. Lower train.learning_rate or raise "
         "train.temperature, and use a new workdir"
     )
 
 
 def claim(config: Config, workdir: Path) -> None:
-    """Makes `workdir` this config's; raises ValueError where it is another's already, naming the settings that differ."""
+    """Makes `workdir` this config's. Raises ValueError where it is another's, naming the settings that differ."""
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "config.json"
     mine = json.loads(json.dumps(to_dict(config)))
@@ -204,6 +204,13 @@ def claim(config: Config, workdir: Path) -> None:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(differ)}); give this run a workdir of its own"
         )
+
+
+def finished(workdir: Path) -> Config:
+    """The config of a run that is over. Raises FileNotFoundError where there is none."""
+    if not (workdir / "results.json").exists():
+        raise FileNotFoundError(f"{workdir} holds no results.json; finish the run there with experiments.train first")
+    return from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """How good a scorer is on a held-out part of prepared tables."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -14,11 +15,21 @@ from fused_rec.model import baselines
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import Task, TrainState, embed
 
-BASELINES: dict[str, Callable[..., Scorer]] = {
-    "popularity": baselines.popularity,
-    "item_knn": baselines.item_knn,
-    "user_knn": baselines.user_knn,
-    "ease": baselines.ease,
+LOG = logging.getLogger(__name__)
+
+NEIGHBOURS = tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
+# Recommenders that need no training, each with the settings among which validation chooses.
+BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, float], ...]]] = {
+    "popularity": (baselines.popularity, ({},)),
+    "item_knn": (
+        baselines.item_knn,
+        tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0)),
+    ),
+    "user_knn": (
+        baselines.user_knn,
+        tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0)),
+    ),
+    "ease": (baselines.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
 }
 
 
@@ -55,6 +66,14 @@ def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
 
 
 def baseline(name: str, prepared: Prepared) -> Scorer:
-    """A recommender that needs no training, at its defaults, from the interactions that may be seen."""
-    observed, dataset = prepared.observed, prepared.dataset
-    return BASELINES[name](observed.user, observed.item, dataset.n_users, dataset.n_items)
+    """One of `BASELINES` on what may be seen; validation NDCG@10 of the training part chooses its settings."""
+    make, settings = BASELINES[name]
+    dataset, interactions = prepared.dataset, prepared.dataset.interactions.take(prepared.split.train)
+    size = dataset.n_users, dataset.n_items
+    chosen = settings[0]
+    if len(settings) > 1:
+        pairs = column(interactions, "user"), column(interactions, "item")
+        values = [measure(prepared, make(*pairs, *size, **tried), "valid")["ndcg@10"] for tried in settings]
+        chosen = settings[int(np.argmax(values))]
+    LOG.info("%s: %s", name, chosen)
+    return make(prepared.observed.user, prepared.observed.item, *size, **chosen)

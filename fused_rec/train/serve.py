@@ -1,16 +1,16 @@
 """A finished run put to use: loaded from its workdir, ranking products for customers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from fused_rec.config import Config, from_dict
+from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.evaluate.ranking import item_sets, top_k
 from fused_rec.train.checkpoint import Checkpoints
+from fused_rec.train.loop import finished
 from fused_rec.train.measure import scorer
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
@@ -23,9 +23,7 @@ def load(workdir: str | Path) -> tuple[Config, Prepared, TrainState]:
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
-    if not (workdir / "results.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no results.json; finish the run there with experiments.train first")
-    config = from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    config = finished(workdir)
     phase, known = ("refit", ("train", "valid")) if config.train.refit else ("choose", ("train",))
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
     step = checkpoints.last_good() if config.train.refit else checkpoints.best_step()

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from fused_rec.config import Config, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.graph.build import ITEM
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model import losses

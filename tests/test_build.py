@@ -1,0 +1,269 @@
+"""From tables to relations, on a market that can be drawn."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fused_rec.config import GraphConfig
+from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
+from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.splits import Observed
+from fused_rec.graph.build import (
+    HELD_BY,
+    HOLDS,
+    attribute_edges,
+    both_ways,
+    build,
+    nearest_texts,
+    node_vectors,
+    tie_relations,
+)
+from fused_rec.graph.hetero import Relation
+
+#   users   0     1     2     3        0 holds 0 1, 1 holds 1, 2 holds 1 2, 3 holds nothing; nobody holds 3 and 4
+#           | \   |   / |              0 and 1 are friends of each other; 2 follows 0 and 3 (hears them)
+#   items   0   - 1 -   2   3   4      sectors: 0 bank, 1 energy, 2 null, 3 bank, 4 null
+#
+# items held by      1, 3, 1, 0, 0 users; users hold 2, 1, 2, 0 items
+USER = np.array([0, 2, 0, 1, 2], np.int32)
+ITEM = np.array([1, 2, 0, 1, 1], np.int32)
+TIES = pa.table(
+    {
+        "source": pa.array([0, 2, 1, 2], pa.int32()),
+        "target": pa.array([1, 0, 0, 3], pa.int32()),
+        "kind": ["friend", "follow", "friend", "follow"],
+    }
+)
+FOUR = {"user": 4, "item": 5}
+
+
+def dataset(**changes) -> Dataset:
+    market = Dataset(
+        name="drawn",
+        users=pa.table({"user_id": list("abcd")}),
+        items=pa.table({"item_id": list("vwxyz"), "sector": ["bank", "energy", None, "bank", None]}),
+        interactions=pa.table({"user": USER, "item": ITEM}),
+        reviews=empty_reviews(),
+        ties=TIES,
+    )
+    return dataclasses.replace(market, **changes)
+
+
+def observed(ties: pa.Table = TIES) -> Observed:
+    return Observed(USER, ITEM, empty_reviews(), ties)
+
+
+def said(rows, texts, weights=None):
+    return (
+        np.array(rows, np.int32),
+        np.array(texts, np.int32),
+        np.ones(len(rows), np.float32) if weights is None else np.array(weights, np.float32),
+    )
+
+
+def no_words() -> NodeTexts:
+    return NodeTexts([], *said([], []), *said([], []))
+
+
+NO_VECTORS = np.zeros((0, 4), np.float32)
+
+
+def rows(edges):
+    """{(sender, receiver): weight}."""
+    pairs = zip(np.asarray(edges.senders).tolist(), np.asarray(edges.receivers).tolist(), strict=True)
+    return dict(zip(pairs, np.asarray(edges.weight).tolist(), strict=True))
+
+
+def approx(expected):
+    return pytest.approx(expected, rel=1e-6)
+
+
+def test_holdings_by_hand():
+    graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig())
+    assert graph.node_types == (("user", 4), ("item", 5))
+    # 1 / sqrt(degree of user * degree of item)
+    assert rows(graph.edges(HOLDS)) == approx(
+        {(0, 0): 2**-0.5, (0, 1): 6**-0.5, (1, 1): 3**-0.5, (2, 1): 6**-0.5, (2, 2): 2**-0.5}
+    )
+    assert rows(graph.edges(HELD_BY)) == approx({pair[::-1]: w for pair, w in rows(graph.edges(HOLDS)).items()})
+
+
+def test_ties_by_hand():
+    relations = tie_relations(TIES, FOUR)
+    # Friends are mutual, so one relation says it all; who follows hears, and who is followed hears the other way.
+    assert [str(relation) for relation in relations] == ["user-follow-user", "user-follow_of-user", "user-friend-user"]
+    assert rows(relations[Relation("user", "friend", "user")]) == {(0, 1): 1, (1, 0): 1}
+    assert rows(relations[Relation("user", "follow", "user")]) == approx({(0, 2): 2**-0.5, (3, 2): 2**-0.5})
+    assert rows(relations[Relation("user", "follow_of", "user")]) == approx({(2, 0): 2**-0.5, (2, 3): 2**-0.5})
+
+
+def test_one_way_among_mutual_ties_gives_both_relations():
+    ties = pa.concat_tables([TIES, pa.table({"source": [3], "target": [1], "kind": ["friend"]}, schema=TIES.schema)])
+    names = [relation.name for relation in tie_relations(ties, FOUR)]
+    assert names == ["follow", "follow_of", "friend", "friend_of"]
+
+
+def test_no_ties_no_relation():
+    assert tie_relations(empty_ties(), FOUR) == {}
+    graph = build(dataset(ties=empty_ties()), observed(empty_ties()), no_words(), NO_VECTORS, GraphConfig())
+    assert [relation for relation, _ in graph.relations] == [HOLDS, HELD_BY]
+
+
+def test_attributes_by_hand():
+    graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("sector",)))
+    assert graph.node_types[2:] == (("sector", 2),)  # 0 bank, 1 energy
+    # Two items are banks, one is energy; the nulls of items 2 and 4 are no sector.
+    assert rows(graph.edges(Relation("item", "in_sector", "sector"))) == approx({(0, 0): 2**-0.5, (3, 0): 2**-0.5, (1, 1): 1})
+    assert rows(graph.edges(Relation("sector", "sector_of", "item"))) == approx({(0, 0): 2**-0.5, (0, 3): 2**-0.5, (1, 1): 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.chunked_array([["b", "a"], [None, "b"]]), (2, [(0, 0), (1, 1), (3, 0)])),
+        (pa.array([3, 3, None, 7]), (2, [(0, 0), (1, 0), (3, 1)])),
+        (pa.array([None] * 4, pa.string()), (0, [])),
+        (pa.array(["b", None, "a", "b"]).dictionary_encode(), (2, [(0, 0), (2, 1), (3, 0)])),
+    ],
+    ids=["chunks", "numbers", "all null", "encoded"],
+)
+def test_attribute_edges(values, expected):
+    count, (items, codes) = attribute_edges(pa.table({"x": values}), "x")
+    assert (count, list(zip(items.tolist(), codes.tolist(), strict=True))) == expected
+
+
+def test_a_column_without_values_makes_no_nodes():
+    items = dataset().items.append_column("issuer", pa.array([None] * 5, pa.string()))
+    graph = build(dataset(items=items), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("issuer", "sector")))
+    assert graph.node_types[2:] == (("issuer", 0), ("sector", 2))
+    assert dict(graph.relations)[Relation("issuer", "issuer_of", "item")] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attributes": ("colour",)}, r"graph.attributes names 'colour'; the items have \['item_id', 'sector'\]"),
+        ({"attributes": ("sector", "sector")}, "graph.attributes names 'sector', and there are nodes of that name already"),
+        ({"attributes": ("user",)}, "graph.attributes names 'user', and there are nodes of that name already"),
+    ],
+)
+def test_attributes_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig(**changes))
+
+
+def test_names_that_collide_are_refused():
+    ties = pa.table({"source": [0, 1], "target": [1, 2], "kind": ["follow", "follow_of"]}, schema=TIES.schema)
+    with pytest.raises(ValueError, match="two relations are named user-follow_of-user; rename that kind of tie"):
+        tie_relations(ties, FOUR)
+
+
+def test_vectors_of_another_split_are_refused():
+    with pytest.raises(ValueError, match="3 vectors for 0 texts; encode the texts of this very split"):
+        build(dataset(), observed(), no_words(), np.zeros((3, 4), np.float32), GraphConfig())
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_texts_by_hand():
+    #                 0       1         2        3 (no words)  4
+    words = np.array([[1, 0], [0.8, 0.6], [0, 1], [0, 0], [-1, 0]], np.float32)
+    # Cosines: 0-1 .8, 1-2 .6, 0-2 and 2-4 0, 0-4 -1, 1-4 -.8; only positive ones count.
+    assert rows(nearest_texts(words, 1)) == approx({(1, 0): 1, (0, 1): 1, (1, 2): 1})
+    assert rows(nearest_texts(words, 2)) == approx({(1, 0): 1, (0, 1): 0.8 / 1.4, (2, 1): 0.6 / 1.4, (1, 2): 1})
+    assert rows(nearest_texts(words, 50)) == rows(nearest_texts(words, 2))
+
+
+@pytest.mark.parametrize("words", [np.zeros((3, 2)), np.eye(3)[:, :2], np.array([[1, 0]])], ids=["none", "apart", "one"])
+def test_nearest_texts_of_nobody(words):
+    edges = nearest_texts(words.astype(np.float32), 2)
+    assert [len(part) for part in edges] == [0, 0, 0]
+
+
+def test_nearest_texts_in_blocks():
+    words = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    words[5] = 0
+    words /= np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-9)
+    whole = rows(nearest_texts(words, 3))
+    assert rows(nearest_texts(words, 3, block=7)) == approx(whole)
+    for node in range(30):
+        cosine = words @ words[node]
+        cosine[[node, 5]] = -1
+        best = np.argsort(-cosine)[:3] if node != 5 else []
+        assert {sender for sender, receiver in whole if receiver == node} == set(best)
+        assert sum(w for (_, receiver), w in whole.items() if receiver == node) == pytest.approx(float(len(best) > 0))
+
+
+def test_node_vectors_by_hand():
+    # One direction: nodes 0, 1, 3 stand at 0, 2 and 4 (the mean of 2 and 6), so around 2 they are at -2, 0, 2.
+    vectors = np.array([[0], [2], [6]], np.float32)
+    rows, texts, weights = said([0, 1, 3, 3], [0, 1, 1, 2], [1, 1, 0.5, 0.5])
+    assert node_vectors(rows, texts, weights, vectors, 5).tolist() == [[-1], [0], [0], [1], [0]]
+
+
+def test_whitening_evens_out_the_directions():
+    # Around their mean (5, 5) the nodes stand at (+-2, +-1): variances 16/3 and 4/3 (n - 1 = 3), 10/3 on average.
+    vectors = 5 + np.array([[2, 1], [-2, 1], [2, -1], [-2, -1]], np.float32)
+    step = np.array([2 / np.sqrt(16 / 3 + 10 / 3), 1 / np.sqrt(4 / 3 + 10 / 3)])
+    expected = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]]) * step / np.linalg.norm(step)
+    every = said(range(4), range(4))
+    np.testing.assert_allclose(node_vectors(*every, vectors, 4), expected, rtol=1e-5)
+
+
+def test_rows_are_unit_and_wordless_nodes_zero():
+    vectors = np.random.default_rng(0).normal(2, 1, size=(6, 3)).astype(np.float32)
+    out = node_vectors(*said([0, 2, 3, 4, 4], [0, 1, 2, 3, 5], [1, 1, 1, 0.3, 0.7]), vectors, 6)
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), [1, 0, 1, 1, 1, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[], [2]])
+def test_too_few_words_to_compare_are_none(rows):
+    assert not node_vectors(*said(rows, rows), np.ones((3, 2), np.float32), 4).any()
+
+
+def test_vectors_do_not_depend_on_the_signs_of_the_directions(monkeypatch):
+    """LAPACK may turn an eigenvector round; the parameters of a checkpoint must meet the same words again."""
+    vectors = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
+    every = said(range(8), range(8))
+    here = node_vectors(*every, vectors, 8)
+    eigh = np.linalg.eigh
+
+    def elsewhere(matrix):
+        variance, directions = eigh(matrix)
+        return variance, directions * np.array([[-1, 1, -1]])
+
+    monkeypatch.setattr(np.linalg, "eigh", elsewhere)
+    np.testing.assert_allclose(node_vectors(*every, vectors, 8), here, atol=1e-6)
+
+
+# --- the law -------------------------------------------------------------------------------------------------------
+
+
+def test_permuting_the_users_permutes_the_graph():
+    """User u becomes user at[u]; items keep their places."""
+    rng = np.random.default_rng(0)
+    at = np.array([2, 0, 3, 1])
+    vectors = rng.normal(size=(9, 3)).astype(np.float32)
+    users, items = said(range(4), [0, 1, 2, 3]), said(range(5), [4, 5, 6, 7, 8])
+    config = GraphConfig(attributes=("sector",), similar_text=2)
+
+    before = build(dataset(), observed(), NodeTexts(list("abcdefghi"), *users, *items), vectors, config)
+    order = np.argsort(at)
+    moved = TIES.set_column(0, "source", pa.array(at[TIES["source"]], pa.int32()))
+    moved = moved.set_column(1, "target", pa.array(at[TIES["target"]], pa.int32()))
+    seen = Observed(at[USER].astype(np.int32), ITEM, empty_reviews(), moved)
+    texts = NodeTexts(list("abcdefghi"), np.arange(4, dtype=np.int32), users[1][order], users[2], *items)
+    after = build(dataset(ties=moved), seen, texts, vectors, config)
+
+    np.testing.assert_allclose(after.text("user")[at], before.text("user"), atol=1e-5)
+    np.testing.assert_allclose(after.text("item"), before.text("item"), atol=1e-6)
+    assert [relation for relation, _ in after.relations] == [relation for relation, _ in before.relations]
+    for relation, _ in before.relations:
+        source = at if relation.source == "user" else np.arange(5)
+        target = at if relation.target == "user" else np.arange(5)
+        expected = {(source[s], target[r]): weight for (s, r), weight in rows(before.edges(relation)).items()}
+        assert rows(after.edges(relation)) == pytest.approx(expected, rel=1e-4), relation

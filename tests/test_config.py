@@ -1,0 +1,130 @@
+"""Settings: their way to JSON and back, and what every refusal says."""
+
+import dataclasses
+import json
+import runpy
+import typing
+from pathlib import Path
+
+import pytest
+
+from fused_rec import config as C  # noqa: N812
+from fused_rec.config import Config, DataConfig, GraphConfig, ModelConfig, SplitConfig, TrainConfig, from_dict, to_dict
+
+CHANGED = Config(
+    data=DataConfig(name="lastfm", path="somewhere", repair=True, core=5, seed=3),
+    split=SplitConfig(kind="time", test=0.3, valid=0.05, seed=1),
+    graph=GraphConfig(attributes=("sector", "issuer"), similar_text=0),
+    model=ModelConfig(variant="text", dim=8, rounds=0, score="dot", gates=False, affinity=True, id_dropout=0.0),
+    train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit=True),
+)
+
+# The module as users run it: the type checker of the tests would refuse an unknown choice before config.py can.
+UNCHECKED = runpy.run_path(str(Path(__file__).parents[1] / "fused_rec" / "config.py"))
+
+
+@pytest.mark.parametrize("config", [Config(), CHANGED], ids=["defaults", "changed"])
+def test_round_trip_through_json(config):
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_what_is_absent_takes_its_default():
+    assert from_dict({}) == Config()
+    assert from_dict({"model": {"dim": 8}, "train": {}}) == Config(model=ModelConfig(dim=8))
+
+
+def test_every_section_and_setting_is_in_the_dictionary():
+    values = to_dict(Config())
+    assert list(values) == ["data", "split", "text", "graph", "model", "train"]
+    for name, section in values.items():
+        assert list(section) == [field.name for field in dataclasses.fields(getattr(Config(), name))]
+
+
+def test_an_int_will_do_for_a_float():
+    temperature = from_dict({"train": {"temperature": 1}}).train.temperature
+    assert (temperature, type(temperature)) == (1.0, float)
+
+
+def test_a_config_cannot_be_changed_and_can_be_a_key():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.dim = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert len({Config(), from_dict({}), CHANGED}) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, r"config is \['modle'\]; it must be made of the sections \['data', .*'train'\]"),
+        ({"model": {"width": 3}}, r"config section model is \['width'\]; it must be made of the settings \['affinity'"),
+        ({"model": {"dim": 3.0}}, r"model\.dim is 3\.0; it must be of type int"),
+        ({"model": {"dim": "3"}}, r"model\.dim is '3'; it must be of type int"),
+        ({"model": {"dim": True}}, r"model\.dim is True; it must be of type int"),
+        ({"model": {"gates": 1}}, r"model\.gates is 1; it must be of type bool"),
+        ({"train": {"temperature": True}}, r"train\.temperature is True; it must be of type float"),
+        ({"graph": {"attributes": "sector"}}, r"graph\.attributes is 'sector'; it must be a list of strings"),
+        ({"graph": {"attributes": [3]}}, r"graph\.attributes is \[3\]; it must be a list of strings"),
+        ({"train": {"loss": None}}, r"train\.loss is None; it must be of type str"),
+    ],
+)
+def test_unknown_names_and_types(values, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value", "bound"),
+    [
+        ("data", "core", 0, "at least 1"),
+        ("data", "seed", -1, "0 or more"),
+        ("split", "seed", -1, "0 or more"),
+        ("split", "kind", "weekly", "one of ('time', 'per_user', 'random', 'new_items', 'new_users', 'published')"),
+        ("split", "test", 0.0, "between 0 and 1"),
+        ("split", "test", 1.0, "between 0 and 1"),
+        ("split", "valid", -0.1, "between 0 and 1"),
+        ("split", "valid", float("nan"), "between 0 and 1"),
+        ("text", "max_tokens", -1, "0 or more"),
+        ("text", "batch_tokens", 511, "at least 512"),
+        ("graph", "similar_text", -1, "0 or more"),
+        ("model", "variant", "both", "one of ('fused', 'graph', 'text')"),
+        ("model", "score", "euclid", "one of ('cosine', 'dot')"),
+        ("model", "dim", 0, "at least 1"),
+        ("model", "rounds", -1, "0 or more"),
+        ("model", "id_dropout", 1.0, "in [0, 1)"),
+        ("model", "id_dropout", -0.1, "in [0, 1)"),
+        ("model", "id_scale", 0.0, "above 0"),
+        ("train", "weight_decay", -0.1, "0 or more"),
+        ("train", "seed", -1, "0 or more"),
+        ("train", "loss", "hinge", "one of ('softmax', 'sampled_softmax', 'bpr')"),
+        ("train", "temperature", 0.0, "above 0"),
+        ("train", "batch_users", 0, "at least 1"),
+        ("train", "positives", 0, "at least 1"),
+        ("train", "negatives", 0, "at least 1"),
+        ("train", "max_steps", 0, "at least 1"),
+        ("train", "eval_every", 0, "at least 1"),
+        ("train", "patience", 0, "at least 1"),
+        ("train", "metric", "auc", f"one of {C.METRICS}"),
+        ("train", "learning_rate", 0.0, "above 0"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, bound):
+    with pytest.raises(ValueError) as error:
+        UNCHECKED["from_dict"]({section: {setting: value}})
+    assert str(error.value) == f"{section}.{setting} is {value!r}; it must be {bound}"
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("data", "core", 1),
+        ("text", "batch_tokens", 512),
+        ("graph", "similar_text", 0),
+        ("model", "dim", 1),
+        ("model", "rounds", 0),
+        ("model", "id_dropout", 0.0),
+        ("train", "patience", 1),
+        *(("split", "kind", kind) for kind in typing.get_args(C.SplitKind)),
+        *(("train", "metric", metric) for metric in ("accuracy", "recall@5", "precision@50", "map@10", "ndcg@20")),
+    ],
+)
+def test_the_bound_itself_is_allowed(section, setting, value):
+    assert to_dict(from_dict({section: {setting: value}}))[section][setting] == value

@@ -1,0 +1,149 @@
+"""The typed graph, from a drawing to one `jraph.GraphsTuple` and back."""
+
+import jax
+import jraph
+import numpy as np
+import pytest
+
+from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+
+#   users   0   1   2          holds:  0 -> 1 (.5), 2 -> 1 (.25), 0 -> 0 (1)
+#           | \   /            trusts: 1 -> 0 (2): user 0 hears user 1
+#   items   0   1              nobody made a post, and nobody is its author
+#
+# All nodes in one row: users 0 1 2, items 3 4, posts none, tags 5.
+COUNTS = {"user": 3, "item": 2, "post": 0, "tag": 1}
+HOLDS = Relation("user", "holds", "item")
+TRUSTS = Relation("user", "trusts", "user")
+WROTE = Relation("user", "wrote", "post")
+
+
+def edges(*rows):
+    sender, receiver, weight = zip(*rows, strict=True) if rows else ((), (), ())
+    return Edges(np.array(sender, int), np.array(receiver, int), np.array(weight, np.float32))
+
+
+RELATIONS = {
+    HOLDS: edges((0, 1, 0.5), (2, 1, 0.25), (0, 0, 1)),
+    WROTE: edges(),
+    TRUSTS: edges((1, 0, 2)),
+}
+TEXT = np.arange(12, dtype=np.float32).reshape(6, 2)
+
+
+def drawn():
+    return hetero_graph(COUNTS, RELATIONS, TEXT)
+
+
+def test_the_drawing_as_one_graph():
+    graph = drawn().graph
+    assert isinstance(graph, jraph.GraphsTuple)
+    # Inside a relation by (receiver, sender); items start at 3.
+    assert graph.senders.tolist() == [0, 0, 2, 1]
+    assert graph.receivers.tolist() == [3, 4, 4, 0]
+    assert graph.edges["weight"].tolist() == [1, 0.5, 0.25, 2]
+    assert graph.nodes["text"].tolist() == TEXT.tolist()
+    assert [part.dtype.name for part in (graph.senders, graph.receivers, graph.n_node)] == ["int32"] * 3
+    assert (graph.n_node.tolist(), graph.n_edge.tolist()) == ([6], [4])
+    assert graph.globals is None
+
+
+def test_jraph_takes_it():
+    """Its counts agree, so that jraph's own batching and padding keep every node and edge."""
+    graph = drawn().graph
+    both = jraph.batch([graph, graph])
+    assert both.senders.tolist() == [0, 0, 2, 1, 6, 6, 8, 7]
+    first, second = jraph.unbatch(both)
+    assert second.receivers.tolist() == first.receivers.tolist() == graph.receivers.tolist()
+    padded = jraph.pad_with_graphs(graph, n_node=10, n_edge=8)
+    assert jraph.get_node_padding_mask(padded).tolist() == [True] * 6 + [False] * 4
+    np.testing.assert_array_equal(jraph.unpad_with_graphs(padded).nodes["text"], TEXT)
+
+
+def test_types_and_relations_are_slices():
+    graph = drawn()
+    assert [graph.node_slice(name) for name in COUNTS] == [slice(0, 3), slice(3, 5), slice(5, 5), slice(5, 6)]
+    assert [graph.count(name) for name in COUNTS] == [3, 2, 0, 1]
+    assert graph.text("item").tolist() == [[6, 7], [8, 9]]
+    assert graph.text("post").shape == (0, 2)
+    assert graph.relations == ((HOLDS, 3), (WROTE, 0), (TRUSTS, 1))
+    assert str(HOLDS) == "user-holds-item"
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(KeyError, match=r"'shop' is not among \['user', 'item', 'post', 'tag'\]"):
+        drawn().node_slice("shop")
+    with pytest.raises(KeyError, match=r"Relation\(source='tag'"):
+        drawn().edges(Relation("tag", "of", "item"))
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=str)
+def test_edges_come_back(relation):
+    back = drawn().edges(relation)
+    rows = sorted(zip(*(np.asarray(part).tolist() for part in back), strict=True))
+    assert rows == sorted(zip(*(part.tolist() for part in RELATIONS[relation]), strict=True))
+    assert np.all(np.diff(back.receivers) >= 0)
+
+
+def test_any_market_comes_back():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts = {"user": int(rng.integers(1, 6)), "item": int(rng.integers(1, 6))}
+        relations = {}
+        for name, source, target in [("a", "user", "item"), ("b", "item", "user"), ("c", "item", "item")]:
+            pair = np.argwhere(rng.random((counts[source], counts[target])) < 0.4)
+            pair = pair[rng.permutation(len(pair))]
+            weight = rng.normal(size=len(pair)).astype(np.float32)
+            relations[Relation(source, name, target)] = Edges(pair[:, 0], pair[:, 1], weight)
+        graph = hetero_graph(counts, relations, np.zeros((sum(counts.values()), 1), np.float32))
+        for relation, given in relations.items():
+            back = graph.edges(relation)
+            assert {*zip(*map(tuple, map(np.asarray, back)), strict=True)} == {*zip(*map(tuple, given), strict=True)}
+
+
+def test_a_graph_without_relations_or_words():
+    graph = hetero_graph({"user": 2}, {}, np.zeros((2, 3), np.float32))
+    assert (graph.graph.n_edge.tolist(), graph.graph.senders.shape, graph.relations) == ([0], (0,), ())
+
+
+def test_it_passes_through_jit_with_static_counts():
+    assert jax.jit(lambda graph: graph.text("item").sum())(drawn()) == 30
+    leaves, tree = jax.tree.flatten(drawn())
+    assert jax.tree.unflatten(tree, leaves).relations == drawn().relations
+
+
+BAD = {
+    "sender too large": ({HOLDS: edges((0, 0, 1), (3, 1, 1))}, r"user-holds-item: sender 3 of edge 1; user ids are 0 to 2"),
+    "sender negative": ({HOLDS: edges((-1, 0, 1))}, r"user-holds-item: sender -1 of edge 0; user ids are 0 to 2"),
+    "receiver too large": ({HOLDS: edges((2, 2, 1))}, r"user-holds-item: receiver 2 of edge 0; item ids are 0 to 1"),
+    "an empty type": ({WROTE: edges((0, 0, 1))}, r"user-wrote-post: receiver 0 of edge 0; there are no post nodes"),
+    "unknown type": (
+        {Relation("user", "in", "shop"): edges((0, 0, 1))},
+        r"user-in-shop: 'shop' is not among the node types \['user', 'item', 'post', 'tag'\]; count its nodes",
+    ),
+    "weight": ({HOLDS: edges((0, 0, 1), (1, 1, np.nan))}, r"user-holds-item: weight nan of edge 1 is not finite"),
+    "infinite": ({HOLDS: edges((0, 0, -np.inf))}, r"user-holds-item: weight -inf of edge 0 is not finite"),
+    "twice": (
+        {HOLDS: edges((0, 1, 1), (2, 1, 1), (0, 1, 2))},
+        r"user-holds-item: the same edge stands in it twice; merge repeated edges",
+    ),
+    "lengths": (
+        {HOLDS: Edges(np.array([0, 1]), np.array([0, 1]), np.ones(1, np.float32))},
+        r"user-holds-item: \[2, 2, 1\] senders, receivers, weights; they must agree",
+    ),
+}
+
+
+@pytest.mark.parametrize(("relations", "message"), BAD.values(), ids=BAD)
+def test_bad_edges(relations, message):
+    with pytest.raises(ValueError, match=message):
+        hetero_graph(COUNTS, {TRUSTS: RELATIONS[TRUSTS], **relations}, TEXT)
+
+
+def test_bad_texts():
+    with pytest.raises(ValueError, match="text has 5 rows for 6 nodes; give one row a node, zeros"):
+        hetero_graph(COUNTS, RELATIONS, TEXT[:5])
+    broken = TEXT.copy()
+    broken[4, 1] = np.inf
+    with pytest.raises(ValueError, match="text vector of node 4 is not finite; encode it again"):
+        hetero_graph(COUNTS, RELATIONS, broken)
