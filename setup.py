@@ -19,7 +19,7 @@ setup(
     # Lower bounds are the oldest versions that the test suite passed with, all of them together.
     install_requires=[
         "absl-py>=2.1",
-        "flax>=0.12.4",
+        "flax>=0.12.7",
         "huggingface_hub>=1.3",
         "jax>=0.10.0",
         "jaxtyping>=0.3.3",
@@ -43,7 +43,7 @@ setup(
             "ir-measures>=0.4",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.4",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
         "notebooks": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10"],

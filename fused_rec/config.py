@@ -91,6 +91,8 @@ class ModelConfig:
     score: Score = "cosine"
     gates: bool = True  # words and degree of a node open and close each relation for it
     affinity: bool = False  # words at both ends of an edge scale its message
+    user_ids: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
+    holding_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
     id_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
     id_scale: float = 0.1  # standard deviation of the initial id rows
 
@@ -104,7 +106,8 @@ class ModelConfig:
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
-        _require(0 <= self.id_dropout < 1, "model.id_dropout", self.id_dropout, "in [0, 1)")
+        for name in ("holding_dropout", "id_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
         _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")
 
 

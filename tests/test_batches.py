@@ -59,6 +59,10 @@ def test_a_function_of_seed_and_step():
             np.testing.assert_array_equal(one, same)
     order = [[u for step in range(3) for u, *_ in rows(draw(step, seed=seed))] for seed in range(8)]
     assert len(set(map(tuple, order))) > 4
+    one_user = held_of({0: range(10)})
+    for part in ("items", "negatives"):
+        drawn = [getattr(draw(0, one_user, batch_users=1, seed=seed), part).ravel() for seed in range(8)]
+        assert len(set(map(tuple, drawn))) > 4
     assert any(not np.array_equal(a, b) for a, b in zip(draw(0), draw(3), strict=True))  # the next epoch
 
 

@@ -14,7 +14,6 @@ from fused_rec.graph.build import (
     HELD_BY,
     HOLDS,
     attribute_edges,
-    both_ways,
     build,
     nearest_texts,
     node_vectors,
@@ -115,8 +114,12 @@ def test_attributes_by_hand():
     graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("sector",)))
     assert graph.node_types[2:] == (("sector", 2),)  # 0 bank, 1 energy
     # Two items are banks, one is energy; the nulls of items 2 and 4 are no sector.
-    assert rows(graph.edges(Relation("item", "in_sector", "sector"))) == approx({(0, 0): 2**-0.5, (3, 0): 2**-0.5, (1, 1): 1})
-    assert rows(graph.edges(Relation("sector", "sector_of", "item"))) == approx({(0, 0): 2**-0.5, (0, 3): 2**-0.5, (1, 1): 1})
+    assert rows(graph.edges(Relation("item", "in_sector", "sector"))) == approx(
+        {(0, 0): 2**-0.5, (3, 0): 2**-0.5, (1, 1): 1}
+    )
+    assert rows(graph.edges(Relation("sector", "sector_of", "item"))) == approx(
+        {(0, 0): 2**-0.5, (0, 3): 2**-0.5, (1, 1): 1}
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,9 @@ def test_attribute_edges(values, expected):
 
 def test_a_column_without_values_makes_no_nodes():
     items = dataset().items.append_column("issuer", pa.array([None] * 5, pa.string()))
-    graph = build(dataset(items=items), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("issuer", "sector")))
+    graph = build(
+        dataset(items=items), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("issuer", "sector"))
+    )
     assert graph.node_types[2:] == (("issuer", 0), ("sector", 2))
     assert dict(graph.relations)[Relation("issuer", "issuer_of", "item")] == 0
 
@@ -145,7 +150,10 @@ def test_a_column_without_values_makes_no_nodes():
     ("changes", "message"),
     [
         ({"attributes": ("colour",)}, r"graph.attributes names 'colour'; the items have \['item_id', 'sector'\]"),
-        ({"attributes": ("sector", "sector")}, "graph.attributes names 'sector', and there are nodes of that name already"),
+        (
+            {"attributes": ("sector", "sector")},
+            "graph.attributes names 'sector', and there are nodes of that name already",
+        ),
         ({"attributes": ("user",)}, "graph.attributes names 'user', and there are nodes of that name already"),
     ],
 )
@@ -177,7 +185,9 @@ def test_nearest_texts_by_hand():
     assert rows(nearest_texts(words, 50)) == rows(nearest_texts(words, 2))
 
 
-@pytest.mark.parametrize("words", [np.zeros((3, 2)), np.eye(3)[:, :2], np.array([[1, 0]])], ids=["none", "apart", "one"])
+@pytest.mark.parametrize(
+    "words", [np.zeros((3, 2)), np.eye(3)[:, :2], np.array([[1, 0]])], ids=["none", "apart", "one"]
+)
 def test_nearest_texts_of_nobody(words):
     edges = nearest_texts(words.astype(np.float32), 2)
     assert [len(part) for part in edges] == [0, 0, 0]

@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def curves(tmp_path):
-    opened = Curves(tmp_path / "run")
-    yield opened
-    opened.close()
+    with Curves(tmp_path / "run") as opened:
+        yield opened
 
 
 def lines(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.numpy import load, load_file
 
 from fused_rec.text import embed as embed_module
 from fused_rec.text.cache import read_vectors, write_vectors
-from fused_rec.text.embed import count_tokens, embed, padded_length
+from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -110,19 +110,31 @@ def test_no_texts_give_no_rows(tiny, tmp_path):
 
 
 def test_padded_lengths_by_hand():
-    assert [padded_length(n, 256) for n in (2, 8, 9, 64, 65, 80, 128, 129, 160, 250, 256)] == [
-        8, 8, 16, 64, 80, 80, 128, 160, 160, 256, 256,
-    ]  # fmt: skip
-    assert padded_length(36, 37) == 37  # a limit that is no multiple of a step
+    padded = {2: 4, 8: 8, 9: 12, 64: 64, 65: 72, 128: 128, 129: 144, 160: 160, 250: 256, 257: 288}
+    assert {length: embed_module._padded_length(length, 512) for length in padded} == padded
+    assert embed_module._padded_length(37, 37) == 37  # a limit that is no multiple of a step
 
 
-def test_batches_by_hand():
-    """Lengths 60, 8, 10, 8, 8 with 64 tokens a batch: the long one alone, four rows of 16, and one left over."""
-    batches = list(embed_module._batches(np.array([60, 8, 10, 8, 8, 7], np.int32), 64, 256))
+@pytest.mark.parametrize(
+    ("short", "expected"),
+    [
+        (100, [60]),  # 101 x 60 and one compilation, 6,000, against 100 x 8 + 60 and two
+        (150, [8, 60]),  # 151 x 60 + 6,000 = 15,060 against 150 x 8 + 60 + 12,000 = 13,260
+    ],
+)
+def test_a_shape_must_save_more_than_its_compilation(short, expected):
+    """So many texts of 7 tokens and one of 60."""
+    assert embed_module._batch_lengths(np.array([7] * short + [60], np.int32), 256) == expected
+
+
+def test_batches_by_hand(monkeypatch):
+    """64 tokens a batch: the text of 60 alone, five rows of 12, and three left over of at most 16."""
+    monkeypatch.setattr(embed_module, "COMPILE_TOKENS", 0)
+    batches = list(embed_module._batches(np.array([60, 8, 10, 8, 8, 7, 3, 3, 3], np.int32), 64, 256))
     assert [(list(texts), rows, length) for texts, rows, length in batches] == [
-        ([0], 1, 64),
-        ([2, 1, 3, 4], 4, 16),
-        ([5], 1, 8),
+        ([0], 1, 60),
+        ([2, 1, 3, 4, 5], 5, 12),
+        ([6, 7, 8], 4, 4),
     ]
 
 

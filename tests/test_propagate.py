@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
+from tiny import quick_compilation  # noqa: F401
 
-import tiny
 from fused_rec.graph import propagate
 from fused_rec.graph.hetero import Edges
 from fused_rec.graph.propagate import adjacencies, adjacency, edge_dot, neighbour_sum
@@ -112,10 +113,10 @@ def test_edge_cases(matrix, backend):
     n_edges=st.sampled_from([0, 1, 8, 14]),
 )
 def test_any_graph_equals_its_matrix(seed, sizes, n_edges):
-    matrix, x, y = random_case(seed, *sizes, n_edges)
+    matrix, x, y = random_case(seed, sizes[0], sizes[1], n_edges)
     results = []
     for backend in BACKENDS:
-        hears = adjacency(edges_of(matrix), *sizes, backend)
+        hears = adjacency(edges_of(matrix), sizes[0], sizes[1], backend)
         results.append((neighbour_sum(hears, hears.weight, x), edge_dot(hears, y, x)))
         np.testing.assert_allclose(results[-1][0], matrix @ x, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(results[-1][1], (y @ x.T)[np.nonzero(matrix)], rtol=1e-4, atol=1e-5)

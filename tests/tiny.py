@@ -3,13 +3,12 @@
 7 users, 6 items and 2 sectors. User 6 and item 5 have neither words nor edges; sector 1 has no edge.
 """
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+import pytest
 
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
-from fused_rec.graph.propagate import Backend, adjacencies
-from fused_rec.train.step import Task
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -45,7 +44,9 @@ def graph(text: np.ndarray | None = None) -> HeteroGraph:
     return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
 
 
-def task(backend: Backend = "csr", present: np.ndarray | None = None) -> Task:
-    """The market ready to be trained on; `present` says which items there are (all of them if None)."""
-    there = np.ones(COUNTS[ITEM], bool) if present is None else present
-    return Task(graph(), adjacencies(graph(), backend), jnp.asarray(there))
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Modules that import this spend their time on tests: what runs for microseconds is compiled in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

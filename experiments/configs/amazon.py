@@ -1,4 +1,7 @@
-"""Amazon Musical Instruments, 5-core (McAuley et al., 2015): reviews; each customer's last 20 % are held out."""
+"""Amazon Musical Instruments, 5-core (McAuley et al., 2015): reviews; each customer's last 20 % are held out.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/amazon.py --workdir=runs/amazon
+"""
 
 from experiments.configs import config_dict
 
@@ -8,5 +11,6 @@ def get_config():
     return config_dict(
         data={"name": "amazon"},
         split={"kind": "per_user"},
-        train={"temperature": 0.3, "learning_rate": 0.005, "eval_every": 10, "refit": True},
+        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5},
+        train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10, "refit": True},
     )

@@ -1,4 +1,7 @@
-"""Last.fm (HetRec 2011), the published SocialLGN split: artist names, tags, friends."""
+"""Last.fm (HetRec 2011), the published SocialLGN split: artist names, tags, friends.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
+"""
 
 from experiments.configs import config_dict
 

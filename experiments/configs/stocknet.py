@@ -1,4 +1,7 @@
-"""StockNet (Xu and Cohen, 2018): who wrote about which ticker, company profiles, retweets; split by global time."""
+"""StockNet (Xu and Cohen, 2018): who wrote about which ticker, company profiles, retweets; split by global time.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/stocknet.py --workdir=runs/stocknet
+"""
 
 from experiments.configs import config_dict
 

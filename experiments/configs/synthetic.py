@@ -1,8 +1,16 @@
-"""The built-in market, generated from a seed."""
+"""The built-in market, generated from a seed: descriptions, reviews, referrals.
+
+python -m experiments.train --config=experiments/configs/synthetic.py --workdir=runs/synthetic
+"""
 
 from experiments.configs import config_dict
 
 
 def get_config():
     """Settings chosen on validation."""
-    return config_dict(data={"name": "synthetic"}, train={"eval_every": 10, "learning_rate": 0.005})
+    return config_dict(
+        data={"name": "synthetic"},
+        graph={"similar_text": 0},
+        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5},
+        train={"learning_rate": 0.002, "eval_every": 10},
+    )

@@ -6,13 +6,13 @@ relation is a slice known at trace time, and a new relation adds data, not branc
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
 import jraph
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32
 
 
 class Relation(NamedTuple):
@@ -55,15 +55,17 @@ class HeteroGraph:
 
     def text(self, node_type: str) -> Float32[Array, "n D"]:
         """Text vectors of one node type."""
-        return self.graph.nodes["text"][self.node_slice(node_type)]
+        nodes: Any = self.graph.nodes  # to jraph any tree, or none
+        return nodes["text"][self.node_slice(node_type)]
 
     def edges(self, relation: Relation) -> Edges:
         """One relation's edges with senders and receivers numbered inside their types."""
         at = _slice(self.relations, relation)
+        graph: Any = self.graph
         return Edges(
-            self.graph.senders[at] - self.node_slice(relation.source).start,
-            self.graph.receivers[at] - self.node_slice(relation.target).start,
-            self.graph.edges["weight"][at],
+            graph.senders[at] - self.node_slice(relation.source).start,
+            graph.receivers[at] - self.node_slice(relation.target).start,
+            graph.edges["weight"][at],
         )
 
 
@@ -125,7 +127,7 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         ("receiver", edges.receivers, relation.target),
     ):
         if node_type not in node_types:
-            raise ValueError(f"{relation}: {node_type!r} is not among the node types {list(node_types)}; count its nodes")
+            raise ValueError(f"{relation}: {node_type!r} is no node type; it must be one of {list(node_types)}")
         bound = node_types[node_type]
         bad = np.flatnonzero((ids < 0) | (ids >= bound))
         if len(bad):

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, PRNGKeyArray
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.build import HELD_BY, ITEM, USER
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model.fusion import Affinity, Gate, TextInput
 from fused_rec.model.message_passing import Coefficients, propagate
+
+LEFT_OUT = 1_000  # folded into the key; node types fold in their number
 
 
 def heard_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
@@ -39,7 +41,7 @@ class FusedRec(nn.Module):
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
     ) -> tuple[Float32[Array, "U K"], Float32[Array, "I K"]]:
         ids, words = self.inputs(graph, dropout)
-        coefficients = self.coefficients(graph, adjacencies)
+        coefficients = self.coefficients(graph, _leave_out(self.config.holding_dropout, adjacencies, dropout))
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         out = propagate(adjacencies, coefficients, both, words)
         if self.config.score == "dot":
@@ -53,7 +55,7 @@ class FusedRec(nn.Module):
         for number, (node_type, count) in enumerate(graph.node_types):
             shape = (count, config.dim)
             ids[node_type] = words[node_type] = jnp.zeros(shape)
-            if config.variant != "text":
+            if config.variant != "text" and (node_type != USER or config.user_ids):
                 rows = self.param(f"id_{node_type}", nn.initializers.normal(config.id_scale), shape)
                 if dropout is not None and config.id_dropout:
                     kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
@@ -87,6 +89,23 @@ class FusedRec(nn.Module):
                 )
         mix = self.param("mix", nn.initializers.constant(1 / (rounds + 1)), (rounds + 1,))
         return Coefficients(edge, gate, text_gate, mix)
+
+
+def _leave_out(
+    share: float, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None
+) -> Mapping[Relation, Adjacency]:
+    """A random share of the holdings at weight 0, the same ones both ways, the rest scaled up to keep the mean."""
+    if dropout is None or not share:
+        return adjacencies
+    heard, told = adjacencies[HELD_BY], adjacencies[HOLDS]
+    kept = jax.random.bernoulli(jax.random.fold_in(dropout, LEFT_OUT), 1 - share, heard.weight.shape) / (1 - share)
+    # HELD_BY ascends by (user, item), which is HOLDS taken by its senders: one draw serves both.
+    kept_told = jnp.zeros_like(kept).at[told.by_sender].set(kept)
+    return {
+        **adjacencies,
+        HELD_BY: heard.replace(weight=heard.weight * kept),
+        HOLDS: told.replace(weight=told.weight * kept_told),
+    }
 
 
 def _unit(x: Float32[Array, "n K"]) -> Float32[Array, "n K"]:

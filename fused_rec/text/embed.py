@@ -12,13 +12,14 @@ from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
 from fused_rec.text.bert import encode
-from fused_rec.text.cache import read_vectors, write_vectors
+from fused_rec.text.cache import KEY_BYTES, read_vectors, write_vectors
 from fused_rec.text.pretrained import PretrainedModel
 
 # Raise it when the same text, weights and settings give other vectors than before: old cache entries then lapse.
 VECTORS_VERSION = 1
 FLUSH_SECONDS = 20.0
 FLUSH_TEXTS = 65_536
+COMPILE_TOKENS = 6_000  # what two CPU cores encode while XLA compiles one more shape, 0.8 s
 TOKENIZE_TEXTS = 8_192  # a tokenizer call; its results take some kilobytes a text until they are arrays
 
 
@@ -27,7 +28,7 @@ def embed(
     model: PretrainedModel,
     *,
     cache: str | Path | None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 2048,
     max_tokens: int = 0,
     progress: bool = True,
 ) -> Float32[np.ndarray, "T D"]:
@@ -42,18 +43,19 @@ def embed(
     limit = _token_limit(model, max_tokens)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    places: dict[str, int] = {}
-    inverse = np.fromiter((places.setdefault(text, len(places)) for text in _checked(texts)), np.int64, len(texts))
-    unique = list(places)
-    vectors = np.zeros((len(unique), model.config.hidden_size), np.float32)
-    missing = np.arange(len(unique))
-    folder, keys = None, np.zeros((len(unique), 32), np.uint8)
-    if cache is not None and unique:
+    first_seen: dict[str, int] = {}
+    inverse = np.array([first_seen.setdefault(text, len(first_seen)) for text in _checked(texts)], np.int64)
+    unique = list(first_seen)
+    dims = model.config.hidden_size
+    if cache is None:
+        folder, keys = None, np.zeros((len(unique), KEY_BYTES), np.uint8)
+        vectors, found = np.zeros((len(unique), dims), np.float32), np.zeros(len(unique), bool)
+    else:
         identity = _identity(model, limit)
         folder = Path(cache).expanduser() / "text_vectors" / identity[:32]
         keys = _keys(unique, identity)
-        vectors, found = read_vectors(folder, keys, model.config.hidden_size)
-        missing = np.flatnonzero(~found)
+        vectors, found = read_vectors(folder, keys, dims)
+    missing = np.flatnonzero(~found)
 
     unsaved: list[np.ndarray] = []
 
@@ -61,23 +63,24 @@ def embed(
         if folder is not None and unsaved:
             rows = np.concatenate(unsaved)
             write_vectors(folder, keys[rows], vectors[rows])
-            unsaved.clear()
+        unsaved.clear()
 
     saved_at = time.monotonic()
     with tqdm(total=len(missing), desc="texts encoded", unit="text", disable=not progress or not len(missing)) as bar:
-        for rows, batch in _encode_all([unique[i] for i in missing], model, limit, batch_tokens):
-            places_of_batch = missing[rows]
-            if not np.isfinite(batch).all():
-                text = unique[places_of_batch[~np.isfinite(batch).all(axis=1)][0]]
+        for batch, values in _encode_all([unique[row] for row in missing], model, limit, batch_tokens):
+            rows = missing[batch]
+            finite = np.isfinite(values).all(axis=1)
+            if not finite.all():
+                text = unique[rows[~finite][0]]
                 raise ValueError(f"the model gives a vector that is not finite for {text[:80]!r}; check its weights")
-            vectors[places_of_batch] = batch
-            unsaved.append(places_of_batch)
+            vectors[rows] = values
+            unsaved.append(rows)
             bar.update(len(rows))
             if time.monotonic() - saved_at > FLUSH_SECONDS or sum(map(len, unsaved)) >= FLUSH_TEXTS:
                 save()
                 saved_at = time.monotonic()
     save()
-    return vectors[inverse]
+    return vectors if len(unique) == len(texts) else vectors[inverse]
 
 
 def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> Int32[np.ndarray, "T"]:
@@ -117,7 +120,7 @@ def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
         digest = start.copy()
         digest.update(text.encode())
         digests.append(digest.digest())
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, KEY_BYTES)
 
 
 def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[Int32[np.ndarray, "L"]]:
@@ -129,10 +132,26 @@ def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[
     return ids
 
 
-def padded_length(length: int, limit: int) -> int:
-    """The length a batch is padded to: few shapes, so few compilations, for little padding."""
-    step = 8 if length <= 64 else 16 if length <= 128 else 32
+def _padded_length(length: int, limit: int) -> int:
+    step = 4 if length <= 64 else 8 if length <= 128 else 16 if length <= 256 else 32
     return min(-(-length // step) * step, limit)
+
+
+def _batch_lengths(lengths: Int32[np.ndarray, "T"], limit: int) -> list[int]:
+    """The lengths to pad to, ascending: those that cost least in padded tokens and compilations together.
+
+    Dynamic programming from the shortest texts up: costs[i] is the least for all texts of the i lowest lengths.
+    """
+    table = np.array([_padded_length(length, limit) for length in range(limit + 1)])
+    sizes, counts = np.unique(table[lengths], return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    costs, choices = [0], [[]]
+    for i, size in enumerate(sizes):
+        options = [costs[j] + COMPILE_TOKENS + int(size * (below[i + 1] - below[j])) for j in range(i + 1)]
+        best = int(np.argmin(options))
+        costs.append(options[best])
+        choices.append([*choices[best], int(size)])
+    return choices[-1]
 
 
 def _batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int, limit: int) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -141,9 +160,10 @@ def _batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int, limit: int) -> 
     Only the last batch is not full; its rows are rounded up to a power of two.
     """
     order = np.argsort(-lengths, kind="stable")
+    sizes = _batch_lengths(lengths, limit)
     start = 0
     while start < len(order):
-        length = padded_length(int(lengths[order[start]]), limit)
+        length = sizes[int(np.searchsorted(sizes, lengths[order[start]]))]
         rows = max(1, batch_tokens // length)
         batch = order[start : start + rows]
         yield batch, min(rows, 1 << (len(batch) - 1).bit_length()), length
@@ -154,6 +174,8 @@ def _encode_all(
     texts: Sequence[str], model: PretrainedModel, limit: int, batch_tokens: int
 ) -> Iterator[tuple[np.ndarray, Float32[np.ndarray, "B D"]]]:
     """(positions in `texts`, their vectors) batch by batch, each text once."""
+    if not texts:
+        return
     ids = _tokenize(texts, model, limit)
     lengths = np.array([len(row) for row in ids], np.int32)
     params = jax.device_put(model.params)

@@ -18,7 +18,8 @@ LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
 class Curves:
     """Appends to <workdir>/curves.jsonl and <workdir>/tensorboard. One process writes at a time.
 
-    A last line that a kill tore is dropped with a warning as the file is opened.
+    A last line that a kill tore is dropped with a warning as the file is opened. In a `with` statement both files are
+    ended whatever happens.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
@@ -66,6 +67,12 @@ class Curves:
         replacement.replace(self._lines)
         self._file = self._lines.open("a+b")
         self._board = self._open_board(hide_from=step + 1)
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends both files; nothing can be written afterwards."""

@@ -21,14 +21,8 @@ NEIGHBOURS = tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s 
 # Recommenders that need no training, each with the settings among which validation chooses.
 BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, float], ...]]] = {
     "popularity": (baselines.popularity, ({},)),
-    "item_knn": (
-        baselines.item_knn,
-        tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0)),
-    ),
-    "user_knn": (
-        baselines.user_knn,
-        tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0)),
-    ),
+    "item_knn": (baselines.item_knn, NEIGHBOURS),
+    "user_knn": (baselines.user_knn, NEIGHBOURS),
     "ease": (baselines.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
 }
 

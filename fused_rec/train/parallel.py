@@ -1,7 +1,7 @@
 """The only `jax.pmap`: one program over all devices, the state without a device axis."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,23 +15,23 @@ from fused_rec.train.step import AXIS, Task, TrainState, train_step
 Step = Callable[[TrainState, Task, Batch], tuple[TrainState, Float32[Array, ""]]]
 
 
-def parallel_step(config: Config, devices: Sequence[jax.Device] | None = None) -> Step:
-    """`train_step` mapped over `devices` (all local ones if None): state and task replicated, the batch split.
+def parallel_step(config: Config, devices: int | None = None) -> Step:
+    """`train_step` over the first `devices` local devices (None: all): state and task replicated, the batch split.
 
     The state that goes in is given up (donated) to the state that comes out.
     """
-    devices = jax.local_devices() if devices is None else devices
+    chosen = jax.local_devices()[:devices]
     mapped = jax.pmap(
         functools.partial(train_step, config),
         axis_name=AXIS,
-        devices=devices,
+        devices=chosen,
         in_axes=(None, None, 0),
         out_axes=(None, None),
         donate_argnums=(0,),
     )
 
     def step(state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
-        return mapped(state, task, split_batch(batch, len(devices)))
+        return mapped(state, task, split_batch(batch, len(chosen)))
 
     return step
 
@@ -55,7 +55,7 @@ def _pad(part: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
     return np.pad(part, [(0, rows)] + [(0, 0)] * (part.ndim - 1), constant_values=fill)
 
 
-def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-    """Places a copy on each of `devices` (all local ones if None) before the first step, which else compiles twice."""
-    mesh = Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
+def replicate(tree: PyTree, devices: int | None = None) -> PyTree:
+    """Places a copy on the devices of `parallel_step`, before the first step, which would compile twice otherwise."""
+    mesh = Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

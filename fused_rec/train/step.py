@@ -1,13 +1,13 @@
 """One training step as a pure function of (state, graph, batch)."""
 
 from collections.abc import Mapping
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec.config import Config, TrainConfig
 from fused_rec.data.batches import Batch
@@ -58,13 +58,16 @@ def init(config: Config, task: Task) -> TrainState:
     return TrainState(jnp.int32(0), params, optimiser(config.train).init(params))
 
 
-def embed(config: Config, params: PyTree, task: Task) -> tuple[Float32[Array, "U K"], Float32[Array, "I K"]]:
-    """Vectors of all users and items, whose dot products are the scores."""
-    return FusedRec(config.model).apply({"params": params}, task.graph, task.adjacencies)  # type: ignore[return-value]
+def embed(
+    config: Config, params: PyTree, task: Task, dropout: PRNGKeyArray | None = None
+) -> tuple[Float32[Array, "U K"], Float32[Array, "I K"]]:
+    """Vectors of all users and items, whose dot products are the scores. A key leaves out id rows, as in training."""
+    out: Any = FusedRec(config.model).apply({"params": params}, task.graph, task.adjacencies, dropout)
+    return out
 
 
 def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
-    """The next state and the batch's mean loss. Runs inside a mapped axis `AXIS`, each device with its share of the batch.
+    """The next state and the batch's mean loss; each device of the mapped axis `AXIS` has a share of the batch.
 
     The only key is fold_in(seed, step): devices must drop the same id rows, and a resumed run the same again.
     """
@@ -84,14 +87,14 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), loss
 
 
-def _loss(config: Config, params: PyTree, task: Task, batch: Batch, dropout: Array) -> losses.Sum:
-    users, catalogue = FusedRec(config.model).apply({"params": params}, task.graph, task.adjacencies, dropout)
-    user = users[batch.users]
-    common = user, catalogue, batch.items, batch.mask
+def _loss(config: Config, params: PyTree, task: Task, batch: Batch, dropout: PRNGKeyArray) -> losses.Sum:
+    users, catalogue = embed(config, params, task, dropout)
+    user, items, mask, negatives = map(jnp.asarray, batch)
+    common = users[user], catalogue, items, mask
     temperature = config.train.temperature
     if config.train.loss == "softmax":
         return losses.softmax(*common, task.present, temperature)
     if config.train.loss == "sampled_softmax":
-        shared = jax.lax.all_gather(batch.negatives, AXIS).reshape(-1)
+        shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
         return losses.sampled_softmax(*common, task.present, shared, temperature)
-    return losses.bpr(*common, batch.negatives, temperature)
+    return losses.bpr(*common, negatives, temperature)

@@ -1,0 +1,285 @@
+"""What each variant listens to, where it starts, and the laws of the whole model."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compilation  # noqa: F401
+
+from fused_rec.config import ModelConfig
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+from fused_rec.graph.propagate import adjacencies, adjacency
+from fused_rec.model.fused import FusedRec, heard_relations
+from fused_rec.model.fusion import Affinity, Gate
+from fused_rec.model.message_passing import Coefficients, propagate
+
+DIM = 3
+FUSED = ModelConfig(variant="fused", dim=DIM, rounds=2, affinity=True, id_dropout=0.5)
+GRAPH_ONLY = dataclasses.replace(FUSED, variant="graph")
+TEXT_ONLY = dataclasses.replace(FUSED, variant="text")
+EVERY = pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY, TEXT_ONLY], ids=lambda config: config.variant)
+
+
+@functools.cache
+def hears():
+    return adjacencies(tiny.graph())
+
+
+def start(config):
+    """Parameters as they are initialised."""
+    return _start(config.variant, config.rounds)
+
+
+@functools.cache
+def _start(variant, rounds):
+    # What else these tests change makes no parameters, or (affinity) only leaves some without use.
+    model = FusedRec(dataclasses.replace(FUSED, variant=variant, rounds=rounds))
+    return jax.jit(model.init)(jax.random.key(0), tiny.graph(), hears())["params"]
+
+
+@functools.cache
+def anywhere(config):
+    """Parameters after some training: nothing is exactly 0 or 1 any more."""
+    leaves, tree = jax.tree.flatten(start(config))
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3 for leaf in leaves])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, graph, adjacencies, dropout=None):
+    return FusedRec(config).apply({"params": params}, graph, adjacencies, dropout)
+
+
+def out(config, params, graph=None, dropout=None) -> tuple[np.ndarray, np.ndarray]:
+    graph = tiny.graph() if graph is None else graph
+    users, items = run(config, params, graph, adjacencies(graph), dropout)
+    return np.asarray(users), np.asarray(items)
+
+
+def same(one, other, atol=1e-5):
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=atol)
+
+
+# --- what a variant listens to -------------------------------------------------------------------------------------
+
+
+def test_heard_relations():
+    every = [HOLDS, HELD_BY, tiny.TRUSTS, tiny.SIMILAR, *tiny.IN_SECTOR]
+    assert heard_relations(FUSED, tiny.graph()) == every
+    assert heard_relations(GRAPH_ONLY, tiny.graph()) == [relation for relation in every if relation != tiny.SIMILAR]
+    assert heard_relations(TEXT_ONLY, tiny.graph()) == [HELD_BY]
+
+
+def test_parameters_of_the_text_variant():
+    assert set(start(TEXT_ONLY)) == {"text_user", "text_item", "gate_item-held_by-user", "mix"}
+    assert start(TEXT_ONLY)["mix"].shape == (2,)  # one round: a user hears the words of what they hold
+
+
+def test_parameters_of_the_graph_variant():
+    names = set(start(GRAPH_ONLY))
+    gates = {f"gate_{relation}" for relation in heard_relations(GRAPH_ONLY, tiny.graph())}
+    assert names == {"id_user", "id_item", "id_sector", "mix", *gates}
+
+
+def test_parameters_of_the_fused_variant():
+    names = set(start(FUSED))
+    assert {"id_user", "text_user", "text_item", "gate_text_item", "affinity_item-similar_text-item"} <= names
+    # Sectors have no words: nothing projects them, and no affinity asks for them.
+    assert not names & {"text_sector", "gate_text_sector", "affinity_item-in_sector-sector"}
+
+
+def test_the_text_variant_by_hand():
+    """At the start: user = (own words + words of held items) / 2, item = own words / 2, all by the same projections."""
+    config = dataclasses.replace(TEXT_ONLY, score="dot")
+    params, graph = start(config), tiny.graph()
+    own = {t: np.asarray(graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"]) for t in (USER, ITEM)}
+    matrix = np.zeros((tiny.COUNTS[USER], tiny.COUNTS[ITEM]))
+    matrix[graph.edges(HELD_BY).receivers, graph.edges(HELD_BY).senders] = graph.edges(HELD_BY).weight
+    same(out(config, params), ((own[USER] + matrix @ own[ITEM]) / 2, own[ITEM] / 2))
+
+
+@pytest.mark.parametrize(("config", "hears_words"), [(FUSED, True), (GRAPH_ONLY, False), (TEXT_ONLY, True)])
+def test_whose_output_follows_the_words(config, hears_words):
+    params = anywhere(config)
+    one, other = out(config, params), out(config, params, tiny.graph(tiny.words(seed=1)))
+    for mine, theirs in zip(one, other, strict=True):
+        assert (abs(mine - theirs).max() > 0.1) == hears_words
+        assert hears_words or np.array_equal(mine, theirs)
+
+
+# --- where it starts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_node", [True, False])
+def test_gates_start_at_one(by_node):
+    text, degree = tiny.graph().text(USER), jnp.array([0.0, 1, 2, 3, 5, 8, 0])
+    gate, params = Gate(2, by_node).init_with_output(jax.random.key(0), text, degree)
+    assert (gate == jnp.ones((2, 7))).all()
+    assert set(params["params"]) == ({"level", "view", "weight"} if by_node else {"level"})
+
+
+def test_gates_by_hand():
+    text, degree = jnp.array([[1.0], [0.0]]), jnp.array([0.0, 3.0])
+    params = Gate(1, True).init(jax.random.key(0), text, degree)["params"]
+    # The view is 16 numbers of the words, whether there are any, and the log degree: log 1 and log 4, at -1 and +1.
+    weight = jnp.zeros((18, 1)).at[16].set(2).at[17].set(-3)
+    gate: Any = Gate(1, True).apply(
+        {"params": {**params, "level": jnp.log(jnp.array([5.0])), "weight": {"kernel": weight}}}, text, degree
+    )
+    # 5 * 2 sigmoid(2 * 1 - 3 * -1) and 5 * 2 sigmoid(2 * 0 - 3 * 1)
+    np.testing.assert_allclose(gate, [[10 / (1 + np.exp(-5)), 10 / (1 + np.exp(3))]], rtol=1e-4)
+
+
+def test_affinities_start_at_one():
+    graph = tiny.graph()
+    factor, _ = Affinity().init_with_output(jax.random.key(0), hears()[HOLDS], graph.text(USER), graph.text(ITEM))
+    assert (factor == jnp.ones(len(tiny.HELD))).all()
+
+
+def test_affinity_by_hand():
+    hears = adjacency(Edges(np.array([1]), np.array([0]), np.ones(1)), 2, 2)
+    # Edge 1 -> 0: <Q t_0, K t_1> = 16 views of 0.05 * 2 times 0.25 * 3 = 1.2.
+    params = {"query": {"kernel": jnp.full((1, 16), 0.05)}, "key": {"kernel": jnp.full((1, 16), 0.25)}}
+    text = jnp.array([[2.0], [3.0]])
+    factor: Any = Affinity().apply({"params": params}, hears, text, text)
+    np.testing.assert_allclose(factor, [2 / (1 + np.exp(-1.2))], rtol=1e-6)
+
+
+@pytest.mark.parametrize("affinity", [True, False])
+def test_at_the_start_it_is_plain_propagation(affinity):
+    """Ids and words in, every gate and affinity 1, words again in each round, an even mix."""
+    config = dataclasses.replace(FUSED, affinity=affinity, score="dot")
+    params, graph = start(config), tiny.graph()
+    words = {t: graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM)}
+    words["sector"] = jnp.zeros((2, DIM))
+    inputs = {t: params[f"id_{t}"] + words[t] for t in tiny.COUNTS}
+    ones = Coefficients(
+        {relation: hears()[relation].weight for relation in hears()},
+        {relation: jnp.ones((2, tiny.COUNTS[relation.target])) for relation in hears()},
+        {t: jnp.ones((2, tiny.COUNTS[t])) for t in (USER, ITEM)},
+        jnp.full(3, 1 / 3),
+    )
+    expected = propagate(hears(), ones, inputs, words)
+    same(out(config, params), (expected[USER], expected[ITEM]))
+
+
+def test_cosine_is_the_dot_product_of_unit_rows():
+    params = anywhere(FUSED)
+    plain = out(dataclasses.replace(FUSED, score="dot"), params)
+    same(out(FUSED, params), [x / np.linalg.norm(x, axis=1, keepdims=True) for x in plain])
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_leaves_out_whole_id_rows():
+    """With no rounds and no words a user's vector is their id row: left out, or made up for the rows left out."""
+    config = ModelConfig(variant="graph", dim=DIM, rounds=0, score="dot", id_dropout=0.25)
+    params = start(config)
+    users, items = out(config, params)
+    same((users, items), (params["id_user"], params["id_item"]))
+    kept = []
+    for seed in range(20):
+        dropped = out(config, params, dropout=jax.random.key(seed))
+        for rows, ids in zip(dropped, (users, items), strict=True):
+            there = np.any(rows, axis=1)
+            np.testing.assert_allclose(rows, there[:, None] * ids / 0.75, rtol=1e-5)
+            kept.append(there)
+    assert 0.65 < np.concatenate(kept).mean() < 0.85  # of 260 rows, standard deviation .027
+    assert len({tuple(there) for there in kept}) > 10
+    same(dropped, out(config, params, dropout=jax.random.key(19)), atol=0)
+    never = dataclasses.replace(config, id_dropout=0.0)
+    same(out(never, params, dropout=jax.random.key(0)), (users, items), atol=0)
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slope(config, params):
+    def some_scores(params):
+        users, items = run(config, params, tiny.graph(), hears())
+        # Of isolated nodes too: the last user and the last item are theirs.
+        return (users @ items.T)[(*tiny.HOLDER, 6), (*tiny.HELD, 5)].sum()
+
+    return jax.grad(some_scores)(params)
+
+
+def test_affinity_learns_though_it_starts_at_zero():
+    """Queries start at zero, so keys get their first gradient after the first step of the queries."""
+    params = start(FUSED)
+    first = slope(FUSED, params)
+    name = "affinity_user-holds-item"
+    assert first[name]["query"]["kernel"].any()
+    assert not first[name]["key"]["kernel"].any()
+    second = slope(FUSED, jax.tree.map(lambda p, g: p + 0.1 * g, params, first))
+    assert second[name]["key"]["kernel"].any()
+
+
+@EVERY
+def test_every_parameter_that_matters_gets_a_gradient(config):
+    for path, leaf in jax.tree.leaves_with_path(slope(config, anywhere(config))):
+        name = jax.tree_util.keystr(path)
+        # A view of words that a variant does not see is all that may stay put.
+        blind = config.variant != "fused" and "view" in name or "sector" in name and ("view" in name or "id" in name)
+        assert leaf.any() or blind, name
+
+
+@EVERY
+def test_isolated_nodes_have_finite_gradients(config):
+    """User 6 and item 5 have neither words nor edges; without their ids too, their vectors are zero."""
+    params = anywhere(config)
+    lost = {name: params[name].at[node].set(0) for name, node in (("id_user", 6), ("id_item", 5)) if name in params}
+    params = {**params, **lost}
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope(config, params)))
+    users, items = out(config, params)
+    assert not users[6].any() and not items[5].any()
+
+
+# --- laws ----------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_permuting_the_nodes_permutes_the_output(config):
+    """Every node takes its words, its edges and its id row along to its new place inside its type."""
+    params, graph = anywhere(config), tiny.graph()
+    rng = np.random.default_rng(0)
+    at = {t: rng.permutation(count) for t, count in tiny.COUNTS.items()}
+    moved = {}
+    for relation, _ in graph.relations:
+        senders, receivers, weight = map(np.asarray, graph.edges(relation))
+        moved[relation] = Edges(at[relation.source][senders], at[relation.target][receivers], weight)
+    back = {t: np.argsort(places) for t, places in at.items()}
+    text = np.concatenate([np.asarray(graph.text(t))[back[t]] for t in tiny.COUNTS])
+    there = {**params, **{f"id_{t}": params[f"id_{t}"][back[t]] for t in tiny.COUNTS if f"id_{t}" in params}}
+    users, items = out(config, there, hetero_graph(tiny.COUNTS, moved, text))
+    same((users[at[USER]], items[at[ITEM]]), out(config, params))
+
+
+@EVERY
+def test_types_and_relations_without_members_change_nothing(config):
+    params = anywhere(config)
+    nobody = Edges(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
+    more = {Relation("issuer", "issuer_of", ITEM): nobody, Relation(USER, "blocks", USER): nobody}
+    text = np.concatenate([tiny.words(), np.zeros((0, tiny.WIDTH), np.float32)])
+    graph = hetero_graph({**tiny.COUNTS, "issuer": 0}, {**tiny.relations(tiny.words()), **more}, text)
+    empty = {} if config.variant == "text" else {"id_issuer": jnp.zeros((0, DIM))}
+    if config.variant == "fused":  # which has all that the others have
+        same(out(config, {**params, **empty}, graph), out(config, params), atol=0)
+    made = jax.eval_shape(FusedRec(config).init, jax.random.key(0), graph, adjacencies(graph))["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, {**params, **empty})
+
+
+def test_no_rounds_no_messages():
+    config = dataclasses.replace(FUSED, rounds=0, score="dot")
+    params, graph = start(config), tiny.graph()
+    assert params["mix"].tolist() == [1]
+    expected = (params[f"id_{t}"] + graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM))
+    same(out(config, params), tuple(expected))
