@@ -70,9 +70,8 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
     write_vectors(Path(OUTPUT.value), vectors)
-    print(
-        f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s, cached texts included"
-    )
+    rate = f"{tokens / seconds:,.0f} tokens/s, cached texts included"
+    print(f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     print(f"wrote {vectors.shape[0]} x {vectors.shape[1]} float32 to {OUTPUT.value}")
 
 

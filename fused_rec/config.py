@@ -59,10 +59,10 @@ class SplitConfig:
 class TextConfig:
     """Which language model encodes the texts, and where its vectors are kept."""
 
-    model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@REVISION
+    model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@COMMIT
     cache: str = "~/.cache/fused_rec"
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
-    batch_tokens: int = 8192  # padded tokens an encoder call takes
+    batch_tokens: int = 2048  # padded tokens an encoder call takes; more is slower on a CPU, faster on an accelerator
     offline: bool = True  # False lets a hub revision be downloaded
 
     def __post_init__(self):

@@ -96,38 +96,40 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
     settings = config.train
     dataset, observed = prepared.dataset, prepared.observed
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
-    checkpoints, curves = Checkpoints(folder / "checkpoints"), Curves(folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
     task = replicate(prepared.task)
     state, progress = resume(config, prepared, checkpoints)
-    curves.rewind(int(state.step))
+    first, last, began = int(state.step), steps or settings.max_steps, time.monotonic()
     state = replicate(state)
     step = parallel_step(config)
-
-    first, last, began = int(state.step), steps or settings.max_steps, time.monotonic()
     if first:
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
+
     losses: list[jax.Array] = []
     bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
-    for number in range(first, last):
-        if steps is None and progress.worse >= settings.patience:
-            break
-        users = batch(
-            held,
-            number,
-            seed=settings.seed,
-            batch_users=settings.batch_users,
-            positives=settings.positives,
-            negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
-        )
-        state, loss = step(state, task, users)
-        losses.append(loss)
-        bar.update()
-        due = (number + 1) % settings.eval_every == 0 or number + 1 == last
-        if due or len(losses) % LOSS_EVERY == 0:
-            check_finite(losses, number + 1, checkpoints, folder)
-            bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
-        if due:
+    with bar, Curves(folder) as curves:
+        curves.rewind(first)
+        for number in range(first, last):
+            if progress.worse >= settings.patience:
+                break
+            users = batch(
+                held,
+                number,
+                seed=settings.seed,
+                batch_users=settings.batch_users,
+                positives=settings.positives,
+                negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
+            )
+            state, loss = step(state, task, users)
+            losses.append(loss)
+            bar.update()
+            due = (number + 1) % settings.eval_every == 0 or number + 1 == last
+            if due or len(losses) % LOSS_EVERY == 0:
+                check_finite(losses, number + 1, checkpoints, folder)
+                bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
+            if not due:
+                continue
             scalars = {"loss": float(np.mean(losses))}
             improved = False
             if steps is None:
@@ -141,8 +143,6 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
             extras = {"config": to_dict(config), "progress": progress._asdict()}
             checkpoints.save(number + 1, state, extras, best=improved)
             losses = []
-    bar.close()
-    curves.close()
     if steps is None:
         state, _ = checkpoints.restore(progress.best_step, like=state)
     return state, progress
