@@ -1,1 +1,29 @@
-"""Commands: each parses its flags and delegates to fused_rec."""
+"""Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+
+def start(main: Callable[[list[str]], None], *, required: Sequence[str] = ()) -> None:
+    """Parses the flags and runs `main`; a fault of the input ends in its report instead of a traceback."""
+    flags.mark_flags_as_required(required)
+    app.run(functools.partial(_reported, main))
+
+
+def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    logging.getLogger("fused_rec").setLevel(logging.INFO)
+    # JAX tells at INFO which accelerators it looked for in vain.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
+    try:
+        main(argv)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if flags.FLAGS.verbosity > 0:
+            raise
+        print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(1)

@@ -4,12 +4,12 @@ Trains text alone, graph alone and both fused, ranks the whole catalogue on held
 customer's recommendations and where everything lies.
 """
 
-import logging
 from pathlib import Path
 
 import pyarrow as pa
-from absl import app, flags
+from absl import flags
 
+from experiments import start
 from experiments.configs.synthetic import get_config
 from fused_rec.config import Config, from_dict
 from fused_rec.data.dataset import Dataset
@@ -34,9 +34,6 @@ def variant_config(variant: str) -> Config:
 
 def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings and shows what came out."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    logging.getLogger("fused_rec").setLevel(logging.INFO)
     workdir = Path(WORKDIR.value)
     rows = {}
     for variant, name in VARIANTS.items():
@@ -61,4 +58,4 @@ def show_customer(dataset: Dataset, ranked: pa.Table) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -11,16 +11,17 @@ import time
 from pathlib import Path
 
 import safetensors.numpy
-from absl import app, flags
+from absl import flags
 
+from experiments import start
 from fused_rec.config import TextConfig
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
-INPUT = flags.DEFINE_string("input", "", "UTF-8 file, a text a line.")
-OUTPUT = flags.DEFINE_string("output", "", "safetensors file to write.")
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
+OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
@@ -56,18 +57,13 @@ def write_vectors(file: Path, vectors) -> None:
 
 def main(argv: list[str]) -> None:
     """Reads, encodes, writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
-    for flag in (INPUT, OUTPUT):
-        if not flag.value:
-            raise app.UsageError(f"--{flag.name} is missing; name the {flag.name} file")
     texts = read_lines(Path(INPUT.value))
     model = open_model(MODEL.value, offline=OFFLINE.value)
-    start = time.perf_counter()
+    began = time.perf_counter()
     vectors = embed(
         texts, model, cache=CACHE.value or None, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value
     )
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
     write_vectors(Path(OUTPUT.value), vectors)
     rate = f"{tokens / seconds:,.0f} tokens/s, cached texts included"
@@ -76,4 +72,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main, required=["input", "output"])

@@ -5,6 +5,7 @@ python -m experiments.evaluate --workdir=runs/lastfm --part=valid --baselines=po
 
 from absl import app, flags
 
+from experiments import start
 from fused_rec.config import METRICS
 from fused_rec.evaluate.compare import table
 from fused_rec.train.measure import BASELINES, baseline, measure, scorer
@@ -18,8 +19,6 @@ METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], "Col
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, prints one table."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
         if unknown := set(flag.value) - set(known):
             raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
@@ -30,11 +29,5 @@ def main(argv: list[str]) -> None:
     print(table(rows, METRIC.value))
 
 
-def cli() -> None:
-    """The console entry."""
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
-
-
 if __name__ == "__main__":
-    cli()
+    start(main, required=["workdir"])

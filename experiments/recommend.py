@@ -12,6 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from absl import app, flags
 
+from experiments import start
 from fused_rec.train.serve import load, recommend
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
@@ -25,8 +26,6 @@ WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_tabl
 
 def main(argv: list[str]) -> None:
     """Parses the flags, ranks, writes the file under its name only when it is whole."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
@@ -39,11 +38,5 @@ def main(argv: list[str]) -> None:
     print(f"{ranked.num_rows} recommendations for {len(ranked.column('user_id').unique())} customers in {out}")
 
 
-def cli() -> None:
-    """The console entry."""
-    flags.mark_flags_as_required(["workdir", "out"])
-    app.run(main)
-
-
 if __name__ == "__main__":
-    cli()
+    start(main, required=["workdir", "out"])

@@ -5,11 +5,10 @@
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
 """
 
-import logging
-
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from experiments import start
 from fused_rec.config import from_dict
 from fused_rec.train.loop import train
 
@@ -20,9 +19,6 @@ SHOWN = ("recall@10", "ndcg@10", "accuracy")
 
 def main(argv: list[str]) -> None:
     """Parses the flags, trains, and prints where things lie."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; settings are given as --config.section.name=value")
-    logging.getLogger("fused_rec").setLevel(logging.INFO)
     results = train(from_dict(CONFIG.value.to_dict()), WORKDIR.value)
     for part in ("valid", "test"):
         print(f"{part:5}  " + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN))
@@ -30,11 +26,5 @@ def main(argv: list[str]) -> None:
     print(f"rank products: python -m experiments.recommend --workdir={WORKDIR.value} --k=10 --out=ranked.csv")
 
 
-def cli() -> None:
-    """The console entry."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
-
-
 if __name__ == "__main__":
-    cli()
+    start(main, required=["config", "workdir"])

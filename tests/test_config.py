@@ -91,6 +91,8 @@ def test_unknown_names_and_types(values, message):
         ("model", "rounds", -1, "0 or more"),
         ("model", "id_dropout", 1.0, "in [0, 1)"),
         ("model", "id_dropout", -0.1, "in [0, 1)"),
+        ("model", "holding_dropout", 1.0, "in [0, 1)"),
+        ("model", "holding_dropout", -0.1, "in [0, 1)"),
         ("model", "id_scale", 0.0, "above 0"),
         ("train", "weight_decay", -0.1, "0 or more"),
         ("train", "seed", -1, "0 or more"),

@@ -87,4 +87,4 @@ def test_a_stray_argument_and_a_missing_flag_are_refused():
     done = run("texts.txt", "--input=a", "--output=b")
     assert done.returncode != 0 and "unknown argument 'texts.txt'; every setting is a flag" in done.stdout + done.stderr
     done = run("--input=a")
-    assert done.returncode != 0 and "--output is missing; name the output file" in done.stdout + done.stderr
+    assert done.returncode != 0 and "--output must have a value" in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways
 from fused_rec.graph.hetero import Edges, Relation, hetero_graph
 from fused_rec.graph.propagate import adjacencies, adjacency
 from fused_rec.model.fused import FusedRec, heard_relations
@@ -197,6 +197,48 @@ def test_dropout_leaves_out_whole_id_rows():
     same(dropped, out(config, params, dropout=jax.random.key(19)), atol=0)
     never = dataclasses.replace(config, id_dropout=0.0)
     same(out(never, params, dropout=jax.random.key(0)), (users, items), atol=0)
+
+
+def test_a_step_leaves_the_same_holdings_out_both_ways():
+    """Dim 8 lets the messages be solved for the weights they came with: 0, or made up for those left out."""
+    config = ModelConfig(
+        variant="graph", dim=8, rounds=1, score="dot", gates=False, id_dropout=0.0, holding_dropout=0.25
+    )
+    counts = {name: tiny.COUNTS[name] for name in (USER, ITEM)}
+    graph = hetero_graph(counts, both_ways(HOLDS, HELD_BY, tiny.HOLDER, tiny.HELD, counts), tiny.words()[:13])
+    params = FusedRec(config).init(jax.random.key(0), graph, adjacencies(graph))["params"]
+    user, item = np.asarray(params["id_user"]), np.asarray(params["id_item"])
+
+    def weights(dropout=None):
+        """Users x items as users hear them, and as items do; the readout is half input, half message."""
+        users, items = out(config, params, graph, dropout)
+        return (2 * users - user) @ np.linalg.pinv(item), ((2 * items - item) @ np.linalg.pinv(user)).T
+
+    heard, told = weights()
+    np.testing.assert_allclose(heard, told, atol=1e-4)
+    assert (np.abs(heard) > 0.1).sum() == len(tiny.HELD)
+    shares = []
+    for seed in range(20):
+        heard_now, told_now = weights(jax.random.key(seed))
+        np.testing.assert_allclose(heard_now, told_now, atol=1e-4)
+        kept = np.abs(heard_now) > 0.1
+        np.testing.assert_allclose(heard_now, kept * heard / 0.75, atol=1e-4)
+        shares.append(kept[tiny.HOLDER, tiny.HELD])
+    assert 0.65 < np.mean(shares) < 0.85  # of 240 holdings, standard deviation .028
+    assert len({tuple(kept) for kept in shares}) > 10
+
+
+def test_users_without_id_rows():
+    config = dataclasses.replace(GRAPH_ONLY, user_ids=False, rounds=1, score="dot")
+    with_ids = start(dataclasses.replace(GRAPH_ONLY, rounds=1))
+    params = {name: leaf for name, leaf in with_ids.items() if name != "id_user"}
+    made = jax.eval_shape(FusedRec(config).init, jax.random.key(0), tiny.graph(), hears())["params"]
+    assert set(made) == set(params)
+    # As if the rows were there and zero: user 6, of whom nothing is known, stays at zero.
+    nowhere = {**with_ids, "id_user": jnp.zeros((7, DIM))}
+    users, items = out(config, params)
+    same((users, items), out(dataclasses.replace(config, user_ids=True), nowhere))
+    assert np.any(users, axis=1).tolist() == [True] * 6 + [False]
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

@@ -260,3 +260,17 @@ def test_real_tables_train(cache, tmp_path, name, split, core):
     values["model"] |= {"variant": "graph", "dim": 8, "rounds": 2}
     results = train(from_dict(values), tmp_path)
     assert results["test"]["accuracy"] > 0.5
+
+
+def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
+    """A fault of the tables ends the command with the file, the row and the remedy, and no traceback."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "interactions.csv").write_text("user_id,item_id,value\nA,X,1.0\nA,Y,nan\n,X,2.0\nB,X,1.0\n")
+    done = subprocess.run(
+        train_command(bad, cache, tmp_path / "run"), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "interactions.csv, row 3" in done.stderr
+    assert "interactions.csv, row 4" in done.stderr

@@ -32,7 +32,9 @@ HELD = holdings(tiny.HOLDER, tiny.HELD, tiny.COUNTS["user"], PRESENT)
 
 def config_of(variant: Variant = "fused", loss: Loss = "softmax", **train) -> Config:
     return Config(
-        model=ModelConfig(variant=variant, dim=3, rounds=1, affinity=True, id_dropout=0.2, id_scale=1.0),
+        model=ModelConfig(
+            variant=variant, dim=3, rounds=1, affinity=True, holding_dropout=0.2, id_dropout=0.2, id_scale=1.0
+        ),
         train=TrainConfig(loss=loss, batch_users=BATCH_USERS, positives=2, negatives=2, **train),
     )
 

@@ -1,5 +1,6 @@
 """The recommender: inputs from ids and words, coefficients from words and degrees, linear propagation, scores."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -103,8 +104,8 @@ def _leave_out(
     kept_told = jnp.zeros_like(kept).at[told.by_sender].set(kept)
     return {
         **adjacencies,
-        HELD_BY: heard.replace(weight=heard.weight * kept),
-        HOLDS: told.replace(weight=told.weight * kept_told),
+        HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept),
+        HOLDS: dataclasses.replace(told, weight=told.weight * kept_told),
     }
 
 

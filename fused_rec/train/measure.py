@@ -69,5 +69,5 @@ def baseline(name: str, prepared: Prepared) -> Scorer:
         pairs = column(interactions, "user"), column(interactions, "item")
         values = [measure(prepared, make(*pairs, *size, **tried), "valid")["ndcg@10"] for tried in settings]
         chosen = settings[int(np.argmax(values))]
-    LOG.info("%s: %s", name, chosen)
+        LOG.info("%s: validation chooses %s", name, chosen)
     return make(prepared.observed.user, prepared.observed.item, *size, **chosen)
