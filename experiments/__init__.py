@@ -3,14 +3,13 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from absl import app, flags
 
 
-def start(main: Callable[[list[str]], None], *, required: Sequence[str] = ()) -> None:
+def start(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `main`; a fault of the input ends in its report instead of a traceback."""
-    flags.mark_flags_as_required(required)
     app.run(functools.partial(_reported, main))
 
 

@@ -28,7 +28,7 @@ SHOWN = ["recall@10", "ndcg@10", "accuracy"]
 def variant_config(variant: str) -> Config:
     """The synthetic config with another variant."""
     config = get_config()
-    config.model.variant = variant
+    config["model"]["variant"] = variant
     return from_dict(config.to_dict())
 
 

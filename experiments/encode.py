@@ -20,8 +20,8 @@ from fused_rec.text.pretrained import open_model
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
-INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.", required=True)
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
@@ -72,4 +72,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    start(main, required=["input", "output"])
+    start(main)

@@ -11,7 +11,7 @@ from fused_rec.evaluate.compare import table
 from fused_rec.train.measure import BASELINES, baseline, measure, scorer
 from fused_rec.train.serve import load
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
 METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], "Columns, of the metrics in results.json.")
@@ -30,4 +30,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    start(main, required=["workdir"])
+    start(main)

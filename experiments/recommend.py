@@ -15,10 +15,10 @@ from absl import app, flags
 from experiments import start
 from fused_rec.train.serve import load, recommend
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 USERS = flags.DEFINE_list("users", [], "Customer ids; none = all.")
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.")
+OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
 WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
@@ -39,4 +39,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    start(main, required=["workdir", "out"])
+    start(main)

@@ -13,7 +13,8 @@ from fused_rec.config import from_dict
 from fused_rec.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, results.json.")
+flags.mark_flag_as_required("config")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, results.json.", required=True)
 SHOWN = ("recall@10", "ndcg@10", "accuracy")
 
 
@@ -27,4 +28,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    start(main, required=["config", "workdir"])
+    start(main)

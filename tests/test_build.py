@@ -235,6 +235,12 @@ def test_too_few_words_to_compare_are_none(rows):
     assert not node_vectors(*said(rows, rows), np.ones((3, 2), np.float32), 4).any()
 
 
+def test_words_that_all_nodes_share_say_nothing():
+    vector = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
+    for nodes in (2, 3, 7, 100):
+        assert not node_vectors(*said(range(nodes), [0] * nodes), vector, nodes).any()
+
+
 def test_vectors_do_not_depend_on_the_signs_of_the_directions(monkeypatch):
     """LAPACK may turn an eigenvector round; the parameters of a checkpoint must meet the same words again."""
     vectors = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)

@@ -87,7 +87,8 @@ def node_vectors(
     out = np.zeros((n_nodes, vectors.shape[1]), np.float32)
     if named.sum() < 2:
         return out
-    centred = mean[named] - mean[named].mean(0)
+    # In float64 nodes of one and the same text come out at zero, not at the rounding of their mean blown up.
+    centred = mean[named] - mean[named].mean(0, dtype=np.float64)
     variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(centred, rowvar=False, dtype=np.float64)))
     scale = 1 / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
     scaled = centred @ (directions * scale[None, :] @ directions.T)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import jax.numpy as jnp
 import numpy as np
 
 from fused_rec.config import Config
@@ -54,7 +55,7 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     audit(dataset, parts_of, observed, texts, parts)
     graph = build(dataset, observed, texts, encode(config, texts), config.graph)
     return Prepared(
-        dataset, parts_of, observed, Task(graph, adjacencies(graph), np.asarray(present(dataset, parts_of, parts)))
+        dataset, parts_of, observed, Task(graph, adjacencies(graph), jnp.asarray(present(dataset, parts_of, parts)))
     )
 
 
