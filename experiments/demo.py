@@ -4,6 +4,7 @@ Trains text alone, graph alone and both fused, ranks the whole catalogue on held
 customer's recommendations and where everything lies.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,9 +28,8 @@ SHOWN = ["recall@10", "ndcg@10", "accuracy"]
 
 def variant_config(variant: str) -> Config:
     """The synthetic config with another variant."""
-    config = get_config()
-    config["model"]["variant"] = variant
-    return from_dict(config.to_dict())
+    config = from_dict(get_config().to_dict())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, variant=variant))
 
 
 def main(argv: list[str]) -> None:
