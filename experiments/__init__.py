@@ -10,7 +10,15 @@ from absl import app, flags
 
 def start(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `main`; a fault of the input ends in its report instead of a traceback."""
-    app.run(functools.partial(_reported, main))
+    app.run(functools.partial(_reported, main), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # how ml_collections tells of a setting that is not there
+        print(f"FATAL Flags parsing error:\n  {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from fused_rec.train.serve import load
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
-METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], "Columns, of the metrics in results.json.")
+METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], f"Columns, of {', '.join(METRICS)}.")
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
         if unknown := set(flag.value) - set(known):
             raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
-    config, prepared, state = load(WORKDIR.value)
+    config, prepared, state = load(WORKDIR.value, PART.value)
     rows = {name: measure(prepared, baseline(name, prepared), PART.value) for name in BASELINE.value}
     rows[config.model.variant] = measure(prepared, scorer(config, prepared, state), PART.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {PART.value} part")

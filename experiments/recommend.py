@@ -16,7 +16,7 @@ from experiments import start
 from fused_rec.train.serve import load, recommend
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-USERS = flags.DEFINE_list("users", [], "Customer ids; none = all.")
+USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without this flag.")
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
@@ -26,12 +26,14 @@ WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_tabl
 
 def main(argv: list[str]) -> None:
     """Parses the flags, ranks, writes the file under its name only when it is whole."""
+    if USERS.present and not USERS.value:
+        raise app.UsageError("--users is empty; leave it out to rank for all customers")
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
     if not out.parent.is_dir():
         raise app.UsageError(f"--out is in {out.parent}, which is no folder; make it first")
-    ranked = recommend(*load(WORKDIR.value), USERS.value, K.value, include_held=INCLUDE_HELD.value)
+    ranked = recommend(*load(WORKDIR.value), USERS.value or [], K.value, include_held=INCLUDE_HELD.value)
     partial = out.with_name(f".{out.name}.partial")
     WRITERS[out.suffix](ranked, partial)
     partial.replace(out)

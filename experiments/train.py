@@ -5,6 +5,9 @@
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
 """
 
+import dataclasses
+from pathlib import Path
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,9 +23,16 @@ SHOWN = ("recall@10", "ndcg@10", "accuracy")
 
 def main(argv: list[str]) -> None:
     """Parses the flags, trains, and prints where things lie."""
-    results = train(from_dict(CONFIG.value.to_dict()), WORKDIR.value)
+    config = from_dict(CONFIG.value.to_dict())
+    if config.data.path:  # kept in the workdir, which is opened from other folders too
+        path = str(Path(config.data.path).expanduser().resolve())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    results = train(config, WORKDIR.value)
     for part in ("valid", "test"):
-        print(f"{part:5}  " + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN))
+        print(
+            f"{part:5}  "
+            + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN if results[part][name] is not None)
+        )
     print(f"results: {WORKDIR.value}/results.json")
     print(f"rank products: python -m experiments.recommend --workdir={WORKDIR.value} --k=10 --out=ranked.csv")
 

@@ -119,18 +119,14 @@ class TrainConfig:
     temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
     batch_users: int = 512
     positives: int = 64
-    negatives: int = (
-        16  # drawn uniformly for each user of a batch; sampled_softmax shares the batch's, softmax needs none
-    )
+    negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
     max_steps: int = 2000
     eval_every: int = 50
     patience: int = 5  # evaluations without a better validation value before training stops
     metric: str = "ndcg@10"  # on validation; chooses the step
-    refit: bool = (
-        False  # having chosen the step, train anew on train and valid for as many steps before the test is read
-    )
+    refit: bool = False  # having chosen the step, train anew on train and valid for as many, then read the test part
     seed: int = 0
 
     def __post_init__(self):

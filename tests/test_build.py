@@ -193,12 +193,13 @@ def test_nearest_texts_of_nobody(words):
     assert [len(part) for part in edges] == [0, 0, 0]
 
 
-def test_nearest_texts_in_blocks():
+def test_nearest_texts_in_blocks(monkeypatch):
     words = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     words[5] = 0
     words /= np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-9)
     whole = rows(nearest_texts(words, 3))
-    assert rows(nearest_texts(words, 3, block=7)) == approx(whole)
+    monkeypatch.setattr("fused_rec.graph.build.BLOCK_SCORES", 7 * len(words))
+    assert rows(nearest_texts(words, 3)) == approx(whole)
     for node in range(30):
         cosine = words @ words[node]
         cosine[[node, 5]] = -1

@@ -16,6 +16,7 @@ from market import write_tables
 
 from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
 from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
+from fused_rec.train.measure import measure, scorer
 from fused_rec.train.serve import load
 
 SETTINGS = {
@@ -90,7 +91,7 @@ def test_results_hold_what_is_promised(finished):
     assert (results["split"], results["variant"], results["seed"]) == ("random", "fused", 0)
     assert results["seconds"] > 0
     assert results["config"]["model"]["dim"] == 8
-    assert {"jax", "python", "fused_rec"} <= set(results["versions"])
+    assert {"jax", "python", "transformers"} <= set(results["versions"])
     for part in ("valid", "test"):
         assert set(METRICS) <= set(results[part])
         assert all(0 <= results[part][name] <= 1 for name in METRICS)
@@ -219,10 +220,12 @@ def test_a_finished_run_is_not_trained_again(tables, cache, finished):
 
 
 def test_a_workdir_is_one_config_only(tmp_path):
-    claim(Config(), tmp_path)
-    claim(Config(), tmp_path)
+    claim(Config(), "digest", tmp_path)
+    claim(Config(), "digest", tmp_path)
     with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
-        claim(Config(train=TrainConfig(seed=1)), tmp_path)
+        claim(Config(train=TrainConfig(seed=1)), "digest", tmp_path)
+    with pytest.raises(ValueError, match="the tables have changed"):
+        claim(Config(), "another", tmp_path)
 
 
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
@@ -274,3 +277,41 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
     assert "Traceback" not in done.stderr
     assert "interactions.csv, row 3" in done.stderr
     assert "interactions.csv, row 4" in done.stderr
+    assert not (tmp_path / "run").exists()  # free for the command that mends it
+
+
+def test_evaluating_the_validation_part_of_a_refitted_run_shows_what_chose_it(cache, finished):
+    """The refitted model has learned from that part; the one that chose the step has not."""
+    config, prepared, state = load(finished, "valid")
+    assert config.train.refit
+    results = json.loads((finished / "results.json").read_text())
+    assert measure(prepared, scorer(config, prepared, state), "valid") == pytest.approx(results["valid"], abs=1e-12)
+
+
+def test_changed_tables_are_refused(tables, cache, tmp_path):
+    """The same pairs in another order number users and items anew, and a checkpoint's rows would be others'."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    lines = (tables / "interactions.csv").read_text().splitlines(keepends=True)
+    (folder / "interactions.csv").write_text("".join(lines))
+    train(small(folder, cache, model__variant="graph", train__max_steps=5), tmp_path / "run")
+    load(tmp_path / "run")
+    (folder / "interactions.csv").write_text("".join([lines[0], *lines[:0:-1]]))
+    with pytest.raises(ValueError, match="the tables have changed"):
+        load(tmp_path / "run")
+
+
+def test_a_mistyped_setting_is_named(cache, tmp_path):
+    done = subprocess.run(
+        [
+            *command(
+                "train", "--config=experiments/configs/synthetic.py", "--config.model.dimm=8", f"--workdir={tmp_path}"
+            )
+        ],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "dimm" in done.stderr and "Traceback" not in done.stderr

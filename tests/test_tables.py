@@ -343,3 +343,14 @@ def test_csv_and_parquet_give_the_same_dataset(tables):
         assert np.asarray(read[0].interactions["user"]).max() < read[0].n_users
     else:
         assert read[0] == read[1]
+
+
+def test_a_file_that_would_go_unread_is_told(tmp_path):
+    """A misspelt or compressed table costs a whole table if nobody tells; notes and other files may lie there."""
+    write(tmp_path, **SOUND)
+    (tmp_path / "notes.txt").write_text("mine")
+    read_tables(tmp_path)
+    (tmp_path / "item.csv").write_text("item_id\ni1\n")
+    (tmp_path / "users.csv.gz").write_bytes(b"")
+    report = told(tmp_path)
+    assert "item.csv: is no table of the format" in report and "users.csv.gz: is no table" in report

@@ -6,6 +6,7 @@ holds out can be taken away from them too (`fused_rec.data.splits.observe`) and 
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -64,6 +65,16 @@ def empty_ties() -> pa.Table:
     return pa.table(
         {"source": pa.array([], pa.int32()), "target": pa.array([], pa.int32()), "kind": pa.array([], pa.string())}
     )
+
+
+def digest(dataset: Dataset) -> str:
+    """SHA-256 of all tables in their order of rows, which numbers the users and items that a checkpoint speaks of."""
+    sha = hashlib.sha256()
+    for table in (dataset.users, dataset.items, dataset.interactions, dataset.reviews, dataset.ties):
+        sha.update(str(table.schema.remove_metadata()).encode())
+        for batch in table.combine_chunks().to_batches(max_chunksize=65_536):
+            sha.update(batch.serialize())
+    return sha.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

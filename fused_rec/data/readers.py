@@ -54,6 +54,8 @@ def load(config: DataConfig) -> Dataset:
     if reader.read is None:
         from fused_rec.data.synthetic import make_market
 
+        if config.path:
+            raise ValueError(f"data.path is {config.path!r}, but {config.name!r} is generated and reads no files")
         dataset = make_market(config.seed)
     else:
         dataset = reader.read(_folder(config, reader), config.repair)

@@ -47,6 +47,9 @@ def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: b
     files: dict[str, str] = {}
     notes: dict[str, int] = {}
     problems: list[Problem] = []
+    for file in _strays(folder):
+        remedy = f"name it {' or '.join(f'{table}.csv' for table in COLUMNS)} (or .parquet), or take it out"
+        problems.append(Problem(file.name, None, "is no table of the format and would not be read", remedy))
     for table in COLUMNS:
         try:
             if file := _find(folder, table):
@@ -60,6 +63,13 @@ def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: b
             "interactions", pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
         )
     return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems, files=files)
+
+
+def _strays(folder: Path) -> list[Path]:
+    """Files that look like tables and would go unread: a misspelt or compressed table must not vanish in silence."""
+    known = {f"{table}{ending}" for table in COLUMNS for ending in (".csv", ".parquet")}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if {".csv", ".tsv", ".parquet"} & set(file.suffixes) and file.name not in known]
 
 
 def _find(folder: Path, table: str) -> Path | None:

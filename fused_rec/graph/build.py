@@ -12,6 +12,7 @@ from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
 
+BLOCK_SCORES = 2**25  # cosines held at a time, 128 MiB
 USER, ITEM = "user", "item"
 HOLDS = Relation(USER, "holds", ITEM)
 HELD_BY = Relation(ITEM, "held_by", USER)
@@ -109,13 +110,13 @@ def both_ways(
 def tie_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, Edges]:
     """One relation a kind of tie; `source` hears `target`, and the reverse where not all ties are mutual."""
     kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
-    sources, targets = column(ties, "source"), column(ties, "target")
+    sources, targets = (column(ties, name).astype(np.int64) for name in ("source", "target"))
     parts = []
     for kind in sorted(set(kinds)):
         at = kinds == kind
         heard, hears = targets[at], sources[at]
         pair = both_ways(Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), heard, hears, counts)
-        mutual = set(zip(heard, hears, strict=True)) == set(zip(hears, heard, strict=True))
+        mutual = np.array_equal(np.sort(heard * counts[USER] + hears), np.sort(hears * counts[USER] + heard))
         parts.append(dict(list(pair.items())[:1]) if mutual else pair)
     return _joined(parts)
 
@@ -124,13 +125,15 @@ def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, 
     """Number of distinct values of a categorical item column, and its (item, value) edges; nulls have none."""
     if name not in items.column_names:
         raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
+    if pa.types.is_floating(items.schema.field(name).type):
+        raise ValueError(f"graph.attributes names {name!r}, which is continuous; give it as bands in a column of words")
     encoded = items.column(name).combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
     known = np.flatnonzero(encoded.is_valid().to_numpy(zero_copy_only=False))
     return len(encoded.dictionary), (known, codes[known].astype(np.int64))
 
 
-def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int, block: int = 2048) -> Edges:
+def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges:
     """Each node hears the `neighbours` nodes of nearest words, weighted by their cosine over its sum.
 
     Only positive cosines count; nodes without words neither hear nor are heard.
@@ -138,6 +141,7 @@ def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int, block: i
     named = np.flatnonzero(vectors.any(1))
     words = vectors[named]
     k = min(neighbours, len(named) - 1)
+    block = max(1, BLOCK_SCORES // max(len(named), 1))
     senders, receivers, weights = [], [], []
     for start in range(0, len(named), block) if k > 0 else ():
         scores = words[start : start + block] @ words.T

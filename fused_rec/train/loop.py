@@ -1,7 +1,7 @@
 """train(config, workdir): from files to a checkpointed model and `results.json`, in the order in which it happens.
 
 workdir/
-  config.json          what the run is; another config in the same folder is refused
+  run.json             config and digest of the tables; another config, or changed tables, are refused
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
   results.json         written last: validation and test metrics, seconds, versions
 """
@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
+from fused_rec.data.dataset import digest
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import measure, scorer
@@ -30,6 +32,7 @@ from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
 
 LOG = logging.getLogger(__name__)
+RUN, RESULTS = "run.json", "results.json"
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
@@ -38,7 +41,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Progress(NamedTuple):
-    """The loop's bookkeeping, kept with each checkpoint. best: (validation value, step)."""
+    """The loop's bookkeeping, kept with each checkpoint. best: the best validation value, at `best_step`."""
 
     best: float | None = None
     best_step: int = 0
@@ -47,26 +50,29 @@ class Progress(NamedTuple):
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
-    """Runs or resumes one run and returns what `results.json` holds.
+    """Runs or resumes one run and returns what `results.json` holds; of a finished run, without reading anything.
 
     Raises:
-      ValueError: workdir holds a run of another config.
+      ValueError: workdir holds a run of another config or of other tables.
       DataError, LeakError: the input must not be used.
       NonFiniteLossError: training diverged.
     """
     workdir = Path(workdir)
-    claim(config, workdir)
+    check_config(config, workdir)
+    if (workdir / RESULTS).exists():
+        LOG.info("%s is finished; its results are shown again", workdir)
+        return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
     dataset, parts_of = read(config)
+    prepared = prepare(config, dataset, parts_of)
+    # Only now: faults of the input leave the folder free for the command that mends them.
+    claim(config, digest(dataset), workdir)
 
-    known: tuple[str, ...] = ("train",)
-    prepared = prepare(config, dataset, parts_of, known)
     state, progress = fit(config, prepared, workdir / "choose")
     seconds = progress.seconds
     valid = measure(prepared, scorer(config, prepared, state), "valid")
 
     if config.train.refit:
-        known = ("train", "valid")
-        prepared = prepare(config, dataset, parts_of, known)
+        prepared = prepare(config, dataset, parts_of, ("train", "valid"))
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
         seconds += refitted.seconds
 
@@ -83,7 +89,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         "config": to_dict(config),
         "versions": versions(),
     }
-    write_json(workdir / "results.json", results)
+    write_json(workdir / RESULTS, results)
     return results
 
 
@@ -159,7 +165,9 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
 
 
 def judge(progress: Progress, value: float, step: int) -> Progress:
-    """The bookkeeping after a validation value; equal to the best is not better."""
+    """The bookkeeping after a validation value; equal to the best is not better. Raises ValueError on NaN."""
+    if math.isnan(value):
+        raise ValueError(f"the validation metric of step {step} is not a number: its part has no pair to compare")
     if progress.best is None or value > progress.best:
         return progress._replace(best=value, best_step=step, worse=0)
     return progress._replace(worse=progress.worse + 1)
@@ -185,18 +193,14 @@ def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, f
     )
 
 
-def claim(config: Config, workdir: Path) -> None:
-    """Makes `workdir` this config's. Raises ValueError where it is another's, naming the settings that differ."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "config.json"
-    mine = json.loads(json.dumps(to_dict(config)))
-    if not file.exists():
-        write_json(file, mine)
+def check_config(config: Config, workdir: Path) -> None:
+    """Raises ValueError where `workdir` is another config's, naming the settings that differ."""
+    if not (workdir / RUN).exists():
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
+    there = read_run(workdir)["config"]
     differ = [
         f"{section}.{name} is {there.get(section, {}).get(name)!r} there and {value!r} here"
-        for section, settings in mine.items()
+        for section, settings in _as_json(to_dict(config)).items()
         for name, value in settings.items()
         if there.get(section, {}).get(name) != value
     ]
@@ -206,11 +210,32 @@ def claim(config: Config, workdir: Path) -> None:
         )
 
 
+def claim(config: Config, tables: str, workdir: Path) -> None:
+    """Makes `workdir` this run's. Raises ValueError where it is another's; `tables` is the digest of the dataset."""
+    check_config(config, workdir)
+    if (workdir / RUN).exists():
+        check_tables(tables, workdir)
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / RUN, {"config": to_dict(config), "tables": tables})
+
+
+def check_tables(tables: str, workdir: Path) -> None:
+    """Raises ValueError where the run was made of other tables: its rows would be other users and items."""
+    if read_run(workdir)["tables"] != tables:
+        raise ValueError(f"the tables have changed since {workdir} was begun; train on them in a new workdir")
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """What `run.json` holds: config and digest of the tables."""
+    return json.loads((workdir / RUN).read_text(encoding="utf-8"))
+
+
 def finished(workdir: Path) -> Config:
     """The config of a run that is over. Raises FileNotFoundError where there is none."""
-    if not (workdir / "results.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no results.json; finish the run there with experiments.train first")
-    return from_dict(json.loads((workdir / "config.json").read_text(encoding="utf-8")))
+    if not (workdir / RESULTS).exists():
+        raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with experiments.train first")
+    return from_dict(read_run(workdir)["config"])
 
 
 def versions() -> dict[str, str]:
@@ -224,7 +249,15 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Writes all or nothing: to a name of its own, then renamed."""
+    """Writes all or nothing: to a name of its own, then renamed. A number that is none becomes null."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

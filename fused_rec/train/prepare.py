@@ -52,7 +52,8 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     """
     observed = observe(dataset, parts_of, parts)
     texts = node_texts(dataset, observed)
-    audit(dataset, parts_of, observed, texts, parts)
+    checked = audit(dataset, parts_of, observed, texts, parts)
+    LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
     graph = build(dataset, observed, texts, encode(config, texts), config.graph)
     return Prepared(
         dataset, parts_of, observed, Task(graph, adjacencies(graph), jnp.asarray(present(dataset, parts_of, parts)))

@@ -7,29 +7,36 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from fused_rec.config import Config
-from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.dataset import Dataset, column, digest
 from fused_rec.evaluate.ranking import item_sets, top_k
 from fused_rec.train.checkpoint import Checkpoints
-from fused_rec.train.loop import finished
+from fused_rec.train.loop import check_tables, finished
 from fused_rec.train.measure import scorer
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
 
 
-def load(workdir: str | Path) -> tuple[Config, Prepared, TrainState]:
+def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, TrainState]:
     """A finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
 
+    part: what will be asked of it. A refitted run has learned from the validation part, so for "valid" the model
+    that chose its step comes back, with the graph of the training part alone.
+
     Raises:
+      ValueError: the tables have changed since.
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
     config = finished(workdir)
-    phase, known = ("refit", ("train", "valid")) if config.train.refit else ("choose", ("train",))
+    refitted = config.train.refit and part != "valid"
+    phase, known = ("refit", ("train", "valid")) if refitted else ("choose", ("train",))
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
-    step = checkpoints.last_good() if config.train.refit else checkpoints.best_step()
+    step = checkpoints.last_good() if refitted else checkpoints.best_step()
     if step is None:
         raise FileNotFoundError(f"{workdir / phase} holds no sound checkpoint; run experiments.train there again")
-    prepared = prepare(config, *read(config), known)
+    dataset, parts_of = read(config)
+    check_tables(digest(dataset), workdir)
+    prepared = prepare(config, dataset, parts_of, known)
     state, _ = checkpoints.restore(step, like=init(config, prepared.task))
     return config, prepared, state
 
@@ -42,7 +49,7 @@ def user_rows(dataset: Dataset, ids: list[str]) -> Int64[np.ndarray, "B"]:
     unknown = [user for user in ids if user not in place]
     if unknown:
         raise ValueError(f"{len(unknown)} unknown customer ids, first {unknown[0]!r}; {dataset.name} has {len(place)}")
-    return np.array([place[user] for user in ids])
+    return np.array([place[user] for user in dict.fromkeys(ids)])
 
 
 def recommend(
