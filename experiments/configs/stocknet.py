@@ -14,7 +14,7 @@ def get_config():
         data={"name": "stocknet", "core": 5},
         split={"kind": "time"},
         graph={"attributes": ("sector",)},
-        # Attention gathers on few tickers, and unlike cosines dot products can say how popular one is.
+        # Most interactions are with few tickers, and unlike cosines dot products can say how popular one is.
         model={"score": "dot"},
         train={"temperature": 1.0, "learning_rate": 0.002, "eval_every": 10},
     )

@@ -108,10 +108,6 @@ class Checkpoints:
             logging.warning("%s has no %s and is no checkpoint; ignored.", self._folder / str(step), MANIFEST)
         return complete
 
-    def last_step(self) -> int | None:
-        """The latest completed step, None where there is none. Its bytes are not read: see `last_good`."""
-        return max(self.steps(), default=None)
-
     def best_step(self) -> int | None:
         """The latest completed step that was saved as the best so far; None where there is none."""
         for step in reversed(self._complete()):
