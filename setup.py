@@ -37,6 +37,7 @@ setup(
         "transformers>=5.3",  # earlier ones could run code that a model folder names
     ],
     extras_require={
+        "als": ["implicit>=0.7.2", "threadpoolctl>=3.1"],  # one baseline alone needs them
         "tests": [
             "beartype>=0.22.1",
             "hypothesis>=6.100",
@@ -46,8 +47,9 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
+        "plots": ["matplotlib>=3.9"],
         "notebooks": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10"],
-        "sweeps": ["optuna>=4.0"],
+        "sweeps": ["optuna>=5.0"],
         "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
     },
 )

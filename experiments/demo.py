@@ -16,7 +16,7 @@ from fused_rec.config import Config, from_dict
 from fused_rec.data.dataset import Dataset
 from fused_rec.evaluate.compare import table
 from fused_rec.train.loop import train
-from fused_rec.train.measure import baseline, measure
+from fused_rec.train.measure import baseline, choose_settings, measure
 from fused_rec.train.serve import load, recommend
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the three runs.")
@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
         print(f"\n== {name}")
         rows[name] = train(variant_config(variant), workdir / variant)["test"]
     config, prepared, state = load(workdir / "fused")
-    rows = {name: measure(prepared, baseline(key, prepared), "test") for key, name in BASELINES.items()} | rows
+    chosen = {key: choose_settings(key, prepared) for key in BASELINES}
+    made = {name: baseline(key, prepared, chosen[key]) for key, name in BASELINES.items()}
+    rows = {name: measure(prepared, one, "test") for name, one in made.items()} | rows
 
     print("\nHeld-out purchases, the whole catalogue ranked for every customer:\n")
     print(table(rows, SHOWN))

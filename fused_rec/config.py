@@ -14,6 +14,8 @@ METRICS = (
 )
 Score = Literal["cosine", "dot"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
+TextControl = Literal["true", "shuffled", "random"]
+Ties = Literal["true", "rewired", "none"]
 
 
 def _require(condition: bool, setting: str, value: object, bound: str) -> None:
@@ -64,8 +66,11 @@ class TextConfig:
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
     batch_tokens: int = 2048  # padded tokens an encoder call takes; more is slower on a CPU, faster on an accelerator
     offline: bool = True  # False lets a hub revision be downloaded
+    control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
 
     def __post_init__(self):
+        controls = typing.get_args(TextControl)
+        _require(self.control in controls, "text.control", self.control, f"one of {controls}")
         _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
         _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
 
@@ -76,8 +81,10 @@ class GraphConfig:
 
     attributes: tuple[str, ...] = ()  # item columns whose values become nodes of their own, such as "sector"
     similar_text: int = 10  # each user and item hears so many others of its type with the nearest words; 0 = none
+    ties: Ties = "true"  # or ties that say nothing: others of the same degrees (train.seed draws), or none
 
     def __post_init__(self):
+        _require(self.ties in typing.get_args(Ties), "graph.ties", self.ties, f"one of {typing.get_args(Ties)}")
         _require(self.similar_text >= 0, "graph.similar_text", self.similar_text, "0 or more")
 
 

@@ -1,19 +1,37 @@
 """Baselines by hand, against dense NumPy oracles, and against figures measured elsewhere on LastFM."""
 
+import functools
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
+from market import write_tables
 
+from fused_rec.config import Config, DataConfig, ModelConfig
 from fused_rec.evaluate.ranking import evaluate, item_sets, mean
-from fused_rec.model.baselines import ease, friends_mean, item_knn, popularity, user_knn
+from fused_rec.model.baselines import (
+    NotApplicableError,
+    Seen,
+    als,
+    friends_mean,
+    item_knn,
+    popularity,
+    text_mean,
+    user_knn,
+)
+from fused_rec.model.closed_form import ease
+from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure
+from fused_rec.train.prepare import prepare, read
 
 # user 0: items 0 1    user 1: items 1 2    user 2: items 1 2 3    user 3: none; one pair given twice
 USER, ITEM = np.array([0, 0, 1, 1, 2, 2, 2, 0]), np.array([0, 1, 1, 2, 1, 2, 3, 0])
-TINY = (USER, ITEM, 4, 4)
+TINY = Seen(USER, ITEM, 4, 4)
 
 
 def scores(scorer, n_users):
@@ -23,7 +41,7 @@ def scores(scorer, n_users):
 
 
 def test_popularity_by_hand():
-    np.testing.assert_array_equal(scores(popularity(*TINY), 4), [[1, 3, 2, 1]] * 4)
+    np.testing.assert_array_equal(scores(popularity(TINY), 4), [[1, 3, 2, 1]] * 4)
 
 
 # Cosines of items: (0, 1) 1/sqrt 3, (1, 2) 2/sqrt 6, (1, 3) 1/sqrt 3, (2, 3) 1/sqrt 2, the others 0.
@@ -39,11 +57,11 @@ A, B, C = 1 / 3**0.5, 2 / 6**0.5, 1 / 2**0.5
     ],
 )
 def test_item_knn_by_hand(neighbours, expected):
-    np.testing.assert_allclose(scores(item_knn(*TINY, neighbours=neighbours, shrink=0.0), 4), expected, rtol=1e-6)
+    np.testing.assert_allclose(scores(item_knn(TINY, neighbours=neighbours, shrink=0.0), 4), expected, rtol=1e-6)
 
 
 def test_shrinking_by_hand():
-    got = scores(item_knn(*TINY, neighbours=4, shrink=2.0), 4)[0]
+    got = scores(item_knn(TINY, neighbours=4, shrink=2.0), 4)[0]
     expected = [1 / (3**0.5 + 2), 1 / (3**0.5 + 2), 2 / (6**0.5 + 2), 1 / (3**0.5 + 2)]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -51,7 +69,7 @@ def test_shrinking_by_hand():
 def test_equally_near_neighbours_go_by_their_position():
     # Items 0, 1 and 2 are alike in every way: with one neighbour, 0 takes 1, and 1 and 2 take 0.
     got = scores(
-        item_knn(np.array([0, 0, 0, 1, 2, 3]), np.array([0, 1, 2, 0, 1, 2]), 4, 3, neighbours=1, shrink=0.0), 4
+        item_knn(Seen(np.array([0, 0, 0, 1, 2, 3]), np.array([0, 1, 2, 0, 1, 2]), 4, 3), neighbours=1, shrink=0.0), 4
     )
     np.testing.assert_allclose(got[1:], [[0, 0.5, 0], [0.5, 0, 0], [0.5, 0, 0]], rtol=1e-6)
 
@@ -61,21 +79,21 @@ def test_equally_near_neighbours_go_by_their_position():
     [(1, [0, 1 / 2, 1 / 2, 0]), (4, [0, 1 / 2 + 1 / 6**0.5, 1 / 2 + 1 / 6**0.5, 1 / 6**0.5])],
 )
 def test_user_knn_by_hand(neighbours, user_0):
-    got = scores(user_knn(*TINY, neighbours=neighbours, shrink=0.0), 4)
+    got = scores(user_knn(TINY, neighbours=neighbours, shrink=0.0), 4)
     np.testing.assert_allclose(got[0], user_0, rtol=1e-6)
     assert (got[3] == 0).all()
 
 
 def test_friends_mean_by_hand():
     source, target = np.array([0, 0, 0, 2, 2]), np.array([1, 2, 1, 0, 3])  # 0 -> 1 twice; user 3 has no history
-    got = scores(friends_mean(USER, ITEM, source, target, 4, 4), 4)
+    got = scores(friends_mean(TINY._replace(source=source, target=target)), 4)
     np.testing.assert_allclose(got, [[0, 1, 1, 1 / 2], [0, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [0, 0, 0, 0]], rtol=1e-6)
 
 
 def _random(n_users, n_items, share, seed=0):
     matrix = np.random.default_rng(seed).random((n_users, n_items)) < share * np.linspace(0.2, 2, n_items)
     user, item = np.nonzero(matrix)
-    return matrix.astype(np.float64), (user, item, n_users, n_items)
+    return matrix.astype(np.float64), Seen(user, item, n_users, n_items)
 
 
 def _cosine(matrix):
@@ -87,69 +105,120 @@ def _cosine(matrix):
 
 def test_long_rows_add_up():
     """Histories and neighbourhoods of hundreds of entries, and more than one block of rows."""
-    history, pairs = _random(60, 1100, 0.5)
+    history, seen = _random(60, 1100, 0.5)
     expected = history @ _cosine(history.T)
-    np.testing.assert_allclose(scores(item_knn(*pairs, neighbours=1100, shrink=0.0), 60), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores(item_knn(seen, neighbours=1100, shrink=0.0), 60), expected, rtol=1e-5)
     expected = _cosine(history) @ history
-    np.testing.assert_allclose(scores(user_knn(*pairs, neighbours=60, shrink=0.0), 60), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores(user_knn(seen, neighbours=60, shrink=0.0), 60), expected, rtol=1e-5)
 
 
-def _ridge_without_self(history, l2):
-    """EASE from its definition: each item regressed on all others."""
-    weights = np.zeros((history.shape[1],) * 2)
-    for j in range(history.shape[1]):
-        others = np.delete(np.arange(history.shape[1]), j)
-        x = history[:, others]
-        weights[others, j] = np.linalg.solve(x.T @ x + l2 * np.eye(len(others)), x.T @ history[:, j])
-    return history @ weights
+# Items 0 and 1 are at right angles, 2 is half way, 3 opposite to 0, and 4 without words.
+WORDS = np.array([[1, 0], [0, 1], [C, C], [-1, 0], [0, 0]], np.float32)
 
 
-@pytest.mark.parametrize(("n_users", "n_items"), [(60, 25), (25, 60), (40, 40)])
-@pytest.mark.parametrize("l2", [1.0, 50.0])
-def test_ease_equals_its_definition(n_users, n_items, l2):
-    history, pairs = _random(n_users, n_items, 0.3)
-    np.testing.assert_allclose(
-        scores(ease(*pairs, l2=l2), n_users), _ridge_without_self(history, l2), rtol=0, atol=2e-5
-    )
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        # user 0: item 0 and words like item 1; user 1: items 0 and 1, no words; user 2: words alone; user 3: nothing.
+        (0.0, [[1, 0, C, -1, -1], [C, C, 1, -C, -C], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+        (1.0, [[C, C, 1, -C, -C], [C, C, 1, -C, -C], [0, 1, C, 0, 0], [0, 0, 0, 0, 0]]),
+    ],
+)
+def test_text_mean_by_hand(own, expected):
+    user_text = np.array([[0, 1], [0, 0], [0, 1], [0, 0]], np.float32)
+    seen = Seen(np.array([0, 1, 1]), np.array([0, 0, 1]), 4, 5, user_text, WORDS)
+    np.testing.assert_allclose(scores(text_mean(seen, own=own), 4), expected, atol=1e-6)
 
 
-def test_both_forms_of_ease_agree():
-    """Users without history change nothing but which of the two inverses is the smaller."""
-    _, (user, item, n_users, n_items) = _random(80, 200, 0.1)
-    by_users = scores(ease(user, item, n_users, n_items, l2=10.0), n_users)
-    by_items = scores(ease(user, item, n_items + 1, n_items, l2=10.0), n_items + 1)
-    np.testing.assert_allclose(by_users, by_items[:n_users], rtol=0, atol=1e-5)
-    assert (by_items[n_users:] == 0).all()
+def test_new_items_rank_by_their_words():
+    """Item 2 is nobody's; its words are those of item 0. Item 3 has other words, item 4 none."""
+    seen = Seen(np.array([0, 1]), np.array([0, 1]), 2, 5, None, WORDS[[0, 1, 0, 1, 4]])
+    np.testing.assert_allclose(scores(text_mean(seen, own=1.0), 2), [[1, 0, 1, 0, 0], [0, 1, 0, 1, 0]], atol=1e-6)
+
+
+ALS: dict[str, Any] = {"factors": 4, "regularisation": 5.0, "alpha": 10.0, "seed": 3}
+
+
+def test_als_scores_as_the_library_does():
+    als_module = pytest.importorskip("implicit.cpu.als")
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    history, seen = _random(60, 25, 0.5)
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        model = als_module.AlternatingLeastSquares(4, 5.0, 10.0, iterations=15, random_state=3, num_threads=1)
+        pairs = scipy.sparse.csr_matrix(history, dtype=np.float32)
+        model.fit(pairs, show_progress=False)
+        items, expected = model.recommend(np.arange(60), pairs, N=25, filter_already_liked_items=False)
+    got = np.take_along_axis(scores(als(seen, **ALS), 60), items, axis=1)
+    np.testing.assert_allclose(got[history.any(1)], expected[history.any(1)], atol=1e-5)
+
+
+def test_als_solves_the_weighted_least_squares():
+    """With one factor, conjugate gradients are exact: the scores are those of 15 rounds of division."""
+    pytest.importorskip("implicit")
+    history, seen = _random(30, 20, 0.6)
+    history[0], history[:, 0] = 0, 0  # nobody's item, and a user without any
+    user, item = np.nonzero(history)
+    rng = np.random.default_rng(3)
+    weight = np.where(history > 0, 10.0, 1.0)
+    users, items = (rng.random((n, 1), np.float32) * 0.01 for n in (30, 20))
+    for _ in range(15):
+        users = (weight * history) @ items / (weight @ items**2 + 5)
+        items = (weight * history).T @ users / (weight.T @ users**2 + 5)
+    got = scores(als(seen._replace(user=user, item=item), **dict(ALS, factors=1)), 30)
+    np.testing.assert_allclose(got[1:, 1:], (users @ items.T)[1:, 1:], atol=1e-5)
+    assert (got[0] == 0).all()
+    np.testing.assert_array_equal(got[:, 0], got.min(1))
+
+
+def test_als_repeats_itself():
+    pytest.importorskip("implicit")
+    _, seen = _random(200, 90, 0.2)
+    first, again, other = (scores(als(seen, **dict(ALS, seed=seed)), 200) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_als_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "implicit.cpu.als", None)
+    with pytest.raises(ImportError, match=r"pip install 'fused_rec\[als\]'"):
+        als(TINY, **ALS)
 
 
 NONE = np.array([], int)
 
 
 def test_without_interactions_all_score_alike():
+    nothing = Seen(NONE, NONE, 3, 5, np.zeros((3, 2), np.float32), WORDS, np.array([0]), np.array([1]))
     for scorer in (
-        popularity(NONE, NONE, 3, 5),
-        item_knn(NONE, NONE, 3, 5, neighbours=2, shrink=0.0),
-        user_knn(NONE, NONE, 3, 5, neighbours=2, shrink=0.0),
-        friends_mean(NONE, NONE, NONE, NONE, 3, 5),
-        ease(NONE, NONE, 3, 5, l2=1.0),
-        ease(NONE, NONE, 5, 5, l2=1.0),
+        popularity(nothing),
+        item_knn(nothing, neighbours=2, shrink=0.0),
+        user_knn(nothing, neighbours=2, shrink=0.0),
+        friends_mean(nothing),
+        text_mean(nothing, own=1.0),
     ):
         np.testing.assert_array_equal(scores(scorer, 3), np.zeros((3, 5)))
+
+
+def test_what_is_not_told_is_asked_for():
+    with pytest.raises(NotApplicableError, match="friends_mean needs ties"):
+        friends_mean(TINY._replace(source=NONE, target=NONE))
+    with pytest.raises(NotApplicableError, match="text_mean needs item words"):
+        text_mean(TINY._replace(item_text=np.zeros((4, 1), np.float32)), own=0.0)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: popularity(np.array([4]), np.array([0]), 4, 4), "user ids span 4..4"),
-        (lambda: ease(np.array([0]), np.array([-1]), 4, 4, l2=1.0), "item ids span -1..-1"),
-        (lambda: friends_mean(USER, ITEM, np.array([9]), np.array([0]), 4, 4), "source ids span 9..9"),
-        (lambda: friends_mean(USER, ITEM, np.array([0]), np.array([9]), 4, 4), "target ids span 9..9"),
-        (lambda: item_knn(*TINY, neighbours=0, shrink=0.0), "neighbours is 0"),
-        (lambda: user_knn(*TINY, neighbours=1, shrink=-1.0), "shrink is -1.0"),
-        (lambda: ease(*TINY, l2=0.0), "l2 is 0.0"),
-        # X'X is [[2, 2], [2, 2]] and X X' [[2, 1], [1, 2]]: row sums 4 and 3. The first is singular.
-        (lambda: ease(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), 3, 2, l2=3e-5), "l2 is 3e-05, .* at least 4e-05"),
-        (lambda: ease(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 2]), 2, 3, l2=2e-5), "l2 is 2e-05, .* at least 3e-05"),
+        (lambda: popularity(Seen(np.array([4]), np.array([0]), 4, 4)), "user ids span 4..4"),
+        (lambda: popularity(Seen(np.array([0]), np.array([-1]), 4, 4)), "item ids span -1..-1"),
+        (lambda: friends_mean(TINY._replace(source=np.array([9]), target=np.array([0]))), "source ids span 9..9"),
+        (lambda: friends_mean(TINY._replace(source=np.array([0]), target=np.array([9]))), "target ids span 9..9"),
+        (lambda: text_mean(TINY, own=-1.0), "own is -1.0"),
+        (lambda: als(TINY, **dict(ALS, factors=0)), "factors is 0"),
+        (lambda: als(TINY, **dict(ALS, regularisation=-1.0)), "regularisation is -1.0"),
+        (lambda: als(TINY, **dict(ALS, alpha=0.5)), "alpha is 0.5; it must be at least 1"),
+        (lambda: item_knn(TINY, neighbours=0, shrink=0.0), "neighbours is 0"),
+        (lambda: user_knn(TINY, neighbours=1, shrink=-1.0), "shrink is -1.0"),
     ],
 )
 def test_refusals(call, message):
@@ -169,22 +238,22 @@ LASTFM = (1892, 17632)  # users, items
 
 @pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="FUSED_REC_DATA names no folder of real data")
 @pytest.mark.parametrize(
-    ("build", "recall", "ndcg"),
+    ("make", "recall", "ndcg"),
     [
-        (lambda train, ties: popularity(train[0], train[1], *LASTFM), 0.0712, 0.0828),
-        (lambda train, ties: item_knn(train[0], train[1], *LASTFM, neighbours=LASTFM[1], shrink=0.0), 0.1761, 0.2281),
-        (lambda train, ties: ease(train[0], train[1], *LASTFM, l2=100.0), 0.1951, 0.2475),
-        (lambda train, ties: friends_mean(train[0], train[1], ties[0], ties[1], *LASTFM), 0.1112, 0.1431),
+        (popularity, 0.0712, 0.0828),
+        (functools.partial(item_knn, neighbours=LASTFM[1], shrink=0.0), 0.1761, 0.2281),
+        (functools.partial(ease, l2=100.0), 0.1951, 0.2475),
+        (friends_mean, 0.1112, 0.1431),
     ],
     ids=["popularity", "item_knn", "ease", "friends_mean"],
 )
-def test_lastfm_figures(lastfm, build, recall, ndcg):
+def test_lastfm_figures(lastfm, make, recall, ndcg):
     """Recall@10 and NDCG@10 on the split of SocialLGN, as the notes that come with the data give them."""
     train, test, ties = lastfm
     n_users, n_items = LASTFM
     means = mean(
         evaluate(
-            build(train, ties),
+            make(Seen(train[0], train[1], *LASTFM, source=ties[0], target=ties[1])),
             truth=item_sets(test[0], test[1], n_users),
             seen=item_sets(train[0], train[1], n_users),
             n_items=n_items,
@@ -193,3 +262,51 @@ def test_lastfm_figures(lastfm, build, recall, ndcg):
     )
     assert means["recall@10"] == pytest.approx(recall, abs=0.002)
     assert means["ndcg@10"] == pytest.approx(ndcg, abs=0.002)
+
+
+def test_all_are_tuned_alike():
+    """No more than 8 settings each, all different."""
+    for name, (_, grid) in BASELINES.items():
+        assert 1 <= len(grid) <= 8, name
+        assert len({str(settings) for settings in grid}) == len(grid), name
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    """A market without words, prepared from the training part and from what may be seen before the test part."""
+    folder = write_tables(tmp_path_factory.mktemp("tables"))
+    config = Config(data=DataConfig(name="tables", path=str(folder)), model=ModelConfig(variant="graph"))
+    tables = read(config)
+    return prepare(config, *tables), prepare(config, *tables, ("train", "valid"))
+
+
+def test_validation_chooses_the_settings(market):
+    alone, seen = market
+    users, items = alone.observed.user, alone.observed.item
+    values = [
+        measure(alone, item_knn(Seen(users, items, alone.dataset.n_users, alone.dataset.n_items), **tried), "valid")
+        for tried in BASELINES["item_knn"][1]
+    ]
+    chosen = choose_settings("item_knn", alone)
+    assert chosen == max(zip(values, BASELINES["item_knn"][1], strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
+    expected = item_knn(Seen(seen.observed.user, seen.observed.item, 80, 30), **chosen)
+    np.testing.assert_array_equal(scores(baseline("item_knn", seen, chosen), 80), scores(expected, 80))
+
+
+def test_settings_are_not_chosen_where_the_answers_are_seen(market):
+    with pytest.raises(ValueError, match="prepare it alone"):
+        choose_settings("popularity", market[1])
+
+
+def test_ties_reach_their_baseline_and_missing_words_are_told(market):
+    alone, seen = market
+    ties = seen.observed.ties
+    hears = {(s, t) for s, t in zip(*(ties.column(name).to_pylist() for name in ("source", "target")), strict=True)}
+    expected = np.zeros((80, 30))
+    for u in range(80):
+        friends = [t for s, t in hears if s == u]
+        for t in friends:
+            expected[u, seen.observed.item[seen.observed.user == t]] += 1 / len(friends)
+    np.testing.assert_allclose(scores(baseline("friends_mean", seen, {}), 80), expected, atol=1e-6)
+    with pytest.raises(NotApplicableError, match="text_ease needs item words"):
+        choose_settings("text_ease", alone)

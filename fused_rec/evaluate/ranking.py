@@ -206,7 +206,7 @@ def top_k(
     if len(users) == 0:
         return items, scores
     batches = _pad_to_batches(users, batch)
-    scorer = _as_argument(scorer)
+    scorer = as_argument(scorer)
     bar = tqdm(batches, desc="rank", unit="batch", disable=not progress)
     done = 0
     for rows, seen_rows in zip(bar, _rows(seen, batches), strict=True):
@@ -274,7 +274,7 @@ def evaluate(
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
 
     batches = _pad_to_batches(users, batch)
-    scorer, counts = _as_argument(scorer), jnp.asarray(item_counts, jnp.int32)
+    scorer, counts = as_argument(scorer), jnp.asarray(item_counts, jnp.int32)
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(n_items, bool)
     bar = tqdm(batches, desc="evaluate", unit="batch", disable=not progress)
@@ -292,7 +292,8 @@ def evaluate(
     return PerUser(users, columns, {f"coverage@{TOP}": float(recommended.sum() / np.asarray(allowed).sum())})
 
 
-def _as_argument(scorer: Scorer) -> jax.tree_util.Partial:
+def as_argument(scorer: Scorer) -> jax.tree_util.Partial:
+    """The scorer as it passes into a compiled function."""
     return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
 
 

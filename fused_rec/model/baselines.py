@@ -1,10 +1,11 @@
-"""Recommenders without training, for every table of results: popularity, neighbours, friends, EASE.
+"""Recommenders without gradient training: popularity, neighbours, friends, item words, alternating least squares.
 
-Each takes interactions as U x I pairs (a repeated pair counts once) and returns a scorer: user ids (B,) to
-scores of the whole catalogue, float32 (B, I), as `fused_rec.evaluate.ranking` takes them. The host prepares
-with SciPy; scorers are `jax.tree_util.Partial`s of their arrays. A user without history (or friends) gets
-equal scores. Settings have no defaults: validation chooses them. All raise ValueError for ids outside
-0..n-1 and for settings outside their bounds.
+Each takes what may be `Seen` and returns a scorer: user ids (B,) to scores of the whole catalogue, float32 (B, I), as
+`fused_rec.evaluate.ranking` takes them. The host prepares with SciPy; scorers are `jax.tree_util.Partial`s of their
+arrays. A user about whom nothing is seen (no history, friends or words) gets equal scores; items that a method
+knows nothing about, for most those without interactions, all get the user's lowest score. Settings have no
+defaults: validation chooses them. All raise ValueError for ids outside 0..n-1 and for settings outside their bounds.
+The item-item regressions and filters stand in `fused_rec.model.closed_form`.
 """
 
 from typing import NamedTuple
@@ -12,100 +13,160 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from jax.tree_util import Partial
-from jaxtyping import Array, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int32
+
+ITERATIONS = 15  # of ALS
 
 
-def popularity(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int, n_items: int) -> Partial:
+class NotApplicableError(ValueError):
+    """A recommender needs what these tables do not tell (words, ties)."""
+
+
+class Seen(NamedTuple):
+    """What may be seen of U users and I items.
+
+    user, item: [E], the interactions; a repeated pair counts once.
+    user_text, item_text: float32 [U, D] and [I, D], unit rows, zero where there are no words.
+    source, target: [F], users of whom the first is tied to the second; a repeated tie counts once.
+    """
+
+    user: Int[np.ndarray, "E"]
+    item: Int[np.ndarray, "E"]
+    n_users: int
+    n_items: int
+    user_text: Float32[np.ndarray, "U D"] | None = None
+    item_text: Float32[np.ndarray, "I D"] | None = None
+    source: Int[np.ndarray, "F"] | None = None
+    target: Int[np.ndarray, "F"] | None = None
+
+    def history(self) -> scipy.sparse.csr_array:
+        """Float32 [U, I]: 1 where the user has the item."""
+        return _pairs(self.user, self.item, self.n_users, self.n_items, "user", "item")
+
+    def ties(self, asked_by: str) -> scipy.sparse.csr_array:
+        """Float32 [U, U]: 1 where the row's user is tied to the column's. Raises NotApplicableError without any."""
+        if self.source is None or self.target is None or not len(self.source):
+            raise NotApplicableError(f"{asked_by} needs ties and none are seen; leave it out for these tables")
+        return _pairs(self.source, self.target, self.n_users, self.n_users, "source", "target")
+
+    def item_words(self, asked_by: str) -> Float32[np.ndarray, "I D"]:
+        """`item_text`. Raises NotApplicableError where no item has words."""
+        if self.item_text is None or not self.item_text.any():
+            raise NotApplicableError(
+                f"{asked_by} needs item words and none are seen; leave it out for these tables, or for a variant "
+                "that reads no text"
+            )
+        return self.item_text
+
+
+def popularity(seen: Seen) -> Partial:
     """Every user gets the items most users have (TopPop of Cremonesi et al., RecSys 2010): score = the item's users."""
-    return Partial(_same_for_all, jnp.asarray(_history(user, item, n_users, n_items).sum(0), jnp.float32).reshape(-1))
+    return Partial(_same_for_all, jnp.asarray(seen.history().sum(0), jnp.float32).reshape(-1))
 
 
-def item_knn(
-    user: Int[np.ndarray, "E"],
-    item: Int[np.ndarray, "E"],
-    n_users: int,
-    n_items: int,
-    *,
-    neighbours: int,
-    shrink: float,
-) -> Partial:
+def item_knn(seen: Seen, *, neighbours: int, shrink: float) -> Partial:
     """Items like those the user has (Deshpande and Karypis, ACM TOIS 2004).
 
     Score of item j: sum of sim(i, j) over the user's items i that have j among their `neighbours` most similar;
     sim(i, j) = (users of both) / (sqrt(users of i x users of j) + shrink), the cosine where shrink is 0.
     """
-    history = _history(user, item, n_users, n_items)
-    return Partial(
-        _sum_sparse_rows, _entries(history), _entries(_nearest(history.T.tocsr(), neighbours, shrink)), _zeros(n_items)
-    )
+    history = seen.history()
+    similar = _nearest(history.T.tocsr(), neighbours, shrink)
+    return Partial(_sum_sparse_rows, entries(history), entries(similar), _zeros(seen.n_items))
 
 
-def user_knn(
-    user: Int[np.ndarray, "E"],
-    item: Int[np.ndarray, "E"],
-    n_users: int,
-    n_items: int,
-    *,
-    neighbours: int,
-    shrink: float,
-) -> Partial:
+def user_knn(seen: Seen, *, neighbours: int, shrink: float) -> Partial:
     """Items of users like this one (Sarwar et al., EC 2000, with cosine).
 
     Score of item j: sum of sim(u, v) over those of u's `neighbours` most similar users v who have j, with the
     sim of `item_knn`, items for users.
     """
-    history = _history(user, item, n_users, n_items)
-    return Partial(
-        _sum_sparse_rows, _entries(_nearest(history, neighbours, shrink)), _entries(history), _zeros(n_items)
-    )
+    history = seen.history()
+    similar = _nearest(history, neighbours, shrink)
+    return Partial(_sum_sparse_rows, entries(similar), entries(history), _zeros(seen.n_items))
 
 
-def friends_mean(
-    user: Int[np.ndarray, "E"],
-    item: Int[np.ndarray, "E"],
-    source: Int[np.ndarray, "F"],
-    target: Int[np.ndarray, "F"],
-    n_users: int,
-    n_items: int,
-) -> Partial:
+def friends_mean(seen: Seen) -> Partial:
     """Items of the user's friends: score = share of the users u is tied to (u = `source`) who have the item.
 
     The averaging over ties of Ma et al. (WSDM 2011), of histories instead of learned factors.
+
+    Raises:
+      NotApplicableError: there are no ties.
     """
-    history = _history(user, item, n_users, n_items)
-    ties = _pairs(source, target, n_users, n_users, "source", "target")
+    history, ties = seen.history(), seen.ties("friends_mean")
     degree = np.diff(ties.indptr)
     ties.data /= np.repeat(degree, degree)
-    return Partial(_sum_sparse_rows, _entries(ties), _entries(history), _zeros(n_items))
+    return Partial(_sum_sparse_rows, entries(ties), entries(history), _zeros(seen.n_items))
 
 
-def ease(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int, n_items: int, *, l2: float) -> Partial:
-    """Embarrassingly shallow autoencoder (Steck, WWW 2019): the item-item regression X B with a zero diagonal.
+def text_mean(seen: Seen, *, own: float) -> Partial:
+    """Items whose words are near those of the user's items: frozen text vectors, nothing learned.
 
-    With P = (X'X + l2 I)^-1, B = I - P diag(1 / diag P) (the paper's closed form). Where users are fewer than items,
-    Woodbury's identity gives the same scores from a U x U inverse M = (X X' + l2 I)^-1:
-    P = (I - X'M X) / l2, so with d = l2 diag P = 1 - diag(X'M X) and X X'M = I - l2 M,
-    X B = X - (I - X X'M) X diag(1 / d) = X - l2 M X diag(1 / d).
+    Score: cosine of the item's words and of m / |m| + own * (the user's words), m being the mean of the words of the
+    user's items (the centroid profile of content-based recommenders, Lops et al., 2011). Items need no
+    interactions, only words.
 
-    One float32 inverse of min(U, I) squared numbers; the scorer holds I x I, or U x I where U < I.
+    Raises:
+      NotApplicableError: no item has words.
     """
-    if not l2 > 0:
-        raise ValueError(f"l2 is {l2}; it must be above 0")
-    history = _history(user, item, n_users, n_items)
-    if n_users < n_items:
-        smooth = (history.T @ _regularised_inverse(history @ history.T, l2)).T  # M X, M being symmetric
-        d = 1 - np.asarray(history.multiply(smooth).sum(0)).reshape(-1)
-        smooth *= (-l2 / d)[None, :].astype(np.float32)
-        rows, columns = history.nonzero()
-        smooth[rows, columns] += 1
-        return Partial(_rows_of, jnp.asarray(smooth))
-    weights = _regularised_inverse((history.T @ history).tocsr(), l2)
-    weights /= -np.diag(weights)[None, :]
-    np.fill_diagonal(weights, 0)
-    return Partial(_sum_dense_rows, _entries(history), jnp.asarray(weights), _zeros(n_items))
+    if not own >= 0:
+        raise ValueError(f"own is {own}; it must be 0 or more")
+    history, words = seen.history(), seen.item_words("text_mean")
+    users = _unit(history @ words)
+    if seen.user_text is not None:
+        users = _unit(users + np.float32(own) * seen.user_text)
+    return unknown_last(Partial(_dot, jnp.asarray(users), jnp.asarray(_unit(words))), np.abs(words).sum(1) > 0)
+
+
+def als(seen: Seen, *, factors: int, regularisation: float, alpha: float, seed: int) -> Partial:
+    """Factors of weighted least squares (Hu, Koren and Volinsky, ICDM 2008), by the `implicit` library.
+
+    Minimises sum c (p - x y)^2 + regularisation * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
+    (Takacs et al., RecSys 2011); p is 1 with confidence c = alpha for a seen pair and 0 with c = 1 for any other, so
+    alpha is 1 + the paper's. The same seed gives the same factors, whatever the number of threads.
+
+    Raises:
+      ImportError: `implicit` is not installed.
+    """
+    for name, value, least in (("factors", factors, 1), ("regularisation", regularisation, 0), ("alpha", alpha, 1)):
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    try:
+        from implicit.cpu.als import AlternatingLeastSquares
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise ImportError("als needs the library implicit: pip install 'fused_rec[als]'") from error
+    history = seen.history()
+    # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
+    with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors, regularization=regularisation, alpha=alpha, iterations=ITERATIONS, random_state=seed
+        )
+        model.fit(scipy.sparse.csr_matrix(history), show_progress=False)
+    factorised = Partial(_dot, jnp.asarray(model.user_factors), jnp.asarray(model.item_factors))
+    return unknown_last(factorised, has_users(history))
+
+
+def has_users(history) -> Bool[np.ndarray, "I"]:
+    """Whether an item has interactions."""
+    return np.bincount(history.indices, minlength=history.shape[1]) > 0
+
+
+def unknown_last(scorer: Partial, known: Bool[np.ndarray, "I"]) -> Partial:
+    """`scorer`, items not `known` at each user's lowest score: what the formula gives them is no judgement."""
+    return scorer if known.all() else Partial(_unknown_last, scorer, jnp.asarray(known))
+
+
+def _unknown_last(scorer: Partial, known: Bool[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    scores = scorer(users)
+    return jnp.where(known[None, :], scores, scores.min(1, keepdims=True))
+
+
+def _unit(rows: Float32[np.ndarray, "n D"]) -> Float32[np.ndarray, "n D"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def _pairs(row, column, n_rows: int, n_columns: int, row_name: str, column_name: str) -> scipy.sparse.csr_array:
@@ -116,10 +177,6 @@ def _pairs(row, column, n_rows: int, n_columns: int, row_name: str, column_name:
     pairs = scipy.sparse.coo_array((ones, (row, column)), shape=(n_rows, n_columns)).tocsr()
     pairs.data[:] = 1  # repeated pairs were added up
     return pairs
-
-
-def _history(user, item, n_users: int, n_items: int) -> scipy.sparse.csr_array:
-    return _pairs(user, item, n_users, n_items, "user", "item")
 
 
 def _nearest(vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) -> scipy.sparse.csr_array:
@@ -147,25 +204,10 @@ def _nearest(vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) ->
     return scipy.sparse.csr_array(scipy.sparse.vstack(blocks))
 
 
-def _regularised_inverse(gram: scipy.sparse.csr_array, l2: float) -> Float32[np.ndarray, "n n"]:
-    matrix = gram.toarray(order="F")
-    norm = matrix.sum(0).max()  # bounds the largest eigenvalue: no entry is negative
-    matrix[np.diag_indices_from(matrix)] += np.float32(l2)
-    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.float32)
-    # Cholesky in place: half the work and a third of the memory of a general inverse.
-    factor, failed = potrf(matrix, lower=1, overwrite_a=1)
-    if failed or l2 < 1e-5 * norm:  # a condition number of 1e5 leaves float32 two digits
-        raise ValueError(f"l2 is {l2}, too small for an inverse in float32; it must be at least {1e-5 * norm:.2g}")
-    inverse, _ = potri(factor, lower=1, overwrite_c=1)
-    for i in range(len(inverse)):  # LAPACK fills one triangle
-        inverse[i, i + 1 :] = inverse[i + 1 :, i]
-    return inverse
-
-
 CHUNK = 128  # entries of a row added in one step
 
 
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
     """A sparse matrix in compressed rows, on the device: row r has entries indptr[r] to indptr[r + 1] - 1."""
 
     indptr: Int32[Array, "rows"]
@@ -173,10 +215,11 @@ class _Entries(NamedTuple):
     values: Float32[Array, "E"]
 
 
-def _entries(matrix: scipy.sparse.csr_array) -> _Entries:
+def entries(matrix: scipy.sparse.csr_array) -> Entries:
+    """The matrix on the device."""
     # One zero past the end, for what reads beyond a row (or an empty matrix) to find.
     columns, values = np.append(matrix.indices, 0), np.append(matrix.data, 0)
-    return _Entries(
+    return Entries(
         jnp.asarray(matrix.indptr, jnp.int32), jnp.asarray(columns, jnp.int32), jnp.asarray(values, jnp.float32)
     )
 
@@ -189,12 +232,12 @@ def _same_for_all(scores: Float32[Array, "I"], users: Int32[Array, "B"]) -> Floa
     return jnp.broadcast_to(scores[None, :], (users.shape[0], scores.shape[0]))
 
 
-def _rows_of(scores: Float32[Array, "U I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
-    return scores[users]
+def _dot(users: Float32[Array, "U K"], items: Float32[Array, "I K"], batch: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    return users[batch] @ items.T
 
 
 def _sum_sparse_rows(
-    left: _Entries, right: _Entries, zeros: Float32[Array, "I"], users: Int32[Array, "B"]
+    left: Entries, right: Entries, zeros: Float32[Array, "I"], users: Int32[Array, "B"]
 ) -> Float32[Array, "B I"]:
     """left[users] @ right, in time of the entries it touches: rows differ too much in length to pad them."""
 
@@ -209,18 +252,6 @@ def _sum_sparse_rows(
                 return scores.at[right.columns[slots]].add(weight * right.values[slots])
 
             return jax.lax.fori_loop(0, (end - begin + CHUNK - 1) // CHUNK, add_chunk, scores)
-
-        return jax.lax.fori_loop(left.indptr[user], left.indptr[user + 1], add_row, zeros)
-
-    return jax.lax.map(of_user, users)
-
-
-def _sum_dense_rows(
-    left: _Entries, right: Float32[Array, "I I"], zeros: Float32[Array, "I"], users: Int32[Array, "B"]
-) -> Float32[Array, "B I"]:
-    def of_user(user):
-        def add_row(entry, scores):
-            return scores + left.values[entry] * right[left.columns[entry]]
 
         return jax.lax.fori_loop(left.indptr[user], left.indptr[user + 1], add_row, zeros)
 

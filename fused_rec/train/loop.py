@@ -3,7 +3,8 @@
 workdir/
   run.json             config and digest of the tables; another config, or changed tables, are refused
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
-  results.json         written last: validation and test metrics, seconds, versions
+  test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
+  results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +26,16 @@ from tqdm import tqdm
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
+from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
-from fused_rec.train.measure import measure, scorer
+from fused_rec.train.measure import measure, measure_slices, measure_users, scorer
 from fused_rec.train.parallel import parallel_step, replicate
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
 
 LOG = logging.getLogger(__name__)
-RUN, RESULTS = "run.json", "results.json"
+RUN, RESULTS, TEST_USERS = "run.json", "results.json", "test_users.npz"
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
@@ -71,21 +74,27 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     seconds = progress.seconds
     valid = measure(prepared, scorer(config, prepared, state), "valid")
 
+    known = seen_parts(config)
     if config.train.refit:
-        prepared = prepare(config, dataset, parts_of, ("train", "valid"))
+        prepared = prepare(config, dataset, parts_of, known)
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
         seconds += refitted.seconds
 
     # Everything is chosen: the one time that the test part is read.
+    score = scorer(config, prepared, state)
+    per_user = measure_users(prepared, score, "test")
+    write_users(workdir / TEST_USERS, per_user)
     results = {
         "dataset": dataset.name,
         "split": parts_of.kind,
         "variant": config.model.variant,
         "seed": config.train.seed,
         "valid": valid,
-        "test": measure(prepared, scorer(config, prepared, state), "test"),
+        "test": mean(per_user),
+        "slices": measure_slices(prepared, score, per_user, known),
         "best_step": progress.best_step,
         "seconds": round(seconds, 1),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "config": to_dict(config),
         "versions": versions(),
     }
@@ -93,11 +102,24 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     return results
 
 
-def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None = None) -> tuple[TrainState, Progress]:
+def seen_parts(config: Config) -> tuple[str, ...]:
+    """The parts of the split that a model may see before the test part is read."""
+    return ("train", "valid") if config.train.refit else ("train",)
+
+
+def fit(
+    config: Config,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    steps: int | None = None,
+    on_evaluation: Callable[[int, float], None] | None = None,
+) -> tuple[TrainState, Progress]:
     """Trains in `folder`, from its newest checkpoint on, and returns the state that counts.
 
     steps None: validation every `eval_every` steps chooses; the state of the best step comes back.
     steps given: trains so many without looking at anything; the last state comes back.
+    on_evaluation: told of each step at which validation is measured and of its value; what it raises ends training.
     """
     settings = config.train
     dataset, observed = prepared.dataset, prepared.observed
@@ -143,6 +165,8 @@ def fit(config: Config, prepared: Prepared, folder: Path, *, steps: int | None =
                 scalars |= {f"valid/{name}": value for name, value in values.items()}
                 progress = judge(progress, values[settings.metric], number + 1)
                 improved = progress.worse == 0
+                if on_evaluation is not None:
+                    on_evaluation(number + 1, values[settings.metric])
             progress = progress._replace(seconds=progress.seconds + time.monotonic() - began)
             began = time.monotonic()
             curves.write(number + 1, scalars)
@@ -253,6 +277,21 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)
+
+
+def write_users(file: Path, per_user: PerUser) -> None:
+    """Writes all or nothing, as `write_json`: `user` int32 [V] and each metric float32 [V], by its name."""
+    arrays: dict[str, Any] = {"user": per_user.users, **per_user.metrics}
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with partial.open("wb") as stream:  # a stream, because np.savez adds a suffix to a name
+        np.savez(stream, **arrays)
+    partial.replace(file)
+
+
+def read_users(file: Path) -> PerUser:
+    """What `write_users` wrote, without the aggregates, which stand in `results.json`."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return PerUser(arrays["user"], {name: arrays[name] for name in arrays.files if name != "user"}, {})
 
 
 def _as_json(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,38 +11,94 @@ from jaxtyping import PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
-from fused_rec.evaluate.ranking import Scorer, evaluate, item_sets, mean
-from fused_rec.model import baselines
+from fused_rec.data.splits import observe
+from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mean
+from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
+from fused_rec.graph.build import ITEM, USER
+from fused_rec.model import baselines, closed_form
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import Task, TrainState, embed
 
 LOG = logging.getLogger(__name__)
 
 NEIGHBOURS = tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
-# Recommenders that need no training, each with the settings among which validation chooses.
-BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, float], ...]]] = {
+# Recommenders without gradient training, each with the settings among which validation chooses: at most 8, so that
+# none is better for having been tuned more.
+BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, Any], ...]]] = {
     "popularity": (baselines.popularity, ({},)),
     "item_knn": (baselines.item_knn, NEIGHBOURS),
     "user_knn": (baselines.user_knn, NEIGHBOURS),
-    "ease": (baselines.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
+    "friends_mean": (baselines.friends_mean, ({},)),
+    "text_mean": (baselines.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
+    "als": (
+        baselines.als,
+        tuple(
+            {"factors": k, "regularisation": r, "alpha": a, "seed": 0}
+            for k in (32, 64)
+            for r in (10.0, 100.0)
+            for a in (10.0, 40.0)
+        ),
+    ),
+    "gf_cf": (closed_form.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
+    "ease": (closed_form.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
+    "text_ease": (
+        closed_form.text_ease,
+        tuple(
+            {"l2": l2, "l2_text": t, "l2_words": w}
+            for l2 in (30.0, 300.0)
+            for t in (30.0, 300.0)
+            for w in (10.0, 100.0)
+        ),
+    ),
 }
 
 
 def measure(prepared: Prepared, scorer: Scorer, part: str) -> dict[str, float]:
     """Ranks the whole catalogue for the users with held-out items in `part`, items known before it left out."""
+    return mean(measure_users(prepared, scorer, part))
+
+
+def measure_users(prepared: Prepared, scorer: Scorer, part: str) -> PerUser:
+    """What `measure` averages."""
+    dataset = prepared.dataset
+    items = column(dataset.interactions, "item")[prepared.split.train]
+    return evaluate(scorer, **_held_out(prepared, part), item_counts=np.bincount(items, minlength=dataset.n_items))
+
+
+def measure_slices(prepared: Prepared, scorer: Scorer, per_user: PerUser, parts: tuple[str, ...]) -> dict[str, Slices]:
+    """The test part divided by who asks and by what was held out; an empty slice is left out.
+
+    user_interactions, user_ties: means over a slice's users. item_interactions: only held-out items of the slice
+    count. Interactions and ties are those that `parts`, what the model has seen, tell of; the ties are the true
+    ones also where a control trains on others, so that all variants are measured on the same slices.
+
+    per_user: of `measure_users` on the test part.
+    """
+    dataset = prepared.dataset
+    ties = observe(dataset, prepared.split, parts).ties
+    tied = np.zeros(dataset.n_users, bool)
+    tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
+    users = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
+    items = bands(np.bincount(prepared.observed.item, minlength=dataset.n_items))
+    return {
+        "user_interactions": user_slices(per_user, users),
+        "user_ties": user_slices(per_user, {"with": tied, "without": ~tied}),
+        "item_interactions": item_slices(scorer, items, **_held_out(prepared, "test")),
+    }
+
+
+def _held_out(prepared: Prepared, part: str) -> dict[str, Any]:
+    """Arguments of `evaluate`."""
     dataset, parts_of = prepared.dataset, prepared.split
     users, items = (column(dataset.interactions, name) for name in ("user", "item"))
     rows = getattr(parts_of, part)
     known = parts_of.train if part == "valid" else np.concatenate([parts_of.train, parts_of.valid])
-    per_user = evaluate(
-        scorer,
-        truth=item_sets(users[rows], items[rows], dataset.n_users),
-        seen=item_sets(users[known], items[known], dataset.n_users),
-        n_items=dataset.n_items,
-        item_counts=np.bincount(items[parts_of.train], minlength=dataset.n_items),
-        candidates=parts_of.valid_candidates if part == "valid" else parts_of.test_candidates,
-    )
-    return mean(per_user)
+    return {
+        "truth": item_sets(users[rows], items[rows], dataset.n_users),
+        "seen": item_sets(users[known], items[known], dataset.n_users),
+        "n_items": dataset.n_items,
+        "candidates": parts_of.valid_candidates if part == "valid" else parts_of.test_candidates,
+    }
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
@@ -59,15 +116,41 @@ def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
     return users[batch] @ items.T
 
 
-def baseline(name: str, prepared: Prepared) -> Scorer:
-    """One of `BASELINES` on what may be seen; validation NDCG@10 of the training part chooses its settings."""
-    make, settings = BASELINES[name]
-    dataset, interactions = prepared.dataset, prepared.dataset.interactions.take(prepared.split.train)
-    size = dataset.n_users, dataset.n_items
-    chosen = settings[0]
-    if len(settings) > 1:
-        pairs = column(interactions, "user"), column(interactions, "item")
-        values = [measure(prepared, make(*pairs, *size, **tried), "valid")["ndcg@10"] for tried in settings]
-        chosen = settings[int(np.argmax(values))]
-        LOG.info("%s: validation chooses %s", name, chosen)
-    return make(prepared.observed.user, prepared.observed.item, *size, **chosen)
+def choose_settings(name: str, prepared: Prepared) -> dict[str, Any]:
+    """Of one of `BASELINES`, by validation NDCG@10 of the training part; the first of the best.
+
+    prepared: of the training part alone, words and ties included.
+
+    Raises:
+      NotApplicableError: the tables tell nothing of what it needs.
+    """
+    if len(prepared.observed.user) != len(prepared.split.train):
+        raise ValueError(
+            f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
+            f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
+        )
+    make, grid = BASELINES[name]
+    if len(grid) == 1:
+        return grid[0]
+    seen = _seen(prepared)
+    values = [measure(prepared, make(seen, **tried), "valid")["ndcg@10"] for tried in grid]
+    chosen = grid[int(np.argmax(values))]
+    LOG.info("%s: validation chooses %s", name, chosen)
+    return chosen
+
+
+def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
+    """One of `BASELINES`, made of all that `prepared` tells.
+
+    Raises:
+      NotApplicableError: the tables tell nothing of what it needs.
+    """
+    make, _ = BASELINES[name]
+    return make(_seen(prepared), **settings)
+
+
+def _seen(prepared: Prepared) -> baselines.Seen:
+    dataset, observed, graph = prepared.dataset, prepared.observed, prepared.task.graph
+    words = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
+    ties = (column(observed.ties, name) for name in ("source", "target"))
+    return baselines.Seen(observed.user, observed.item, dataset.n_users, dataset.n_items, *words, *ties)

@@ -5,9 +5,10 @@ import logging
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 
 from fused_rec.config import Config
-from fused_rec.data import readers
+from fused_rec.data import controls, readers
 from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import NodeTexts, node_texts
@@ -23,7 +24,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """One dataset, split, and what `parts` of it may be seen, as a graph."""
+    """One dataset, split, and what `parts` of it may be seen, as a graph; ties are those of the graph."""
 
     dataset: Dataset
     split: Split
@@ -47,6 +48,8 @@ def read(config: Config) -> tuple[Dataset, Split]:
 def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str, ...] = ("train",)) -> Prepared:
     """Takes away what the split holds out, proves it gone, encodes the words left and builds the graph.
 
+    Controls (text.control, graph.ties) come after the proof, which would refuse what they make up.
+
     Raises:
       LeakError: text or ties tell of held-out rows.
     """
@@ -54,24 +57,43 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     texts = node_texts(dataset, observed)
     checked = audit(dataset, parts_of, observed, texts, parts)
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
-    graph = build(dataset, observed, texts, encode(config, texts), config.graph)
+    observed = dataclasses.replace(observed, ties=seen_ties(config, observed.ties))
+    graph = build(dataset, observed, *encode(config, texts), config.graph)
     return Prepared(
         dataset, parts_of, observed, Task(graph, adjacencies(graph), jnp.asarray(present(dataset, parts_of, parts)))
     )
 
 
-def encode(config: Config, texts: NodeTexts) -> np.ndarray:
-    """float32 [T, D] vectors of the distinct texts; a variant without words needs no language model."""
+def seen_ties(config: Config, ties: pa.Table) -> pa.Table:
+    """The ties that the graph gets: these, others of the same degrees, or none."""
+    if config.graph.ties == "none":
+        return ties.slice(0, 0)
+    if config.graph.ties == "true":
+        return ties
+    rewired = controls.rewire(ties, config.train.seed)
+    true, drawn = (set(zip(*table.to_pydict().values(), strict=True)) for table in (ties, rewired))
+    LOG.info("ties rewired: %d of %d are true ones by chance", len(true & drawn), len(true))
+    return rewired
+
+
+def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
+    """The words of each node and float32 [T, D] vectors of the distinct texts, true ones or those of a control.
+
+    A variant without words needs no language model.
+    """
     if config.model.variant == "graph" or not texts.texts:
-        return np.zeros((len(texts.texts), 1), np.float32)
+        return texts, np.zeros((len(texts.texts), 1), np.float32)
     model = open_model(config.text.model, offline=config.text.offline)
-    return embed(
+    if config.text.control == "random":
+        return controls.random_texts(texts, model.config.hidden_size, config.train.seed)
+    vectors = embed(
         texts.texts,
         model,
         cache=config.text.cache,
         batch_tokens=config.text.batch_tokens,
         max_tokens=config.text.max_tokens,
     )
+    return controls.shuffle_texts(texts, config.train.seed) if config.text.control == "shuffled" else texts, vectors
 
 
 def present(dataset: Dataset, parts_of: Split, parts: tuple[str, ...]) -> np.ndarray:

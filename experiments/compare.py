@@ -1,0 +1,57 @@
+"""Compare variants of one config, baselines among them, over seeds: means, intervals, tests, slices, figures.
+
+    python -m experiments.compare --config=experiments/configs/lastfm.py --out=runs/compare_lastfm
+
+Each variant is trained with each seed (train.seed; the split keeps its own); runs that are there are not repeated,
+so the same command resumes, and more variants or seeds add to what there is.
+"""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import start
+from fused_rec.config import from_dict
+from fused_rec.train.measure import BASELINES
+from fused_rec.train.study import check_names, study
+from fused_rec.train.variants import VARIANTS
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
+flags.mark_flag_as_required("config")
+OUT = flags.DEFINE_string("out", None, "Folder of the runs, tables and figures.", required=True)
+NAMES = flags.DEFINE_list(
+    "variants", [*VARIANTS, *BASELINES], f"What is compared, of {', '.join((*VARIANTS, *BASELINES))}."
+)
+SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
+TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned variant on validation.", lower_bound=0)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, runs, prints the table and where things lie; ends with status 1 where a run failed."""
+    try:
+        check_names(NAMES.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    config = from_dict(CONFIG.value.to_dict())
+    if config.data.path:  # kept with the runs, which are opened from other folders too
+        path = str(Path(config.data.path).expanduser().resolve())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    report = study(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
+    print(f"\n{report['task']}; intervals 95 %, p adjusted after Holm\n")
+    print(Path(OUT.value, "compare.md").read_text(encoding="utf-8"))
+    for name, why in report["skipped"].items():
+        print(f"left out: {name}: {why}")
+    print(f"numbers: {OUT.value}/compare.json, compare.csv\ntables:  {OUT.value}/compare.md, compare.tex")
+    for figure in sorted(Path(OUT.value).glob("*.png")):
+        print(f"figure:  {figure}")
+    if report["failures"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,18 @@
+"""Amazon Musical Instruments, 5-core (McAuley et al., 2015), split by global time: the last 20 % of all reviews.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/amazon_time.py --workdir=runs/amazon_time
+
+Of 586 test customers 157 wrote their first review after the validation part began: nothing is known of them.
+"""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings of amazon.py."""
+    return config_dict(
+        data={"name": "amazon"},
+        split={"kind": "time"},
+        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5},
+        train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10, "refit": True},
+    )

@@ -1,0 +1,18 @@
+"""Douban-Book, the published GBSR split (Yang et al., 2024): books read and 169,142 ties of trust, no words.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/douban_book.py --workdir=runs/douban_book
+
+A tenth of the published training part chooses the step; the test part is read once.
+"""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings of lastfm.py, the other published split with ties."""
+    return config_dict(
+        data={"name": "edges"},
+        split={"kind": "published"},
+        model={"variant": "graph"},
+        train={"learning_rate": 0.01, "eval_every": 20, "max_steps": 1000, "refit": True},
+    )

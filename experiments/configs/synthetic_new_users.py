@@ -1,0 +1,19 @@
+"""The built-in market, customers who hold nothing yet: all holdings of a fifth of them are held out.
+
+python -m experiments.train --config=experiments/configs/synthetic_new_users.py --workdir=runs/synthetic_new_users
+
+The 400 new customers are known by what they say of themselves (355 of them) and by their referrals.
+"""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings of synthetic.py, but with a row for each customer: friends train it before the first holding does."""
+    return config_dict(
+        data={"name": "synthetic"},
+        split={"kind": "new_users"},
+        graph={"similar_text": 0},
+        model={"dim": 256, "holding_dropout": 0.5},
+        train={"learning_rate": 0.002, "eval_every": 10},
+    )

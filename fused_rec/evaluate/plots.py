@@ -1,0 +1,89 @@
+"""Figures of a comparison. Matplotlib is an extra (`pip install "fused_rec[plots]"`); saving is left to the caller."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (2008), told apart with any kind of colour vision; yellow is left out as too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX*"
+GREY = "#8C8C8C"
+INK: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0}
+
+
+def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, controls: Collection[str]) -> "Figure":
+    """Mean and 95 % interval of each variant, best on top; controls in grey, variants that failed left out.
+
+    summary: of `fused_rec.evaluate.compare.summarise`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [entry for entry in summary if metric in entry["metrics"]]
+    shown.sort(key=lambda entry: entry["metrics"][metric]["mean"])
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(6.4, 1.3 + 0.3 * len(shown)), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for place, entry in enumerate(shown):
+            found = entry["metrics"][metric]
+            colour = GREY if entry["variant"] in controls else COLOURS[0]
+            axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.5, solid_capstyle="butt")
+            axes.plot(found["mean"], place, "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(shown)), [entry["variant"] for entry in shown])
+        axes.set_xlabel(f"{metric}, mean and 95 % interval over users and seeds")
+        axes.set_title(title + (" (grey: controls)" if controls else ""), loc="left", fontsize=9)
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
+
+
+def by_slice(rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: Sequence[str]) -> "Figure":
+    """One panel a kind of slice: mean over seeds of each variant, bars from the worst seed to the best.
+
+    rows: as in a report, each with its "slices"; names: the variants shown, in the legend's order.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["slices"]))
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(9.0, 0.5 + 2.4 * len(kinds)), dpi=150, layout="constrained")
+        panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            slices: dict[str, Any] = {}
+            for row in rows:
+                slices |= row["slices"][kind]
+            offsets = (np.arange(len(names)) - (len(names) - 1) / 2) * 0.8 / len(names)
+            for order, (name, offset) in enumerate(zip(names, offsets, strict=True)):
+                own = [row["slices"][kind] for row in rows if row["variant"] == name]
+                values = [[of_row[label][metric] for of_row in own if label in of_row] for label in slices]
+                known = [(place, found) for place, found in enumerate(values) if found and None not in found]
+                means = np.array([np.mean(found) for _, found in known])
+                ends = np.array([(min(found), max(found)) for _, found in known]).reshape(-1, 2)
+                axes.errorbar(
+                    [place + offset for place, _ in known],
+                    means,
+                    yerr=np.abs(ends - means[:, None]).T,
+                    fmt=MARKERS[order % len(MARKERS)],
+                    color=COLOURS[order % len(COLOURS)],
+                    markersize=4.5,
+                    linewidth=1.2,
+                    label=name,
+                )
+            axes.set_xticks(
+                range(len(slices)), [f"{label}\n{found['users']:,} users" for label, found in slices.items()]
+            )
+            axes.set_title(kind.replace("_", " "), loc="left", fontsize=9)
+            axes.set_xlim(-0.5, len(slices) - 0.5)
+            axes.set_ylabel(metric)
+            for place in range(1, len(slices)):
+                axes.axvline(place - 0.5, color=GREY, linewidth=0.6)
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        figure.suptitle(f"{title}: mean of seeds, bars from the worst to the best", x=0.01, ha="left", fontsize=9)
+    return figure

@@ -1,0 +1,48 @@
+"""What the figures show, read back from their artists."""
+
+import numpy as np
+import pytest
+
+from fused_rec.evaluate import plots
+
+pytest.importorskip("matplotlib", reason="figures need the extra: pip install 'fused_rec[plots]'")
+
+
+def entry(name: str, mean: float) -> dict:
+    return {"variant": name, "metrics": {"ndcg@10": {"mean": mean, "sd": None, "low": mean - 0.1, "high": mean + 0.2}}}
+
+
+def test_variants_are_sorted_and_controls_grey():
+    summary = [entry("fused", 0.5), entry("shuffled_text", 0.3), entry("graph", 0.4), {"variant": "bad", "metrics": {}}]
+    figure = plots.by_variant(summary, "ndcg@10", "market", ["shuffled_text"])
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["shuffled_text", "graph", "fused"]
+    intervals, dots = axes.lines[::2], axes.lines[1::2]
+    assert [np.asarray(line.get_xdata()).item() for line in dots] == [0.3, 0.4, 0.5]
+    assert np.asarray(intervals[2].get_xdata()) == pytest.approx([0.4, 0.7])
+    assert [line.get_color() == plots.GREY for line in dots] == [True, False, False]
+
+
+def test_slices_show_means_and_extremes(tmp_path):
+    def row(name: str, seed: int, value: float) -> dict:
+        found = {"users": 7, "ndcg@10": value}
+        return {"variant": name, "seed": seed, "slices": {"user_ties": {"with": found, "without": found}}}
+
+    rows = [row("fused", 0, 0.4), row("fused", 1, 0.6), row("graph", 0, 0.3), row("shuffled_text", 0, 0.1)]
+    figure = plots.by_slice(rows, "ndcg@10", "market", ["fused", "graph"])
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["with\n7 users", "without\n7 users"]
+    fused, graph = axes.containers
+    assert fused[0].get_ydata() == pytest.approx([0.5, 0.5])
+    assert (graph[0].get_xdata() > fused[0].get_xdata()).all()
+    bottom, top = fused[2][0].get_segments()[0]
+    assert (bottom[1], top[1]) == pytest.approx((0.4, 0.6))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fused", "graph"]
+    figure.savefig(tmp_path / "slices.png")
+    assert (tmp_path / "slices.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_variants_stay_apart():
+    """No two of as many variants as there are share colour and marker."""
+    marks = {(plots.COLOURS[n % len(plots.COLOURS)], plots.MARKERS[n % len(plots.MARKERS)]) for n in range(30)}
+    assert len(marks) == 30

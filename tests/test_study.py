@@ -1,0 +1,262 @@
+"""Studies in real processes: complete, resumed, killed, with failures; and what is left out of them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from market import write_tables
+
+from experiments.configs.tables import get_config
+from fused_rec.config import Config, DataConfig, GraphConfig, from_dict
+from fused_rec.evaluate.compare import paired_bootstrap
+from fused_rec.train import study as module
+from fused_rec.train.loop import read_users
+from fused_rec.train.measure import BASELINES
+from fused_rec.train.prepare import read
+from fused_rec.train.study import applicable, check_names, study
+from fused_rec.train.variants import VARIANTS, variant
+
+# No words, so that no language model is opened: "fused" is a graph without them.
+SETTINGS = {
+    "model.variant": "graph",
+    "model.dim": 4,
+    "model.rounds": 1,
+    "train.batch_users": 32,
+    "train.max_steps": 4,
+    "train.eval_every": 2,
+}
+RUNS = [("fused", 0), ("fused", 1), ("no_ties", 0), ("no_ties", 1), ("popularity", 0)]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def small(tables: Path) -> Config:
+    """What `command` runs."""
+    values = get_config().to_dict()
+    for name, value in {**SETTINGS, "data.path": str(tables)}.items():
+        section, setting = name.split(".")
+        values[section][setting] = value
+    return from_dict(values)
+
+
+def command(tables: Path, out: Path, *flags: str) -> list[str]:
+    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    start = [sys.executable, "-m", "experiments.compare", "--config=experiments/configs/tables.py", f"--out={out}"]
+    return [*start, f"--config.data.path={tables}", *settings, *flags]
+
+
+def run(tables: Path, out: Path, cache: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(tables, out, *flags), env=environment(cache), capture_output=True, text=True, check=False
+    )
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "XLA_FLAGS": "",  # one device: four, as tests/conftest.py has them, take longer to compile for
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+WHOLE = ("--variants=fused,no_ties,popularity", "--seeds=2")
+
+
+@pytest.fixture(scope="module")
+def compared(tables, cache, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The folder of a study that nothing stopped, and what it printed."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    done = run(tables, out, cache, *WHOLE)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def rows_of(out: Path) -> list[dict]:
+    """Rows without times, in one order: another study of the same folder may have written them in its own."""
+    rows = json.loads((out / "compare.json").read_text())["rows"]
+    rows.sort(key=lambda row: (row["variant"], row["seed"]))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_the_report_is_what_the_runs_left(compared):
+    out, done = compared
+    report = json.loads((out / "compare.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in report["rows"]] == RUNS
+    assert (report["task"], report["reference"], report["failures"]) == ("tables, random split", "fused", [])
+    assert "experiments.compare --config=" in report["command"]
+    values = {}
+    for row in report["rows"]:
+        folder = out / "runs" / row["variant"] / str(row["seed"])
+        results = json.loads((folder / "results.json").read_text())
+        assert all(row[name] == results[name] for name in ("test", "valid", "slices", "seconds", "parameters"))
+        users = read_users(folder / "test_users.npz")
+        assert np.nanmean(users.metrics["recall@20"], dtype=np.float64) == pytest.approx(row["test"]["recall@20"])
+        for kind in ("user_interactions", "user_ties"):
+            parts = row["slices"][kind].values()
+            assert sum(part["users"] for part in parts) == len(users.users)
+            total = sum(part["users"] * part["ndcg@10"] for part in parts)
+            assert total / len(users.users) == pytest.approx(row["test"]["ndcg@10"])
+        assert {"items", "users", "ndcg@10", "recall@10"} <= set(row["slices"]["item_interactions"]["20+"])
+        values.setdefault(row["variant"], []).append(users.metrics["ndcg@10"])
+    assert report["rows"][0]["parameters"] > 4 * 30  # a row of 4 for each of 30 products, and more
+    found = [row for row in report["differences"] if (row["variant"], row["metric"]) == ("no_ties", "ndcg@10")]
+    expected = paired_bootstrap(np.stack(values["fused"]), np.stack(values["no_ties"]))
+    assert [(row["difference"], row["low"], row["p"]) for row in found] == [
+        (expected.difference, expected.low, expected.p)
+    ]
+    for name in ("md", "csv", "tex"):
+        assert "no" in (out / f"compare.{name}").read_text()
+    assert (out / "compare.md").read_text().strip() in done.stdout
+    assert "no_ties, seed 1: ndcg@10" in done.stderr
+    assert "0 runs left" in done.stderr
+
+
+def test_figures_are_drawn_where_they_can_be(compared):
+    pytest.importorskip("matplotlib", reason="figures need the extra: pip install 'fused_rec[plots]'")
+    for name in ("compare.png", "slices.png"):
+        assert (compared[0] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_study_trains_nothing_again(tables, compared):
+    out, _ = compared
+    before = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
+    rows = rows_of(out)
+    report = study(small(tables), ["no_ties", "popularity", "fused"], [0, 1], out)
+    assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")} == before
+    assert report["reference"] == "fused"
+    assert rows_of(out) == rows
+
+
+def test_another_config_is_refused_before_any_work(tables, compared):
+    out, _ = compared
+    other = variant(small(tables), "no_ties")
+    with pytest.raises(ValueError, match=r"graph\.ties is 'true' there and 'none' here"):
+        study(other, ["fused", "popularity"], [5, 1], out)
+    assert not (out / "runs" / "fused" / "5").exists()
+
+
+def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_path):
+    """SIGKILL when the second run has its first checkpoint; the same command then gives the same rows."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(tables, out, *WHOLE), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    milestone = out / "runs" / "fused" / "1" / "choose" / "checkpoints" / "2"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not milestone.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert milestone.exists() and not (out / "compare.json").exists()
+    kept = (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns
+    report = run(tables, out, cache, *WHOLE)
+    assert report.returncode == 0, report.stderr
+    assert rows_of(out) == rows_of(compared[0])
+    assert (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns == kept
+
+
+def test_a_failing_run_is_told_and_takes_no_other_down(tables, cache, tmp_path):
+    flags = ("--config.train.learning_rate=1e38", "--variants=fused,popularity", "--seeds=1")
+    done = run(tables, tmp_path, cache, *flags)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    report = json.loads((tmp_path / "compare.json").read_text())
+    [failure] = report["failures"]
+    assert (failure["variant"], failure["seed"]) == ("fused", 0)
+    assert failure["message"].startswith("NonFiniteLossError: the loss of step")
+    assert [row["variant"] for row in report["rows"]] == ["popularity"]
+    assert report["differences"] == []
+    for name in ("md", "csv", "tex"):
+        assert "NonFiniteLossError: the loss of step" in (tmp_path / f"compare.{name}").read_text()
+    assert "| fused | 0 | failed |" in done.stdout
+
+
+def test_a_baseline_whose_library_is_missing_is_left_out(tables, compared, tmp_path, monkeypatch):
+    def without_library(name: str, prepared: object) -> dict:
+        raise ImportError(f"{name} needs the library implicit")
+
+    shutil.copytree(compared[0], tmp_path / "out")
+    monkeypatch.setattr(module, "choose_settings", without_library)
+    report = study(small(tables), ["popularity", "als"], [0], tmp_path / "out")
+    assert report["skipped"] == {"als": "als needs the library implicit"}
+    assert (report["failures"], report["reference"]) == ([], "popularity")
+    assert [entry["variant"] for entry in report["summary"]] == ["popularity"]
+
+
+def test_tuned_settings_are_those_trained(tables, tmp_path, monkeypatch):
+    asked, trained = [], []
+
+    def tuned(config: Config, folder: Path, trials: int) -> Config:
+        asked.append((folder.relative_to(tmp_path).as_posix(), trials))
+        if config.graph.ties == "none":
+            raise ValueError("no trial was completed")
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, temperature=0.5))
+
+    def train(config: Config, workdir: Path) -> None:
+        trained.append((config.train.temperature, config.train.seed, workdir.relative_to(tmp_path).as_posix()))
+        raise ArithmeticError("enough")
+
+    monkeypatch.setattr(module, "_tuned", tuned)
+    monkeypatch.setattr(module.loop, "train", train)
+    report = study(small(tables), ["fused", "no_ties"], [3, 4], tmp_path, trials=7)
+    assert asked == [("sweeps/fused", 7), ("sweeps/no_ties", 7)]
+    assert trained == [(0.5, 3, "runs/fused/3"), (0.5, 4, "runs/fused/4")]
+    assert report["configs"]["fused"]["train"]["temperature"] == 0.5
+    assert report["failures"] == [
+        {"variant": "fused", "seed": 3, "message": "ArithmeticError: enough"},
+        {"variant": "fused", "seed": 4, "message": "ArithmeticError: enough"},
+        {"variant": "no_ties", "seed": None, "message": "ValueError: no trial was completed"},
+    ]
+    assert "Failed: no_ties, tuning: ValueError" in (tmp_path / "compare.md").read_text()
+
+
+def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
+    (tmp_path / "interactions.csv").write_bytes((tables / "interactions.csv").read_bytes())
+    config = Config(data=DataConfig(name="tables", path=str(tmp_path)), graph=GraphConfig(similar_text=0))
+    kept, skipped = applicable(config, [*VARIANTS, "popularity"], *read(config))
+    assert {"fused", "no_gates", "popularity"} <= set(kept)
+    assert skipped["rewired_ties"] == skipped["no_ties"] == "tables has no ties"
+    assert skipped["shuffled_text"] == skipped["random_text"] == skipped["text"] == "tables has no text"
+    config = Config(data=DataConfig(name="tables", path=str(tables)), graph=GraphConfig(similar_text=0))
+    kept, skipped = applicable(config, list(VARIANTS), *read(config))
+    assert skipped["no_similar_text"] == "its settings are those of fused"
+    assert {"rewired_ties", "shuffled_text", "text", "graph"} <= set(kept)
+    with pytest.raises(ValueError, match="nothing is left to compare"):
+        applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
+
+
+def test_unknown_names_are_told_with_those_known(cache, tables, tmp_path):
+    done = run(tables, tmp_path / "out", cache, "--variants=fused,fuzed")
+    assert done.returncode != 0
+    assert "fuzed" in done.stderr and "no_ties" in done.stderr and "popularity" in done.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="each once"):
+        check_names(["fused", "fused"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_changes_settings_that_are_there(name):
+    config = variant(Config(), name)
+    assert (config == Config()) == (name == "fused")
+    assert name not in BASELINES
+
+
+def test_an_unknown_variant_names_those_known():
+    with pytest.raises(ValueError, match="variant is 'fuzed'; it must be one of fused, graph"):
+        variant(Config(), "fuzed")

@@ -1,0 +1,223 @@
+"""Every config is a task that can be prepared; new users and items are ranked by what is known of them."""
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from experiments import configs
+from fused_rec.config import Config, SplitConfig, from_dict
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.node_texts import node_texts
+from fused_rec.data.readers import load
+from fused_rec.data.splits import PARTS, Split, observe, split
+from fused_rec.data.synthetic import make_market
+from fused_rec.train import loop
+from fused_rec.train import prepare as preparing
+from fused_rec.train.measure import measure, scorer
+from fused_rec.train.prepare import Prepared
+from fused_rec.train.step import TrainState
+from fused_rec.train.sweep import changed
+
+TASKS = sorted(file.stem for file in Path(configs.__file__).parent.glob("*.py") if file.stem != "__init__")
+
+
+def config_of(task: str) -> Config:
+    return from_dict(importlib.import_module(f"experiments.configs.{task}").get_config().to_dict())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_says_how_to_run_it(task):
+    said = importlib.import_module(f"experiments.configs.{task}").__doc__
+    assert said is not None
+    assert task == "tables" or f"--config=experiments/configs/{task}.py" in said
+    config_of(task)
+
+
+def new_items(parts_of: Split) -> np.ndarray:
+    """The items that a new-items split holds back."""
+    assert parts_of.valid_candidates is not None and parts_of.test_candidates is not None
+    return np.concatenate([parts_of.valid_candidates, parts_of.test_candidates])
+
+
+# Rows of train, valid and test; users of the test part, and those of them who hold nothing that may be seen; items of
+# the test part, and those of them that nobody holds that may be seen.
+COUNTS = {
+    "amazon": (6207, 1515, 2539, 1429, 0, 790, 10),
+    "amazon_time": (7396, 812, 2053, 586, 157, 700, 12),
+    "douban_book": (430857, 47873, 119690, 10882, 221, 19075, 104),
+    "lastfm": (66840, 7427, 18567, 1881, 0, 6440, 2410),
+    "lastfm_new_items": (66034, 7766, 19034, 1880, 1, 3526, 3526),
+    "stocknet": (56378, 6263, 15659, 1317, 653, 1553, 130),
+    "synthetic": (19409, 2157, 5391, 1667, 0, 394, 0),
+    "synthetic_new_items": (18638, 2226, 6093, 1755, 2, 80, 80),
+    "synthetic_new_users": (19348, 2057, 5552, 400, 400, 394, 0),
+}
+
+
+def test_every_task_is_counted():
+    assert sorted(COUNTS) == [task for task in TASKS if task != "tables"]
+
+
+@pytest.mark.parametrize("task", COUNTS)
+def test_a_task_splits_as_it_says(task):
+    config = config_of(task)
+    if config.data.name != "synthetic" and "FUSED_REC_DATA" not in os.environ:
+        pytest.skip("set FUSED_REC_DATA to the folder of the real datasets")
+    dataset = load(config.data)
+    parts_of = split(dataset, config.split)
+    user, item = (column(dataset.interactions, name) for name in ("user", "item"))
+    known = observe(dataset, parts_of)
+    users, items = (np.unique(of_row[parts_of.test]) for of_row in (user, item))
+    counted = (
+        *(len(getattr(parts_of, part)) for part in PARTS),
+        *(len(users), len(np.setdiff1d(users, known.user)), len(items), len(np.setdiff1d(items, known.item))),
+    )
+    assert counted == COUNTS[task]
+    if config.split.kind == "new_items":  # their words are all that is known
+        said = node_texts(dataset, known)
+        assert np.isin(new_items(parts_of), said.item_rows).all()
+
+
+@pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the folder of the real datasets")
+def test_douban_book_takes_steps(tmp_path):
+    config = changed(config_of("douban_book"), {"model.dim": 4, "model.rounds": 1, "train.batch_users": 32})
+    dataset, parts_of = preparing.read(config)
+    prepared = preparing.prepare(config, dataset, parts_of)
+    assert {relation.name for relation, count in prepared.task.graph.relations if count} == {
+        *("holds", "held_by", "trust")  # mutual, every one
+    }
+    state, _ = loop.fit(config, prepared, tmp_path, steps=2)
+    assert int(state.step) == 2
+
+
+# --- new users and items of a small market, its words told by a made-up encoder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Steps here run for milliseconds; what is compiled for them need not be quick."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoder():
+    """Words of 12 numbers, each text's own."""
+
+    def embed(texts, model, **_):
+        vectors = [np.random.default_rng(list(text.encode())).standard_normal(12) for text in texts]
+        return np.stack(vectors).astype(np.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "open_model", lambda name, offline: None)
+        patch.setattr(preparing, "embed", embed)
+        yield
+
+
+SMALL = {
+    **{"model.dim": 8, "model.rounds": 2, "graph.similar_text": 0},
+    **{"train.batch_users": 32, "train.max_steps": 4, "train.eval_every": 4, "train.learning_rate": 0.05},
+}
+
+
+def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
+    place = table.column_names.index(name)
+    return table.set_column(place, name, pa.array(values, table.schema.field(name).type))
+
+
+def without(dataset: Dataset, users: np.ndarray, *, words: bool, ties: bool) -> Dataset:
+    """The dataset in which these users have no words of their own, or no ties."""
+    if words:
+        texts = dataset.users.column("text").to_pylist()
+        said = [None if row in users else text for row, text in enumerate(texts)]
+        dataset = dataclasses.replace(dataset, users=replaced(dataset.users, "text", said))
+    if ties:
+        tied = np.isin(column(dataset.ties, "source"), users) | np.isin(column(dataset.ties, "target"), users)
+        dataset = dataclasses.replace(dataset, ties=dataset.ties.filter(pa.array(~tied)))
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def new_users() -> tuple[Dataset, Split, np.ndarray]:
+    """Four users of the test part: 0 has words and ties, 1 words alone, 2 ties alone, 3 nothing at all."""
+    market = make_market(0, n_users=120, n_items=25)
+    parts_of = split(market, SplitConfig(kind="new_users"))
+    held = np.setdiff1d(column(market.interactions, "user")[parts_of.train], [])
+    source, target = (column(market.ties, name) for name in ("source", "target"))
+    asked = source[np.isin(target, held)]  # they hear somebody who holds something
+    told = np.flatnonzero(np.array(market.users.column("text").is_valid()))
+    test = np.unique(column(market.interactions, "user")[parts_of.test])
+    four = np.intersect1d(np.intersect1d(test, asked), told)[:4]
+    assert len(four) == 4
+    market = without(market, four[[1]], words=False, ties=True)
+    market = without(market, four[[2]], words=True, ties=False)
+    market = without(market, four[[3]], words=True, ties=True)
+    return market, parts_of, four
+
+
+def trained(config: Config, dataset: Dataset, parts_of: Split, folder: Path) -> tuple[Prepared, TrainState]:
+    prepared = preparing.prepare(config, dataset, parts_of)
+    return prepared, loop.fit(config, prepared, folder)[0]
+
+
+@pytest.mark.parametrize("user_ids", [False, True])
+def test_new_users_are_scored_by_their_words_and_ties(new_users, tmp_path, user_ids):
+    dataset, parts_of, four = new_users
+    config = changed(Config(), SMALL | {"model.user_ids": user_ids})
+    prepared, state = trained(config, dataset, parts_of, tmp_path)
+    assert not np.isin(four, prepared.observed.user).any()
+    scores = np.asarray(scorer(config, prepared, state)(jnp.asarray(four, jnp.int32)))
+    assert np.isfinite(scores).all()
+    spread = scores.std(axis=1)
+    assert (spread[:3] > 1e-3).all()
+    # Without id rows nothing tells products apart for a user of whom nothing is known: chance orders their list.
+    assert (spread[3] > 1e-3) == user_ids
+    assert 0 < measure(prepared, scorer(config, prepared, state), "test")["accuracy"] < 1
+
+
+def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_users, tmp_path):
+    """What it gives is the draw it started from, shrunk by weight decay; friends train the row of one who is tied."""
+    dataset, parts_of, four = new_users
+    config = changed(Config(), SMALL | {"model.user_ids": True, "train.weight_decay": 0.0})
+    prepared, state = trained(config, dataset, parts_of, tmp_path)
+    before = np.asarray(loop.init(config, prepared.task).params["id_user"])[four]
+    after = np.asarray(state.params["id_user"])[four]
+    np.testing.assert_array_equal(after[[1, 3]], before[[1, 3]])
+    assert (np.abs(after - before)[[0, 2]].max(1) > 1e-3).all()
+
+
+def test_new_items_are_ranked_by_their_words_alone(tmp_path):
+    """Two new items that exchange their words exchange their scores, once the id rows that nobody trained are out."""
+    market = make_market(0, n_users=120, n_items=25)
+    parts_of = split(market, SplitConfig(kind="new_items"))
+    assert parts_of.test_candidates is not None
+    one, other = parts_of.test_candidates[:2].tolist()
+    texts = market.items.column("text").to_pylist()
+    texts[one], texts[other] = texts[other], texts[one]
+    swapped = dataclasses.replace(market, items=replaced(market.items, "text", texts))
+
+    config = changed(Config(), SMALL | {"train.weight_decay": 0.0})
+    prepared, state = trained(config, market, parts_of, tmp_path)
+    new = new_items(parts_of)
+    assert not np.isin(new, prepared.observed.item).any()
+    assert not np.asarray(prepared.task.present)[new].any()
+    start = np.asarray(loop.init(config, prepared.task).params["id_item"])
+    rows = np.array(state.params["id_item"])
+    np.testing.assert_array_equal(rows[new], start[new])
+    rows[new] = 0
+    state = dataclasses.replace(state, params={**state.params, "id_item": jnp.asarray(rows)})
+
+    users = jnp.arange(120, dtype=jnp.int32)
+    scores = np.asarray(scorer(config, prepared, state)(users))
+    again = np.asarray(scorer(config, preparing.prepare(config, swapped, parts_of), state)(users))
+    assert (scores[:, [one, other]].std(axis=0) > 1e-3).all()
+    assert np.abs(scores[:, one] - scores[:, other]).max() > 1e-3
+    np.testing.assert_allclose(scores[:, [one, other]], again[:, [other, one]], atol=1e-5)
