@@ -38,8 +38,8 @@ $(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
 	@touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed
-	@echo "Installing the test tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable ".[tests]"
+	@echo "Installing the test tools and what single files need into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps]"
 	@touch $@
 
 clean:

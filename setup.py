@@ -30,6 +30,7 @@ setup(
         "orbax-checkpoint>=0.12.0",
         "pyarrow>=18.0",
         "safetensors>=0.6.2",
+        "scikit-learn>=1.5",
         "scipy>=1.14.1",
         "tensorboardX>=2.6.2.2",
         "tqdm>=4.66",

@@ -13,6 +13,7 @@ METRICS = (
     *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS),
 )
 Score = Literal["cosine", "dot"]
+Readout = Literal["learned", "even", "heard"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TextControl = Literal["true", "shuffled", "random"]
 Ties = Literal["true", "rewired", "none"]
@@ -66,11 +67,13 @@ class TextConfig:
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
     batch_tokens: int = 2048  # padded tokens an encoder call takes; more is slower on a CPU, faster on an accelerator
     offline: bool = True  # False lets a hub revision be downloaded
+    lexical: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
     control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
 
     def __post_init__(self):
         controls = typing.get_args(TextControl)
         _require(self.control in controls, "text.control", self.control, f"one of {controls}")
+        _require(self.lexical >= 0, "text.lexical", self.lexical, "0 or more")
         _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
         _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
 
@@ -97,6 +100,10 @@ class ModelConfig:
     rounds: int = 3
     score: Score = "cosine"
     gates: bool = True  # words and degree of a node open and close each relation for it
+    readout: Readout = "learned"  # factors of rounds and relations; even: all the same; heard: inputs count for nothing
+    noise: float = 0.0  # length of a random step that every row takes in each round of a training step
+    popularity: float = 0.5  # weight of log(1 + holders) in the logits: 0 = none, 1 = their share of all holdings
+    half_life: float = 0.0  # days after which a holding counts half towards popularity; 0 = it always counts in full
     affinity: bool = False  # words at both ends of an edge scale its message
     user_ids: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
     holding_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
@@ -113,8 +120,17 @@ class ModelConfig:
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
+        readouts = typing.get_args(Readout)
+        _require(self.readout in readouts, "model.readout", self.readout, f"one of {readouts}")
+        fits = self.readout == "learned" or not self.gates
+        _require(fits, "model.readout", self.readout, "learned where model.gates is True")
+        fits = self.readout != "heard" or self.rounds > 0
+        _require(fits, "model.readout", self.readout, "learned or even where model.rounds is 0")
+        _require(self.noise >= 0, "model.noise", self.noise, "0 or more")
         for name in ("holding_dropout", "id_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("popularity", "half_life"):
+            _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
         _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")
 
 
@@ -127,6 +143,7 @@ class TrainConfig:
     batch_users: int = 512
     positives: int = 64
     negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
+    contrast: float = 0.0  # weight of an InfoNCE between the readout and the first round, both with model.noise
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
     max_steps: int = 2000
@@ -142,9 +159,10 @@ class TrainConfig:
         for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
+        _require(self.contrast >= 0, "train.contrast", self.contrast, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
-        _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
+        _require(0 <= self.seed < 2**31, "train.seed", self.seed, "in [0, 2^31)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +175,10 @@ class Config:
     graph: GraphConfig = GraphConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+
+    def __post_init__(self):
+        fits = not self.train.contrast or self.model.rounds > 0
+        _require(fits, "train.contrast", self.train.contrast, "0 where model.rounds is 0")
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ def dataset(**changes) -> Dataset:
 
 
 def observed(ties: pa.Table = TIES) -> Observed:
-    return Observed(USER, ITEM, empty_reviews(), ties)
+    return Observed(USER, ITEM, empty_reviews(), ties, np.zeros(len(USER), np.float32))
 
 
 def said(rows, texts, weights=None):
@@ -272,7 +272,7 @@ def test_permuting_the_users_permutes_the_graph():
     order = np.argsort(at)
     moved = TIES.set_column(0, "source", pa.array(at[TIES["source"]], pa.int32()))
     moved = moved.set_column(1, "target", pa.array(at[TIES["target"]], pa.int32()))
-    seen = Observed(at[USER].astype(np.int32), ITEM, empty_reviews(), moved)
+    seen = Observed(at[USER].astype(np.int32), ITEM, empty_reviews(), moved, np.zeros(len(USER), np.float32))
     texts = NodeTexts(list("abcdefghi"), np.arange(4, dtype=np.int32), users[1][order], users[2], *items)
     after = build(dataset(ties=moved), seen, texts, vectors, config)
 

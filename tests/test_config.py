@@ -9,13 +9,26 @@ from pathlib import Path
 import pytest
 
 from fused_rec import config as C  # noqa: N812
-from fused_rec.config import Config, DataConfig, GraphConfig, ModelConfig, SplitConfig, TrainConfig, from_dict, to_dict
+from fused_rec.config import (
+    Config,
+    DataConfig,
+    GraphConfig,
+    ModelConfig,
+    SplitConfig,
+    TextConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 
 CHANGED = Config(
     data=DataConfig(name="lastfm", path="somewhere", repair=True, core=5, seed=3),
     split=SplitConfig(kind="time", test=0.3, valid=0.05, seed=1),
+    text=TextConfig(lexical=0, control="shuffled"),
     graph=GraphConfig(attributes=("sector", "issuer"), similar_text=0),
-    model=ModelConfig(variant="text", dim=8, rounds=0, score="dot", gates=False, affinity=True, id_dropout=0.0),
+    model=ModelConfig(
+        variant="text", dim=8, rounds=0, score="dot", gates=False, popularity=1.0, affinity=True, id_dropout=0.0
+    ),
     train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit=True),
 )
 
@@ -84,6 +97,7 @@ def test_unknown_names_and_types(values, message):
         ("split", "valid", float("nan"), "between 0 and 1"),
         ("text", "max_tokens", -1, "0 or more"),
         ("text", "batch_tokens", 511, "at least 512"),
+        ("text", "lexical", -1, "0 or more"),
         ("text", "control", "none", "one of ('true', 'shuffled', 'random')"),
         ("graph", "similar_text", -1, "0 or more"),
         ("graph", "ties", "random", "one of ('true', 'rewired', 'none')"),
@@ -95,6 +109,8 @@ def test_unknown_names_and_types(values, message):
         ("model", "id_dropout", -0.1, "in [0, 1)"),
         ("model", "holding_dropout", 1.0, "in [0, 1)"),
         ("model", "holding_dropout", -0.1, "in [0, 1)"),
+        ("model", "popularity", -0.1, "0 or more"),
+        ("model", "popularity", float("nan"), "0 or more"),
         ("model", "id_scale", 0.0, "above 0"),
         ("train", "weight_decay", -0.1, "0 or more"),
         ("train", "seed", -1, "0 or more"),
@@ -125,6 +141,8 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
         ("model", "dim", 1),
         ("model", "rounds", 0),
         ("model", "id_dropout", 0.0),
+        ("model", "popularity", 0.0),
+        ("text", "lexical", 0),
         ("train", "patience", 1),
         *(("text", "control", control) for control in typing.get_args(C.TextControl)),
         *(("graph", "ties", ties) for ties in typing.get_args(C.Ties)),

@@ -12,10 +12,10 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
 from fused_rec.graph.hetero import Edges, Relation, hetero_graph
 from fused_rec.graph.propagate import adjacencies, adjacency
-from fused_rec.model.fused import FusedRec, heard_relations
+from fused_rec.model.fused import FusedRec, Towers, heard_relations, holders, joined, with_prior
 from fused_rec.model.fusion import Affinity, Gate
 from fused_rec.model.message_passing import Coefficients, propagate
 
@@ -60,6 +60,14 @@ def out(config, params, graph=None, dropout=None) -> tuple[np.ndarray, np.ndarra
     graph = tiny.graph() if graph is None else graph
     users, items = run(config, params, graph, adjacencies(graph), dropout)
     return np.asarray(users), np.asarray(items)
+
+
+def id_rows(params, node_type):
+    """Id rows as they enter: item 5, which nobody holds, has none."""
+    rows = np.array(params[f"id_{node_type}"])
+    if node_type == ITEM:
+        rows[5] = 0
+    return rows
 
 
 def same(one, other, atol=1e-5):
@@ -159,7 +167,7 @@ def test_at_the_start_it_is_plain_propagation(affinity):
     params, graph = start(config), tiny.graph()
     words = {t: graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM)}
     words["sector"] = jnp.zeros((2, DIM))
-    inputs = {t: params[f"id_{t}"] + words[t] for t in tiny.COUNTS}
+    inputs = {t: id_rows(params, t) + words[t] for t in tiny.COUNTS}
     ones = Coefficients(
         {relation: hears()[relation].weight for relation in hears()},
         {relation: jnp.ones((2, tiny.COUNTS[relation.target])) for relation in hears()},
@@ -173,7 +181,8 @@ def test_at_the_start_it_is_plain_propagation(affinity):
 def test_cosine_is_the_dot_product_of_unit_rows():
     params = anywhere(FUSED)
     plain = out(dataclasses.replace(FUSED, score="dot"), params)
-    same(out(FUSED, params), [x / np.linalg.norm(x, axis=1, keepdims=True) for x in plain])
+    assert not plain[1][5].any()  # neither held nor told of in words, item 5 has no direction
+    same(out(FUSED, params), [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in plain])
 
 
 # --- dropout -------------------------------------------------------------------------------------------------------
@@ -184,19 +193,22 @@ def test_dropout_leaves_out_whole_id_rows():
     config = ModelConfig(variant="graph", dim=DIM, rounds=0, score="dot", id_dropout=0.25)
     params = start(config)
     users, items = out(config, params)
-    same((users, items), (params["id_user"], params["id_item"]))
+    same((users, items), (id_rows(params, USER), id_rows(params, ITEM)))
+    items = items[:5]
     kept = []
     for seed in range(20):
         dropped = out(config, params, dropout=jax.random.key(seed))
+        dropped = dropped[0], dropped[1][:5]  # item 5 is held by nobody
         for rows, ids in zip(dropped, (users, items), strict=True):
             there = np.any(rows, axis=1)
             np.testing.assert_allclose(rows, there[:, None] * ids / 0.75, rtol=1e-5)
             kept.append(there)
-    assert 0.65 < np.concatenate(kept).mean() < 0.85  # of 260 rows, standard deviation .027
+    assert 0.65 < np.concatenate(kept).mean() < 0.85  # of 240 rows, standard deviation .028
     assert len({tuple(there) for there in kept}) > 10
-    same(dropped, out(config, params, dropout=jax.random.key(19)), atol=0)
+    again = out(config, params, dropout=jax.random.key(19))
+    same(dropped, (again[0], again[1][:5]), atol=0)
     never = dataclasses.replace(config, id_dropout=0.0)
-    same(out(never, params, dropout=jax.random.key(0)), (users, items), atol=0)
+    same(out(never, params, dropout=jax.random.key(0)), out(config, params), atol=0)
 
 
 def test_a_step_leaves_the_same_holdings_out_both_ways():
@@ -207,7 +219,7 @@ def test_a_step_leaves_the_same_holdings_out_both_ways():
     counts = {name: tiny.COUNTS[name] for name in (USER, ITEM)}
     graph = hetero_graph(counts, both_ways(HOLDS, HELD_BY, tiny.HOLDER, tiny.HELD, counts), tiny.words()[:13])
     params = FusedRec(config).init(jax.random.key(0), graph, adjacencies(graph))["params"]
-    user, item = np.asarray(params["id_user"]), np.asarray(params["id_item"])
+    user, item = id_rows(params, USER), id_rows(params, ITEM)
 
     def weights(dropout=None):
         """Users x items as users hear them, and as items do; the readout is half input, half message."""
@@ -276,10 +288,10 @@ def test_every_parameter_that_matters_gets_a_gradient(config):
 
 @EVERY
 def test_isolated_nodes_have_finite_gradients(config):
-    """User 6 and item 5 have neither words nor edges; without their ids too, their vectors are zero."""
+    """User 6 and item 5 have neither words nor edges; without the user's id too, their vectors are zero."""
     params = anywhere(config)
-    lost = {name: params[name].at[node].set(0) for name, node in (("id_user", 6), ("id_item", 5)) if name in params}
-    params = {**params, **lost}
+    if "id_user" in params:
+        params = {**params, "id_user": params["id_user"].at[6].set(0)}
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope(config, params)))
     users, items = out(config, params)
     assert not users[6].any() and not items[5].any()
@@ -323,5 +335,122 @@ def test_no_rounds_no_messages():
     config = dataclasses.replace(FUSED, rounds=0, score="dot")
     params, graph = start(config), tiny.graph()
     assert params["mix"].tolist() == [1]
-    expected = (params[f"id_{t}"] + graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM))
+    expected = (id_rows(params, t) + graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM))
     same(out(config, params), tuple(expected))
+
+
+# --- items that nobody holds ---------------------------------------------------------------------------------------
+
+
+def test_holders_are_counted_by_item():
+    assert holders(hears()).tolist() == [3, 2, 2, 2, 3, 0]
+
+
+@pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
+def test_the_id_row_of_an_item_that_nobody_holds_counts_for_nothing(config):
+    params = anywhere(config)
+    other = {**params, "id_item": params["id_item"].at[5].add(10.0)}
+    for mine, theirs in zip(out(config, params), out(config, other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not slope(config, params)["id_item"][5].any()
+    held = {**params, "id_item": params["id_item"].at[4].add(10.0)}
+    assert np.abs(out(config, held)[1][4] - out(config, params)[1][4]).max() > 0.1
+
+
+# --- two towers ----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_towers(config, params, graph, adjacencies, dropout=None) -> Any:
+    return Towers(config).apply({"params": params}, graph, adjacencies, dropout)
+
+
+def towers_anywhere(config):
+    """Parameters of the towers by name, none exactly 0 or 1."""
+    names = ("main", "words") if config.variant == "fused" else ("main",)
+    return {name: anywhere(TEXT_ONLY if name == "words" else config) for name in names}
+
+
+def test_only_the_fused_variant_has_a_second_tower():
+    made = {}
+    for config in (FUSED, GRAPH_ONLY, TEXT_ONLY):
+        params = jax.eval_shape(Towers(config).init, jax.random.key(0), tiny.graph(), hears())["params"]
+        made[config.variant] = {name: set(tower) for name, tower in params.items()}
+    assert made == {
+        "fused": {"main": set(start(FUSED)), "words": set(start(TEXT_ONLY))},
+        "graph": {"main": set(start(GRAPH_ONLY))},
+        "text": {"main": set(start(TEXT_ONLY))},
+    }
+
+
+@EVERY
+def test_towers_are_the_variants_side_by_side(config):
+    params, key = towers_anywhere(config), jax.random.key(3)
+    for dropout in (None, key):
+        towers = run_towers(config, params, tiny.graph(), hears(), dropout)
+        assert len(towers) == len(params)
+        same(towers[0], out(config, params["main"], dropout=dropout))
+        if "words" in params:
+            same(towers[1], out(TEXT_ONLY, params["words"], dropout=dropout))
+
+
+def test_joined_by_hand():
+    main = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])  # scores 11, 17, 23
+    words = jnp.array([[-1.0]]), jnp.array([[2.0], [4.0], [6.0]])  # scores -2, -4, -6
+    users, items = joined([main, words], jnp.array([0.0, 1.0, 3.0]))
+    # 0 holders: words alone; 1: half and half; 3: three quarters of 23 and one of -6
+    assert (users @ items.T).tolist() == [[-2, (17 - 4) / 2, 0.75 * 23 - 0.25 * 6]]
+    alone = joined([main], jnp.array([0.0, 1.0, 3.0]))
+    assert alone[0] is main[0] and alone[1] is main[1]
+
+
+def test_joined_is_the_mean_of_scores_weighed_by_holders():
+    towers = run_towers(FUSED, towers_anywhere(FUSED), tiny.graph(), hears())
+    main, words = (np.asarray(users) @ np.asarray(items).T for users, items in towers)
+    count = np.array([3, 2, 2, 2, 3, 0])
+    users, items = joined(towers, holders(hears()))
+    np.testing.assert_allclose(users @ items.T, (count * main + words) / (count + 1), atol=1e-6)
+
+
+def test_a_prior_raises_every_score_of_its_item_by_as_much():
+    users, items = jnp.array([[1.0, 2.0], [0.0, -1.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    wider = with_prior((users, items), jnp.array([0.5, 0.0, -2.0]))
+    assert (users @ items.T).tolist() == [[11, 17, 23], [-4, -6, -8]]
+    assert (wider[0] @ wider[1].T).tolist() == [[11.5, 17, 21], [-3.5, -6, -10]]
+
+
+def market_with_new_items(swapped=False):
+    """The tiny market, items 6 and 7 added: words that may be swapped, nearest texts, 6 in a sector, no holders."""
+    text = np.random.default_rng(5).normal(size=(17, tiny.WIDTH)).astype(np.float32)
+    text[15:] = 0  # of the sectors
+    if swapped:
+        text[[13, 14]] = text[[14, 13]]
+    counts = {**tiny.COUNTS, ITEM: 8}
+    relations = {
+        **both_ways(HOLDS, HELD_BY, tiny.HOLDER, tiny.HELD, counts),
+        tiny.TRUSTS: tiny.relations(tiny.words())[tiny.TRUSTS],
+        tiny.SIMILAR: nearest_texts(text[7:15], 3),
+        **both_ways(*tiny.IN_SECTOR, np.array([0, 1, 3, 6]), np.array([0, 0, 0, 1]), counts),
+    }
+    return hetero_graph(counts, relations, text)
+
+
+def test_a_new_item_is_scored_by_its_words_alone():
+    """As the tower of words does; sectors, text neighbours and id rows of new items have no say in it."""
+    params = towers_anywhere(FUSED)
+    rows = np.random.default_rng(1).normal(size=(2, DIM)).astype(np.float32)
+    params["main"] = {**params["main"], "id_item": jnp.concatenate([params["main"]["id_item"], rows])}
+
+    def scores(graph):
+        hears = adjacencies(graph)
+        towers = run_towers(FUSED, params, graph, hears)
+        users, items = joined(towers, holders(hears))
+        return np.asarray(users @ items.T), np.asarray(towers[1][0] @ towers[1][1].T)
+
+    fused, by_words = scores(market_with_new_items())
+    np.testing.assert_allclose(fused[:, 5:], by_words[:, 5:], atol=1e-6)
+    assert (np.abs(fused[:, :5] - by_words[:, :5]).max(0) > 0.05).all()  # the others have holders
+    assert np.abs(fused[:, 6] - fused[:, 7]).max() > 0.1
+    swapped, _ = scores(market_with_new_items(swapped=True))
+    np.testing.assert_allclose(swapped[:, [7, 6]], fused[:, [6, 7]], atol=1e-6)
+    np.testing.assert_allclose(swapped[:, 5], fused[:, 5], atol=1e-6)

@@ -58,6 +58,8 @@ ONLY_IN = {
     "orbax": ("train/checkpoint.py",),
     "transformers": ("text/pretrained.py",),
     "optuna": ("train/sweep.py",),
+    "implicit": ("model/baselines.py",),  # an extra, imported where used; it warns about the threads it finds
+    "sklearn": ("text/lexical.py",),  # imported where used: it takes a second
     "matplotlib": ("evaluate/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
     "torch": (),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),
@@ -209,6 +211,8 @@ CLEAN = '"""Doc."""\n'
         ("import orbax.checkpoint as ocp", "train/loop.py", "imports orbax.checkpoint"),
         ("import jraph", "graph/build.py", "imports jraph"),
         ("from transformers import AutoTokenizer", "text/embed.py", "transformers belongs in text/pretrained.py"),
+        ("from implicit.als import x", "model/closed_form.py", "implicit belongs in model/baselines.py"),
+        ("import sklearn.decomposition", "model/baselines.py", "sklearn belongs in text/lexical.py"),
         ("import torch", "text/pretrained.py", "torch belongs nowhere"),
         ("import pickle", "train/checkpoint.py", "pickle belongs nowhere"),
         ("import experiments.train", "train/loop.py", "experiments belongs in experiments/*"),

@@ -10,7 +10,7 @@ from tiny import quick_compilation  # noqa: F401
 from fused_rec.graph.build import HELD_BY, HOLDS
 from fused_rec.graph.hetero import Edges, hetero_graph
 from fused_rec.graph.propagate import adjacencies
-from fused_rec.model.message_passing import Coefficients, propagate
+from fused_rec.model.message_passing import Coefficients, Noise, noise_like, propagate, rounds
 
 #   users    0        1        inputs 1, 2;      words 1, 1
 #         1 / \ .5  / 2
@@ -153,3 +153,36 @@ def test_both_backends_agree():
     segment = adjacencies(TINY, "segment")
     coefficients, inputs, words = random_coefficients(), random_nodes(0), random_nodes(1)
     close(jax.jit(propagate)(segment, coefficients, inputs, words), run(coefficients, inputs, words))
+
+
+# --- noise ---------------------------------------------------------------------------------------------------------
+
+
+def test_noise_has_its_length_and_the_signs_of_the_row():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
+    step = np.asarray(noise_like(x, 0.2, jax.random.key(0)))
+    np.testing.assert_allclose(np.linalg.norm(step, axis=1), 0.2, rtol=1e-5)
+    np.testing.assert_array_equal(np.sign(step), np.sign(x))
+    assert len(np.unique(step)) == step.size  # not one draw for all rows
+    assert not np.asarray(noise_like(jnp.zeros((2, 8)), 0.2, jax.random.key(0))).any()
+
+
+def test_every_round_gets_its_own_noise_and_passes_it_on():
+    """Each round is the noiseless round of what came before it, and a step of length .2 of its own."""
+    coefficients, inputs = random_coefficients(), random_nodes(0)
+    noisy = rounds(TINY_HEARS, coefficients, inputs, random_nodes(1), Noise(0.2, jax.random.key(0)))
+    close(noisy[0], inputs)
+    steps = []
+    for level in range(ROUNDS):
+        gates = {r: gate[level, None] for r, gate in coefficients.gate.items()}
+        texts = {t: gate[level, None] for t, gate in coefficients.text_gate.items()}
+        one = Coefficients(coefficients.edge, gates, texts, jnp.ones(2))
+        clean = rounds(TINY_HEARS, one, noisy[level], random_nodes(1))[1]
+        for node_type, x in clean.items():
+            step = np.asarray(noisy[level + 1][node_type] - x)
+            heard = np.asarray(x).any(axis=1)
+            np.testing.assert_allclose(np.linalg.norm(step[heard], axis=1), 0.2, rtol=1e-3)
+            np.testing.assert_array_equal(np.sign(step[heard]), np.sign(x)[heard])
+            assert not step[~heard].any()
+            steps += [*np.round(np.abs(step[heard]), 4)]
+    assert len({tuple(step) for step in steps}) == len(steps)

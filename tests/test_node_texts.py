@@ -24,7 +24,7 @@ def words(users: list[str | None] | None, items: list[str | None] | None, said: 
 
     pairs = np.zeros(1, np.int32)
     data = Dataset("tiny", nodes(users), nodes(items), pa.table({}), said, empty_ties())
-    return node_texts(data, Observed(pairs, pairs, said, empty_ties()))
+    return node_texts(data, Observed(pairs, pairs, said, empty_ties(), np.zeros(len(pairs), np.float32)))
 
 
 def by_node(texts: NodeTexts, side: str) -> dict[int, dict[str, float]]:

@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Where the name to install differs from the name to import.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
 # What one file alone needs is an extra.
-EXTRAS = {"train/sweep.py": "sweeps"}
+EXTRAS = {"train/sweep.py": "sweeps", "model/baselines.py": "als", "evaluate/plots.py": "plots"}
 
 
 @pytest.fixture
@@ -91,6 +91,11 @@ def test_python_versions_agree(promised):
 
 def test_ci_can_be_run():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_ci_installs_every_extra_that_tests_and_type_checks_need(promised):
+    [extras] = re.findall(r'"\.\[([\w,]+)\]"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"tests", *EXTRAS.values()} <= set(extras.split(",")) <= set(promised["extras_require"])
 
 
 def test_readme_is_short_and_true():

@@ -15,14 +15,26 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 from tiny import quick_compilation  # noqa: F401
 
-from fused_rec.config import Config, Loss, ModelConfig, TrainConfig, Variant
+from fused_rec.config import (
+    Config,
+    DataConfig,
+    GraphConfig,
+    Loss,
+    ModelConfig,
+    SplitConfig,
+    TextConfig,
+    TrainConfig,
+    Variant,
+)
 from fused_rec.data.batches import Batch, batch, holdings, steps_per_epoch
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.propagate import Backend, adjacencies
+from fused_rec.model.fused import FusedRec, holders
+from fused_rec.train import parallel
 from fused_rec.train import step as step_module
 from fused_rec.train.parallel import parallel_step, replicate, split_batch
-from fused_rec.train.step import AXIS, Task, TrainState, embed, init, optimiser, train_step
+from fused_rec.train.step import AXIS, Task, TrainState, embed, init, optimiser, program, train_step
 
 # Six users hold something: batches of five, then of one; five go to two or four devices only with padding.
 BATCH_USERS = 5
@@ -39,12 +51,21 @@ def config_of(variant: Variant = "fused", loss: Loss = "softmax", **train) -> Co
     )
 
 
+def of_model(config: Config, **model) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def of_training(config: Config, **train) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
 def task_of(backend: Backend = "csr") -> Task:
     """The tiny market with its holdings and nearest texts alone: more relations take only more time to compile."""
     counts = {name: tiny.COUNTS[name] for name in (USER, ITEM)}
     relations = {r: edges for r, edges in tiny.relations(tiny.words()).items() if r in (HOLDS, HELD_BY, tiny.SIMILAR)}
     graph = hetero_graph(counts, relations, tiny.words()[:13])
-    return Task(graph, adjacencies(graph, backend), jnp.asarray(PRESENT))
+    hears = adjacencies(graph, backend)
+    return Task(graph, hears, jnp.asarray(PRESENT), holders(hears))
 
 
 def batch_of(step: int) -> Batch:
@@ -59,7 +80,8 @@ def _params(variant, seed):
 def start(config) -> TrainState:
     """What `init` returns, compiled once for all losses and optimisers."""
     params = jax.tree.map(jnp.asarray, _params(config.model.variant, config.train.seed))
-    return TrainState(jnp.int32(0), params, step_module.optimiser(config.train).init(params))
+    seed = jnp.int32(config.train.seed)
+    return TrainState(jnp.int32(0), seed, params, step_module.optimiser(config.train).init(params))
 
 
 def trained(step, config, devices, steps):
@@ -91,12 +113,16 @@ def test_any_number_of_devices_gives_the_same(variant, loss, monkeypatch):
     Long vectors and soft scores keep the descent smooth, so that rounding does not grow from step to step.
     """
     monkeypatch.setattr(step_module, "optimiser", lambda config: optax.sgd(config.learning_rate))
+    parallel._mapped_step.cache_clear()  # of programs with another optimiser
     config = config_of(variant, loss, learning_rate=0.02, temperature=1.0)
     results = []
     for devices in (1, 2, 4):
         results.append(trained(parallel_step(config, devices), config, devices, 50))
     alone, params = results[0]
-    assert np.abs(params["mix"] - _params(variant, 0)["mix"]).max() > 0.003
+    parallel._mapped_step.cache_clear()
+    for name, tower in params.items():  # none stayed where it was
+        moved = jax.tree.map(lambda after, before: np.abs(after - before).max(), tower, _params(variant, 0)[name])
+        assert max(jax.tree.leaves(moved)) > 0.01, name
     for losses, others in results[1:]:
         np.testing.assert_allclose(losses, alone, rtol=1e-5)
         for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(others), strict=True):
@@ -177,6 +203,7 @@ LEARNING = config_of(learning_rate=0.05)
 def learner():
     """A step over all devices after its first call, and a list as long as the number of its traces."""
     traces = []
+    parallel._mapped_step.cache_clear()  # of steps whose traces nobody counts
 
     def counted(*arguments):
         traces.append(1)
@@ -268,5 +295,172 @@ def test_embed_leaves_nothing_out():
     task, params = task_of(), start(config).params
     vectors = jax.jit(embed, static_argnums=0)
     for one, same, count in zip(vectors(config, params, task), vectors(config, params, task), (7, 6), strict=True):
-        assert one.shape == (count, 3)
+        assert one.shape == (count, 3 + 3 + 1)  # two towers and the popularity
         np.testing.assert_array_equal(one, same)
+
+
+# --- seeds ---------------------------------------------------------------------------------------------------------
+
+
+OTHER = of_training(LEARNING, seed=1)
+SAME_PROGRAM = [
+    of_training(LEARNING, seed=1, max_steps=7, eval_every=3, patience=9, refit=True),
+    dataclasses.replace(
+        LEARNING,
+        data=DataConfig(name="lastfm", seed=2),
+        split=SplitConfig(kind="time"),
+        text=TextConfig(control="shuffled", lexical=0),
+        graph=GraphConfig(ties="rewired"),
+    ),
+]
+
+
+@pytest.mark.parametrize("config", SAME_PROGRAM, ids=["training", "other sections"])
+def test_what_a_step_does_not_depend_on_makes_no_other_program(config):
+    assert config != LEARNING
+    assert program(config) == program(LEARNING)
+    assert parallel_step(config) is parallel_step(LEARNING)
+    assert parallel_step(config, 2) is not parallel_step(config, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        of_model(LEARNING, variant="text"),
+        of_model(LEARNING, dim=4),
+        of_model(LEARNING, popularity=1.0),
+        of_training(LEARNING, loss="bpr"),
+        of_training(LEARNING, temperature=1.0),
+        of_training(LEARNING, learning_rate=0.1),
+        of_training(LEARNING, weight_decay=0.0),
+    ],
+)
+def test_what_a_step_depends_on_makes_another_program(config):
+    kept = program(config)
+    assert kept != program(LEARNING)
+    assert kept.model == config.model
+    for name in ("loss", "temperature", "learning_rate", "weight_decay"):
+        assert getattr(kept.train, name) == getattr(config.train, name)
+
+
+def test_two_seeds_share_one_compilation(learner, caplog):
+    step, traces = learner
+    start(OTHER)  # whose own compilation is of `init`
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        trained(step, OTHER, None, 5)
+        messages = [record.getMessage() for record in caplog.records]
+    assert len(traces) == 1
+    assert not [message for message in messages if message.startswith("Finished XLA compilation")]
+
+
+def test_another_seed_is_another_run_and_the_same_each_time(learner):
+    """Whichever seed the program was compiled for."""
+    step, _ = learner
+    losses, params = trained(step, LEARNING, None, 6)
+    others, other_params = trained(step, OTHER, None, 6)
+    assert (losses != others).all()
+    assert not np.array_equal(params["main"]["id_item"], other_params["main"]["id_item"])
+    parallel._mapped_step.cache_clear()
+    own = parallel_step(OTHER)
+    parallel._mapped_step.cache_clear()
+    assert own is not step
+    again, same = trained(own, OTHER, None, 6)
+    np.testing.assert_array_equal(again, others)
+    jax.tree.map(np.testing.assert_array_equal, same, other_params)
+
+
+def test_dropout_follows_the_seed(learner):
+    """The same state and batch with another seed lose other id rows; the seed stays with the state."""
+    step, _ = learner
+    losses = []
+    for seed in (0, 1, 2, 0):
+        state = dataclasses.replace(start(LEARNING), seed=jnp.int32(seed))
+        task, state = (replicate(tree) for tree in (task_of(), state))
+        state, loss = step(state, task, batch_of(0))
+        assert int(state.seed) == seed
+        losses.append(float(loss))
+    assert len(set(losses)) == 3
+    assert losses[3] == losses[0]
+
+
+# --- two towers and how popular an item is -------------------------------------------------------------------------
+
+
+COUNT = np.array([3, 2, 2, 2, 3, 0])  # holders of each item
+
+
+def test_popularity_alone_is_how_often_each_item_is_held():
+    """Mute towers score zero. With one added to each count, as items that nobody holds must have a logarithm."""
+    config = of_model(config_of(temperature=0.4), popularity=1.0)
+    task, params = task_of(), jax.tree.map(jnp.zeros_like, start(config).params)
+    for weight, odds in ((1.0, COUNT + 1), (0.5, np.sqrt(COUNT + 1)), (2.0, (COUNT + 1) ** 2), (0.0, np.ones(6))):
+        config = of_model(config, popularity=weight)
+        users, items = jax.jit(embed, static_argnums=0)(config, params, task)
+        shares = jax.nn.softmax(users @ items.T / 0.4, axis=1)
+        np.testing.assert_allclose(shares, np.tile(odds / odds.sum(), (7, 1)), rtol=1e-5)
+
+
+def test_without_popularity_the_towers_alone_score():
+    config = of_model(config_of(), popularity=0.0)
+    params, task = start(config).params, task_of()
+    users, items = jax.jit(embed, static_argnums=0)(config, params, task)
+    assert (users.shape, items.shape) == ((7, 6), (6, 6))
+    more_users, more_items = jax.jit(embed, static_argnums=0)(of_model(config, popularity=2.0), params, task)
+    more = more_users @ more_items.T - users @ items.T
+    expected = 2 * config.train.temperature * np.log1p(COUNT)
+    np.testing.assert_allclose(more, np.tile(expected, (7, 1)), atol=1e-5)
+
+
+def tower_loss(vectors, config, drawn: Batch) -> float:
+    """Softmax over the items that somebody holds; a user's mean over positives, weighed by the root of their number."""
+    users, items = map(np.asarray, vectors)
+    logits = users @ items.T / config.train.temperature + config.model.popularity * np.log1p(COUNT)
+    logits[:, 5] = -np.inf
+    of_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    total = weights = 0.0
+    for user, held, mask in zip(drawn.users, drawn.items, drawn.mask, strict=True):
+        count = int(mask.sum())
+        if count:
+            total += np.sqrt(count) * -np.mean([of_softmax[user, item] for item in held[:count]])
+            weights += np.sqrt(count)
+    return total / weights
+
+
+TWO = of_model(config_of(), id_dropout=0.0, holding_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def two_towers():
+    return parallel_step(TWO, 2)
+
+
+def one_step(step, params):
+    state = dataclasses.replace(start(TWO), params=jax.tree.map(jnp.array, params))
+    task, state = (replicate(tree, 2) for tree in (task_of(), state))
+    state, loss = step(state, task, batch_of(0))
+    return jax.device_get(state.params), float(loss)
+
+
+def test_the_loss_is_the_sum_of_the_towers_own(two_towers):
+    params, task = start(TWO).params, task_of()
+    assert set(params) == {"main", "words"}
+    own = []
+    for name, variant in (("main", "fused"), ("words", "text")):
+        tower: Any = FusedRec(dataclasses.replace(TWO.model, variant=variant))
+        vectors = jax.jit(tower.apply)({"params": params[name]}, task.graph, task.adjacencies)
+        own.append(tower_loss(vectors, TWO, batch_of(0)))
+    assert abs(own[0] - own[1]) > 0.01
+    assert one_step(two_towers, params)[1] == pytest.approx(sum(own), rel=1e-5)
+
+
+def test_a_tower_learns_from_its_own_loss_alone(two_towers):
+    """Whatever the other tower says; both learn."""
+    one, other = start(TWO).params, start(of_training(TWO, seed=1)).params
+    both, _ = one_step(two_towers, one)
+    mixed, _ = one_step(two_towers, {"main": other["main"], "words": one["words"]})
+    jax.tree.map(np.testing.assert_array_equal, mixed["words"], both["words"])
+    mixed, _ = one_step(two_towers, {"main": one["main"], "words": other["words"]})
+    jax.tree.map(np.testing.assert_array_equal, mixed["main"], both["main"])
+    for tower, name in (("main", "id_user"), ("words", "text_item")):
+        before, after = (jax.tree.leaves(params[tower][name])[0] for params in (one, both))
+        assert np.abs(after - before).max() > 1e-3

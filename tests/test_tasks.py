@@ -176,10 +176,14 @@ def test_new_users_are_scored_by_their_words_and_ties(new_users, tmp_path, user_
     assert not np.isin(four, prepared.observed.user).any()
     scores = np.asarray(scorer(config, prepared, state)(jnp.asarray(four, jnp.int32)))
     assert np.isfinite(scores).all()
-    spread = scores.std(axis=1)
+    # Without id rows nothing but how many hold them tells products apart for a user of whom nothing is known.
+    held = np.bincount(prepared.observed.item, minlength=dataset.n_items)
+    popularity = config.model.popularity * config.train.temperature * np.log1p(held)
+    spread = (scores - popularity).std(axis=1)
     assert (spread[:3] > 1e-3).all()
-    # Without id rows nothing tells products apart for a user of whom nothing is known: chance orders their list.
     assert (spread[3] > 1e-3) == user_ids
+    if not user_ids:
+        np.testing.assert_allclose(scores[3], popularity, rtol=1e-5, atol=1e-6)
     assert 0 < measure(prepared, scorer(config, prepared, state), "test")["accuracy"] < 1
 
 
@@ -188,14 +192,14 @@ def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_user
     dataset, parts_of, four = new_users
     config = changed(Config(), SMALL | {"model.user_ids": True, "train.weight_decay": 0.0})
     prepared, state = trained(config, dataset, parts_of, tmp_path)
-    before = np.asarray(loop.init(config, prepared.task).params["id_user"])[four]
-    after = np.asarray(state.params["id_user"])[four]
+    before = np.asarray(loop.init(config, prepared.task).params["main"]["id_user"])[four]
+    after = np.asarray(state.params["main"]["id_user"])[four]
     np.testing.assert_array_equal(after[[1, 3]], before[[1, 3]])
     assert (np.abs(after - before)[[0, 2]].max(1) > 1e-3).all()
 
 
 def test_new_items_are_ranked_by_their_words_alone(tmp_path):
-    """Two new items that exchange their words exchange their scores, once the id rows that nobody trained are out."""
+    """Two new items that exchange their words exchange their scores, which the tower of words gives alone."""
     market = make_market(0, n_users=120, n_items=25)
     parts_of = split(market, SplitConfig(kind="new_items"))
     assert parts_of.test_candidates is not None
@@ -209,11 +213,8 @@ def test_new_items_are_ranked_by_their_words_alone(tmp_path):
     new = new_items(parts_of)
     assert not np.isin(new, prepared.observed.item).any()
     assert not np.asarray(prepared.task.present)[new].any()
-    start = np.asarray(loop.init(config, prepared.task).params["id_item"])
-    rows = np.array(state.params["id_item"])
-    np.testing.assert_array_equal(rows[new], start[new])
-    rows[new] = 0
-    state = dataclasses.replace(state, params={**state.params, "id_item": jnp.asarray(rows)})
+    start = np.asarray(loop.init(config, prepared.task).params["main"]["id_item"])
+    np.testing.assert_array_equal(np.asarray(state.params["main"]["id_item"])[new], start[new])
 
     users = jnp.arange(120, dtype=jnp.int32)
     scores = np.asarray(scorer(config, prepared, state)(users))
@@ -221,3 +222,29 @@ def test_new_items_are_ranked_by_their_words_alone(tmp_path):
     assert (scores[:, [one, other]].std(axis=0) > 1e-3).all()
     assert np.abs(scores[:, one] - scores[:, other]).max() > 1e-3
     np.testing.assert_allclose(scores[:, [one, other]], again[:, [other, one]], atol=1e-5)
+
+    by_words = changed(config, {"model.variant": "text"})
+    tower = dataclasses.replace(state, params={"main": state.params["words"]})
+    alone = np.asarray(scorer(by_words, prepared, tower)(users))
+    np.testing.assert_allclose(scores[:, new], alone[:, new], atol=1e-5)
+    held = np.setdiff1d(np.arange(25), new)
+    assert (np.abs(scores - alone)[:, held].max(axis=0) > 1e-3).all()
+
+
+def test_items_that_nobody_is_seen_to_hold_are_no_alternatives_in_training():
+    """Held back by the split or held by nobody at all; with the validation part seen, its items are there."""
+    market = make_market(0, n_users=40, n_items=25)
+    kept = np.isin(column(market.interactions, "item"), [3, 7], invert=True)
+    market = dataclasses.replace(market, interactions=market.interactions.filter(pa.array(kept)))
+    parts_of = split(market, SplitConfig(kind="new_items"))
+    assert parts_of.valid_candidates is not None and parts_of.test_candidates is not None
+    item = column(market.interactions, "item")
+    for parts, rows in (
+        (("train",), parts_of.train),
+        (("train", "valid"), np.concatenate([parts_of.train, parts_of.valid])),
+    ):
+        there = preparing.present(market, observe(market, parts_of, parts))
+        assert there.dtype == bool
+        assert np.flatnonzero(there).tolist() == sorted(set(item[rows].tolist()))
+        assert not there[[3, 7]].any() and not there[parts_of.test_candidates].any()
+        assert there[np.setdiff1d(parts_of.valid_candidates, [3, 7])].any() == ("valid" in parts)

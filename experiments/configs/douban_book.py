@@ -14,5 +14,5 @@ def get_config():
         data={"name": "edges"},
         split={"kind": "published"},
         model={"variant": "graph"},
-        train={"learning_rate": 0.01, "eval_every": 20, "max_steps": 1000, "refit": True},
+        train={"learning_rate": 0.01, "eval_every": 60, "patience": 2, "max_steps": 1200, "refit": True},
     )

@@ -13,5 +13,6 @@ def get_config():
     return config_dict(
         data={"name": "lastfm_sociallgn"},
         split={"kind": "published"},
-        train={"learning_rate": 0.01, "eval_every": 20, "max_steps": 1000, "refit": True},
+        text={"lexical": 0},
+        train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": True},
     )

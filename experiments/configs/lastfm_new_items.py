@@ -13,5 +13,6 @@ def get_config():
     return config_dict(
         data={"name": "lastfm"},
         split={"kind": "new_items"},
-        train={"learning_rate": 0.01, "eval_every": 20, "max_steps": 1000},
+        text={"lexical": 0},
+        train={"temperature": 0.3, "learning_rate": 0.01, "eval_every": 20, "patience": 3, "max_steps": 400},
     )

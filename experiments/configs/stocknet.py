@@ -14,7 +14,7 @@ def get_config():
         data={"name": "stocknet", "core": 5},
         split={"kind": "time"},
         graph={"attributes": ("sector",)},
-        # Most interactions are with few tickers, and unlike cosines dot products can say how popular one is.
-        model={"score": "dot"},
-        train={"temperature": 1.0, "learning_rate": 0.002, "eval_every": 10},
+        # Most interactions are with the few tickers of the season.
+        model={"user_ids": False, "holding_dropout": 0.5, "popularity": 1.0, "half_life": 90.0},
+        train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10},
     )

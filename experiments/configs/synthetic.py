@@ -13,6 +13,6 @@ def get_config():
     return config_dict(
         data={"name": "synthetic"},
         graph={"similar_text": 0},
-        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5},
+        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5, "popularity": 0.7},
         train={"learning_rate": 0.002, "eval_every": 10},
     )

@@ -12,7 +12,7 @@ def get_config():
     """Settings of synthetic.py, but for the relation of similar texts: it is what ties a new product to the others."""
     return config_dict(
         data={"name": "synthetic"},
-        split={"kind": "new_items"},
-        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5},
-        train={"learning_rate": 0.002, "eval_every": 10},
+        split={"kind": "new_items", "seed": 1},
+        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5, "popularity": 0.7},
+        train={"temperature": 0.5, "learning_rate": 0.002, "eval_every": 10},
     )

@@ -12,8 +12,8 @@ def get_config():
     """Settings of synthetic.py, but with a row for each customer: friends train it before the first holding does."""
     return config_dict(
         data={"name": "synthetic"},
-        split={"kind": "new_users"},
+        split={"kind": "new_users", "seed": 1},
         graph={"similar_text": 0},
-        model={"dim": 256, "holding_dropout": 0.5},
+        model={"dim": 256, "holding_dropout": 0.5, "popularity": 0.7},
         train={"learning_rate": 0.002, "eval_every": 10},
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int32, Int64, UInt64
 
 from fused_rec.config import SplitConfig
 from fused_rec.data.dataset import Dataset, column
 
+SECONDS_A_DAY = 86_400
 PARTS = ("train", "valid", "test")
 ACT_WORDS = 5  # a text of so many words, by one user at one time about several items, is one post and not chance
 
@@ -46,12 +47,14 @@ class Observed:
     user, item: E distinct pairs, in the order of their rows.
     reviews: as in `Dataset`, fewer rows.
     ties: distinct (source, target, kind); when and over which item a tie was seen is no longer told.
+    age: days by which each pair is older than the newest one; 0 for pairs without a time.
     """
 
     user: Int32[np.ndarray, "E"]
     item: Int32[np.ndarray, "E"]
     reviews: pa.Table
     ties: pa.Table
+    age: Float32[np.ndarray, "E"]
 
 
 def split(dataset: Dataset, config: SplitConfig) -> Split:
@@ -120,7 +123,17 @@ def observe(dataset: Dataset, split: Split, parts: tuple[str, ...] = ("train",))
     hidden = _hidden(dataset, split, parts)
     reviews = dataset.reviews.filter(pa.array(_review_is_seen(dataset.reviews, hidden)))
     ties = dataset.ties.filter(pa.array(_tie_is_seen(dataset.ties, hidden))).select(["source", "target", "kind"])
-    return Observed(user[rows], item[rows], reviews, ties.take(_first_rows(ties)))
+    age = _age(dataset.interactions.take(rows))
+    return Observed(user[rows], item[rows], reviews, ties.take(_first_rows(ties)), age)
+
+
+def _age(interactions: pa.Table) -> Float32[np.ndarray, "E"]:
+    if "timestamp" not in interactions.column_names or interactions.column("timestamp").null_count == len(interactions):
+        return np.zeros(len(interactions), np.float32)
+    times = interactions.column("timestamp")
+    newest = pc.max(times)
+    seconds = pc.subtract(newest, pc.fill_null(times, newest)).to_numpy()
+    return (seconds / SECONDS_A_DAY).astype(np.float32)
 
 
 def _hash(seed: int, user: Int32[np.ndarray, "E"], item: Int32[np.ndarray, "E"]) -> UInt64[np.ndarray, "E"]:

@@ -14,6 +14,7 @@ from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
 
 BLOCK_SCORES = 2**25  # cosines held at a time, 128 MiB
 USER, ITEM = "user", "item"
+WORDLESS = 1  # width of the text vectors where nothing is said: dense layers need a column
 HOLDS = Relation(USER, "holds", ITEM)
 HELD_BY = Relation(ITEM, "held_by", USER)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 ITERATIONS = 15  # of ALS
 
@@ -30,6 +30,7 @@ class Seen(NamedTuple):
     user, item: [E], the interactions; a repeated pair counts once.
     user_text, item_text: float32 [U, D] and [I, D], unit rows, zero where there are no words.
     source, target: [F], users of whom the first is tied to the second; a repeated tie counts once.
+    age: [E], days by which each interaction is older than the newest one.
     """
 
     user: Int[np.ndarray, "E"]
@@ -40,6 +41,7 @@ class Seen(NamedTuple):
     item_text: Float32[np.ndarray, "I D"] | None = None
     source: Int[np.ndarray, "F"] | None = None
     target: Int[np.ndarray, "F"] | None = None
+    age: Float32[np.ndarray, "E"] | None = None
 
     def history(self) -> scipy.sparse.csr_array:
         """Float32 [U, I]: 1 where the user has the item."""
@@ -61,9 +63,23 @@ class Seen(NamedTuple):
         return self.item_text
 
 
-def popularity(seen: Seen) -> Partial:
-    """Every user gets the items most users have (TopPop of Cremonesi et al., RecSys 2010): score = the item's users."""
-    return Partial(_same_for_all, jnp.asarray(seen.history().sum(0), jnp.float32).reshape(-1))
+def popularity(seen: Seen, *, half_life: float = 0) -> Partial:
+    """Every user gets the items most users have (TopPop of Cremonesi et al., RecSys 2010): score = the item's users.
+
+    half_life: days after which an interaction counts half; 0 = all count in full, a repeated pair once.
+    """
+    if not half_life:
+        return Partial(_same_for_all, jnp.asarray(seen.history().sum(0), jnp.float32).reshape(-1))
+    age = np.zeros(len(seen.item)) if seen.age is None else seen.age
+    return Partial(_same_for_all, jnp.asarray(counted(seen.item, age, half_life, seen.n_items)))
+
+
+def counted(
+    item: Int[np.ndarray, "E"], age: Float[np.ndarray, "E"], half_life: float, n_items: int
+) -> Float32[np.ndarray, "I"]:
+    """How many interactions each item has, one of `half_life` days counting half; of half_life 0 all in full."""
+    weight = np.exp2(-np.asarray(age, np.float64) / half_life) if half_life else None
+    return np.bincount(item, weight, minlength=n_items).astype(np.float32)
 
 
 def item_knn(seen: Seen, *, neighbours: int, shrink: float) -> Partial:

@@ -1,4 +1,14 @@
-"""The recommender: inputs from ids and words, coefficients from words and degrees, linear propagation, scores."""
+"""The recommender: inputs from ids and words, coefficients from words and degrees, linear propagation, scores.
+
+Three parts make a score. `FusedRec` of the chosen variant; beside the fused one a second tower, `FusedRec` of the
+variant text, for items that few hold or nobody yet; and how popular the item is, which no tower has to learn then:
+
+    logit(u, i) = (g_i main(u, i) + (1 - g_i) words(u, i)) / temperature + popularity * log(1 + n_i),
+    g_i = n_i / (n_i + 1), n_i the observed holders of i.
+
+Each tower is trained by its own loss. One that learns from the sum leaves the words untrained wherever ids explain
+the holdings, and they are all that a new product has.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,13 +19,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, PRNGKeyArray
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model.fusion import Affinity, Gate, TextInput
-from fused_rec.model.message_passing import Coefficients, propagate
+from fused_rec.model.losses import unit
+from fused_rec.model.message_passing import Coefficients, Noise, readout, rounds
 
-LEFT_OUT = 1_000  # folded into the key; node types fold in their number
+Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
+
+LEFT_OUT, NOISE = 1_000, 1_001  # folded into the key; node types fold in their number
+FIRST_ROUND = "first_round"  # of the collection "intermediates": vectors of users and items after one round
 
 
 def heard_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
@@ -32,6 +46,40 @@ def heard_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
     return relations
 
 
+class Towers(nn.Module):
+    """`FusedRec`, and beside the fused variant its text variant: [(vectors of users, vectors of items), ...]."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
+    ) -> list[Vectors]:
+        towers = [FusedRec(self.config, name="main")(graph, adjacencies, dropout)]
+        if self.config.variant == "fused" and graph.text(ITEM).shape[1] > WORDLESS:
+            words = dataclasses.replace(self.config, variant="text")
+            towers.append(FusedRec(words, name="words")(graph, adjacencies, dropout))
+        return towers
+
+
+def joined(towers: list[Vectors], count: Float32[Array, "I"]) -> Vectors:
+    """One vector a user and an item, whose dot product is the towers' mean weighed by the item's `count` of holders."""
+    if len(towers) == 1:
+        return towers[0]
+    share = (count / (count + 1))[:, None]
+    (users, items), (users_by_words, items_by_words) = towers
+    return (
+        jnp.concatenate([users, users_by_words], axis=1),
+        jnp.concatenate([share * items, (1 - share) * items_by_words], axis=1),
+    )
+
+
+def with_prior(vectors: Vectors, prior: Float32[Array, "I"]) -> Vectors:
+    """Vectors one column wider, so that every dot product with item i is higher by prior[i]."""
+    users, items = vectors
+    return jnp.concatenate([users, jnp.ones((len(users), 1))], axis=1), jnp.concatenate([items, prior[:, None]], axis=1)
+
+
 class FusedRec(nn.Module):
     """Vectors of users and items; the score of a pair is their dot product (a cosine where config.score says so)."""
 
@@ -40,14 +88,22 @@ class FusedRec(nn.Module):
     @nn.compact
     def __call__(
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
-    ) -> tuple[Float32[Array, "U K"], Float32[Array, "I K"]]:
+    ) -> Vectors:
         ids, words = self.inputs(graph, dropout)
+        # No holding has trained the row of an item that nobody holds: it would be noise.
+        ids[ITEM] = ids[ITEM] * (holders(adjacencies) > 0)[:, None]
         coefficients = self.coefficients(graph, _leave_out(self.config.holding_dropout, adjacencies, dropout))
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
-        out = propagate(adjacencies, coefficients, both, words)
+        noise = None
+        if dropout is not None and self.config.noise:
+            noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE))
+        every = rounds(adjacencies, coefficients, both, words, noise)
+        if len(every) > 1:
+            self.sow("intermediates", FIRST_ROUND, (every[1][USER], every[1][ITEM]))
+        out = readout(coefficients, every)
         if self.config.score == "dot":
             return out[USER], out[ITEM]
-        return _unit(out[USER]), _unit(out[ITEM])
+        return unit(out[USER]), unit(out[ITEM])
 
     def inputs(self, graph: HeteroGraph, dropout: PRNGKeyArray | None) -> tuple[dict[str, Array], dict[str, Array]]:
         """Id rows and projected words, by node type; zeros for the part that a variant does without."""
@@ -70,7 +126,7 @@ class FusedRec(nn.Module):
     def coefficients(self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency]) -> Coefficients:
         """Edge weights, gates and the readout's mix of the variant's relations."""
         config = self.config
-        rounds = min(config.rounds, 1) if config.variant == "text" else config.rounds
+        levels = min(config.rounds, 1) if config.variant == "text" else config.rounds
         uses_words = config.variant == "fused"
         edge, gate, text_gate = {}, {}, {}
         for relation in heard_relations(config, graph):
@@ -81,15 +137,29 @@ class FusedRec(nn.Module):
                 affinity = Affinity(name=f"affinity_{relation}")
                 edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target)
             degree = jnp.diff(hears.receiver_start).astype(jnp.float32)
-            gate[relation] = Gate(rounds, config.gates, name=f"gate_{relation}")(target, degree)
+            gate[relation] = self.gate(f"gate_{relation}", levels, target, degree)
         if uses_words:
             for node_type in (USER, ITEM):
                 text = graph.text(node_type)
-                text_gate[node_type] = Gate(rounds, config.gates, name=f"gate_text_{node_type}")(
-                    text, jnp.zeros(len(text))
-                )
-        mix = self.param("mix", nn.initializers.constant(1 / (rounds + 1)), (rounds + 1,))
+                text_gate[node_type] = self.gate(f"gate_text_{node_type}", levels, text, jnp.zeros(len(text)))
+        if config.readout == "heard":
+            mix = jnp.full(levels + 1, 1 / levels).at[0].set(0)
+        elif config.readout == "even":
+            mix = jnp.full(levels + 1, 1 / (levels + 1))
+        else:
+            mix = self.param("mix", nn.initializers.constant(1 / (levels + 1)), (levels + 1,))
         return Coefficients(edge, gate, text_gate, mix)
+
+    def gate(self, name: str, levels: int, text: Array, degree: Array) -> Float32[Array, "L n"]:
+        """The learned `Gate` of that name, or ones where the config fixes all factors."""
+        if self.config.readout != "learned":
+            return jnp.ones((levels, len(degree)))
+        return Gate(levels, self.config.gates, name=name)(text, degree)
+
+
+def holders(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
+    """How many users are seen to hold each item."""
+    return jnp.diff(adjacencies[HOLDS].receiver_start).astype(jnp.float32)
 
 
 def _leave_out(
@@ -107,8 +177,3 @@ def _leave_out(
         HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept),
         HOLDS: dataclasses.replace(told, weight=told.weight * kept_told),
     }
-
-
-def _unit(x: Float32[Array, "n K"]) -> Float32[Array, "n K"]:
-    # The small term keeps the derivative finite for a node that has neither id, words nor neighbours.
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)

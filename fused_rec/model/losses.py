@@ -21,7 +21,7 @@ def softmax(
 ) -> Sum:
     """-log softmax over the whole catalogue at each positive (the multinomial likelihood of Liang et al., 2018).
 
-    Items that are not `present` while training (new products) are no alternatives: to learn that nobody wants
+    Items that are not `present` while training (nobody holds them yet) are no alternatives: to learn that nobody wants
     them would be to learn from the future.
     """
     scores = (user / temperature) @ catalogue.T
@@ -63,6 +63,35 @@ def bpr(
     """-log sigmoid(positive - negative), one negative a positive (Rendle et al., 2009)."""
     margin = jnp.einsum("bk,bpk->bp", user, catalogue[items] - catalogue[negatives])
     return _over_users(jax.nn.softplus(-margin / temperature), mask)
+
+
+def info_nce(
+    one: Float32[Array, "n K"],
+    other: Float32[Array, "n K"],
+    nodes: Int32[Array, "B"],
+    mask: Float32[Array, "B"],
+    everyone: Int32[Array, "A"],
+    temperature: float,
+) -> Sum:
+    """-log softmax of a node's cosine with its other view among those with all nodes' (Oord et al., 2018).
+
+    everyone: the nodes whose other views are told apart, this device's `nodes` among them; -1 is padding. A node named
+    c times counts 1 / c each time, there and in the sum: the batch is a set.
+    """
+    there = everyone >= 0
+    mine, theirs = unit(one[nodes]), unit(other[everyone])
+    named = jnp.maximum((everyone[:, None] == everyone[None, :]).sum(axis=1), 1)
+    scores = mine @ theirs.T / temperature - jnp.log(named)[None, :]
+    rest = jax.nn.logsumexp(jnp.where(there[None, :], scores, -jnp.inf), axis=-1)
+    positive = jnp.einsum("bk,bk->b", mine, unit(other[nodes])) / temperature
+    weight = mask / jnp.maximum((nodes[:, None] == everyone[None, :]).sum(axis=1), 1)
+    return (weight * (rest - positive)).sum(), weight.sum()
+
+
+def unit(x: Float32[Array, "n K"]) -> Float32[Array, "n K"]:
+    """Rows of length 1; a zero row stays zero."""
+    # The small term keeps the derivative finite for a node that has neither id, words nor neighbours.
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
 def _over_users(loss: Float32[Array, "B P"], mask: Float32[Array, "B P"]) -> Sum:

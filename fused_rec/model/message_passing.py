@@ -7,12 +7,17 @@ With x the inputs and h^0 = x, one round is
 and the readout sum_l mix[l] * h^l_v. Gates and edge weights depend on words and degrees, never on h, so the
 result is linear in (x, text): it splits exactly over inputs and over paths. With gates of 1, edges of
 1 / sqrt(deg deg), no text and an even mix it is LightGCN (He et al., 2020, arXiv 2002.02126).
+
+In training, noise may be added to every h^l, l > 0 (XSimGCL: Yu et al., 2023, arXiv 2209.02544).
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.struct
-from jaxtyping import Array, Float32
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, PRNGKeyArray
 
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency, neighbour_sum
@@ -30,12 +35,30 @@ class Coefficients:
     mix: Float32[Array, "L_plus_1"]
 
 
+class Noise(NamedTuple):
+    """size: the length of each row's step. Steps follow from the key, the round and the node type."""
+
+    size: float
+    key: PRNGKeyArray
+
+
 def propagate(
     adjacencies: Mapping[Relation, Adjacency], coefficients: Coefficients, inputs: Nodes, text: Nodes
 ) -> dict[str, Float32[Array, "_ K"]]:
     """The rounds and the readout. `text` holds the part of the inputs that each round may add again."""
+    return readout(coefficients, rounds(adjacencies, coefficients, inputs, text))
+
+
+def rounds(
+    adjacencies: Mapping[Relation, Adjacency],
+    coefficients: Coefficients,
+    inputs: Nodes,
+    text: Nodes,
+    noise: Noise | None = None,
+) -> list[dict[str, Float32[Array, "_ K"]]]:
+    """h^0 to h^L of `propagate`."""
     h = dict(inputs)
-    out = {node_type: coefficients.mix[0] * x for node_type, x in h.items()}
+    every = [h]
     for level in range(len(coefficients.mix) - 1):
         heard: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
         for relation, edge in coefficients.edge.items():
@@ -44,5 +67,23 @@ def propagate(
             heard[relation.target] = heard[relation.target] + message if relation.target in heard else message
         # A type that hears nothing is silent from here on: its own input is in the readout already.
         h = {node_type: heard.get(node_type, 0 * x) for node_type, x in h.items()}
-        out = {node_type: out[node_type] + coefficients.mix[level + 1] * x for node_type, x in h.items()}
+        if noise is not None:
+            key = jax.random.fold_in(noise.key, level)
+            keys = {node_type: jax.random.fold_in(key, number) for number, node_type in enumerate(sorted(h))}
+            h = {node_type: x + noise_like(x, noise.size, keys[node_type]) for node_type, x in h.items()}
+        every.append(h)
+    return every
+
+
+def readout(coefficients: Coefficients, every: list[dict[str, Array]]) -> dict[str, Float32[Array, "_ K"]]:
+    """sum_l mix[l] * h^l."""
+    out = {node_type: coefficients.mix[0] * x for node_type, x in every[0].items()}
+    for level, h in enumerate(every[1:], start=1):
+        out = {node_type: out[node_type] + coefficients.mix[level] * x for node_type, x in h.items()}
     return out
+
+
+def noise_like(x: Float32[Array, "n K"], size: float, key: PRNGKeyArray) -> Float32[Array, "n K"]:
+    """A random direction a row, of length `size` and in the row's orthant: it blurs a row and turns no sign."""
+    drawn = jax.random.uniform(key, x.shape)
+    return size * jnp.sign(x) * drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)

@@ -17,7 +17,7 @@ from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.model import baselines, closed_form
 from fused_rec.train.prepare import Prepared
-from fused_rec.train.step import Task, TrainState, embed
+from fused_rec.train.step import Task, TrainState, embed, program
 
 LOG = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ NEIGHBOURS = tuple({"neighbours": n, "shrink": s} for n in (20, 100, 500) for s 
 # Recommenders without gradient training, each with the settings among which validation chooses: at most 8, so that
 # none is better for having been tuned more.
 BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, Any], ...]]] = {
-    "popularity": (baselines.popularity, ({},)),
+    "popularity": (baselines.popularity, tuple({"half_life": days} for days in (0.0, 365.0, 180.0, 90.0, 30.0))),
     "item_knn": (baselines.item_knn, NEIGHBOURS),
     "user_knn": (baselines.user_knn, NEIGHBOURS),
     "friends_mean": (baselines.friends_mean, ({},)),
@@ -103,7 +103,7 @@ def _held_out(prepared: Prepared, part: str) -> dict[str, Any]:
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
     """Scores of the whole catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes it."""
-    users, items = _embed(config, state.params, prepared.task)
+    users, items = _embed(program(config), state.params, prepared.task)
     return jax.tree_util.Partial(_dot, users, items)
 
 
@@ -153,4 +153,4 @@ def _seen(prepared: Prepared) -> baselines.Seen:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.task.graph
     words = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
-    return baselines.Seen(observed.user, observed.item, dataset.n_users, dataset.n_items, *words, *ties)
+    return baselines.Seen(observed.user, observed.item, dataset.n_users, dataset.n_items, *words, *ties, observed.age)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
-from fused_rec.train.step import AXIS, Task, TrainState, train_step
+from fused_rec.train.step import AXIS, Task, TrainState, program, train_step
 
 Step = Callable[[TrainState, Task, Batch], tuple[TrainState, Float32[Array, ""]]]
 
@@ -20,6 +20,11 @@ def parallel_step(config: Config, devices: int | None = None) -> Step:
 
     The state that goes in is given up (donated) to the state that comes out.
     """
+    return _mapped_step(program(config), devices)
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_step(config: Config, devices: int | None) -> Step:
     chosen = jax.local_devices()[:devices]
     mapped = jax.pmap(
         functools.partial(train_step, config),

@@ -13,9 +13,11 @@ from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.splits import Observed, Split, observe, split
-from fused_rec.graph.build import build
+from fused_rec.graph.build import WORDLESS, build
 from fused_rec.graph.propagate import adjacencies
+from fused_rec.model.baselines import counted
 from fused_rec.text.embed import embed
+from fused_rec.text.lexical import lexical_vectors, side_by_side
 from fused_rec.text.pretrained import open_model
 from fused_rec.train.step import Task
 
@@ -59,9 +61,9 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
     observed = dataclasses.replace(observed, ties=seen_ties(config, observed.ties))
     graph = build(dataset, observed, *encode(config, texts), config.graph)
-    return Prepared(
-        dataset, parts_of, observed, Task(graph, adjacencies(graph), jnp.asarray(present(dataset, parts_of, parts)))
-    )
+    popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
+    task = Task(graph, adjacencies(graph), jnp.asarray(present(dataset, observed)), jnp.asarray(popularity))
+    return Prepared(dataset, parts_of, observed, task)
 
 
 def seen_ties(config: Config, ties: pa.Table) -> pa.Table:
@@ -82,10 +84,11 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
     A variant without words needs no language model.
     """
     if config.model.variant == "graph" or not texts.texts:
-        return texts, np.zeros((len(texts.texts), 1), np.float32)
+        return texts, np.zeros((len(texts.texts), WORDLESS), np.float32)
     model = open_model(config.text.model, offline=config.text.offline)
+    lexical = lexical_vectors(texts.texts, config.text.lexical)
     if config.text.control == "random":
-        return controls.random_texts(texts, model.config.hidden_size, config.train.seed)
+        return controls.random_texts(texts, model.config.hidden_size + lexical.shape[1], config.train.seed)
     vectors = embed(
         texts.texts,
         model,
@@ -93,13 +96,12 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
         batch_tokens=config.text.batch_tokens,
         max_tokens=config.text.max_tokens,
     )
+    vectors = side_by_side(vectors, lexical)
     return controls.shuffle_texts(texts, config.train.seed) if config.text.control == "shuffled" else texts, vectors
 
 
-def present(dataset: Dataset, parts_of: Split, parts: tuple[str, ...]) -> np.ndarray:
-    """bool [I]: items that exist while training; a new-items split holds the others back altogether."""
-    there = np.ones(dataset.n_items, bool)
-    for part, candidates in (("valid", parts_of.valid_candidates), ("test", parts_of.test_candidates)):
-        if part not in parts and candidates is not None:
-            there[candidates] = False
+def present(dataset: Dataset, observed: Observed) -> np.ndarray:
+    """bool [I]: items that somebody holds; to learn that nobody wants the others would be to learn from the future."""
+    there = np.zeros(dataset.n_items, bool)
+    there[observed.item] = True
     return there

@@ -1,5 +1,6 @@
 """One training step as a pure function of (state, graph, batch)."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -9,22 +10,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
-from fused_rec.config import Config, TrainConfig
+from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model import losses
-from fused_rec.model.fused import FusedRec
+from fused_rec.model.fused import FIRST_ROUND, Towers, Vectors, holders, joined, with_prior
 
 AXIS = "devices"
+CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. step: how many were taken."""
+    """All that a step changes, and the seed of its draws. step: how many were taken.
+
+    The seed is data, not part of the program: runs that differ by it alone share one compilation.
+    """
 
     step: Int32[Array, ""]
+    seed: Int32[Array, ""]
     params: PyTree[Float32[Array, "..."]]
     optimiser: PyTree
 
@@ -36,7 +42,8 @@ class Task:
 
     graph: HeteroGraph
     adjacencies: Mapping[Relation, Adjacency]
-    present: Bool[Array, "I"]  # items there are while training
+    present: Bool[Array, "I"]  # items that somebody holds; the others are no alternatives while training
+    popularity: Float32[Array, "I"]  # holders of each item, older holdings counting less
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -54,16 +61,30 @@ def optimiser(config: TrainConfig) -> optax.GradientTransformation:
 def init(config: Config, task: Task) -> TrainState:
     """A fresh state, a function of config.train.seed."""
     key = jax.random.key(config.train.seed)
-    params = FusedRec(config.model).init(key, task.graph, task.adjacencies)["params"]
-    return TrainState(jnp.int32(0), params, optimiser(config.train).init(params))
+    params = Towers(config.model).init(key, task.graph, task.adjacencies)["params"]
+    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, optimiser(config.train).init(params))
 
 
-def embed(
-    config: Config, params: PyTree, task: Task, dropout: PRNGKeyArray | None = None
-) -> tuple[Float32[Array, "U K"], Float32[Array, "I K"]]:
-    """Vectors of all users and items, whose dot products are the scores. A key leaves out id rows, as in training."""
-    out: Any = FusedRec(config.model).apply({"params": params}, task.graph, task.adjacencies, dropout)
-    return out
+def program(config: Config) -> Config:
+    """The config with the same values for whatever the compiled step does not depend on."""
+    train = dataclasses.replace(
+        config.train, seed=0, metric=METRICS[0], max_steps=1, eval_every=1, patience=1, refit=False
+    )
+    return Config(model=config.model, train=train)
+
+
+def embed(config: Config, params: PyTree, task: Task) -> Vectors:
+    """Vectors of all users and items, whose dot products are the scores: logits times the temperature."""
+    towers: Any = Towers(config.model).apply({"params": params}, task.graph, task.adjacencies)
+    return _with_popularity(config, task, joined(towers, holders(task.adjacencies)))
+
+
+def _with_popularity(config: Config, task: Task, vectors: Vectors) -> Vectors:
+    if not config.model.popularity:
+        return vectors
+    # In units of the logits: 1 with mute towers is each item's share of the holdings, of counts plus one.
+    weight = config.model.popularity * config.train.temperature
+    return with_prior(vectors, weight * jnp.log1p(task.popularity))
 
 
 def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
@@ -71,24 +92,56 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
 
     The only key is fold_in(seed, step): devices must drop the same id rows, and a resumed run the same again.
     """
-    dropout = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+    dropout = jax.random.fold_in(jax.random.key(state.seed + 1), state.step)
     # Each device differentiates for itself. Without this the replication check of shard_map would add up the
     # gradients on its own, the psum below would do it again, and one forgotten here would go unnoticed.
     params, task = jax.lax.pcast((state.params, task), AXIS, to="varying")
 
     def mean_loss(params: PyTree) -> Float32[Array, ""]:
-        total, count = _loss(config, params, task, batch, dropout)
-        count = jax.lax.psum(count, AXIS)
-        return total / jnp.maximum(count, 1)  # this device's share; the psum below completes the mean
+        weighted = _losses(config, params, task, batch, dropout)
+        # Each device's share of the means; the psum below completes them.
+        shares = [weight * total / jnp.maximum(jax.lax.psum(count, AXIS), 1) for weight, (total, count) in weighted]
+        return jnp.stack(shares).sum()
 
     loss, gradient = jax.value_and_grad(mean_loss)(params)
     loss, gradient = jax.lax.psum((loss, gradient), AXIS)
     updates, moments = optimiser(config.train).update(gradient, state.optimiser, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments), loss
+    return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), moments), loss
 
 
-def _loss(config: Config, params: PyTree, task: Task, batch: Batch, dropout: PRNGKeyArray) -> losses.Sum:
-    users, catalogue = embed(config, params, task, dropout)
+def _losses(
+    config: Config, params: PyTree, task: Task, batch: Batch, dropout: PRNGKeyArray
+) -> list[tuple[float, losses.Sum]]:
+    """(weight, loss): every tower's own loss, added up under the count of one, and the first one's contrast if any."""
+    towers: Any
+    seen: Any
+    towers, seen = Towers(config.model).apply(
+        {"params": params}, task.graph, task.adjacencies, dropout, mutable=["intermediates"]
+    )
+    sums = [_tower_loss(config, _with_popularity(config, task, vectors), task, batch) for vectors in towers]
+    weighted = [(1.0, (jnp.stack([total for total, _ in sums]).sum(), sums[0][1]))]
+    if config.train.contrast:
+        [first_round] = seen["intermediates"]["main"][FIRST_ROUND]
+        weighted += [(config.train.contrast, part) for part in _contrasts(towers[0], first_round, batch)]
+    return weighted
+
+
+def _contrasts(vectors: Vectors, first_round: Vectors, batch: Batch) -> list[losses.Sum]:
+    """InfoNCE of the whole batch's users, and of one held item of each of them, over all devices.
+
+    The published batch is of pairs; one of each user's pairs makes ours as large for both, and B^2 cosines enough.
+    """
+    user, items, mask, _ = map(jnp.asarray, batch)
+    there = mask[:, 0]
+    sums = []
+    for one, other, nodes in zip(vectors, first_round, (user, items[:, 0]), strict=True):
+        everyone = jax.lax.all_gather(jnp.where(there > 0, nodes, -1), AXIS).reshape(-1)
+        sums.append(losses.info_nce(one, other, nodes, there, everyone, CONTRAST_TEMPERATURE))
+    return sums
+
+
+def _tower_loss(config: Config, vectors: Vectors, task: Task, batch: Batch) -> losses.Sum:
+    users, catalogue = vectors
     user, items, mask, negatives = map(jnp.asarray, batch)
     common = users[user], catalogue, items, mask
     temperature = config.train.temperature

@@ -1,0 +1,169 @@
+"""The published baselines among the variants, against their definitions worked out densely in NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from tiny import quick_compilation  # noqa: F401
+
+from fused_rec.config import Config, ModelConfig, TrainConfig
+from fused_rec.data.batches import Batch, batch, holdings
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.propagate import adjacencies
+from fused_rec.model.fused import FIRST_ROUND, Towers, holders
+from fused_rec.train import step as step_module
+from fused_rec.train.parallel import parallel_step, replicate
+from fused_rec.train.step import Task, embed, init
+from fused_rec.train.variants import variant
+
+PRESENT = np.array([True] * 5 + [False])  # item 5 is held by nobody
+HELD = holdings(tiny.HOLDER, tiny.HELD, tiny.COUNTS[USER], PRESENT)
+USERS, ITEMS = tiny.COUNTS[USER], tiny.COUNTS[ITEM]
+
+
+def config_of(name: str, **train) -> Config:
+    """A variant of a config whose own settings are all others, small and with long rows."""
+    others = Config(
+        model=ModelConfig(popularity=0.7, affinity=True, user_ids=False, holding_dropout=0.3, id_dropout=0.3),
+        train=TrainConfig(batch_users=5, positives=2),
+    )
+    config = variant(others, name)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dim=3, id_scale=1.0),
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def task_of(name: str) -> Task:
+    """The tiny market as the variant's graph settings leave it."""
+    heard = {HOLDS, HELD_BY} | ({tiny.TRUSTS} if name == "social_lightgcn" else set())
+    relations = {relation: edges for relation, edges in tiny.relations(tiny.words()).items() if relation in heard}
+    graph = hetero_graph({USER: USERS, ITEM: ITEMS}, relations, tiny.words()[:13])
+    hears = adjacencies(graph)
+    return Task(graph, hears, jnp.asarray(PRESENT), holders(hears))
+
+
+def rows_of(params) -> np.ndarray:
+    """Id rows of users, then of items; the row of an item that nobody holds counts for nothing."""
+    return np.concatenate([params["main"]["id_user"], params["main"]["id_item"] * PRESENT[:, None]])
+
+
+def matrix(ties: bool = False) -> np.ndarray:
+    """D^-1/2 A D^-1/2 of the holdings, and who hears whom among users, receivers by senders."""
+    held = np.zeros((USERS, ITEMS))
+    held[tiny.HOLDER, tiny.HELD] = 1
+    degree = np.maximum(held.sum(1, keepdims=True), 1) * np.maximum(held.sum(0, keepdims=True), 1)
+    heard = np.zeros((USERS, USERS))
+    if ties:  # as drawn in tiny.relations: 1 -> 0 and 2 -> 0 at a half, 0 -> 4 at one
+        heard[[0, 0, 4], [1, 2, 0]] = 0.5, 0.5, 1
+    return np.block([[heard, held / np.sqrt(degree)], [(held / np.sqrt(degree)).T, np.zeros((ITEMS, ITEMS))]])
+
+
+def rounds_of(params, ties: bool = False) -> list[np.ndarray]:
+    return [np.linalg.matrix_power(matrix(ties), level) @ rows_of(params) for level in range(4)]
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "social_lightgcn", "xsimgcl"])
+def test_scores_are_those_of_the_publication(name):
+    config, task = config_of(name), task_of(name)
+    params = init(config, task).params
+    assert set(params["main"]) == {"id_user", "id_item"}  # nothing else is learned
+    h = rounds_of(params, ties=name == "social_lightgcn")
+    expected = {
+        "bpr_mf": h[0],
+        "lightgcn": sum(h) / 4,
+        "social_lightgcn": sum(h) / 4,
+        "xsimgcl": sum(h[1:]) / 3,  # inputs are no part of it, and noise only of training
+    }[name]
+    users, items = embed(config, params, task)
+    np.testing.assert_allclose(users @ items.T, expected[:USERS] @ expected[USERS:].T, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_of_training():
+    """Where a step gives its key, the first round is .2 from what it is without; the first round is what is sown."""
+    config, task = config_of("xsimgcl"), task_of("xsimgcl")
+    params = init(config, task).params
+    _, seen = Towers(config.model).apply(
+        {"params": params}, task.graph, task.adjacencies, jax.random.key(0), mutable=["intermediates"]
+    )
+    [first_round] = seen["intermediates"]["main"][FIRST_ROUND]
+    distance = np.linalg.norm(np.concatenate(first_round) - rounds_of(params)[1], axis=1)
+    heard = matrix().any(axis=1)
+    np.testing.assert_allclose(distance, 0.2 * heard, rtol=1e-4, atol=1e-6)
+
+
+def test_only_social_lightgcn_keeps_ties():
+    kept = {name: config_of(name).graph for name in ("bpr_mf", "lightgcn", "xsimgcl", "social_lightgcn")}
+    assert [graph.ties for graph in kept.values()] == ["none", "none", "none", "true"]
+    assert {(graph.similar_text, graph.attributes) for graph in kept.values()} == {(0, ())}
+
+
+# --- the step with contrast ----------------------------------------------------------------------------------------
+
+
+def batch_of(number: int) -> Batch:
+    return batch(HELD, number, seed=0, batch_users=5, positives=2, negatives=2)
+
+
+def steps(config: Config, devices: int, count: int):
+    task = task_of("xsimgcl")
+    task, state = (replicate(tree, devices) for tree in (task, init(config, task)))
+    step, losses = parallel_step(config, devices), []
+    for number in range(count):
+        state, loss = step(state, task, batch_of(number))
+        losses.append(float(loss))
+    return losses, jax.device_get(state.params)
+
+
+def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> float:
+    one, other = (x[nodes] / np.linalg.norm(x[nodes], axis=1, keepdims=True) for x in (one, other))
+    scores = np.exp(one @ other.T / 0.15)
+    return float(np.mean(-np.log(np.diag(scores) / scores.sum(1))))
+
+
+def test_the_contrast_by_hand():
+    """Each user and each item of the batch once, though items repeat and the last place is padding on 2 devices."""
+    config = config_of("xsimgcl", contrast=0.5)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, noise=0.0))
+    h = rounds_of(init(config, task_of("xsimgcl")).params)
+    out = np.mean(h[1:], axis=0)
+    users, items = batch_of(0).users, batch_of(0).items[:, 0]
+    assert len(set(items.tolist())) < len(items) == len(set(users.tolist()))
+    contrast = sum(cosine_contrast(out, h[1], np.unique(nodes)) for nodes in (users, USERS + items))
+    for devices in (1, 2):
+        with_it = steps(config, devices, 1)[0][0]
+        plain = dataclasses.replace(config, train=dataclasses.replace(config.train, contrast=0.0))
+        assert with_it - steps(plain, devices, 1)[0][0] == pytest.approx(0.5 * contrast, rel=1e-5)
+
+
+def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatch):
+    """Plain gradient descent: Adam would hide a gradient that is twice too large."""
+    monkeypatch.setattr(step_module, "optimiser", lambda config: optax.sgd(config.learning_rate))
+    config = config_of("xsimgcl", contrast=0.5, learning_rate=0.02)
+    start = init(config, task_of("xsimgcl")).params
+    (alone, params), (losses, others) = (steps(config, devices, 20) for devices in (1, 2))
+    assert np.abs(params["main"]["id_user"] - start["main"]["id_user"]).max() > 0.003
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+# --- settings that cannot be ---------------------------------------------------------------------------------------
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"model\.readout is 'even'; it must be learned where model\.gates is True"):
+        ModelConfig(readout="even")
+    with pytest.raises(ValueError, match=r"model\.readout is 'heard'; it must be learned or even where model\.rounds"):
+        ModelConfig(readout="heard", gates=False, rounds=0)
+    with pytest.raises(ValueError, match=r"train\.contrast is 0\.1; it must be 0 where model\.rounds is 0"):
+        Config(model=ModelConfig(rounds=0), train=TrainConfig(contrast=0.1))
