@@ -44,6 +44,15 @@ def test_popularity_by_hand():
     np.testing.assert_array_equal(scores(popularity(TINY), 4), [[1, 3, 2, 1]] * 4)
 
 
+def test_older_interactions_count_less():
+    """Half-life of ten days: ages 0, 10 and 20 days count 1, 1/2 and 1/4; without one all count in full."""
+    seen = Seen(np.array([0, 1, 2]), np.array([0, 1, 1]), 3, 3, age=np.array([20, 0, 10], np.float32))
+    np.testing.assert_array_equal(scores(popularity(seen, half_life=10.0), 3), [[0.25, 1.5, 0]] * 3)
+    np.testing.assert_array_equal(scores(popularity(seen), 3), [[1, 2, 0]] * 3)
+    undated = seen._replace(age=None)
+    np.testing.assert_array_equal(scores(popularity(undated, half_life=10.0), 3), [[1, 2, 0]] * 3)
+
+
 # Cosines of items: (0, 1) 1/sqrt 3, (1, 2) 2/sqrt 6, (1, 3) 1/sqrt 3, (2, 3) 1/sqrt 2, the others 0.
 A, B, C = 1 / 3**0.5, 2 / 6**0.5, 1 / 2**0.5
 

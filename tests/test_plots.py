@@ -46,3 +46,18 @@ def test_many_variants_stay_apart():
     """No two of as many variants as there are share colour and marker."""
     marks = {(plots.COLOURS[n % len(plots.COLOURS)], plots.MARKERS[n % len(plots.MARKERS)]) for n in range(30)}
     assert len(marks) == 30
+
+
+def test_settings_of_trials_and_the_best_one():
+    def trial(number: int, state: str, value: float | None, rate: float) -> dict:
+        return {"trial": number, "state": state, "value": value, "train.learning_rate": rate, "model.dim": 64}
+
+    trials = [trial(0, "complete", 0.2, 0.001), trial(1, "pruned", 0.9, 0.1), trial(2, "complete", 0.5, 0.01)]
+    figure = plots.by_setting([*trials, trial(3, "pruned", None, 1.0)], "ndcg@10")
+    rate, dim = figure.axes[:2]
+    assert [axes.get_xlabel() for axes in (rate, dim)] == ["train.learning_rate", "model.dim"]
+    assert (rate.get_xscale(), dim.get_xscale()) == ("log", "linear")
+    *dots, star = rate.lines
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots] == [(0.001, 0.2), (0.1, 0.9), (0.01, 0.5)]
+    assert [line.get_markerfacecolor() == "none" for line in dots] == [False, True, False]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.01, 0.5)  # an early stop is not the best

@@ -41,6 +41,24 @@ def grid(n_users: int, n_items: int) -> pa.Table:
     return table(user=user, item=item, timestamp=np.arange(n_users * n_items) * 7 % 101)
 
 
+def test_age_is_in_days_before_the_newest_observed_pair():
+    day = 86_400
+    times = [0, 3 * day, 5 * day, 90 * day, 100 * day]  # the last two are held out and set no clock
+    data = dataset(table(user=[0] * 5, item=range(5), timestamp=times))
+    parts = split(data, SplitConfig(kind="time", test=0.2, valid=0.2))
+    assert observe(data, parts).age.tolist() == [5, 2, 0]
+    assert observe(data, parts, ("train", "valid")).age.tolist() == [90, 87, 85, 0]
+
+
+@pytest.mark.parametrize("times", [None, [None] * 5, [None, 0, 86_400, None, 86_400]])
+def test_pairs_without_a_time_have_no_age(times):
+    columns = {} if times is None else {"timestamp": times}
+    data = dataset(table(user=[0] * 5, item=range(5), **columns))
+    parts = Split("random", *(np.array(rows) for rows in ([0, 1, 2], [3], [4])))
+    dated = times is not None and times[1] is not None
+    assert observe(data, parts).age.tolist() == ([0, 1, 0] if dated else [0, 0, 0])
+
+
 def test_time_cuts_between_instants():
     times = [5, 1, 2, 3, 4, 5, 5, 8, 9, 10]
     data = dataset(table(user=[0] * 10, item=range(10), timestamp=times))

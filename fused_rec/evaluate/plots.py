@@ -87,3 +87,36 @@ def by_slice(rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: 
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
         figure.suptitle(f"{title}: mean of seeds, bars from the worst to the best", x=0.01, ha="left", fontsize=9)
     return figure
+
+
+def by_setting(trials: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
+    """One panel a searched setting: the value of each trial over it, the best one marked, early stops hollow.
+
+    trials: of `fused_rec.train.sweep.history`; those without a value (diverged) are left out.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [trial for trial in trials if trial["value"] is not None]
+    settings = [name for name in shown[0] if "." in name]
+    best = max(shown, key=lambda trial: (trial["state"] == "complete", trial["value"]))
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(9.0, 2.4 * -(-len(settings) // 3)), dpi=150, layout="constrained")
+        panels = figure.subplots(-(-len(settings) // 3), min(3, len(settings)), squeeze=False, sharey=True)
+        for axes in panels.flat[len(settings) :]:
+            axes.set_axis_off()
+        for axes, name in zip(panels.flat, settings, strict=False):
+            for trial in shown:
+                face = COLOURS[0] if trial["state"] == "complete" else "none"
+                axes.plot(trial[name], trial["value"], "o", color=COLOURS[0], markerfacecolor=face, markersize=4)
+            axes.plot(best[name], best["value"], "*", color=COLOURS[1], markersize=11)
+            values = [trial[name] for trial in shown]
+            if min(values) > 0 and max(values) > 20 * min(values):
+                axes.set_xscale("log")
+            axes.set_xlabel(name)
+            axes.grid(color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        for axes in panels[:, 0]:
+            axes.set_ylabel(metric)
+        figure.suptitle(f"{len(shown)} trials on validation (star: best; hollow: stopped early)", x=0.01, ha="left")
+    return figure

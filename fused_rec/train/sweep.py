@@ -6,16 +6,18 @@ folder/
   turn.lock            held for moments by the process that begins or ends a trial
   trials/              checkpoints and a lock of each trial that is running; gone when it is over
   best.py, best.json   the best trial so far, as a file of experiments/configs and with its value
+  trials.png           values of all trials over their settings, where Matplotlib is installed
 """
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import digest
+from fused_rec.evaluate import plots
 from fused_rec.train.loop import NonFiniteLossError, check_config, claim, fit, write_json
 from fused_rec.train.prepare import Prepared, prepare, read
 
@@ -41,7 +44,10 @@ SPACE: Mapping[str, BaseDistribution] = {
     "model.id_dropout": FloatDistribution(0.0, 0.5),
     "model.holding_dropout": FloatDistribution(0.0, 0.7),
     "model.dim": CategoricalDistribution((64, 128, 256)),
+    "model.popularity": FloatDistribution(0.0, 1.2),
+    "train.contrast": FloatDistribution(0.005, 0.5, log=True),
 }
+ONLY_WHERE_ASKED = ("model.popularity", "train.contrast")  # 0 leaves a part out of the model; no trial adds it
 DOT_TEMPERATURE = FloatDistribution(0.05, 2.0, log=True)  # dot products are not bounded as cosines are
 JOURNAL, TURN, TRIALS, BEST = "journal.log", "turn.lock", "trials", "best"
 UNPRUNED = 5  # trials, and evaluations of each later one, before a trial can be stopped for being below the median
@@ -85,6 +91,11 @@ def space(config: Config) -> dict[str, BaseDistribution]:
         found["train.temperature"] = DOT_TEMPERATURE
     if config.model.variant == "text":
         found.pop("model.id_dropout", None)
+    if config.model.rounds == 0:
+        found.pop("model.holding_dropout", None)
+    for name in ONLY_WHERE_ASKED:
+        if not _settings(config, [name])[name]:
+            found.pop(name, None)
     return {name: _reaching(name, found[name], value) for name, value in _settings(config, found).items()}
 
 
@@ -211,6 +222,8 @@ def write_best(config: Config, folder: Path) -> Config:
     partial.write_text(as_source(chosen, said), encoding="utf-8")
     partial.replace(folder / f"{BEST}.py")
     write_json(folder / f"{BEST}.json", record | {"config": to_dict(chosen)})
+    if importlib.util.find_spec("matplotlib") is not None:
+        plots.by_setting(history(folder), config.train.metric).savefig(folder / "trials.png")
     return chosen
 
 
@@ -257,7 +270,7 @@ def changed(config: Config, settings: Mapping[str, Any]) -> Config:
     return from_dict(values)
 
 
-def _settings(config: Config, names: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Config, names: Iterable[str]) -> dict[str, Any]:
     values = to_dict(config)
     return {name: values[name.split(".")[0]][name.split(".")[1]] for name in names}
 
