@@ -9,7 +9,7 @@ from absl import app, flags
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and runs `main`; a fault of the input ends in its report instead of a traceback."""
+    """Parses the flags and runs `main`; a fault of the input, or a library not installed, ends in a report."""
     app.run(functools.partial(_reported, main), flags_parser=_parse)
 
 
@@ -29,7 +29,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
     try:
         main(argv)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if flags.FLAGS.verbosity > 0:
             raise
         print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)

@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     report = study(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
     print(f"\n{report['task']}; intervals 95 %, p adjusted after Holm\n")
+    if SEEDS.value == 1:
+        print("With one seed the intervals cover the choice of users only, not the noise of training.\n")
     print(Path(OUT.value, "compare.md").read_text(encoding="utf-8"))
     for name, why in report["skipped"].items():
         print(f"left out: {name}: {why}")

@@ -15,7 +15,6 @@ from ml_collections import config_flags
 
 from experiments import start
 from fused_rec.config import from_dict
-from fused_rec.train.sweep import history, importances, sweep
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
@@ -25,6 +24,8 @@ OUT = flags.DEFINE_string("out", None, "Folder of the sweep: its trials, best.py
 
 def main(argv: list[str]) -> None:
     """Parses the flags, sweeps, and prints what was found."""
+    from fused_rec.train.sweep import history, importances, sweep  # needs Optuna: here, its absence is told in one line
+
     config = from_dict(CONFIG.value.to_dict())
     if config.data.path:  # kept in best.py, which is used from other folders too
         path = str(Path(config.data.path).expanduser().resolve())

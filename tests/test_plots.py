@@ -5,7 +5,7 @@ import pytest
 
 from fused_rec.evaluate import plots
 
-pytest.importorskip("matplotlib", reason="figures need the extra: pip install 'fused_rec[plots]'")
+pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
 
 
 def entry(name: str, mean: float) -> dict:

@@ -128,7 +128,7 @@ def test_the_report_is_what_the_runs_left(compared):
 
 
 def test_figures_are_drawn_where_they_can_be(compared):
-    pytest.importorskip("matplotlib", reason="figures need the extra: pip install 'fused_rec[plots]'")
+    pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
     for name in ("compare.png", "slices.png"):
         assert (compared[0] / name).read_bytes().startswith(b"\x89PNG")
 

@@ -167,3 +167,16 @@ def test_settings_that_contradict_each_other_are_refused():
         ModelConfig(readout="heard", gates=False, rounds=0)
     with pytest.raises(ValueError, match=r"train\.contrast is 0\.1; it must be 0 where model\.rounds is 0"):
         Config(model=ModelConfig(rounds=0), train=TrainConfig(contrast=0.1))
+
+
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl"])
+def test_published_models_take_nothing_of_the_config_they_are_compared_with(name):
+    plain = variant(Config(), name)
+    noisy = dataclasses.replace(
+        Config(),
+        model=ModelConfig(popularity=1.0, half_life=90.0, noise=0.3, dim=256, id_dropout=0.4, score="cosine"),
+        train=dataclasses.replace(Config().train, contrast=0.5, temperature=0.05, learning_rate=0.5),
+    )
+    beside = variant(noisy, name)
+    assert beside.train == plain.train
+    assert dataclasses.replace(beside.model, half_life=0.0) == plain.model  # of no use without popularity

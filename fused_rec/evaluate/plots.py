@@ -1,4 +1,4 @@
-"""Figures of a comparison. Matplotlib is an extra (`pip install "fused_rec[plots]"`); saving is left to the caller."""
+"""Figures of a comparison. Matplotlib is an extra (`pip install -e ".[plots]"`); saving is left to the caller."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

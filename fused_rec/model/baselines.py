@@ -154,7 +154,7 @@ def als(seen: Seen, *, factors: int, regularisation: float, alpha: float, seed: 
         from implicit.cpu.als import AlternatingLeastSquares
         from threadpoolctl import threadpool_limits
     except ImportError as error:
-        raise ImportError("als needs the library implicit: pip install 'fused_rec[als]'") from error
+        raise ImportError("als needs the library implicit: pip install -e '.[als]'") from error
     history = seen.history()
     # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
     with threadpool_limits(1, "blas"):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -116,8 +117,8 @@ def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
     return users[batch] @ items.T
 
 
-def choose_settings(name: str, prepared: Prepared) -> dict[str, Any]:
-    """Of one of `BASELINES`, by validation NDCG@10 of the training part; the first of the best.
+def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> dict[str, Any]:
+    """Of one of `BASELINES`, by this metric on validation; the first of the best.
 
     prepared: of the training part alone, words and ties included.
 
@@ -129,24 +130,31 @@ def choose_settings(name: str, prepared: Prepared) -> dict[str, Any]:
             f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
             f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
         )
-    make, grid = BASELINES[name]
+    _, grid = BASELINES[name]
     if len(grid) == 1:
         return grid[0]
-    seen = _seen(prepared)
-    values = [measure(prepared, make(seen, **tried), "valid")["ndcg@10"] for tried in grid]
+    values = [measure(prepared, baseline(name, prepared, tried), "valid")[metric] for tried in grid]
     chosen = grid[int(np.argmax(values))]
     LOG.info("%s: validation chooses %s", name, chosen)
     return chosen
 
 
 def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
-    """One of `BASELINES`, made of all that `prepared` tells.
+    """One of `BASELINES`, made of all that `prepared` tells; a user of whom it knows nothing gets what is popular.
+
+    So would anyone serve it, and a table says by how much a model ranks better, not for how many it ranks at all.
 
     Raises:
       NotApplicableError: the tables tell nothing of what it needs.
     """
     make, _ = BASELINES[name]
-    return make(_seen(prepared), **settings)
+    return jax.tree_util.Partial(_popular_where_mute, make(_seen(prepared), **settings), prepared.task.popularity)
+
+
+def _popular_where_mute(scorer: Scorer, popularity: jax.Array, users: jax.Array) -> jax.Array:
+    scores = scorer(users)
+    mute = scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
+    return jnp.where(mute, popularity[None, :], scores)
 
 
 def _seen(prepared: Prepared) -> baselines.Seen:

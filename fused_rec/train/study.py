@@ -2,6 +2,7 @@
 
 out/
   runs/VARIANT/SEED/   as `fused_rec.train.loop.train` leaves it; a baseline has seed 0 and no checkpoints
+  runs-tuned-N/        the same with settings chosen by N trials
   sweeps/VARIANT/      trials that chose the variant's settings, where trials were asked for
   compare.json         all numbers; compare.md, compare.csv, compare.tex: their table
   compare.png, slices.png
@@ -53,12 +54,13 @@ class _Outcomes:
     task: str
     out: Path
     left: int
+    trials: int
     skipped: dict[str, str]
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def folder(self, name: str, seed: int) -> Path:
-        return self.out / "runs" / name / str(seed)
+        return self.out / (f"runs-tuned-{self.trials}" if self.trials else "runs") / name / str(seed)
 
     @contextlib.contextmanager
     def run(self, name: str, seed: int) -> Iterator[Path]:
@@ -111,7 +113,7 @@ def study(
     learned = {name: variant(config, name) for name in kept if name in VARIANTS}
     untrained = [name for name in kept if name in BASELINES]
     left = len(learned) * len(seeds) + len(untrained)
-    outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", Path(out), left, skipped)
+    outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", Path(out), left, trials, skipped)
     tables = digest(dataset)
     for name in untrained:
         _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
@@ -167,7 +169,8 @@ def applicable(
 ) -> tuple[list[str], dict[str, str]]:
     """Names to run, in their order, and why each other one is not. Raises ValueError where none is left."""
     observed = observe(dataset, parts_of)
-    there = {"text": bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
+    reads = config.model.variant != "graph"  # where no word is read, there is none to shuffle
+    there = {"text": reads and bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
     kept: list[str] = []
     skipped: dict[str, str] = {}
     configs: dict[Config, str] = {}
@@ -178,7 +181,7 @@ def applicable(
         absent = [what for what in VARIANTS[name].needs if not there[what]]
         settings = variant(config, name)
         if absent:
-            skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
+            skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}, or the config does not use it"
         elif settings in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
         else:
@@ -197,7 +200,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
     alone: the training part; seen: what may be seen before the test part is read.
     """
     began = time.monotonic()
-    settings = choose_settings(name, alone)
+    settings = choose_settings(name, alone, config.train.metric)
     score = baseline(name, seen, settings)
     seconds = time.monotonic() - began
     valid = measure(alone, score if seen is alone else baseline(name, alone, settings), "valid")
@@ -287,7 +290,7 @@ def _write(report: dict[str, Any], out: Path) -> None:
     for suffix, text in (("md", compare.markdown), ("csv", compare.csv_text), ("tex", compare.latex)):
         (out / f"compare.{suffix}").write_text(text(report, METRICS), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        LOG.warning('compare.png and slices.png need Matplotlib: pip install "fused_rec[plots]", then the same again')
+        LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')
         return
     if not any(entry["metrics"] for entry in report["summary"]):
         return

@@ -31,6 +31,7 @@ PLAIN_MODEL = {
     "score": "dot",
     "gates": False,
     "readout": "even",
+    "noise": 0.0,
     "popularity": 0.0,
     "affinity": False,
     "user_ids": True,
@@ -39,7 +40,7 @@ PLAIN_MODEL = {
     "id_scale": 0.01,  # rows that start short learn what is popular first, which few holdings tell best
 }
 PLAIN_GRAPH = {"attributes": (), "similar_text": 0, "ties": "none"}
-BPR = {"loss": "bpr", "temperature": 1.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
+BPR = {"loss": "bpr", "temperature": 1.0, "contrast": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
@@ -47,6 +48,7 @@ VARIANTS: dict[str, Variant] = {
     "text": Variant("words alone", {"model": {"variant": "text"}}, needs=("text",)),
     "no_ties": Variant("without ties", {"graph": {"ties": "none"}}, needs=("ties",)),
     "no_similar_text": Variant("without text neighbours", {"graph": {"similar_text": 0}}, needs=("text",)),
+    "no_popularity": Variant("towers alone", {"model": {"popularity": 0.0}}),
     "no_gates": Variant("relations weigh the same for every node", {"model": {"gates": False}}),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
     "random_text": Variant("random vectors for words", {"text": {"control": "random"}}, ("text",), control=True),
