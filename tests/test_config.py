@@ -113,7 +113,7 @@ def test_unknown_names_and_types(values, message):
         ("model", "popularity", float("nan"), "0 or more"),
         ("model", "id_scale", 0.0, "above 0"),
         ("train", "weight_decay", -0.1, "0 or more"),
-        ("train", "seed", -1, "0 or more"),
+        ("train", "seed", -1, "in [0, 2^31)"),
         ("train", "loss", "hinge", "one of ('softmax', 'sampled_softmax', 'bpr')"),
         ("train", "temperature", 0.0, "above 0"),
         ("train", "batch_users", 0, "at least 1"),

@@ -188,7 +188,7 @@ def test_a_failing_run_is_told_and_takes_no_other_down(tables, cache, tmp_path):
 
 
 def test_a_baseline_whose_library_is_missing_is_left_out(tables, compared, tmp_path, monkeypatch):
-    def without_library(name: str, prepared: object) -> dict:
+    def without_library(name: str, *_: object) -> dict:
         raise ImportError(f"{name} needs the library implicit")
 
     shutil.copytree(compared[0], tmp_path / "out")
@@ -216,7 +216,7 @@ def test_tuned_settings_are_those_trained(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(module.loop, "train", train)
     report = study(small(tables), ["fused", "no_ties"], [3, 4], tmp_path, trials=7)
     assert asked == [("sweeps/fused", 7), ("sweeps/no_ties", 7)]
-    assert trained == [(0.5, 3, "runs/fused/3"), (0.5, 4, "runs/fused/4")]
+    assert trained == [(0.5, 3, "runs-tuned-7/fused/3"), (0.5, 4, "runs-tuned-7/fused/4")]
     assert report["configs"]["fused"]["train"]["temperature"] == 0.5
     assert report["failures"] == [
         {"variant": "fused", "seed": 3, "message": "ArithmeticError: enough"},
@@ -237,6 +237,9 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
     kept, skipped = applicable(config, list(VARIANTS), *read(config))
     assert skipped["no_similar_text"] == "its settings are those of fused"
     assert {"rewired_ties", "shuffled_text", "text", "graph"} <= set(kept)
+    wordless = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="graph"))
+    _, skipped = applicable(wordless, list(VARIANTS), *read(wordless))
+    assert skipped["shuffled_text"] == skipped["random_text"] == "the config reads no words"
     with pytest.raises(ValueError, match="nothing is left to compare"):
         applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
 

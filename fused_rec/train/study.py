@@ -169,8 +169,7 @@ def applicable(
 ) -> tuple[list[str], dict[str, str]]:
     """Names to run, in their order, and why each other one is not. Raises ValueError where none is left."""
     observed = observe(dataset, parts_of)
-    reads = config.model.variant != "graph"  # where no word is read, there is none to shuffle
-    there = {"text": reads and bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
+    there = {"text": bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
     kept: list[str] = []
     skipped: dict[str, str] = {}
     configs: dict[Config, str] = {}
@@ -181,7 +180,9 @@ def applicable(
         absent = [what for what in VARIANTS[name].needs if not there[what]]
         settings = variant(config, name)
         if absent:
-            skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}, or the config does not use it"
+            skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
+        elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
+            skipped[name] = "the config reads no words"
         elif settings in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
         else:
