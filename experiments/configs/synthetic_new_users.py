@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=experiments/configs/synthetic_new_users.py --workdir=runs/synthetic_new_users
 
-The 400 new customers are known by what they say of themselves (355 of them) and by their referrals.
+The 400 new customers are known by what they say of themselves (360 of them) and by their referrals.
 """
 
 from experiments.configs import config_dict
