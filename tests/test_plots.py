@@ -58,6 +58,6 @@ def test_settings_of_trials_and_the_best_one():
     assert [axes.get_xlabel() for axes in (rate, dim)] == ["train.learning_rate", "model.dim"]
     assert (rate.get_xscale(), dim.get_xscale()) == ("log", "linear")
     *dots, star = rate.lines
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots] == [(0.001, 0.2), (0.1, 0.9), (0.01, 0.5)]
+    assert [tuple(np.concatenate(line.get_data())) for line in dots] == [(0.001, 0.2), (0.1, 0.9), (0.01, 0.5)]
     assert [line.get_markerfacecolor() == "none" for line in dots] == [False, True, False]
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.01, 0.5)  # an early stop is not the best
+    assert tuple(np.concatenate(star.get_data())) == (0.01, 0.5)  # an early stop is not the best

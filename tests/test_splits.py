@@ -54,7 +54,7 @@ def test_age_is_in_days_before_the_newest_observed_pair():
 def test_pairs_without_a_time_have_no_age(times):
     columns = {} if times is None else {"timestamp": times}
     data = dataset(table(user=[0] * 5, item=range(5), **columns))
-    parts = Split("random", *(np.array(rows) for rows in ([0, 1, 2], [3], [4])))
+    parts = Split("random", np.array([0, 1, 2]), np.array([3]), np.array([4]))
     dated = times is not None and times[1] is not None
     assert observe(data, parts).age.tolist() == ([0, 1, 0] if dated else [0, 0, 0])
 

@@ -131,9 +131,8 @@ def _age(interactions: pa.Table) -> Float32[np.ndarray, "E"]:
     if "timestamp" not in interactions.column_names or interactions.column("timestamp").null_count == len(interactions):
         return np.zeros(len(interactions), np.float32)
     times = interactions.column("timestamp")
-    newest = pc.max(times)
-    seconds = pc.subtract(newest, pc.fill_null(times, newest)).to_numpy()
-    return (seconds / SECONDS_A_DAY).astype(np.float32)
+    newest = int(times.drop_null().to_numpy().max())
+    return ((newest - times.fill_null(newest).to_numpy()) / SECONDS_A_DAY).astype(np.float32)
 
 
 def _hash(seed: int, user: Int32[np.ndarray, "E"], item: Int32[np.ndarray, "E"]) -> UInt64[np.ndarray, "E"]:

@@ -161,4 +161,5 @@ def _seen(prepared: Prepared) -> baselines.Seen:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.task.graph
     words = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
-    return baselines.Seen(observed.user, observed.item, dataset.n_users, dataset.n_items, *words, *ties, observed.age)
+    pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
+    return baselines.Seen(*pairs, *words, *ties, age=observed.age)
