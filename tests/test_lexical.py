@@ -55,9 +55,9 @@ def test_a_repeated_term_counts_by_its_logarithm():
     np.testing.assert_allclose(vectors @ vectors[1], [gold / np.hypot(gold, ore), 1, 0, 0, 0, 0], rtol=1e-5, atol=1e-6)
 
 
-def test_names_of_one_text_words_of_most_and_function_words_say_nothing():
+def test_names_of_one_text_and_words_of_most_say_nothing():
     more = [f"{text} Company{place}" for place, text in enumerate(CHAIN)]
-    more[:2] = [f"THE {text.upper()} of which" for text in more[:2]]  # in two texts, as the terms that count are
+    more[:2] = [text.upper() for text in more[:2]]
     more[2:] = [f"{text}, fund" for text in more[2:]]  # in four of six
     vectors = lexical_vectors(more, 10)
     np.testing.assert_allclose(vectors @ vectors.T, CHAIN_COSINES, atol=1e-6)
@@ -154,7 +154,7 @@ def test_counted_words_stand_beside_the_language_model(encoder, control):
 
 
 def test_without_counted_words_the_language_model_is_untouched(encoder, monkeypatch):
-    monkeypatch.setattr(preparing, "lexical_vectors", None)  # not to be called
+    monkeypatch.setattr(preparing, "side_by_side", None)  # not to be called
     _, vectors = preparing.encode(from_dict({"text": {"lexical": 0}}), texts_of(CHAIN))
     np.testing.assert_array_equal(vectors, encoder)
 

@@ -96,7 +96,8 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
         batch_tokens=config.text.batch_tokens,
         max_tokens=config.text.max_tokens,
     )
-    vectors = side_by_side(vectors, lexical)
+    if lexical.shape[1]:
+        vectors = side_by_side(vectors, lexical)
     return controls.shuffle_texts(texts, config.train.seed) if config.text.control == "shuffled" else texts, vectors
 
 
