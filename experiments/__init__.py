@@ -1,16 +1,30 @@
 """Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`."""
 
+import dataclasses
 import functools
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import ml_collections
 from absl import app, flags
+
+from fused_rec.config import Config, from_dict
 
 
 def start(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `main`; a fault of the input, or a library not installed, ends in a report."""
     app.run(functools.partial(_reported, main), flags_parser=_parse)
+
+
+def config_of(values: ml_collections.ConfigDict) -> Config:
+    """The config of a --config flag, its data path made absolute: runs keep it and are opened from elsewhere."""
+    config = from_dict(values.to_dict())
+    if not config.data.path:
+        return config
+    path = str(Path(config.data.path).expanduser().resolve())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
 
 
 def _parse(argv: list[str]) -> list[str]:

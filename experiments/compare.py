@@ -6,7 +6,6 @@ Each variant is trained with each seed (train.seed; the split keeps its own); ru
 so the same command resumes, and more variants or seeds add to what there is.
 """
 
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -14,8 +13,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments import start
-from fused_rec.config import from_dict
+from experiments import config_of, start
 from fused_rec.train.measure import BASELINES
 from fused_rec.train.study import check_names, study
 from fused_rec.train.variants import VARIANTS
@@ -36,10 +34,7 @@ def main(argv: list[str]) -> None:
         check_names(NAMES.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    config = from_dict(CONFIG.value.to_dict())
-    if config.data.path:  # kept with the runs, which are opened from other folders too
-        path = str(Path(config.data.path).expanduser().resolve())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    config = config_of(CONFIG.value)
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
     report = study(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
     print(f"\n{report['task']}; intervals 95 %, p adjusted after Holm\n")

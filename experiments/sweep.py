@@ -6,15 +6,13 @@ Any number of processes, on any hosts that see the folder, work on the same tria
 sweep that was stopped goes on. OUT/best.py is the best config; the test part is never read.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import start
-from fused_rec.config import from_dict
+from experiments import config_of, start
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
@@ -26,10 +24,7 @@ def main(argv: list[str]) -> None:
     """Parses the flags, sweeps, and prints what was found."""
     from fused_rec.train.sweep import history, importances, sweep  # needs Optuna: here, its absence is told in one line
 
-    config = from_dict(CONFIG.value.to_dict())
-    if config.data.path:  # kept in best.py, which is used from other folders too
-        path = str(Path(config.data.path).expanduser().resolve())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    config = config_of(CONFIG.value)
     folder = Path(OUT.value)
     sweep(config, folder, TRIALS.value)
     best = json.loads((folder / "best.json").read_text(encoding="utf-8"))

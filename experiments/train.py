@@ -5,14 +5,10 @@
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
 """
 
-import dataclasses
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import start
-from fused_rec.config import from_dict
+from experiments import config_of, start
 from fused_rec.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
@@ -23,10 +19,7 @@ SHOWN = ("recall@10", "ndcg@10", "accuracy")
 
 def main(argv: list[str]) -> None:
     """Parses the flags, trains, and prints where things lie."""
-    config = from_dict(CONFIG.value.to_dict())
-    if config.data.path:  # kept in the workdir, which is opened from other folders too
-        path = str(Path(config.data.path).expanduser().resolve())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    config = config_of(CONFIG.value)
     results = train(config, WORKDIR.value)
     for part in ("valid", "test"):
         print(
