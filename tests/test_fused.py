@@ -63,10 +63,9 @@ def out(config, params, graph=None, dropout=None) -> tuple[np.ndarray, np.ndarra
 
 
 def id_rows(params, node_type):
-    """Id rows as they enter: item 5, which nobody holds, has none."""
+    """Id rows as they enter: item 5, which nobody holds, and user 6, who hears nobody, have none."""
     rows = np.array(params[f"id_{node_type}"])
-    if node_type == ITEM:
-        rows[5] = 0
+    rows[{USER: [6], ITEM: [5]}.get(node_type, [])] = 0
     return rows
 
 
@@ -194,19 +193,19 @@ def test_dropout_leaves_out_whole_id_rows():
     params = start(config)
     users, items = out(config, params)
     same((users, items), (id_rows(params, USER), id_rows(params, ITEM)))
-    items = items[:5]
+    users, items = users[:6], items[:5]
     kept = []
     for seed in range(20):
         dropped = out(config, params, dropout=jax.random.key(seed))
-        dropped = dropped[0], dropped[1][:5]  # item 5 is held by nobody
+        dropped = dropped[0][:6], dropped[1][:5]  # the last of each have no rows
         for rows, ids in zip(dropped, (users, items), strict=True):
             there = np.any(rows, axis=1)
             np.testing.assert_allclose(rows, there[:, None] * ids / 0.75, rtol=1e-5)
             kept.append(there)
-    assert 0.65 < np.concatenate(kept).mean() < 0.85  # of 240 rows, standard deviation .028
+    assert 0.65 < np.concatenate(kept).mean() < 0.85  # of 220 rows, standard deviation .029
     assert len({tuple(there) for there in kept}) > 10
     again = out(config, params, dropout=jax.random.key(19))
-    same(dropped, (again[0], again[1][:5]), atol=0)
+    same(dropped, (again[0][:6], again[1][:5]), atol=0)
     never = dataclasses.replace(config, id_dropout=0.0)
     same(out(never, params, dropout=jax.random.key(0)), out(config, params), atol=0)
 
@@ -355,6 +354,17 @@ def test_the_id_row_of_an_item_that_nobody_holds_counts_for_nothing(config):
     assert not slope(config, params)["id_item"][5].any()
     held = {**params, "id_item": params["id_item"].at[4].add(10.0)}
     assert np.abs(out(config, held)[1][4] - out(config, params)[1][4]).max() > 0.1
+
+
+@pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
+def test_the_id_row_of_a_user_who_hears_nobody_counts_for_nothing(config):
+    params = anywhere(config)
+    other = {**params, "id_user": params["id_user"].at[6].add(10.0)}
+    for mine, theirs in zip(out(config, params), out(config, other), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not slope(config, params)["id_user"][6].any()
+    heard = {**params, "id_user": params["id_user"].at[5].add(10.0)}
+    assert np.abs(out(config, heard)[0][5] - out(config, params)[0][5]).max() > 0.1
 
 
 # --- two towers ----------------------------------------------------------------------------------------------------

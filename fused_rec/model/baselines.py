@@ -77,8 +77,15 @@ def popularity(seen: Seen, *, half_life: float = 0) -> Partial:
 def counted(
     item: Int[np.ndarray, "E"], age: Float[np.ndarray, "E"], half_life: float, n_items: int
 ) -> Float32[np.ndarray, "I"]:
-    """How many interactions each item has, one of `half_life` days counting half; of half_life 0 all in full."""
-    weight = np.exp2(-np.asarray(age, np.float64) / half_life) if half_life else None
+    """How many interactions each item has, one of `half_life` days counting half; of half_life 0 all in full.
+
+    Aged counts are scaled so that they add up to E as full ones do: what log(1 + count) makes of them then depends on
+    the items' proportions and not on how long ago the tables ended.
+    """
+    weight = None
+    if half_life and len(item):
+        weight = np.exp2(-np.asarray(age, np.float64) / half_life)  # the newest has age 0: the sum is at least 1
+        weight *= len(item) / weight.sum()
     return np.bincount(item, weight, minlength=n_items).astype(np.float32)
 
 

@@ -90,8 +90,10 @@ class FusedRec(nn.Module):
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
     ) -> Vectors:
         ids, words = self.inputs(graph, dropout)
-        # No holding has trained the row of an item that nobody holds: it would be noise.
+        # Nothing has trained the row of an item that nobody holds, or of a user who hears nobody: it would be noise.
         ids[ITEM] = ids[ITEM] * (holders(adjacencies) > 0)[:, None]
+        hears = [_degree(adjacencies[r]) for r in heard_relations(self.config, graph) if r.target == USER]
+        ids[USER] = ids[USER] * (sum(hears, jnp.zeros(len(ids[USER]))) > 0)[:, None]
         coefficients = self.coefficients(graph, _leave_out(self.config.holding_dropout, adjacencies, dropout))
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         noise = None
@@ -136,8 +138,7 @@ class FusedRec(nn.Module):
             if config.affinity and uses_words and {relation.source, relation.target} <= {USER, ITEM}:
                 affinity = Affinity(name=f"affinity_{relation}")
                 edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target)
-            degree = jnp.diff(hears.receiver_start).astype(jnp.float32)
-            gate[relation] = self.gate(f"gate_{relation}", levels, target, degree)
+            gate[relation] = self.gate(f"gate_{relation}", levels, target, _degree(hears))
         if uses_words:
             for node_type in (USER, ITEM):
                 text = graph.text(node_type)
@@ -159,7 +160,11 @@ class FusedRec(nn.Module):
 
 def holders(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
     """How many users are seen to hold each item."""
-    return jnp.diff(adjacencies[HOLDS].receiver_start).astype(jnp.float32)
+    return _degree(adjacencies[HOLDS])
+
+
+def _degree(adjacency: Adjacency) -> Float32[Array, "n"]:
+    return jnp.diff(adjacency.receiver_start).astype(jnp.float32)
 
 
 def _leave_out(
