@@ -14,5 +14,6 @@ def get_config():
         data={"name": "lastfm_sociallgn"},
         split={"kind": "published"},
         text={"lexical": 0},
+        model={"holding_dropout": 0.3},
         train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": True},
     )
