@@ -46,9 +46,10 @@ def test_popularity_by_hand():
 
 def test_older_interactions_count_less():
     """Half-life of ten days: ages 0, 10 and 20 days weigh as 4 : 2 : 1, and add up to three as they do without one."""
-    seen = Seen(np.array([0, 1, 2]), np.array([0, 1, 1]), 3, 3, age=np.array([20, 0, 10], np.float32))
+    age = np.array([20, 0, 10], np.float32)
+    seen = Seen(np.array([0, 1, 2]), np.array([0, 1, 1]), 3, 3, age=age)
     np.testing.assert_allclose(scores(popularity(seen, half_life=10.0), 3), [[3 / 7, 18 / 7, 0]] * 3, rtol=1e-6)
-    later = seen._replace(age=seen.age + 30)
+    later = seen._replace(age=age + 30)
     np.testing.assert_allclose(scores(popularity(later, half_life=10.0), 3), [[3 / 7, 18 / 7, 0]] * 3, rtol=1e-6)
     np.testing.assert_array_equal(scores(popularity(seen), 3), [[1, 2, 0]] * 3)
     undated = seen._replace(age=None)

@@ -12,6 +12,7 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
+from fused_rec.devices import Shards
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
 from fused_rec.graph.hetero import Edges, Relation, hetero_graph
 from fused_rec.graph.propagate import adjacencies, adjacency
@@ -127,18 +128,18 @@ def test_whose_output_follows_the_words(config, hears_words):
 @pytest.mark.parametrize("by_node", [True, False])
 def test_gates_start_at_one(by_node):
     text, degree = tiny.graph().text(USER), jnp.array([0.0, 1, 2, 3, 5, 8, 0])
-    gate, params = Gate(2, by_node).init_with_output(jax.random.key(0), text, degree)
+    gate, params = Gate(2, by_node).init_with_output(jax.random.key(0), text, jnp.log1p(degree))
     assert (gate == jnp.ones((2, 7))).all()
     assert set(params["params"]) == ({"level", "view", "weight"} if by_node else {"level"})
 
 
 def test_gates_by_hand():
-    text, degree = jnp.array([[1.0], [0.0]]), jnp.array([0.0, 3.0])
-    params = Gate(1, True).init(jax.random.key(0), text, degree)["params"]
-    # The view is 16 numbers of the words, whether there are any, and the log degree: log 1 and log 4, at -1 and +1.
+    text, log_degree = jnp.array([[1.0], [0.0]]), jnp.array([-1.0, 1.0])
+    params = Gate(1, True).init(jax.random.key(0), text, log_degree)["params"]
+    # The view is 16 numbers of the words, whether there are any, and the log degree.
     weight = jnp.zeros((18, 1)).at[16].set(2).at[17].set(-3)
     gate: Any = Gate(1, True).apply(
-        {"params": {**params, "level": jnp.log(jnp.array([5.0])), "weight": {"kernel": weight}}}, text, degree
+        {"params": {**params, "level": jnp.log(jnp.array([5.0])), "weight": {"kernel": weight}}}, text, log_degree
     )
     # 5 * 2 sigmoid(2 * 1 - 3 * -1) and 5 * 2 sigmoid(2 * 0 - 3 * 1)
     np.testing.assert_allclose(gate, [[10 / (1 + np.exp(-5)), 10 / (1 + np.exp(3))]], rtol=1e-4)
@@ -146,7 +147,8 @@ def test_gates_by_hand():
 
 def test_affinities_start_at_one():
     graph = tiny.graph()
-    factor, _ = Affinity().init_with_output(jax.random.key(0), hears()[HOLDS], graph.text(USER), graph.text(ITEM))
+    words = graph.text(USER), graph.text(ITEM)
+    factor, _ = Affinity().init_with_output(jax.random.key(0), hears()[HOLDS], *words, Shards())
     assert (factor == jnp.ones(len(tiny.HELD))).all()
 
 
@@ -155,7 +157,7 @@ def test_affinity_by_hand():
     # Edge 1 -> 0: <Q t_0, K t_1> = 16 views of 0.05 * 2 times 0.25 * 3 = 1.2.
     params = {"query": {"kernel": jnp.full((1, 16), 0.05)}, "key": {"kernel": jnp.full((1, 16), 0.25)}}
     text = jnp.array([[2.0], [3.0]])
-    factor: Any = Affinity().apply({"params": params}, hears, text, text)
+    factor: Any = Affinity().apply({"params": params}, hears, text, text, Shards())
     np.testing.assert_allclose(factor, [2 / (1 + np.exp(-1.2))], rtol=1e-6)
 
 

@@ -15,7 +15,7 @@ PACKAGE = "fused_rec"
 
 # Each package imports only from itself and from those before it. `evaluate` comes before `train` because the training
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
-LAYERS = ("config", "data", "text", "graph", "model", "evaluate", "train", "explain")
+LAYERS = ("config", "devices", "data", "text", "graph", "model", "evaluate", "train", "explain")
 
 # The only places that touch files, the network, other processes or the terminal.
 IO_ALLOWED = (
@@ -65,7 +65,7 @@ ONLY_IN = {
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),
     "experiments": ("experiments/*",),
 }
-PMAP_ONLY_IN = ("train/parallel.py",)
+PMAP_ONLY_IN = ("devices.py",)
 FORBIDDEN_BUILTINS = {"eval", "exec"}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 

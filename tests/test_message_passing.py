@@ -160,11 +160,13 @@ def test_both_backends_agree():
 
 def test_noise_has_its_length_and_the_signs_of_the_row():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
-    step = np.asarray(noise_like(x, 0.2, jax.random.key(0)))
+    step = np.asarray(noise_like(x, 0.2, jax.random.key(0), jnp.arange(50)))
     np.testing.assert_allclose(np.linalg.norm(step, axis=1), 0.2, rtol=1e-5)
     np.testing.assert_array_equal(np.sign(step), np.sign(x))
     assert len(np.unique(step)) == step.size  # not one draw for all rows
-    assert not np.asarray(noise_like(jnp.zeros((2, 8)), 0.2, jax.random.key(0))).any()
+    assert not np.asarray(noise_like(jnp.zeros((2, 8)), 0.2, jax.random.key(0), jnp.arange(2))).any()
+    some = noise_like(x[3::7], 0.2, jax.random.key(0), jnp.arange(3, 50, 7))
+    np.testing.assert_array_equal(some, step[3::7])  # a row's draw is its own, whichever device makes it
 
 
 def test_every_round_gets_its_own_noise_and_passes_it_on():

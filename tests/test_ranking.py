@@ -252,7 +252,7 @@ def test_new_parameters_and_the_last_batch_need_no_compilation():
         top_k(
             Partial(score, jnp.arange(50.0).reshape(10, 5) * scale), np.arange(10), seen=seen, n_items=5, k=2, batch=4
         )
-    assert traced == [(4,)]
+    assert len(traced) == 1
 
 
 def test_half_precision_scores_are_ranked():

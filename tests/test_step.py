@@ -27,14 +27,15 @@ from fused_rec.config import (
     Variant,
 )
 from fused_rec.data.batches import Batch, batch, holdings, steps_per_epoch
+from fused_rec.devices import AXIS
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
 from fused_rec.graph.hetero import hetero_graph
-from fused_rec.graph.propagate import Backend, adjacencies
+from fused_rec.graph.propagate import Backend, adjacencies, divide
 from fused_rec.model.fused import FusedRec, holders
 from fused_rec.train import parallel
 from fused_rec.train import step as step_module
-from fused_rec.train.parallel import parallel_step, replicate, split_batch
-from fused_rec.train.step import AXIS, Task, TrainState, embed, init, optimiser, program, train_step
+from fused_rec.train.parallel import divide_state, divide_task, parallel_step, split_batch, task_axes, whole_state
+from fused_rec.train.step import Task, TrainState, axes, embed, init, optimiser, program, train_step
 
 # Six users hold something: batches of five, then of one; five go to two or four devices only with padding.
 BATCH_USERS = 5
@@ -86,13 +87,13 @@ def start(config) -> TrainState:
 
 def trained(step, config, devices, steps):
     """Losses of all steps and the last parameters."""
-    task, state = (replicate(tree, devices) for tree in (task_of(), start(config)))
+    task, state, whole = divide_task(task_of(), devices), divide_state(start(config), devices), start(config)
     losses = []
     for number in range(steps):
         state, loss = step(state, task, batch_of(number))
         losses.append(loss)
     assert int(state.step) == steps
-    return np.array(losses), jax.device_get(state.params)
+    return np.array(losses), whole_state(state, whole, devices).params
 
 
 def test_the_batches_are_uneven():
@@ -116,7 +117,7 @@ def test_any_number_of_devices_gives_the_same(variant, loss, monkeypatch):
     parallel._mapped_step.cache_clear()  # of programs with another optimiser
     config = config_of(variant, loss, learning_rate=0.02, temperature=1.0)
     results = []
-    for devices in (1, 2, 4):
+    for devices in (1, 2, 4, 8):
         results.append(trained(parallel_step(config, devices), config, devices, 50))
     alone, params = results[0]
     parallel._mapped_step.cache_clear()
@@ -130,18 +131,40 @@ def test_any_number_of_devices_gives_the_same(variant, loss, monkeypatch):
 
 
 def check_replication(config):
-    """Traces the step under shard_map, which refuses an output that may differ between devices."""
-    mapped = jax.shard_map(
-        functools.partial(train_step, config),
-        mesh=Mesh(np.array(jax.devices()), (AXIS,)),
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(AXIS)),
-        out_specs=PartitionSpec(),
-        check_vma=True,
-    )
-    task = task_of("segment")  # jaxlib's CSR product has no rule for the check
-    state = jax.eval_shape(functools.partial(init, config), task)
-    users = Batch(*(part.reshape(-1, *part.shape[2:]) for part in split_batch(batch_of(0), 4)))
-    return state, jax.eval_shape(mapped, state, task, users)
+    """Traces the step under shard_map, which refuses an output that may differ between devices.
+
+    There a divided array keeps its axis of devices, of length one, on the device.
+    """
+    whole, task = start(config), divide_task(task_of("segment"))  # jaxlib's CSR product has no rule for the check
+    arguments = divide_state(whole), task, split_batch(batch_of(0))
+    at = axes(whole), task_axes(task), 0
+
+    def step(*arguments):
+        (state, loss) = train_step(config, *each(lambda axis, x: jnp.squeeze(x, axis), at, arguments))
+        return each(jnp.expand_dims, at[0], state, swap=True), loss
+
+    def each(function, axes, tree, swap=False):
+        def leaf(axis, x):
+            return x if axis is None else function(x, axis) if swap else function(axis, x)
+
+        return jax.tree.map(
+            lambda axis, part: jax.tree.map(functools.partial(leaf, axis), part),
+            axes,
+            tree,
+            is_leaf=lambda axis: axis is None,
+        )
+
+    def specs(axes):
+        return jax.tree.map(
+            lambda axis: PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS),
+            axes,
+            is_leaf=lambda axis: axis is None,
+        )
+
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    out_specs = specs(at[0]), PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs(at), out_specs=out_specs, check_vma=True)
+    return arguments[0], jax.eval_shape(mapped, *arguments)
 
 
 @pytest.mark.parametrize(("variant", "loss"), PAIRS)
@@ -186,11 +209,39 @@ def test_split_batch_by_hand():
     assert split_batch(whole, 4).users.tolist() == [[7], [8], [9], [0]]
 
 
-def test_replicate_puts_a_whole_copy_on_each_device():
-    for devices in (None, 1, 2):
-        array = replicate({"x": np.arange(3)}, devices)["x"]
-        assert array.sharding.is_fully_replicated
-        assert array.sharding.device_set == set(jax.local_devices()[:devices])
+@pytest.mark.parametrize("devices", [None, 1, 2, 4])
+def test_devices_share_id_rows_and_have_the_rest_whole(devices):
+    whole, count = start(LEARNING), len(jax.devices()[:devices])
+    state = divide_state(whole, devices)
+    for (path, leaf), original in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(whole), strict=True):
+        if "id_" in jax.tree_util.keystr(path):
+            assert leaf.shape == (-(-len(original) // count), count, *original.shape[1:])
+            for row in range(len(original)):
+                np.testing.assert_array_equal(leaf[row // count, row % count], original[row])
+            assert [shard.data.shape[1] for shard in leaf.addressable_shards] == [1] * count
+        else:
+            assert leaf.sharding.is_fully_replicated
+            np.testing.assert_array_equal(leaf, original)
+        assert leaf.sharding.device_set == set(jax.devices()[:devices])
+    jax.tree.map(np.testing.assert_array_equal, whole_state(state, whole, devices), whole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_devices_share_the_edges_by_receiver(count):
+    """Together they have every edge once, each where its receiver's row is."""
+    for relation, hears in task_of().adjacencies.items():
+        found = []
+        for device, own in enumerate(divide(hears, count)):
+            real = own.weight != 0
+            assert len(real) == len(divide(hears, count)[0].weight)
+            receivers = own.receivers[real] * count + device
+            found += zip(own.senders[real].tolist(), receivers.tolist(), own.weight[real].tolist(), strict=True)
+            assert (np.diff(own.receivers) >= 0).all()
+            assert (np.diff(own.senders[own.by_sender]) >= 0).all()
+            assert own.receiver_start[-1] == own.sender_start[-1] == real.sum()
+            assert own.receivers[~real].tolist() == [len(own.receiver_start) - 1] * (~real).sum()
+        edges = zip(hears.senders.tolist(), hears.receivers.tolist(), hears.weight.tolist(), strict=True)
+        assert sorted(found) == sorted(edges), relation
 
 
 # --- learning ------------------------------------------------------------------------------------------------------
@@ -212,7 +263,7 @@ def learner():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fused_rec.train.parallel.train_step", counted)
         step = parallel_step(LEARNING)
-    trained(step, LEARNING, None, 1)
+        trained(step, LEARNING, None, 1)
     return step, traces
 
 
@@ -244,9 +295,9 @@ def test_it_learns_and_repeats_itself(learner):
 def test_one_step_lowers_the_loss_of_its_batch(learner):
     """Seen again at step 0, so that dropout leaves out the same rows."""
     step, _ = learner
-    task, state = (replicate(tree) for tree in (task_of(), start(LEARNING)))
+    task, state = divide_task(task_of()), divide_state(start(LEARNING))
     state, before = step(state, task, batch_of(0))
-    state, after = step(dataclasses.replace(state, step=replicate(jnp.int32(0))), task, batch_of(0))
+    state, after = step(dataclasses.replace(state, step=divide_state(jnp.int32(0))), task, batch_of(0))
     assert float(after) < float(before)
 
 
@@ -256,14 +307,14 @@ def test_dropout_follows_the_step(learner):
     losses = []
     for number in (0, 1, 2):
         state = dataclasses.replace(start(LEARNING), step=jnp.int32(number))
-        task, state = (replicate(tree) for tree in (task_of(), state))
+        task, state = divide_task(task_of()), divide_state(state)
         losses.append(float(step(state, task, batch_of(0))[1]))
     assert len(set(losses)) == 3
 
 
 def test_the_state_that_goes_in_is_given_up(learner):
     step, _ = learner
-    task, state = (replicate(tree) for tree in (task_of(), start(LEARNING)))
+    task, state = divide_task(task_of()), divide_state(start(LEARNING))
     step(state, task, batch_of(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(task))
@@ -319,8 +370,6 @@ SAME_PROGRAM = [
 def test_what_a_step_does_not_depend_on_makes_no_other_program(config):
     assert config != LEARNING
     assert program(config) == program(LEARNING)
-    assert parallel_step(config) is parallel_step(LEARNING)
-    assert parallel_step(config, 2) is not parallel_step(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -361,10 +410,8 @@ def test_another_seed_is_another_run_and_the_same_each_time(learner):
     assert (losses != others).all()
     assert not np.array_equal(params["main"]["id_item"], other_params["main"]["id_item"])
     parallel._mapped_step.cache_clear()
-    own = parallel_step(OTHER)
+    again, same = trained(parallel_step(OTHER), OTHER, None, 6)
     parallel._mapped_step.cache_clear()
-    assert own is not step
-    again, same = trained(own, OTHER, None, 6)
     np.testing.assert_array_equal(again, others)
     jax.tree.map(np.testing.assert_array_equal, same, other_params)
 
@@ -375,7 +422,7 @@ def test_dropout_follows_the_seed(learner):
     losses = []
     for seed in (0, 1, 2, 0):
         state = dataclasses.replace(start(LEARNING), seed=jnp.int32(seed))
-        task, state = (replicate(tree) for tree in (task_of(), state))
+        task, state = divide_task(task_of()), divide_state(state)
         state, loss = step(state, task, batch_of(0))
         assert int(state.seed) == seed
         losses.append(float(loss))
@@ -436,9 +483,8 @@ def two_towers():
 
 def one_step(step, params):
     state = dataclasses.replace(start(TWO), params=jax.tree.map(jnp.array, params))
-    task, state = (replicate(tree, 2) for tree in (task_of(), state))
-    state, loss = step(state, task, batch_of(0))
-    return jax.device_get(state.params), float(loss)
+    divided, loss = step(divide_state(state, 2), divide_task(task_of(), 2), batch_of(0))
+    return whole_state(divided, state, 2).params, float(loss)
 
 
 def test_the_loss_is_the_sum_of_the_towers_own(two_towers):

@@ -17,7 +17,7 @@ from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.propagate import adjacencies
 from fused_rec.model.fused import FIRST_ROUND, Towers, holders
 from fused_rec.train import step as step_module
-from fused_rec.train.parallel import parallel_step, replicate
+from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.step import Task, embed, init
 from fused_rec.train.variants import variant
 
@@ -50,8 +50,9 @@ def task_of(name: str) -> Task:
 
 
 def rows_of(params) -> np.ndarray:
-    """Id rows of users, then of items; the row of an item that nobody holds counts for nothing."""
-    return np.concatenate([params["main"]["id_user"], params["main"]["id_item"] * PRESENT[:, None]])
+    """Id rows of users, then of items; those of user 6, who hears nobody, and of items nobody holds count for nothing."""
+    users = params["main"]["id_user"] * (np.arange(USERS) < 6)[:, None]
+    return np.concatenate([users, params["main"]["id_item"] * PRESENT[:, None]])
 
 
 def matrix(ties: bool = False) -> np.ndarray:
@@ -116,12 +117,13 @@ def batch_of(number: int) -> Batch:
 
 def steps(config: Config, devices: int, count: int):
     task = task_of("xsimgcl")
-    task, state = (replicate(tree, devices) for tree in (task, init(config, task)))
+    whole = init(config, task)
+    task, state = divide_task(task, devices), divide_state(whole, devices)
     step, losses = parallel_step(config, devices), []
     for number in range(count):
         state, loss = step(state, task, batch_of(number))
         losses.append(float(loss))
-    return losses, jax.device_get(state.params)
+    return losses, whole_state(state, whole, devices).params
 
 
 def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
+from fused_rec.devices import ROWS, AnyArray, Shards, by_rows, over_devices, places, put, used
 from fused_rec.evaluate import metrics
 
 Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
@@ -25,7 +26,7 @@ so new parameters need no new compilation. A closure works too, compiles once fo
 alive, arrays included, by JAX's compilation cache.
 """
 
-BATCH = 256  # users; 256 x 40,981 scores are 42 MB, and about five such arrays live at once
+BATCH = 256  # users a device; 256 x 40,981 scores are 42 MB, and about five such arrays live at once
 TOP = 10  # ranks that coverage and novelty look at
 
 
@@ -93,8 +94,8 @@ def mean(per_user: PerUser) -> dict[str, float]:
 class _Rows(NamedTuple):
     """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
 
-    starts: Int32[Array, "rows"]
-    items: Int32[Array, "F"]
+    starts: Int32[AnyArray, "rows"]
+    items: Int32[AnyArray, "F"]
 
     def mask(self, n_items: int) -> Bool[Array, "B I"]:
         n_rows = self.starts.shape[0] - 1
@@ -103,15 +104,20 @@ class _Rows(NamedTuple):
         return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
 
 
-def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"]) -> Iterator[_Rows]:
-    sizes = sets.sizes[batches]
+def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[_Rows]:
+    """Of each batch the rows of this process's devices, stacked."""
+    count = len(used(devices))
+    sizes = sets.sizes[batches].reshape(len(batches), -1, count)
     width = max(1, int(sizes.sum(1).max()))
     for users, size in zip(batches, sizes, strict=True):
-        starts = np.concatenate([[0], np.cumsum(size)])
-        items = np.zeros(width, np.int32)
-        source = np.repeat(sets.indptr[users] - starts[:-1], size) + np.arange(starts[-1])
-        items[: starts[-1]] = sets.items[source]
-        yield _Rows(jnp.asarray(starts, jnp.int32), jnp.asarray(items))
+        stacked = []
+        for place in places(devices):
+            own, starts = size[:, place], np.concatenate([[0], np.cumsum(size[:, place])])
+            items = np.zeros(width, np.int32)
+            source = np.repeat(sets.indptr[users[place::count]] - starts[:-1], own) + np.arange(starts[-1])
+            items[: starts[-1]] = sets.items[source]
+            stacked.append((starts.astype(np.int32), items))
+        yield _Rows(*map(np.stack, zip(*stacked, strict=True)))
 
 
 class _Ranked(NamedTuple):
@@ -142,14 +148,23 @@ def _rank(scorer, users, seen: _Rows, allowed, order, k: int) -> _Ranked:
     return _Ranked(scores, eligible, items, top, finite)
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _top_batch(scorer, users, seen, allowed, order, *, k):
+@functools.lru_cache(maxsize=16)
+def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
+    """`function` of (what every device has, users and their sets), each device with its rows of the batch."""
+    shards = Shards(len(used(devices)))
+
+    def whole(common, users, sets):
+        return jax.tree.map(shards.whole, function(*common, users, *sets, **static))
+
+    return over_devices(whole, devices, in_axes=(None, ROWS, 0), out_axes=None)
+
+
+def _top_batch(scorer, allowed, order, users, seen, *, k):
     ranked = _rank(scorer, users, seen, allowed, order, k)
     return ranked.items, ranked.top, ranked.finite
 
 
-@functools.partial(jax.jit, static_argnames=("ks", "n_users"))
-def _measure_batch(scorer, users, seen, truth, allowed, order, item_counts, *, ks, n_users):
+def _measure_batch(scorer, allowed, order, item_counts, users, seen, truth, *, ks, n_users):
     ranked = _rank(scorer, users, seen, allowed, order, max(*ks, TOP))
     relevant = truth.mask(allowed.shape[0])
     hits = jnp.take_along_axis(relevant, jnp.maximum(ranked.items, 0), axis=1) & (ranked.items >= 0)
@@ -173,6 +188,7 @@ def top_k(
     batch: int = BATCH,
     seed: int = 0,
     progress: bool = False,
+    devices: int | None = None,
 ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
     """The k best unseen candidates of each user, best first, and their scores.
 
@@ -186,9 +202,10 @@ def top_k(
         n_items: I.
         k: ranks wanted; may exceed what remains.
         candidates: items that may be recommended; None means all.
-        batch: users scored together. The last batch is padded, so one compilation serves all.
+        batch: users that a device scores together. The last batch is padded, so one compilation serves all.
         seed: of the permutation that orders equal scores.
         progress: show a bar.
+        devices: the first so many share the users; None means all.
 
     Returns:
         Items and scores; -1 and -inf where fewer than k remain.
@@ -205,12 +222,13 @@ def top_k(
     items, scores = np.full((len(users), k), -1, np.int32), np.full((len(users), k), -np.inf, np.float32)
     if len(users) == 0:
         return items, scores
-    batches = _pad_to_batches(users, batch)
-    scorer = as_argument(scorer)
+    batches = _pad_to_batches(users, batch, devices)
+    common = put((as_argument(scorer), allowed, order), None, devices)
+    mapped = _mapped(_top_batch, devices, k=k)
     bar = tqdm(batches, desc="rank", unit="batch", disable=not progress)
     done = 0
-    for rows, seen_rows in zip(bar, _rows(seen, batches), strict=True):
-        found = jax.device_get(_top_batch(scorer, jnp.asarray(rows), seen_rows, allowed, order, k=k))
+    for rows, seen_rows in zip(bar, _rows(seen, batches, devices), strict=True):
+        found = jax.device_get(mapped(common, by_rows(rows, devices), (seen_rows,)))
         _check_finite(rows, found[2])
         n = min(len(rows), len(users) - done)
         items[done : done + n], scores[done : done + n] = found[0][:n], found[1][:n]
@@ -230,6 +248,7 @@ def evaluate(
     batch: int = BATCH,
     seed: int = 0,
     progress: bool = False,
+    devices: int | None = None,
 ) -> PerUser:
     """Rank the catalogue for every user who has held-out items among the candidates, and measure each list.
 
@@ -245,9 +264,10 @@ def evaluate(
         item_counts: users who have the item in training (for novelty).
         ks: cuts, in ranks.
         candidates: items that may be recommended; None means all.
-        batch: users scored together. The last batch is padded, so one compilation serves all.
+        batch: users that a device scores together. The last batch is padded, so one compilation serves all.
         seed: of the permutation that orders equal scores.
         progress: show a bar.
+        devices: the first so many share the users; None means all.
 
     Raises:
         ValueError: a score that is not finite (naming the user), an item both seen and held out, no user to
@@ -273,17 +293,15 @@ def evaluate(
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
 
-    batches = _pad_to_batches(users, batch)
-    scorer, counts = as_argument(scorer), jnp.asarray(item_counts, jnp.int32)
+    batches = _pad_to_batches(users, batch, devices)
+    common = put((as_argument(scorer), allowed, order, item_counts.astype(np.int32)), None, devices)
+    mapped = _mapped(_measure_batch, devices, ks=ks, n_users=seen.n_users)
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(n_items, bool)
     bar = tqdm(batches, desc="evaluate", unit="batch", disable=not progress)
-    for rows, seen_rows, truth_rows in zip(bar, _rows(seen, batches), _rows(truth, batches), strict=True):
-        values, items, finite = jax.device_get(
-            _measure_batch(
-                scorer, jnp.asarray(rows), seen_rows, truth_rows, allowed, order, counts, ks=ks, n_users=seen.n_users
-            )
-        )
+    sets = zip(_rows(seen, batches, devices), _rows(truth, batches, devices), strict=True)
+    for rows, seen_and_truth in zip(bar, sets, strict=True):
+        values, items, finite = jax.device_get(mapped(common, by_rows(rows, devices), seen_and_truth))
         _check_finite(rows, finite)
         recommended[items[items >= 0]] = True
         parts.append(values)
@@ -307,10 +325,11 @@ def _catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[
     return jnp.asarray(allowed), jnp.asarray(order, jnp.int32)
 
 
-def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int) -> Int32[np.ndarray, "M B"]:
+def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None) -> Int32[np.ndarray, "M B"]:
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
-    batch = min(batch, len(users))
+    count = len(used(devices))
+    batch = min(batch, -(-len(users) // count)) * count
     padding = np.full(-len(users) % batch, users[-1])  # the last user again: harmless, and cut off the results
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
 

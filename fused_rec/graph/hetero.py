@@ -14,6 +14,8 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float32
 
+from fused_rec.devices import AnyArray, Shards
+
 
 class Relation(NamedTuple):
     """Messages flow from nodes of type `source` to nodes of type `target`."""
@@ -38,22 +40,41 @@ class Edges(NamedTuple):
 class HeteroGraph:
     """graph.nodes["text"]: float32 [N, D]; graph.edges["weight"]: float32 [E]; the rest of the legend in `GraphsTuple`.
 
-    A node without words has a zero text row.
+    A node without words has a zero text row. The arrays are NumPy's, on the host; devices get what they work on.
+
+    Where `shards` are several this is what one device has (`fused_rec.train.parallel.divide_task`): of every type its
+    share of the rows, and no edges, which stand in its adjacencies. The counts remain those of all nodes.
     """
 
     graph: jraph.GraphsTuple
     node_types: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
     relations: tuple[tuple[Relation, int], ...] = flax.struct.field(pytree_node=False)
+    shards: Shards = flax.struct.field(pytree_node=False, default=Shards())
 
     def node_slice(self, node_type: str) -> slice:
         """Where the type's nodes stand. Raises KeyError naming the types there are."""
-        return _slice(self.node_types, node_type)
+        return _slice(tuple((name, self.shards.rows(count)) for name, count in self.node_types), node_type)
 
     def count(self, node_type: str) -> int:
-        """Number of nodes of the type."""
+        """Number of nodes of the type, on all devices."""
         return dict(self.node_types)[node_type]
 
-    def text(self, node_type: str) -> Float32[Array, "n D"]:
+    def rows(self, node_type: str) -> int:
+        """Number of rows that a device has of the type."""
+        return self.shards.rows(self.count(node_type))
+
+    def whole(self, node_type: str, x: Array) -> Array:
+        """[rows, ...] to one row a node of the type, on every device."""
+        return self.shards.whole(x)[: self.count(node_type)]
+
+    def standardised(self, node_type: str, x: Float32[Array, "rows"]) -> Float32[Array, "rows"]:
+        """Of mean 0 and deviation 1 over all nodes of the type."""
+        count = self.count(node_type)
+        there = self.shards.numbers(jnp.arange(len(x))) < count
+        centred = jnp.where(there, x - self.shards.total(jnp.where(there, x, 0).sum()) / count, 0)
+        return centred / (jnp.sqrt(self.shards.total((centred * centred).sum()) / count) + 1e-6)
+
+    def text(self, node_type: str) -> Float32[AnyArray, "rows D"]:
         """Text vectors of one node type."""
         nodes: Any = self.graph.nodes  # to jraph any tree, or none
         return nodes["text"][self.node_slice(node_type)]
@@ -107,16 +128,15 @@ def hetero_graph(
         weights.append(edges.weight[order])
         counts.append((relation, len(order)))
     empty = [np.zeros(0)]
-    graph = jraph.GraphsTuple(
-        nodes={"text": jnp.asarray(text, jnp.float32)},
-        edges={"weight": jnp.asarray(np.concatenate(weights or empty), jnp.float32)},
-        senders=jnp.asarray(np.concatenate(senders or empty), jnp.int32),
-        receivers=jnp.asarray(np.concatenate(receivers or empty), jnp.int32),
-        globals=None,
-        n_node=jnp.array([total], jnp.int32),
-        n_edge=jnp.array([sum(count for _, count in counts)], jnp.int32),
-    )
-    return HeteroGraph(graph, tuple(node_types.items()), tuple(counts))
+    parts: dict[str, Any] = {
+        "nodes": {"text": np.asarray(text, np.float32)},
+        "edges": {"weight": np.concatenate(weights or empty).astype(np.float32)},
+        "senders": np.concatenate(senders or empty).astype(np.int32),
+        "receivers": np.concatenate(receivers or empty).astype(np.int32),
+        "n_node": np.array([total], np.int32),
+        "n_edge": np.array([sum(count for _, count in counts)], np.int32),
+    }
+    return HeteroGraph(jraph.GraphsTuple(globals=None, **parts), tuple(node_types.items()), tuple(counts))
 
 
 def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Array, Float, Float32, Int32
 
+from fused_rec.devices import AnyArray
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
 
 Backend = Literal["csr", "segment"]
@@ -23,14 +24,19 @@ Backend = Literal["csr", "segment"]
 @no_type_check  # jax.pmap rebuilds its arguments with placeholders for arrays, which a checked constructor refuses
 @flax.struct.dataclass
 class Adjacency:
-    """One relation, ready to be summed over. Edges ascend by receiver; `by_sender` reorders them by sender."""
+    """One relation, ready to be summed over. Edges ascend by receiver; `by_sender` reorders them by sender.
 
-    senders: Int32[Array, "E"]
-    receivers: Int32[Array, "E"]
-    weight: Float32[Array, "E"]
-    receiver_start: Int32[Array, "targets_plus_1"]
-    by_sender: Int32[Array, "E"]
-    sender_start: Int32[Array, "sources_plus_1"]
+    Where several devices share the nodes, one has the edges into its own: receivers are its rows, senders stay numbers
+    among all. Its edges are filled up to as many as any device has: after the last start, with weight 0, into a
+    receiver and from a sender that are one too high.
+    """
+
+    senders: Int32[AnyArray, "E"]
+    receivers: Int32[AnyArray, "E"]
+    weight: Float32[AnyArray, "E"]
+    receiver_start: Int32[AnyArray, "targets_plus_1"]
+    by_sender: Int32[AnyArray, "E"]
+    sender_start: Int32[AnyArray, "sources_plus_1"]
     backend: Backend = flax.struct.field(pytree_node=False)
 
 
@@ -41,14 +47,39 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
         raise ValueError("edges must ascend by receiver; take them from HeteroGraph.edges")
     order = np.argsort(senders, kind="stable")
     return Adjacency(
-        jnp.asarray(senders, jnp.int32),
-        jnp.asarray(receivers, jnp.int32),
-        jnp.asarray(edges.weight, jnp.float32),
-        jnp.asarray(np.searchsorted(receivers, np.arange(n_targets + 1)), jnp.int32),
-        jnp.asarray(order, jnp.int32),
-        jnp.asarray(np.searchsorted(senders[order], np.arange(n_sources + 1)), jnp.int32),
+        senders.astype(np.int32),
+        receivers.astype(np.int32),
+        np.asarray(edges.weight, np.float32),
+        np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32),
+        order.astype(np.int32),
+        np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
         backend or ("csr" if jax.default_backend() == "cpu" else "segment"),
     )
+
+
+def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
+    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had."""
+    a = adjacency
+    n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
+    own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]
+    longest = max(map(len, own))
+    parts = []
+    for edges in own:
+        fill = (0, longest - len(edges))
+        senders, receivers = a.senders[edges], a.receivers[edges] // count
+        order = np.argsort(senders, kind="stable")
+        parts.append(
+            Adjacency(
+                np.pad(senders, fill, constant_values=n_sources),
+                np.pad(receivers, fill, constant_values=n_targets // count),
+                np.pad(a.weight[edges], fill),
+                np.searchsorted(receivers, np.arange(n_targets // count + 1)).astype(np.int32),
+                np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
+                np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
+                a.backend,
+            )
+        )
+    return parts
 
 
 def adjacencies(graph: HeteroGraph, backend: Backend | None = None) -> dict[Relation, Adjacency]:
@@ -61,7 +92,7 @@ def adjacencies(graph: HeteroGraph, backend: Backend | None = None) -> dict[Rela
 
 @jax.custom_vjp
 def neighbour_sum(
-    adjacency: Adjacency, weight: Float32[Array, "E"], x: Float32[Array, "sources K"]
+    adjacency: Adjacency, weight: Float32[AnyArray, "E"], x: Float32[AnyArray, "sources K"]
 ) -> Float32[Array, "targets K"]:
     """y[v] = sum_{e = (u, v)} weight[e] x[u]; differentiable in weight and x, not in the adjacency."""
     return _to_receivers(adjacency, weight, x)
@@ -69,43 +100,45 @@ def neighbour_sum(
 
 @jax.custom_vjp
 def edge_dot(
-    adjacency: Adjacency, target: Float32[Array, "targets K"], source: Float32[Array, "sources K"]
+    adjacency: Adjacency,
+    target: Float32[AnyArray, "targets K"],
+    source: Float32[AnyArray, "sources K"],
 ) -> Float32[Array, "E"]:
     """<target[v], source[u]> of each edge (u, v): the other half of the pair, whose derivatives are sparse sums."""
     return jnp.einsum("ek,ek->e", target[adjacency.receivers], source[adjacency.senders])
 
 
-def _to_receivers(adjacency: Adjacency, weight: Array, x: Array) -> Array:
+def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
     return _sum(adjacency.backend, adjacency.receiver_start, adjacency.receivers, adjacency.senders, weight, x)
 
 
-def _to_senders(adjacency: Adjacency, weight: Array, x: Array) -> Array:
+def _to_senders(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
     a, order = adjacency, adjacency.by_sender
     return _sum(a.backend, a.sender_start, a.senders[order], a.receivers[order], weight[order], x)
 
 
-def _sum(backend: Backend, start: Array, to: Array, frm: Array, weight: Array, x: Array) -> Array:
+def _sum(backend: Backend, start: AnyArray, to: AnyArray, frm: AnyArray, weight: AnyArray, x: AnyArray) -> Array:
     n_targets = len(start) - 1
     if backend == "csr":
-        return sparse.BCSR((weight, frm, start), shape=(n_targets, len(x))) @ x
+        return sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x))) @ x
     return jax.ops.segment_sum(weight[:, None] * x[frm], to, n_targets, indices_are_sorted=True)
 
 
-def _sum_forward(adjacency: Adjacency, weight: Array, x: Array) -> tuple[Array, tuple]:
+def _sum_forward(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> tuple[Array, tuple]:
     return _to_receivers(adjacency, weight, x), (adjacency, weight, x)
 
 
-def _sum_backward(residuals: tuple, g: Float[Array, "targets K"]) -> tuple:
+def _sum_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:
     adjacency, weight, x = residuals
     # XLA drops the derivative of the weights where nobody asks for it.
     return None, edge_dot(adjacency, g, x), _to_senders(adjacency, weight, g)
 
 
-def _dot_forward(adjacency: Adjacency, target: Array, source: Array) -> tuple[Array, tuple]:
+def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tuple[Array, tuple]:
     return edge_dot(adjacency, target, source), (adjacency, target, source)
 
 
-def _dot_backward(residuals: tuple, g: Float[Array, "E"]) -> tuple:
+def _dot_backward(residuals: tuple, g: Float[AnyArray, "E"]) -> tuple:
     adjacency, target, source = residuals
     return None, _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
 

@@ -16,9 +16,11 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, PRNGKeyArray
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
 from fused_rec.config import ModelConfig
+from fused_rec.devices import AnyArray
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
@@ -29,6 +31,7 @@ from fused_rec.model.message_passing import Coefficients, Noise, readout, rounds
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
 LEFT_OUT, NOISE = 1_000, 1_001  # folded into the key; node types fold in their number
+ID_ROWS = "id_"  # how the names of parameters begin that have one row a node
 FIRST_ROUND = "first_round"  # of the collection "intermediates": vectors of users and items after one round
 
 
@@ -92,33 +95,34 @@ class FusedRec(nn.Module):
         ids, words = self.inputs(graph, dropout)
         # Nothing has trained the row of an item that nobody holds, or of a user who hears nobody: it would be noise.
         ids[ITEM] = ids[ITEM] * (holders(adjacencies) > 0)[:, None]
-        hears = [_degree(adjacencies[r]) for r in heard_relations(self.config, graph) if r.target == USER]
-        ids[USER] = ids[USER] * (sum(hears, jnp.zeros(len(ids[USER]))) > 0)[:, None]
-        coefficients = self.coefficients(graph, _leave_out(self.config.holding_dropout, adjacencies, dropout))
+        heard = [_degree(adjacencies[r]) for r in heard_relations(self.config, graph) if r.target == USER]
+        ids[USER] = ids[USER] * (sum(heard, jnp.zeros(len(ids[USER]))) > 0)[:, None]
+        hears = _leave_out(self.config.holding_dropout, graph, adjacencies, dropout)
+        coefficients = self.coefficients(graph, hears)
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         noise = None
         if dropout is not None and self.config.noise:
             noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE))
-        every = rounds(adjacencies, coefficients, both, words, noise)
+        every = rounds(adjacencies, coefficients, both, words, noise, graph.shards)
         if len(every) > 1:
-            self.sow("intermediates", FIRST_ROUND, (every[1][USER], every[1][ITEM]))
+            self.sow("intermediates", FIRST_ROUND, tuple(graph.whole(t, every[1][t]) for t in (USER, ITEM)))
         out = readout(coefficients, every)
-        if self.config.score == "dot":
-            return out[USER], out[ITEM]
-        return unit(out[USER]), unit(out[ITEM])
+        if self.config.score == "cosine":
+            out = {t: unit(x) for t, x in out.items()}
+        return graph.whole(USER, out[USER]), graph.whole(ITEM, out[ITEM])
 
-    def inputs(self, graph: HeteroGraph, dropout: PRNGKeyArray | None) -> tuple[dict[str, Array], dict[str, Array]]:
+    def inputs(self, graph: HeteroGraph, dropout: PRNGKeyArray | None) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
         """Id rows and projected words, by node type; zeros for the part that a variant does without."""
         config = self.config
         ids, words = {}, {}
         for number, (node_type, count) in enumerate(graph.node_types):
-            shape = (count, config.dim)
+            shape = (graph.rows(node_type), config.dim)
             ids[node_type] = words[node_type] = jnp.zeros(shape)
             if config.variant != "text" and (node_type != USER or config.user_ids):
-                rows = self.param(f"id_{node_type}", nn.initializers.normal(config.id_scale), shape)
+                rows = self.param(ID_ROWS + node_type, nn.initializers.normal(config.id_scale), shape)
                 if dropout is not None and config.id_dropout:
                     kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
-                    rows = rows * kept / (1 - config.id_dropout)
+                    rows = rows * graph.shards.mine(kept) / (1 - config.id_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in (USER, ITEM):
                 project = TextInput(config.dim, config.id_scale, name=f"text_{node_type}")
@@ -137,8 +141,9 @@ class FusedRec(nn.Module):
             edge[relation] = hears.weight
             if config.affinity and uses_words and {relation.source, relation.target} <= {USER, ITEM}:
                 affinity = Affinity(name=f"affinity_{relation}")
-                edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target)
-            gate[relation] = self.gate(f"gate_{relation}", levels, target, _degree(hears))
+                edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target, graph.shards)
+            log_degree = graph.standardised(relation.target, jnp.log1p(_degree(hears)))
+            gate[relation] = self.gate(f"gate_{relation}", levels, target, log_degree)
         if uses_words:
             for node_type in (USER, ITEM):
                 text = graph.text(node_type)
@@ -151,15 +156,15 @@ class FusedRec(nn.Module):
             mix = self.param("mix", nn.initializers.constant(1 / (levels + 1)), (levels + 1,))
         return Coefficients(edge, gate, text_gate, mix)
 
-    def gate(self, name: str, levels: int, text: Array, degree: Array) -> Float32[Array, "L n"]:
+    def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
         """The learned `Gate` of that name, or ones where the config fixes all factors."""
         if self.config.readout != "learned":
-            return jnp.ones((levels, len(degree)))
-        return Gate(levels, self.config.gates, name=name)(text, degree)
+            return jnp.ones((levels, len(text)))
+        return Gate(levels, self.config.gates, name=name)(text, log_degree)
 
 
 def holders(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
-    """How many users are seen to hold each item."""
+    """How many users are seen to hold each item of this device."""
     return _degree(adjacencies[HOLDS])
 
 
@@ -168,17 +173,26 @@ def _degree(adjacency: Adjacency) -> Float32[Array, "n"]:
 
 
 def _leave_out(
-    share: float, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None
+    share: float, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None
 ) -> Mapping[Relation, Adjacency]:
     """A random share of the holdings at weight 0, the same ones both ways, the rest scaled up to keep the mean."""
     if dropout is None or not share:
         return adjacencies
     heard, told = adjacencies[HELD_BY], adjacencies[HOLDS]
-    kept = jax.random.bernoulli(jax.random.fold_in(dropout, LEFT_OUT), 1 - share, heard.weight.shape) / (1 - share)
-    # HELD_BY ascends by (user, item), which is HOLDS taken by its senders: one draw serves both.
-    kept_told = jnp.zeros_like(kept).at[told.by_sender].set(kept)
+    key = jax.random.fold_in(dropout, LEFT_OUT)
+    kept_heard = _kept(key, share, graph.shards.numbers(heard.receivers), heard.senders)
+    kept_told = _kept(key, share, told.senders, graph.shards.numbers(told.receivers))
     return {
         **adjacencies,
-        HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept),
+        HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept_heard),
         HOLDS: dataclasses.replace(told, weight=told.weight * kept_told),
     }
+
+
+def _kept(
+    key: PRNGKeyArray, share: float, user: Int32[AnyArray, "E"], item: Int32[AnyArray, "E"]
+) -> Float32[Array, "E"]:
+    """0 with probability `share`, else 1 / (1 - share): a function of the key and the pair, wherever it is drawn."""
+    pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry a pair: 32 bits of each
+    drawn = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
+    return (drawn >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)

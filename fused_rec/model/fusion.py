@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from fused_rec.devices import AnyArray, Shards
 from fused_rec.graph.propagate import Adjacency, edge_dot
 
 RANK = 16  # width of the views that gates and affinities take of a text vector
@@ -17,27 +18,25 @@ class TextInput(nn.Module):
     scale: float
 
     @nn.compact
-    def __call__(self, text: Float32[Array, "n D"]) -> Float32[Array, "n K"]:
+    def __call__(self, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
         return nn.Dense(self.dim, use_bias=False, kernel_init=nn.initializers.normal(self.scale))(text)
 
 
 class Gate(nn.Module):
     """exp(b_l) * 2 sigmoid(w_l . view(node)): how much each round lets a relation in; 1 at the start.
 
-    The view is the node's words at rank `RANK`, whether it has any, and the log of its degree in the relation.
-    Without `by_node` only the factor of the round remains.
+    The view is the node's words at rank `RANK`, whether it has any, and the log of its degree in the relation,
+    standardised over the nodes of the type. Without `by_node` only the factor of the round remains.
     """
 
     rounds: int
     by_node: bool
 
     @nn.compact
-    def __call__(self, text: Float32[Array, "n D"], degree: Float32[Array, "n"]) -> Float32[Array, "L n"]:
+    def __call__(self, text: Float32[AnyArray, "n D"], log_degree: Float32[AnyArray, "n"]) -> Float32[Array, "L n"]:
         level = jnp.exp(self.param("level", nn.initializers.zeros, (self.rounds,)))
         if not self.by_node:
-            return jnp.broadcast_to(level[:, None], (self.rounds, len(degree)))
-        log_degree = jnp.log1p(degree)
-        log_degree = (log_degree - log_degree.mean()) / (log_degree.std() + 1e-6)
+            return jnp.broadcast_to(level[:, None], (self.rounds, len(text)))
         words = nn.Dense(RANK, use_bias=False, name="view")(text)
         named = (jnp.abs(text).sum(-1) > 0).astype(text.dtype)
         view = jnp.concatenate([words, named[:, None], log_degree[:, None]], axis=-1)
@@ -50,9 +49,9 @@ class Affinity(nn.Module):
 
     @nn.compact
     def __call__(
-        self, adjacency: Adjacency, source: Float32[Array, "s D"], target: Float32[Array, "t D"]
+        self, adjacency: Adjacency, source: Float32[AnyArray, "s D"], target: Float32[AnyArray, "t D"], shards: Shards
     ) -> Float32[Array, "E"]:
         # Only one side starts at zero: with both, neither would ever get a gradient.
         query = nn.Dense(RANK, use_bias=False, kernel_init=nn.initializers.zeros, name="query")(target)
         key = nn.Dense(RANK, use_bias=False, name="key")(source)
-        return 2 * jax.nn.sigmoid(edge_dot(adjacency, query, key))
+        return 2 * jax.nn.sigmoid(edge_dot(adjacency, query, shards.whole(key)))

@@ -17,22 +17,23 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, PRNGKeyArray
+from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
+from fused_rec.devices import AnyArray, Shards
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency, neighbour_sum
 
-Nodes = Mapping[str, Float32[Array, "_ K"]]  # one row a node, by node type
+Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row a node, by node type
 
 
 @flax.struct.dataclass
 class Coefficients:
     """All that turns inputs into outputs. L rounds; mappings by relation or node type."""
 
-    edge: Mapping[Relation, Float32[Array, "_"]]  # one weight an edge of the relation
-    gate: Mapping[Relation, Float32[Array, "L _"]]  # one column a node of the relation's target type
-    text_gate: Mapping[str, Float32[Array, "L _"]]  # one column a node of the type
-    mix: Float32[Array, "L_plus_1"]
+    edge: Mapping[Relation, Float32[AnyArray, "_"]]  # one weight an edge of the relation
+    gate: Mapping[Relation, Float32[AnyArray, "L _"]]  # one column a node of the relation's target type
+    text_gate: Mapping[str, Float32[AnyArray, "L _"]]  # one column a node of the type
+    mix: Float32[AnyArray, "L_plus_1"]
 
 
 class Noise(NamedTuple):
@@ -55,14 +56,16 @@ def rounds(
     inputs: Nodes,
     text: Nodes,
     noise: Noise | None = None,
+    shards: Shards = Shards(),  # noqa: B008
 ) -> list[dict[str, Float32[Array, "_ K"]]]:
-    """h^0 to h^L of `propagate`."""
-    h = dict(inputs)
+    """h^0 to h^L of `propagate`. Where several `shards` share the nodes, each device hears the rows of all."""
+    h: dict[str, Array] = {node_type: jnp.asarray(x) for node_type, x in inputs.items()}
     every = [h]
     for level in range(len(coefficients.mix) - 1):
         heard: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
+        told = {t: shards.whole(h[t]) for t in dict.fromkeys(relation.source for relation in coefficients.edge)}
         for relation, edge in coefficients.edge.items():
-            message = neighbour_sum(adjacencies[relation], edge, h[relation.source])
+            message = neighbour_sum(adjacencies[relation], edge, told[relation.source])
             message = coefficients.gate[relation][level][:, None] * message
             heard[relation.target] = heard[relation.target] + message if relation.target in heard else message
         # A type that hears nothing is silent from here on: its own input is in the readout already.
@@ -70,7 +73,8 @@ def rounds(
         if noise is not None:
             key = jax.random.fold_in(noise.key, level)
             keys = {node_type: jax.random.fold_in(key, number) for number, node_type in enumerate(sorted(h))}
-            h = {node_type: x + noise_like(x, noise.size, keys[node_type]) for node_type, x in h.items()}
+            numbers = {node_type: shards.numbers(jnp.arange(len(x))) for node_type, x in h.items()}
+            h = {t: x + noise_like(x, noise.size, keys[t], numbers[t]) for t, x in h.items()}
         every.append(h)
     return every
 
@@ -83,7 +87,12 @@ def readout(coefficients: Coefficients, every: list[dict[str, Array]]) -> dict[s
     return out
 
 
-def noise_like(x: Float32[Array, "n K"], size: float, key: PRNGKeyArray) -> Float32[Array, "n K"]:
-    """A random direction a row, of length `size` and in the row's orthant: it blurs a row and turns no sign."""
-    drawn = jax.random.uniform(key, x.shape)
+def noise_like(
+    x: Float32[AnyArray, "n K"], size: float, key: PRNGKeyArray, numbers: Int32[AnyArray, "n"]
+) -> Float32[Array, "n K"]:
+    """A random direction a row, of length `size` and in the row's orthant: it blurs a row and turns no sign.
+
+    numbers: of the rows; each follows from the key and its own, whichever device draws it.
+    """
+    drawn = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number), x.shape[1:]))(numbers)
     return size * jnp.sign(x) * drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)

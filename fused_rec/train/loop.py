@@ -29,8 +29,8 @@ from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
-from fused_rec.train.measure import measure, measure_slices, measure_users, scorer
-from fused_rec.train.parallel import parallel_step, replicate
+from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
+from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
 
@@ -115,7 +115,7 @@ def fit(
     steps: int | None = None,
     on_evaluation: Callable[[int, float], None] | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Trains in `folder`, from its newest checkpoint on, and returns the state that counts.
+    """Trains in `folder`, from its newest checkpoint on, and returns the state that counts, whole and on the host.
 
     steps None: validation every `eval_every` steps chooses; the state of the best step comes back.
     steps given: trains so many without looking at anything; the last state comes back.
@@ -125,10 +125,10 @@ def fit(
     dataset, observed = prepared.dataset, prepared.observed
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
-    task = replicate(prepared.task)
-    state, progress = resume(config, prepared, checkpoints)
-    first, last, began = int(state.step), steps or settings.max_steps, time.monotonic()
-    state = replicate(state)
+    task = divide_task(prepared.task)
+    whole, progress = resume(config, prepared, checkpoints)
+    first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
+    state = divide_state(whole)
     step = parallel_step(config)
     if first:
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
@@ -161,7 +161,7 @@ def fit(
             scalars = {"loss": float(np.mean(losses))}
             improved = False
             if steps is None:
-                values = measure(prepared, scorer(config, prepared, state), "valid")
+                values = measure(prepared, divided_scorer(config, task, state.params), "valid")
                 scalars |= {f"valid/{name}": value for name, value in values.items()}
                 progress = judge(progress, values[settings.metric], number + 1)
                 improved = progress.worse == 0
@@ -171,11 +171,12 @@ def fit(
             began = time.monotonic()
             curves.write(number + 1, scalars)
             extras = {"config": to_dict(config), "progress": progress._asdict()}
-            checkpoints.save(number + 1, state, extras, best=improved)
+            whole = whole_state(state, whole)
+            checkpoints.save(number + 1, whole, extras, best=improved)
             losses = []
     if steps is None:
-        state, _ = checkpoints.restore(progress.best_step, like=state)
-    return state, progress
+        whole, _ = checkpoints.restore(progress.best_step, like=whole)
+    return whole, progress
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:

@@ -1,6 +1,5 @@
 """How good a scorer is on a held-out part of prepared tables."""
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,9 @@ from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mea
 from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.model import baselines, closed_form
+from fused_rec.train.parallel import divide_state, divide_task, parallel_embed
 from fused_rec.train.prepare import Prepared
-from fused_rec.train.step import Task, TrainState, embed, program
+from fused_rec.train.step import Task, TrainState
 
 LOG = logging.getLogger(__name__)
 
@@ -103,14 +103,13 @@ def _held_out(prepared: Prepared, part: str) -> dict[str, Any]:
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
-    """Scores of the whole catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes it."""
-    users, items = _embed(program(config), state.params, prepared.task)
-    return jax.tree_util.Partial(_dot, users, items)
+    """Of a whole state: scores of the catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes them."""
+    return divided_scorer(config, divide_task(prepared.task), divide_state(state.params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: Config, params: PyTree, task: Task) -> tuple[jax.Array, jax.Array]:
-    return embed(config, params, task)
+def divided_scorer(config: Config, task: Task, params: PyTree) -> jax.tree_util.Partial:
+    """The same of a task and parameters that the devices share already."""
+    return jax.tree_util.Partial(_dot, *parallel_embed(config)(params, task))
 
 
 def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
@@ -148,7 +147,9 @@ def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
       NotApplicableError: the tables tell nothing of what it needs.
     """
     make, _ = BASELINES[name]
-    return jax.tree_util.Partial(_popular_where_mute, make(_seen(prepared), **settings), prepared.task.popularity)
+    return jax.tree_util.Partial(
+        _popular_where_mute, make(_seen(prepared), **settings), jnp.asarray(prepared.task.popularity)
+    )
 
 
 def _popular_where_mute(scorer: Scorer, popularity: jax.Array, users: jax.Array) -> jax.Array:

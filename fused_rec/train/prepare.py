@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
@@ -62,7 +61,7 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     observed = dataclasses.replace(observed, ties=seen_ties(config, observed.ties))
     graph = build(dataset, observed, *encode(config, texts), config.graph)
     popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
-    task = Task(graph, adjacencies(graph), jnp.asarray(present(dataset, observed)), jnp.asarray(popularity))
+    task = Task(graph, adjacencies(graph), present(dataset, observed), popularity)
     return Prepared(dataset, parts_of, observed, task)
 
 

@@ -1,6 +1,7 @@
 """One training step as a pure function of (state, graph, batch)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -12,12 +13,13 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
+from fused_rec.devices import AXIS, ROWS, AnyArray
+from fused_rec.graph.build import ITEM
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model import losses
-from fused_rec.model.fused import FIRST_ROUND, Towers, Vectors, holders, joined, with_prior
+from fused_rec.model.fused import FIRST_ROUND, ID_ROWS, Towers, Vectors, holders, joined, with_prior
 
-AXIS = "devices"
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -26,7 +28,8 @@ CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544
 class TrainState:
     """All that a step changes, and the seed of its draws. step: how many were taken.
 
-    The seed is data, not part of the program: runs that differ by it alone share one compilation.
+    The seed is data, not part of the program: runs that differ by it alone share one compilation. Id rows, and what
+    the optimiser keeps of them, are divided over devices, each of which has the rest whole (`axes`).
     """
 
     step: Int32[Array, ""]
@@ -38,12 +41,12 @@ class TrainState:
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class Task:
-    """What stays the same from step to step."""
+    """What stays the same from step to step. The graph, its adjacencies and counts of all items."""
 
     graph: HeteroGraph
     adjacencies: Mapping[Relation, Adjacency]
-    present: Bool[Array, "I"]  # items that somebody holds; the others are no alternatives while training
-    popularity: Float32[Array, "I"]  # holders of each item, older holdings counting less
+    present: Bool[AnyArray, "I"]  # items that somebody holds; the others are no alternatives while training
+    popularity: Float32[AnyArray, "I"]  # holders of each item, older holdings counting less
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -59,10 +62,24 @@ def optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def init(config: Config, task: Task) -> TrainState:
-    """A fresh state, a function of config.train.seed."""
+    """A fresh state, whole and on the host: a function of config.train.seed."""
+    return jax.device_get(_init(config, task))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config: Config, task: Task) -> TrainState:
     key = jax.random.key(config.train.seed)
     params = Towers(config.model).init(key, task.graph, task.adjacencies)["params"]
     return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, optimiser(config.train).init(params))
+
+
+def axes(tree: PyTree) -> PyTree:
+    """Of a state, its parameters or their gradient: `ROWS` where devices share a leaf's rows, None elsewhere."""
+
+    def axis(path: tuple, _: Any) -> int | None:
+        return ROWS if any(str(getattr(key, "key", "")).startswith(ID_ROWS) for key in path) else None
+
+    return jax.tree_util.tree_map_with_path(axis, tree)
 
 
 def program(config: Config) -> Config:
@@ -76,7 +93,8 @@ def program(config: Config) -> Config:
 def embed(config: Config, params: PyTree, task: Task) -> Vectors:
     """Vectors of all users and items, whose dot products are the scores: logits times the temperature."""
     towers: Any = Towers(config.model).apply({"params": params}, task.graph, task.adjacencies)
-    return _with_popularity(config, task, joined(towers, holders(task.adjacencies)))
+    count = task.graph.whole(ITEM, holders(task.adjacencies))
+    return _with_popularity(config, task, joined(towers, count))
 
 
 def _with_popularity(config: Config, task: Task, vectors: Vectors) -> Vectors:
@@ -88,14 +106,18 @@ def _with_popularity(config: Config, task: Task, vectors: Vectors) -> Vectors:
 
 
 def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
-    """The next state and the batch's mean loss; each device of the mapped axis `AXIS` has a share of the batch.
+    """The next state and the batch's mean loss; each device of `AXIS` has a share of the batch and of the rows.
 
-    The only key is fold_in(seed, step): devices must drop the same id rows, and a resumed run the same again.
+    The only key is fold_in(seed, step): what is left out must not depend on the number of devices, and a resumed run
+    must leave out the same again.
     """
     dropout = jax.random.fold_in(jax.random.key(state.seed + 1), state.step)
     # Each device differentiates for itself. Without this the replication check of shard_map would add up the
     # gradients on its own, the psum below would do it again, and one forgotten here would go unnoticed.
-    params, task = jax.lax.pcast((state.params, task), AXIS, to="varying")
+    own = functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying")
+    divided = axes(state.params)
+    params = _joined(divided, jax.tree.map(own, _whole(divided, state.params)), state.params)
+    task = dataclasses.replace(task, present=own(task.present), popularity=own(task.popularity))
 
     def mean_loss(params: PyTree) -> Float32[Array, ""]:
         weighted = _losses(config, params, task, batch, dropout)
@@ -104,9 +126,23 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
         return jnp.stack(shares).sum()
 
     loss, gradient = jax.value_and_grad(mean_loss)(params)
-    loss, gradient = jax.lax.psum((loss, gradient), AXIS)
+    # The rows' gradient is complete: their way to every device leads back as a sum over devices.
+    loss, whole = jax.lax.psum((loss, _whole(divided, gradient)), AXIS)
+    gradient = _joined(divided, whole, gradient)
     updates, moments = optimiser(config.train).update(gradient, state.optimiser, state.params)
     return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), moments), loss
+
+
+def _whole(divided: PyTree, tree: PyTree) -> PyTree:
+    """The leaves that every device has whole, and None for the others."""
+    return jax.tree.map(lambda axis, x: x if axis is None else None, divided, tree, is_leaf=lambda axis: axis is None)
+
+
+def _joined(divided: PyTree, whole: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with the leaves of `whole` where there are any."""
+    return jax.tree.map(
+        lambda axis, x, y: x if axis is None else y, divided, whole, tree, is_leaf=lambda axis: axis is None
+    )
 
 
 def _losses(
@@ -144,10 +180,10 @@ def _tower_loss(config: Config, vectors: Vectors, task: Task, batch: Batch) -> l
     users, catalogue = vectors
     user, items, mask, negatives = map(jnp.asarray, batch)
     common = users[user], catalogue, items, mask
-    temperature = config.train.temperature
+    present, temperature = jnp.asarray(task.present), config.train.temperature
     if config.train.loss == "softmax":
-        return losses.softmax(*common, task.present, temperature)
+        return losses.softmax(*common, present, temperature)
     if config.train.loss == "sampled_softmax":
         shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
-        return losses.sampled_softmax(*common, task.present, shared, temperature)
+        return losses.sampled_softmax(*common, present, shared, temperature)
     return losses.bpr(*common, negatives, temperature)

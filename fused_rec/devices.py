@@ -1,0 +1,102 @@
+"""The only `jax.pmap`: one program over all devices of all processes, and who of them has what.
+
+Work is divided by rows: of k devices, row v of a divided array stands on device v mod k as its row v // k. Neighbours
+in the tables, which are often alike in degree or age, so come to different devices. An array [n, ...] on its way to
+k devices is [rows, k, ...], rows = ceil(n / k), and zero where n falls short; each device sees [rows, ...].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32, PyTree
+
+AnyArray = jax.Array | np.ndarray  # on a device, or on the host until a program asks for it
+
+AXIS = "devices"
+ROWS = 1  # where a divided array has its devices on the way to them: [rows, devices, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How many devices share the rows. The methods but `rows` are for use inside a program that runs on them."""
+
+    count: int = 1
+
+    def rows(self, n: int) -> int:
+        """Rows a device has of n."""
+        return -(-n // self.count)
+
+    def whole(self, x: AnyArray) -> Array:
+        """[rows, ...] of every device to the same [rows * count, ...] on each, in the order of the rows' numbers."""
+        if self.count == 1:
+            return jnp.asarray(x)
+        gathered = jax.lax.all_gather(x, AXIS, axis=1)
+        return gathered.reshape(-1, *x.shape[1:])
+
+    def mine(self, x: AnyArray) -> Array:
+        """This device's [rows, ...] of an [n, ...] that each device has whole."""
+        if self.count == 1:
+            return jnp.asarray(x)
+        padded = jnp.pad(x, [(0, -len(x) % self.count)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(-1, self.count, *x.shape[1:])[:, jax.lax.axis_index(AXIS)]
+
+    def numbers(self, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
+        """The numbers, among all rows, of some of this device's."""
+        rows = jnp.asarray(rows)
+        return rows if self.count == 1 else rows * self.count + jax.lax.axis_index(AXIS)
+
+    def total(self, x: Array) -> Array:
+        """The sum over devices."""
+        return x if self.count == 1 else jax.lax.psum(x, AXIS)
+
+
+def used(devices: int | None) -> list[Any]:
+    """The first so many devices, None for all, of all processes."""
+    return jax.devices()[:devices]
+
+
+def places(devices: int | None) -> list[int]:
+    """Which of `used` are this process's: the places in [rows, devices, ...] that it fills and gets."""
+    return [place for place, device in enumerate(used(devices)) if device.process_index == jax.process_index()]
+
+
+def by_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
+    """[n, ...] to this process's part of [rows, devices, ...]."""
+    count = len(used(devices))
+    padded = np.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(-1, count, *x.shape[1:])[:, places(devices)]
+
+
+def put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
+    """Places arrays as `over_devices` expects them, which would copy them at each call otherwise.
+
+    axes: a tree like `tree`, or a prefix of it: where each array has its devices; None: every device gets it whole.
+    """
+    mesh = Mesh(np.array([used(devices)[place] for place in places(devices)]), (AXIS,))
+
+    def sharding(axis: int | None) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
+
+    return jax.tree.map(
+        lambda axis, part: jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(axis)), part),
+        axes,
+        tree,
+        is_leaf=lambda axis: axis is None,
+    )
+
+
+def over_devices(
+    function: Callable[..., Any], devices: int | None, *, in_axes: Any, out_axes: Any, donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """`function` compiled for one device and run on each, with `AXIS` as the name of their number.
+
+    in_axes, out_axes: as of `jax.pmap`; None where every device has the same. donate: arguments that are given up.
+    """
+    return jax.pmap(
+        function, axis_name=AXIS, devices=used(devices), in_axes=in_axes, out_axes=out_axes, donate_argnums=donate
+    )
