@@ -1,0 +1,82 @@
+"""One run over several processes, each with devices of its own: how they find each other and what they agree on.
+
+Every process reads the same tables and takes the same decisions; what only one can know (files of the workdir, a
+request to stop) is told to the others here. The first process writes.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+START_SECONDS = 300  # how long the first processes wait for the last
+HEARTBEAT_SECONDS = 20  # without a sign of life a process counts as dead, and the others stop
+SHUTDOWN_SECONDS = 15  # how long an ending process waits for the others to end
+
+
+def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins this process to the others; before anything else is done with JAX.
+
+    coordinator: host and port of the first process; processes: how many; process: which one this is, from 0. Where
+    none is given JAX asks the cluster: SLURM, Open MPI, Kubernetes (GKE), Cloud TPU.
+
+    Raises:
+      ValueError: only some are given, or out of bounds.
+      RuntimeError: not all processes came in `START_SECONDS`, or no cluster answers.
+    """
+    given = coordinator, processes, process
+    if any(part is None for part in given) and any(part is not None for part in given):
+        raise ValueError(
+            f"coordinator is {coordinator!r}, processes {processes!r} and process {process!r}; give all three, or none "
+            "where the cluster tells them"
+        )
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(f"process is {process}; it must be from 0 to {processes - 1}, one less than processes")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+
+
+def leads() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def from_first(tree: PyTree) -> PyTree:
+    """The first process's arrays in every process, on the host; shapes and dtypes are alike in all."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def said_by_first(value: Any) -> Any:
+    """The first process's value, of what JSON can hold, in every process."""
+    if jax.process_count() == 1:
+        return value
+    written = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(from_first(np.int32(len(written))))
+    sent = np.resize(written, length) if leads() else np.zeros(length, np.uint8)
+    return json.loads(from_first(sent).tobytes())
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def check_alike(what: str, value: str) -> None:
+    """Raises ValueError in every process whose value is not the first one's."""
+    if value != (first := said_by_first(value)):
+        raise ValueError(
+            f"{what} is {value} in process {jax.process_index()} and {first} in process 0; start all processes of a "
+            "run with the same command, on the same tables"
+        )
