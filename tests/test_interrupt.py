@@ -12,6 +12,14 @@ from fused_rec.train import interrupt
 from fused_rec.train.interrupt import ONE_REQUEST, Stopped, check, handled, held, released
 
 
+@pytest.fixture(autouse=True)
+def python_as_it_starts():
+    """Shells begin background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_request_is_answered_at_once(signum, status):
     with pytest.raises(Stopped, match=f"stopped by {signum.name}") as caught, handled():
@@ -89,14 +97,11 @@ def test_handlers_are_put_back_and_without_them_nothing_is_asked():
 
 def test_a_signal_that_is_ignored_stays_ignored():
     """nohup, and a shell's background jobs, are begun so."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with handled():
-            signal.raise_signal(signal.SIGINT)
-            check()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with handled():
+        signal.raise_signal(signal.SIGINT)
+        check()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_outside_the_main_thread_nothing_changes():

@@ -9,6 +9,7 @@ the latest step, so each step folder is made complete under a hidden name and th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +110,10 @@ class Checkpoints:
             logging.warning("Removing %s, left by a process that was stopped while it saved.", left)
             shutil.rmtree(left)
         partial.mkdir()
+        # TensorStore finds out in the middle, in threads that go on to complain after it is over.
+        needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, and the state takes {needed / 1e6:.1f} MB")
         # Orbax refuses arrays without elements; their shape and dtype, kept in the record, say all there is to know.
         if stored := {name: array for name, array in arrays.items() if array.size}:
             with _orbax() as orbax:

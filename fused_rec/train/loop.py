@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -147,7 +148,7 @@ def fit(
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
 
-    losses: list[Any] = [np.float32(loss) for loss in progress.losses]
+    losses = [jnp.float32(loss) for loss in progress.losses]
     progress = progress._replace(losses=())
     bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
     taken = saved = first
@@ -233,7 +234,7 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
     return state, progress
 
 
-def mean_loss(losses: list[Any]) -> float:
+def mean_loss(losses: list[jax.Array]) -> float:
     """Of float32 scalars; the same bits whether some of them come from a checkpoint or all from the device."""
     return float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
 
