@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,14 @@ import ml_collections
 from absl import app, flags
 
 from fused_rec.config import Config, from_dict
+from fused_rec.train import interrupt
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and runs `main`; a fault of the input, or a library not installed, ends in a report."""
+    """Parses the flags and runs `main`; a fault of the input, or a library not installed, ends in a report.
+
+    SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
+    """
     app.run(functools.partial(_reported, main), flags_parser=_parse)
 
 
@@ -42,9 +47,19 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
     try:
-        main(argv)
+        with interrupt.handled():
+            main(argv)
+    except interrupt.Stopped as stopped:
+        said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
+        print(f"\n{said}\nTo go on, give the same command again:\n  {_command()}", file=sys.stderr)
+        sys.exit(stopped.exit_status)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if flags.FLAGS.verbosity > 0:
             raise
         print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)
+
+
+def _command() -> str:
+    module = sys.modules["__main__"].__spec__
+    return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])

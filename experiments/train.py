@@ -3,24 +3,37 @@
     python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
 
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
+
+Over several processes, each with its own devices: the same command in each, with --distributed where the cluster says
+who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --processes and --process.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import config_of, start
+from fused_rec import hosts
 from fused_rec.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, results.json.", required=True)
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 SHOWN = ("recall@10", "ndcg@10", "accuracy")
 
 
 def main(argv: list[str]) -> None:
     """Parses the flags, trains, and prints where things lie."""
     config = config_of(CONFIG.value)
+    given = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    if DISTRIBUTED.value or any(part is not None for part in given):
+        hosts.connect(*given)
     results = train(config, WORKDIR.value)
+    if not hosts.leads():
+        return
     for part in ("valid", "test"):
         print(
             f"{part:5}  "

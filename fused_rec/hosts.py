@@ -46,6 +46,11 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     )
 
 
+def alone() -> bool:
+    """Whether this is the run's only process."""
+    return jax.process_count() == 1
+
+
 def leads() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
@@ -53,14 +58,14 @@ def leads() -> bool:
 
 def from_first(tree: PyTree) -> PyTree:
     """The first process's arrays in every process, on the host; shapes and dtypes are alike in all."""
-    if jax.process_count() == 1:
+    if alone():
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def said_by_first(value: Any) -> Any:
     """The first process's value, of what JSON can hold, in every process."""
-    if jax.process_count() == 1:
+    if alone():
         return value
     written = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(from_first(np.int32(len(written))))
@@ -70,7 +75,7 @@ def said_by_first(value: Any) -> Any:
 
 def any_of(flag: bool) -> bool:
     """Whether any process says so."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    return flag if alone() else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def check_alike(what: str, value: str) -> None:

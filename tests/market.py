@@ -1,11 +1,14 @@
-"""A small market as a user's own tables, for tests that run the whole path."""
+"""A small market as a user's own tables, and what makes two runs on it the same, for tests of the whole path."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
 from fused_rec.data.synthetic import make_market
+from fused_rec.train.checkpoint import RECORD, Checkpoints
 
 
 def write_tables(folder: Path, n_users: int = 80, n_items: int = 30) -> Path:
@@ -28,3 +31,35 @@ def write_tables(folder: Path, n_users: int = 80, n_items: int = 30) -> Path:
     for name, table in tables.items():
         pyarrow.csv.write_csv(table, folder / f"{name}.csv")
     return folder
+
+
+def differences(workdir: Path, other: Path) -> list[str]:
+    """How two finished runs differ, bit for bit, in whatever does not tell the time; empty where they do not."""
+    found = []
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (workdir, other))
+    found += [f"results.json, {name}" for name in one | two if name != "seconds" and one.get(name) != two.get(name)]
+    one, two = (dict(np.load(folder / "test_users.npz")) for folder in (workdir, other))
+    found += [f"test_users.npz, {name}" for name in one | two if not _same(one.get(name), two.get(name))]
+    for phase in sorted(path.parent.name for path in other.glob("*/checkpoints")):
+        curves = [(folder / phase / "curves.jsonl").read_text() for folder in (workdir, other)]
+        found += [f"{phase}/curves.jsonl"] if curves[0] != curves[1] else []
+        kept = Checkpoints(other / phase / "checkpoints")
+        for step in {kept.best_step(), max(kept.steps())} - {None}:
+            one, two = (arrays(folder / phase / "checkpoints", step) for folder in (workdir, other))
+            found += [f"{phase}, step {step}, {name}" for name in one | two if not _same(one.get(name), two.get(name))]
+    return found
+
+
+def arrays(checkpoints: Path, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of a checkpoint by its name; empty where there is none."""
+    if step not in Checkpoints(checkpoints).steps():
+        return {}
+    leaves = json.loads((checkpoints / str(step) / RECORD).read_text())["leaves"]
+    like = {name: np.zeros(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
+    return Checkpoints(checkpoints).restore(step, like)[0]
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None:
+        return False
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

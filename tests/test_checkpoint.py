@@ -18,9 +18,11 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from campaigns import corrupt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fused_rec.train.checkpoint import MANIFEST, RECORD, CheckpointError, Checkpoints
+from fused_rec.train.workdir import SaveError
 
 ROOT = Path(__file__).parents[1]
 
@@ -260,7 +262,7 @@ def test_a_read_only_folder_can_be_read_but_not_written(read_only):
     before = sorted((str(path), path.stat().st_mtime_ns) for path in read_only.rglob("*"))
     assert_equal(checkpoints.restore(1, make_state())[0], make_state(1))
     assert (checkpoints.last_good(), max(checkpoints.steps(), default=None), checkpoints.best_step()) == (1, 1, 1)
-    with pytest.raises(PermissionError, match=str(read_only)):
+    with pytest.raises(SaveError, match=f"{read_only}/2 could not .*Permission.*The last good checkpoint is step 1"):
         checkpoints.save(2, make_state(2), {}, best=True)
     assert before == sorted((str(path), path.stat().st_mtime_ns) for path in read_only.rglob("*"))
 
@@ -341,3 +343,28 @@ def test_the_record_says_what_is_inside_without_orbax(saved):
     record = json.loads((folder / "20" / RECORD).read_text())
     assert record["leaves"]["params/gate"] == {"shape": [3], "dtype": "bfloat16"}
     assert (record["step"], record["best"]) == (20, False)
+
+
+@pytest.fixture(scope="module")
+def to_damage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("to_damage") / "checkpoints"
+    corrupt.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", corrupt.KINDS, ids=lambda damage: damage.__name__)
+def test_nothing_that_was_not_saved_comes_back(to_damage, damage):
+    """A dozen of each kind; tests/campaigns/corrupt.py makes more."""
+    for number in range(12):
+        corrupt.trial(to_damage, damage, random.Random(number))
+
+
+def test_a_step_that_was_saved_as_the_run_stopped_gives_way_on_demand_only(saved):
+    checkpoints, folder = saved
+    checkpoints.save(30, make_state(31), {"epoch": 4}, best=True, replace=True)
+    state, extras = checkpoints.restore(30, make_state())
+    assert_equal(state, make_state(31))
+    assert (extras, checkpoints.best_step()) == ({"epoch": 4}, 30)
+    assert sorted(os.listdir(folder)) == ["20", "30"]
+    with pytest.raises(CheckpointError, match="step 20 is not saved: .* holds a sound step 30"):
+        checkpoints.save(20, make_state(20), {}, best=False, replace=True)

@@ -15,7 +15,7 @@ PACKAGE = "fused_rec"
 
 # Each package imports only from itself and from those before it. `evaluate` comes before `train` because the training
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
-LAYERS = ("config", "devices", "data", "text", "graph", "model", "evaluate", "train", "explain")
+LAYERS = ("config", "devices", "hosts", "data", "text", "graph", "model", "evaluate", "train", "explain")
 
 # The only places that touch files, the network, other processes or the terminal.
 IO_ALLOWED = (
@@ -26,9 +26,11 @@ IO_ALLOWED = (
     "text/cache.py",
     "train/checkpoint.py",
     "train/curves.py",
+    "train/interrupt.py",  # says that a signal was heard
     "train/loop.py",
     "train/study.py",  # writes the report of the runs that train/loop.py left
     "train/sweep.py",
+    "train/workdir.py",
 )
 IO_BUILTINS = {"open", "print", "input"}
 IO_METHODS = {

@@ -1,20 +1,23 @@
 """The whole path in real processes: from tables on disk to results, stopped and taken up again."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from market import write_tables
+from market import differences, write_tables
 
 from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
+from fused_rec.train import interrupt, loop
+from fused_rec.train.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
 from fused_rec.train.measure import measure, scorer
 from fused_rec.train.serve import load
@@ -27,6 +30,7 @@ SETTINGS = {
     "train.learning_rate": 0.02,
     "model.dim": 8,
 }
+CONFIG = "experiments/configs/tables.py"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
     settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": True}
     return command(
         "train",
-        "--config=experiments/configs/tables.py",
+        f"--config={CONFIG}",
         f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in settings.items()),
     )
@@ -67,10 +71,6 @@ def environment(cache: Path) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-
-
-def without_time(results: dict) -> dict:
-    return {name: value for name, value in results.items() if name != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -103,41 +103,119 @@ def test_results_hold_what_is_promised(finished):
     assert results["valid"]["ndcg@10"] == pytest.approx(best["valid/ndcg@10"], abs=1e-12)
 
 
-@pytest.mark.parametrize("milestone", ["choose/checkpoints/10", "refit/checkpoints/5"])
-def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished, milestone):
-    """SIGKILL soon after a checkpoint; the same command then finishes, bit for bit as the undisturbed run."""
+@pytest.mark.parametrize(
+    ("signum", "milestone"),
+    [
+        (signal.SIGKILL, "choose/checkpoints/10"),
+        (signal.SIGKILL, "refit/checkpoints/5"),
+        (signal.SIGTERM, "choose/checkpoints/10"),
+    ],
+)
+def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished, signum, milestone):
+    """A signal soon after a checkpoint; the same command then finishes, bit for bit as the undisturbed run."""
     workdir = tmp_path / "run"
     process = subprocess.Popen(
         train_command(tables, cache, workdir),
         env=environment(cache),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline and not (workdir / milestone).exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signum)
+    _, said = process.communicate()
     assert (workdir / milestone).exists()
     assert not (workdir / "results.json").exists(), "the run was over before it could be killed"
+    if signum == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "stopped by SIGTERM; step " in said and "is saved in" in said and "Traceback" not in said
+        assert f"To go on, give the same command again:\n  python -m experiments.train --config={CONFIG}" in said
     again = subprocess.run(
         train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
     assert "goes on from the checkpoint" in again.stderr
-    ends = [json.loads((folder / "results.json").read_text()) for folder in (workdir, finished)]
-    assert without_time(ends[0]) == without_time(ends[1])
-    curves = [(folder / "choose" / "curves.jsonl").read_text() for folder in (workdir, finished)]
-    assert curves[0] == curves[1]
-    states = [load(folder)[2] for folder in (workdir, finished)]
-    for one, other in zip(*(np_leaves(state.params) for state in states), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert differences(workdir, finished) == []
 
 
-def np_leaves(tree) -> list[np.ndarray]:
-    import jax
+@pytest.fixture(scope="module")
+def undisturbed(tables, cache, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(small(tables, cache, model__variant="graph", train__refit=True), workdir)
+    return workdir
 
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """A real SIGTERM as the loop calls one of its functions for the call-th time."""
+    real, calls = getattr(loop, name), itertools.count(1)
+
+    def asking(*arguments, **settings):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **settings)
+
+    patch.setattr(loop, name, asking)
+
+
+@pytest.mark.parametrize(
+    ("stops", "kept"),
+    [
+        pytest.param([("prepare", 1)], [{}], id="before anything is kept"),
+        pytest.param([("batch", 1)], [{"choose": 1}], id="in the first step, which compiles"),
+        pytest.param([("batch", 8)], [{"choose": 8}], id="between two evaluations"),
+        pytest.param([("batch", 10)], [{"choose": 10}], id="before an evaluation"),
+        pytest.param([("measure", 2)], [{"choose": 10}], id="in an evaluation"),
+        pytest.param([("measure", 4)], [{"choose": 20}], id="in the last evaluation"),
+        pytest.param(
+            [("measure", 1), ("measure", 1), ("batch", 2), ("batch", 1)],
+            [{"choose": 5}, {"choose": 5}, {"choose": 7}, {"choose": 8}],
+            id="four times",
+        ),
+        pytest.param([("batch", 23)], [{"choose": 20, "refit": 3}], id="in the second phase"),
+        pytest.param([("measure_users", 1)], [None], id="in the test part's measurement"),
+        pytest.param([("write_json", 2)], [None], id="before the results are written"),
+    ],
+)
+def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
+    """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
+    config = small(tables, cache, model__variant="graph", train__refit=True)
+    for (name, call), expected in zip(stops, kept, strict=True):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(interrupt.Stopped) as stopped, interrupt.handled():
+            ask_to_stop(patch, name, call)
+            train(config, tmp_path / "run")
+        folders = (tmp_path / "run").glob("*/checkpoints")
+        newest = {folder.parent.name: Checkpoints(folder).last_good() for folder in folders}
+        assert expected is None or newest == expected
+        if expected:
+            [note] = stopped.value.__notes__
+            assert f"step {list(newest.values())[-1]} of " in note and list(newest)[-1] in note
+        assert not list((tmp_path / "run").rglob(".*")) and not (tmp_path / "run" / "run.lock").exists()
+    train(config, tmp_path / "run")
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+def test_a_damaged_best_state_is_told_at_once(tables, cache, tmp_path, undisturbed):
+    """Neither does training go on for nothing, nor does another state take its place when it is asked for."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    best = json.loads((workdir / "results.json").read_text())["best_step"]
+    for phase in ("choose", "refit"):
+        record = workdir / phase / "checkpoints" / str(best) / RECORD
+        record.write_text(record.read_text().replace("1", "2", 1))
+    for part in ("valid", "test"):
+        with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
+            load(workdir, part)
+    (workdir / "results.json").unlink()
+    shutil.rmtree(workdir / "refit")
+    config = small(tables, cache, model__variant="graph", train__refit=True)
+    if best < 20:
+        with pytest.raises(CheckpointError, match=f"{best} is damaged.*remove the folder of the checkpoints"):
+            train(config, workdir)
+        shutil.rmtree(workdir / "choose" / "checkpoints")
+    train(config, workdir)
+    assert differences(workdir, undisturbed) == []
 
 
 def test_recommend_writes_what_is_not_held(tables, cache, finished, tmp_path):

@@ -50,7 +50,7 @@ def task_of(name: str) -> Task:
 
 
 def rows_of(params) -> np.ndarray:
-    """Id rows of users, then of items; those of user 6, who hears nobody, and of items nobody holds count for nothing."""
+    """Id rows of users, then of items; those of user 6, who hears nobody, and of items nobody holds are zero."""
     users = params["main"]["id_user"] * (np.arange(USERS) < 6)[:, None]
     return np.concatenate([users, params["main"]["id_item"] * PRESENT[:, None]])
 

@@ -111,7 +111,9 @@ class FusedRec(nn.Module):
             out = {t: unit(x) for t, x in out.items()}
         return graph.whole(USER, out[USER]), graph.whole(ITEM, out[ITEM])
 
-    def inputs(self, graph: HeteroGraph, dropout: PRNGKeyArray | None) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
+    def inputs(
+        self, graph: HeteroGraph, dropout: PRNGKeyArray | None
+    ) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
         """Id rows and projected words, by node type; zeros for the part that a variant does without."""
         config = self.config
         ids, words = {}, {}

@@ -9,6 +9,7 @@ the latest step, so each step folder is made complete under a hidden name and th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import PyTree
 
+from fused_rec.train.workdir import persist
+
 STATE, RECORD, MANIFEST = "state", "checkpoint.json", "manifest.sha256"
 PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders that a killed process leaves behind
 
@@ -36,7 +39,9 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one run: the best one and the last `keep_last`, each a folder named after its step.
 
-    One process writes at a time. Reading never changes the folder, which may be read-only.
+    One process writes at a time. Reading never changes the folder, which may be read-only. Saving is synchronous:
+    a state is small, a few tables of rows and their moments, so there is little time to win, and a save that
+    returned is on disk, where one in the background might still fail unseen or be lost with the process.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 2):
@@ -45,22 +50,24 @@ class Checkpoints:
         self._folder = Path(folder)
         self._keep_last = keep_last
 
-    def save(self, step: int, state: PyTree, extras: Mapping[str, Any], *, best: bool) -> None:
+    def save(self, step: int, state: PyTree, extras: Mapping[str, Any], *, best: bool, replace: bool = False) -> None:
         """Returns once the checkpoint is on disk; a process killed before leaves every earlier one untouched.
 
         Damaged checkpoints of this step and later ones are replaced, and the log says so: the run was taken up again
-        before them.
+        before them. Where writing fails, it is tried once more.
 
         Args:
           step: optimiser steps taken, 0 or more.
           state: arrays in any tree that JAX knows, without a device axis, all values finite.
           extras: the configuration and the loop's bookkeeping, as JSON; tuples come back as lists.
           best: whether no earlier step of this run is better.
+          replace: a sound checkpoint of this very step gives way; the run was stopped there before it was measured.
 
         Raises:
           CheckpointError: a value that is not finite or no array, extras that JSON cannot hold, or a sound checkpoint
             of this step or a later one is there already.
-          OSError: the folder cannot be written.
+          SaveError: the folder cannot be written; names it, the reason and the last good step. Nothing is left of
+            the failed save, and every earlier checkpoint is as it was.
         """
         if step < 0:
             raise CheckpointError(f"step is {step}; it must be 0 or more")
@@ -71,35 +78,54 @@ class Checkpoints:
             written = json.dumps(record, indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"extras cannot be written as JSON: {error}") from error
-        stale = [later for later in self._folders() if later >= step]
-        for later in stale:
-            if self._problem(later) is None:
+        stale = {later: self._problem(later) for later in self._folders() if later >= step}
+        for later, problem in stale.items():
+            if problem is None and not (replace and later == step):
                 raise CheckpointError(
                     f"step {step} is not saved: {self._folder} holds a sound step {later}; "
                     "resume from that one, or give this run another folder"
                 )
 
+        def attempt() -> None:
+            partial = self._folder / f".{step}{PARTIAL}"
+            try:
+                self._write(partial, arrays, written)
+                for later, problem in ({step: None} | stale).items():
+                    if (self._folder / str(later)).exists():
+                        if problem is not None:
+                            logging.warning("%s It is replaced by the run that now saves step %d.", problem, step)
+                        self._discard(later)
+                partial.rename(self._folder / str(step))
+                _flush(self._folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+        persist(attempt, self._folder / str(step), self._kept)
+        self._prune()
+
+    def _write(self, partial: Path, arrays: dict[str, np.ndarray], record: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         for left in [*self._folder.glob(f".*{PARTIAL}"), *self._folder.glob(f".*{DISCARDED}")]:
             logging.warning("Removing %s, left by a process that was stopped while it saved.", left)
             shutil.rmtree(left)
-        partial = self._folder / f".{step}{PARTIAL}"
         partial.mkdir()
+        # TensorStore finds out in the middle, in threads that go on to complain after it is over.
+        needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, and the state takes {needed / 1e6:.1f} MB")
         # Orbax refuses arrays without elements; their shape and dtype, kept in the record, say all there is to know.
         if stored := {name: array for name, array in arrays.items() if array.size}:
             with _orbax() as orbax:
                 orbax.save((partial / STATE).absolute(), args=ocp.args.StandardSave(stored))
-        (partial / RECORD).write_text(written, encoding="utf-8")
+        (partial / RECORD).write_text(record, encoding="utf-8")
         (partial / MANIFEST).write_text(_manifest(partial), encoding="utf-8")
-        for file in _files(partial):
-            _flush(partial / file)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
 
-        for later in stale:
-            logging.warning("%s It is replaced by the run that now saves step %d.", self._problem(later), step)
-            self._discard(later)
-        partial.rename(self._folder / str(step))
-        _flush(self._folder)
-        self._prune()
+    def _kept(self) -> str:
+        good = self.last_good()
+        return "No checkpoint was saved before." if good is None else f"The last good checkpoint is step {good}."
 
     def steps(self) -> list[int]:
         """Steps whose save was completed, ascending. A folder without its manifest is left out and logged."""
@@ -178,6 +204,10 @@ class Checkpoints:
         except OSError as error:
             return f"{path} cannot be read: {error}."
         if listed == now:
+            try:
+                self._record(step)
+            except CheckpointError as error:
+                return str(error)
             return None
         changed = sorted(
             {line[66:].decode(errors="replace") for line in set(now.splitlines()) ^ set(listed.splitlines())}
@@ -187,16 +217,25 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         path = self._folder / str(step)
         try:
-            if f"{_digest(path / RECORD)}  {RECORD}\n".encode() in (path / MANIFEST).read_bytes():
-                return json.loads((path / RECORD).read_bytes())
+            listed, written = (path / MANIFEST).read_bytes(), (path / RECORD).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
-        raise CheckpointError(f"{path} is damaged: {RECORD} differs from {MANIFEST}.")
+        if f"{hashlib.sha256(written).hexdigest()}  {RECORD}\n".encode() not in listed:
+            raise CheckpointError(f"{path} is damaged: {RECORD} differs from {MANIFEST}.")
+        record = json.loads(written)
+        if record["step"] != step:
+            raise CheckpointError(f"{path} is damaged: by its {RECORD} it is step {record['step']}.")
+        return record
 
     def _prune(self) -> None:
         steps = self._complete()
         for step in set(steps) - set(steps[-self._keep_last :]) - {self.best_step()}:
-            self._discard(step)
+            try:
+                self._discard(step)
+            except OSError as error:  # the new checkpoint is there all the same
+                logging.warning(
+                    "%s is not needed any more but could not be removed: %s", self._folder / str(step), error
+                )
 
     def _discard(self, step: int) -> None:
         # Renamed first: a process killed half-way through the removal leaves no step that only looks complete.

@@ -1,5 +1,6 @@
 """Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from fused_rec.train.workdir import persist, write_file
 
 LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
 
@@ -37,16 +40,18 @@ class Curves:
 
         Raises:
           ValueError: a value is named "step".
+          SaveError: the line could not be written; a part of it may stand there until the files are opened again.
         """
         if "step" in values:
             raise ValueError('a value is named "step", which names the step itself; rename it')
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": step, **{name: number if math.isfinite(number) else None for name, number in numbers.items()}}
         self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
         summary = Summary(value=[Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()])
         self._board.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-        self._board.flush()
+        # A flush that fails keeps what it has not written, and a second one goes on from there.
+        persist(self._file.flush, self._lines)
+        persist(self._board.flush, self._workdir / TENSORBOARD)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.
@@ -55,29 +60,29 @@ class Curves:
 
         Raises:
           ValueError: a line is no record of a step; names the line. Nothing is dropped then.
+          SaveError: the files could not be written; the lines are as they were.
         """
         lines = self._lines.read_bytes().splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        replacement = self._workdir / f".{LINES}.partial"
-        with replacement.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
         self.close()
-        replacement.replace(self._lines)
+        write_file(self._lines, b"".join(kept))
         self._file = self._lines.open("a+b")
         self._board = self._open_board(hide_from=step + 1)
 
     def __enter__(self) -> "Curves":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # What cannot be written cannot be written on closing either; the first error is the one to tell.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def close(self) -> None:
         """Ends both files; nothing can be written afterwards."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+        finally:
+            self._board.close()
 
     def _mend(self) -> None:
         self._file.seek(0)
@@ -90,14 +95,17 @@ class Curves:
     def _open_board(self, hide_from: int | None = None) -> EventsWriter:
         # Not SummaryWriter: its queue to a thread outlives flush(), so a kill would lose values that were written.
         # The suffix because file names count whole seconds: a second writer in one second would empty the first's file.
-        (self._workdir / TENSORBOARD).mkdir(exist_ok=True)
-        board = EventsWriter(str(self._workdir / TENSORBOARD / "events"), f".{time.time_ns()}")
-        if hide_from is not None:
-            board.write_event(
-                Event(step=hide_from, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
-            )
-        board.flush()
-        return board
+        def attempt() -> EventsWriter:
+            (self._workdir / TENSORBOARD).mkdir(exist_ok=True)
+            board = EventsWriter(str(self._workdir / TENSORBOARD / "events"), f".{time.time_ns()}")
+            if hide_from is not None:
+                board.write_event(
+                    Event(step=hide_from, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+                )
+            board.flush()
+            return board
+
+        return persist(attempt, self._workdir / TENSORBOARD)
 
     def _step(self, number: int, line: bytes) -> int:
         try:

@@ -5,34 +5,39 @@ workdir/
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
   test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
   results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
+  run.lock             held by the process that trains here, and there only as long
 """
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import math
-import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from fused_rec import hosts
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.train.checkpoint import Checkpoints
+from fused_rec.train import interrupt
+from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
+from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_USERS = "run.json", "results.json", "test_users.npz"
@@ -50,6 +55,7 @@ class Progress(NamedTuple):
     best_step: int = 0
     worse: int = 0  # evaluations since the best
     seconds: float = 0.0
+    losses: Sequence[float] = ()  # since the last evaluation, of a run that was stopped between two
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -59,16 +65,33 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       ValueError: workdir holds a run of another config or of other tables.
       DataError, LeakError: the input must not be used.
       NonFiniteLossError: training diverged.
+      BusyError: another process trains in workdir.
+      SaveError: a checkpoint or result could not be written.
+      CheckpointError: the checkpoint of the best step is damaged.
+      Stopped: a signal asked for an end (see `fused_rec.train.interrupt`); the same call goes on.
     """
     workdir = Path(workdir)
-    check_config(config, workdir)
-    if (workdir / RESULTS).exists():
-        LOG.info("%s is finished; its results are shown again", workdir)
-        return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
+    hosts.check_alike("the config", json.dumps(_as_json(to_dict(config)), sort_keys=True))
+    results = None
+    if hosts.leads():
+        check_config(config, workdir)
+        if (workdir / RESULTS).exists():
+            LOG.info("%s is finished; its results are shown again", workdir)
+            results = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
+    if (results := hosts.said_by_first(results)) is not None:
+        return results
+    with owned(workdir) if hosts.leads() else contextlib.nullcontext():
+        return _train(config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset, parts_of = read(config)
     prepared = prepare(config, dataset, parts_of)
+    tables = digest(dataset)
+    hosts.check_alike("the digest of the tables", tables)
     # Only now: faults of the input leave the folder free for the command that mends them.
-    claim(config, digest(dataset), workdir)
+    if hosts.leads():
+        claim(config, tables, workdir)
 
     state, progress = fit(config, prepared, workdir / "choose")
     seconds = progress.seconds
@@ -83,7 +106,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     # Everything is chosen: the one time that the test part is read.
     score = scorer(config, prepared, state)
     per_user = measure_users(prepared, score, "test")
-    write_users(workdir / TEST_USERS, per_user)
     results = {
         "dataset": dataset.name,
         "split": parts_of.kind,
@@ -98,7 +120,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         "config": to_dict(config),
         "versions": versions(),
     }
-    write_json(workdir / RESULTS, results)
+    if hosts.leads():
+        write_users(workdir / TEST_USERS, per_user)
+        write_json(workdir / RESULTS, results)
     return results
 
 
@@ -134,59 +158,98 @@ def fit(
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
 
-    losses: list[jax.Array] = []
+    losses = [jnp.float32(loss) for loss in progress.losses]
+    progress = progress._replace(losses=())
     bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
-    with bar, Curves(folder) as curves:
-        curves.rewind(first)
-        for number in range(first, last):
-            if progress.worse >= settings.patience:
-                break
-            users = batch(
-                held,
-                number,
-                seed=settings.seed,
-                batch_users=settings.batch_users,
-                positives=settings.positives,
-                negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
-            )
-            state, loss = step(state, task, users)
-            losses.append(loss)
-            bar.update()
-            due = (number + 1) % settings.eval_every == 0 or number + 1 == last
-            if due or len(losses) % LOSS_EVERY == 0:
-                check_finite(losses, number + 1, checkpoints, folder)
-                bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
-            if not due:
-                continue
-            scalars = {"loss": float(np.mean(losses))}
-            improved = False
-            if steps is None:
-                values = measure(prepared, divided_scorer(config, task, state.params), "valid")
-                scalars |= {f"valid/{name}": value for name, value in values.items()}
-                progress = judge(progress, values[settings.metric], number + 1)
-                improved = progress.worse == 0
-                if on_evaluation is not None:
-                    on_evaluation(number + 1, values[settings.metric])
-            progress = progress._replace(seconds=progress.seconds + time.monotonic() - began)
-            began = time.monotonic()
-            curves.write(number + 1, scalars)
-            extras = {"config": to_dict(config), "progress": progress._asdict()}
-            whole = whole_state(state, whole)
-            checkpoints.save(number + 1, whole, extras, best=improved)
-            losses = []
+    taken = saved = first
+
+    def save(*, best: bool) -> None:
+        gathered = whole_state(state, whole)
+        extras = {"config": to_dict(config), "progress": progress._asdict()}
+        if hosts.leads():
+            checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
+
+    # A request to stop waits for the end of a step: only there do the state and its bookkeeping belong together.
+    with interrupt.held(), bar, Curves(folder) if hosts.leads() else contextlib.nullcontext() as curves:
+        if curves is not None:
+            curves.rewind(first)
+        try:
+            while True:
+                if losses and (taken % settings.eval_every == 0 or taken == last):
+                    scalars = {"loss": mean_loss(losses)}
+                    improved = False
+                    if steps is None:
+                        # One of several processes must not leave the others waiting for its share of the work.
+                        with interrupt.released() if hosts.alone() else contextlib.nullcontext():
+                            values = measure(prepared, divided_scorer(config, task, state.params), "valid")
+                        scalars |= {f"valid/{name}": value for name, value in values.items()}
+                        progress = judge(progress, values[settings.metric], taken)
+                        improved = progress.worse == 0
+                        if on_evaluation is not None:
+                            on_evaluation(taken, values[settings.metric])
+                    progress = progress._replace(seconds=progress.seconds + time.monotonic() - began)
+                    began = time.monotonic()
+                    if curves is not None:
+                        curves.write(taken, scalars)
+                    save(best=improved)
+                    saved, losses = taken, []
+                if taken == last or progress.worse >= settings.patience:
+                    break
+                interrupt.check(hosts.any_of)
+                users = batch(
+                    held,
+                    taken,
+                    seed=settings.seed,
+                    batch_users=settings.batch_users,
+                    positives=settings.positives,
+                    negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
+                )
+                state, loss = step(state, task, users)
+                taken += 1
+                losses.append(loss)
+                bar.update()
+                if taken % settings.eval_every == 0 or taken == last or len(losses) % LOSS_EVERY == 0:
+                    check_finite(losses, taken, checkpoints, folder)
+                    bar.set_postfix_str(caption(float(losses[-1]), settings.metric, progress))
+        except interrupt.Stopped as stopped:
+            if taken > saved:
+                check_finite(losses, taken, checkpoints, folder)
+                progress = progress._replace(
+                    losses=np.asarray(jax.device_get(losses), np.float32).tolist(),
+                    seconds=progress.seconds + time.monotonic() - began,
+                )
+                save(best=False)
+            stopped.add_note(f"step {taken} of {last} is saved in {folder}")
+            raise
     if steps is None:
-        whole, _ = checkpoints.restore(progress.best_step, like=whole)
+        whole = hosts.from_first(checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole)
     return whole, progress
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    """The newest sound checkpoint, or a fresh start."""
-    state = init(config, prepared.task)
-    step = checkpoints.last_good()
-    if step is None:
-        return state, Progress()
-    state, extras = checkpoints.restore(step, like=state)
-    return state, Progress(**extras["progress"])
+    """The first process's newest sound checkpoint, or a fresh start.
+
+    Raises:
+      CheckpointError: the best state is damaged; told now, because in the end it is that one which counts.
+    """
+    state, progress = init(config, prepared.task), Progress()
+    if hosts.leads() and (step := checkpoints.last_good()) is not None:
+        state, extras = checkpoints.restore(step, like=state)
+        progress = Progress(**extras["progress"])
+        if progress.best_step in checkpoints.steps():
+            try:
+                checkpoints.restore(progress.best_step, like=state)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} It is the best state so far, without which the later ones are of no use; remove the "
+                    "folder of the checkpoints, and the same command trains anew"
+                ) from error
+    return hosts.from_first(state), Progress(**hosts.said_by_first(progress._asdict()))
+
+
+def mean_loss(losses: list[jax.Array]) -> float:
+    """Of float32 scalars; the same bits whether some of them come from a checkpoint or all from the device."""
+    return float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
 
 
 def judge(progress: Progress, value: float, step: int) -> Progress:
@@ -256,11 +319,12 @@ def read_run(workdir: Path) -> dict[str, Any]:
     return json.loads((workdir / RUN).read_text(encoding="utf-8"))
 
 
-def finished(workdir: Path) -> Config:
-    """The config of a run that is over. Raises FileNotFoundError where there is none."""
+def finished(workdir: Path) -> tuple[Config, int]:
+    """The config of a run that is over, and its best step. Raises FileNotFoundError where there is none."""
     if not (workdir / RESULTS).exists():
         raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with experiments.train first")
-    return from_dict(read_run(workdir)["config"])
+    results = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
+    return from_dict(read_run(workdir)["config"]), results["best_step"]
 
 
 def versions() -> dict[str, str]:
@@ -274,19 +338,16 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Writes all or nothing: to a name of its own, then renamed. A number that is none becomes null."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    """Writes all or nothing. A number that is none becomes null. Raises SaveError."""
+    write_file(file, (json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_users(file: Path, per_user: PerUser) -> None:
-    """Writes all or nothing, as `write_json`: `user` int32 [V] and each metric float32 [V], by its name."""
+    """Writes all or nothing: `user` int32 [V] and each metric float32 [V], by its name. Raises SaveError."""
     arrays: dict[str, Any] = {"user": per_user.users, **per_user.metrics}
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("wb") as stream:  # a stream, because np.savez adds a suffix to a name
-        np.savez(stream, **arrays)
-    partial.replace(file)
+    archive = io.BytesIO()
+    np.savez(archive, **arrays)
+    write_file(file, archive.getvalue())
 
 
 def read_users(file: Path) -> PerUser:

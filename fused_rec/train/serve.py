@@ -24,16 +24,18 @@ def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, Tra
 
     Raises:
       ValueError: the tables have changed since.
+      CheckpointError: the state that was chosen is damaged; no other one takes its place.
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
-    config = finished(workdir)
+    config, step = finished(workdir)
     refitted = config.train.refit and part != "valid"
     phase, known = ("refit", ("train", "valid")) if refitted else ("choose", ("train",))
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
-    step = checkpoints.last_good() if refitted else checkpoints.best_step()
-    if step is None:
-        raise FileNotFoundError(f"{workdir / phase} holds no sound checkpoint; run experiments.train there again")
+    if step not in checkpoints.steps():
+        raise FileNotFoundError(
+            f"{workdir / phase} does not hold the checkpoint of step {step}, which was chosen; train in a new workdir"
+        )
     dataset, parts_of = read(config)
     check_tables(digest(dataset), workdir)
     prepared = prepare(config, dataset, parts_of, known)

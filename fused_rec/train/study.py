@@ -36,6 +36,7 @@ from fused_rec.train import loop
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_slices, measure_users
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.variants import VARIANTS, variant
+from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
@@ -81,7 +82,7 @@ class _Outcomes:
         except (NotApplicableError, MissingExtraError) as error:
             self.skipped[name] = str(error)
             LOG.info("%s is left out: %s", name, error)
-        except Exception as error:  # whatever it is, the other runs go on
+        except Exception as error:  # whatever it is, the other runs go on; being asked to stop is no Exception
             self.failures.append({"variant": name, "seed": seed, "message": f"{type(error).__name__}: {error}"})
             LOG.error("%s, %s failed: %s", name, "tuning" if seed is None else f"seed {seed}", error)
             LOG.debug("raised here:", exc_info=True)
@@ -102,18 +103,27 @@ def study(
     Raises:
       ValueError: an unknown name, none that applies, no seed, or `out` holds runs of another config or other tables.
       DataError, LeakError: the input must not be used.
+      BusyError: another process works in `out`.
+      SaveError: the report could not be written.
     """
     check_names(names)
     if trials:
         importlib.import_module("fused_rec.train.sweep")  # tells at once where its library is missing
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds is {list(seeds)}; give one or more, each once")
+    with owned(Path(out)):
+        return _study(config, names, seeds, Path(out), trials, command)
+
+
+def _study(
+    config: Config, names: Sequence[str], seeds: Sequence[int], out: Path, trials: int, command: str
+) -> dict[str, Any]:
     dataset, parts_of = read(config)
     kept, skipped = applicable(config, names, dataset, parts_of)
     learned = {name: variant(config, name) for name in kept if name in VARIANTS}
     untrained = [name for name in kept if name in BASELINES]
     left = len(learned) * len(seeds) + len(untrained)
-    outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", Path(out), left, trials, skipped)
+    outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", out, left, trials, skipped)
     tables = digest(dataset)
     for name in untrained:
         _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
@@ -289,7 +299,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 def _write(report: dict[str, Any], out: Path) -> None:
     loop.write_json(out / "compare.json", report)
     for suffix, text in (("md", compare.markdown), ("csv", compare.csv_text), ("tex", compare.latex)):
-        (out / f"compare.{suffix}").write_text(text(report, METRICS), encoding="utf-8")
+        write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:
         LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')
         return

@@ -4,7 +4,7 @@ folder/
   run.json             config and digest of the tables; another config, or changed tables, are refused
   journal.log          the study, as Optuna keeps it; a line an event, written under a lock
   turn.lock            held for moments by the process that begins or ends a trial
-  trials/              checkpoints and a lock of each trial that is running; gone when it is over
+  trials/              checkpoints and a lock of each trial that is running or was stopped; gone when it is over
   best.py, best.json   the best trial so far, as a file of experiments/configs and with its value
   trials.png           values of all trials over their settings, where Matplotlib is installed
 """
@@ -14,7 +14,6 @@ import fcntl
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,8 +25,10 @@ import numpy as np
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate import plots
+from fused_rec.train import interrupt
 from fused_rec.train.loop import NonFiniteLossError, check_config, claim, fit, write_json
 from fused_rec.train.prepare import Prepared, prepare, read
+from fused_rec.train.workdir import write_file
 
 try:
     import optuna
@@ -50,6 +51,7 @@ SPACE: Mapping[str, BaseDistribution] = {
 ONLY_WHERE_ASKED = ("model.popularity", "train.contrast")  # 0 leaves a part out of the model; no trial adds it
 DOT_TEMPERATURE = FloatDistribution(0.05, 2.0, log=True)  # dot products are not bounded as cosines are
 JOURNAL, TURN, TRIALS, BEST = "journal.log", "turn.lock", "trials", "best"
+STOPPED = "stopped"  # a trial's attribute
 UNPRUNED = 5  # trials, and evaluations of each later one, before a trial can be stopped for being below the median
 POLL_SECONDS = 0.5
 
@@ -62,7 +64,8 @@ def sweep(config: Config, folder: str | Path, trials: int) -> Config:
     training and validation parts only. Every process that is given the same folder works on the same study, and
     returns the same config; alone and with equal seeds, it repeats itself.
 
-    A trial is over when it is complete, stopped early, or has diverged. One whose process died is begun anew, once.
+    A trial is over when it is complete, stopped early, or has diverged. One whose process was asked to stop goes on
+    from its checkpoint in the next process; one whose process died is begun anew, once.
 
     Raises:
       ValueError: the folder is another config's or was begun with another space, `config` lies outside the space
@@ -107,16 +110,20 @@ def work(config: Config, prepared: Prepared, folder: Path, trials: int) -> None:
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(_settings(config, searched))
     while True:
-        with contextlib.ExitStack() as held:
+        # A request to stop finds no trial that is neither drawn nor told of: it waits, except while one trains.
+        with interrupt.held(), contextlib.ExitStack() as held:
             with _locked(folder / TURN):
                 if len(over(study)) >= trials:
                     return
-                trial = None
-                if bury(study, folder) + len(over(study)) < trials:
+                running = bury(study, folder)
+                trial = take_up(study, folder)
+                if trial is None and running + len(over(study)) < trials:
                     trial = draw(study, searched, config.train.seed)
+                if trial is not None:
                     held.enter_context(_locked(_lock_of(folder, trial.number)))
             if trial is None:
-                time.sleep(POLL_SECONDS)
+                with interrupt.released():
+                    time.sleep(POLL_SECONDS)
             else:
                 run_trial(config, prepared, folder, study, trial)
 
@@ -136,8 +143,6 @@ def run_trial(
 ) -> None:
     """Trains with the trial's settings and tells the study how it ended."""
     tried = changed(config, trial.params)
-    if (tried.text, tried.graph) != (config.text, config.graph):
-        prepared = prepare(tried, prepared.dataset, prepared.split)
 
     def report(step: int, value: float) -> None:
         trial.report(value, step)
@@ -146,12 +151,18 @@ def run_trial(
 
     value = None
     try:
-        value = fit(tried, prepared, _folder_of(folder, trial.number), on_evaluation=report)[1].best
+        with interrupt.released():
+            if (tried.text, tried.graph) != (config.text, config.graph):
+                prepared = prepare(tried, prepared.dataset, prepared.split)
+            value = fit(tried, prepared, _folder_of(folder, trial.number), on_evaluation=report)[1].best
         end = f"validation {config.train.metric} {value:.4f}"
     except optuna.TrialPruned:
         end = "stopped early"
     except NonFiniteLossError:
         end = "diverged"
+    except interrupt.Stopped:
+        trial.set_user_attr(STOPPED, True)
+        raise
     with _locked(folder / TURN):
         state = optuna.trial.TrialState.PRUNED if value is None else optuna.trial.TrialState.COMPLETE
         study.tell(trial, value, state=state)
@@ -170,14 +181,18 @@ def over(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
 def bury(study: "optuna.Study", folder: Path) -> int:
     """How many trials are running; those whose process is gone are ended, and begun anew the first time it happens.
 
+    Those that were stopped are left to `take_up`.
+
     A process holds the lock of its trial, and the system lets go of it when the process ends, however it ends. Where
     hosts share a file system that keeps locks to one host, a trial of another may be taken for dead and run twice.
     """
     running = 0
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+    for trial in _begun(study):
         with _locked(_lock_of(folder, trial.number), wait=False) as free:
             if not free:
                 running += 1
+                continue
+            if trial.user_attrs.get(STOPPED):
                 continue
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             _remove(folder, trial.number)
@@ -186,6 +201,17 @@ def bury(study: "optuna.Study", folder: Path) -> int:
             if "again" not in trial.user_attrs:
                 study.enqueue_trial(trial.params, {"again": True})
     return running
+
+
+def take_up(study: "optuna.Study", folder: Path) -> "optuna.trial.Trial | None":
+    """A trial whose process was asked to stop, to go on from its checkpoint; None where there is none."""
+    for begun in _begun(study):
+        with _locked(_lock_of(folder, begun.number), wait=False) as free:
+            if free and begun.user_attrs.get(STOPPED):
+                trial = optuna.trial.Trial(study, begun._trial_id)
+                trial.set_user_attr(STOPPED, False)
+                return trial
+    return None
 
 
 def open_study(folder: Path) -> "optuna.Study":
@@ -218,9 +244,7 @@ def write_best(config: Config, folder: Path) -> Config:
     chosen = changed(config, best.params)
     record = {"metric": config.train.metric, "value": best.value, "trial": best.number, "trials": len(trials)}
     said = f"Trial {best.number} of {len(trials)}, the best on validation: {config.train.metric} {best.value:.4f}."
-    partial = folder / f".{BEST}.py.{os.getpid()}"
-    partial.write_text(as_source(chosen, said), encoding="utf-8")
-    partial.replace(folder / f"{BEST}.py")
+    write_file(folder / f"{BEST}.py", as_source(chosen, said).encode())
     write_json(folder / f"{BEST}.json", record | {"config": to_dict(chosen)})
     if importlib.util.find_spec("matplotlib") is not None:
         plots.by_setting(history(folder), config.train.metric).savefig(folder / "trials.png")
@@ -297,6 +321,10 @@ def _described(settings: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in settings.items()
     )
+
+
+def _begun(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
 
 
 def _folder_of(folder: Path, number: int) -> Path:

@@ -1,0 +1,124 @@
+"""SIGINT and SIGTERM as a request to stop, answered where nothing is lost by it.
+
+Python runs a handler between any two instructions. Most of a run may end there: what it writes is written in whole
+files, and the rest is computed again. Where work in memory must be saved first, `held` lets the request wait for a
+safe point. Signals belong to the whole process, and so does what this module remembers of them.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_REQUEST = 0.5  # seconds in which further signals are the same request: `timeout` and shells may send it twice
+
+
+class Stopped(BaseException):
+    """The process was asked to end, which is no failure: `except Exception` lets it pass, as it does Ctrl-C.
+
+    Notes (`add_note`) say what was saved on the way out.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_status = 128 + signum  # as shells report it
+
+
+class _Request:
+    """What was asked so far, and how many `held` blocks the main thread is in."""
+
+    signum: int | None = None
+    holds: int = 0
+
+
+_REQUEST = _Request()
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Within the block the first SIGINT or SIGTERM raises Stopped: at once, or at the end of a `held` block.
+
+    A second one ends the process at once, also while the main thread compiles or waits for a device; handlers in
+    Python would have to wait with it, so a thread listens. The earlier handlers are put back after the block. A signal
+    that the process was started to ignore stays ignored. Outside the main thread, where Python allows no handlers, the
+    block changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _REQUEST.signum, _REQUEST.holds = None, 0
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
+    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    heard = [signum for signum in SIGNALS if before[signum] is not signal.SIG_IGN]
+    try:
+        for signum in heard:
+            signal.signal(signum, _ask)
+        yield
+    finally:
+        for signum in heard:
+            signal.signal(signum, before[signum])
+        signal.set_wakeup_fd(told_before)
+        os.close(writer)  # ends the thread
+        _REQUEST.signum = None
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Within the block a request waits: for `check`, a `released` block or the end of the block."""
+    check()
+    _REQUEST.holds += 1
+    try:
+        yield
+    finally:
+        _REQUEST.holds -= 1
+    if not _REQUEST.holds:
+        check()
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Within the block, inside a `held` one, a request is answered at once."""
+    holds, _REQUEST.holds = _REQUEST.holds, 0
+    try:
+        check()
+        yield
+    finally:
+        _REQUEST.holds = holds
+
+
+def check(agree: Callable[[bool], bool] = bool) -> None:
+    """Raises Stopped where the process was asked to stop; a safe point of a `held` block.
+
+    agree: what all processes of a run make of one's having been asked.
+    """
+    if agree(_REQUEST.signum is not None):
+        raise Stopped(_REQUEST.signum or signal.SIGTERM)
+
+
+def _ask(signum: int, frame: FrameType | None) -> None:
+    if _REQUEST.signum is None:
+        _REQUEST.signum = signum
+        if not _REQUEST.holds:
+            raise Stopped(signum)
+
+
+def _listen(reader: int) -> None:
+    first = None
+    while told := os.read(reader, 1):
+        if told[0] not in SIGNALS:
+            continue
+        if first is None:
+            first = time.monotonic()
+            said = f"\n{signal.Signals(told[0]).name}: stopping as soon as nothing is lost by it; again stops at once"
+            print(said, file=sys.stderr, flush=True)
+        elif time.monotonic() - first > ONE_REQUEST:
+            os._exit(128 + told[0])
+    os.close(reader)
