@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags
 
+from fused_rec import hosts
 from fused_rec.config import Config, from_dict
 from fused_rec.train import interrupt
 
@@ -58,6 +60,16 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
             raise
         print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if hosts.alone():
+            raise
+        print(
+            f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\nTo go on from "
+            f"the last checkpoint, start all processes again:\n  {_command()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an orderly end would wait for the others
 
 
 def _command() -> str:

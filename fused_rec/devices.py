@@ -86,17 +86,50 @@ def put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
         lambda axis, part: jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(axis)), part),
         axes,
         tree,
-        is_leaf=lambda axis: axis is None,
+        is_leaf=_is_none,
     )
+
+
+class Mapped:
+    """A function compiled for one device and run on each; see `over_devices`."""
+
+    def __init__(
+        self, function: Callable[..., Any], devices: int | None, in_axes: Any, out_axes: Any, donate: tuple[int, ...]
+    ):
+        # Flat, because pmap over several processes takes no axes in dictionaries.
+        at, self._in = jax.tree.flatten(in_axes, is_leaf=_is_none)
+        to, self._out = jax.tree.flatten(out_axes, is_leaf=_is_none)
+        argument = [i for i, axes in enumerate(in_axes) for _ in jax.tree.leaves(axes, is_leaf=_is_none)]
+
+        def flat(*parts: Any) -> tuple:
+            return tuple(self._out.flatten_up_to(function(*self._in.unflatten(parts))))
+
+        self._mapped = jax.pmap(
+            flat,
+            axis_name=AXIS,
+            devices=None if devices is None else used(devices),  # pmap takes none for those of several processes
+            in_axes=tuple(at),
+            out_axes=tuple(to),
+            donate_argnums=tuple(place for place, i in enumerate(argument) if i in donate),
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._out.unflatten(self._mapped(*self._in.flatten_up_to(arguments)))
+
+    def lower(self, *arguments: Any) -> Any:
+        """As of a jitted function: the program before its compilation."""
+        return self._mapped.lower(*self._in.flatten_up_to(arguments))
+
+
+def _is_none(axis: object) -> bool:
+    return axis is None
 
 
 def over_devices(
-    function: Callable[..., Any], devices: int | None, *, in_axes: Any, out_axes: Any, donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """`function` compiled for one device and run on each, with `AXIS` as the name of their number.
+    function: Callable[..., Any], devices: int | None, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()
+) -> Mapped:
+    """`function` for one device, with `AXIS` as the name of their numbers, over the first `devices`, None for all.
 
     in_axes, out_axes: as of `jax.pmap`; None where every device has the same. donate: arguments that are given up.
     """
-    return jax.pmap(
-        function, axis_name=AXIS, devices=used(devices), in_axes=in_axes, out_axes=out_axes, donate_argnums=donate
-    )
+    return Mapped(function, devices, in_axes, out_axes, donate)

@@ -250,7 +250,14 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        # Of several processes one writes and none waits for it here.
+        me = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process{jax.process_index()}",
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=me)
+        with ocp.Checkpointer(handler, multiprocessing_options=me) as checkpointer:
             yield checkpointer
     finally:
         logging.set_verbosity(verbosity)

@@ -1,0 +1,130 @@
+"""Real processes on one machine, joined by JAX's own runtime: one run, and nothing lost when one of them ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from market import arrays, write_tables
+
+from fused_rec import hosts
+from fused_rec.train.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[1]
+STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
+SETTINGS = ("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=9")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return write_tables(tmp_path_factory.mktemp("tables"))
+
+
+def launch(tables: Path, workdir: Path, process: int, processes: int, port: int, steps: int) -> subprocess.Popen:
+    settings = [f"--config.{setting}" for setting in (*SETTINGS, f"train.max_steps={steps}")]
+    several = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
+    log = workdir.with_name(f"{workdir.name}.{process}.log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
+        + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        stdout=log,
+        stderr=log,
+    )
+
+
+def said(workdir: Path, process: int = 0) -> str:
+    return workdir.with_name(f"{workdir.name}.{process}.log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def run(tables: Path, workdir: Path, processes: int, steps: int = 10, late: float = 0) -> list[int]:
+    """Exit statuses; the last process starts `late` seconds after the others."""
+    port, started = free_port(), []
+    for process in range(processes):
+        if process == processes - 1:
+            time.sleep(late)
+        started.append(launch(tables, workdir, process, processes, port, steps))
+    return [process.wait(timeout=300) for process in started]
+
+
+def wait_for_step(workdir: Path, started: list[subprocess.Popen]) -> None:
+    """Until the first checkpoint is there."""
+    until = time.monotonic() + 200
+    while not Checkpoints(workdir / "choose" / "checkpoints").steps():
+        assert all(process.poll() is None for process in started), said(workdir)
+        assert time.monotonic() < until, said(workdir)
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(tables, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert run(tables, workdir, 1) == [0], said(workdir)
+    return workdir
+
+
+def check_same(workdir: Path, alone: Path) -> None:
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (alone, workdir))
+    assert other["best_step"] == one["best_step"]
+    for part in ("valid", "test"):
+        assert other[part] == pytest.approx(one[part], rel=1e-4, nan_ok=True)
+    mine, theirs = (arrays(folder / "choose" / "checkpoints", 10) for folder in (workdir, alone))
+    assert mine.keys() == theirs.keys() != set()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(mine[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
+    """One of them comes late; only the first writes."""
+    workdir = tmp_path / "run"
+    assert run(tables, workdir, 2, late=3) == [0, 0], said(workdir) + said(workdir, 1)
+    check_same(workdir, alone)
+    assert "ndcg@10" in said(workdir)
+    assert "results:" not in said(workdir, 1)
+
+
+def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, alone, tmp_path):
+    workdir, port = tmp_path / "run", free_port()
+    started = [launch(tables, workdir, process, 2, port, 10_000) for process in range(2)]
+    wait_for_step(workdir, started)
+    started[1].kill()
+    began = time.monotonic()
+    assert started[0].wait(timeout=STOP_SECONDS) not in (0, None)
+    print(f"the other ended after {time.monotonic() - began:.1f} s")
+    assert "start all processes again" in said(workdir)
+
+
+def test_a_request_to_one_stops_all_at_the_same_step(tables, tmp_path):
+    workdir, port = tmp_path / "run", free_port()
+    started = [launch(tables, workdir, process, 2, port, 10_000) for process in range(2)]
+    wait_for_step(workdir, started)
+    started[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=STOP_SECONDS) for process in started] == [143, 143]
+    for process in range(2):
+        assert "is saved in" in said(workdir, process)
+        assert "same command again" in said(workdir, process)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", None, 0), "give all three"),
+        (("localhost:1", 2, 2), "it must be from 0 to 1"),
+    ],
+)
+def test_connect_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.connect(*given)
