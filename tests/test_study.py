@@ -23,6 +23,7 @@ from fused_rec.train.measure import BASELINES
 from fused_rec.train.prepare import read
 from fused_rec.train.study import applicable, check_names, study
 from fused_rec.train.variants import VARIANTS, variant
+from fused_rec.train.workdir import BusyError, owned
 
 # No words, so that no language model is opened: "fused" is a graph without them.
 SETTINGS = {
@@ -151,24 +152,41 @@ def test_another_config_is_refused_before_any_work(tables, compared):
     assert not (out / "runs" / "fused" / "5").exists()
 
 
-def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_path):
-    """SIGKILL when the second run has its first checkpoint; the same command then gives the same rows."""
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_path, signum):
+    """A signal when the second run has its first checkpoint; the same command then gives the same rows."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(tables, out, *WHOLE), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(tables, out, *WHOLE),
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     milestone = out / "runs" / "fused" / "1" / "choose" / "checkpoints" / "2"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not milestone.exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signum)
+    _, said = process.communicate()
     assert milestone.exists() and not (out / "compare.json").exists()
+    if signum == signal.SIGTERM:  # which is no failure of that run, and no other one is begun
+        assert process.returncode == 143
+        assert "give the same command again" in said and "failed" not in said and "Traceback" not in said
+        assert not (out / "runs" / "no_ties").exists()
     kept = (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns
     report = run(tables, out, cache, *WHOLE)
     assert report.returncode == 0, report.stderr
     assert rows_of(out) == rows_of(compared[0])
     assert (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns == kept
+
+
+def test_a_folder_is_one_study_at_a_time(tables, compared):
+    out, _ = compared
+    before = (out / "compare.json").read_bytes()
+    with owned(out), pytest.raises(BusyError, match=f"{out} is in use by process {os.getpid()}"):
+        study(small(tables), ["popularity"], [0], out)
+    assert (out / "compare.json").read_bytes() == before
 
 
 def test_a_failing_run_is_told_and_takes_no_other_down(tables, cache, tmp_path):

@@ -1,6 +1,7 @@
 """Sweeps as they are run: processes that share a folder, are killed, and are given the command again."""
 
 import importlib.util
+import itertools
 import json
 import signal
 import subprocess
@@ -16,12 +17,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from experiments.configs import config_dict
 from fused_rec.config import Config, DataConfig, ModelConfig, TextConfig, TrainConfig, from_dict, to_dict
-from fused_rec.train import loop, measure
+from fused_rec.train import interrupt, loop, measure
 from fused_rec.train import sweep as sweeping
 from fused_rec.train.loop import NonFiniteLossError
 from fused_rec.train.sweep import as_source, changed, history, importances, open_study, space, sweep
 
-COMPLETE, PRUNED, FAIL = (optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "FAIL"))
+COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
 SETTINGS = {
     "model.variant": "graph",
     "model.dim": 8,
@@ -145,6 +146,27 @@ def test_the_best_config_loads_from_its_file_and_trains_to_its_value(swept, tmp_
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     value = json.loads((folder / "best.json").read_text())["value"]
     assert results["valid"]["ndcg@10"] == pytest.approx(value, abs=1e-6)
+
+
+def test_a_sweep_that_is_asked_to_stop_repeats_the_one_that_was_not(config, swept, tmp_path, monkeypatch):
+    """Stopped in the second trial, once between evaluations and once in one, that trial goes on and fails nothing."""
+    monkeypatch.setattr(sweeping, "SPACE", RATE)
+    for name, call in (("batch", 8), ("measure", 1)):
+        real, calls = getattr(loop, name), itertools.count(1)
+
+        def asking(*arguments, real=real, calls=calls, call=call, **settings):
+            if next(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return real(*arguments, **settings)
+
+        with monkeypatch.context() as patch, pytest.raises(interrupt.Stopped), interrupt.handled():
+            patch.setattr(loop, name, asking)
+            sweep(config, tmp_path, 2)
+        assert states(tmp_path) == [COMPLETE, RUNNING]
+        assert [path.name for path in (tmp_path / "trials" / "trial_1" / "checkpoints").iterdir()]
+    assert sweep(config, tmp_path, 2) == swept[1]
+    assert history(tmp_path) == history(swept[0])
+    assert not list((tmp_path / "trials").iterdir())
 
 
 def test_a_hopeless_trial_is_stopped_early_and_counts(config, tmp_path, monkeypatch, narrow):

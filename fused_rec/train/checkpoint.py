@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ class Checkpoints:
                 )
 
         def attempt() -> None:
-            partial = self._folder / f".{step}{PARTIAL}"
+            # A name of its own: threads of an attempt that failed may still write under the name of that one.
+            partial = self._folder / f".{step}-{time.monotonic_ns()}{PARTIAL}"
             try:
                 self._write(partial, arrays, written)
                 for later, problem in ({step: None} | stale).items():

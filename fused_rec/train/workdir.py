@@ -11,7 +11,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 LOG = logging.getLogger(__name__)
 LOCK = "run.lock"
@@ -39,7 +39,6 @@ def owned(workdir: Path) -> Iterator[None]:
       OSError: the folder cannot be written.
     """
     made = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / LOCK
     stream = _lock(file)
     try:
@@ -56,16 +55,22 @@ def owned(workdir: Path) -> Iterator[None]:
                 workdir.rmdir()
 
 
-def _lock(file: Path):
-    while True:
-        stream = file.open("a+", encoding="utf-8")
+def _lock(file: Path) -> TextIO:
+    for attempts_left in reversed(range(100)):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stream = file.open("a+", encoding="utf-8")
+        except (FileExistsError, FileNotFoundError):
+            if not attempts_left:
+                raise
+            continue  # its last holder removed the empty folder meanwhile
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                LOG.warning("%s: %s; see to it that no other process uses this folder", file, error)
+                return stream
             with stream:
-                if error.errno in NO_LOCKS:
-                    LOG.warning("%s: %s; see to it that no other process uses this folder", file, error)
-                    return file.open("a+", encoding="utf-8")
                 if not isinstance(error, BlockingIOError):
                     raise
                 raise BusyError(_who_holds(file, stream)) from None
@@ -73,9 +78,12 @@ def _lock(file: Path):
             if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
                 return stream
         stream.close()  # its last holder removed it between the opening and the locking
+    raise BusyError(
+        f"{file.parent} is taken and left by other processes all the time; give this run a workdir of its own"
+    )
 
 
-def _who_holds(file: Path, stream) -> str:
+def _who_holds(file: Path, stream: TextIO) -> str:
     stream.seek(0)
     try:
         holder = json.loads(stream.read())
