@@ -36,6 +36,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(f"process is {process}; it must be from 0 to {processes - 1}, one less than processes")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
     jax.distributed.initialize(
         coordinator,
         processes,

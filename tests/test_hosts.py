@@ -18,7 +18,8 @@ from fused_rec.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
-SETTINGS = ("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=9")
+SETTINGS = ("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=100000")
+ENDLESS = 100_000  # steps
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +30,15 @@ def tables(tmp_path_factory):
 def launch(tables: Path, workdir: Path, process: int, processes: int, port: int, steps: int) -> subprocess.Popen:
     settings = [f"--config.{setting}" for setting in (*SETTINGS, f"train.max_steps={steps}")]
     several = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
-    log = workdir.with_name(f"{workdir.name}.{process}.log").open("w")
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
-        + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
-        stdout=log,
-        stderr=log,
-    )
+    with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
+            + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            stdout=log,
+            stderr=log,
+        )
 
 
 def said(workdir: Path, process: int = 0) -> str:
@@ -96,20 +97,28 @@ def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
     assert "results:" not in said(workdir, 1)
 
 
-def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, alone, tmp_path):
+def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_path):
     workdir, port = tmp_path / "run", free_port()
-    started = [launch(tables, workdir, process, 2, port, 10_000) for process in range(2)]
+    started = [launch(tables, workdir, process, 2, port, ENDLESS) for process in range(2)]
     wait_for_step(workdir, started)
     started[1].kill()
     began = time.monotonic()
     assert started[0].wait(timeout=STOP_SECONDS) not in (0, None)
     print(f"the other ended after {time.monotonic() - began:.1f} s")
+    assert started[1].wait() == -signal.SIGKILL
     assert "start all processes again" in said(workdir)
+    step = Checkpoints(workdir / "choose" / "checkpoints").last_good()
+    rerun = launch(tables, workdir, 0, 1, port, ENDLESS)
+    while f"goes on from the checkpoint of step {step}" not in said(workdir):
+        assert rerun.poll() is None, said(workdir)
+        time.sleep(0.1)
+    rerun.send_signal(signal.SIGTERM)
+    assert rerun.wait(timeout=STOP_SECONDS) == 143
 
 
 def test_a_request_to_one_stops_all_at_the_same_step(tables, tmp_path):
     workdir, port = tmp_path / "run", free_port()
-    started = [launch(tables, workdir, process, 2, port, 10_000) for process in range(2)]
+    started = [launch(tables, workdir, process, 2, port, ENDLESS) for process in range(2)]
     wait_for_step(workdir, started)
     started[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=STOP_SECONDS) for process in started] == [143, 143]
