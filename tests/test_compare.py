@@ -207,14 +207,14 @@ def test_markdown_cell_by_cell(report):
     assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
     assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
     assert lines[5].endswith("| 10 | – |")
-    assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % | of_it is nan & <worse>"
+    assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % \\| of_it is nan &amp; &lt;worse&gt;"
 
 
 def test_latex_is_escaped(report):
     text = latex(report, ["ndcg@10"])
     assert r"\begin{tabular}{lrrrrr}" in text
     assert r"no\_ties & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
-    assert r"100 \% | of\_it is nan \& $<$worse$>$" in text
+    assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
     assert text.count("\\\\\n") == 5
     report["failures"][0]["message"] = r"a\b~c^d{e}#$"
     assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$" in latex(report, ["ndcg@10"])
