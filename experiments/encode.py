@@ -69,9 +69,8 @@ def main(argv: list[str]) -> None:
         files, size = purge(CACHE.value)
         print(f"deleted {files:,} files, {size:,} bytes, of text vectors in {CACHE.value}")
         return
-    for flag in (INPUT, OUTPUT):
-        if not flag.value:
-            raise app.UsageError(f"flag --{flag.name} must have a value")
+    if not INPUT.value or not OUTPUT.value:
+        raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
     texts = read_lines(Path(INPUT.value))
     model = open_model(MODEL.value, offline=OFFLINE.value)
     began = time.perf_counter()

@@ -25,7 +25,6 @@ OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", requi
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
 
-
 def write_csv(ranked: pa.Table, file: Path) -> None:
     """The table as CSV, its ids made harmless."""
     for name in ("user_id", "item_id"):

@@ -19,7 +19,7 @@ Readout = Literal["learned", "even", "heard"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TextControl = Literal["true", "shuffled", "random"]
 Ties = Literal["true", "rewired", "none"]
-_SURROGATES = re.compile("[\ud800-\udfff]")  # a name that was not UTF-8: it fits into no JSON, table or terminal
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
 
 def _require(condition: bool, setting: str, value: object, bound: str) -> None:
@@ -36,7 +36,7 @@ def _require_sane(section: str, config: Any) -> None:
         elif isinstance(value, int):
             _require(abs(value) < 2**63, setting, value, "of 64 bits")
         for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
-            _require("\0" not in text and not _SURROGATES.search(text), setting, value, "text without NUL or surrogates")
+            _require(not _UNWRITABLE.search(text), setting, value, "text without NUL or surrogates")
 
 
 def _shown(value: object) -> str:

@@ -61,8 +61,9 @@ def try_one(target: Target, data: bytes) -> Exception | None:
     return None
 
 
-def _files(*files: bytes) -> bytes:
-    return BETWEEN.join(files)
+def files(*contents: bytes) -> bytes:
+    """One input of several files."""
+    return BETWEEN.join(contents)
 
 
 def _lay_out(folder: Path, data: bytes, names: tuple[str, ...]) -> None:
@@ -129,7 +130,7 @@ COLUMNS: tuple[Callable[[int], pa.Array], ...] = tuple(
         ([True, False, None], pa.bool_()),
         ([b"\xff", b"a"], pa.binary()),
         ([0, 10**15, None], pa.timestamp("us", "UTC")),
-        ([-(2**62), 5], pa.timestamp("s")),
+        ([-(10**15), 5], pa.timestamp("s")),
         ([1, 2], pa.date32()),
         ([1, 2], pa.duration("s")),
         ([1, None], pa.time64("us")),
@@ -144,7 +145,19 @@ COLUMNS: tuple[Callable[[int], pa.Array], ...] = tuple(
     )
     for values in [[pa.scalar(v).cast(kind).as_py() if kind == pa.decimal128(5, 2) and v else v for v in values]]
 )
-COLUMN_NAMES = ("user_id", "item_id", "timestamp", "value", "text", "part", "name", "kind", "source_id", "target_id", "x")
+COLUMN_NAMES = (
+    "user_id",
+    "item_id",
+    "timestamp",
+    "value",
+    "text",
+    "part",
+    "name",
+    "kind",
+    "source_id",
+    "target_id",
+    "x",
+)
 
 
 def _tables_typed(folder: Path, data: bytes) -> object:
@@ -229,9 +242,10 @@ def _weights_seed() -> bytes:
     return safetensors.numpy.save({name: stored[name][:2] for name in sorted(stored)[:3]})
 
 
-def _model_seed(**more: bytes) -> bytes:
+def model_seed(**more: bytes) -> bytes:
+    """The tiny model's folder with other contents of some files."""
     there = {name: (TINY / name).read_bytes() for name in MODEL_FILES if (TINY / name).exists()}
-    return _files(*({**there, **more}.get(name, b"") for name in MODEL_FILES))
+    return files(*({**there, **more}.get(name, b"") for name in MODEL_FILES))
 
 
 def _unpack(name: str) -> Callable[[Path, bytes], object]:
@@ -281,7 +295,7 @@ TARGETS: dict[str, Target] = {
         _folder_of(CSV_TABLES, lambda path, repair: read_tables(path, repair=repair)),
         (
             b"\xff"
-            + _files(
+            + files(
                 b'user_id,item_id,timestamp,value,text,part\nu,i,100,1.5,"a, b",train\nv,i,2020-01-01,,,valid\n',
                 b"item_id,name,text,sector,price\ni,One,First,tech,1.5\nj,Two,,,\n",
                 b"user_id,age\nu,30\nv,\n",
@@ -303,12 +317,12 @@ TARGETS: dict[str, Target] = {
     "tables_typed": Target(
         _tables_typed, (bytes([3, 0, 0, 1, 0, 2, 9, 3, 4, 255, 2, 1, 0, 10, 15, 255, 2, 0, 0]),), (DataError,)
     ),
-    "lastfm": Target(_folder_of(HETREC, lastfm), (b"\0" + _files(*LISTENS),), (DataError,), DELIMITED),
+    "lastfm": Target(_folder_of(HETREC, lastfm), (b"\0" + files(*LISTENS),), (DataError,), DELIMITED),
     "lastfm_sociallgn": Target(
         _folder_of(HETREC + SOCIAL, lastfm_sociallgn),
         (
             b"\0"
-            + _files(
+            + files(
                 *LISTENS,
                 b'{"7": 0, "8": 1, "9": 2}',
                 b'{"1": 0, "2": 1}',
@@ -322,7 +336,7 @@ TARGETS: dict[str, Target] = {
     ),
     "lastfm_lightgcn": Target(
         _folder_of(HETREC + LIGHT, lastfm_lightgcn),
-        (b"\0" + _files(*LISTENS, b"1\t1\t1\n2\t1\t1\n", b"3\t2\t1\n", b"1\t2\n"),),
+        (b"\0" + files(*LISTENS, b"1\t1\t1\n2\t1\t1\n", b"3\t2\t1\n", b"1\t2\n"),),
         (DataError,),
         DELIMITED,
     ),
@@ -330,7 +344,7 @@ TARGETS: dict[str, Target] = {
         _folder_of(("tweets.jsonl.gz", "items.jsonl.gz", "users.jsonl.gz"), stocknet),
         (
             b"\0"
-            + _files(
+            + files(
                 b"".join(json.dumps(TWEET | {"user": n}).encode() + b"\n" for n in range(3)),
                 json.dumps(COMPANY).encode() + b'\n{"symbol": "B-C"}\n',
                 b"".join(b'{"user": %d, "followers": 1, "friends": 2}\n' % n for n in range(3)),
@@ -347,13 +361,13 @@ TARGETS: dict[str, Target] = {
     ),
     "lightgcn_text": Target(
         _folder_of(("train.txt", "test.txt"), lightgcn_text),
-        (b"\0" + _files(b"10 3 5\n2 3\n4\n", b"2 5\n10 3\n"),),
+        (b"\0" + files(b"10 3 5\n2 3\n4\n", b"2 5\n10 3\n"),),
         (DataError,),
         (b" ", b"x", b"\xff", b"\r", b"\x85", BETWEEN, *NUMBERS),
     ),
     "edges": Target(
         _folder_of(("train.tsv", "test.tsv.gz", "social.tsv"), edges),
-        (b"\0" + _files(b"1\t5\n2\t5\n", b"1\t6\n", b"1\t2\n9\t1\n2\t2\n"),),
+        (b"\0" + files(b"1\t5\n2\t5\n", b"1\t6\n", b"1\t2\n9\t1\n2\t2\n"),),
         (DataError,),
         DELIMITED,
     ),
@@ -361,7 +375,7 @@ TARGETS: dict[str, Target] = {
         _folder_of(ATOMIC, recbole),
         (
             b"\0"
-            + _files(
+            + files(
                 b"user_id:token\titem_id:token\trating:float\ttext:token_seq\tdevice:token\nu\ti\t2.5\tso so\tphone\n",
                 b"item_id:token\tname:token_seq\tprice:float\tpoint:float_seq\ni\tThing\t1.5\t1 2\nj\t\t\t\n",
                 b"user_id:token\nu\nv\n",
@@ -379,7 +393,7 @@ TARGETS: dict[str, Target] = {
     ),
     "run": Target(
         _run,
-        (_files(json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(), b"{}"),),
+        (files(json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(), b"{}"),),
         (ValueError, FileNotFoundError),
         JSON_WORDS,
     ),
@@ -387,7 +401,7 @@ TARGETS: dict[str, Target] = {
     "shard": Target(_shard, (_shard_seed(),), (), (b'"F64"', b'"BF16"', b'"shape":[]', b"[3,32]", b"keys")),
     "model": Target(
         _model,
-        (_model_seed(), _model_seed(**{MODEL_FILES[5]: b'{"weight_map": {"a": "model-1.safetensors"}}'})),
+        (model_seed(), model_seed(**{MODEL_FILES[5]: b'{"weight_map": {"a": "model-1.safetensors"}}'})),
         (ValueError, FileNotFoundError),
         (*JSON_WORDS, b'"auto_map": {}', b'"path": "../x"'),
     ),

@@ -82,7 +82,7 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
             if packed:
                 verify(archive, archive.name, "", limit)  # tarfile stops at its own end mark, before that of gzip
             raw.seek(0)
-            source = _Measured(gzip.GzipFile(fileobj=raw) if packed else raw, archive.name)
+            source: Any = _Measured(gzip.GzipFile(fileobj=raw) if packed else raw, archive.name)
             with tarfile.open(fileobj=source, mode="r:") if packed else zipfile.ZipFile(source) as opened:
                 members = _members(opened, archive.name, limit)
                 source.left = sys.maxsize  # what is read from here on is bounded by the sizes that members declare

@@ -1,5 +1,6 @@
 """Files of rows -> Arrow tables, with a `DataError` that says where a file is broken."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -74,7 +75,7 @@ def read_delimited(
         return "skip"
 
     try:
-        _check_packed(file)
+        _check_bytes(file, encoding)
         columns = names or _header(file, delimiter, encoding, quoted)
         table = pacsv.read_csv(
             file,
@@ -143,7 +144,7 @@ def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
             held.clear()
 
     try:
-        _check_packed(file)
+        _check_bytes(file)
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
@@ -197,16 +198,22 @@ def read_lines(file: Path) -> Iterator[str]:
         raise DataError([_fault(file, error, "download it again")]) from error
 
 
-def _check_packed(file: Path) -> None:
-    """Raises OSError where a .gz file unpacks to what no text packs so tightly; other errors where it is corrupt."""
-    if file.suffix != ".gz":
-        return
+def _check_bytes(file: Path, encoding: str = "") -> None:
+    """Raises OSError where a .gz file is a bomb, and UnicodeDecodeError where a file that should be is not UTF-8.
+
+    Arrow reads on after a row that is of another width and not UTF-8 as well, and tells nobody.
+    """
+    packed = file.suffix == ".gz"
     held, limit = 0, max(UNPACKED, PACKED * file.stat().st_size)
-    with gzip.open(file) as source:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with gzip.open(file) if packed else open(file, "rb") as source:
         while chunk := source.read(1 << 20):
             held += len(chunk)
-            if held > limit:
+            if packed and held > limit:
                 raise OSError(f"it unpacks to more than {limit:,} bytes, {PACKED} times its size or more")
+            if encoding == "utf8":
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
 
 
 def _shown(value: Any) -> str:

@@ -142,6 +142,11 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         raise DataError([Problem(file.name, None, f"no column {name} (there: {there})", "add it") for name in missing])
     texts = [name for name, kind in types.items() if kind == "token_seq"]
     titles = [name for name in texts if "title" in name or "name" in name]
+    taken = ["text"] if texts and "text" in types and "text" not in texts else []
+    taken += ["name"] if titles and "name" in types and "name" != titles[0] else []
+    if taken:
+        message = f"column {taken[0]} is there, and {', '.join(titles[:1] or texts)} would be read as it"
+        raise DataError([Problem(file.name, None, message, "give one of them another name")])
     for name, kind in types.items():
         try:
             if kind == "float" and name not in ("rating", "timestamp"):  # the checks read these two themselves

@@ -36,7 +36,8 @@ def lastfm_sociallgn(path: Path, repair: bool) -> Dataset:
     for part in ("train", "test"):
         file = split / f"{part}_set.txt"
         rows = read_delimited(file, ",", needed=("user", "item"))
-        parts[part] = pa.table({"user_id": _pick(users, rows, "user", file), "item_id": _pick(items, rows, "item", file)})
+        ids = {"user_id": _pick(users, rows, "user", file), "item_id": _pick(items, rows, "item", file)}
+        parts[part] = pa.table(ids)
     file = split / "trust.txt"
     trust = read_delimited(file, ",", needed=("user", "friend"))
     ends = {"source_id": _pick(users, trust, "user", file), "target_id": _pick(users, trust, "friend", file)}

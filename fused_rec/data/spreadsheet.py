@@ -9,8 +9,9 @@ holds the text as it is. Numbers that this project computes are written as numbe
 
 import re
 
+_UNSEEN = r"[\s\x00-\x20\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
 # The full-width forms count as well: spreadsheets in Chinese, Japanese and Korean compute them.
-_FORMULA = re.compile(r"[\t\r\n]|[\s\x00-\x20\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]*['=+\-@＝＋－＠]")
+_FORMULA = re.compile(rf"[\t\r\n]|{_UNSEEN}*['=+\-@＝＋－＠]")
 
 
 def harmless(text: str) -> str:

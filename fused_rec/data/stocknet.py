@@ -69,9 +69,11 @@ def _refuse_gaps(tweets: pa.Table, file: Path) -> None:
     for name in ("text", "symbols", "mentions"):
         gaps = np.zeros(len(tweets), bool) if name == "mentions" else flags(pc.is_null(tweets[name]))
         if name != "text":
-            gaps[np.asarray(pc.list_parent_indices(tweets[name]))[flags(pc.is_null(pc.list_flatten(tweets[name])))]] = True
+            inside = flags(pc.is_null(pc.list_flatten(tweets[name])))
+            gaps[np.asarray(pc.list_parent_indices(tweets[name]))[inside]] = True
         if gaps.any():
-            message = f"{gaps.sum():,} tweets have no {name} or null among them, first the one in place {gaps.argmax() + 1}"
+            first = f"first the one in place {gaps.argmax() + 1}"
+            message = f"{gaps.sum():,} tweets have no {name} or null among them, {first}"
             raise DataError([Problem(file.name, None, message, "give each tweet its text and a list of its symbols")])
 
 

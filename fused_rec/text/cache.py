@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float32, UInt8
 KEY_BYTES = 32
 DAMAGED = ".damaged"
 TOP = "text_vectors"
-SHARD_BYTES = 1 << 32  # a larger file is none of ours: `embed` writes some 65,536 vectors a shard
+SHARD_BYTES = 1 << 31  # a larger file is none of ours: `embed` writes some 65,536 vectors a shard
 _FOLDER = re.compile("[0-9a-f]{32}")  # of one model and its settings
 _FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
 

@@ -11,6 +11,7 @@ there is one. Atheris wraps libFuzzer; it is no dependency of the tests and has 
 
 import argparse
 import hashlib
+import importlib
 import re
 import resource
 import subprocess
@@ -20,6 +21,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 MEMORY_MB = 3072
@@ -74,8 +76,7 @@ def _campaign(name: str, seconds: int, out: Path) -> tuple[int, str, int]:
 
 def fuzz(name: str, out: Path, arguments: list[str]) -> None:
     """Runs libFuzzer on one target in this process; does not return."""
-    import atheris
-
+    atheris: Any = importlib.import_module("atheris")  # where it is not installed, type checkers need not find it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(HERE.parent))
