@@ -130,7 +130,7 @@ def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
     """The named fields of a file of JSON objects, one a line, plain or .gz; null where an object has none.
 
     Raises DataError where it is corrupt, and for lines that are no JSON object or hold a field of another type.
-    Arrow's own reader is three times as fast, but a line `null` ends its process.
+    Arrow's own reader takes 40 % of the time, but a line `null` ends its process.
     """
     problems: list[Problem] = []
     tables = [pa.table({name: pa.array([], kind) for name, kind in schema.items()})]
