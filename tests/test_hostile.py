@@ -25,7 +25,6 @@ from fused_rec.data.tables import read_tables
 from fused_rec.text.cache import read_vectors
 
 EXAMPLES = {"model": 10, "weights": 10}
-NAMES = [name for name in TARGETS if name not in ("run", "users")]
 # Under test every annotated function checks its arguments, and is quicker to refuse a wrong type.
 CHECKED = ("config", "run")
 
@@ -41,7 +40,7 @@ def spoiled(draw: st.DrawFn, name: str) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_spoiled_input_ends_in_a_documented_error(name):
     @settings(
         max_examples=EXAMPLES.get(name, 40),
@@ -60,7 +59,7 @@ def test_spoiled_input_ends_in_a_documented_error(name):
     spoil()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TARGETS)
 def test_sound_input_is_read(name):
     """Otherwise spoiling it would show nothing. Seeds that are refused: odd types, few weights, LZMA."""
     refused = [str(error) for error in (try_one(TARGETS[name], seed) for seed in TARGETS[name].seeds) if error]
@@ -73,8 +72,8 @@ def test_sound_input_is_read(name):
     assert all(name in expected and expected[name] in message for message in refused), refused
 
 
-SOCIAL, LIGHT, TWEETS, ZIP = (
-    TARGETS[name].seeds[0] for name in ("lastfm_sociallgn", "lastfm_lightgcn", "stocknet", "zip")
+SOCIAL, LIGHT, TWEETS, ZIP, USERS = (
+    TARGETS[name].seeds[0] for name in ("lastfm_sociallgn", "lastfm_lightgcn", "stocknet", "zip", "users")
 )
 LASTFM = TARGETS["lastfm"].seeds[0][1:].split(BETWEEN)[1:]
 NESTED = b'{"a": ' + b"[" * 100_000
@@ -129,6 +128,14 @@ ONCE = [  # each ended in another error before, or in none: in a crash or a hang
     ("lightgcn_text", b"\0" + files(b"1 1_0\n", b"1 2\n"), "train.txt, row 1: '1_0' is no integer"),
     ("lightgcn_text", b"\0" + files(b"1 2\n", b"1 99999999999999999999\n"), "test.txt, row 1: '99999999999999999999'"),
     ("lightgcn_text", b"\0" + files(b"\n", b"\n"), "there is no usable interaction"),
+    ("run", b"[]", "run.json is damaged (it holds a list)"),
+    ("run", b"[" * 100_000, "run.json is damaged"),
+    ("run", b'{"config": {"model": 3}, "tables": "a"}', "has no config or no digest of the tables"),
+    ("run", b'{"config": {}}', "has no config or no digest of the tables"),
+    ("users", b"", "test_users.npz is damaged"),
+    ("users", USERS.replace(b"user", b"uses"), "test_users.npz is damaged"),
+    ("users", USERS.replace(b"<i4", b"|O8"), "test_users.npz is damaged"),
+    ("users", USERS.replace(b"(2,), }", b"(2,)(((", 1), "test_users.npz is damaged"),
     ("config", b'{"train": {"learning_rate": Infinity}}', "train.learning_rate is inf; it must be finite"),
     ("config", b'{"train": {"learning_rate": 1' + b"0" * 400 + b"}}", "of 64 bits"),
     ("config", b'{"model": {"dim": 1' + b"0" * 40 + b"}}", "of 64 bits"),
