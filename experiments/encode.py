@@ -4,6 +4,10 @@ python -m experiments.encode --input=texts.txt --output=vectors.safetensors
 python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --output=vectors.safetensors
 
 Writes `vectors`, float32, a row for each line of the input. Vectors already in the cache are not computed again.
+
+python -m experiments.encode --purge
+
+Deletes all text vectors of the cache, also those that trainings left there, and says how many files and bytes.
 """
 
 import os
@@ -11,22 +15,24 @@ import time
 from pathlib import Path
 
 import safetensors.numpy
-from absl import flags
+from absl import app, flags
 
 from experiments import start
 from fused_rec.config import TextConfig
+from fused_rec.text.cache import purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
-INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.", required=True)
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
+OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
 )
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens an encoder call takes.")
+PURGE = flags.DEFINE_bool("purge", False, "Delete all text vectors of the cache instead.")
 OFFLINE = flags.DEFINE_bool(
     "offline", DEFAULTS.offline, "Use local files only; --nooffline lets the model be downloaded."
 )
@@ -56,7 +62,15 @@ def write_vectors(file: Path, vectors) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Reads, encodes, writes."""
+    """Reads, encodes, writes; or empties the cache."""
+    if PURGE.value:
+        if INPUT.value or OUTPUT.value or not CACHE.value:
+            raise app.UsageError("--purge takes no other flag than --cache, the folder whose text vectors go")
+        files, size = purge(CACHE.value)
+        print(f"deleted {files:,} files, {size:,} bytes, of text vectors in {CACHE.value}")
+        return
+    if not INPUT.value or not OUTPUT.value:
+        raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
     texts = read_lines(Path(INPUT.value))
     model = open_model(MODEL.value, offline=OFFLINE.value)
     began = time.perf_counter()

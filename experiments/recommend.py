@@ -3,16 +3,19 @@
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score. What a customer already holds,
-in whichever part of the split, is left out unless --include_held.
+in whichever part of the split, is left out unless --include_held. Parquet has the ids as they are; in CSV an id that a
+spreadsheet would take for a formula, or that begins with ', has one ' in front (fused_rec/data/spreadsheet.py).
 """
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 from absl import app, flags
 
 from experiments import start
+from fused_rec.data.spreadsheet import harmless
 from fused_rec.train.serve import load, recommend
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
@@ -21,7 +24,16 @@ K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
-WRITERS = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+
+def write_csv(ranked: pa.Table, file: Path) -> None:
+    """The table as CSV, its ids made harmless."""
+    for name in ("user_id", "item_id"):
+        cells = pa.array(map(harmless, ranked.column(name).to_pylist()), pa.string())
+        ranked = ranked.set_column(ranked.column_names.index(name), name, cells)
+    pyarrow.csv.write_csv(ranked, file)
+
+
+WRITERS = {".csv": write_csv, ".parquet": pyarrow.parquet.write_table}
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,8 @@
 """Every setting and its default, once. Frozen, validated on construction, to and from JSON."""
 
 import dataclasses
+import math
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -17,11 +19,28 @@ Readout = Literal["learned", "even", "heard"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TextControl = Literal["true", "shuffled", "random"]
 Ties = Literal["true", "rewired", "none"]
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
 
 def _require(condition: bool, setting: str, value: object, bound: str) -> None:
     if not condition:
-        raise ValueError(f"{setting} is {value!r}; it must be {bound}")
+        raise ValueError(f"{setting} is {_shown(value)}; it must be {bound}")
+
+
+def _require_sane(section: str, config: Any) -> None:
+    """Bounds of every number and text: what is beyond them overflows in the arithmetic or cannot be written down."""
+    for field in dataclasses.fields(config):
+        setting, value = f"{section}.{field.name}", getattr(config, field.name)
+        if isinstance(value, float):
+            _require(not math.isinf(value), setting, value, "finite")
+        elif isinstance(value, int):
+            _require(abs(value) < 2**63, setting, value, "of 64 bits")
+        for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            _require(not _UNWRITABLE.search(text), setting, value, "text without NUL or surrogates")
+
+
+def _shown(value: object) -> str:
+    return repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +54,7 @@ class DataConfig:
     seed: int = 0  # of the synthetic market
 
     def __post_init__(self):
+        _require_sane("data", self)
         _require(self.core >= 1, "data.core", self.core, "at least 1")
         _require(self.seed >= 0, "data.seed", self.seed, "0 or more")
 
@@ -49,6 +69,7 @@ class SplitConfig:
     seed: int = 0
 
     def __post_init__(self):
+        _require_sane("split", self)
         _require(
             self.kind in typing.get_args(SplitKind), "split.kind", self.kind, f"one of {typing.get_args(SplitKind)}"
         )
@@ -71,6 +92,7 @@ class TextConfig:
     control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
 
     def __post_init__(self):
+        _require_sane("text", self)
         controls = typing.get_args(TextControl)
         _require(self.control in controls, "text.control", self.control, f"one of {controls}")
         _require(self.lexical >= 0, "text.lexical", self.lexical, "0 or more")
@@ -87,6 +109,7 @@ class GraphConfig:
     ties: Ties = "true"  # or ties that say nothing: others of the same degrees (train.seed draws), or none
 
     def __post_init__(self):
+        _require_sane("graph", self)
         _require(self.ties in typing.get_args(Ties), "graph.ties", self.ties, f"one of {typing.get_args(Ties)}")
         _require(self.similar_text >= 0, "graph.similar_text", self.similar_text, "0 or more")
 
@@ -111,6 +134,7 @@ class ModelConfig:
     id_scale: float = 0.1  # standard deviation of the initial id rows
 
     def __post_init__(self):
+        _require_sane("model", self)
         _require(
             self.variant in typing.get_args(Variant),
             "model.variant",
@@ -154,6 +178,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        _require_sane("train", self)
         _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
         for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
@@ -193,15 +218,17 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
       ValueError: an unknown section or setting, or a value out of its bounds.
     """
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    _require(isinstance(values, Mapping), "config", values, "a dictionary of sections")
     unknown = set(values) - set(sections)
-    _require(not unknown, "config", sorted(unknown), f"made of the sections {sorted(sections)}")
+    _require(not unknown, "config", sorted(map(str, unknown)), f"made of the sections {sorted(sections)}")
     return Config(**{name: _section(name, sections[name], settings) for name, settings in values.items()})
 
 
 def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
     known = {field.name: getattr(kind, field.name) for field in dataclasses.fields(kind)}
+    _require(isinstance(settings, Mapping), f"config section {name}", settings, "a dictionary of settings")
     unknown = set(settings) - set(known)
-    _require(not unknown, f"config section {name}", sorted(unknown), f"made of the settings {sorted(known)}")
+    _require(not unknown, f"config section {name}", sorted(map(str, unknown)), f"made of the settings {sorted(known)}")
     typed = {}
     for setting, value in settings.items():
         default = known[setting]
@@ -210,6 +237,7 @@ def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
             _require(words, f"{name}.{setting}", value, "a list of strings")
             value = tuple(value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            _require(abs(value) < 2**63, f"{name}.{setting}", value, "of 64 bits")  # float() overflows elsewhere
             value = float(value)
         _require(type(value) is type(default), f"{name}.{setting}", value, f"of type {type(default).__name__}")
         typed[setting] = value

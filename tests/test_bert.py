@@ -157,12 +157,23 @@ def test_shards_give_the_same_model(folder, tiny):
         open_model(str(folder))
 
 
-def test_pickled_weights_are_refused(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(
-        FileNotFoundError, match="only pytorch_model.bin, which can run code .* convert it to safetensors"
-    ):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pkl", "model.pt", "weights.ckpt"])
+def test_pickled_weights_are_refused(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"only {name}, which can run code .* convert it to safetensors"):
         open_model(str(folder))
+
+
+def test_a_pickle_beside_safetensors_or_under_their_name_is_not_run(folder, tiny):
+    """One that would make a file when read, as a shell command of a pickle can."""
+    evidence = folder / "it_ran"
+    bomb = f"cposix\nsystem\n(S'touch {evidence}'\ntR.".encode()
+    (folder / "pytorch_model.bin").write_bytes(bomb)
+    assert open_model(str(folder)).digest == tiny.digest
+    (folder / "model.safetensors").write_bytes(bomb)
+    with pytest.raises(ValueError, match="model.safetensors is no whole safetensors file"):
+        open_model(str(folder))
+    assert not evidence.exists()
 
 
 # --- folders and names ---

@@ -6,10 +6,12 @@ import http.server
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -183,9 +185,87 @@ def link_in_zip() -> bytes:
     return buffer.getvalue()
 
 
+def changed_zip(content: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
+    """The bytes at an offset from each signature (PK..) replaced."""
+    for signature, offset, new in changes:
+        at = content.index(signature) + offset
+        content = content[:at] + new + content[at + len(new) :]
+    return content
+
+
+def twice_in_zip() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a", b"1")
+        archive.writestr("a", b"2")
+    return buffer.getvalue()
+
+
+def crowded_zip(entries: int) -> bytes:
+    """A directory of so many members in few bytes; a parser keeps half a kilobyte of each."""
+    one = zipped(x=b"")
+    start, end = one.index(b"PK\x01\x02"), one.index(b"PK\x05\x06")
+    directory = one[start:end] * entries
+    sizes = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, entries & 0xFFFF, entries & 0xFFFF, len(directory), start, 0)
+    return one[:start] + directory + sizes
+
+
+def tar_of_size(declared: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar with the 12 bytes of a size field as given, and its checksum right all the same."""
+    block = bytearray(tar_member("x", kind=kind).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = declared
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return gzip.compress(bytes(block) + bytes(1024))
+
+
+def pax(**headers: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT, pax_headers=headers) as archive:
+        archive.addfile(tar_member("x"), io.BytesIO())
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("twice.zip", twice_in_zip(), "holds 'a' twice"),
+        ("both.zip", zipped(**{"a": b"", "a/b": b""}), "holds 'a' twice, as file and as folder"),
+        ("both2.zip", zipped(**{"a/b": b"", "a": b""}), "holds 'a' twice"),
+        ("dot.zip", zipped(**{"./a": b"", "a": b""}), "holds 'a' twice"),
+        ("here.zip", zipped(**{".": b""}), "holds '.', which is no plain file"),
+        (
+            "nameless.zip",
+            changed_zip(zipped(x=b""), (b"PK\x01\x02", 28, b"\0\0")),
+            "nothing unpacked|cannot be unpacked",
+        ),
+        ("escape.zip", zipped(**{"\x1b[2Ja": b""}), r"holds '\\x1b\[2Ja', which is no plain file"),
+        (
+            "locked.zip",
+            changed_zip(zipped(x=b"y"), (b"PK\x01\x02", 8, b"\1"), (b"PK\x03\x04", 6, b"\1")),
+            "holds 'x', encrypted or packed other",
+        ),
+        ("lzma.zip", changed_zip(zipped(x=b"y"), (b"PK\x01\x02", 10, b"\x0e")), "holds 'x', encrypted or packed"),
+        ("many.zip", zipped(**{f"f{n}": b"" for n in range(1001)}), "holds more than 1,000 files"),
+        (
+            "declared.zip",
+            changed_zip(zipped(x=b"y"), (b"PK\x01\x02", 24, b"\xff\xff\xff\x7f")),
+            "more than 100,000 bytes",
+        ),
+        ("fifo.tar.gz", tarred(tar_member("f", kind=tarfile.FIFOTYPE)), "holds 'f'"),
+        ("block.tar.gz", tarred(tar_member("d", kind=tarfile.BLKTYPE)), "holds 'd'"),
+        ("abs.tar.gz", tarred(tar_member("/tmp/abs")), "no plain file below"),
+        ("twice.tar.gz", tarred(tar_member("a"), tar_member("a")), "holds 'a' twice"),
+        ("negative.tar.gz", tar_of_size(b"\xff" * 10 + b"\xfc\0"), "holds 'x', which is no plain file"),
+        (
+            "looping.tar.gz",
+            tar_of_size(b"\xff" * 10 + b"\xfc\0", tarfile.XHDTYPE),
+            "nothing unpacked|cannot be unpacked",
+        ),
+        ("sparse.tar.gz", tar_of_size(b"00000000000\0", tarfile.GNUTYPE_SPARSE), "nothing unpacked|cannot be unpacked"),
+        ("huge.tar.gz", tar_of_size(b"77777777777\0"), "more than 100,000 bytes"),
+        ("nul.tar.gz", pax(path="a\0b"), "nothing unpacked|cannot be unpacked"),
+        ("plain.gz", gzip.compress(b"no archive inside"), "cannot be unpacked"),
         ("up.zip", zipped(**{"ok.txt": b"", "../up.txt": b""}), r"holds '../up.txt', which is no plain file below"),
         ("deep.zip", zipped(**{"a/../../up.txt": b""}), "no plain file below"),
         ("abs.zip", zipped(**{"/tmp/abs.txt": b""}), "no plain file below"),
@@ -208,6 +288,55 @@ def test_archives_that_must_not_be_unpacked(tmp_path, name, content, message):
     with pytest.raises(DownloadError, match=message):
         unpack(tmp_path / name, tmp_path / "out" / "in", limit=100_000)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("crowd.zip", crowded_zip(300_000), "more than 524,288 bytes of headers"),
+        ("crowd.tar.gz", tarred(*(tar_member(f"f{n}") for n in range(1001))), "more than 1,000 files|bytes of headers"),
+        ("words.tar.gz", pax(**{f"k{n}": "v" for n in range(60_000)}), "more than 524,288 bytes of headers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_headers_are_bounded_before_they_are_read(tmp_path, name, content, message):
+    """zipfile keeps half a kilobyte of a member of 50 bytes: 200 MB of the first of these."""
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DownloadError, match=message):
+            unpack(tmp_path / name, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_member_is_read_no_further_than_it_says(tmp_path):
+    """A megabyte behind a declared size of 9 bytes: 9 are written, and the sum tells."""
+    lying = changed_zip(zipped(zeros=bytes(1 << 20)), (b"PK\x01\x02", 24, b"\x09\0\0\0"))
+    (tmp_path / "lie.zip").write_bytes(lying)
+    with pytest.raises(DownloadError, match="cannot be unpacked: Bad CRC-32"):
+        unpack(tmp_path / "lie.zip", tmp_path / "out", limit=100_000)
+    assert (tmp_path / "out" / "zeros").stat().st_size <= 9
+
+
+def test_an_archive_inside_an_archive_stays_a_file(tmp_path):
+    inner = zipped(**{"../up.txt": b"up"})
+    (tmp_path / "a.zip").write_bytes(zipped(**{"inner.zip": inner}))
+    unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").rglob("*")] == ["inner.zip"]
+    assert (tmp_path / "out" / "inner.zip").read_bytes() == inner
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "9" * 5000, ""])
+def test_a_length_that_is_none_is_not_believed(server, tmp_path, length, monkeypatch):
+    send = Handler.send_header
+    monkeypatch.setattr(
+        Handler, "send_header", lambda self, k, v: send(self, k, length if k == "Content-Length" else v)
+    )
+    fetch(server.url("data.bin"), tmp_path / "data.bin")
+    assert (tmp_path / "data.bin").read_bytes() == BODY
 
 
 def test_a_publication_is_installed_whole_or_not_at_all(server, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from fused_rec.text import embed as embed_module
-from fused_rec.text.cache import read_vectors, write_vectors
+from fused_rec.text.cache import purge, read_vectors, write_vectors
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
@@ -268,6 +268,66 @@ def test_a_damaged_shard_is_reported_and_encoded_again(tiny, fresh, tmp_path, da
     seen.clear()
     np.testing.assert_array_equal(embed(TEXTS, tiny, cache=tmp_path, progress=False), fresh)
     assert not seen and not caplog.records
+
+
+def test_only_the_owner_can_read_what_is_kept(tiny, tmp_path):
+    """Also where the folders were there before, open to all, and whatever the process would give its files."""
+    (tmp_path / "text_vectors").mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        embed(["rate"], tiny, cache=tmp_path, progress=False)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text_vectors").stat().st_mode & 0o777 == 0o700
+    [folder] = (tmp_path / "text_vectors").iterdir()
+    [shard] = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700 and shard.stat().st_mode & 0o777 == 0o600
+    shard.unlink()
+    folder.chmod(0o777)
+    embed(["fund"], tiny, cache=tmp_path, progress=False)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_shard_that_was_made_with_nan_is_not_trusted(tmp_path, caplog):
+    keys, vectors, shard = make_shard(tmp_path)
+    shard.unlink()
+    write_vectors(tmp_path, keys, np.where(vectors == 5, np.nan, vectors).astype(np.float32))
+    with caplog.at_level(logging.WARNING):
+        assert not read_vectors(tmp_path, keys, 4)[1].any()
+    assert "not finite" in caplog.text
+
+
+def test_a_purge_deletes_all_vectors_and_says_how_many(tiny, tmp_path):
+    (tmp_path / "mine.txt").write_text("beside the vectors")
+    embed(["rate"], tiny, cache=tmp_path, progress=False)
+    embed(["rate"], tiny, cache=tmp_path, max_tokens=9, progress=False)
+    [first, second] = (tmp_path / "text_vectors").iterdir()
+    (first / f"{'a' * 32}.tmp").write_bytes(b"left by a killed process")
+    (second / f"{'b' * 32}.damaged").symlink_to(tmp_path / "mine.txt")
+    size = sum(file.lstat().st_size for folder in (first, second) for file in folder.iterdir())
+    assert purge(tmp_path) == (4, size)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "mine.txt").read_text() == "beside the vectors"
+    with pytest.raises(FileNotFoundError, match="text_vectors is no folder"):
+        purge(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["text_vectors/notes.txt", "text_vectors/{folder}/vectors.npy", "{folder}", "link"])
+def test_a_purge_refuses_what_is_not_ours(tiny, tmp_path, place):
+    """A stray file at either depth, a file or a link in the place of a folder: nothing goes, and it is named."""
+    embed(["rate"], tiny, cache=tmp_path, progress=False)
+    [shard] = shards(tmp_path)
+    if place == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / f"{'c' * 32}.tmp").write_text("not to be deleted")
+        (tmp_path / "text_vectors" / ("d" * 32)).symlink_to(tmp_path / "elsewhere")
+    elif place == "{folder}":
+        (tmp_path / "text_vectors" / ("d" * 32)).write_text("a file")
+    else:
+        (tmp_path / place.format(folder=shard.parent.name)).write_text("a file")
+    with pytest.raises(ValueError, match="holds 1 other file.*nothing was deleted"):
+        purge(tmp_path)
+    assert shard.exists() and (place != "link" or len(list((tmp_path / "elsewhere").iterdir())) == 1)
 
 
 # --- real processes ---

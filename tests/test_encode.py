@@ -88,3 +88,17 @@ def test_a_stray_argument_and_a_missing_flag_are_refused():
     assert done.returncode != 0 and "unknown argument 'texts.txt'; every setting is a flag" in done.stdout + done.stderr
     done = run("--input=a")
     assert done.returncode != 0 and "--output must have a value" in done.stdout + done.stderr
+
+
+def test_purge_empties_the_cache_and_says_what_went(tmp_path):
+    folder = tmp_path / "text_vectors" / ("0" * 32)
+    folder.mkdir(parents=True)
+    (folder / f"{'0' * 32}.safetensors").write_bytes(b"12345")
+    done = run("--purge", f"--cache={tmp_path}", "--input=a")
+    assert done.returncode != 0 and "--purge takes no other flag" in done.stdout + done.stderr and folder.exists()
+    done = run("--purge", f"--cache={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"deleted 1 files, 5 bytes, of text vectors in {tmp_path}\n"
+    assert not list(tmp_path.iterdir())
+    done = run("--purge", f"--cache={tmp_path}")
+    assert done.returncode == 1 and "is no folder" in done.stderr and "Traceback" not in done.stderr

@@ -69,6 +69,9 @@ ONLY_IN = {
 }
 PMAP_ONLY_IN = ("devices.py",)
 FORBIDDEN_BUILTINS = {"eval", "exec"}
+# Arguments by which a library runs what a file holds, and the values that keep it from it.
+SAFE_ARGUMENTS = {"allow_pickle": False, "trust_remote_code": False, "weights_only": True}
+LOADERS = {"np.load": "allow_pickle", "numpy.load": "allow_pickle"}  # they have to say so
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
 
@@ -144,6 +147,13 @@ def _library_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"uses pmap; it belongs in {', '.join(PMAP_ONLY_IN)}"
             case ast.Call(ast.Name(name)) if name in FORBIDDEN_BUILTINS:
                 yield node.lineno, f"calls {name}(); nothing that was read may run"
+            case ast.Call(function, _, keywords):
+                given = {keyword.arg: keyword.value for keyword in keywords}
+                for argument in SAFE_ARGUMENTS.keys() & ({*given, LOADERS.get(ast.unparse(function))}):
+                    value = given.get(argument)
+                    if not isinstance(value, ast.Constant) or value.value is not SAFE_ARGUMENTS[argument]:
+                        safe = f"{argument}={SAFE_ARGUMENTS[argument]}"
+                        yield node.lineno, f"calls without {safe}; nothing that was read may run"
 
 
 def _naming_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
@@ -219,6 +229,10 @@ CLEAN = '"""Doc."""\n'
         ("import pickle", "train/checkpoint.py", "pickle belongs nowhere"),
         ("import experiments.train", "train/loop.py", "experiments belongs in experiments/*"),
         ("eval('1')", "config.py", "calls eval()"),
+        ("np.load('x')", "train/loop.py", "calls without allow_pickle=False"),
+        ("np.load('x', allow_pickle=True)", "train/loop.py", "calls without allow_pickle=False"),
+        ("np.load('x', allow_pickle=y)", "train/loop.py", "calls without allow_pickle=False"),
+        ("f('x', trust_remote_code=True)", "text/pretrained.py", "calls without trust_remote_code=False"),
         ("import pickle", "experiments/sweep.py", "pickle belongs nowhere"),
         ("", "text/utils.py", "utils names no subject"),
         ("def f(): pass", "graph/build.py", "f has no docstring"),
@@ -238,6 +252,7 @@ def test_each_rule_can_fail(source, path, expected):
         ("open('x')", "train/curves.py"),
         ("import pyarrow.parquet", "data/files.py"),
         ("import jraph", "graph/hetero.py"),
+        ("np.load('x', allow_pickle=False); f(trust_remote_code=False)", "train/loop.py"),
         ("def _private(): pass", "graph/build.py"),
         ("table.load(x); replace(y); text.replace('a', 'b')", "graph/build.py"),
         ("import orbaxlike", "graph/build.py"),

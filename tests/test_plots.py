@@ -61,3 +61,16 @@ def test_settings_of_trials_and_the_best_one():
     assert [tuple(np.concatenate(line.get_data())) for line in dots] == [(0.001, 0.2), (0.1, 0.9), (0.01, 0.5)]
     assert [line.get_markerfacecolor() == "none" for line in dots] == [False, True, False]
     assert tuple(np.concatenate(star.get_data())) == (0.01, 0.5)  # an early stop is not the best
+
+
+def test_names_are_no_formulas(tmp_path):
+    r"""$\frac{$ would end the drawing with an error, were it read as one."""
+    name = r"$\frac{$ a_b"
+    slices = {name: {name: {"users": 1, "ndcg@10": 0.5}}}
+    figures = {
+        "variants": plots.by_variant([entry(name, 0.5)], "ndcg@10", name, []),
+        "slices": plots.by_slice([{"variant": name, "seed": 0, "slices": slices}], "ndcg@10", name, [name]),
+    }
+    for place, figure in figures.items():
+        figure.savefig(tmp_path / f"{place}.png")
+        assert (tmp_path / f"{place}.png").stat().st_size > 1000

@@ -297,7 +297,7 @@ def test_edges(tmp_path):
     assert dataset.ties.to_pydict() == {"source": [0, 2], "target": [1, 0], "kind": ["trust", "trust"]}
     assert dataset.interactions["part"].to_pylist() == ["train", "train", "test"]
     (tmp_path / "social.tsv").write_text("1\tx\n")
-    with pytest.raises(DataError, match="social.tsv: an id is no integer"):
+    with pytest.raises(DataError, match="social.tsv, row 1: target_id 'x' is no integer"):
         edges(tmp_path, False)
 
 

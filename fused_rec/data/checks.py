@@ -17,7 +17,7 @@ from fused_rec.data.times import EARLIEST, LATEST, parse_times
 
 PARTS = ("train", "valid", "test")
 EXAMPLES = 5  # rows shown of one kind of fault
-ROW = "row in the file"  # column of a table under check; no column of a source is called so
+ROW = "row in the file"  # column of a table under check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Report:
 
 def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
     """The table with ROW (the header is row 1), ids as string dictionaries, and rows without an id left out."""
+    taken = ROW in table.column_names
+    table = table.drop_columns([ROW] if taken else [])
     table = table.append_column(ROW, pa.array(np.arange(2, len(table) + 2)))
+    found = f"a column is called {ROW!r}, as reports call the place of a row"
+    report.add("taken name", table, np.full(len(table), taken), lambda r: found, "give it another name")
     keep = np.ones(len(table), bool)
     for name in names:
         given = table[name]
@@ -78,7 +82,7 @@ def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
             empty = np.ones(len(table), bool)
             found = f"{name} holds {given.type} values such as {{}}"
             remedy = "write ids as text or integers"
-            report.add("id type", table, empty, lambda r, f=found, g=given: f.format(g[r]), remedy)
+            report.add("id type", table, empty, lambda r, f=found, g=given: f.format(_shown(g, r)), remedy)
         table = replace(table, name, ids)
         keep &= ~empty
     return table if keep.all() else table.filter(pa.array(keep))
@@ -94,7 +98,7 @@ def check_times(table: pa.Table, report: Report) -> pa.Table:
     bad = flags(pc.is_valid(given)) & ~good
 
     def message(r: int) -> str:
-        value = f"timestamp {str(given[r])!r}"
+        value = f"timestamp {_shown(given, r)!r}"
         if not readable[r]:
             return f"{value} is not a time"
         if seconds[r] < EARLIEST:
@@ -114,7 +118,7 @@ def check_times(table: pa.Table, report: Report) -> pa.Table:
 def check_texts(table: pa.Table, report: Report) -> pa.Table:
     """`text` and `name` as strings, null where they say nothing."""
     for name in [column for column in ("text", "name") if column in table.column_names]:
-        texts = table[name].cast(pa.string())
+        texts = _strings(table, name, report)
         blank = flags(_is_blank(texts))
         report.add(
             "empty text",
@@ -135,10 +139,12 @@ def check_values(table: pa.Table, report: Report) -> pa.Table:
     if "value" not in table.column_names:
         return table
     given = table["value"]
+    if not (pa.types.is_floating(given.type) or pa.types.is_integer(given.type)):
+        given = _strings(table, "value", report)
     numbers, readable = _as_numbers(given)
     remedy = "give finite numbers, with a point for decimals, or leave the cell empty"
     unreadable = flags(pc.is_valid(given)) & ~readable
-    report.add("unreadable value", table, unreadable, lambda r: f"value {str(given[r])!r} is not a number", remedy)
+    report.add("unreadable value", table, unreadable, lambda r: f"value {_shown(given, r)!r} is not a number", remedy)
     with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and is reported as that
         values = numbers.astype(np.float32)
     infinite = readable & ~np.isfinite(values)
@@ -146,7 +152,7 @@ def check_values(table: pa.Table, report: Report) -> pa.Table:
         "value not finite",
         table,
         infinite,
-        lambda r: f"value {str(given[r])!r} is not a finite 32-bit number",
+        lambda r: f"value {_shown(given, r)!r} is not a finite 32-bit number",
         remedy,
         "NaN or infinite value left empty",
     )
@@ -157,10 +163,17 @@ def check_parts(table: pa.Table, report: Report) -> pa.Table:
     """`part` as strings."""
     if "part" not in table.column_names:
         return table
-    parts = table["part"].cast(pa.string())
+    parts = _strings(table, "part", report)
     unknown = ~flags(pc.is_in(parts, value_set=pa.array(PARTS)))
     report.add("unknown part", table, unknown, lambda r: f"part is {parts[r].as_py()!r}", f"use one of {PARTS}")
     return replace(table, "part", parts)
+
+
+def check_kinds(table: pa.Table, report: Report) -> pa.Table:
+    """`kind` as strings, null where there is none."""
+    if "kind" not in table.column_names:
+        return table
+    return replace(table, "kind", _strings(table, "kind", report))
 
 
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
@@ -181,6 +194,24 @@ def check_attributes(table: pa.Table, report: Report) -> pa.Table:
     return table
 
 
+def _strings(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
+    """A column as strings; all null, and told, where its type has no text form."""
+    given = table[name]
+    try:
+        return given.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        found = f"{name} holds {given.type} values"
+        report.add("column type", table, np.ones(len(table), bool), lambda r: found, "write it as text or numbers")
+        return pa.chunked_array([pa.nulls(len(table), pa.string())])
+
+
+def _shown(column: pa.ChunkedArray, row: int) -> str:
+    try:
+        return str(column[row])
+    except (pa.ArrowException, ValueError, OverflowError):  # times that Python's calendar does not reach
+        return f"out of range of {column.type}"
+
+
 def _is_id(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = pa.types
@@ -194,7 +225,7 @@ def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 def _as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, Bool[np.ndarray, "R"]]:
     """Float64 values (0 where there is none) and which rows could be read as a number."""
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        column = read_texts(column.cast(pa.string()), (_as_floats,), _as_float, pa.float64())
+        column = read_texts(column, (_as_floats,), _as_float, pa.float64())
     numbers = column.cast(pa.float64(), safe=False)
     return np.asarray(pc.fill_null(numbers, 0.0)), flags(pc.is_valid(numbers))
 

@@ -77,6 +77,11 @@ def digest(dataset: Dataset) -> str:
     return sha.hexdigest()
 
 
+def printable(text: str) -> str:
+    """The text with everything that moves a cursor, hides or cannot be encoded spelt out as in Python source."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One thing wrong with the input. row: 1-based line of the file (header = 1), None where it concerns the file."""
@@ -88,7 +93,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = self.file if self.row is None else f"{self.file}, row {self.row}"
-        return f"{where}: {self.message}. {self.remedy}."
+        return printable(f"{where}: {self.message}. {self.remedy}.")  # names of files and columns are anybody's
 
 
 class DataError(ValueError):

@@ -4,23 +4,33 @@ import gzip
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import stat
+import struct
+import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import tqdm
 
 CHUNK = 1 << 16
 LIMIT = 1 << 29  # bytes that a download, or what it unpacks to, may have
+MEMBERS = 1000  # files and folders that an archive may hold; the published ones hold about ten
+HEADERS = 1 << 19  # bytes that may describe them; what zipfile and tarfile make of these takes a hundred times as much
 ATTEMPTS = 5
+# What zipfile and tarfile end in where bytes are not what they should be; each was seen in fuzzing.
+BROKEN = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, OSError, ValueError, LookupError),
+    *(OverflowError, NotImplementedError, RecursionError),
+)
 
 
 class DownloadError(RuntimeError):
@@ -60,42 +70,85 @@ def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> No
 
 
 def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
-    """Every file of a .zip or .tar.gz, below `folder`.
+    """Every file of a .zip or .tar.gz, below `folder`; an archive inside is a file like others, and not unpacked.
 
     Raises DownloadError, before anything is written, where a member is no plain file or folder, its name leads out of
-    `folder`, or the members come to more than `limit` bytes; and where the archive is corrupt.
+    `folder`, is there twice or cannot be shown, it is encrypted or packed other than by DEFLATE, there are more than
+    1,000 members or they come to more than `limit` bytes; and where the archive is corrupt.
     """
-    if not zipfile.is_zipfile(archive):
-        verify(archive, archive.name, "", limit)  # tarfile stops at its own end mark, before that of gzip
     try:
-        with zipfile.ZipFile(archive) if zipfile.is_zipfile(archive) else tarfile.open(archive, "r:gz") as opened:
-            read: Any = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile
-            for name, member in list(_members(opened, archive.name, limit)):
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with read(member) as source, open(target, "xb") as sink:
-                    shutil.copyfileobj(source, sink, CHUNK)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        with open(archive, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            if packed:
+                verify(archive, archive.name, "", limit)  # tarfile stops at its own end mark, before that of gzip
+            raw.seek(0)
+            source: Any = _Measured(gzip.GzipFile(fileobj=raw) if packed else raw, archive.name)
+            with tarfile.open(fileobj=source, mode="r:") if packed else zipfile.ZipFile(source) as opened:
+                members = _members(opened, archive.name, limit)
+                source.left = sys.maxsize  # what is read from here on is bounded by the sizes that members declare
+                _write(opened, members, folder)
+    except BROKEN as error:
         raise DownloadError(f"{archive.name} cannot be unpacked: {error}") from error
 
 
-def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: str, limit: int) -> Iterator[tuple[str, Any]]:
-    """Each file and its name. What zipfile and tarfile read of a member is bounded by the size it declares."""
+class _Measured:
+    """A file of which HEADERS bytes may be read until `left` is raised: neither parser bounds its own tables."""
+
+    def __init__(self, file: gzip.GzipFile | BinaryIO, name: str):
+        self.left, self._file, self._name = HEADERS, file, name
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size if 0 <= size <= self.left else self.left + 1)
+        self.left -= len(content)
+        if self.left < 0:
+            raise DownloadError(f"{self._name} has more than {HEADERS:,} bytes of headers; nothing unpacked")
+        return content
+
+
+def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: str, limit: int) -> list[tuple[PurePosixPath, Any]]:
+    """The place of each file and what its reader asks for. What is read of a member is bounded by its declared size."""
     total = 0
-    for member in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
+    folders: set[PurePosixPath] = set()
+    files: dict[PurePosixPath, Any] = {}
+    for count, member in enumerate(opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened, start=1):
         if isinstance(member, zipfile.ZipInfo):
-            name, size, folder = member.filename, member.file_size, member.is_dir()
+            name, size = member.filename, member.file_size
+            folder = name.endswith("/")
             plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)  # 0: packed where there are no modes
+            if member.flag_bits & 0x2041 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DownloadError(f"{archive} holds {name!r}, encrypted or packed other than by DEFLATE")
         else:
-            name, size, folder, plain = member.name, member.size, member.isdir(), member.isfile()
+            name, size, folder = member.name, member.size, member.isdir()
+            plain = member.isfile() and not member.issparse()
         path = PurePosixPath(name)
-        if not (plain or folder) or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        leads_out = not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+        if not (plain or folder) or leads_out or not name.isprintable() or size < 0:
             raise DownloadError(f"{archive} holds {name!r}, which is no plain file below its folder; nothing unpacked")
         total += size
         if total > limit:
             raise DownloadError(f"{archive} unpacks to more than {limit:,} bytes; nothing unpacked")
+        if count > MEMBERS:
+            raise DownloadError(f"{archive} holds more than {MEMBERS:,} files; nothing unpacked")
+        folders.update(path.parents, [path] if folder else [])
+        if path in files or path in folders and not folder:
+            raise DownloadError(f"{archive} holds {name!r} twice; nothing unpacked")
         if not folder:
-            yield name, member
+            files[path] = member
+    if twice := sorted(files.keys() & folders):
+        raise DownloadError(f"{archive} holds {str(twice[0])!r} twice, as file and as folder; nothing unpacked")
+    return list(files.items())
+
+
+def _write(
+    opened: zipfile.ZipFile | tarfile.TarFile, members: Iterable[tuple[PurePosixPath, Any]], folder: Path
+) -> None:
+    read: Any = opened.open if isinstance(opened, zipfile.ZipFile) else opened.extractfile
+    for place, member in members:
+        target = folder / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with read(member) as source, open(target, "xb") as sink:
+            shutil.copyfileobj(source, sink, CHUNK)
 
 
 def verify(file: Path, name: str, sha256: str, limit: int = LIMIT) -> None:
@@ -141,8 +194,8 @@ def _receive(url: str, part: Path, limit: int) -> None:
         if response.status == 206 and not resumed:
             raise DownloadError(f"{url} sends another range than the one asked for, from byte {held}")
         held = held if resumed else 0  # a server without ranges sends the file from its start
-        length = response.headers.get("Content-Length")
-        total = held + int(length) if length else None
+        length = re.fullmatch("[0-9]{1,18}", response.headers.get("Content-Length", ""))
+        total = held + int(length[0]) if length else None
         with (
             open(part, "ab" if resumed else "wb") as sink,
             tqdm.tqdm(desc=part.stem, total=total, initial=held, unit="B", unit_scale=True) as bar,

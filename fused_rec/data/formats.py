@@ -4,17 +4,21 @@ Each takes (folder, repair), brings its files into `Tables` and hands them to `v
 known for (repeated pairs, users known by their ties only) is mended and counted, not refused.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.arrow import join_texts, pc, replace
+from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Dataset, Problem
-from fused_rec.data.files import read_delimited, read_json_lines, read_lines
+from fused_rec.data.files import integers, read_delimited, read_json_lines, read_lines
 from fused_rec.data.validate import Tables, assemble
 
 PARTS = ("train", "test")  # of the published splits read here
+_INTEGER = re.compile("[+-]?[0-9]{1,18}")  # int() also takes 1_0, and digits of other scripts; 18 fit into 64 bits
 
 
 def amazon(path: Path, repair: bool) -> Dataset:
@@ -40,17 +44,39 @@ def amazon(path: Path, repair: bool) -> Dataset:
 
 def lightgcn_text(path: Path, repair: bool) -> Dataset:
     """`train.txt` and `test.txt`, a line a user (`user item item ...`), as NGCF and LightGCN publish them."""
-    lines = {part: [np.array(line.split(), np.int64) for line in read_lines(path / f"{part}.txt")] for part in PARTS}
-    rows = [(part, line) for part, several in lines.items() for line in several if len(line)]
-    lengths = [len(line) - 1 for _, line in rows]
+    problems: list[Problem] = []
+    rows = [(part, ids) for part in PARTS for ids in _id_lines(path / f"{part}.txt", problems)]
+    if problems:
+        raise DataError(problems)
+    first = np.array([ids[0] for _, ids in rows], np.int64)
+    lengths = [len(ids) - 1 for _, ids in rows]
     events = pa.table(
         {
-            "user_id": np.repeat([line[0] for _, line in rows], lengths),
-            "item_id": np.concatenate([line[1:] for _, line in rows]),
-            "part": np.repeat([part for part, _ in rows], lengths),
+            "user_id": np.repeat(first, lengths),
+            "item_id": np.concatenate([np.zeros(0, np.int64), *(ids[1:] for _, ids in rows)]),
+            "part": np.repeat(np.array([part for part, _ in rows], np.str_), lengths),
         }
     )
-    return _numbered(path.name, events, np.array([line[0] for _, line in rows]), None, repair)
+    return _numbered(path.name, events, first, None, repair)
+
+
+def _id_lines(file: Path, problems: list[Problem]) -> Iterator[np.ndarray]:
+    """The integers of each line that has any, int64; notes the lines that hold something else."""
+    bad = 0
+    for row, line in enumerate(read_lines(file), start=1):
+        words = line.split()
+        if all(map(_INTEGER.fullmatch, words)):
+            if words:
+                yield np.array(words, np.int64)
+            continue
+        bad += 1
+        if bad <= EXAMPLES:
+            word = next(word for word in words if not _INTEGER.fullmatch(word))
+            message = f"{word[:60]!r} is no integer of up to 18 digits"
+            problems.append(Problem(file.name, row, message, "give a line a user, `user item item ...`, all integers"))
+    if bad > EXAMPLES:
+        message = f"{bad:,} lines hold other than integers, the first {EXAMPLES} listed"
+        problems.append(Problem(file.name, None, message, "download it again"))
 
 
 def edges(path: Path, repair: bool) -> Dataset:
@@ -59,7 +85,7 @@ def edges(path: Path, repair: bool) -> Dataset:
     Users known by their ties alone are kept as new users, and counted.
     """
     pairs = {part: _integer_pairs(_only(path, f"{part}.tsv*"), "user_id", "item_id") for part in PARTS}
-    events = [rows.append_column("part", pa.array([part] * len(rows))) for part, rows in pairs.items()]
+    events = [rows.append_column("part", pa.array([part] * len(rows), pa.string())) for part, rows in pairs.items()]
     ties = _integer_pairs(_only(path, "social.tsv*"), "source_id", "target_id") if _has(path, "social.tsv*") else None
     known = [] if ties is None else [np.asarray(end) for end in ties.columns]
     return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *known]).astype(np.int64), ties, repair)
@@ -93,31 +119,34 @@ def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | N
     users = np.unique(np.concatenate([np.asarray(events["user_id"]), known]))
     items = np.unique(np.asarray(events["item_id"]))
     if ties is not None:
-        ties = ties.append_column("kind", pa.array(["trust"] * len(ties)))
+        ties = ties.append_column("kind", pa.array(["trust"] * len(ties), pa.string()))
     tables = Tables(events, users=pa.table({"user_id": users}), items=pa.table({"item_id": items}), ties=ties)
     return assemble(name, tables, repair=repair, inherent=("repeated interaction", "idle user", "tie to oneself"))
 
 
 def _integer_pairs(file: Path, *names: str) -> pa.Table:
     rows = read_delimited(file, names=names)
-    try:
-        return pa.table({name: rows[name].cast(pa.string()).cast(pa.int64()) for name in names})
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            [Problem(file.name, None, f"an id is no integer: {error}", "give two integers a row")]
-        ) from error
+    return pa.table({name: integers(rows, name, file, header=False) for name in names})
 
 
 def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     """The table with the types its header names, its texts joined as `text`, and the columns that went into it."""
     rows = read_delimited(file)
     types = {header.partition(":")[0]: header.partition(":")[2] for header in rows.column_names}
+    if len(types) < len(rows.column_names):
+        there = ", ".join(rows.column_names)
+        raise DataError([Problem(file.name, None, f"a column is there twice (there: {there})", "keep one of them")])
     rows = rows.rename_columns(list(types))
     if missing := [name for name in ids if name not in types]:
         there = ", ".join(types)
         raise DataError([Problem(file.name, None, f"no column {name} (there: {there})", "add it") for name in missing])
     texts = [name for name, kind in types.items() if kind == "token_seq"]
     titles = [name for name in texts if "title" in name or "name" in name]
+    taken = ["text"] if texts and "text" in types and "text" not in texts else []
+    taken += ["name"] if titles and "name" in types and "name" != titles[0] else []
+    if taken:
+        message = f"column {taken[0]} is there, and {', '.join(titles[:1] or texts)} would be read as it"
+        raise DataError([Problem(file.name, None, message, "give one of them another name")])
     for name, kind in types.items():
         try:
             if kind == "float" and name not in ("rating", "timestamp"):  # the checks read these two themselves

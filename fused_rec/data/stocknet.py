@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fused_rec.data.arrow import join_texts, pc
-from fused_rec.data.dataset import Dataset
+from fused_rec.data.arrow import flags, join_texts, pc
+from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import read_json_lines
 from fused_rec.data.validate import Tables, assemble
 
@@ -37,6 +37,7 @@ def stocknet(path: Path, repair: bool) -> Dataset:
             "mentions": pa.list_(pa.int64()),
         },
     ).combine_chunks()
+    _refuse_gaps(tweets, path / "tweets.jsonl.gz")
     texts = [mask_tickers(*row) for row in zip(*(tweets[c].to_pylist() for c in ("text", "symbols")), strict=True)]
     tweet = np.asarray(pc.list_parent_indices(tweets["symbols"]))
     posts = pa.table(
@@ -61,6 +62,19 @@ def mask_tickers(text: str, symbols: Sequence[str]) -> str:
         own, letter = re.escape(form), r"[^\W\d_]"  # so that AAPL is found in AAPL150306C132 and #CML_AAPL
         text = re.sub(rf"#(?i:{own})\b|(?<!{letter}){own}(?!{letter})", MASK, text)
     return text
+
+
+def _refuse_gaps(tweets: pa.Table, file: Path) -> None:
+    """Raises DataError where a tweet has no text or symbols, or where one of its symbols or mentions is null."""
+    for name in ("text", "symbols", "mentions"):
+        gaps = np.zeros(len(tweets), bool) if name == "mentions" else flags(pc.is_null(tweets[name]))
+        if name != "text":
+            inside = flags(pc.is_null(pc.list_flatten(tweets[name])))
+            gaps[np.asarray(pc.list_parent_indices(tweets[name]))[inside]] = True
+        if gaps.any():
+            first = f"first the one in place {gaps.argmax() + 1}"
+            message = f"{gaps.sum():,} tweets have no {name} or null among them, {first}"
+            raise DataError([Problem(file.name, None, message, "give each tweet its text and a list of its symbols")])
 
 
 def _users(path: Path) -> pa.Table:

@@ -106,6 +106,7 @@ def _select(table: pa.Table, name: str, file: Path, notes: dict[str, int]) -> pa
 
 def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Integers or floats where every value is one and none starts with an idle zero, as postal codes do."""
+    column = column.cast(pa.string())  # ids and kinds are read as dictionaries, whatever table they stand in
     if pc.any(pc.match_substring_regex(column, r"^[+-]?0\d")).as_py():
         return column
     for kind in (pa.int64(), pa.float64()):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int32, Int64
 from fused_rec.data import checks
 from fused_rec.data.arrow import as_ids, distinct, flags, locate, pc, replace
 from fused_rec.data.checks import Finding, Report
-from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties
+from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties, printable
 
 BETWEEN_TABLES = ("unknown id", "unknown tie", "idle user")  # what a table that could not be read would set off
 
@@ -49,7 +49,7 @@ def assemble(
     problems: Sequence[Problem] = (),
     files: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """The checked dataset.
+    """The checked dataset, its name, which may be that of a folder, made printable.
 
     inherent: kinds of `Finding` that are mended whether or not `repair` is asked for.
     notes: what the reader itself left out, by description, with its count; joins `Dataset.repairs`.
@@ -88,7 +88,7 @@ def assemble(
         raise DataError(refused)
     repairs = {f"{finding.table}: {finding.mended}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
-    return Dataset(name, users, items, interactions, reviews, ties, {**(notes or {}), **repairs})
+    return Dataset(printable(name), users, items, interactions, reviews, ties, {**(notes or {}), **repairs})
 
 
 def _events(table: pa.Table, report: Report) -> pa.Table:
@@ -186,6 +186,7 @@ def _reviews(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) 
 def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> pa.Table:
     """`Dataset.ties`: between two known users, each (source, target, kind) once unless it was seen in an act."""
     table = checks.check_times(checks.check_ids(table, report, "source_id", "target_id"), report)
+    table = checks.check_kinds(table, report)
     ends = {end: locate(table[f"{end}_id"], users["user_id"]) for end in ("source", "target")}
 
     def tie(r: int) -> str:
@@ -204,7 +205,7 @@ def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> 
     mended = "ties to oneself dropped"
     report.add("tie to oneself", table, own, lambda r: f"{tie(r)} joins a user to itself", "remove it", mended)
 
-    given = table["kind"].cast(pa.string()) if "kind" in table.column_names else pa.nulls(len(table), pa.string())
+    given = table["kind"] if "kind" in table.column_names else pa.nulls(len(table), pa.string())
     kinds = as_ids(pa.chunked_array(pc.fill_null(given, "tie")))
     columns["kind"] = kinds.cast(pa.string())
     if "timestamp" in table.column_names:

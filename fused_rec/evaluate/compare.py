@@ -7,11 +7,15 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
+
+from fused_rec.data.dataset import printable
+from fused_rec.data.spreadsheet import harmless
 
 BLOCK = 4_000_000  # resampled users drawn at once: 32 MB of indices
 
@@ -162,50 +166,58 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> st
 
 
 def markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The table of a report (see `fused_rec.train.study`) with what failed below it."""
-    header, *body = ([cell.replace("|", "\\|") for cell in row] for row in _cells(report, metrics))
+    """The table of a report (see `fused_rec.train.study`) with what failed below it; names and errors as plain text."""
+    header, *body = _cells(report, metrics, _in_markdown)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *body)]
-    return "\n".join([*lines, *(f"\nFailed: {note}" for note in _notes(report))]) + "\n"
+    return "\n".join([*lines, *(f"\nFailed: {_in_markdown(note)}" for note in _notes(report))]) + "\n"
 
 
 def latex(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The same as a tabular, for a document that loads booktabs."""
-    header, *body = (" & ".join(map(_escaped, row)) + r" \\" for row in _cells(report, metrics))
+    rows = [[_in_latex(cell) for cell in row] for row in _cells(report, metrics, _one_line)]
+    # Behind \\ and \midrule LaTeX would take [ and * for arguments of theirs.
+    header, *body = ("{}" * row[0].startswith(("[", "*")) + " & ".join(row) + r" \\" for row in rows)
     columns = "l" + "r" * (3 + 2 * len(metrics))
-    notes = [rf"\par Failed: {_escaped(note)}" for note in _notes(report)]
+    notes = [rf"\par Failed: {_in_latex(note)}" for note in _notes(report)]
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *body, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}", *notes]) + "\n"
 
 
 def csv_text(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The same with every number in full and a column for what failed; what does not apply is empty."""
+    """The same with every number in full and a column for what failed; what does not apply is empty.
+
+    Texts are as `fused_rec.data.spreadsheet` writes them.
+    """
     moments = ("mean", "sd", "low", "high")
     tests = tuple(field.name for field in dataclasses.fields(Difference)) + ("p_holm",)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    # Quotes keep a text in its cell where the list separator is ; as well.
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     header = ["variant", "seeds"]
     for metric in metrics:
         header += [f"{metric} {name}" for name in moments]
         header += [f"{metric} {report['reference']} less it: {name}" for name in tests]
-    writer.writerow([*header, "seconds", "parameters", "failed"])
+    writer.writerow([*map(harmless, header), "seconds", "parameters", "failed"])
     for entry in report["summary"]:
-        row = [entry["variant"], entry["seeds"]]
+        row = [harmless(entry["variant"]), entry["seeds"]]
         for metric in metrics:
             found = entry["metrics"].get(metric, {})
             row += [found.get(name) for name in moments]
             tested = _difference(report, entry["variant"], metric) or {}
             row += [tested.get(name) for name in tests]
-        writer.writerow([*row, entry["seconds"], entry["parameters"], "; ".join(_notes(report, entry["variant"]))])
+        failed = harmless("; ".join(_notes(report, entry["variant"])))
+        writer.writerow([*row, entry["seconds"], entry["parameters"], failed])
     return out.getvalue()
 
 
-def _cells(report: Mapping[str, Any], metrics: Sequence[str]) -> list[list[str]]:
+def _cells(report: Mapping[str, Any], metrics: Sequence[str], named: Callable[[str], str]) -> list[list[str]]:
+    """The table, header first; `named` makes a cell of a name."""
     header = ["variant", "seeds"]
     for metric in metrics:
-        header += [metric, f"{report['reference']} less it"]
+        header += [metric, f"{named(report['reference'])} less it"]
     cells = [[*header, "seconds", "parameters"]]
     for entry in report["summary"]:
-        row = [entry["variant"], str(entry["seeds"])]
+        row = [named(entry["variant"]), str(entry["seeds"])]
         for metric in metrics:
             found = entry["metrics"].get(metric)
             row += [_mean(found) if found else "failed" if entry["failed"] else "–"]
@@ -237,7 +249,7 @@ def _tested(row: Mapping[str, Any] | None) -> str:
 
 def _notes(report: Mapping[str, Any], variant: str | None = None) -> list[str]:
     return [
-        " ".join(f"{failure['variant']}, {_moment(failure['seed'])}: {failure['message']}".split())
+        _one_line(f"{failure['variant']}, {_moment(failure['seed'])}: {failure['message']}")
         for failure in report["failures"]
         if variant in (None, failure["variant"])
     ]
@@ -247,12 +259,25 @@ def _moment(seed: int | None) -> str:
     return "tuning" if seed is None else f"seed {seed}"
 
 
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+# What Markdown may read as markup; an underscore inside a word is none (CommonMark 0.31, section 6.2).
+_MARKUP = re.compile(r"(?<![^\W_])_|_(?![^\W_])|[\\|`*\[\]{}$~#!&<>]")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def _in_markdown(text: str) -> str:
+    return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), _one_line(text))
+
+
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"<": "$<$", ">": "$>$", "±": r"$\pm$", "–": "--"},
+    **{"<": "$<$", ">": "$>$", "|": r"\textbar{}", "`": "{`}", "±": r"$\pm$", "–": "--"},
 }
 
 
-def _escaped(text: str) -> str:
+def _in_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)

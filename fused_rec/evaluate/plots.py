@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX*"
 GREY = "#8C8C8C"
-INK: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0}
+INK: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.0, "text.usetex": False}
+# Names of datasets and variants are shown as they are: a $ in one begins no formula.
+PLAIN: dict[str, Any] = {"parse_math": False}
 
 
 def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, controls: Collection[str]) -> "Figure":
@@ -33,9 +35,9 @@ def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, co
             colour = GREY if entry["variant"] in controls else COLOURS[0]
             axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.5, solid_capstyle="butt")
             axes.plot(found["mean"], place, "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(shown)), [entry["variant"] for entry in shown])
+        axes.set_yticks(range(len(shown)), [entry["variant"] for entry in shown], **PLAIN)
         axes.set_xlabel(f"{metric}, mean and 95 % interval over users and seeds")
-        axes.set_title(title + (" (grey: controls)" if controls else ""), loc="left", fontsize=9)
+        axes.set_title(title + (" (grey: controls)" if controls else ""), loc="left", fontsize=9, **PLAIN)
         axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
         axes.set_axisbelow(True)
     return figure
@@ -75,17 +77,20 @@ def by_slice(rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: 
                     label=name,
                 )
             axes.set_xticks(
-                range(len(slices)), [f"{label}\n{found['users']:,} users" for label, found in slices.items()]
+                range(len(slices)), [f"{label}\n{found['users']:,} users" for label, found in slices.items()], **PLAIN
             )
-            axes.set_title(kind.replace("_", " "), loc="left", fontsize=9)
+            axes.set_title(kind.replace("_", " "), loc="left", fontsize=9, **PLAIN)
             axes.set_xlim(-0.5, len(slices) - 0.5)
             axes.set_ylabel(metric)
             for place in range(1, len(slices)):
                 axes.axvline(place - 0.5, color=GREY, linewidth=0.6)
             axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
             axes.set_axisbelow(True)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-        figure.suptitle(f"{title}: mean of seeds, bars from the worst to the best", x=0.01, ha="left", fontsize=9)
+        lines = panels[0].get_legend_handles_labels()
+        for text in figure.legend(*lines, loc="outside right upper", frameon=False, fontsize=8).get_texts():
+            text.set(**PLAIN)
+        title = f"{title}: mean of seeds, bars from the worst to the best"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
     return figure
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
 from fused_rec.text.bert import encode
-from fused_rec.text.cache import KEY_BYTES, read_vectors, write_vectors
+from fused_rec.text.cache import KEY_BYTES, read_vectors, shard_folder, write_vectors
 from fused_rec.text.pretrained import PretrainedModel
 
 # Raise it when the same text, weights and settings give other vectors than before: old cache entries then lapse.
@@ -52,7 +52,7 @@ def embed(
         vectors, found = np.zeros((len(unique), dims), np.float32), np.zeros(len(unique), bool)
     else:
         identity = _identity(model, limit)
-        folder = Path(cache).expanduser() / "text_vectors" / identity[:32]
+        folder = shard_folder(cache, identity)
         keys = _keys(unique, identity)
         vectors, found = read_vectors(folder, keys, dims)
     missing = np.flatnonzero(~found)

