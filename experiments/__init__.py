@@ -64,8 +64,8 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if hosts.alone():
             raise
         print(
-            f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\nTo go on from "
-            f"the last checkpoint, start all processes again:\n  {_command()}",
+            f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
+            f"To go on from the last checkpoint, start all processes again:\n  {_command()}",
             file=sys.stderr,
             flush=True,
         )

@@ -86,7 +86,9 @@ class TextConfig:
     model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@COMMIT
     cache: str = "~/.cache/fused_rec"
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
-    batch_tokens: int = 2048  # padded tokens an encoder call takes; more is slower on a CPU, faster on an accelerator
+    batch_tokens: int = (
+        2048  # padded tokens a device encodes at once; more is slower on a CPU, faster on an accelerator
+    )
     offline: bool = True  # False lets a hub revision be downloaded
     lexical: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
     control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)

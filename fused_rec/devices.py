@@ -75,7 +75,8 @@ def by_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
 def put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
     """Places arrays as `over_devices` expects them, which would copy them at each call otherwise.
 
-    axes: a tree like `tree`, or a prefix of it: where each array has its devices; None: every device gets it whole.
+    axes: a tree like `tree`, or a prefix of it: where each array has its devices; None: every device gets it whole. An
+    axis longer than this process's devices are many goes to them in blocks.
     """
     mesh = Mesh(np.array([used(devices)[place] for place in places(devices)]), (AXIS,))
 

@@ -8,8 +8,10 @@ if "jax" in sys.modules:
         "a pytest plugin imported JAX before tests/conftest.py could choose its devices; disable it with -p no:NAME"
     )
 
-# Eight devices on one host, so that multi-device code runs everywhere the tests do.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Four devices on one host, so that multi-device code runs everywhere the tests do; a test may start a child with more.
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=4".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # [U] + [U, K] is a forgotten axis far more often than a wish.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

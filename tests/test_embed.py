@@ -367,7 +367,7 @@ def start_child(tmp_path, name, texts, kill_at=0):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},  # one device: batches small enough to be killed in
     )
     return child
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
+from fused_rec.devices import put
 from fused_rec.text.bert import encode
 from fused_rec.text.cache import KEY_BYTES, read_vectors, shard_folder, write_vectors
 from fused_rec.text.pretrained import PretrainedModel
@@ -36,9 +37,9 @@ def embed(
 
     cache: folder to keep vectors in and take them from, None for none; below it each combination of model and
     settings has its own folder. Vectors are written every 20 s, so a run that was killed goes on where it stopped.
-    batch_tokens: padded tokens an encoder call takes, at least one text. max_tokens: a text is cut after so many
-    tokens, special ones included; 0 = the model's own limit. Raises TypeError on a text that is no str and ValueError
-    on one that is no valid Unicode, on settings out of bounds and on vectors that are not finite.
+    batch_tokens: padded tokens that a device takes in an encoder call, at least one text. max_tokens: a text is cut
+    after so many tokens, special ones included; 0 = the model's own limit. Raises TypeError on a text that is no str
+    and ValueError on one that is no valid Unicode, on settings out of bounds and on vectors that are not finite.
     """
     limit = _token_limit(model, max_tokens)
     if batch_tokens < 1:
@@ -178,15 +179,16 @@ def _encode_all(
         return
     ids = _tokenize(texts, model, limit)
     lengths = np.array([len(row) for row in ids], np.int32)
-    params = jax.device_put(model.params)
+    params, devices = put(model.params, None), jax.local_device_count()  # each process encodes what it needs itself
     waiting: tuple[np.ndarray, jax.Array] | None = None  # the device works on the next batch while this one is read
-    for batch, rows, length in _batches(lengths, batch_tokens, limit):
+    for batch, rows, length in _batches(lengths, batch_tokens * devices, limit):
+        rows = -(-rows // devices) * devices
         padded = np.zeros((rows, length), np.int32)
         mask = np.zeros((rows, length), bool)
         for row, text in enumerate(batch):
             padded[row, : lengths[text]] = ids[text]
             mask[row, : lengths[text]] = True
-        vectors = encode(params, padded, mask, model.config, model.pooling, model.normalize)
+        vectors = encode(params, put(padded, 0), put(mask, 0), model.config, model.pooling, model.normalize)
         if waiting is not None:
             yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
         waiting = batch, vectors

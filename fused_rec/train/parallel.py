@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
-from fused_rec.devices import ROWS, AnyArray, Shards, by_rows, over_devices, places, put, used
+from fused_rec.devices import ROWS, AnyArray, Mapped, Shards, by_rows, over_devices, places, put, used
 from fused_rec.graph.hetero import HeteroGraph
 from fused_rec.graph.propagate import divide
 from fused_rec.model.fused import Vectors
@@ -37,12 +37,16 @@ def parallel_embed(config: Config, devices: int | None = None) -> Embed:
 def _step(
     config: Config, devices: int | None, state: TrainState, task: Task, batch: Batch
 ) -> tuple[TrainState, Float32[Array, ""]]:
-    mapped = _mapped_step(config, devices, jax.tree.structure(state), jax.tree.structure(task))
-    return mapped(state, task, split_batch(batch, devices))
+    return mapped_step(config, devices, state, task)(state, task, split_batch(batch, devices))
+
+
+def mapped_step(config: Config, devices: int | None, state: TrainState, task: Task) -> Mapped:
+    """The compiled program behind `parallel_step`, of a batch that is split already."""
+    return _mapped_step(program(config), devices, jax.tree.structure(state), jax.tree.structure(task))
 
 
 @functools.lru_cache(maxsize=8)
-def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> Callable:
+def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> Mapped:
     state, task = axes(_shape_of(states)), task_axes(_shape_of(tasks))
     step = functools.partial(train_step, config)
     return over_devices(step, devices, in_axes=(state, task, 0), out_axes=(state, None), donate=(0,))
@@ -53,7 +57,7 @@ def _embed(config: Config, devices: int | None, params: PyTree, task: Task) -> V
 
 
 @functools.lru_cache(maxsize=8)
-def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: Hashable) -> Callable:
+def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: Hashable) -> Mapped:
     in_axes = axes(_shape_of(params)), task_axes(_shape_of(tasks))
     return over_devices(functools.partial(embed, config), devices, in_axes=in_axes, out_axes=None)
 

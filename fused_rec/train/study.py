@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import platform
@@ -70,7 +69,7 @@ class _Outcomes:
         self.left -= 1
         with self.caught(name, seed):
             yield folder
-            results = json.loads((folder / loop.RESULTS).read_text(encoding="utf-8"))
+            results = loop.read_results(folder)
             self.rows.append({"task": self.task, "variant": name, "seed": seed} | {key: results[key] for key in KEPT})
             shown = results["test"]["ndcg@10"], results["seconds"], self.left
             LOG.info("%s, seed %d: ndcg@10 %.4f, %.1f s; %d runs left", name, seed, *shown)

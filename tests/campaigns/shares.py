@@ -1,0 +1,72 @@
+"""What each of several devices has of a training step and of its state, on a graph as large as Gowalla's.
+
+    python tests/campaigns/shares.py [--devices=4] [--out=shares.json]
+
+Compiles the step for one device and for several simulated ones, runs nothing, and prints each device's flops and bytes
+accessed (XLA's own cost analysis of the compiled program, plain segment sums, of which it sees every operation) and
+bytes of state (parameters, moments, texts, edges), and their ratios to those of one device.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+USERS, ITEMS, PAIRS = 29_858, 40_981, 810_128  # of the training part as LightGCN published it
+WORDS = 640  # columns of text: MiniLM's and TF-IDF's
+BATCH, POSITIVES = 2_048, 16
+
+
+def main() -> None:
+    """Prints one row a variant."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.devices}"
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    rows = []
+    for variant, words in (("graph", 1), ("fused", WORDS)):
+        alone, shared = (costs(variant, words, devices) for devices in (1, arguments.devices))
+        for what, value in alone.items():
+            rows.append({"variant": variant, "of": what, "one device": value, "each": shared[what]})
+            share = shared[what] / value
+            print(f"{variant:6} {what:15} {value:10.3g} {shared[what]:10.3g}  {share:.3f}", flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows, indent=1))
+
+
+def costs(variant: str, words: int, devices: int) -> dict[str, float]:
+    """Of one device when so many share the work."""
+    import jax
+    import numpy as np
+
+    from fused_rec.config import Config, ModelConfig, TrainConfig
+    from fused_rec.data.batches import Batch
+    from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways
+    from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.propagate import adjacencies
+    from fused_rec.train.parallel import divide_state, divide_task, mapped_step, split_batch
+    from fused_rec.train.step import Task, init
+
+    rng = np.random.default_rng(0)
+    drawn = [(n * rng.random(PAIRS * 5 // 4) ** 2).astype(np.int64) for n in (USERS, ITEMS)]  # few hold most
+    pairs = rng.permutation(np.unique(np.stack(drawn, axis=1), axis=0))[:PAIRS]
+    counts = {USER: USERS, ITEM: ITEMS}
+    relations = both_ways(HOLDS, HELD_BY, *pairs.T, counts)
+    graph = hetero_graph(counts, relations, np.ones((USERS + ITEMS, words), np.float32))
+    task = Task(graph, adjacencies(graph, "segment"), np.ones(ITEMS, bool), np.ones(ITEMS, np.float32))
+    model = ModelConfig(variant=variant, dim=64, rounds=3, holding_dropout=0.5)
+    config = Config(model=model, train=TrainConfig(batch_users=BATCH, positives=POSITIVES))
+    state, task = divide_state(init(config, task), devices), divide_task(task, devices)
+    shape = BATCH, POSITIVES
+    ids = np.zeros(shape, np.int32)
+    batch = split_batch(Batch(ids[:, 0], ids, np.ones(shape, np.float32), ids), devices)
+    cost = mapped_step(config, devices, state, task).lower(state, task, batch).compile().cost_analysis()
+    kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, task)))
+    return {"flops": cost["flops"], "bytes accessed": cost["bytes accessed"], "bytes of state": float(kept)}
+
+
+if __name__ == "__main__":
+    main()
