@@ -1,5 +1,6 @@
 """One process a folder, whole files or none: with real locks, real processes and disks that are really full."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from fused_rec.config import Config
 from fused_rec.evaluate.ranking import PerUser
+from fused_rec.train import workdir
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.loop import claim, write_json, write_users
@@ -39,20 +41,20 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_and_told_by_whom_until_the_first_is_gone(holder, tmp_path):
-    workdir = tmp_path / "run"
-    said = rf"{workdir} is in use by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\S+; wait for it"
-    with pytest.raises(BusyError, match=said), owned(workdir):
+    folder = tmp_path / "run"
+    said = rf"{folder} is in use by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\S+; wait for it"
+    with pytest.raises(BusyError, match=said), owned(folder):
         pytest.fail("went on")
     command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/synthetic.py"]
-    done = subprocess.run([*command, f"--workdir={workdir}"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, f"--workdir={folder}"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"BusyError: {workdir} is in use by process {holder.pid}" in done.stderr and "Traceback" not in done.stderr
+    assert f"BusyError: {folder} is in use by process {holder.pid}" in done.stderr and "Traceback" not in done.stderr
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (workdir / LOCK).exists()
-    with owned(workdir):
-        assert json.loads((workdir / LOCK).read_text())["pid"] == os.getpid()
-    assert list(workdir.iterdir()) == []
+    assert (folder / LOCK).exists()
+    with owned(folder):
+        assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folder_is_held_once_and_left_as_it_was(tmp_path):
@@ -65,6 +67,21 @@ def test_a_folder_is_held_once_and_left_as_it_was(tmp_path):
     with owned(tmp_path / "unused"):
         pass
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_lock_that_its_last_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    """Opened before it was removed and locked after: the next process would make a file of its own, and lock that."""
+    real, removed = fcntl.flock, []
+
+    def flock(stream, operation):
+        if not removed:
+            removed.append((tmp_path / LOCK).unlink())
+        return real(stream, operation)
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with owned(tmp_path):
+        with pytest.raises(BusyError), owned(tmp_path):
+            pytest.fail("went on")
 
 
 def test_of_many_processes_at_once_one_holds(tmp_path):
@@ -164,9 +181,10 @@ def test_a_full_disk_leaves_results_as_they_were(full_disk):
         ):
             with pytest.raises(SaveError, match=r"could not be written: .*No space left.*; 0\.0 MB are free"):
                 write()
-        with pytest.raises(SaveError, match=r"No space left"):
-            for step in range(2, 2000):
-                curves.write(step, {f"value {step}": 1.0})
+        with pytest.raises(SaveError, match=r"curves\.jsonl could not be written: .*No space left"):
+            curves.write(2, {f"value {number}": 1.0 for number in range(999)})
+        with pytest.raises(SaveError, match=r"curves\.jsonl could not be written"):
+            curves.rewind(1)
         filler = full_disk / "filler"
         filler.unlink()
     assert file.read_bytes() == before
@@ -190,24 +208,22 @@ import numpy as np
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.workdir import SaveError, write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-checkpoints = Checkpoints(sys.argv[1])
+checkpoints, big = Checkpoints(Path(sys.argv[1], "run")), Path(sys.argv[1], "big")
 small, large = {"x": np.arange(9)}, {"x": np.random.default_rng(0).normal(size=99_999)}
 checkpoints.save(1, small, {}, best=True)
-for attempt in (lambda: checkpoints.save(2, large, {}, best=False), lambda: write_file(Path("big"), bytes(200_000))):
+for attempt in (lambda: checkpoints.save(2, large, {}, best=False), lambda: write_file(big, bytes(200_000))):
     try:
         attempt()
     except SaveError as error:
         print(error)
 checkpoints.save(2, small, {}, best=False)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{tmp_path}/run/2 could not be written: ") and "File too large" in first
     assert "The last good checkpoint is step 1." in first
-    assert second.startswith("big could not be written: ") and "File too large" in second
+    assert second.startswith(f"{tmp_path}/big could not be written: ") and "File too large" in second
     assert os.listdir(tmp_path) == ["run"] and sorted(os.listdir(tmp_path / "run")) == ["1", "2"]
 
 

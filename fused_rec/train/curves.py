@@ -29,7 +29,7 @@ class Curves:
         self._workdir = Path(workdir)
         self._lines = self._workdir / LINES
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._file = self._lines.open("a+b")
+        self._file = self._lines.open("a+b", buffering=0)
         self._mend()
         self._board = self._open_board()
 
@@ -40,18 +40,17 @@ class Curves:
 
         Raises:
           ValueError: a value is named "step".
-          SaveError: the line could not be written; a part of it may stand there until the files are opened again.
+          SaveError: the values could not be written; of the line nothing is there.
         """
         if "step" in values:
             raise ValueError('a value is named "step", which names the step itself; rename it')
         numbers = {name: float(value) for name, value in values.items()}
         line = {"step": step, **{name: number if math.isfinite(number) else None for name, number in numbers.items()}}
-        self._file.write(json.dumps(line).encode() + b"\n")
+        content = json.dumps(line).encode() + b"\n"
         summary = Summary(value=[Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()])
-        self._board.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-        # A flush that fails keeps what it has not written, and a second one goes on from there.
-        persist(self._file.flush, self._lines)
-        persist(self._board.flush, self._workdir / TENSORBOARD)
+        event = Event(step=step, wall_time=time.time(), summary=summary)
+        persist(lambda: self._append(content), self._lines)
+        persist(lambda: self._show(event), self._workdir / TENSORBOARD)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.
@@ -64,9 +63,9 @@ class Curves:
         """
         lines = self._lines.read_bytes().splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
-        self.close()
         write_file(self._lines, b"".join(kept))
-        self._file = self._lines.open("a+b")
+        self.close()
+        self._file = self._lines.open("a+b", buffering=0)
         self._board = self._open_board(hide_from=step + 1)
 
     def __enter__(self) -> "Curves":
@@ -91,6 +90,24 @@ class Curves:
         if whole < len(content):
             logging.warning("%s: the torn last line %r is dropped.", self._lines, content[whole:])
             self._file.truncate(whole)
+
+    def _append(self, content: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):  # where the disk is nearly full, the system takes a part and then refuses
+                written += self._file.write(content[written:])
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _show(self, event: Event) -> None:
+        try:
+            self._board.write_event(event)
+            self._board.flush()
+        except OSError:
+            self._board = self._open_board()  # after half a record TensorBoard reads no further, but in the next file
+            raise
 
     def _open_board(self, hide_from: int | None = None) -> EventsWriter:
         # Not SummaryWriter: its queue to a thread outlives flush(), so a kill would lose values that were written.
