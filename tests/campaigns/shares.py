@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 USERS, ITEMS, PAIRS = 29_858, 40_981, 810_128  # of the training part as LightGCN published it
 WORDS = 640  # columns of text: MiniLM's and TF-IDF's
@@ -20,7 +21,7 @@ BATCH, POSITIVES = 2_048, 16
 
 def main() -> None:
     """Prints one row a variant."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(rows, indent=1))
 
 
-def costs(variant: str, words: int, devices: int) -> dict[str, float]:
+def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
     """Of one device when so many share the work."""
     import jax
     import numpy as np
@@ -54,7 +55,7 @@ def costs(variant: str, words: int, devices: int) -> dict[str, float]:
     drawn = [(n * rng.random(PAIRS * 5 // 4) ** 2).astype(np.int64) for n in (USERS, ITEMS)]  # few hold most
     pairs = rng.permutation(np.unique(np.stack(drawn, axis=1), axis=0))[:PAIRS]
     counts = {USER: USERS, ITEM: ITEMS}
-    relations = both_ways(HOLDS, HELD_BY, *pairs.T, counts)
+    relations = both_ways(HOLDS, HELD_BY, pairs[:, 0], pairs[:, 1], counts)
     graph = hetero_graph(counts, relations, np.ones((USERS + ITEMS, words), np.float32))
     task = Task(graph, adjacencies(graph, "segment"), np.ones(ITEMS, bool), np.ones(ITEMS, np.float32))
     model = ModelConfig(variant=variant, dim=64, rounds=3, holding_dropout=0.5)
