@@ -17,6 +17,7 @@ from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.propagate import adjacencies
 from fused_rec.model.fused import FIRST_ROUND, Towers, holders
 from fused_rec.train import step as step_module
+from fused_rec.train.measure import divided_scorer
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.step import Task, embed, init
 from fused_rec.train.variants import variant
@@ -106,6 +107,16 @@ def test_only_social_lightgcn_keeps_ties():
     kept = {name: config_of(name).graph for name in ("bpr_mf", "lightgcn", "xsimgcl", "social_lightgcn")}
     assert [graph.ties for graph in kept.values()] == ["none", "none", "none", "true"]
     assert {(graph.similar_text, graph.attributes) for graph in kept.values()} == {(0, ())}
+
+
+def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
+    config, task = config_of("lightgcn"), task_of("lightgcn")
+    state = init(config, task)
+    scores = np.asarray(divided_scorer(config, divide_task(task), divide_state(state.params))(jnp.array([0, 6])))
+    users, items = embed(config, state.params, task)
+    np.testing.assert_allclose(scores[0], users[0] @ items.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(scores[1], task.popularity)  # user 6 holds nothing and hears nobody
+    assert len(set(task.popularity.tolist())) > 1
 
 
 # --- the step with contrast ----------------------------------------------------------------------------------------

@@ -103,13 +103,17 @@ def _held_out(prepared: Prepared, part: str) -> dict[str, Any]:
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
-    """Of a whole state: scores of the catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes them."""
+    """Of a whole state: scores of the catalogue for a batch of users, as `fused_rec.evaluate.ranking` takes them.
+
+    A user of whom the model knows nothing gets what is popular, as from a `baseline`.
+    """
     return divided_scorer(config, divide_task(prepared.task), divide_state(state.params))
 
 
 def divided_scorer(config: Config, task: Task, params: PyTree) -> jax.tree_util.Partial:
     """The same of a task and parameters that the devices share already."""
-    return jax.tree_util.Partial(_dot, *parallel_embed(config)(params, task))
+    known = jax.tree_util.Partial(_dot, *parallel_embed(config)(params, task))
+    return jax.tree_util.Partial(_popular_where_mute, known, task.popularity)
 
 
 def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
