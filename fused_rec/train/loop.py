@@ -221,9 +221,10 @@ def fit(
                 save(best=False)
             stopped.add_note(f"step {taken} of {last} is saved in {folder}")
             raise
-    if steps is None:
-        whole = hosts.from_first(checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole)
-    return whole, progress
+    if steps is not None:
+        return whole_state(state, whole), progress
+    best = checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole
+    return hosts.from_first(best), progress
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
