@@ -293,7 +293,7 @@ def test_scores_that_are_not_finite(bad):
         ({"truth": sets_of([[], [9], []])}, "truth holds item 9"),
         ({"item_counts": np.array([1, 2, 3, 0])}, "item_counts has 4 entries"),
         ({"item_counts": np.array([1, 2, 3, 0, 4])}, "at most 3"),
-        ({"n_items": 6, "item_counts": np.ones(6, int)}, r"shape \(2, 5\); it must be \(2, 6\)"),
+        ({"n_items": 6, "item_counts": np.ones(6, int)}, r"shape \(1, 5\); it must be \(1, 6\)"),
     ],
 )
 def test_evaluate_refuses(changes, message):
