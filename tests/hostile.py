@@ -393,7 +393,7 @@ TARGETS: dict[str, Target] = {
     ),
     "run": Target(
         _run,
-        (files(json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(), b"{}"),),
+        (files(json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(), b'{"best_step": 5}'),),
         (ValueError, FileNotFoundError),
         JSON_WORDS,
     ),
