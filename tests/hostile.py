@@ -9,7 +9,6 @@ import functools
 import gzip
 import io
 import json
-import logging
 import shutil
 import tarfile
 import tempfile
@@ -423,5 +422,3 @@ TARGETS: dict[str, Target] = {
     ),
     "gzip": Target(_gzip, (gzip.compress(b"hello " * 50),), (DownloadError,)),
 }
-
-logging.getLogger("fused_rec.text.cache").setLevel(logging.ERROR)  # a warning for every spoiled shard

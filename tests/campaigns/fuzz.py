@@ -12,6 +12,7 @@ there is one. Atheris wraps libFuzzer; it is no dependency of the tests and has 
 import argparse
 import hashlib
 import importlib
+import logging
 import re
 import resource
 import subprocess
@@ -81,6 +82,7 @@ def fuzz(name: str, out: Path, arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(HERE.parent))
     with atheris.instrument_imports(include=["fused_rec", "zipfile", "tarfile", "json", "csv", "gzip"]):
+        logging.getLogger("fused_rec.text.cache").setLevel(logging.ERROR)  # a warning for every spoiled shard
         from hostile import TARGETS, try_one
     target = TARGETS[name]
     seen: set[str] = set()
