@@ -83,12 +83,12 @@ def put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
     def sharding(axis: int | None) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
 
-    return jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(axis)), part),
-        axes,
-        tree,
-        is_leaf=_is_none,
-    )
+    return by_axis(lambda axis, part: jax.device_put(part, sharding(axis)), axes, tree)
+
+
+def by_axis(function: Callable[..., Any], axes: PyTree, *trees: PyTree) -> PyTree:
+    """`function` of each axis, None among them, and of what the trees have there."""
+    return jax.tree.map(function, axes, *trees, is_leaf=_is_none)
 
 
 class Mapped:

@@ -348,25 +348,16 @@ def test_holders_are_counted_by_item():
 
 
 @pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
-def test_the_id_row_of_an_item_that_nobody_holds_counts_for_nothing(config):
+@pytest.mark.parametrize(("place", "rows", "unknown", "known"), [(0, "id_user", 6, 5), (1, "id_item", 5, 4)])
+def test_the_id_row_of_whom_nobody_tells_counts_for_nothing(config, place, rows, unknown, known):
+    """User 6 hears nobody, item 5 is held by nobody."""
     params = anywhere(config)
-    other = {**params, "id_item": params["id_item"].at[5].add(10.0)}
-    for mine, theirs in zip(out(config, params), out(config, other), strict=True):
+    before, other = (out(config, tree) for tree in (params, {**params, rows: params[rows].at[unknown].add(10.0)}))
+    for mine, theirs in zip(before, other, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    assert not slope(config, params)["id_item"][5].any()
-    held = {**params, "id_item": params["id_item"].at[4].add(10.0)}
-    assert np.abs(out(config, held)[1][4] - out(config, params)[1][4]).max() > 0.1
-
-
-@pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
-def test_the_id_row_of_a_user_who_hears_nobody_counts_for_nothing(config):
-    params = anywhere(config)
-    other = {**params, "id_user": params["id_user"].at[6].add(10.0)}
-    for mine, theirs in zip(out(config, params), out(config, other), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-    assert not slope(config, params)["id_user"][6].any()
-    heard = {**params, "id_user": params["id_user"].at[5].add(10.0)}
-    assert np.abs(out(config, heard)[0][5] - out(config, params)[0][5]).max() > 0.1
+    assert not slope(config, params)[rows][unknown].any()
+    after = out(config, {**params, rows: params[rows].at[known].add(10.0)})
+    assert np.abs(after[place][known] - before[place][known]).max() > 0.1
 
 
 # --- two towers ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
-from fused_rec.devices import ROWS, AnyArray, Mapped, Shards, by_rows, over_devices, places, put, used
+from fused_rec.devices import ROWS, AnyArray, Mapped, Shards, by_axis, by_rows, over_devices, places, put, used
 from fused_rec.graph.hetero import HeteroGraph
 from fused_rec.graph.propagate import divide
 from fused_rec.model.fused import Vectors
@@ -99,7 +99,7 @@ def divide_state(state: PyTree, devices: int | None = None) -> PyTree:
     def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
         return np.asarray(leaf) if axis is None else by_rows(np.asarray(leaf), devices)
 
-    return put(jax.tree.map(part, divided, state, is_leaf=lambda axis: axis is None), divided, devices)
+    return put(by_axis(part, divided, state), divided, devices)
 
 
 def whole_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:

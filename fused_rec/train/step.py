@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.devices import AXIS, ROWS, AnyArray
+from fused_rec.devices import AXIS, ROWS, AnyArray, by_axis
 from fused_rec.graph.build import ITEM
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
@@ -135,14 +135,12 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
 
 def _whole(divided: PyTree, tree: PyTree) -> PyTree:
     """The leaves that every device has whole, and None for the others."""
-    return jax.tree.map(lambda axis, x: x if axis is None else None, divided, tree, is_leaf=lambda axis: axis is None)
+    return by_axis(lambda axis, x: x if axis is None else None, divided, tree)
 
 
 def _joined(divided: PyTree, whole: PyTree, tree: PyTree) -> PyTree:
     """`tree` with the leaves of `whole` where there are any."""
-    return jax.tree.map(
-        lambda axis, x, y: x if axis is None else y, divided, whole, tree, is_leaf=lambda axis: axis is None
-    )
+    return by_axis(lambda axis, x, y: x if axis is None else y, divided, whole, tree)
 
 
 def _losses(

@@ -82,8 +82,8 @@ def fuzz(name: str, out: Path, arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     sys.path.insert(0, str(HERE.parent))
     with atheris.instrument_imports(include=["fused_rec", "zipfile", "tarfile", "json", "csv", "gzip"]):
-        logging.getLogger("fused_rec.text.cache").setLevel(logging.ERROR)  # a warning for every spoiled shard
         from hostile import TARGETS, try_one
+    logging.getLogger("fused_rec.text.cache").setLevel(logging.ERROR)  # a warning for every spoiled shard
     target = TARGETS[name]
     seen: set[str] = set()
 
