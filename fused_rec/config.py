@@ -17,6 +17,7 @@ METRICS = (
 Score = Literal["cosine", "dot"]
 Readout = Literal["learned", "even", "heard"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
+Compute = Literal["float32", "bfloat16"]
 TextControl = Literal["true", "shuffled", "random"]
 Ties = Literal["true", "rewired", "none"]
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
@@ -172,6 +173,7 @@ class TrainConfig:
     contrast: float = 0.0  # weight of an InfoNCE between the readout and the first round, both with model.noise
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
+    compute: Compute = "float32"  # what a step multiplies and sends; parameters, sums and all that is ranked: float32
     max_steps: int = 2000
     eval_every: int = 50
     patience: int = 5  # evaluations without a better validation value before training stops
@@ -182,6 +184,8 @@ class TrainConfig:
     def __post_init__(self):
         _require_sane("train", self)
         _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
+        computes = typing.get_args(Compute)
+        _require(self.compute in computes, "train.compute", self.compute, f"one of {computes}")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
         for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")

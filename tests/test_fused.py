@@ -107,7 +107,7 @@ def test_the_text_variant_by_hand():
     """At the start: user = (own words + words of held items) / 2, item = own words / 2, all by the same projections."""
     config = dataclasses.replace(TEXT_ONLY, score="dot")
     params, graph = start(config), tiny.graph()
-    own = {t: np.asarray(graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"]) for t in (USER, ITEM)}
+    own = {t: np.asarray(graph.text(t) @ params[f"text_{t}"]["kernel"]) for t in (USER, ITEM)}
     matrix = np.zeros((tiny.COUNTS[USER], tiny.COUNTS[ITEM]))
     matrix[graph.edges(HELD_BY).receivers, graph.edges(HELD_BY).senders] = graph.edges(HELD_BY).weight
     same(out(config, params), ((own[USER] + matrix @ own[ITEM]) / 2, own[ITEM] / 2))
@@ -166,7 +166,7 @@ def test_at_the_start_it_is_plain_propagation(affinity):
     """Ids and words in, every gate and affinity 1, words again in each round, an even mix."""
     config = dataclasses.replace(FUSED, affinity=affinity, score="dot")
     params, graph = start(config), tiny.graph()
-    words = {t: graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM)}
+    words = {t: graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM)}
     words["sector"] = jnp.zeros((2, DIM))
     inputs = {t: id_rows(params, t) + words[t] for t in tiny.COUNTS}
     ones = Coefficients(
@@ -336,7 +336,7 @@ def test_no_rounds_no_messages():
     config = dataclasses.replace(FUSED, rounds=0, score="dot")
     params, graph = start(config), tiny.graph()
     assert params["mix"].tolist() == [1]
-    expected = (id_rows(params, t) + graph.text(t) @ params[f"text_{t}"]["Dense_0"]["kernel"] for t in (USER, ITEM))
+    expected = (id_rows(params, t) + graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM))
     same(out(config, params), tuple(expected))
 
 

@@ -57,6 +57,27 @@ def test_by_hand(backend):
     assert edge_dot(hears, y, x).tolist() == [11, 22, -20]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_rows_are_summed_in_float32(backend):
+    """4,096 ones: a sum in bfloat16 would stay at 256, after which adding 1 changes nothing."""
+    count = 4096
+    star = Edges(np.arange(count), np.zeros(count, np.int64), np.ones(count, np.float32))
+    hears = adjacency(star, count, 1, backend)
+    y = neighbour_sum(hears, hears.weight, jnp.ones((count, 2), jnp.bfloat16))
+    assert y.dtype == jnp.float32
+    assert y.tolist() == [[count, count]]
+    # The other way round: one source, told to all, hears from all.
+    back = Edges(np.zeros(count, np.int64), np.arange(count), np.ones(count, np.float32))
+    told = adjacency(back, 1, count, backend)
+    by_weight, by_x = jax.grad(lambda w, x: neighbour_sum(told, w, x).sum(), (0, 1))(
+        jnp.asarray(told.weight), jnp.ones((1, 2), jnp.bfloat16)
+    )
+    assert by_x.dtype == jnp.bfloat16
+    assert by_x.tolist() == [[count, count]]
+    assert by_weight.dtype == jnp.float32
+    assert set(by_weight.tolist()) == {2.0}
+
+
 def test_both_orders_by_hand():
     hears = adjacency(HAND, 4, 3)
     assert hears.receiver_start.tolist() == [0, 2, 2, 3]

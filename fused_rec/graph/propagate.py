@@ -4,6 +4,9 @@ Both backends compute the same sum. `segment` gathers and adds with `jax.ops.seg
 what accelerators run. `csr` hands the product to jaxlib's compressed-sparse-row kernel, on a CPU 5 to 8 times
 faster; that kernel has no fast transpose, so the edges are stored twice, by receiver and by sender, and the
 derivative is the same kernel over the second order.
+
+What is summed may be narrower than float32: `segment` then gathers so much less, and `csr` widens it first. Weights,
+products and sums are float32 either way.
 """
 
 from typing import Literal, no_type_check
@@ -92,20 +95,24 @@ def adjacencies(graph: HeteroGraph, backend: Backend | None = None) -> dict[Rela
 
 @jax.custom_vjp
 def neighbour_sum(
-    adjacency: Adjacency, weight: Float32[AnyArray, "E"], x: Float32[AnyArray, "sources K"]
+    adjacency: Adjacency, weight: Float32[AnyArray, "E"], x: Float[AnyArray, "sources K"]
 ) -> Float32[Array, "targets K"]:
-    """y[v] = sum_{e = (u, v)} weight[e] x[u]; differentiable in weight and x, not in the adjacency."""
+    """y[v] = sum_{e = (u, v)} weight[e] x[u]; differentiable in weight and x, not in the adjacency.
+
+    The derivative of y is rounded to the type of x before it is sent back, and so is that of x.
+    """
     return _to_receivers(adjacency, weight, x)
 
 
 @jax.custom_vjp
 def edge_dot(
     adjacency: Adjacency,
-    target: Float32[AnyArray, "targets K"],
-    source: Float32[AnyArray, "sources K"],
+    target: Float[AnyArray, "targets K"],
+    source: Float[AnyArray, "sources K"],
 ) -> Float32[Array, "E"]:
     """<target[v], source[u]> of each edge (u, v): the other half of the pair, whose derivatives are sparse sums."""
-    return jnp.einsum("ek,ek->e", target[adjacency.receivers], source[adjacency.senders])
+    pairs = target[adjacency.receivers], source[adjacency.senders]
+    return jnp.einsum("ek,ek->e", *pairs, preferred_element_type=jnp.float32)
 
 
 def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
@@ -120,7 +127,8 @@ def _to_senders(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
 def _sum(backend: Backend, start: AnyArray, to: AnyArray, frm: AnyArray, weight: AnyArray, x: AnyArray) -> Array:
     n_targets = len(start) - 1
     if backend == "csr":
-        return sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x))) @ x
+        matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x)))
+        return matrix @ x.astype(jnp.float32)
     return jax.ops.segment_sum(weight[:, None] * x[frm], to, n_targets, indices_are_sorted=True)
 
 
@@ -130,8 +138,9 @@ def _sum_forward(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> tuple[A
 
 def _sum_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:
     adjacency, weight, x = residuals
+    g = g.astype(x.dtype)
     # XLA drops the derivative of the weights where nobody asks for it.
-    return None, edge_dot(adjacency, g, x), _to_senders(adjacency, weight, g)
+    return None, edge_dot(adjacency, g, x), _to_senders(adjacency, weight, g).astype(x.dtype)
 
 
 def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tuple[Array, tuple]:
@@ -140,7 +149,8 @@ def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tu
 
 def _dot_backward(residuals: tuple, g: Float[AnyArray, "E"]) -> tuple:
     adjacency, target, source = residuals
-    return None, _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
+    of_target, of_source = _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
+    return None, of_target.astype(target.dtype), of_source.astype(source.dtype)
 
 
 neighbour_sum.defvjp(_sum_forward, _sum_backward)

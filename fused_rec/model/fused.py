@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
-from fused_rec.config import ModelConfig
+from fused_rec.config import Compute, ModelConfig
 from fused_rec.devices import AnyArray
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph, Relation
@@ -50,18 +50,22 @@ def heard_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
 
 
 class Towers(nn.Module):
-    """`FusedRec`, and beside the fused variant its text variant: [(vectors of users, vectors of items), ...]."""
+    """`FusedRec`, and beside the fused variant its text variant: [(vectors of users, vectors of items), ...].
+
+    compute: the type of what is multiplied and sent; parameters, sums and vectors are float32.
+    """
 
     config: ModelConfig
+    compute: Compute = "float32"
 
     @nn.compact
     def __call__(
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
     ) -> list[Vectors]:
-        towers = [FusedRec(self.config, name="main")(graph, adjacencies, dropout)]
+        towers = [FusedRec(self.config, self.compute, name="main")(graph, adjacencies, dropout)]
         if self.config.variant == "fused" and graph.text(ITEM).shape[1] > WORDLESS:
             words = dataclasses.replace(self.config, variant="text")
-            towers.append(FusedRec(words, name="words")(graph, adjacencies, dropout))
+            towers.append(FusedRec(words, self.compute, name="words")(graph, adjacencies, dropout))
         return towers
 
 
@@ -87,6 +91,7 @@ class FusedRec(nn.Module):
     """Vectors of users and items; the score of a pair is their dot product (a cosine where config.score says so)."""
 
     config: ModelConfig
+    compute: Compute = "float32"
 
     @nn.compact
     def __call__(
@@ -103,7 +108,7 @@ class FusedRec(nn.Module):
         noise = None
         if dropout is not None and self.config.noise:
             noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE))
-        every = rounds(adjacencies, coefficients, both, words, noise, graph.shards)
+        every = rounds(adjacencies, coefficients, both, words, noise, graph.shards, self.compute)
         if len(every) > 1:
             self.sow("intermediates", FIRST_ROUND, tuple(graph.whole(t, every[1][t]) for t in (USER, ITEM)))
         out = readout(coefficients, every)
@@ -127,7 +132,7 @@ class FusedRec(nn.Module):
                     rows = rows * graph.shards.mine(kept) / (1 - config.id_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in (USER, ITEM):
-                project = TextInput(config.dim, config.id_scale, name=f"text_{node_type}")
+                project = TextInput(config.dim, config.id_scale, self.compute, name=f"text_{node_type}")
                 words[node_type] = project(graph.text(node_type))
         return ids, words
 

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from fused_rec.config import Compute
 from fused_rec.devices import AnyArray, Shards
 from fused_rec.graph.propagate import Adjacency, edge_dot
+from fused_rec.model.narrow import product
 
 RANK = 16  # width of the views that gates and affinities take of a text vector
 
@@ -16,10 +18,12 @@ class TextInput(nn.Module):
 
     dim: int
     scale: float
+    compute: Compute = "float32"
 
     @nn.compact
     def __call__(self, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
-        return nn.Dense(self.dim, use_bias=False, kernel_init=nn.initializers.normal(self.scale))(text)
+        kernel = self.param("kernel", nn.initializers.normal(self.scale), (text.shape[1], self.dim))
+        return product(jnp.asarray(text, self.compute), kernel.astype(self.compute))
 
 
 class Gate(nn.Module):

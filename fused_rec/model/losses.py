@@ -2,18 +2,22 @@
 
 A user's loss is the mean over their positives; users count by the square root of their number of positives,
 between a mean over pairs, which the heaviest users rule, and a mean over users, which the noisiest do.
+
+Vectors may be narrower than float32; scores and all that follows from them are float32.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from fused_rec.model.narrow import product
 
 Sum = tuple[Float32[Array, ""], Float32[Array, ""]]
 
 
 def softmax(
-    user: Float32[Array, "B K"],
-    catalogue: Float32[Array, "I K"],
+    user: Float[Array, "B K"],
+    catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
     present: Bool[Array, "I"],
@@ -24,7 +28,7 @@ def softmax(
     Items that are not `present` while training (nobody holds them yet) are no alternatives: to learn that nobody wants
     them would be to learn from the future.
     """
-    scores = (user / temperature) @ catalogue.T
+    scores = product(user, catalogue.T) / temperature
     # Before the absent items are set to -inf: padding points at item 0, and 0 * inf is not a number.
     positive = jnp.take_along_axis(scores, items, axis=1)
     everything = jax.nn.logsumexp(jnp.where(present[None, :], scores, -jnp.inf), axis=-1)
@@ -32,8 +36,8 @@ def softmax(
 
 
 def sampled_softmax(
-    user: Float32[Array, "B K"],
-    catalogue: Float32[Array, "I K"],
+    user: Float[Array, "B K"],
+    catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
     present: Bool[Array, "I"],
@@ -45,23 +49,24 @@ def sampled_softmax(
     I counts the items that are `present`, from which negatives are drawn; a negative of -1 is padding and not
     one of the S. Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant.
     """
-    positive = jnp.einsum("bk,bpk->bp", user, catalogue[items]) / temperature
+    positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
     drawn = negatives >= 0
-    scores = jnp.where(drawn[None, :], user @ catalogue[negatives].T / temperature, -jnp.inf)
+    scores = jnp.where(drawn[None, :], product(user, catalogue[negatives].T) / temperature, -jnp.inf)
     rest = jax.nn.logsumexp(scores, axis=-1) + jnp.log(present.sum() / drawn.sum())
     return _over_users(jax.nn.softplus(rest[:, None] - positive), mask)
 
 
 def bpr(
-    user: Float32[Array, "B K"],
-    catalogue: Float32[Array, "I K"],
+    user: Float[Array, "B K"],
+    catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
     negatives: Int32[Array, "B P"],
     temperature: float,
 ) -> Sum:
     """-log sigmoid(positive - negative), one negative a positive (Rendle et al., 2009)."""
-    margin = jnp.einsum("bk,bpk->bp", user, catalogue[items] - catalogue[negatives])
+    other = catalogue[items] - catalogue[negatives]
+    margin = jnp.einsum("bk,bpk->bp", user, other, preferred_element_type=jnp.float32)
     return _over_users(jax.nn.softplus(-margin / temperature), mask)
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
+from fused_rec.config import Compute
 from fused_rec.devices import AnyArray, Shards
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency, neighbour_sum
@@ -57,13 +58,18 @@ def rounds(
     text: Nodes,
     noise: Noise | None = None,
     shards: Shards = Shards(),  # noqa: B008
+    compute: Compute = "float32",
 ) -> list[dict[str, Float32[Array, "_ K"]]]:
-    """h^0 to h^L of `propagate`. Where several `shards` share the nodes, each device hears the rows of all."""
+    """h^0 to h^L of `propagate`. Where several `shards` share the nodes, each device hears the rows of all.
+
+    compute: the type in which rows are told to neighbours and other devices; what is heard is summed in float32.
+    """
     h: dict[str, Array] = {node_type: jnp.asarray(x) for node_type, x in inputs.items()}
     every = [h]
     for level in range(len(coefficients.mix) - 1):
         heard: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
-        told = {t: shards.whole(h[t]) for t in dict.fromkeys(relation.source for relation in coefficients.edge)}
+        sources = dict.fromkeys(relation.source for relation in coefficients.edge)
+        told = {node_type: shards.whole(h[node_type].astype(compute)) for node_type in sources}
         for relation, edge in coefficients.edge.items():
             message = neighbour_sum(adjacencies[relation], edge, told[relation.source])
             message = coefficients.gate[relation][level][:, None] * message

@@ -149,7 +149,7 @@ def _losses(
     """(weight, loss): every tower's own loss, added up under the count of one, and the first one's contrast if any."""
     towers: Any
     seen: Any
-    towers, seen = Towers(config.model).apply(
+    towers, seen = Towers(config.model, config.train.compute).apply(
         {"params": params}, task.graph, task.adjacencies, dropout, mutable=["intermediates"]
     )
     sums = [_tower_loss(config, _with_popularity(config, task, vectors), task, batch) for vectors in towers]
@@ -175,7 +175,7 @@ def _contrasts(vectors: Vectors, first_round: Vectors, batch: Batch) -> list[los
 
 
 def _tower_loss(config: Config, vectors: Vectors, task: Task, batch: Batch) -> losses.Sum:
-    users, catalogue = vectors
+    users, catalogue = (x.astype(config.train.compute) for x in vectors)
     user, items, mask, negatives = map(jnp.asarray, batch)
     common = users[user], catalogue, items, mask
     present, temperature = jnp.asarray(task.present), config.train.temperature

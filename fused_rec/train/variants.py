@@ -50,6 +50,7 @@ VARIANTS: dict[str, Variant] = {
     "no_similar_text": Variant("without text neighbours", {"graph": {"similar_text": 0}}, needs=("text",)),
     "no_popularity": Variant("towers alone", {"model": {"popularity": 0.0}}),
     "no_gates": Variant("relations weigh the same for every node", {"model": {"gates": False}}),
+    "bfloat16": Variant("steps multiply and send bfloat16", {"train": {"compute": "bfloat16"}}),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
     "random_text": Variant("random vectors for words", {"text": {"control": "random"}}, ("text",), control=True),
     "rewired_ties": Variant("other ties, same degrees", {"graph": {"ties": "rewired"}}, ("ties",), control=True),
