@@ -18,9 +18,14 @@ from fused_rec.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
-SETTINGS = ("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=100000")
+SETTINGS = (
+    *("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=100000"),
+    # Without rows of users a cosine does not see how long they are: some factors would have no gradient but rounding
+    # errors, which AdamW makes as large as any other.
+    "model.user_ids=True",
+)
 ENDLESS = 100_000  # steps
-DEVICES = 2  # of all processes together: the same program, and sums of two are the same in any order
+LATE = float(os.environ.get("FUSED_REC_LATE", "3"))  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,10 @@ def tables(tmp_path_factory):
     return write_tables(tmp_path_factory.mktemp("tables"))
 
 
-def launch(tables: Path, workdir: Path, process: int, processes: int, port: int, steps: int) -> subprocess.Popen:
+def launch(
+    tables: Path, workdir: Path, process: int, processes: int, port: int, steps: int, devices: int = 2
+) -> subprocess.Popen:
+    """devices: of all processes together."""
     settings = [f"--config.{setting}" for setting in (*SETTINGS, f"train.max_steps={steps}")]
     several = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
     with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
@@ -36,7 +44,7 @@ def launch(tables: Path, workdir: Path, process: int, processes: int, port: int,
             [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
             + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}"},
+            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
             stdout=log,
             stderr=log,
         )
@@ -52,13 +60,13 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def run(tables: Path, workdir: Path, processes: int, steps: int = 10, late: float = 0) -> list[int]:
+def run(tables: Path, workdir: Path, processes: int, devices: int = 2, steps: int = 10, late: float = 0) -> list[int]:
     """Exit statuses; the last process starts `late` seconds after the others."""
     port, started = free_port(), []
     for process in range(processes):
         if process == processes - 1:
             time.sleep(late)
-        started.append(launch(tables, workdir, process, processes, port, steps))
+        started.append(launch(tables, workdir, process, processes, port, steps, devices))
     return [process.wait(timeout=300) for process in started]
 
 
@@ -78,11 +86,14 @@ def alone(tables, tmp_path_factory):
     return workdir
 
 
-def check_same(workdir: Path, alone: Path) -> None:
+def check_metrics(workdir: Path, alone: Path) -> None:
     one, other = (json.loads((folder / "results.json").read_text()) for folder in (alone, workdir))
     assert other["best_step"] == one["best_step"]
     for part in ("valid", "test"):
         assert other[part] == pytest.approx(one[part], rel=1e-6, nan_ok=True)
+
+
+def check_parameters(workdir: Path, alone: Path) -> None:
     mine, theirs = (arrays(folder / "choose" / "checkpoints", 10) for folder in (workdir, alone))
     assert mine.keys() == theirs.keys() != set()
     for name, array in theirs.items():
@@ -90,12 +101,22 @@ def check_same(workdir: Path, alone: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
-    """One of them comes late; only the first writes."""
+    """One of them comes late; only the first writes. Sums of two devices are the same in any order."""
     workdir = tmp_path / "run"
-    assert run(tables, workdir, 2, late=3) == [0, 0], said(workdir) + said(workdir, 1)
-    check_same(workdir, alone)
+    assert run(tables, workdir, 2, late=LATE) == [0, 0], said(workdir) + said(workdir, 1)
+    check_metrics(workdir, alone)
+    check_parameters(workdir, alone)
     assert "ndcg@10" in said(workdir)
     assert "results:" not in said(workdir, 1)
+
+
+def test_four_processes_give_what_one_gives(tables, tmp_path):
+    """Of four devices each: sums of four depend on their order in the last digits."""
+    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    assert run(tables, alone, 1, devices=4) == [0], said(alone)
+    assert run(tables, workdir, 4, devices=4) == [0] * 4, said(workdir)
+    check_metrics(workdir, alone)
+    check_parameters(workdir, alone)
 
 
 def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_path):
