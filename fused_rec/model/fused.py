@@ -32,7 +32,9 @@ Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
 LEFT_OUT, NOISE = 1_000, 1_001  # folded into the key; node types fold in their number
 ID_ROWS = "id_"  # how the names of parameters begin that have one row a node
-FIRST_ROUND = "first_round"  # of the collection "intermediates": vectors of users and items after one round
+# Of the collection "intermediates":
+FIRST_ROUND = "first_round"  # vectors of users and items after one round
+LINEAR = "linear"  # (id rows, words, `Coefficients`): in the first two, which come by node type, the rest is linear
 
 
 def heard_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
@@ -104,6 +106,7 @@ class FusedRec(nn.Module):
         ids[USER] = ids[USER] * (sum(heard, jnp.zeros(len(ids[USER]))) > 0)[:, None]
         hears = _leave_out(self.config.holding_dropout, graph, adjacencies, dropout)
         coefficients = self.coefficients(graph, hears)
+        self.sow("intermediates", LINEAR, (ids, words, coefficients))
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         noise = None
         if dropout is not None and self.config.noise:

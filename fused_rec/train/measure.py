@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
+from fused_rec.devices import AnyArray
 from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mean
 from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.graph.build import ITEM, USER
@@ -112,12 +113,17 @@ def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_ut
 
 def divided_scorer(config: Config, task: Task, params: PyTree) -> jax.tree_util.Partial:
     """The same of a task and parameters that the devices share already."""
-    known = jax.tree_util.Partial(_dot, *parallel_embed(config)(params, task))
-    return jax.tree_util.Partial(_popular_where_mute, known, task.popularity)
+    return jax.tree_util.Partial(scores_of, *parallel_embed(config)(params, task), task.popularity)
 
 
-def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:
-    return users[batch] @ items.T
+def scores_of(
+    users: Float32[AnyArray, "U D"],
+    items: Float32[AnyArray, "I D"],
+    popularity: Float32[AnyArray, "I"],
+    batch: Int32[AnyArray, "B"],
+) -> Float32[Array, "B I"]:
+    """What `scorer` gives a batch of users, of the vectors of all users and items."""
+    return _popular_where_mute(lambda batch: users[batch] @ items.T, popularity, batch)
 
 
 def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> dict[str, Any]:
@@ -156,7 +162,7 @@ def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
     )
 
 
-def _popular_where_mute(scorer: Scorer, popularity: jax.Array, users: jax.Array) -> jax.Array:
+def _popular_where_mute(scorer: Callable[..., Any], popularity: AnyArray, users: AnyArray) -> jax.Array:
     scores = scorer(users)
     mute = scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
     return jnp.where(mute, popularity[None, :], scores)

@@ -1,0 +1,190 @@
+"""The paths that a score came by, the weightiest first, found exactly.
+
+Written out to its end, a user's vector is a sum over paths through the graph: from a node whose id row or words start
+it, over relations, to the user. The value of a path is its share of the score: the product of the edges, gates and the
+readout's factors along it, summed over the rounds in which it can be walked and over towers, times the dot product of
+what stands at its start with the item. All paths of all lengths sum to the score without its popularity.
+
+They are far too many to list, but each factor is a product along the path, so the best continuation from any node is
+found by dynamic programming; with it as a bound that never underestimates, a best-first search meets paths in the order
+of their values and looks at few of the others.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from fused_rec.explain.ledger import Ledger, Tower
+from fused_rec.graph.build import USER
+from fused_rec.graph.hetero import Relation
+from fused_rec.graph.propagate import Adjacency
+
+
+class Path(NamedTuple):
+    """From the user backwards: nodes[0] is the user, and steps[i] is the relation by which nodes[i] hears nodes[i + 1].
+
+    nodes: (node type, row). value: what it adds to the score, ids + words by what stands at its start.
+    """
+
+    nodes: tuple[tuple[str, int], ...]
+    steps: tuple[Relation, ...]
+    value: float
+    ids: float
+    words: float
+
+
+class _Entry(NamedTuple):
+    """What may start a path at each node of a type, times the item, for a tower: id row, words, factor of each round.
+
+    `again[m]` is by how much words enter at round m; at round 0 all do.
+    """
+
+    ids: Float[np.ndarray, "n"]
+    words: Float[np.ndarray, "n"]
+    again: Float[np.ndarray, "L_plus_1 n"]
+
+
+class _Search:
+    """The graph, entries and bounds of one (user, item); `sign` -1 looks for what speaks most against the item."""
+
+    def __init__(self, book: Ledger, user: int, item: int, sign: int):
+        self.book, self.user = book, user
+        self.channels = [(t, level) for t, tower in enumerate(book.towers) for level in range(len(tower.ids))]
+        self.longest = max(len(tower.ids) for tower in book.towers)
+        self.start = np.array([book.towers[t].coefficients.mix[level] for t, level in self.channels], np.float64)
+        self.entries = [_entries(tower, user, item, sign) for tower in book.towers]
+        self.bounds = [
+            [_bounds(book, tower, entries, best) for best in (np.maximum, np.minimum)]
+            for tower, entries in zip(book.towers, self.entries, strict=True)
+        ]
+
+    def value(self, node: tuple[str, int], depth: int, factors: np.ndarray) -> tuple[float, float]:
+        """Of the path that starts here, the part of its id row and that of its words."""
+        node_type, row = node
+        ids = words = 0.0
+        for (t, level), factor in zip(self.channels, factors, strict=True):
+            entry, m = self.entries[t][node_type], level - depth
+            if m >= 0:
+                ids += factor * entry.ids[row] * (m == 0)
+                words += factor * entry.words[row] * entry.again[m, row]
+        return ids, words
+
+    def longer(self, node: tuple[str, int], depth: int, factors: np.ndarray) -> Iterator[tuple]:
+        """(bound, node, relation, factors) of each step further back, the most promising first."""
+        node_type, row = node
+        found = []
+        relations = {r: None for tower in self.book.towers for r in tower.coefficients.edge if r.target == node_type}
+        for relation in relations:
+            hears = self.book.adjacencies[relation]
+            at = slice(*hears.receiver_start[row : row + 2])
+            senders = hears.senders[at]
+            ahead = np.zeros((len(senders), len(self.channels)))
+            # By how many steps a path still takes and by tower: all rounds that have so many left walk the same paths,
+            # while a path of one tower need not be one of another's.
+            bound = np.zeros((self.longest, len(self.book.towers), len(senders)))
+            walked = np.zeros(self.longest, bool)
+            for c, (t, level) in enumerate(self.channels):
+                given, m = self.book.towers[t].coefficients, level - depth
+                if m < 1 or relation not in given.edge or not factors[c]:
+                    continue
+                ahead[:, c] = factors[c] * given.gate[relation][m - 1, row] * given.edge[relation][at]
+                best = self.bounds[t][0 if factors[c] > 0 else 1]
+                walked[:m] = True
+                for left in range(m):
+                    bound[left, t] += ahead[:, c] * best[m - 1][left][relation.source][senders]
+            if len(self.book.towers) > 1:
+                bound = np.maximum(bound, 0)
+            if walked.any():
+                most = bound.sum(1)[walked].max(0).tolist()
+                nodes = [(relation.source, sender) for sender in senders.tolist()]
+                found += zip(most, nodes, itertools.repeat(relation), ahead, strict=False)
+        return iter(sorted(found, key=lambda step: -step[0]))
+
+    def paths(self) -> Iterator[Path]:
+        """Every path, from the largest value down."""
+        order = itertools.count()  # breaks ties, so that nothing else is compared
+        heap: list[tuple] = []
+
+        def reach(nodes: tuple, steps: tuple, factors: np.ndarray) -> None:
+            depth = len(steps)
+            ids, words = self.value(nodes[-1], depth, factors)
+            heapq.heappush(heap, (-(ids + words), next(order), Path(nodes, steps, ids + words, ids, words), None))
+            go_on(nodes, steps, self.longer(nodes[-1], depth, factors))
+
+        def go_on(nodes: tuple, steps: tuple, ahead: Iterator[tuple]) -> None:
+            if (step := next(ahead, None)) is not None:
+                heapq.heappush(heap, (-step[0], next(order), step, (nodes, steps, ahead)))
+
+        reach(((USER, self.user),), (), self.start)
+        while heap:
+            _, _, found, rest = heapq.heappop(heap)
+            if rest is None:
+                yield found
+                continue
+            nodes, steps, ahead = rest
+            _, node, relation, factors = found
+            go_on(nodes, steps, ahead)
+            reach((*nodes, node), (*steps, relation), factors)
+
+
+def best_paths(book: Ledger, user: int, item: int, count: int, *, against: bool = False) -> list[Path]:
+    """The `count` paths that add most to the score of the item, the largest first; fewer where fewer add anything.
+
+    against: those that take most away, the most negative first. Exact: no path is left out for being unlikely.
+    """
+    sign = -1 if against else 1
+    paths = itertools.takewhile(lambda path: path.value > 0, _Search(book, user, item, sign).paths())
+    return [
+        path._replace(value=sign * path.value, ids=sign * path.ids, words=sign * path.words)
+        for path in itertools.islice(paths, count)
+    ]
+
+
+def _entries(tower: Tower, user: int, item: int, sign: int) -> dict[str, _Entry]:
+    into = sign * tower.items[item].astype(np.float64) / tower.user_length[user]
+    gates, levels = tower.coefficients.text_gate, len(tower.ids)
+    entries = {}
+    for node_type, rows in tower.ids[0].items():
+        again = np.zeros((levels, len(rows)))
+        again[0] = 1
+        if node_type in gates:
+            again[1:] = gates[node_type]
+        entries[node_type] = _Entry(rows @ into, tower.words[0][node_type] @ into, again)
+    return entries
+
+
+def _bounds(
+    book: Ledger, tower: Tower, entries: dict[str, _Entry], best: np.ufunc
+) -> list[list[dict[str, np.ndarray]]]:
+    """[round][steps left][node type]: the largest (or smallest) value of such a path on from each node.
+
+    Without the factors before the node; infinite, the wrong way, where there is no such path.
+    """
+    none = -np.inf if best is np.maximum else np.inf
+    bounds = [[{t: entry.ids + entry.words for t, entry in entries.items()}]]
+    for level in range(1, len(tower.ids)):
+        bounds.append([{t: entry.words * entry.again[level] for t, entry in entries.items()}])
+        for before in bounds[level - 1]:
+            here = {t: np.full(len(entry.ids), none) for t, entry in entries.items()}
+            for relation, edge in tower.coefficients.edge.items():
+                hears, target = book.adjacencies[relation], relation.target
+                heard = _over_edges(hears, edge * before[relation.source][hears.senders], best, none)
+                here[target] = best(here[target], tower.coefficients.gate[relation][level - 1] * heard)
+            bounds[level].append(here)
+    return bounds
+
+
+def _over_edges(
+    hears: Adjacency, told: Float[np.ndarray, "E"], best: np.ufunc, none: float
+) -> Float[np.ndarray, "targets"]:
+    """The best of what each node is told, `none` for one that hears nobody."""
+    start = np.asarray(hears.receiver_start)
+    there = np.flatnonzero(np.diff(start))
+    out = np.full(len(start) - 1, none)
+    if len(there):
+        out[there] = best.reduceat(told, start[there])
+    return out

@@ -1,0 +1,193 @@
+"""Scores taken apart: the parts sum to the score, and each is what changing its source would say."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compilation  # noqa: F401
+
+from fused_rec.config import Config, ModelConfig, TrainConfig
+from fused_rec.explain import paths
+from fused_rec.explain.ledger import HOLDING, POPULARITY, ledger, modalities, parts, scores
+from fused_rec.explain.paths import Path, best_paths
+from fused_rec.graph.build import HELD_BY, USER
+from fused_rec.graph.propagate import adjacencies
+from fused_rec.model.fused import holders
+from fused_rec.train.step import Task, embed, init
+from fused_rec.train.variants import VARIANTS, variant
+
+FUSED = Config(model=ModelConfig(dim=3, rounds=2, affinity=True, id_scale=1.0), train=TrainConfig(temperature=0.5))
+CONFIGS = {
+    **{name: variant(FUSED, name) for name in VARIANTS},
+    "no_popularity": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, popularity=0.0)),
+    "no_rounds": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, rounds=0)),
+    "dot": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, score="dot")),
+    "no_user_rows": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, user_ids=False)),
+}
+
+
+@functools.cache
+def task() -> Task:
+    graph = tiny.graph()
+    hears = adjacencies(graph)
+    return Task(graph, hears, np.arange(6) < 5, np.asarray(holders(hears)))
+
+
+@functools.cache
+def opened(name: str):
+    """A model with parameters as after some training, and its books."""
+    config = CONFIGS[name]
+    leaves, tree = jax.tree.flatten(init(config, task()).params)
+    rng = np.random.default_rng(0)
+    leaves = [leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3 for leaf in leaves]
+    params = jax.tree.unflatten(tree, leaves)
+    users, items = jax.jit(embed, static_argnums=0)(config, params, task())
+    return ledger(config, params, task()), np.asarray(users @ items.T)
+
+
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+@EVERY
+def test_parts_sum_to_the_score(name):
+    book, expected = opened(name)
+    for user in range(7):
+        split = parts(book, user, range(6))
+        given = scores(book, user)
+        if len(split.kind) > 1:
+            np.testing.assert_allclose(given, expected[user], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(split.value.sum(0), given, rtol=1e-4, atol=1e-6)
+        own = split.value - split.ids - split.words
+        assert np.abs(own[[kind != POPULARITY for kind in split.kind]]).max(initial=0) < 1e-12
+
+
+@EVERY
+def test_modalities_sum_to_the_score(name):
+    book, _ = opened(name)
+    for user, item in ((0, 3), (4, 1), (6, 0)):
+        assert sum(modalities(book, user, item).values()) == pytest.approx(scores(book, user)[item], rel=1e-4, abs=1e-6)
+
+
+def test_every_holding_and_tie_has_its_part():
+    book, _ = opened("fused")
+    split = parts(book, 0, [3])
+    named = set(zip(split.kind, split.source.tolist(), strict=True))
+    assert {(HOLDING, item) for item in (0, 1, 2)} | {("trusts", 1), ("trusts", 2)} <= named
+    assert len(named) == len(split.kind)
+    assert {kind for kind, source in named if source < 0} == {"own_id", "own_words", "popularity"}
+
+
+def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
+    book, _ = opened("no_user_rows")
+    mute = dataclasses.replace(CONFIGS["no_user_rows"].model, popularity=0.0)
+    config = Config(model=mute)
+    book = ledger(config, init(config, task()).params, task())
+    split = parts(book, 6, [0, 4])  # user 6 has neither words nor edges
+    assert split.kind == ["popularity"]
+    assert split.value.tolist() == [[3, 3]]  # holders
+    assert scores(book, 6).tolist() == np.asarray(task().popularity).tolist()
+
+
+def test_without_words_nothing_began_as_words():
+    book, _ = opened("graph")
+    assert not parts(book, 0, range(6)).words.any()
+    book, _ = opened("text")
+    assert not parts(book, 0, range(6)).ids.any()
+
+
+@pytest.mark.parametrize("name", ["fused", "dot", "no_user_rows", "graph", "text"])
+def test_a_part_is_linear_in_what_it_is_part_of(name):
+    """Silencing an edge into the user changes the user's unscaled vector by that part, and nothing else of it."""
+    book, _ = opened(name)
+    user, items = 0, range(6)
+    split = parts(book, user, items)
+    for relation in [r for r in book.towers[0].coefficients.edge if r.target == USER]:
+        hears = book.adjacencies[relation]
+        for edge in range(*hears.receiver_start[user : user + 2]):
+            silenced = []
+            for tower in book.towers:
+                weight = {r: np.array(w) for r, w in tower.coefficients.edge.items()}
+                if relation in weight:
+                    weight[relation][edge] = 0
+                coefficients = dataclasses.replace(tower.coefficients, edge=weight)
+                silenced.append(tower._replace(coefficients=coefficients))
+            without = parts(book._replace(towers=silenced), user, items)
+            kind = HOLDING if relation == HELD_BY else relation.name
+            row = list(zip(split.kind, split.source.tolist(), strict=True)).index((kind, int(hears.senders[edge])))
+            expected = split.value.sum(0) - split.value[row]
+            np.testing.assert_allclose(without.value.sum(0), expected, rtol=1e-6, atol=1e-9)
+
+
+# --- paths ---------------------------------------------------------------------------------------------------------
+
+
+def all_paths(book, user: int, item: int) -> dict[tuple, float]:
+    """Every path by brute force, straight from the recursion of h: the oracle of the search."""
+    found: dict[tuple, float] = {}
+    for tower in book.towers:
+        given, into = tower.coefficients, tower.items[item].astype(float) / tower.user_length[user]
+
+        def walk(node, level, factor, path, tower=tower, given=given, into=into):
+            node_type, row = node
+            x = tower.words[0][node_type][row] @ into
+            if level == 0:
+                x = x + tower.ids[0][node_type][row] @ into
+            else:
+                x = x * (given.text_gate[node_type][level - 1, row] if node_type in given.text_gate else 0)
+            found[path] = found.get(path, 0.0) + factor * x
+            for relation, weight in given.edge.items() if level else ():
+                if relation.target == node_type:
+                    hears = book.adjacencies[relation]
+                    for edge in range(*hears.receiver_start[row : row + 2]):
+                        sender = (relation.source, int(hears.senders[edge]))
+                        f = factor * given.gate[relation][level - 1, row] * weight[edge]
+                        walk(sender, level - 1, f, (*path, (relation, sender)))
+
+        for level, mix in enumerate(given.mix):
+            walk((USER, user), level, float(mix), ())
+    return found
+
+
+def key(path: Path) -> tuple:
+    return tuple(zip(path.steps, path.nodes[1:], strict=True))
+
+
+@EVERY
+def test_all_paths_sum_to_the_score(name):
+    book, _ = opened(name)
+    every = all_paths(book, 0, 3)
+    assert sum(every.values()) + book.prior[3] == pytest.approx(scores(book, 0)[3], rel=1e-4, abs=1e-6)
+
+
+@EVERY
+@pytest.mark.parametrize("against", [False, True])
+def test_the_best_paths_are_the_best_of_all(name, against):
+    book, _ = opened(name)
+    for user, item in ((0, 3), (3, 0), (6, 2)):
+        every = all_paths(book, user, item)
+        sign = -1 if against else 1
+        expected = sorted((value for value in every.values() if sign * value > 1e-9), reverse=not against)[:12]
+        found = [path for path in best_paths(book, user, item, 12, against=against) if abs(path.value) > 1e-9]
+        np.testing.assert_allclose([path.value for path in found], expected, rtol=1e-5, atol=1e-8)
+        for path in found:
+            assert every[key(path)] == pytest.approx(path.value, rel=1e-5, abs=1e-8)
+            assert path.ids + path.words == pytest.approx(path.value)
+            assert path.nodes[0] == (USER, user)
+
+
+def test_the_search_looks_at_few_paths(monkeypatch):
+    """The bound is worth its trouble: far fewer nodes are reached than there are paths."""
+    book, _ = opened("fused")
+    reached, value = itertools.count(), paths._Search.value
+
+    def counted(self, *arguments):
+        next(reached)
+        return value(self, *arguments)
+
+    monkeypatch.setattr(paths._Search, "value", counted)
+    assert len(best_paths(book, 0, 3, 1)) == 1
+    assert next(reached) < len(all_paths(book, 0, 3)) / 3
