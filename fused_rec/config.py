@@ -132,6 +132,7 @@ class ModelConfig:
     half_life: float = 0.0  # days after which a holding counts half towards popularity; 0 = it always counts in full
     affinity: bool = False  # words at both ends of an edge scale its message
     user_ids: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
+    user_words: bool = True  # False: what a user says only opens gates and finds those who say the like
     holding_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
     id_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
     id_scale: float = 0.1  # standard deviation of the initial id rows

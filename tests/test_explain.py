@@ -145,6 +145,7 @@ def all_paths(book, user: int, item: int) -> dict[tuple, float]:
                     for edge in range(*hears.receiver_start[row : row + 2]):
                         sender = (relation.source, int(hears.senders[edge]))
                         f = factor * given.gate[relation][level - 1, row] * weight[edge]
+                        f *= given.voice[relation][sender[1]]
                         walk(sender, level - 1, f, (*path, (relation, sender)))
 
         for level, mix in enumerate(given.mix):

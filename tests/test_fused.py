@@ -86,14 +86,21 @@ def test_heard_relations():
 
 
 def test_parameters_of_the_text_variant():
-    assert set(start(TEXT_ONLY)) == {"text_user", "text_item", "gate_item-held_by-user", "mix"}
+    assert set(start(TEXT_ONLY)) == {
+        "text_user",
+        "text_item",
+        "gate_item-held_by-user",
+        "voice_item-held_by-user",
+        "mix",
+    }
     assert start(TEXT_ONLY)["mix"].shape == (2,)  # one round: a user hears the words of what they hold
 
 
 def test_parameters_of_the_graph_variant():
     names = set(start(GRAPH_ONLY))
     gates = {f"gate_{relation}" for relation in heard_relations(GRAPH_ONLY, tiny.graph())}
-    assert names == {"id_user", "id_item", "id_sector", "mix", *gates}
+    voices = {name.replace("gate_", "voice_") for name in gates}
+    assert names == {"id_user", "id_item", "id_sector", "mix", *gates, *voices}
 
 
 def test_parameters_of_the_fused_variant():
@@ -104,12 +111,17 @@ def test_parameters_of_the_fused_variant():
 
 
 def test_the_text_variant_by_hand():
-    """At the start: user = (own words + words of held items) / 2, item = own words / 2, all by the same projections."""
+    """At the start: user = (own words + words of held items) / 2, item = own words / 2, all by the same projections.
+
+    What is held speaks by the root of its degree + 1, over the geometric mean of these roots: of degrees
+    3, 2, 2, 2, 3 and 0 that is (4 * 3 * 3 * 3 * 4 * 1)^(1 / 12) = 1.658146.
+    """
     config = dataclasses.replace(TEXT_ONLY, score="dot")
     params, graph = start(config), tiny.graph()
     own = {t: np.asarray(graph.text(t) @ params[f"text_{t}"]["kernel"]) for t in (USER, ITEM)}
     matrix = np.zeros((tiny.COUNTS[USER], tiny.COUNTS[ITEM]))
     matrix[graph.edges(HELD_BY).receivers, graph.edges(HELD_BY).senders] = graph.edges(HELD_BY).weight
+    matrix *= np.sqrt([4, 3, 3, 3, 4, 1]) / 1.658146
     same(out(config, params), ((own[USER] + matrix @ own[ITEM]) / 2, own[ITEM] / 2))
 
 
@@ -171,12 +183,35 @@ def test_at_the_start_it_is_plain_propagation(affinity):
     inputs = {t: id_rows(params, t) + words[t] for t in tiny.COUNTS}
     ones = Coefficients(
         {relation: hears()[relation].weight for relation in hears()},
+        {relation: jnp.ones(tiny.COUNTS[relation.source]) for relation in hears()},
         {relation: jnp.ones((2, tiny.COUNTS[relation.target])) for relation in hears()},
         {t: jnp.ones((2, tiny.COUNTS[t])) for t in (USER, ITEM)},
         jnp.full(3, 1 / 3),
     )
     expected = propagate(hears(), ones, inputs, words)
     same(out(config, params), (expected[USER], expected[ITEM]))
+
+
+def test_a_projection_as_wide_as_the_text_keeps_every_cosine():
+    config = dataclasses.replace(TEXT_ONLY, dim=tiny.WIDTH, rounds=0)
+    params = jax.jit(FusedRec(config).init)(jax.random.key(0), tiny.graph(), hears())["params"]
+    text = tiny.graph().text(ITEM)
+    items = out(config, params)[1]
+    np.testing.assert_allclose(items @ items.T, text @ text.T, atol=1e-6)
+
+
+def test_users_without_words_of_their_own():
+    config = dataclasses.replace(FUSED, user_words=False, affinity=False)
+    params = anywhere(FUSED)
+    made = jax.eval_shape(FusedRec(config).init, jax.random.key(0), tiny.graph(), hears())["params"]
+    expected = {name for name in params if not name.startswith("affinity")} - {"text_user", "gate_text_user"}
+    assert set(made) == expected
+    silent = tiny.words()
+    silent[:7] = 0
+    ours, without = out(config, params), out(dataclasses.replace(config, gates=False), params)
+    # Their words still open gates; where gates do not ask for words, none of them is left.
+    assert not np.array_equal(ours[0], out(config, params, tiny.graph(silent))[0])
+    same(without, out(dataclasses.replace(config, gates=False), params, tiny.graph(silent)))
 
 
 def test_cosine_is_the_dot_product_of_unit_rows():

@@ -1,5 +1,7 @@
 """The rounds by hand, LightGCN as a special case, and the linearity that explanations rest on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,7 @@ def hand_coefficients(rounds):
     """Two rounds of gates, of which the first `rounds` are taken; readout 1, 10, 100."""
     return Coefficients(
         edge={relation: hears.weight for relation, hears in HEARS.items()},
+        voice={HOLDS: jnp.ones(2), HELD_BY: jnp.ones(3)},
         gate={
             HOLDS: jnp.array([[1.0, 1.0, 1.0], [1.0, 2.0, 1.0]])[:rounds],
             HELD_BY: jnp.array([[1.0, 0.5], [1.0, 1.0]])[:rounds],
@@ -60,7 +63,8 @@ def test_rounds_by_hand(rounds, users, items):
 
 def test_a_type_that_hears_nothing_falls_silent():
     every = hand_coefficients(2)
-    only = Coefficients({HELD_BY: every.edge[HELD_BY]}, {HELD_BY: every.gate[HELD_BY]}, {}, every.mix)
+    edge, voice, gate = ({HELD_BY: part[HELD_BY]} for part in (every.edge, every.voice, every.gate))
+    only = Coefficients(edge, voice, gate, {}, every.mix)
     out = propagate(HEARS, only, INPUTS, WORDS)
     # Items keep their input; users hear them once: user 0 1 * 3 + .5 * 4 = 5, user 1 .5 * 8 = 4, then nothing.
     assert out["item"].ravel().tolist() == [3, 4, 5]
@@ -87,6 +91,7 @@ def random_coefficients(seed=0):
 
     return Coefficients(
         {relation: normal(count) for relation, count in TINY.relations},
+        {relation: normal(tiny.COUNTS[relation.source]) for relation, _ in TINY.relations},
         {relation: normal(ROUNDS, tiny.COUNTS[relation.target]) for relation, _ in TINY.relations},
         {t: normal(ROUNDS, tiny.COUNTS[t]) for t in ("user", "item")},
         normal(ROUNDS + 1),
@@ -118,12 +123,24 @@ def test_lightgcn_is_a_special_case():
 
     light = Coefficients(
         {relation: TINY_HEARS[relation].weight for relation in (HOLDS, HELD_BY)},
+        {HOLDS: jnp.ones(users), HELD_BY: jnp.ones(items)},
         {HOLDS: jnp.ones((ROUNDS, items)), HELD_BY: jnp.ones((ROUNDS, users))},
         {},
         jnp.full(ROUNDS + 1, 1 / (ROUNDS + 1)),
     )
     out = run(light, inputs, {})
     np.testing.assert_allclose(np.concatenate([out["user"], out["item"]]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_voice_is_a_factor_of_all_edges_from_its_node():
+    coefficients = random_coefficients()
+    edge = {
+        relation: weight * coefficients.voice[relation][TINY_HEARS[relation].senders]
+        for relation, weight in coefficients.edge.items()
+    }
+    mute = {relation: jnp.ones_like(voice) for relation, voice in coefficients.voice.items()}
+    nodes = random_nodes(0), random_nodes(1)
+    close(run(coefficients, *nodes), run(dataclasses.replace(coefficients, edge=edge, voice=mute), *nodes))
 
 
 def test_it_is_linear():
@@ -178,7 +195,7 @@ def test_every_round_gets_its_own_noise_and_passes_it_on():
     for level in range(ROUNDS):
         gates = {r: gate[level, None] for r, gate in coefficients.gate.items()}
         texts = {t: gate[level, None] for t, gate in coefficients.text_gate.items()}
-        one = Coefficients(coefficients.edge, gates, texts, jnp.ones(2))
+        one = Coefficients(coefficients.edge, coefficients.voice, gates, texts, jnp.ones(2))
         clean = rounds(TINY_HEARS, one, noisy[level], random_nodes(1))[1]
         for node_type, x in clean.items():
             step = np.asarray(noisy[level + 1][node_type] - x)

@@ -4,7 +4,7 @@ A score is prior_i + sum over towers of <u / |u|, v_i>, where u is linear in id 
 given (fused_rec/model/message_passing.py) and v_i already carries its own length and the tower's share. So with the
 user's last hop written out,
 
-    u = mix_0 x_u + sum_l mix_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e h^{l-1}_s)
+    u = mix_0 x_u + sum_l mix_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e voice_s h^{l-1}_s)
 
 each term's dot product with v_i over |u| is its part of the score, and the parts sum to it. Every h splits again into
 what began as an id row and what began as words. Nothing is approximated: the parts differ from the score by rounding.
@@ -148,7 +148,8 @@ def _terms(book: Ledger, tower: Tower, user: int) -> Any:
         senders = hears.senders[at]
         factors = mix[1:] * tower.coefficients.gate[relation][:, user]
         ids, words = (
-            edge[at, None] * sum(f * h[relation.source][senders] for f, h in zip(factors, every, strict=False))
+            (edge[at] * tower.coefficients.voice[relation][senders])[:, None]
+            * sum(f * h[relation.source][senders] for f, h in zip(factors, every, strict=False))
             for every in (tower.ids, tower.words)
         )
         kind = HOLDING if relation == HELD_BY else relation.name

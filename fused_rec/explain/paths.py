@@ -92,6 +92,7 @@ class _Search:
                 if m < 1 or relation not in given.edge or not factors[c]:
                     continue
                 ahead[:, c] = factors[c] * given.gate[relation][m - 1, row] * given.edge[relation][at]
+                ahead[:, c] *= given.voice[relation][senders]
                 best = self.bounds[t][0 if factors[c] > 0 else 1]
                 walked[:m] = True
                 for left in range(m):
@@ -172,7 +173,8 @@ def _bounds(
             here = {t: np.full(len(entry.ids), none) for t, entry in entries.items()}
             for relation, edge in tower.coefficients.edge.items():
                 hears, target = book.adjacencies[relation], relation.target
-                heard = _over_edges(hears, edge * before[relation.source][hears.senders], best, none)
+                said = tower.coefficients.voice[relation] * before[relation.source]
+                heard = _over_edges(hears, edge * said[hears.senders], best, none)
                 here[target] = best(here[target], tower.coefficients.gate[relation][level - 1] * heard)
             bounds[level].append(here)
     return bounds

@@ -119,6 +119,11 @@ class FusedRec(nn.Module):
             out = {t: unit(x) for t, x in out.items()}
         return graph.whole(USER, out[USER]), graph.whole(ITEM, out[ITEM])
 
+    @property
+    def worded(self) -> tuple[str, ...]:
+        """Node types whose words are an input."""
+        return (USER, ITEM) if self.config.user_words else (ITEM,)
+
     def inputs(
         self, graph: HeteroGraph, dropout: PRNGKeyArray | None
     ) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
@@ -134,7 +139,7 @@ class FusedRec(nn.Module):
                     kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
                     rows = rows * graph.shards.mine(kept) / (1 - config.id_dropout)
                 ids[node_type] = rows
-            if config.variant != "graph" and node_type in (USER, ITEM):
+            if config.variant != "graph" and node_type in self.worded:
                 project = TextInput(config.dim, config.id_scale, self.compute, name=f"text_{node_type}")
                 words[node_type] = project(graph.text(node_type))
         return ids, words
@@ -144,7 +149,7 @@ class FusedRec(nn.Module):
         config = self.config
         levels = min(config.rounds, 1) if config.variant == "text" else config.rounds
         uses_words = config.variant == "fused"
-        edge, gate, text_gate = {}, {}, {}
+        edge, voice, gate, text_gate = {}, {}, {}, {}
         for relation in heard_relations(config, graph):
             hears = adjacencies[relation]
             target = graph.text(relation.target) * uses_words
@@ -152,10 +157,11 @@ class FusedRec(nn.Module):
             if config.affinity and uses_words and {relation.source, relation.target} <= {USER, ITEM}:
                 affinity = Affinity(name=f"affinity_{relation}")
                 edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target, graph.shards)
+            voice[relation] = self.voice(f"voice_{relation}", graph, hears, graph.count(relation.source))
             log_degree = graph.standardised(relation.target, jnp.log1p(_degree(hears)))
             gate[relation] = self.gate(f"gate_{relation}", levels, target, log_degree)
         if uses_words:
-            for node_type in (USER, ITEM):
+            for node_type in self.worded:
                 text = graph.text(node_type)
                 text_gate[node_type] = self.gate(f"gate_text_{node_type}", levels, text, jnp.zeros(len(text)))
         if config.readout == "heard":
@@ -164,7 +170,20 @@ class FusedRec(nn.Module):
             mix = jnp.full(levels + 1, 1 / (levels + 1))
         else:
             mix = self.param("mix", nn.initializers.constant(1 / (levels + 1)), (levels + 1,))
-        return Coefficients(edge, gate, text_gate, mix)
+        return Coefficients(edge, voice, gate, text_gate, mix)
+
+    def voice(self, name: str, graph: HeteroGraph, hears: Adjacency, sources: int) -> Float32[Array, "n"]:
+        """degree^a for each of all source nodes, degrees relative to their geometric mean; a is learned.
+
+        Edges of 1 / sqrt(degree degree) hush what many hold; where a user's words are the words of what they hold, a
+        starts from 1/2, which gives each holding the same say, else from 0.
+        """
+        told_to = graph.shards.total(jnp.diff(hears.sender_start)).astype(jnp.float32)
+        if self.config.readout != "learned" or not self.config.gates:
+            return jnp.ones(len(told_to))
+        log_degree = jnp.log1p(told_to)
+        exponent = self.param(name, nn.initializers.constant(0.5 * (self.config.variant == "text")), ())
+        return jnp.exp(exponent * (log_degree - log_degree[:sources].mean()))
 
     def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
         """The learned `Gate` of that name, or ones where the config fixes all factors."""

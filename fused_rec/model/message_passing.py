@@ -2,10 +2,10 @@
 
 With x the inputs and h^0 = x, one round is
 
-    h^l_v = sum_r gate_r[l, v] * sum_{e = (u, v) in r} edge_r[e] * h^{l-1}_u  +  text_gate[l, v] * text_v
+    h^l_v = sum_r gate_r[l, v] * sum_{e = (u, v) in r} edge_r[e] * voice_r[u] * h^{l-1}_u + text_gate[l, v] * text_v
 
-and the readout sum_l mix[l] * h^l_v. Gates and edge weights depend on words and degrees, never on h, so the
-result is linear in (x, text): it splits exactly over inputs and over paths. With gates of 1, edges of
+and the readout sum_l mix[l] * h^l_v. Gates, voices and edge weights depend on words and degrees, never on h, so the
+result is linear in (x, text): it splits exactly over inputs and over paths. With gates and voices of 1, edges of
 1 / sqrt(deg deg), no text and an even mix it is LightGCN (He et al., 2020, arXiv 2002.02126).
 
 In training, noise may be added to every h^l, l > 0 (XSimGCL: Yu et al., 2023, arXiv 2209.02544).
@@ -32,6 +32,7 @@ class Coefficients:
     """All that turns inputs into outputs. L rounds; mappings by relation or node type."""
 
     edge: Mapping[Relation, Float32[AnyArray, "_"]]  # one weight an edge of the relation
+    voice: Mapping[Relation, Float32[AnyArray, "_"]]  # one factor a node of the relation's source type
     gate: Mapping[Relation, Float32[AnyArray, "L _"]]  # one column a node of the relation's target type
     text_gate: Mapping[str, Float32[AnyArray, "L _"]]  # one column a node of the type
     mix: Float32[AnyArray, "L_plus_1"]
@@ -71,7 +72,8 @@ def rounds(
         sources = dict.fromkeys(relation.source for relation in coefficients.edge)
         told = {node_type: shards.whole(h[node_type].astype(compute)) for node_type in sources}
         for relation, edge in coefficients.edge.items():
-            message = neighbour_sum(adjacencies[relation], edge, told[relation.source])
+            said = coefficients.voice[relation][:, None] * told[relation.source]
+            message = neighbour_sum(adjacencies[relation], edge, said.astype(compute))
             message = coefficients.gate[relation][level][:, None] * message
             heard[relation.target] = heard[relation.target] + message if relation.target in heard else message
         # A type that hears nothing is silent from here on: its own input is in the readout already.
