@@ -49,6 +49,10 @@ THREADS = flags.DEFINE_integer("threads", 2, "Cores that every side may use.", l
 TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
 
 DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
+STEP = (
+    f"{BATCH:,} pairs (ours: as many rows of one user, one positive, one negative), {ROUNDS} rounds, {DIM} dimensions"
+)
+RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
@@ -76,6 +80,7 @@ class Measured:
     figures: Mapping[Side, Mapping[str, Any]]
     left_out: Mapping[Side, str]
     checks: Mapping[Side, str]
+    setting: str  # what a call does, alike on all sides
     work: float = 0
     unit: str = "ms"
 
@@ -193,6 +198,7 @@ def compared(
     sides: Sequence[Side],
     job: Mapping[str, Any],
     check,
+    setting: str,
     *,
     variables: Mapping[str, str] | None = None,
     visits: int = 1,
@@ -221,7 +227,7 @@ def compared(
         if side in answers
     }
     checks = {side: check(results[OURS], result) for side, result in results.items() if side != OURS}
-    return Measured(name, {side: peers.figures(of) for side, of in answers.items()}, left_out, checks, **shown)
+    return Measured(name, {side: peers.figures(of) for side, of in answers.items()}, left_out, checks, setting, **shown)
 
 
 def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, higher: bool = False) -> Iterator[dict]:
@@ -232,6 +238,7 @@ def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, hi
         "name": measured.name + SUFFIXES[what],
         "ours": ours[1],
         "unit": unit or measured.unit,
+        "setting": measured.setting,
         "higher_is_better": higher,
     }
     own = {"ours_range": [ours[0], ours[2]], "samples": len(figures[OURS][what]), **machine()}
@@ -304,19 +311,21 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             arrays = write_arrays(pairs, folder, final=False)
             write_atomic(pairs, folder)
             sides, job = (PYG, TORCH, RECBOLE), job_of(folder, "step", arrays)
-            measured = compared(f"step, {name}", sides, job, same_loss)
+            measured = compared(f"step, {name}", sides, job, same_loss, STEP)
             yield from all_rows(measured, "compile_s", "peak_mb", "load_s")
 
             once = {**job, "repeats": 1, "warmup": 0}
             warm = {CACHE: str(folder / "cache"), **EVERYTHING}
             peers.visit(OURS, Path(sys.executable), {**once, "result": str(folder / "warm.npy")}, warm)
             visits = -(-REPEATS.value // 2)
-            first = compared(f"import to first step, {name}", sides, once, same_loss, variables=warm, visits=visits)
+            first = compared(
+                f"import to first step, {name}", sides, once, same_loss, STEP, variables=warm, visits=visits
+            )
             begun = {side: {**of, "seconds": of["first_s"]} for side, of in first.figures.items()}
             yield from rows_of(dataclasses.replace(first, figures=begun, unit="s"), "seconds")
 
             steps = -(-len(pairs.user) // BATCH)
-            passes = compared(f"a pass over all pairs, {name}", (ALS,), job, same_loss)
+            passes = compared(f"a pass over all pairs, {name}", (ALS,), job, same_loss, STEP)
             every = {**passes.figures, OURS: {**passes.figures[OURS]}}
             every[OURS]["seconds"] = [steps * second for second in every[OURS]["seconds"]]
             for row in rows_of(dataclasses.replace(passes, figures=every, unit="s"), "seconds"):
@@ -332,11 +341,11 @@ def evaluate(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             write_atomic(pairs, folder)
             job = job_of(folder, "rank", arrays)
             rate = {"work": pairs.n_users, "unit": "users/s"}
-            ranked = compared(f"ranking, {name}", (TORCH, ALS), job, same_lists, **rate)
+            ranked = compared(f"ranking, {name}", (TORCH, ALS), job, same_lists, RANKING, **rate)
             yield from all_rows(ranked, "compile_s", "peak_mb")
             job = job_of(folder, "measure", arrays)
             rate["work"] = len(np.unique(pairs.test_user))
-            valued = compared(f"ranking with metrics, {name}", (RECBOLE,), job, same_value, **rate)
+            valued = compared(f"ranking with metrics, {name}", (RECBOLE,), job, same_value, RANKING, **rate)
             yield from all_rows(valued, "compile_s", "peak_mb")
 
 
@@ -364,7 +373,7 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             )
             tokens = int(count_tokens(texts, tokenizer).sum())
             title = f"MiniLM, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
-            measured = compared(title, (SENTENCES,), job, same_vectors, work=tokens, unit="tokens/s")
+            measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", work=tokens, unit="tokens/s")
             yield from all_rows(measured, "compile_s", "peak_mb")
 
 
@@ -375,7 +384,7 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             pairs = read_pairs(name)
             arrays = write_arrays(pairs, folder, final=False)
             title = f"step, {len(pairs.user):,} pairs"
-            measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss)
+            measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss, STEP)
             yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
 
 

@@ -116,7 +116,7 @@ def test_ratios_say_how_far_ours_is_ahead():
     own = {"seconds": [1.0, 3.0, 2.0], "peak_mb": [50], "versions": {}}
     other = {"seconds": [4.0, 4.0, 9.0], "peak_mb": [25], "versions": {}}
     benchmark.flags.FLAGS(["x", "--suite=train", "--out=x"])
-    shown = {"figures": {OURS: own, NUMPY: other}, "left_out": {}, "checks": {NUMPY: ""}}
+    shown = {"figures": {OURS: own, NUMPY: other}, "left_out": {}, "checks": {NUMPY: ""}, "setting": "all of it"}
     step, memory = benchmark.all_rows(benchmark.Measured("step", **shown), "peak_mb")
     assert (step["ours"], step["peer"], step["ratio"], step["unit"]) == (2000, 4000, 2, "ms")
     assert (step["ours_range"], step["peer_range"], step["samples"]) == ([1000, 3000], [4000, 9000], 3)
