@@ -140,7 +140,10 @@ def batches_of(pairs: Pairs, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
-    """Random rows after the rounds of LightGCN: vectors that rank somewhat, for rankings to be compared by."""
+    """Random rows after the rounds of LightGCN, without the rows themselves: untrained vectors to rank by.
+
+    They rank better than chance, so that a metric of two packages can differ where they compute it differently.
+    """
     from scipy import sparse
 
     ends, n_nodes = (pairs.user, pairs.item + pairs.n_users), len(rows)
@@ -150,7 +153,7 @@ def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
     every = [rows]
     for _ in range(ROUNDS):
         every.append(matrix @ every[-1])
-    return np.stack(every).mean(axis=0, dtype=np.float32)
+    return np.stack(every[1:]).mean(axis=0, dtype=np.float32)
 
 
 def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
