@@ -60,10 +60,11 @@ ONLY_IN = {
     "orbax": ("train/checkpoint.py",),
     "transformers": ("text/pretrained.py",),
     "optuna": ("train/sweep.py",),
-    "implicit": ("model/baselines.py",),  # an extra, imported where used; it warns about the threads it finds
+    # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
+    "implicit": ("model/baselines.py", "experiments/peers/*"),
     "sklearn": ("text/lexical.py",),  # imported where used: it takes a second
     "matplotlib": ("evaluate/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
-    "torch": (),
+    **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/peers/*",)),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),
     "experiments": ("experiments/*",),
 }
@@ -225,7 +226,7 @@ CLEAN = '"""Doc."""\n'
         ("from transformers import AutoTokenizer", "text/embed.py", "transformers belongs in text/pretrained.py"),
         ("from implicit.als import x", "model/closed_form.py", "implicit belongs in model/baselines.py"),
         ("import sklearn.decomposition", "model/baselines.py", "sklearn belongs in text/lexical.py"),
-        ("import torch", "text/pretrained.py", "torch belongs nowhere"),
+        ("import torch", "text/pretrained.py", "torch belongs in experiments/peers/*"),
         ("import pickle", "train/checkpoint.py", "pickle belongs nowhere"),
         ("import experiments.train", "train/loop.py", "experiments belongs in experiments/*"),
         ("eval('1')", "config.py", "calls eval()"),

@@ -125,3 +125,34 @@ def by_setting(trials: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
             axes.set_ylabel(metric)
         figure.suptitle(f"{len(shown)} trials on validation (star: best; hollow: stopped early)", x=0.01, ha="left")
     return figure
+
+
+def by_ratio(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
+    """How many times ours is ahead of each peer, a bar a row, in the rows' order; behind in another colour.
+
+    rows: of a benchmark, each with "name", "peer_name" and "ratio"; those without a ratio are left out.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    shown = [row for row in rows if row["ratio"]]
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(8.0, 1.3 + 0.26 * len(shown)), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(reversed(shown)):
+            ahead = row["ratio"] >= 1
+            # From 1 outwards, on a scale where twice as fast is as long as half as fast.
+            left, width = min(1, row["ratio"]), abs(row["ratio"] - 1)
+            axes.barh(place, width, left=left, height=0.7, color=COLOURS[0] if ahead else COLOURS[1])
+        labels = [f"{row['name']} | {row['peer_name']}  {row['ratio']:.3g} x" for row in reversed(shown)]
+        axes.set_yticks(range(len(shown)), labels, **PLAIN)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.axvline(1, color=COLOURS[-1], linewidth=0.8)
+        axes.set_xlabel("times ahead of the peer (medians)")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure

@@ -1,0 +1,457 @@
+"""Measure fused_rec beside the packages that people would otherwise use, in one run.
+
+    FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --peers=ENVIRONMENTS --out=train.json
+
+Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking the whole catalogue), encode (texts a
+language model reads), scale (a step from 1e5 to 1e7 edges). Each side is a process of its own, peers in environments
+of their own (experiments/peers/*.txt); sides take turns, forth and back, and medians are told. Be alone on the machine.
+docs/SPEED.md says what is measured and how.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import peers, start
+from experiments.peers import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
+
+SUITES = ("train", "encode", "evaluate", "scale")
+DATA = {
+    "train": ["lastfm", "gowalla"],
+    "evaluate": ["lastfm", "gowalla"],
+    "encode": ["amazon", "stocknet"],
+    "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
+}
+SUITE = flags.DEFINE_enum("suite", None, SUITES, "What is measured.", required=True)
+OUT = flags.DEFINE_string("out", None, "JSON file of the rows; a plot comes beside it.", required=True)
+NAMES = flags.DEFINE_list(
+    "data",
+    None,
+    "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet. None: those of the suite.",
+)
+PEERS = flags.DEFINE_string("peers", None, "Folder of the peers' environments: DIR/torch/bin/python and so on.")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 10, "Measured calls in each visit; each side is visited twice.", lower_bound=1
+)
+WARMUP = flags.DEFINE_integer("warmup", 3, "Calls after the first that are not counted.", lower_bound=0)
+THREADS = flags.DEFINE_integer("threads", 2, "Cores that every side may use.", lower_bound=1)
+TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
+
+DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
+STEP = (
+    f"{BATCH:,} pairs (ours: as many rows of one user, one positive, one negative), {ROUNDS} rounds, {DIM} dimensions"
+)
+RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
+K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
+BATCHES = 32  # distinct batches, taken in turns
+SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+EVERYTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Who holds what: the training part, ascending by (user, item), and the held-out part."""
+
+    n_users: int
+    n_items: int
+    user: np.ndarray
+    item: np.ndarray
+    test_user: np.ndarray
+    test_item: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one comparison came to, before it is made rows. work: what a call gets done, for a rate; 0 = its time."""
+
+    name: str
+    figures: Mapping[Side, Mapping[str, Any]]
+    left_out: Mapping[Side, str]
+    checks: Mapping[Side, str]
+    setting: str  # what a call does, alike on all sides
+    work: float = 0
+    unit: str = "ms"
+
+
+def read_pairs(name: str) -> Pairs:
+    """A named dataset's published split. Raises ValueError for a name that is none."""
+    if name.startswith("generated:"):
+        return generated(int(float(name.removeprefix("generated:"))))
+    readers = {"lastfm": "lastfm_lightgcn", "gowalla": "lightgcn_text"}
+    if name not in readers:
+        raise ValueError(f"--data names {name!r}; it must be one of {', '.join(readers)} or generated:EDGES")
+    from fused_rec.config import DataConfig
+    from fused_rec.data.dataset import column
+    from fused_rec.data.readers import load
+
+    dataset = load(DataConfig(name=readers[name]))
+    held_out = np.array(dataset.interactions.column("part").to_pylist()) == "test"
+    user, item = (column(dataset.interactions, end) for end in ("user", "item"))
+    order = np.lexsort((item[~held_out], user[~held_out]))
+    train = user[~held_out][order], item[~held_out][order]
+    return Pairs(dataset.n_users, dataset.n_items, *train, user[held_out], item[held_out])
+
+
+def generated(edges: int) -> Pairs:
+    """About `edges` distinct pairs, 30 a user and 60 an item in the mean, a few items with most of them; seeded.
+
+    One more pair in ten is held out. Items are drawn by a power of a uniform number, so that the most popular tenth has
+    half of the pairs.
+    """
+    rng = np.random.default_rng(0)
+    n_users, n_items = max(edges // 30, 8), max(edges // 60, 8)
+    user = rng.integers(0, n_users, edges)
+    item = (n_items * rng.random(edges) ** 3.3).astype(np.int64)
+    user, item = np.divmod(np.unique(user * n_items + item), n_items)
+    held_out = rng.random(len(user)) < 1 / 11
+    ends = (end[part].astype(np.int32) for part in (~held_out, held_out) for end in (user, item))
+    return Pairs(n_users, n_items, *ends)
+
+
+def batches_of(pairs: Pairs, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """[S, B] users, each uniform over those that hold anything, one item each holds and one each does not.
+
+    Users may come twice in a batch, as in the published training; every side is given the same ones.
+    """
+    start = np.searchsorted(pairs.user, np.arange(pairs.n_users + 1))
+    active = np.flatnonzero(np.diff(start))
+    user = rng.choice(active, (BATCHES, BATCH))
+    count = np.diff(start)[user]
+    item = pairs.item[start[user] + (rng.random(user.shape) * count).astype(np.int64)]
+    keys = pairs.user.astype(np.int64) * pairs.n_items + pairs.item
+    other = rng.integers(0, pairs.n_items, user.shape)
+    for _ in range(20):  # a user who holds half the catalogue is left with a held item once in a million draws
+        key = user * pairs.n_items + other
+        held = keys[np.minimum(np.searchsorted(keys, key), len(keys) - 1)] == key
+        other[held] = rng.integers(0, pairs.n_items, held.sum())
+    return {f"batch_{name}": part.astype(np.int32) for name, part in (("user", user), ("item", item), ("other", other))}
+
+
+def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
+    """Random rows after the rounds of LightGCN, without the rows themselves: untrained vectors to rank by.
+
+    They rank better than chance, so that a metric of two packages can differ where they compute it differently.
+    """
+    from scipy import sparse
+
+    ends, n_nodes = (pairs.user, pairs.item + pairs.n_users), len(rows)
+    held = sparse.coo_matrix((np.ones(len(pairs.user), np.float32), ends), shape=(n_nodes, n_nodes)).tocsr()
+    scale = sparse.diags(np.maximum(np.asarray((held + held.T).sum(1)).ravel(), 1) ** -0.5)
+    matrix = (scale @ (held + held.T) @ scale).astype(np.float32).tocsr()
+    every = [rows]
+    for _ in range(ROUNDS):
+        every.append(matrix @ every[-1])
+    return np.stack(every[1:]).mean(axis=0, dtype=np.float32)
+
+
+def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
+    """The job's arrays, as `experiments/peers/protocol.py` describes them. final: rows to rank with, not to train."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((pairs.n_users + pairs.n_items, DIM), np.float32)
+    file = folder / "arrays.npz"
+    arrays: dict[str, Any] = {
+        "shape": np.array([pairs.n_users, pairs.n_items]),
+        "rows": smoothed(pairs, rows) if final else rows,
+        **{name: getattr(pairs, name) for name in ("user", "item", "test_user", "test_item")},
+        **batches_of(pairs, rng),
+    }
+    np.savez(file, **arrays)
+    return file
+
+
+def write_atomic(pairs: Pairs, folder: Path) -> None:
+    """The same pairs as RecBole's atomic files."""
+    (folder / "pairs").mkdir()
+    for part, ends in (("train", (pairs.user, pairs.item)), ("test", (pairs.test_user, pairs.test_item))):
+        file = folder / "pairs" / f"pairs.{part}.inter"
+        np.savetxt(file, np.stack(ends, 1), "%d", "\t", header="user_id:token\titem_id:token", comments="")
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for jobs and results that goes afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fused_rec_benchmark_") as folder:
+        yield Path(folder)
+
+
+def job_of(folder: Path, task: str, arrays: Path, **settings: Any) -> dict[str, Any]:
+    """A job with the flags' and the task's settings."""
+    return {
+        **{"task": task, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
+        **{"repeats": REPEATS.value, "warmup": WARMUP.value, "threads": THREADS.value},
+        **{"rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
+        **settings,
+    }
+
+
+def compared(
+    name: str,
+    sides: Sequence[Side],
+    job: Mapping[str, Any],
+    check,
+    setting: str,
+    *,
+    variables: Mapping[str, str] | None = None,
+    visits: int = 1,
+    **shown: Any,
+) -> Measured:
+    """Runs ours and those of the peers that are installed; what is missing or fails is told, and stands in the rows.
+
+    check: of (our result, a side's): what the two have in common, in words.
+    """
+    folder = None if PEERS.value is None else Path(PEERS.value)
+    found = {side: peers.python_of(side, folder) for side in (OURS, *sides)}
+    left_out = {
+        side: f"left out: its environment is not there; {peers.remedy(side, folder)}"
+        for side, python in found.items()
+        if python is None
+    }
+    there = {side: python for side, python in found.items() if python is not None}
+    print(f"{name}: {', '.join(side.name for side in there)}", flush=True)
+    answers, failed = peers.alternate(there, job, variables or {}, visits)
+    left_out |= {side: f"left out: {why}" for side, why in failed.items()}
+    for side, why in left_out.items():
+        print(f"  {side.name} {why}", flush=True)
+    results = {
+        side: np.load(Path(job["folder"], f"result_{number}.npy"), allow_pickle=False)
+        for number, side in enumerate(there)
+        if side in answers
+    }
+    checks = {side: check(results[OURS], result) for side, result in results.items() if side != OURS}
+    return Measured(name, {side: peers.figures(of) for side, of in answers.items()}, left_out, checks, setting, **shown)
+
+
+def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, higher: bool = False) -> Iterator[dict]:
+    """A row a peer (one without, where there is no peer at all) of one figure; ratio: how many times ours is ahead."""
+    figures, convert = measured.figures, of_sample or (lambda value: value)
+    ours = peers.spread([convert(sample) for sample in figures[OURS][what]])
+    common = {
+        "name": measured.name + SUFFIXES[what],
+        "ours": ours[1],
+        "unit": unit or measured.unit,
+        "setting": measured.setting,
+        "higher_is_better": higher,
+    }
+    own = {"ours_range": [ours[0], ours[2]], "samples": len(figures[OURS][what]), **machine()}
+    for side in [side for side in figures if side != OURS]:
+        theirs = peers.spread([convert(sample) for sample in figures[side][what]])
+        ratio = ours[1] / theirs[1] if higher else theirs[1] / ours[1] if ours[1] else None
+        versions = {"ours": figures[OURS]["versions"], "peer": figures[side]["versions"]}
+        told = {"peer_range": [theirs[0], theirs[2]], "note": measured.checks[side], "versions": versions}
+        yield {**common, "peer": theirs[1], "peer_name": side.name, "ratio": ratio, **own, **told}
+    for side in measured.left_out if what == "seconds" else ():
+        absent = {"note": measured.left_out[side], "versions": {"ours": figures[OURS]["versions"]}}
+        yield {**common, "peer": None, "peer_name": side.name, "ratio": None, **own, **absent}
+    if len(figures) == 1 and (what != "seconds" or not measured.left_out):
+        alone = {"note": "no peer", "versions": {"ours": figures[OURS]["versions"]}}
+        yield {**common, "peer": None, "peer_name": None, "ratio": None, **own, **alone}
+
+
+def all_rows(measured: Measured, *also: str) -> list[dict[str, Any]]:
+    """The rows of the calls themselves, and of what else is named: compile_s, peak_mb, load_s."""
+    work = measured.work
+    convert = (lambda second: work / second) if work else (lambda second: 1e3 * second)
+    rows = [*rows_of(measured, "seconds", convert, higher=bool(work))]
+    for what in also:
+        rows += rows_of(measured, what, unit="MiB" if what == "peak_mb" else "s")
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """Hardware in words, and how busy it was (the one-minute load, this run's share included)."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    total = [int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    memory = f", {total[0]:.0f} GiB" if total else ""
+    hardware = f"{THREADS.value} of {os.cpu_count()} cores of {processor}{memory}, {platform.system()}"
+    return {"hardware": hardware, "load": round(os.getloadavg()[0], 2)}
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []
+
+
+def same_loss(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Of the first step, from the same rows on the same pairs; some packages' loss includes their decay."""
+    if np.isnan(theirs):
+        return "one pass over all pairs; it has another loss"
+    return f"first loss {float(ours):.4f} and {float(theirs):.4f}"
+
+
+def same_lists(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """How much of the ranked lists is the same, rank by rank."""
+    return f"{np.mean(ours == theirs):.2%} of ranks hold the same item"
+
+
+def same_value(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """The metric itself, as both sides compute it."""
+    return f"recall@{K} {float(ours):.5f} and {float(theirs):.5f}"
+
+
+def same_vectors(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """The least cosine between the two vectors of a text."""
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return f"cosine at least {((ours * theirs).sum(1) / lengths).min():.5f}"
+
+
+def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A step of LightGCN, its compilation, memory and loading; import to first step; a pass over all pairs."""
+    for name in names:
+        with workplace() as folder:
+            pairs = read_pairs(name)
+            arrays = write_arrays(pairs, folder, final=False)
+            write_atomic(pairs, folder)
+            sides, job = (PYG, TORCH, RECBOLE), job_of(folder, "step", arrays)
+            measured = compared(f"step, {name}", sides, job, same_loss, STEP)
+            yield from all_rows(measured, "compile_s", "peak_mb", "load_s")
+
+            once = {**job, "repeats": 1, "warmup": 0}
+            warm = {CACHE: str(folder / "cache"), **EVERYTHING}
+            peers.visit(OURS, Path(sys.executable), {**once, "result": str(folder / "warm.npy")}, warm)
+            visits = -(-REPEATS.value // 2)
+            first = compared(
+                f"import to first step, {name}", sides, once, same_loss, STEP, variables=warm, visits=visits
+            )
+            begun = {side: {**of, "seconds": of["first_s"]} for side, of in first.figures.items()}
+            yield from rows_of(dataclasses.replace(first, figures=begun, unit="s"), "seconds")
+
+            steps = -(-len(pairs.user) // BATCH)
+            passes = compared(f"a pass over all pairs, {name}", (ALS,), job, same_loss, STEP)
+            every = {**passes.figures, OURS: {**passes.figures[OURS]}}
+            every[OURS]["seconds"] = [steps * second for second in every[OURS]["seconds"]]
+            for row in rows_of(dataclasses.replace(passes, figures=every, unit="s"), "seconds"):
+                yield {**row, "note": f"{row['note']}; ours: {steps} steps at the time of one"}
+
+
+def evaluate(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Customers a second: their 20 best of the whole catalogue, and that with metrics."""
+    for name in names:
+        with workplace() as folder:
+            pairs = read_pairs(name)
+            arrays = write_arrays(pairs, folder, final=True)
+            write_atomic(pairs, folder)
+            job = job_of(folder, "rank", arrays)
+            rate = {"work": pairs.n_users, "unit": "users/s"}
+            ranked = compared(f"ranking, {name}", (TORCH, ALS), job, same_lists, RANKING, **rate)
+            yield from all_rows(ranked, "compile_s", "peak_mb")
+            job = job_of(folder, "measure", arrays)
+            rate["work"] = len(np.unique(pairs.test_user))
+            valued = compared(f"ranking with metrics, {name}", (RECBOLE,), job, same_value, RANKING, **rate)
+            yield from all_rows(valued, "compile_s", "peak_mb")
+
+
+def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Tokens a second of real texts through MiniLM, its tokenizer included; special tokens counted, padding not."""
+    from fused_rec.config import DataConfig, TextConfig
+    from fused_rec.data.readers import load
+    from fused_rec.text.embed import count_tokens
+    from fused_rec.text.pretrained import MINILM_PACKAGE, open_model
+
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    model = TextConfig().model
+    tokenizer = open_model(model)  # names the remedy where the package is missing
+    folder_of_model = str(Path(spec.submodule_search_locations[0]) / "model") if spec else ""  # pyright: ignore
+    for name in names:
+        with workplace() as folder:
+            said = load(DataConfig(name=name)).reviews.column("text").to_pylist()
+            texts = sorted(set(said))
+            texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: TEXTS.value]]
+            (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+            np.savez(folder / "arrays.npz")
+            job = job_of(
+                *(folder, "encode", folder / "arrays.npz"),
+                **{"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0},
+            )
+            tokens = int(count_tokens(texts, tokenizer).sum())
+            title = f"MiniLM, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
+            measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", work=tokens, unit="tokens/s")
+            yield from all_rows(measured, "compile_s", "peak_mb")
+
+
+def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A step, its memory, and the time from arrays on disk to its start, on ever larger graphs."""
+    for name in names:
+        with workplace() as folder:
+            pairs = read_pairs(name)
+            arrays = write_arrays(pairs, folder, final=False)
+            title = f"step, {len(pairs.user):,} pairs"
+            measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss, STEP)
+            yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table: medians, and how many times ours is ahead."""
+    heading = ("", "ours", "peer", "", "unit", "ahead", "")
+    cells: list[tuple[str, ...]] = [heading]
+    for row in rows:
+        values = ["–" if row[side] is None else f"{row[side]:,.4g}" for side in ("ours", "peer")]
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g} x"
+        cells.append((row["name"], *values, row["peer_name"] or "", row["unit"], ratio, row["note"].splitlines()[0]))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(heading) - 1)]
+    sides = "<>><<>"
+    lines = []
+    for line in cells:
+        parts = [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=False)]
+        lines.append("  ".join([*parts, line[-1][:60]]).rstrip())
+    return "\n".join(lines)
+
+
+def keep_to_threads() -> None:
+    """This process, and all that it starts, on the first --threads cores: XLA takes as many threads as it has cores.
+
+    Raises ValueError where there are too few, or where the system cannot bind a process and has more.
+    """
+    there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else list(range(os.cpu_count() or 1))
+    if THREADS.value > len(there):
+        raise ValueError(f"--threads is {THREADS.value}; this process may use {len(there)} cores")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, there[: THREADS.value])
+    elif THREADS.value < len(there):
+        raise ValueError(f"--threads is {THREADS.value}; this system cannot bind a process, so it must be {len(there)}")
+
+
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """The plot of the ratios, where there are any and Matplotlib is installed."""
+    # A peer that compiles nothing has no time to be divided by; the table has both.
+    rows = [row for row in rows if row["ratio"] and not row["name"].endswith(SUFFIXES["compile_s"])]
+    if not rows:
+        print("figure: none, there is no peer to compare with (--peers)")
+    elif importlib.util.find_spec("matplotlib") is None:
+        print('figure: needs Matplotlib: pip install -e ".[plots]"')
+    else:
+        from fused_rec.evaluate import plots
+
+        plots.by_ratio(rows, rows[0]["hardware"]).savefig(file)
+        print(f"figure: {file}")
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, measures, prints the table and where things lie."""
+    keep_to_threads()
+    out, suite = Path(OUT.value), {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale}[SUITE.value]
+    busy = os.getloadavg()[0]
+    if busy > 0.3:
+        print(f"the machine is not alone: load {busy:.1f}; times will be too long, and not evenly", file=sys.stderr)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for row in suite(NAMES.value or DATA[SUITE.value]):
+        rows.append(row)
+        out.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")  # what is there is kept
+    print(f"\n{shown(rows)}\n\nrows:   {out}")
+    draw(rows, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,153 @@
+"""The harness of the benchmark: real processes, and a peer that needs NumPy alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import benchmark, peers
+from experiments.peers import OURS, Side
+from fused_rec.evaluate import plots
+
+ROOT = Path(__file__).parents[1]
+NUMPY = Side("NumPy", ROOT / "tests" / "numpy_peer.py", "numpy")
+PYTHONS = {OURS: Path(sys.executable), NUMPY: Path(sys.executable)}
+COLUMNS = {"name", "ours", "peer", "peer_name", "ratio", "unit", "hardware", "versions"}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return benchmark.generated(2_000)
+
+
+def job(folder, pairs, task, **settings):
+    arrays = benchmark.write_arrays(pairs, folder, final=task == "rank")
+    common = {"arrays": str(arrays), "folder": str(folder), "repeats": 1, "warmup": 0, "threads": 1}
+    return {**common, "task": task, "rounds": 3, "learning_rate": 1e-3, "k": 20, "batch": 50, **settings}
+
+
+def results(folder):
+    return [np.load(folder / f"result_{number}.npy") for number in range(2)]
+
+
+def test_the_command_without_any_peer(tmp_path):
+    """Everything runs, rows are whole, and each peer that is missing is told with its remedy."""
+    out = tmp_path / "new" / "rows.json"
+    flags = ("--suite=evaluate", "--data=generated:2000", "--repeats=1", "--warmup=0", "--threads=1", f"--out={out}")
+    command = [sys.executable, "-W", "error", "-m", "experiments.benchmark", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert all(row.keys() >= COLUMNS for row in rows)
+    assert {row["name"].split(":")[0] for row in rows} == {"ranking, generated", "ranking with metrics, generated"}
+    assert all(row["ours"] > 0 and row["peer"] is None and row["ratio"] is None for row in rows)
+    assert {row["peer_name"] for row in rows} == {"PyTorch, tuned", "implicit ALS", "RecBole", None}
+    assert all(row["versions"]["ours"]["jax"] for row in rows)
+    [told] = [line for line in done.stdout.splitlines() if "RecBole left out" in line]
+    assert "python3 -m venv DIR/recbole && DIR/recbole/bin/pip install -r experiments/peers/recbole.txt" in told
+    assert "figure: none" in done.stdout and not out.with_suffix(".png").exists()
+
+
+def test_both_sides_take_the_same_step(tmp_path, pairs):
+    """Ours and the published equations, written out over dense matrices, start from the same loss."""
+    answers, failed = peers.alternate(PYTHONS, job(tmp_path, pairs, "step", repeats=2), {})
+    assert not failed and [len(of) for of in answers.values()] == [2, 2]
+    ours, theirs = results(tmp_path)
+    assert ours == pytest.approx(float(theirs), rel=1e-4) and abs(ours - np.log(2)) > 0.02
+    for side in PYTHONS:
+        told = peers.figures(answers[side])
+        assert len(told["seconds"]) == 4 and min(told["seconds"]) > 0
+        assert told["first_s"][0] > told["load_s"][0] > 0 and told["peak_mb"][0] > 10
+        assert told["versions"]["numpy"] == np.__version__
+    assert min(answers[OURS][0]["compile_s"], answers[OURS][1]["compile_s"]) > 0.1
+
+
+def test_both_sides_rank_the_same(tmp_path, pairs):
+    answers, failed = peers.alternate(PYTHONS, job(tmp_path, pairs, "rank"), {})
+    assert not failed and len(answers[NUMPY]) == 2
+    ours, theirs = results(tmp_path)
+    assert ours.shape == theirs.shape == (pairs.n_users, 20)
+    known = set(zip(pairs.user.tolist(), pairs.item.tolist(), strict=True))
+    free = pairs.n_items - np.bincount(pairs.user, minlength=pairs.n_users)
+    enough = free >= 20  # the others' lists end in seen items, each side in its own way
+    assert enough.sum() > 20
+    assert np.mean(ours[enough] == theirs[enough]) > 0.999
+    assert not any((user, item) in known for user in np.flatnonzero(enough) for item in ours[user].tolist())
+
+
+def test_a_visit_there_and_back(tmp_path, pairs, monkeypatch):
+    """A B C C B A: the order in which the processes were started, by what they were told of the clock."""
+    order = []
+    visit = peers.visit
+
+    def watched(side, *arguments):
+        order.append(side.name)
+        return visit(side, *arguments)
+
+    monkeypatch.setattr(peers, "visit", watched)
+    sides = {Side(name, NUMPY.script, "numpy"): Path(sys.executable) for name in "ABC"}
+    peers.alternate(sides, job(tmp_path, pairs, "rank"), {}, rounds=2)
+    assert "".join(order) == "ABCCBA" * 2
+
+
+def test_a_peer_that_fails_is_left_out_and_ours_is_not(tmp_path, pairs):
+    settings = job(tmp_path, pairs, "fails")
+    with pytest.raises(peers.PeerError, match="KeyError: 'fails'"):
+        peers.alternate({OURS: Path(sys.executable)}, settings, {})
+    answers, failed = peers.alternate({NUMPY: Path(sys.executable)}, settings, {})
+    assert answers == {} and "it does not take the data" in failed[NUMPY]
+
+
+def test_the_clock_runs_from_the_start_of_the_process(tmp_path, pairs):
+    began = time.time()
+    answer = peers.visit(
+        NUMPY, Path(sys.executable), {**job(tmp_path, pairs, "rank"), "result": str(tmp_path / "r.npy")}, {}
+    )
+    assert answer["load_s"] < answer["first_s"] < time.time() - began
+
+
+def test_ratios_say_how_far_ours_is_ahead():
+    """Twice as fast is 2, whether time is told or a rate; memory the same."""
+    own = {"seconds": [1.0, 3.0, 2.0], "peak_mb": [50], "versions": {}}
+    other = {"seconds": [4.0, 4.0, 9.0], "peak_mb": [25], "versions": {}}
+    benchmark.flags.FLAGS(["x", "--suite=train", "--out=x"])
+    shown = {"figures": {OURS: own, NUMPY: other}, "left_out": {}, "checks": {NUMPY: ""}, "setting": "all of it"}
+    step, memory = benchmark.all_rows(benchmark.Measured("step", **shown), "peak_mb")
+    assert (step["ours"], step["peer"], step["ratio"], step["unit"]) == (2000, 4000, 2, "ms")
+    assert (step["ours_range"], step["peer_range"], step["samples"]) == ([1000, 3000], [4000, 9000], 3)
+    assert (memory["ratio"], memory["unit"]) == (0.5, "MiB")
+    [rate] = benchmark.all_rows(benchmark.Measured("rank", **shown, work=8, unit="users/s"))
+    assert (rate["ours"], rate["peer"], rate["ratio"]) == (4, 2, 2)
+
+
+def test_batches_hold_what_they_say(pairs):
+    drawn = benchmark.batches_of(pairs, np.random.default_rng(3))
+    user, item, other = (drawn[f"batch_{name}"].ravel().tolist() for name in ("user", "item", "other"))
+    held = set(zip(pairs.user.tolist(), pairs.item.tolist(), strict=True))
+    assert held.issuperset(zip(user, item, strict=True)) and held.isdisjoint(zip(user, other, strict=True))
+    assert len(user) == benchmark.BATCHES * benchmark.BATCH
+
+
+def test_the_figure_shows_what_is_behind_in_another_colour():
+    pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
+    rows = [{"name": "a", "peer_name": "p", "ratio": 2.0}, {"name": "b", "peer_name": "q", "ratio": 0.5}]
+    figure = plots.by_ratio([*rows, {"name": "c", "peer_name": None, "ratio": None}], "here")
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b | q  0.5 x", "a | p  2 x"]
+    behind, ahead = axes.patches
+    ends = [bar.get_path().get_extents(bar.get_patch_transform()) for bar in (behind, ahead)]
+    assert [(end.x0, end.x1) for end in ends] == [(0.5, 1), (1, 2)]
+    assert behind.get_facecolor() != ahead.get_facecolor()
+
+
+@pytest.mark.parametrize("side", [peers.PYG, peers.TORCH, peers.RECBOLE, peers.ALS, peers.SENTENCES])
+def test_every_peer_has_a_script_and_pinned_requirements(side):
+    assert side.script.exists()
+    lines = (peers.HERE / f"{side.environment}.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins and all("==" in line for line in pins)
