@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 
 from fused_rec.data.arrow import pc
 from fused_rec.evaluate.compare import Difference, paired_bootstrap, resampled_means
