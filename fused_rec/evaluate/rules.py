@@ -133,6 +133,8 @@ def _rule(value: Any, place: int) -> Rule:
     known = {"name", "require", "order", "separator", "allow_unknown"} if "require" in value else {"name", "refuse"}
     if unknown := sorted(set(value) - known):
         raise _fail(name, "the rule's fields", unknown, f"of {', '.join(sorted(known))}")
+    if name == HELD and value.get("refuse") != HELD:
+        raise ValueError(f'rule {place}: the name "{HELD}" is kept for a rule that refuses "{HELD}"; choose another')
     return _require(name, value) if "require" in value else _refuse(name, value["refuse"])
 
 

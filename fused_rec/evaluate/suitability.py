@@ -65,10 +65,12 @@ def screen(
     k: int,
     candidates: Int[np.ndarray, "C"] | None = None,
     batch: int = BATCH,
-    progress: bool = False,
+    progress: str = "",
     devices: int | None = None,
 ) -> Screened:
     """Each user's best items with and without the rules, divided over devices; arguments as of `ranking.top_k`.
+
+    progress: what a bar says; no bar without it.
 
     Raises ValueError as `ranking.top_k` does.
     """
@@ -95,7 +97,7 @@ def screen(
         (seen, *eligible.barred),
         batch=batch,
         devices=devices,
-        progress="rank" if progress else "",
+        progress=progress,
         k=k,
     ):
         check_finite(rows, finite)
