@@ -90,7 +90,7 @@ def screen(
     if n == 0:
         return found
     done = 0
-    for rows, (of_batch, finite) in over_batches(
+    for rows, (ranked, of_rules, finite) in over_batches(
         _screen_batch,
         (as_argument(scorer), eligible.tests, allowed, order),
         users,
@@ -102,8 +102,11 @@ def screen(
     ):
         check_finite(rows, finite)
         own = min(len(rows), n - done)
-        for whole, part in zip(found, of_batch, strict=True):
+        for whole, part in zip(found[:3], ranked, strict=True):
             whole[done : done + own] = part[:own]
+        for rule, of_rule in enumerate(of_rules):
+            for whole, part in zip(found[3:], of_rule, strict=True):
+                whole[done : done + own, ..., rule] = part[:own]
         done += own
     return found
 
@@ -117,22 +120,16 @@ def _screen_batch(scorer, tests, allowed, order, users, seen, *barred, k):
     items, top = best(scores, unseen & (refused == 0), order, k)
     before, _ = best(scores, unseen, order, k)
 
-    def per_rule(counts: list[jax.Array], empty: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jnp.stack(counts, axis=-1) if counts else jnp.zeros((*empty, 0), dtype)
-
-    there, n_users = before >= 0, len(users)
-    passes = [jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & there for mask in masks]
-    excluded = [(unseen & ~mask).sum(1, dtype=jnp.int32) for mask in masks]
-    alone = [(unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32) for mask in masks]
-    screened = (  # the fields of Screened
-        items,
-        top,
-        before,
-        per_rule(passes, before.shape, bool),
-        per_rule(excluded, (n_users,), jnp.int32),
-        per_rule(alone, (n_users,), jnp.int32),
+    there = before >= 0
+    of_rules = tuple(
+        (
+            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & there,
+            (unseen & ~mask).sum(1, dtype=jnp.int32),
+            (unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32),
+        )
+        for mask in masks
     )
-    return screened, finite
+    return (items, top, before), of_rules, finite
 
 
 def account(screened: Screened, names: Sequence[str]) -> dict[str, Any]:
