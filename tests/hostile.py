@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import DataError
+from fused_rec.data.fartrans import fartrans, read_prices
 from fused_rec.data.fetch import DownloadError, unpack, verify
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
@@ -108,6 +109,13 @@ COMPANY = {"symbol": "A", "name": "Alpha Inc.", "kind": "k", "sector": "s", "ind
 NUMBERS = (b"-1", b"0", b"9223372036854775808", b"1e400", b"nan", b"99999999999", b"4102444800", b"1970-01-01T00:00Z")
 DELIMITED = (b'"', b",", b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", BETWEEN, *NUMBERS)
 JSON_WORDS = (b"null", b"[]", b"{}", b'""', b"true", b"[" * 3000, b'"\\ud800"', b"NaN", BETWEEN, *NUMBERS)
+
+
+FARTRANS = ("customer_information.csv", "asset_information.csv", "transactions.csv", "close_prices.csv")
+
+
+def _fartrans(path: Path, repair: bool) -> object:
+    return fartrans(path, repair), read_prices(path)
 
 
 def _tables_parquet(folder: Path, data: bytes) -> object:
@@ -351,6 +359,24 @@ TARGETS: dict[str, Target] = {
         ),
         (DataError,),
         JSON_WORDS,
+    ),
+    "fartrans": Target(
+        _folder_of(FARTRANS, _fartrans),
+        (
+            b"\0"
+            + files(
+                b"customerID,customerType,riskLevel,investmentCapacity,lastQuestionnaireDate,timestamp\n"
+                b"c,Mass,Income,CAP_LT30K,2018-01-02,2018-01-03\nd,Premium,Predicted_Balanced,Not_Available,,2019-01-01\n",
+                b"ISIN,assetName,assetShortName,assetCategory,assetSubCategory,marketID,sector,industry,timestamp\n"
+                b'I1,"A, Inc.",A,Stock,,XATH,Energy,Oil,2018-01-01\nI2,B fund,B,MTF,Equity,,,,2018-01-01\n',
+                b"customerID,ISIN,transactionID,transactionType,timestamp,totalValue,units,channel,marketID\n"
+                b"c,I1,1,Buy,2018-02-01,100.5,10.0,Internet Banking,XATH\nd,I2,2,Buy,2018-02-02,1.0,1.0,Branch,XATH\n"
+                b"c,I1,3,Sell,2018-03-01,100.5,10.0,Internet Banking,XATH\n",
+                b"ISIN,timestamp,closePrice\nI1,2018-01-01,10.5\nI2,2018-01-01,3\n",
+            ),
+        ),
+        (DataError,),
+        (*DELIMITED, b"Buy", b"timestamp", b"closePrice", b"Not_Available"),
     ),
     "amazon": Target(
         _folder_of(("r.json.gz",), amazon),
