@@ -30,7 +30,7 @@ from fused_rec.train.serve import SCHEMA
 from fused_rec.train.workdir import LOCK, owned, persist, write_file
 
 LOG = logging.getLogger(__name__)
-BEGUN = "begun.json"
+BEGUN, AUDIT = "begun.json", "audit.json"
 ACCOUNT = b"account"  # of a part, in the metadata of its file
 
 
@@ -81,7 +81,7 @@ def export(
             stopped.add_note(f"{_count_done(folder, n_parts)} of {n_parts} parts are kept in {folder}")
             raise
         files = [_name(folder, number) for number in range(n_parts)]
-        log = out.with_name(f"{out.name}.audit.json")
+        log = out.with_name(f"{out.name}.{AUDIT}")
         log.unlink(missing_ok=True)  # it would tell of the file that is now replaced
         sha256 = _assemble(files, out)
         audit = {
@@ -94,8 +94,9 @@ def export(
             "account": functools.reduce(add, map(_account, files)),
             "versions": versions(),
         }
-        write_json(log, audit)
-        for file in (*files, folder / BEGUN, *folder.glob(".*.parquet.*"), *folder.glob(f".{BEGUN}.*")):
+        write_json(folder / AUDIT, audit)
+        (folder / AUDIT).replace(log)  # so that nothing half written is left beside the file
+        for file in (*files, folder / BEGUN, *folder.glob(".*.parquet.*"), *folder.glob(".*.json.*")):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another process took it
         folder.rmdir()
