@@ -115,7 +115,7 @@ FARTRANS = ("customer_information.csv", "asset_information.csv", "transactions.c
 
 
 def _fartrans(path: Path, repair: bool) -> object:
-    return fartrans(path, repair), read_prices(path)
+    return fartrans(path, repair), read_prices(path / "close_prices.csv")
 
 
 def _tables_parquet(folder: Path, data: bytes) -> object:

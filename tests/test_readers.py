@@ -311,7 +311,7 @@ def test_fartrans(tmp_path):
         "interactions: rows that repeat a pair merged into its earliest": 1,
         "users: users without an interaction kept as new users": 1,
     }
-    assert read_prices(tmp_path).to_pylist() == [
+    assert read_prices(tmp_path / "close_prices.csv").to_pylist() == [
         {"item_id": "I1", "timestamp": 1517443200, "price": 25.0},
         {"item_id": "I1", "timestamp": 1517529600, "price": 25.05},
         {"item_id": "I2", "timestamp": 1517529600, "price": 1.0},
@@ -336,7 +336,7 @@ def test_fartrans_refuses_what_it_cannot_read(tmp_path, name, old, new, said):
         (tmp_path / file).write_text(text.replace(old, new, 1) if file == name else text)
     with pytest.raises(DataError, match=said):
         fartrans(tmp_path, True)
-        read_prices(tmp_path)
+        read_prices(tmp_path / "close_prices.csv")
 
 
 def test_amazon_texts(tmp_path):

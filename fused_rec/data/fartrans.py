@@ -22,7 +22,6 @@ from fused_rec.data.validate import Tables, assemble
 CUSTOMERS = ("customerType", "riskLevel", "investmentCapacity", "lastQuestionnaireDate")
 ASSETS = ("assetCategory", "assetSubCategory", "marketID", "sector", "industry")
 UNKNOWN = ("Not_Available", "")  # how the publisher writes that a customer's answer is not there
-PRICES = "close_prices.csv"
 
 
 def fartrans(path: Path, repair: bool) -> Dataset:
@@ -64,16 +63,18 @@ def fartrans(path: Path, repair: bool) -> Dataset:
     return assemble("fartrans", tables, repair=repair, notes=notes, inherent=inherent, files=files)
 
 
-def read_prices(path: Path) -> pa.Table:
-    """`close_prices.csv`: `item_id` string, `timestamp` int64 (unix seconds), `price` float64; a row an asset and day.
+def read_prices(file: Path) -> pa.Table:
+    """`close_prices.csv`, or a file like it, a row an asset and day.
+
+    Returns `item_id` string, `timestamp` int64 (unix seconds), `price` float64.
 
     Raises DataError for times that cannot be read and prices that are no numbers of 0 or more.
     """
-    rows = _read(path, PRICES, ("ISIN", "timestamp", "closePrice"))
+    rows = _read(file.parent, file.name, ("ISIN", "timestamp", "closePrice"))
     times, readable = parse_times(rows["timestamp"])
-    _refuse(PRICES, ~readable, rows["timestamp"], "timestamp", "give a date as 2020-01-31")
+    _refuse(file.name, ~readable, rows["timestamp"], "timestamp", "give a date as 2020-01-31")
     sound = flags(pc.match_substring_regex(rows["closePrice"], r"\A[0-9]{1,18}(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"))
-    _refuse(PRICES, ~sound, rows["closePrice"], "closePrice", "give a price as 12.5")
+    _refuse(file.name, ~sound, rows["closePrice"], "closePrice", "give a price as 12.5")
     return pa.table({"item_id": rows["ISIN"], "timestamp": times, "price": rows["closePrice"].cast(pa.float64())})
 
 
