@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     rows[config.model.variant] = measure(prepared, scorer(config, prepared, state), PART.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {PART.value} part")
     print(table(rows, METRIC.value))
-    if RULES.value:
+    if RULES.value and OUT.value:
         trained = scorer(config, prepared, state)
         about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}
         report = measure_rules(prepared, trained, PART.value, rules, **about)

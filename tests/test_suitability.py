@@ -10,6 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_rec.config import Config, ModelConfig, SplitConfig
+from fused_rec.data.dataset import column
+from fused_rec.data.splits import split
+from fused_rec.data.synthetic import make_market
 from fused_rec.evaluate.ranking import Eligible, Sets, evaluate, item_sets, top_k
 from fused_rec.evaluate.rules import apply, parse
 from fused_rec.evaluate.suitability import (
@@ -25,6 +29,8 @@ from fused_rec.evaluate.suitability import (
     suitable,
     suitable_share,
 )
+from fused_rec.train.measure import measure_rules
+from fused_rec.train.prepare import prepare
 
 N_USERS, N_ITEMS, K = 9, 12, 3
 
@@ -108,7 +114,7 @@ def test_nothing_unsuitable_is_ever_recommended_and_every_exclusion_is_counted(m
     )
 
     passes = passes_by_hand(users, items, held)[:, asked]
-    fine: np.ndarray = passes.all(0)
+    fine = np.asarray(passes.all(0))
     for row, user in enumerate(asked.tolist()):
         ranked = np.argsort(-scores[user])
         best = [item for item in ranked if fine[row, item]][:K]
@@ -277,3 +283,46 @@ def test_groups_of_an_attribute():
         groups_of(users, "user_id", np.array([0]))
     with pytest.raises(ValueError, match="no column 'sex'; they have user_id, age"):
         groups_of(users, "sex", np.array([0]))
+
+
+# --- all of it together
+
+
+def test_what_rules_do_to_a_market():
+    """Scores that rank risky products first, a rule against them, and prices that double."""
+    config = Config(model=ModelConfig(variant="graph"), split=SplitConfig(kind="random"))
+    market = make_market(0, n_users=60, n_items=25)
+    prepared = prepare(config, market, split(market, config.split))
+    risk = column(market.items, "risk_band")
+    scores = np.tile(risk + np.linspace(0, 0.5, 25), (60, 1))
+    rules = [
+        {"name": "risk", "require": ["item.risk_band", "at_most", "user.risk_tolerance"]},
+        {"name": "mine", "refuse": "held"},
+    ]
+    times = column(market.interactions, "timestamp")
+    known = np.concatenate([prepared.split.train, prepared.split.valid])
+    start = int(times[known].max())
+    ids = market.items["item_id"].to_pylist()
+    prices = pa.table(
+        {
+            "item_id": ids + ids,
+            "timestamp": [start] * 25 + [start + 100 * DAY] * 25,
+            "price": [2.0] * 25 + [4.0] * 24 + [float("nan")],
+        }
+    )
+    parsed = parse(json.dumps({"rules": rules}))
+    report = measure_rules(
+        prepared, given_scores(scores), "test", parsed, k=5, groups=["risk_tolerance"], prices=prices, days=100
+    )
+    assert report["suitable"]["under"] == 1.0
+    assert report["suitable"]["without"] == report["account"]["top_suitable"] / report["account"]["top"] < 0.6
+    assert report["account"]["rules"]["mine"] == {"excluded": 0, "alone": 0, "of_top": 0}  # seen, and so no candidate
+    assert list(report["costs"]) == ["", "risk", "mine"]
+    assert report["costs"][""] == report["costs"]["risk"] and report["costs"]["mine"]["difference"] == 0
+    assert report["returns"]["under"]["mean"] == 1.0 and 0.9 < report["returns"]["under"]["priced"] < 1.0
+    told = report["groups"]["risk_tolerance"]
+    assert set(told) == {"ndcg@10", "suitable@5 without", "return under"}
+    shares = told["suitable@5 without"]
+    # Who bears most risk loses nothing by a rule about risk.
+    assert shares["best"] == "5" and shares["groups"]["5"]["mean"] == 1.0 and shares["gap"] > 0.5 and shares["p"] < 0.01
+    json.dumps(report, allow_nan=False)
