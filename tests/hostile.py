@@ -29,10 +29,12 @@ from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.stocknet import stocknet
 from fused_rec.data.tables import read_tables
-from fused_rec.evaluate.ranking import PerUser
+from fused_rec.evaluate.ranking import PerUser, item_sets
+from fused_rec.evaluate.rules import apply
 from fused_rec.text.cache import read_vectors, write_vectors
 from fused_rec.text.pretrained import open_model
 from fused_rec.train import loop
+from fused_rec.train.export import read_rules
 
 TINY = Path(__file__).parent / "golden" / "tiny_bert"
 BETWEEN = b"\n====\n"
@@ -184,6 +186,23 @@ def _config(_: Path, data: bytes) -> object:
     config = from_dict(values)
     assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
     return config
+
+
+RULES = (
+    b'{"rules": [{"name": "risk", "require": ["item.risk", "at_most", "user.risk"], "order": ["low", ["mid", "high"]]},'
+    b'{"name": "land", "require": ["user.land", "one_of", "item.sold"], "separator": ";", "allow_unknown": ["item"]},'
+    b'{"name": "age", "require": ["user.age", "at_least", 18]}, {"name": "mine", "refuse": "held"},'
+    b'{"name": "out", "refuse": {"items": ["p"]}}, {"name": "no", "refuse": {"pairs": [["u", "p"]]}}]}'
+)
+
+
+def _rules(folder: Path, data: bytes) -> object:
+    """Whatever is taken for rules can be applied to tables that have the columns, or is refused by name."""
+    (folder / "rules.json").write_bytes(data)
+    rules, _ = read_rules(folder / "rules.json")
+    users = pa.table({"user_id": ["u", "v"], "risk": ["low", None], "land": ["a", "b"], "age": [17, None]})
+    items = pa.table({"item_id": ["p", "q"], "risk": ["mid", "high"], "sold": ["a;b", None]})
+    return apply(rules, users, items, item_sets(np.array([0]), np.array([1]), 2))
 
 
 def _run(folder: Path, data: bytes) -> object:
@@ -415,6 +434,12 @@ TARGETS: dict[str, Target] = {
         (json.dumps(to_dict(Config())).encode(), b'{"model": {"dim": 8}, "graph": {"attributes": ["a"]}}'),
         (ValueError,),
         (*JSON_WORDS, *(f'"{name}"'.encode() for name in ("model", "dim", "train", "learning_rate", "attributes"))),
+    ),
+    "rules": Target(
+        _rules,
+        (RULES, b'{"rules": []}'),
+        (ValueError,),
+        (*JSON_WORDS, b'"none_of"', b'"user."', b'"refuse"', b'"require"', b'"held"', b"[[", b'"allow_unknown"'),
     ),
     "run": Target(
         _run,
