@@ -53,7 +53,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
             main(argv)
     except interrupt.Stopped as stopped:
         said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
-        print(f"\n{said}\nTo go on, give the same command again:\n  {_command()}", file=sys.stderr)
+        print(f"\n{said}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
         sys.exit(stopped.exit_status)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if flags.FLAGS.verbosity > 0:
@@ -65,13 +65,14 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
             raise
         print(
             f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
-            f"To go on from the last checkpoint, start all processes again:\n  {_command()}",
+            f"To go on from the last checkpoint, start all processes again:\n  {command()}",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # an orderly end would wait for the others
 
 
-def _command() -> str:
+def command() -> str:
+    """The command line of this process, to be given again."""
     module = sys.modules["__main__"].__spec__
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])

@@ -1,14 +1,24 @@
-"""Measure a finished run again, beside recommenders that need no training.
+"""Measure a finished run again, beside recommenders that need no training, or under rules of who may get what.
 
-python -m experiments.evaluate --workdir=runs/lastfm --part=valid --baselines=popularity,item_knn,ease
+    python -m experiments.evaluate --workdir=runs/lastfm --part=valid --baselines=popularity,item_knn,ease
+    python -m experiments.evaluate --workdir=runs/mine --part=test --rules=rules.json --groups=age_band --out=rules.out
+
+With --rules, --out gets as JSON how much of the lists is suitable, what each rule excludes and costs, what was earned
+where --prices are given, and how far groups of customers are apart; docs/SUITABILITY.md explains each number.
 """
+
+import json
+from pathlib import Path
 
 from absl import app, flags
 
 from experiments import start
 from fused_rec.config import METRICS
+from fused_rec.data.fartrans import read_prices
 from fused_rec.evaluate.compare import table
-from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, scorer
+from fused_rec.train.export import read_rules
+from fused_rec.train.loop import write_json
+from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_rules, scorer
 from fused_rec.train.prepare import prepare
 from fused_rec.train.serve import load
 
@@ -16,6 +26,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", requ
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
 METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], f"Columns, of {', '.join(METRICS)}.")
+RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
+GROUPS = flags.DEFINE_list("groups", [], "With --rules: attributes of customers whose groups are compared.")
+PRICES = flags.DEFINE_string("prices", None, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
+DAYS = flags.DEFINE_integer("days", 180, "With --prices: days over which a return is counted.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "With --rules: file for what they do, JSON.")
 
 
 def main(argv: list[str]) -> None:
@@ -23,6 +38,12 @@ def main(argv: list[str]) -> None:
     for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
         if unknown := set(flag.value) - set(known):
             raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
+    if (RULES.value is None) != (OUT.value is None):
+        raise app.UsageError("--rules and --out are given together or not at all")
+    if RULES.value is None and (GROUPS.value or PRICES.value):
+        raise app.UsageError("--groups and --prices say more of --rules; give these too")
+    rules, _ = read_rules(RULES.value) if RULES.value else ((), "")
+    prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, PART.value)
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
     alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else prepared
@@ -33,6 +54,16 @@ def main(argv: list[str]) -> None:
     rows[config.model.variant] = measure(prepared, scorer(config, prepared, state), PART.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {PART.value} part")
     print(table(rows, METRIC.value))
+    if RULES.value and OUT.value:
+        trained = scorer(config, prepared, state)
+        about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}
+        report = measure_rules(prepared, trained, PART.value, rules, **about)
+        write_json(Path(OUT.value), report)
+        print(f"suitable among the first 10: {json.dumps(report['suitable'])}")
+        for name, cost in report["costs"].items():
+            named = f"rule {name}" if name else "all rules"
+            print(f"ndcg@10 that {named} costs: {cost['difference']:.4f} [{cost['low']:.4f}, {cost['high']:.4f}]")
+        print(f"the rest is in {OUT.value}")
 
 
 if __name__ == "__main__":

@@ -1,43 +1,41 @@
-"""Rank products for customers with a finished run.
+"""Rank products for customers with a finished run, under rules of who may be recommended what.
 
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
+    python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
 
-Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score. What a customer already holds,
-in whichever part of the split, is left out unless --include_held. Parquet has the ids as they are; in CSV an id that a
-spreadsheet would take for a formula, or that begins with ', has one ' in front (fused_rec/data/spreadsheet.py).
+Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
+hashes of model, tables and rules, and what each rule excluded. docs/SUITABILITY.md describes rules. What a customer
+already holds, in whichever part of the split, is left out unless --include_held. Customers are ranked and written in
+parts: memory does not grow with the number of rankings, and after a stop the same command goes on. Parquet has the ids
+as they are; in CSV an id that a spreadsheet would take for a formula, or that begins with ', has one ' in front
+(fused_rec/data/spreadsheet.py).
 """
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from absl import app, flags
 
-from experiments import start
-from fused_rec.data.spreadsheet import harmless
-from fused_rec.train.serve import load, recommend
+from experiments import command, start
+from fused_rec.evaluate.suitability import account
+from fused_rec.train.export import WRITERS, export, read_rules
+from fused_rec.train.loop import read_run
+from fused_rec.train.measure import scorer
+from fused_rec.train.serve import PART, count_parts, eligible, load, model_digest, parts, user_rows
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without this flag.")
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
+RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
 
-def write_csv(ranked: pa.Table, file: Path) -> None:
-    """The table as CSV, its ids made harmless."""
-    for name in ("user_id", "item_id"):
-        cells = pa.array(map(harmless, ranked.column(name).to_pylist()), pa.string())
-        ranked = ranked.set_column(ranked.column_names.index(name), name, cells)
-    pyarrow.csv.write_csv(ranked, file)
-
-
-WRITERS = {".csv": write_csv, ".parquet": pyarrow.parquet.write_table}
-
-
 def main(argv: list[str]) -> None:
-    """Parses the flags, ranks, writes the file under its name only when it is whole."""
+    """Parses the flags, ranks, writes, tells what the rules excluded."""
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to rank for all customers")
     out = Path(OUT.value)
@@ -45,11 +43,34 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
     if not out.parent.is_dir():
         raise app.UsageError(f"--out is in {out.parent}, which is no folder; make it first")
-    ranked = recommend(*load(WORKDIR.value), USERS.value or [], K.value, include_held=INCLUDE_HELD.value)
-    partial = out.with_name(f".{out.name}.partial")
-    WRITERS[out.suffix](ranked, partial)
-    partial.replace(out)
-    print(f"{ranked.num_rows} recommendations for {len(ranked.column('user_id').unique())} customers in {out}")
+    rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
+    config, prepared, state = load(WORKDIR.value)
+    dataset = prepared.dataset
+    may = eligible(dataset, rules, include_held=INCLUDE_HELD.value)
+    users = user_rows(dataset, USERS.value or [])
+    made_of = {
+        "model": model_digest(WORKDIR.value),
+        "tables": read_run(Path(WORKDIR.value))["tables"],
+        "rules": rules_digest,
+        "customers": hashlib.sha256(users.tobytes()).hexdigest(),
+        "k": K.value,
+        "include_held": INCLUDE_HELD.value,
+        "part": PART,
+    }
+
+    def ranked(first: int) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
+        found = parts(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
+        return ((part.table, account(part.screened, may.names)) for part in found)
+
+    told = export(out, made_of, count_parts(len(users)), ranked, command())["account"]
+    for name, counts in told["rules"].items():
+        print(
+            f"rule {name}: excludes {counts['excluded']} pairs, {counts['alone']} of them alone, "
+            f"and {counts['of_top']} of the {told['top']} products ranked without rules"
+        )
+    print(f"{told['ranked']} recommendations for {told['users'] - told['without_any']} customers in {out}")
+    if told["fewer"]:
+        print(f"{told['fewer']} customers have fewer than {K.value}, {told['without_any']} of them none")
 
 
 if __name__ == "__main__":

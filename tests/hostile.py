@@ -23,15 +23,18 @@ import safetensors.numpy
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import DataError
+from fused_rec.data.fartrans import fartrans, read_prices
 from fused_rec.data.fetch import DownloadError, unpack, verify
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.stocknet import stocknet
 from fused_rec.data.tables import read_tables
-from fused_rec.evaluate.ranking import PerUser
+from fused_rec.evaluate.ranking import PerUser, item_sets
+from fused_rec.evaluate.rules import apply
 from fused_rec.text.cache import read_vectors, write_vectors
 from fused_rec.text.pretrained import open_model
 from fused_rec.train import loop
+from fused_rec.train.export import read_rules
 
 TINY = Path(__file__).parent / "golden" / "tiny_bert"
 BETWEEN = b"\n====\n"
@@ -110,6 +113,13 @@ DELIMITED = (b'"', b",", b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", BETWEEN,
 JSON_WORDS = (b"null", b"[]", b"{}", b'""', b"true", b"[" * 3000, b'"\\ud800"', b"NaN", BETWEEN, *NUMBERS)
 
 
+FARTRANS = ("customer_information.csv", "asset_information.csv", "transactions.csv", "close_prices.csv")
+
+
+def _fartrans(path: Path, repair: bool) -> object:
+    return fartrans(path, repair), read_prices(path / "close_prices.csv")
+
+
 def _tables_parquet(folder: Path, data: bytes) -> object:
     (folder / "interactions.parquet").write_bytes(data)
     return read_tables(folder, repair=True)
@@ -176,6 +186,23 @@ def _config(_: Path, data: bytes) -> object:
     config = from_dict(values)
     assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
     return config
+
+
+RULES = (
+    b'{"rules": [{"name": "risk", "require": ["item.risk", "at_most", "user.risk"], "order": ["low", ["mid", "high"]]},'
+    b'{"name": "land", "require": ["user.land", "one_of", "item.sold"], "separator": ";", "allow_unknown": ["item"]},'
+    b'{"name": "age", "require": ["user.age", "at_least", 18]}, {"name": "mine", "refuse": "held"},'
+    b'{"name": "out", "refuse": {"items": ["p"]}}, {"name": "no", "refuse": {"pairs": [["u", "p"]]}}]}'
+)
+
+
+def _rules(folder: Path, data: bytes) -> object:
+    """Whatever is taken for rules can be applied to tables that have the columns, or is refused by name."""
+    (folder / "rules.json").write_bytes(data)
+    rules, _ = read_rules(folder / "rules.json")
+    users = pa.table({"user_id": ["u", "v"], "risk": ["low", None], "land": ["a", "b"], "age": [17, None]})
+    items = pa.table({"item_id": ["p", "q"], "risk": ["mid", "high"], "sold": ["a;b", None]})
+    return apply(rules, users, items, item_sets(np.array([0]), np.array([1]), 2))
 
 
 def _run(folder: Path, data: bytes) -> object:
@@ -352,6 +379,24 @@ TARGETS: dict[str, Target] = {
         (DataError,),
         JSON_WORDS,
     ),
+    "fartrans": Target(
+        _folder_of(FARTRANS, _fartrans),
+        (
+            b"\0"
+            + files(
+                b"customerID,customerType,riskLevel,investmentCapacity,lastQuestionnaireDate,timestamp\n"
+                b"c,Mass,Income,CAP_LT30K,2018-01-02,2018-01-03\nd,Premium,Predicted_Balanced,Not_Available,,2019-01-01\n",
+                b"ISIN,assetName,assetShortName,assetCategory,assetSubCategory,marketID,sector,industry,timestamp\n"
+                b'I1,"A, Inc.",A,Stock,,XATH,Energy,Oil,2018-01-01\nI2,B fund,B,MTF,Equity,,,,2018-01-01\n',
+                b"customerID,ISIN,transactionID,transactionType,timestamp,totalValue,units,channel,marketID\n"
+                b"c,I1,1,Buy,2018-02-01,100.5,10.0,Internet Banking,XATH\nd,I2,2,Buy,2018-02-02,1.0,1.0,Branch,XATH\n"
+                b"c,I1,3,Sell,2018-03-01,100.5,10.0,Internet Banking,XATH\n",
+                b"ISIN,timestamp,closePrice\nI1,2018-01-01,10.5\nI2,2018-01-01,3\n",
+            ),
+        ),
+        (DataError,),
+        (*DELIMITED, b"Buy", b"timestamp", b"closePrice", b"Not_Available"),
+    ),
     "amazon": Target(
         _folder_of(("r.json.gz",), amazon),
         (b"\0" + json.dumps(REVIEW).encode() + b"\n" + json.dumps(REVIEW | {"reviewText": ""}).encode() + b"\n",),
@@ -389,6 +434,12 @@ TARGETS: dict[str, Target] = {
         (json.dumps(to_dict(Config())).encode(), b'{"model": {"dim": 8}, "graph": {"attributes": ["a"]}}'),
         (ValueError,),
         (*JSON_WORDS, *(f'"{name}"'.encode() for name in ("model", "dim", "train", "learning_rate", "attributes"))),
+    ),
+    "rules": Target(
+        _rules,
+        (RULES, b'{"rules": []}'),
+        (ValueError,),
+        (*JSON_WORDS, b'"none_of"', b'"user."', b'"refuse"', b'"require"', b'"held"', b"[[", b'"allow_unknown"'),
     ),
     "run": Target(
         _run,

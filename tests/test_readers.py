@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hostile import BETWEEN, FARTRANS, TARGETS
 
 from fused_rec.config import DataConfig
 from fused_rec.data.dataset import DataError, Dataset, column, empty_reviews
+from fused_rec.data.fartrans import fartrans, read_prices
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.lastfm import lastfm
 from fused_rec.data.readers import READERS, k_core, load
@@ -251,6 +253,92 @@ def test_lastfm_keeps_tags_on_artists_nobody_played(tmp_path):
         lastfm(tmp_path, False)
 
 
+def test_fartrans(tmp_path):
+    files = {
+        "customer_information.csv": "customerID,customerType,riskLevel,investmentCapacity,lastQuestionnaireDate,"
+        "timestamp\n"
+        "C2,Mass,Income,CAP_LT30K,2018-01-02,2018-01-03\n"
+        "C1,Mass,Not_Available,Not_Available,,2018-01-03\n"
+        "C2,Premium,Balanced,Predicted_CAP_30K_80K,2020-05-05,2020-05-06\n"
+        "C3,Mass,Predicted_Aggressive,CAP_LT30K,2018-01-02,2018-01-03\n",
+        "asset_information.csv": "ISIN,assetName,assetShortName,assetCategory,assetSubCategory,marketID,sector,"
+        "industry,timestamp\n"
+        'I1,"Alpha, Inc.",ALPHA,Stock,,XATH,Energy,Oil & Gas,2020-01-01\n'
+        "I1,Old name,ALPHA,Stock,,XATH,Energy,Oil & Gas,2019-01-01\n"
+        "I2,Beta fund,BETA,MTF,Balanced,,,,2019-01-01\n",
+        "transactions.csv": "customerID,ISIN,transactionID,transactionType,timestamp,totalValue,units,channel,"
+        "marketID\n"
+        "C1,I1,1,Buy,2018-02-02,250.5,10.0,Internet Banking,XATH\n"
+        "C1,I1,2,Buy,2018-02-01,100.0,4.0,Branch,XATH\n"
+        "C1,I1,3,Sell,2018-03-01,100.0,4.0,Branch,XATH\n"
+        "C2,I2,4,Sell,2018-03-01,7.0,4.0,Branch,\n"
+        "C2,I3,5,Buy,2019-03-01,7.0,4.0,Branch,\n",
+        "close_prices.csv": "ISIN,timestamp,closePrice\nI1,2018-02-01,25.0\nI1,2018-02-02,25.05\nI2,2018-02-02,1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    dataset = load(DataConfig(name="fartrans", path=str(tmp_path)))
+    assert dataset.users.to_pylist() == [
+        {
+            "user_id": user,
+            "customerType": kind,
+            "riskLevel": risk,
+            "investmentCapacity": capacity,
+            "lastQuestionnaireDate": asked,
+        }
+        for user, kind, risk, capacity, asked in (
+            ("C2", "Premium", "Balanced", "Predicted_CAP_30K_80K", "2020-05-05"),
+            ("C1", "Mass", None, None, None),
+            ("C3", "Mass", "Predicted_Aggressive", "CAP_LT30K", "2018-01-02"),
+        )
+    ]
+    assert dataset.items["name"].to_pylist() == ["Alpha, Inc.", "Beta fund", None]
+    assert dataset.items["text"].to_pylist() == [
+        "Alpha, Inc.. Stock. Energy. Oil & Gas",
+        "Beta fund. MTF. Balanced",
+        None,
+    ]
+    assert dataset.items["item_id"].to_pylist() == ["I1", "I2", "I3"]
+    assert dataset.interactions.to_pylist() == [
+        {"user": 1, "item": 0, "timestamp": 1517443200, "value": 100.0},  # 2018-02-01 in UTC, the earlier purchase
+        {"user": 0, "item": 2, "timestamp": 1551398400, "value": 7.0},
+    ]
+    assert dataset.repairs == {
+        "interactions: sales not read": 2,
+        "users: earlier rows of one customerID, of which the last is read": 1,
+        "items: earlier rows of one ISIN, of which the last is read": 1,
+        "interactions: rows with an unknown item_id, which was added without attributes": 1,
+        "interactions: rows that repeat a pair merged into its earliest": 1,
+        "users: users without an interaction kept as new users": 1,
+    }
+    assert read_prices(tmp_path / "close_prices.csv").to_pylist() == [
+        {"item_id": "I1", "timestamp": 1517443200, "price": 25.0},
+        {"item_id": "I1", "timestamp": 1517529600, "price": 25.05},
+        {"item_id": "I2", "timestamp": 1517529600, "price": 1.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("transactions.csv", "Buy", "Gift", "transactions.csv, row 2: transactionType is 'Gift'. write Buy or Sell"),
+        ("transactions.csv", "customerID,", "customer,", "column customerID is there 0 times"),
+        ("customer_information.csv", "2018-01-03", "soon", "row 2: timestamp is 'soon'"),
+        ("asset_information.csv", "I1,", ",", "row 2: ISIN is 'None'"),
+        ("close_prices.csv", "10.5", "-1", "close_prices.csv, row 2: closePrice is '-1'"),
+        ("close_prices.csv", "10.5", "nan", "closePrice is 'nan'"),
+        ("close_prices.csv", "2018-01-01", "01.01.18", "row 2: timestamp"),
+    ],
+)
+def test_fartrans_refuses_what_it_cannot_read(tmp_path, name, old, new, said):
+    for file, part in zip(FARTRANS, TARGETS["fartrans"].seeds[0][1:].split(BETWEEN), strict=True):
+        text = part.decode()
+        (tmp_path / file).write_text(text.replace(old, new, 1) if file == name else text)
+    with pytest.raises(DataError, match=said):
+        fartrans(tmp_path, True)
+        read_prices(tmp_path / "close_prices.csv")
+
+
 def test_amazon_texts(tmp_path):
     row = {"reviewerID": "A", "asin": "007", "overall": 4.0, "unixReviewTime": 9, "helpful": [0, 1]}
     gz(
@@ -391,5 +479,5 @@ def test_load_makes_the_synthetic_market_from_its_seed():
     assert one.interactions.equals(again.interactions) and not one.interactions.equals(other.interactions)
     assert set(READERS) == {
         *("synthetic", "tables", "lastfm", "lastfm_sociallgn", "lastfm_lightgcn", "stocknet"),
-        *("amazon", "lightgcn_text", "recbole", "edges"),
+        *("fartrans", "amazon", "lightgcn_text", "recbole", "edges"),
     }

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.recommend import WRITERS
 from fused_rec.data.spreadsheet import exact, harmless
+from fused_rec.train.export import WRITERS
 
 FORMULAS = [
     *(
@@ -83,7 +83,7 @@ def test_ranked_csv_is_harmless_and_parquet_exact(tmp_path):
         }
     )
     for suffix, write in WRITERS.items():
-        write(ranked, tmp_path / f"ranked{suffix}")
+        write([ranked], tmp_path / f"ranked{suffix}")
     assert pq.read_table(tmp_path / "ranked.parquet").equals(ranked)
     content = (tmp_path / "ranked.csv").read_bytes().decode()
     _, *rows = csv.reader(io.StringIO(content, newline=""))

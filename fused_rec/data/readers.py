@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from fused_rec.config import DataConfig
 from fused_rec.data.arrow import flags, pc, replace
 from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.fartrans import fartrans
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.stocknet import stocknet
@@ -35,6 +36,7 @@ READERS: dict[str, Reader] = {
     "lastfm_sociallgn": Reader(lastfm_sociallgn, "lastfm", "Last.fm in the SocialLGN split", "lastfm_sociallgn"),
     "lastfm_lightgcn": Reader(lastfm_lightgcn, "lastfm", "Last.fm in the LightGCN split", "lastfm_lightgcn"),
     "stocknet": Reader(stocknet, "stocknet", "tweets about stock tickers with company profiles (StockNet)"),
+    "fartrans": Reader(fartrans, "fartrans", "purchases of securities by a bank's customers, with prices (FAR-Trans)"),
     "amazon": Reader(amazon, "amazon_musical_instruments", "Amazon reviews of 2014", "amazon_musical_instruments"),
     "lightgcn_text": Reader(lightgcn_text, "gowalla", "train.txt and test.txt, a line a user (Gowalla)", "gowalla"),
     "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k"),

@@ -73,6 +73,13 @@ def paired_bootstrap(
     return Difference(*map(float, values))
 
 
+def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random.Generator) -> Float64[np.ndarray, "N"]:
+    """The mean of V users drawn with replacement, `draws` times."""
+    n, step = len(values), max(1, BLOCK // len(values))
+    blocks = (_counts(rng, min(step, draws - start), n) @ values / n for start in range(0, draws, step))
+    return np.concatenate(list(blocks))
+
+
 def _resampled_means(
     a: Float64[np.ndarray, "S_a V"], b: Float64[np.ndarray, "S_b V"], draws: int, rng: np.random.Generator
 ) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:

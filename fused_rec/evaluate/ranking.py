@@ -51,6 +51,31 @@ class Sets:
         return np.repeat(np.arange(self.n_users), self.sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Eligible:
+    """What may be recommended to whom: an item must pass every test, and none may name the pair as barred.
+
+    tests: each Bool [B, I] of a batch of users, True where the item passes; like `Scorer`, best a
+      `jax.tree_util.Partial` of a function and its arrays.
+    barred: items each user may not get, where they are pairs rather than attributes.
+    names: of the tests, then of the barred sets.
+    """
+
+    names: tuple[str, ...] = ()
+    tests: tuple[jax.tree_util.Partial, ...] = ()
+    barred: tuple[Sets, ...] = ()
+
+    def without(self, name: str) -> "Eligible":
+        """All but the one of that name."""
+        kept = [place for place, other in enumerate(self.names) if other != name]
+        n = len(self.tests)
+        return Eligible(
+            tuple(self.names[place] for place in kept),
+            tuple(self.tests[place] for place in kept if place < n),
+            tuple(self.barred[place - n] for place in kept if place >= n),
+        )
+
+
 def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int) -> Sets:
     """The items paired with each user; a repeated pair counts once.
 
@@ -91,7 +116,7 @@ def mean(per_user: PerUser) -> dict[str, float]:
     return means | dict(per_user.aggregate)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
 
     starts: Int32[AnyArray, "rows"]
@@ -104,11 +129,12 @@ class _Rows(NamedTuple):
         return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
 
 
-def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[_Rows]:
+def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[Rows]:
     """Of each batch the rows of this process's devices, stacked."""
     count = len(used(devices))
     sizes = sets.sizes[batches].reshape(len(batches), -1, count)
-    width = max(1, int(sizes.sum(1).max()))
+    # A power of two: calls for one part of the users after another then share their compilations.
+    width = 1 << max(0, int(sizes.sum(1).max()) - 1).bit_length()
     for users, size in zip(batches, sizes, strict=True):
         stacked = []
         for place in places(devices):
@@ -117,35 +143,44 @@ def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"], devices: int | None) ->
             source = np.repeat(sets.indptr[users[place::count]] - starts[:-1], own) + np.arange(starts[-1])
             items[: starts[-1]] = sets.items[source]
             stacked.append((starts.astype(np.int32), items))
-        yield _Rows(*map(np.stack, zip(*stacked, strict=True)))
+        yield Rows(*map(np.stack, zip(*stacked, strict=True)))
 
 
-class _Ranked(NamedTuple):
-    scores: Float32[Array, "B I"]
-    eligible: Bool[Array, "B I"]  # candidates the user has not seen
-    items: Int32[Array, "B k"]
-    top: Float32[Array, "B k"]
-    finite: Bool[Array, "B"]
-
-
-def _rank(scorer, users, seen: _Rows, allowed, order, k: int) -> _Ranked:
-    n_items = allowed.shape[0]
+def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> tuple[Float32[Array, "B I"], Bool[Array, "B"]]:
+    """Scores that `best` can order, and which users' are finite, inside a compiled program."""
     scores = scorer(users)
     if scores.shape != (users.shape[0], n_items):
         raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
     scores = scores.astype(jnp.float32)
-    finite = jnp.isfinite(scores).all(1)
-    scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0
-    eligible = allowed[None, :] & ~seen.mask(n_items)
+    return jnp.where(scores == 0, 0.0, scores), jnp.isfinite(scores).all(1)  # top_k puts -0.0 below 0.0
 
-    def best(row, open_to):
-        return jax.lax.top_k(jnp.where(open_to, row, -jnp.inf)[order], min(k, n_items))
 
-    top, position = metrics.map_rows(best, scores, eligible)
+def best(
+    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: Int32[Array, "I"], k: int
+) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
+    """The k best eligible items and their scores, -1 and -inf where there are fewer, inside a compiled program."""
+
+    def of_row(row, open_to):
+        return jax.lax.top_k(jnp.where(open_to, row, -jnp.inf)[order], min(k, len(order)))
+
+    top, position = metrics.map_rows(of_row, scores, eligible)
     items = jnp.where(top == -jnp.inf, -1, order[position])
     short = ((0, 0), (0, k - items.shape[1]))
-    items, top = jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
-    return _Ranked(scores, eligible, items, top, finite)
+    return jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
+
+
+def passed(
+    tests: tuple[jax.tree_util.Partial, ...], barred: tuple[Rows, ...], users: Int32[Array, "B"], n_items: int
+) -> tuple[Bool[Array, "B I"], ...]:
+    """One mask for each name of an `Eligible`, inside a compiled program."""
+    return *(test(users) for test in tests), *(~rows.mask(n_items) for rows in barred)
+
+
+def _open_to(tests, barred, users, seen: Rows, allowed) -> Bool[Array, "B I"]:
+    """Candidates that the user has not seen and that pass every test."""
+    n_items = allowed.shape[0]
+    unseen = allowed[None, :] & ~seen.mask(n_items)
+    return functools.reduce(jnp.logical_and, passed(tests, barred, users, n_items), unseen)
 
 
 @functools.lru_cache(maxsize=16)
@@ -159,22 +194,48 @@ def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[
     return over_devices(whole, devices, in_axes=(None, ROWS, 0), out_axes=None)
 
 
-def _top_batch(scorer, allowed, order, users, seen, *, k):
-    ranked = _rank(scorer, users, seen, allowed, order, k)
-    return ranked.items, ranked.top, ranked.finite
+def over_batches(
+    function: Callable[..., Any],
+    common: tuple[Any, ...],
+    users: Int[np.ndarray, "V"],
+    sets: tuple[Sets, ...],
+    *,
+    batch: int,
+    devices: int | None,
+    progress: str = "",
+    **static: Any,
+) -> Iterator[tuple[Int32[np.ndarray, "B"], Any]]:
+    """Batches of users, the last one padded, and `function(*common, users, *sets, **static)` of each on the host.
+
+    function: pure, of this module's or another's top level, as its compilations are kept; its results begin with the
+      axis of the users. common: trees that every device gets whole. sets: it gets them as `Rows` of the batch.
+    progress: of the bar; no bar without it.
+    """
+    batches = _pad_to_batches(users, batch, devices)
+    common = put(common, None, devices)
+    mapped = _mapped(function, devices, **static)
+    bar = tqdm(batches, desc=progress, unit="batch", disable=not progress)
+    for rows, *of_rows in zip(bar, *(_rows(of_users, batches, devices) for of_users in sets), strict=True):
+        yield rows, jax.device_get(mapped(common, by_rows(rows, devices), tuple(of_rows)))
 
 
-def _measure_batch(scorer, allowed, order, item_counts, users, seen, truth, *, ks, n_users):
-    ranked = _rank(scorer, users, seen, allowed, order, max(*ks, TOP))
-    relevant = truth.mask(allowed.shape[0])
-    hits = jnp.take_along_axis(relevant, jnp.maximum(ranked.items, 0), axis=1) & (ranked.items >= 0)
+def _top_batch(scorer, tests, allowed, order, users, seen, *barred, k):
+    scores, finite = scored(scorer, users, allowed.shape[0])
+    return *best(scores, _open_to(tests, barred, users, seen, allowed), order, k), finite
+
+
+def _measure_batch(scorer, tests, allowed, order, item_counts, users, seen, truth, *barred, ks, n_users):
+    n_items = allowed.shape[0]
+    scores, finite = scored(scorer, users, n_items)
+    eligible = _open_to(tests, barred, users, seen, allowed)
+    items, _ = best(scores, eligible, order, max(*ks, TOP))
+    relevant = truth.mask(n_items)
+    hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
     n_truth = jnp.diff(truth.starts)
     values = {f"{name}@{k}": measure(hits, n_truth, k) for name, measure in metrics.RANKED.items() for k in ks}
-    values["accuracy"] = metrics.pairwise_accuracy(
-        ranked.scores, relevant, ranked.eligible & ~relevant, truth.starts, truth.items
-    )
-    values[f"novelty@{TOP}"] = metrics.novelty(ranked.items, item_counts, n_users, TOP)
-    return values, ranked.items[:, :TOP], ranked.finite
+    values["accuracy"] = metrics.pairwise_accuracy(scores, relevant, eligible & ~relevant, truth.starts, truth.items)
+    values[f"novelty@{TOP}"] = metrics.novelty(items, item_counts, n_users, TOP)
+    return values, items[:, :TOP], finite
 
 
 def top_k(
@@ -185,6 +246,7 @@ def top_k(
     n_items: int,
     k: int,
     candidates: Int[np.ndarray, "C"] | None = None,
+    eligible: Eligible = Eligible(),
     batch: int = BATCH,
     seed: int = 0,
     progress: bool = False,
@@ -202,6 +264,7 @@ def top_k(
         n_items: I.
         k: ranks wanted; may exceed what remains.
         candidates: items that may be recommended; None means all.
+        eligible: which of them may be recommended to whom.
         batch: users that a device scores together. The last batch is padded, so one compilation serves all.
         seed: of the permutation that orders equal scores.
         progress: show a bar.
@@ -215,21 +278,23 @@ def top_k(
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    allowed, order = _catalogue(n_items, candidates, seed)
-    _check_items("seen", seen, n_items)
-    if len(users) and not (0 <= users.min() and users.max() < seen.n_users):
-        raise ValueError(f"users span {users.min()}..{users.max()}; they must lie in 0..{seen.n_users - 1}")
+    allowed, order = catalogue(n_items, candidates, seed)
+    check_sets(users, n_items, seen=seen, barred=eligible.barred)
     items, scores = np.full((len(users), k), -1, np.int32), np.full((len(users), k), -np.inf, np.float32)
     if len(users) == 0:
         return items, scores
-    batches = _pad_to_batches(users, batch, devices)
-    common = put((as_argument(scorer), allowed, order), None, devices)
-    mapped = _mapped(_top_batch, devices, k=k)
-    bar = tqdm(batches, desc="rank", unit="batch", disable=not progress)
     done = 0
-    for rows, seen_rows in zip(bar, _rows(seen, batches, devices), strict=True):
-        found = jax.device_get(mapped(common, by_rows(rows, devices), (seen_rows,)))
-        _check_finite(rows, found[2])
+    for rows, found in over_batches(
+        _top_batch,
+        (as_argument(scorer), eligible.tests, allowed, order),
+        users,
+        (seen, *eligible.barred),
+        batch=batch,
+        devices=devices,
+        progress="rank" if progress else "",
+        k=k,
+    ):
+        check_finite(rows, found[2])
         n = min(len(rows), len(users) - done)
         items[done : done + n], scores[done : done + n] = found[0][:n], found[1][:n]
         done += n
@@ -245,6 +310,7 @@ def evaluate(
     item_counts: Int[np.ndarray, "I"],
     ks: Sequence[int] = (5, 10, 20, 50),
     candidates: Int[np.ndarray, "C"] | None = None,
+    eligible: Eligible = Eligible(),
     batch: int = BATCH,
     seed: int = 0,
     progress: bool = False,
@@ -264,6 +330,7 @@ def evaluate(
         item_counts: users who have the item in training (for novelty).
         ks: cuts, in ranks.
         candidates: items that may be recommended; None means all.
+        eligible: which of them may be recommended to whom. A held-out item that is not counts as missed.
         batch: users that a device scores together. The last batch is padded, so one compilation serves all.
         seed: of the permutation that orders equal scores.
         progress: show a bar.
@@ -276,7 +343,7 @@ def evaluate(
     ks = tuple(sorted(set(ks)))
     if not ks or ks[0] < 1:
         raise ValueError(f"ks is {ks}; it must hold cuts of at least 1")
-    allowed, order = _catalogue(n_items, candidates, seed)
+    allowed, order = catalogue(n_items, candidates, seed)
     if truth.n_users != seen.n_users:
         raise ValueError(f"truth is of {truth.n_users} users and seen of {seen.n_users}; they must be the same users")
     if len(item_counts) != n_items or item_counts.min() < 0 or item_counts.max() > seen.n_users:
@@ -284,8 +351,7 @@ def evaluate(
             f"item_counts has {len(item_counts)} entries in {item_counts.min()}..{item_counts.max()}; it must have "
             f"{n_items}, each the number of distinct users of an item, at most {seen.n_users}"
         )
-    _check_items("seen", seen, n_items)
-    _check_items("truth", truth, n_items)
+    check_sets(truth.users, n_items, seen=seen, truth=truth, barred=eligible.barred)
     _check_disjoint(truth, seen, n_items)
     kept = np.asarray(allowed)[truth.items]
     truth = item_sets(truth.users[kept], truth.items[kept], truth.n_users)
@@ -293,16 +359,20 @@ def evaluate(
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
 
-    batches = _pad_to_batches(users, batch, devices)
-    common = put((as_argument(scorer), allowed, order, item_counts.astype(np.int32)), None, devices)
-    mapped = _mapped(_measure_batch, devices, ks=ks, n_users=seen.n_users)
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(n_items, bool)
-    bar = tqdm(batches, desc="evaluate", unit="batch", disable=not progress)
-    sets = zip(_rows(seen, batches, devices), _rows(truth, batches, devices), strict=True)
-    for rows, seen_and_truth in zip(bar, sets, strict=True):
-        values, items, finite = jax.device_get(mapped(common, by_rows(rows, devices), seen_and_truth))
-        _check_finite(rows, finite)
+    for rows, (values, items, finite) in over_batches(
+        _measure_batch,
+        (as_argument(scorer), eligible.tests, allowed, order, item_counts.astype(np.int32)),
+        users,
+        (seen, truth, *eligible.barred),
+        batch=batch,
+        devices=devices,
+        progress="evaluate" if progress else "",
+        ks=ks,
+        n_users=seen.n_users,
+    ):
+        check_finite(rows, finite)
         recommended[items[items >= 0]] = True
         parts.append(values)
     names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "accuracy", f"novelty@{TOP}"]
@@ -315,7 +385,8 @@ def as_argument(scorer: Scorer) -> jax.tree_util.Partial:
     return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
 
 
-def _catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], Int32[Array, "I"]]:
+def catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], Int32[Array, "I"]]:
+    """Which items are candidates, and the order in which equal scores stand."""
     allowed = np.full(n_items, candidates is None)
     if candidates is not None:
         if len(candidates) == 0 or candidates.min() < 0 or candidates.max() >= n_items:
@@ -334,9 +405,15 @@ def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
 
 
-def _check_items(name: str, sets: Sets, n_items: int) -> None:
-    if len(sets.items) and sets.items.max() >= n_items:
-        raise ValueError(f"{name} holds item {sets.items.max()}; items must lie in 0..{n_items - 1}")
+def check_sets(users: Int[np.ndarray, "V"], n_items: int, **sets: Sets | tuple[Sets, ...]) -> None:
+    """Raises ValueError, naming the set, where it holds an item that is none or has no row for one of the users."""
+    for name, given in sets.items():
+        for of_users in given if isinstance(given, tuple) else (given,):
+            if len(of_users.items) and of_users.items.max() >= n_items:
+                raise ValueError(f"{name} holds item {of_users.items.max()}; items must lie in 0..{n_items - 1}")
+            if len(users) and not (0 <= users.min() and users.max() < of_users.n_users):
+                span = f"{users.min()}..{users.max()}"
+                raise ValueError(f"users span {span}; they must lie in 0..{of_users.n_users - 1}, those of {name}")
 
 
 def _check_disjoint(truth: Sets, seen: Sets, n_items: int) -> None:
@@ -349,7 +426,8 @@ def _check_disjoint(truth: Sets, seen: Sets, n_items: int) -> None:
         )
 
 
-def _check_finite(users: Int32[np.ndarray, "B"], finite: Bool[np.ndarray, "B"]) -> None:
+def check_finite(users: Int32[np.ndarray, "B"], finite: Bool[np.ndarray, "B"]) -> None:
+    """Raises ValueError naming the first user whose scores are not."""
     if not finite.all():
         raise ValueError(
             f"the scores of user {users[np.argmin(finite)]} hold NaN or infinity; scores must be finite "

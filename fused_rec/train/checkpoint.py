@@ -190,6 +190,10 @@ class Checkpoints:
         placed = [_place(name, arrays[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), placed), record["extras"]
 
+    def digest(self, step: int) -> str:
+        """SHA-256 of the step's manifest, and so of every byte of one of `steps()` that `restore` takes for sound."""
+        return hashlib.sha256((self._folder / str(step) / MANIFEST).read_bytes()).hexdigest()
+
     def _folders(self) -> list[int]:
         if not self._folder.is_dir():
             return []

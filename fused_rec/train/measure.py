@@ -1,12 +1,14 @@
 """How good a scorer is on a held-out part of prepared tables."""
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from fused_rec.config import Config
@@ -14,7 +16,20 @@ from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
 from fused_rec.devices import AnyArray
 from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mean
+from fused_rec.evaluate.rules import Rule, apply
 from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
+from fused_rec.evaluate.suitability import (
+    Gaps,
+    account,
+    group_gaps,
+    groups_of,
+    period_returns,
+    realised_return,
+    rule_costs,
+    screen,
+    suitable,
+    suitable_share,
+)
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.model import baselines, closed_form
 from fused_rec.train.parallel import divide_state, divide_task, parallel_embed
@@ -87,6 +102,89 @@ def measure_slices(prepared: Prepared, scorer: Scorer, per_user: PerUser, parts:
         "user_ties": user_slices(per_user, {"with": tied, "without": ~tied}),
         "item_interactions": item_slices(scorer, items, **_held_out(prepared, "test")),
     }
+
+
+def measure_rules(
+    prepared: Prepared,
+    scorer: Scorer,
+    part: str,
+    rules: Sequence[Rule],
+    *,
+    k: int = 10,
+    groups: Sequence[str] = (),
+    prices: pa.Table | None = None,
+    days: int = 180,
+) -> dict[str, Any]:
+    """What rules do to the rankings of `part`, as JSON: shares of suitable products, costs, returns and group gaps.
+
+    Of the users that `measure` ranks for. "suitable": the mean share of suitable products in the first k, and
+    "account": `suitability.account`; "costs": what a metric gains without a rule, "" without any
+    (`suitability.rule_costs`, ndcg@10); "groups": by attribute and metric, `suitability.group_gaps` under the rules;
+    "returns", with `prices`: the mean over users of `suitability.realised_return`, from the last purchase known
+    before the part, and the share of listed products that have one. A rule that refuses what is held knows what was
+    held before the part.
+
+    prices, days: as of `suitability.period_returns`. groups: columns of the users.
+
+    Raises:
+      ValueError: rules that the tables do not bear, attributes that make no groups, prices but no times of purchases.
+    """
+    dataset, held_out = prepared.dataset, _held_out(prepared, part)
+    may = apply(rules, dataset.users, dataset.items, held_out["seen"])
+    returns = None if prices is None else _returns(prepared, part, prices, days)
+    counts = np.zeros(dataset.n_items, np.int64)  # novelty is not asked for
+    under = evaluate(scorer, **held_out, item_counts=counts, eligible=may)
+    where = {name: held_out[name] for name in ("seen", "n_items", "candidates")}
+    screened = screen(scorer, may, under.users, **where, k=k)
+    lists = {"without": screened.before, "under": screened.items}
+    shares = {name: suitable_share(suitable(may, under.users, items), items) for name, items in lists.items()}
+    of_users = {"ndcg@10": under.metrics["ndcg@10"], f"suitable@{k} without": shares["without"]}
+    report: dict[str, Any] = {
+        "users": len(under.users),
+        "k": k,
+        "suitable": {name: _mean(share) for name, share in shares.items()},
+        "account": account(screened, may.names),
+        "costs": {
+            name: dataclasses.asdict(cost)
+            for name, cost in rule_costs(scorer, may, **held_out, item_counts=counts).items()
+        },
+    }
+    if returns is not None:
+        of_users["return under"] = realised_return(screened.items, returns)
+        report["returns"] = {
+            name: {
+                "mean": _mean(realised_return(items, returns)),
+                "priced": float(np.isfinite(returns[items[items >= 0]]).mean()) if (items >= 0).any() else None,
+            }
+            for name, items in lists.items()
+        }
+    report["groups"] = {
+        attribute: {
+            metric: _gaps(group_gaps(values, groups_of(dataset.users, attribute, under.users)))
+            for metric, values in of_users.items()
+        }
+        for attribute in groups
+    }
+    return report
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.mean(dtype=np.float64)) if len(known) else None
+
+
+def _gaps(gaps: Gaps) -> dict[str, Any]:
+    found = {name: group._asdict() for name, group in gaps.groups.items()}
+    return {name: getattr(gaps, name) for name in ("best", "worst", "gap", "low", "high", "p")} | {"groups": found}
+
+
+def _returns(prepared: Prepared, part: str, prices: pa.Table, days: int) -> np.ndarray:
+    dataset, parts_of = prepared.dataset, prepared.split
+    if "timestamp" not in dataset.interactions.column_names:
+        raise ValueError(f"{dataset.name} has no times of purchases; returns are counted from the last one known")
+    known = parts_of.train if part == "valid" else np.concatenate([parts_of.train, parts_of.valid])
+    start = int(np.nanmax(column(dataset.interactions, "timestamp")[known]))
+    return period_returns(prices, dataset.items.column("item_id"), start, days)
 
 
 def _held_out(prepared: Prepared, part: str) -> dict[str, Any]:

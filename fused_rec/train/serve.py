@@ -1,19 +1,38 @@
-"""A finished run put to use: loaded from its workdir, ranking products for customers."""
+"""A finished run put to use: loaded from its workdir, ranking products for customers under rules, part by part."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
 from fused_rec.config import Config
+from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, column, digest
-from fused_rec.evaluate.ranking import item_sets, top_k
+from fused_rec.devices import used
+from fused_rec.evaluate.ranking import BATCH, Eligible, Scorer, item_sets
+from fused_rec.evaluate.rules import HELD, Refuse, Rule, apply
+from fused_rec.evaluate.suitability import Screened, screen
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.loop import check_tables, finished
 from fused_rec.train.measure import scorer
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
+
+PART = 65_536  # customers whose rankings are in memory at once
+SCHEMA = pa.schema(
+    {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32()}  # rank from 1
+)
+
+
+class Part(NamedTuple):
+    """The rankings of some customers: as rows of `SCHEMA`, and as `screen` found them for these rows of the users."""
+
+    table: pa.Table
+    users: Int64[np.ndarray, "V"]
+    screened: Screened
 
 
 def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, TrainState]:
@@ -28,14 +47,8 @@ def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, Tra
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
-    config, step = finished(workdir)
-    refitted = config.train.refit and part != "valid"
-    phase, known = ("refit", ("train", "valid")) if refitted else ("choose", ("train",))
-    checkpoints = Checkpoints(workdir / phase / "checkpoints")
-    if step not in checkpoints.steps():
-        raise FileNotFoundError(
-            f"{workdir / phase} does not hold the checkpoint of step {step}, which was chosen; train in a new workdir"
-        )
+    config, checkpoints, step = _chosen(workdir, part)
+    known = ("train", "valid") if config.train.refit and part != "valid" else ("train",)
     dataset, parts_of = read(config)
     check_tables(digest(dataset), workdir)
     prepared = prepare(config, dataset, parts_of, known)
@@ -43,15 +56,49 @@ def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, Tra
     return config, prepared, state
 
 
+def model_digest(workdir: str | Path, part: str = "test") -> str:
+    """SHA-256 that tells the state `load` gives from every other: of its checkpoint's manifest, config included."""
+    _, checkpoints, step = _chosen(Path(workdir), part)
+    return checkpoints.digest(step)
+
+
+def _chosen(workdir: Path, part: str) -> tuple[Config, Checkpoints, int]:
+    config, step = finished(workdir)
+    phase = "refit" if config.train.refit and part != "valid" else "choose"
+    checkpoints = Checkpoints(workdir / phase / "checkpoints")
+    if step not in checkpoints.steps():
+        raise FileNotFoundError(
+            f"{workdir / phase} does not hold the checkpoint of step {step}, which was chosen; train in a new workdir"
+        )
+    return config, checkpoints, step
+
+
 def user_rows(dataset: Dataset, ids: list[str]) -> Int64[np.ndarray, "B"]:
     """Rows of the customers with these ids, all where none is given. Raises ValueError naming unknown ids."""
     if not ids:
         return np.arange(dataset.n_users)
-    place = {user: row for row, user in enumerate(dataset.users.column("user_id").to_pylist())}
-    unknown = [user for user in ids if user not in place]
-    if unknown:
-        raise ValueError(f"{len(unknown)} unknown customer ids, first {unknown[0]!r}; {dataset.name} has {len(place)}")
-    return np.array([place[user] for user in dict.fromkeys(ids)])
+    asked = list(dict.fromkeys(ids))
+    rows = pc.index_in(pa.array(asked, pa.string()), value_set=dataset.users.column("user_id").combine_chunks())
+    if rows.null_count:
+        first = asked[rows.is_null().to_pylist().index(True)]
+        raise ValueError(
+            f"{rows.null_count} unknown customer ids, first {first!r}; {dataset.name} has {dataset.n_users}"
+        )
+    return rows.to_numpy().astype(np.int64)
+
+
+def eligible(dataset: Dataset, rules: Sequence[Rule] = (), *, include_held: bool = False) -> Eligible:
+    """The rules on these tables, and last, unless `include_held`, that nobody gets what they hold in any part.
+
+    Raises ValueError where `include_held` contradicts the rules, and as `rules.apply` does.
+    """
+    asked = [rule.name for rule in rules if isinstance(rule, Refuse) and rule.held]
+    if asked and include_held:
+        raise ValueError(f"rule {asked[0]!r} refuses what a customer holds, and include_held asks for it; drop one")
+    if not asked and not include_held:
+        rules = (*rules, Refuse(HELD, held=True))
+    held = item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
+    return apply(rules, dataset.users, dataset.items, held)
 
 
 def recommend(
@@ -59,22 +106,61 @@ def recommend(
 ) -> pa.Table:
     """The k best products of each customer (all where no id is given), fewer for one who holds nearly everything.
 
-    Returns columns user_id, rank (int32, from 1), item_id and score (float32). Products that the customer holds in
-    any part of the split are left out unless `include_held`. Raises ValueError naming unknown ids.
+    Returns rows of `SCHEMA`. Products that the customer holds in any part of the split are left out unless
+    `include_held`. Raises ValueError naming unknown ids. For many customers, or under rules: `parts`.
     """
     dataset = prepared.dataset
-    users = user_rows(dataset, ids)
-    held = dataset.interactions.slice(0, 0) if include_held else dataset.interactions
-    seen = item_sets(column(held, "user"), column(held, "item"), dataset.n_users)
-    items, scores = top_k(
-        scorer(config, prepared, state), users, seen=seen, n_items=dataset.n_items, k=k, progress=True
-    )
-    row, rank = np.nonzero(items >= 0)
-    return pa.table(
-        {
-            "user_id": dataset.users.column("user_id").take(pa.array(users[row])),
-            "rank": pa.array(rank + 1, pa.int32()),
-            "item_id": dataset.items.column("item_id").take(pa.array(items[row, rank])),
-            "score": pa.array(scores[row, rank], pa.float32()),
-        }
-    )
+    may = eligible(dataset, include_held=include_held)
+    found = parts(scorer(config, prepared, state), dataset, may, user_rows(dataset, ids), k)
+    return pa.concat_tables(part.table for part in found)
+
+
+def count_parts(n_users: int) -> int:
+    """Parts in which `parts` ranks for so many customers."""
+    return -(-n_users // PART)
+
+
+def parts(
+    scorer: Scorer,
+    dataset: Dataset,
+    may: Eligible,
+    users: Int64[np.ndarray, "V"],
+    k: int,
+    *,
+    first: int = 0,
+    devices: int | None = None,
+) -> Iterator[Part]:
+    """The k best eligible products of each customer, `PART` customers at a time, from part number `first` on.
+
+    What a part holds does not depend on the part it begins with, so that what was interrupted ends as if it had not
+    been. Only the parts that the caller keeps stay in memory.
+    """
+    ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
+    nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
+    batch = min(BATCH, -(-len(users) // len(used(devices))))  # of the last part too: a score may depend on the shape
+    n_parts = count_parts(len(users))
+    for part in range(first, n_parts):
+        own = users[part * PART : (part + 1) * PART]
+        screened = screen(
+            scorer,
+            may,
+            own,
+            seen=nothing,
+            n_items=dataset.n_items,
+            k=k,
+            batch=batch,
+            progress=f"rank, part {part + 1} of {n_parts}",
+            devices=devices,
+        )
+        yield Part(_rows(own, screened, *ids), own, screened)
+
+
+def _rows(users: Int64[np.ndarray, "V"], screened: Screened, user_ids: pa.Array, item_ids: pa.Array) -> pa.Table:
+    row, rank = np.nonzero(screened.items >= 0)
+    columns = [
+        user_ids.take(pa.array(users[row])),
+        pa.array(rank + 1, pa.int32()),
+        item_ids.take(pa.array(screened.items[row, rank])),
+        pa.array(screened.scores[row, rank], pa.float32()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
