@@ -9,18 +9,31 @@ already holds, in whichever part of the split, is left out unless --include_held
 parts: memory does not grow with the number of rankings, and after a stop the same command goes on. Parquet has the ids
 as they are; in CSV an id that a spreadsheet would take for a formula, or that begins with ', has one ' in front
 (fused_rec/data/spreadsheet.py).
+
+--explain writes reasons.jsonl beside the file: for each of its rows, in its order, the parts that sum to the score and
+the reasons in words (fused_rec/explain/reasons.py).
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 from absl import app, flags
+from tqdm import tqdm
 
 from experiments import command, start
+from fused_rec.data.arrow import pc
+from fused_rec.data.dataset import Dataset
+from fused_rec.data.spreadsheet import exact
 from fused_rec.evaluate.suitability import account
+from fused_rec.explain.ledger import Ledger, ledger
+from fused_rec.explain.reasons import record
 from fused_rec.train.export import WRITERS, export, read_rules
 from fused_rec.train.loop import read_run
 from fused_rec.train.measure import scorer
@@ -31,7 +44,41 @@ USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without th
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
 RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
+EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
+
+
+def read_ranked(out: Path) -> Iterator[pa.Table]:
+    """What was written to `out`, some rows at a time, ids as in the tables."""
+    if out.suffix == ".parquet":
+        with pyarrow.parquet.ParquetFile(out) as file:
+            for batch in file.iter_batches(columns=["user_id", "item_id"]):
+                yield pa.Table.from_batches([batch])
+        return
+    text = pyarrow.csv.ConvertOptions(column_types={"user_id": pa.string(), "item_id": pa.string()})
+    with pyarrow.csv.open_csv(out, convert_options=text) as file:
+        for batch in file:
+            yield pa.table({name: [exact(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")})
+
+
+def write_reasons(book: Ledger, dataset: Dataset, out: Path) -> Path:
+    """reasons.jsonl beside `out`, a line a row of it; there only when whole."""
+    file = out.with_name("reasons.jsonl")
+    partial = file.with_name(f".{file.name}.partial")
+    ids = {
+        name: table.column(name).combine_chunks()
+        for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
+    }
+    with partial.open("w", encoding="utf-8") as stream, tqdm(desc="explain", unit="row") as bar:
+        for table in read_ranked(out):
+            user, item = (pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id"))
+            starts = np.flatnonzero(np.diff(user, prepend=-1))
+            for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
+                for row in record(book, dataset, int(user[start]), item[start:end].tolist()):
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                bar.update(int(end - start))
+    partial.replace(file)
+    return file
 
 
 def main(argv: list[str]) -> None:
@@ -69,6 +116,8 @@ def main(argv: list[str]) -> None:
             f"and {counts['of_top']} of the {told['top']} products ranked without rules"
         )
     print(f"{told['ranked']} recommendations for {told['users'] - told['without_any']} customers in {out}")
+    if EXPLAIN.value:
+        print(f"reasons: {write_reasons(ledger(config, state.params, prepared.task), dataset, out)}")
     if told["fewer"]:
         print(f"{told['fewer']} customers have fewer than {K.value}, {told['without_any']} of them none")
 

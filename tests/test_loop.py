@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from market import differences, write_tables
 
 from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
+from fused_rec.explain.ledger import ledger, scores
+from fused_rec.explain.without import effect, without_holding
+from fused_rec.graph.build import HELD_BY, HOLDS
 from fused_rec.train import interrupt, loop
 from fused_rec.train.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
@@ -393,3 +397,56 @@ def test_a_mistyped_setting_is_named(cache, tmp_path):
     )
     assert done.returncode == 1
     assert "dimm" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_recommend_explains_every_row(cache, finished, tmp_path):
+    """The parts of each row sum to the score that is in the file, and the reasons are in words."""
+    for out in (tmp_path / "ranked.parquet", tmp_path / "ranked.csv"):
+        done = subprocess.run(
+            command("recommend", f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}", "--explain"),
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        read = pyarrow.parquet.read_table if out.suffix == ".parquet" else pyarrow.csv.read_csv
+        rows = [json.loads(line) for line in (tmp_path / "reasons.jsonl").read_text().splitlines()]
+        for row, explained in zip(read(out).to_pylist(), rows, strict=True):
+            assert (row["user_id"], row["item_id"]) == (explained["user_id"], explained["item_id"])
+            assert explained["score"] == pytest.approx(row["score"], rel=1e-4)
+            assert sum(part["value"] for part in explained["parts"]) == pytest.approx(row["score"], rel=1e-4)
+            assert {"holding", "own_words", "popularity"} <= {part["kind"] for part in explained["parts"]}
+            assert all(reason.keys() == {"code", "text"} for reason in explained["reasons"])
+            # Nobody is told of another customer.
+            assert not any("C0" in reason["text"].replace(row["user_id"], "") for reason in explained["reasons"])
+        (tmp_path / "reasons.jsonl").unlink()
+
+
+def test_without_a_holding_is_computed_anew(finished):
+    """As a model of the same parameters whose tables never had the holding would say."""
+    config, prepared, state = load(finished)
+    user, item = int(prepared.observed.user[0]), int(prepared.observed.item[0])
+    changed = without_holding(config, prepared, user, item)
+    before = dict(prepared.task.graph.relations)
+    after = dict(changed.graph.relations)
+    assert [before[relation] - after[relation] for relation in (HOLDS, HELD_BY)] == [1, 1]
+    assert changed.popularity[item] == prepared.task.popularity[item] - 1
+    assert (np.delete(changed.popularity, item) == np.delete(prepared.task.popularity, item)).all()
+    heard = changed.graph.edges(HELD_BY)
+    assert not ((heard.receivers == user) & (heard.senders == item)).any()
+    others = np.bincount(heard.senders, minlength=prepared.dataset.n_items)[heard.senders]
+    own = np.bincount(heard.receivers, minlength=prepared.dataset.n_users)[heard.receivers]
+    np.testing.assert_allclose(heard.weight, 1 / np.sqrt(others * own), rtol=1e-6)
+
+    eligible = np.ones(prepared.dataset.n_items, bool)
+    ranked = np.argsort(-scores(ledger(config, state.params, prepared.task), user), kind="stable")
+    best = int(ranked[ranked != item][0])
+    change = effect(config, state.params, prepared, user, best, item, eligible)
+    assert change.rank == 1
+    assert change.score == pytest.approx(scores(ledger(config, state.params, prepared.task), user)[best], rel=1e-5)
+    assert change.score_after == pytest.approx(scores(ledger(config, state.params, changed), user)[best], rel=1e-5)
+    assert change.score_after != change.score
+    with pytest.raises(ValueError, match="is not seen to hold item"):
+        own = prepared.observed.item[prepared.observed.user == user]
+        without_holding(config, prepared, user, int(np.setdiff1d(np.arange(prepared.dataset.n_items), own)[0]))

@@ -174,7 +174,7 @@ def _bounds(
             for relation, edge in tower.coefficients.edge.items():
                 hears, target = book.adjacencies[relation], relation.target
                 said = tower.coefficients.voice[relation] * before[relation.source]
-                heard = _over_edges(hears, edge * said[hears.senders], best, none)
+                heard = _over_edges(hears, np.asarray(edge * said[hears.senders]), best, none)
                 here[target] = best(here[target], tower.coefficients.gate[relation][level - 1] * heard)
             bounds[level].append(here)
     return bounds

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from fused_rec.config import Config
+from fused_rec.devices import AnyArray
 from fused_rec.graph.build import HELD_BY, HOLDS, both_ways
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.propagate import adjacencies
@@ -64,11 +65,11 @@ def effect(
     open_to[holding] = False
     found = []
     for task in (prepared.task, without_holding(config, prepared, user, holding)):
-        given = np.asarray(_scores(program(config), params, task, user))
+        given = np.asarray(_scores(program(config), params, task, np.array([user], np.int32)))[0]
         found += [float(given[item]), 1 + int((given[open_to] > given[item]).sum())]
     return Change(*found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(config: Config, params: PyTree, task: Task, user: int) -> jax.Array:
-    return scores_of(*embed(config, params, task), task.popularity, np.array([0]) + user)[0]
+def _scores(config: Config, params: PyTree, task: Task, users: Int32[AnyArray, "B"]) -> Float32[Array, "B I"]:
+    return scores_of(*embed(config, params, task), task.popularity, users)
