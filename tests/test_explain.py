@@ -21,9 +21,9 @@ from fused_rec.train.step import Task, embed, init
 from fused_rec.train.variants import VARIANTS, variant
 
 FUSED = Config(model=ModelConfig(dim=3, rounds=2, affinity=True, id_scale=1.0), train=TrainConfig(temperature=0.5))
+DISTINCT = {variant(FUSED, name).model: name for name in reversed(VARIANTS)}  # others differ in words or ties alone
 CONFIGS = {
-    **{name: variant(FUSED, name) for name in VARIANTS},
-    "no_popularity": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, popularity=0.0)),
+    **{name: variant(FUSED, name) for name in DISTINCT.values()},
     "no_rounds": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, rounds=0)),
     "dot": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, score="dot")),
     "no_user_rows": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, user_ids=False)),
