@@ -6,14 +6,17 @@ import itertools
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TrainConfig
+from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.explain import paths
-from fused_rec.explain.ledger import HOLDING, POPULARITY, ledger, modalities, parts, scores
+from fused_rec.explain.ledger import HOLDING, POPULARITY, Parts, ledger, modalities, parts, scores
 from fused_rec.explain.paths import Path, best_paths
+from fused_rec.explain.reasons import reasons
 from fused_rec.graph.build import HELD_BY, USER
 from fused_rec.graph.propagate import adjacencies
 from fused_rec.model.fused import holders
@@ -76,7 +79,7 @@ def test_every_holding_and_tie_has_its_part():
     book, _ = opened("fused")
     split = parts(book, 0, [3])
     named = set(zip(split.kind, split.source.tolist(), strict=True))
-    assert {(HOLDING, item) for item in (0, 1, 2)} | {("trusts", 1), ("trusts", 2)} <= named
+    assert {(HOLDING, item) for item in (0, 1, 2)} | {("tie:trusts", 1), ("tie:trusts", 2)} <= named
     assert len(named) == len(split.kind)
     assert {kind for kind, source in named if source < 0} == {"own_id", "own_words", "popularity"}
 
@@ -116,7 +119,13 @@ def test_a_part_is_linear_in_what_it_is_part_of(name):
                 coefficients = dataclasses.replace(tower.coefficients, edge=weight)
                 silenced.append(tower._replace(coefficients=coefficients))
             without = parts(book._replace(towers=silenced), user, items)
-            kind = HOLDING if relation == HELD_BY else relation.name
+            kind = (
+                HOLDING
+                if relation == HELD_BY
+                else f"tie:{relation.name}"
+                if relation.name == "trusts"
+                else relation.name
+            )
             row = list(zip(split.kind, split.source.tolist(), strict=True)).index((kind, int(hears.senders[edge])))
             expected = split.value.sum(0) - split.value[row]
             np.testing.assert_allclose(without.value.sum(0), expected, rtol=1e-6, atol=1e-9)
@@ -192,3 +201,45 @@ def test_the_search_looks_at_few_paths(monkeypatch):
     monkeypatch.setattr(paths._Search, "value", counted)
     assert len(best_paths(book, 0, 3, 1)) == 1
     assert next(reached) < len(all_paths(book, 0, 3)) / 3
+
+
+# --- reasons -------------------------------------------------------------------------------------------------------
+
+PEOPLE = pa.table({"user_id": ["u0", "u1", "u2"]})
+THINGS = pa.table({"item_id": ["i0", "i1", "i2", "i3"], "name": ["Cash", None, "Bond fund", "Gold"]})
+MARKET = Dataset("market", PEOPLE, THINGS, pa.table({}), empty_reviews(), empty_ties())
+
+
+def parts_of(*found: tuple[str, int, float]) -> Parts:
+    kinds, sources, values = zip(*found, strict=True)
+    value = np.array(values)[:, None]
+    return Parts(list(kinds), np.array(sources), value, value, 0 * value)
+
+
+def test_reasons_by_hand():
+    split = parts_of(
+        *((HOLDING, 0, 0.2), (HOLDING, 1, 0.1), (HOLDING, 2, 0.3), (HOLDING, 3, -0.1)),
+        *(
+            ("tie:referral", 1, 0.3),
+            ("tie:referral", 2, -0.1),
+            ("own_words", -1, -0.4),
+            (POPULARITY, -1, 0.29),
+            ("own_id", -1, 0.01),
+        ),
+    )
+    # In favour: holdings .5, popularity .29, referrals .2, the own id .01: 1 together.
+    assert [(reason.code, round(reason.share, 6)) for reason in reasons(MARKET, split)] == [
+        ("HOLDINGS", 0.5),
+        ("POPULAR", 0.29),
+        ("TIES", 0.2),
+    ]
+    assert [reason.text for reason in reasons(MARKET, split)] == [
+        "The customer holds Bond fund and Cash and 1 more (50% of what speaks for it).",
+        "Many customers hold it (29% of what speaks for it).",
+        "1 customer tied to this one (referral) leans towards it (20% of what speaks for it).",
+    ]
+
+
+def test_where_nothing_speaks_for_an_item():
+    [reason] = reasons(MARKET, parts_of((HOLDING, 0, -0.2), (POPULARITY, -1, 0.0)))
+    assert (reason.code, reason.share) == ("NOTHING_STANDS_OUT", 0.0)

@@ -30,7 +30,8 @@ from fused_rec.train.step import Task, embed
 TOWERS = ("main", "words")  # names of the parts of `Towers`, in the order of its results
 Rounds = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
-OWN_ID, OWN_WORDS, HOLDING, POPULARITY = "own_id", "own_words", "holding", "popularity"
+OWN_ID, OWN_WORDS, HOLDING, LIKE_MINDED, POPULARITY = "own_id", "own_words", "holding", "similar_text", "popularity"
+TIE = "tie:"  # before the names of the tables' own kinds of ties, which may be any
 
 
 class Tower(NamedTuple):
@@ -57,7 +58,8 @@ class Ledger(NamedTuple):
 class Parts(NamedTuple):
     """P parts of the scores of n items for one user. What `ids` and `words` lack of `value` began as neither.
 
-    kind: `OWN_ID`, `OWN_WORDS`, `HOLDING`, `POPULARITY`, or the name of the relation by which the user hears another.
+    kind: `OWN_ID`, `OWN_WORDS`, `HOLDING`, `LIKE_MINDED` (heard for similar words), `POPULARITY`, or `TIE` and the kind
+      of tie by which the user hears another.
     source: row of the item or user that is held or heard, -1 for the user's own and for popularity.
     """
 
@@ -152,7 +154,9 @@ def _terms(book: Ledger, tower: Tower, user: int) -> Any:
             * sum(f * h[relation.source][senders] for f, h in zip(factors, every, strict=False))
             for every in (tower.ids, tower.words)
         )
-        kind = HOLDING if relation == HELD_BY else relation.name
+        kind = (
+            HOLDING if relation == HELD_BY else relation.name if relation.name == LIKE_MINDED else TIE + relation.name
+        )
         for sender, by_ids, by_words in zip(senders.tolist(), ids, words, strict=True):
             yield (kind, sender), by_ids, by_words
 
@@ -160,7 +164,7 @@ def _terms(book: Ledger, tower: Tower, user: int) -> Any:
 def modalities(book: Ledger, user: int, item: int) -> dict[str, float]:
     """One score over how it came: the user's own id and words, popularity, and by each relation ids and words apart.
 
-    Keys such as "own_id", "holding/words", "friend/id", "popularity"; the values sum to the score.
+    Keys such as "own_id", "holding/words", "tie:friend/id", "popularity"; the values sum to the score.
     """
     split = parts(book, user, [item])
     found: dict[str, float] = {}

@@ -6,7 +6,18 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.dataset import Dataset
-from fused_rec.explain.ledger import HOLDING, OWN_ID, OWN_WORDS, POPULARITY, Ledger, Parts, parts, scores
+from fused_rec.explain.ledger import (
+    HOLDING,
+    LIKE_MINDED,
+    OWN_ID,
+    OWN_WORDS,
+    POPULARITY,
+    TIE,
+    Ledger,
+    Parts,
+    parts,
+    scores,
+)
 
 NAMED = 2  # holdings that a sentence names
 LISTED = 20  # parts that a record lists by their source; those of less weight are added up by kind
@@ -18,7 +29,7 @@ CODES = {
     HOLDING: "HOLDINGS",
     OWN_WORDS: "OWN_WORDS",
     OWN_ID: "OWN_HISTORY",
-    "similar_text": "LIKE_MINDED",
+    LIKE_MINDED: "LIKE_MINDED",
     POPULARITY: "POPULAR",
 }
 NO_REASON = "NOTHING_STANDS_OUT"
@@ -50,7 +61,7 @@ def reasons(dataset: Dataset, split: Parts, column: int = 0) -> list[Reason]:
     found = []
     for kind, part in sorted(by_kind.items(), key=lambda pair: -pair[1]):
         if part > 0 and part >= LEAST_SHARE * in_favour:
-            mine = np.array([own == kind for own in split.kind])
+            mine = np.array([own == kind for own in split.kind]) & (value > 0)
             sentence = _sentence(dataset, kind, split.source[mine], value[mine])
             text = f"{sentence} ({part / in_favour:.0%} of what speaks for it)."
             found.append(Reason(CODES.get(kind, OTHER_TIE), text, part / in_favour))
@@ -73,10 +84,12 @@ def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray
         return "It fits what the customer has chosen so far as a whole"
     if kind == POPULARITY:
         return "Many customers hold it"
-    if kind == "similar_text":
+    if kind == LIKE_MINDED:
         return "Customers who say much the same lean towards it"
-    count = len(source)
-    return f"{count} customer{'s' * (count > 1)} tied to this one ({kind}) lean{'s' * (count == 1)} towards it"
+    tie = kind.removeprefix(TIE)
+    if len(source) == 1:
+        return f"1 customer tied to this one ({tie}) leans towards it"
+    return f"{len(source)} customers tied to this one ({tie}) lean towards it"
 
 
 def record(book: Ledger, dataset: Dataset, user: int, items: list[int]) -> list[dict[str, Any]]:
