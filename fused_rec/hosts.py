@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 START_SECONDS = 300  # how long the first processes wait for the last
 HEARTBEAT_SECONDS = 20  # without a sign of life a process counts as dead, and the others stop
@@ -77,6 +77,25 @@ def said_by_first(value: Any) -> Any:
 def any_of(flag: bool) -> bool:
     """Whether any process says so."""
     return flag if alone() else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def any_where(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Where any process says so; all have as many to say."""
+    return flags if alone() else multihost_utils.process_allgather(flags).any(0)
+
+
+def share(rows: Int[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """This process's part of work that all have the same list of."""
+    return rows[jax.process_index() :: jax.process_count()]
+
+
+def shared(rows: Int[np.ndarray, "n"], done: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n D"]:
+    """What all processes made of their `share` of the rows, in the order of the rows."""
+    if alone():
+        return done
+    count = jax.process_count()
+    padded = np.pad(done, ((0, -(-len(rows) // count) - len(done)), (0, 0)))
+    return multihost_utils.process_allgather(padded).swapaxes(0, 1).reshape(-1, done.shape[1])[: len(rows)]
 
 
 def check_alike(what: str, value: str) -> None:

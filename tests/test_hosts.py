@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from market import arrays, write_tables
 
 from fused_rec import hosts
@@ -19,7 +22,7 @@ from fused_rec.train.checkpoint import Checkpoints
 ROOT = Path(__file__).parents[1]
 STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
 SETTINGS = (
-    *("model.variant=graph", "model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=100000"),
+    *("model.dim=8", "model.rounds=1", "train.eval_every=5", "train.patience=100000"),
     # Without rows of users a cosine does not see how long they are: some factors would have no gradient but rounding
     # errors, which AdamW makes as large as any other.
     "model.user_ids=True",
@@ -34,20 +37,40 @@ def tables(tmp_path_factory):
 
 
 def launch(
-    tables: Path, workdir: Path, process: int, processes: int, port: int, steps: int, devices: int = 2
+    tables: Path,
+    workdir: Path,
+    process: int,
+    processes: int,
+    port: int,
+    steps: int,
+    devices: int = 2,
+    variant: str = "graph",
 ) -> subprocess.Popen:
-    """devices: of all processes together."""
-    settings = [f"--config.{setting}" for setting in (*SETTINGS, f"train.max_steps={steps}")]
+    """devices: of all processes together. Each process has a cache of text vectors of its own."""
+    settings = [
+        f"--config.{setting}" for setting in (*SETTINGS, f"model.variant={variant}", f"train.max_steps={steps}")
+    ]
     several = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
     with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
             + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
+            env=os.environ
+            | {"HOME": str(workdir.with_name(f"{workdir.name}.{process}.home"))}
+            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
             stdout=log,
             stderr=log,
         )
+
+
+def cached(workdir: Path, process: int = 0) -> set[bytes]:
+    """Keys of the text vectors that a process has kept, each once."""
+    home = workdir.with_name(f"{workdir.name}.{process}.home")
+    shards = list(home.rglob("*.safetensors"))
+    keys = [key.tobytes() for shard in shards for key in safetensors.numpy.load_file(shard)["keys"]]
+    assert len(keys) == len(set(keys))
+    return set(keys)
 
 
 def said(workdir: Path, process: int = 0) -> str:
@@ -60,13 +83,13 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def run(tables: Path, workdir: Path, processes: int, devices: int = 2, steps: int = 10, late: float = 0) -> list[int]:
+def run(tables: Path, workdir: Path, processes: int, late: float = 0, **settings: Any) -> list[int]:
     """Exit statuses; the last process starts `late` seconds after the others."""
     port, started = free_port(), []
     for process in range(processes):
         if process == processes - 1:
             time.sleep(late)
-        started.append(launch(tables, workdir, process, processes, port, steps, devices))
+        started.append(launch(tables, workdir, process, processes, port, steps=10, **settings))
     return [process.wait(timeout=300) for process in started]
 
 
@@ -82,7 +105,7 @@ def wait_for_step(workdir: Path, started: list[subprocess.Popen]) -> None:
 @pytest.fixture(scope="module")
 def alone(tables, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    assert run(tables, workdir, 1) == [0], said(workdir)
+    assert run(tables, workdir, 1, variant="text") == [0], said(workdir)
     return workdir
 
 
@@ -101,13 +124,22 @@ def check_parameters(workdir: Path, alone: Path) -> None:
 
 
 def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
-    """One of them comes late; only the first writes. Sums of two devices are the same in any order."""
+    """One of them comes late; only the first writes. Sums of two devices are the same in any order.
+
+    Each encodes half of the texts, and has the vectors of all in its cache afterwards.
+    """
     workdir = tmp_path / "run"
-    assert run(tables, workdir, 2, late=LATE) == [0, 0], said(workdir) + said(workdir, 1)
+    assert run(tables, workdir, 2, late=LATE, variant="text") == [0, 0], said(workdir) + said(workdir, 1)
     check_metrics(workdir, alone)
     check_parameters(workdir, alone)
     assert "ndcg@10" in said(workdir)
     assert "results:" not in said(workdir, 1)
+    caches = [cached(alone), cached(workdir), cached(workdir, 1)]
+    assert len(caches[0]) > 30
+    assert caches[0] == caches[1] == caches[2]
+    encoded = [int(re.findall(r"texts encoded: .*?(\d+)/\1 ", said(workdir, process))[-1]) for process in range(2)]
+    assert sum(encoded) == len(caches[0])
+    assert abs(encoded[0] - encoded[1]) <= 1
 
 
 def test_four_processes_give_what_one_gives(tables, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
+from fused_rec import hosts
 from fused_rec.devices import put
 from fused_rec.text.bert import encode
 from fused_rec.text.cache import KEY_BYTES, read_vectors, shard_folder, write_vectors
@@ -35,6 +36,8 @@ def embed(
 ) -> Float32[np.ndarray, "T D"]:
     """One vector a text, in the order given; equal texts are encoded once.
 
+    Several processes (fused_rec.hosts) divide among them what any of them lacks, all calling this with the same texts.
+
     cache: folder to keep vectors in and take them from, None for none; below it each combination of model and
     settings has its own folder. Vectors are written every 20 s, so a run that was killed goes on where it stopped.
     batch_tokens: padded tokens that a device takes in an encoder call, at least one text. max_tokens: a text is cut
@@ -56,7 +59,8 @@ def embed(
         folder = shard_folder(cache, identity)
         keys = _keys(unique, identity)
         vectors, found = read_vectors(folder, keys, dims)
-    missing = np.flatnonzero(~found)
+    wanted = np.flatnonzero(hosts.any_where(~found))
+    missing = hosts.share(wanted)
 
     unsaved: list[np.ndarray] = []
 
@@ -81,6 +85,13 @@ def embed(
                 save()
                 saved_at = time.monotonic()
     save()
+    vectors[wanted] = hosts.shared(wanted, vectors[missing])
+    if folder is not None and not hosts.alone():
+        # What another process encoded, unless it wrote to this very folder.
+        lacking = np.setdiff1d(wanted[~found[wanted]], missing)
+        _, there = read_vectors(folder, keys[lacking], dims)
+        unsaved.append(lacking[~there])
+        save()
     return vectors if len(unique) == len(texts) else vectors[inverse]
 
 
@@ -179,7 +190,7 @@ def _encode_all(
         return
     ids = _tokenize(texts, model, limit)
     lengths = np.array([len(row) for row in ids], np.int32)
-    params, devices = put(model.params, None), jax.local_device_count()  # each process encodes what it needs itself
+    params, devices = put(model.params, None), jax.local_device_count()
     waiting: tuple[np.ndarray, jax.Array] | None = None  # the device works on the next batch while this one is read
     for batch, rows, length in _batches(lengths, batch_tokens * devices, limit):
         rows = -(-rows // devices) * devices

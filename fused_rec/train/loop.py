@@ -86,9 +86,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def _train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset, parts_of = read(config)
-    prepared = prepare(config, dataset, parts_of)
     tables = digest(dataset)
     hosts.check_alike("the digest of the tables", tables)
+    prepared = prepare(config, dataset, parts_of)
     # Only now: faults of the input leave the folder free for the command that mends them.
     if hosts.leads():
         claim(config, tables, workdir)
