@@ -11,7 +11,7 @@ as they are; in CSV an id that a spreadsheet would take for a formula, or that b
 (fused_rec/data/spreadsheet.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the parts that sum to the score and
-the reasons in words (fused_rec/explain/reasons.py).
+the reasons in words (fused_rec/explain/reasons.py). They are made when the file is whole, and not in parts.
 """
 
 import hashlib
@@ -47,6 +47,8 @@ RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITAB
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
+REASONS = "reasons.jsonl"  # one folder has the reasons of the file that was last written there
+
 
 def read_ranked(out: Path) -> Iterator[pa.Table]:
     """What was written to `out`, some rows at a time, ids as in the tables."""
@@ -55,29 +57,37 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
             for batch in file.iter_batches(columns=["user_id", "item_id"]):
                 yield pa.Table.from_batches([batch])
         return
-    text = pyarrow.csv.ConvertOptions(column_types={"user_id": pa.string(), "item_id": pa.string()})
-    with pyarrow.csv.open_csv(out, convert_options=text) as file:
+    types = {"user_id": pa.string(), "item_id": pa.string()}
+    text = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types))
+    layout = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(out, parse_options=layout, convert_options=text) as file:
         for batch in file:
             yield pa.table({name: [exact(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")})
 
 
 def write_reasons(book: Ledger, dataset: Dataset, out: Path) -> Path:
-    """reasons.jsonl beside `out`, a line a row of it; there only when whole."""
-    file = out.with_name("reasons.jsonl")
+    """`REASONS` beside `out`, a line a row of it; there only when whole."""
+    file = out.with_name(REASONS)
     partial = file.with_name(f".{file.name}.partial")
     ids = {
         name: table.column(name).combine_chunks()
         for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
     }
-    with partial.open("w", encoding="utf-8") as stream, tqdm(desc="explain", unit="row") as bar:
-        for table in read_ranked(out):
-            user, item = (pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id"))
-            starts = np.flatnonzero(np.diff(user, prepend=-1))
-            for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
-                for row in record(book, dataset, int(user[start]), item[start:end].tolist()):
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                bar.update(int(end - start))
-    partial.replace(file)
+    try:
+        with partial.open("w", encoding="utf-8") as stream, tqdm(desc="explain", unit="row") as bar:
+            for table in read_ranked(out):
+                user, item = (
+                    pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id")
+                )
+                starts = np.flatnonzero(np.diff(user, prepend=-1))
+                for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
+                    for row in record(book, dataset, int(user[start]), item[start:end].tolist()):
+                        stream.write(json.dumps(row, ensure_ascii=True) + "\n")
+                    bar.update(int(end - start))
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return file
 
 
@@ -109,6 +119,7 @@ def main(argv: list[str]) -> None:
         found = parts(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
         return ((part.table, account(part.screened, may.names)) for part in found)
 
+    out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
     told = export(out, made_of, count_parts(len(users)), ranked, command())["account"]
     for name, counts in told["rules"].items():
         print(

@@ -189,6 +189,42 @@ def test_the_best_paths_are_the_best_of_all(name, against):
             assert path.nodes[0] == (USER, user)
 
 
+def test_a_closed_gate_hides_no_other_path():
+    """Gates of exactly 0, which float32 gives far down a sigmoid, at a user who hears nobody in some relations."""
+    book, _ = opened("graph")
+    tower = book.towers[0]
+    gate = {relation: np.array(values) for relation, values in tower.coefficients.gate.items()}
+    for values in gate.values():
+        values[:, 1] = 0
+    coefficients = dataclasses.replace(tower.coefficients, gate=gate)
+    closed = book._replace(towers=[tower._replace(coefficients=coefficients)])
+    for user, item, against in itertools.product(range(7), range(6), (False, True)):
+        sign = -1 if against else 1
+        values = [value for value in all_paths(closed, user, item).values() if sign * value > 1e-9]
+        expected = sorted(values, reverse=not against)[:3]
+        found = [path.value for path in best_paths(closed, user, item, 3, against=against) if abs(path.value) > 1e-9]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_where_no_path_adds_anything_the_search_ends_at_once(monkeypatch):
+    book, _ = opened("fused")
+    towers = []
+    for tower in book.towers:
+        text_gate = {t: np.abs(gate) for t, gate in tower.coefficients.text_gate.items()}
+        coefficients = dataclasses.replace(tower.coefficients, mix=np.abs(tower.coefficients.mix), text_gate=text_gate)
+        ids, words = ([{t: -np.abs(x) for t, x in h.items()} for h in every] for every in (tower.ids, tower.words))
+        towers.append(tower._replace(coefficients=coefficients, ids=ids, words=words, items=np.abs(tower.items)))
+    reached, longer = itertools.count(), paths._Search.longer
+
+    def counted(self, *arguments):
+        next(reached)
+        return longer(self, *arguments)
+
+    monkeypatch.setattr(paths._Search, "longer", counted)
+    assert best_paths(book._replace(towers=towers), 0, 3, 5) == []
+    assert next(reached) == 1  # the user's own steps, of which none is promising
+
+
 def test_the_search_looks_at_few_paths(monkeypatch):
     """The bound is worth its trouble: far fewer nodes are reached than there are paths."""
     book, _ = opened("fused")
@@ -235,7 +271,7 @@ def test_reasons_by_hand():
     ]
     assert [reason.text for reason in reasons(MARKET, split)] == [
         "The customer holds Bond fund and Cash and 1 more (50% of what speaks for it).",
-        "Many customers hold it (29% of what speaks for it).",
+        "How many customers hold it (29% of what speaks for it).",
         "1 customer tied to this one (referral) leans towards it (20% of what speaks for it).",
     ]
 

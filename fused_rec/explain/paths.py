@@ -23,6 +23,8 @@ from fused_rec.graph.build import USER
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency
 
+NOWHERE = -1e100  # below any value, and 0 times it is 0: of infinity, a closed gate would make NaN
+
 
 class Path(NamedTuple):
     """From the user backwards: nodes[0] is the user, and steps[i] is the relation by which nodes[i] hears nodes[i + 1].
@@ -106,7 +108,7 @@ class _Search:
         return iter(sorted(found, key=lambda step: -step[0]))
 
     def paths(self) -> Iterator[Path]:
-        """Every path, from the largest value down."""
+        """Every path of positive value, from the largest down."""
         order = itertools.count()  # breaks ties, so that nothing else is compared
         heap: list[tuple] = []
 
@@ -121,7 +123,7 @@ class _Search:
                 heapq.heappush(heap, (-step[0], next(order), step, (nodes, steps, ahead)))
 
         reach(((USER, self.user),), (), self.start)
-        while heap:
+        while heap and heap[0][0] < 0:
             _, _, found, rest = heapq.heappop(heap)
             if rest is None:
                 yield found
@@ -138,7 +140,7 @@ def best_paths(book: Ledger, user: int, item: int, count: int, *, against: bool 
     against: those that take most away, the most negative first. Exact: no path is left out for being unlikely.
     """
     sign = -1 if against else 1
-    paths = itertools.takewhile(lambda path: path.value > 0, _Search(book, user, item, sign).paths())
+    paths = _Search(book, user, item, sign).paths()
     return [
         path._replace(value=sign * path.value, ids=sign * path.ids, words=sign * path.words)
         for path in itertools.islice(paths, count)
@@ -163,9 +165,9 @@ def _bounds(
 ) -> list[list[dict[str, np.ndarray]]]:
     """[round][steps left][node type]: the largest (or smallest) value of such a path on from each node.
 
-    Without the factors before the node; infinite, the wrong way, where there is no such path.
+    Without the factors before the node; `NOWHERE`, or its negative, where there is no such path.
     """
-    none = -np.inf if best is np.maximum else np.inf
+    none = NOWHERE if best is np.maximum else -NOWHERE
     bounds = [[{t: entry.ids + entry.words for t, entry in entries.items()}]]
     for level in range(1, len(tower.ids)):
         bounds.append([{t: entry.words * entry.again[level] for t, entry in entries.items()}])

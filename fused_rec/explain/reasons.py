@@ -74,8 +74,7 @@ def reasons(dataset: Dataset, split: Parts, column: int = 0) -> list[Reason]:
 
 def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray) -> str:
     if kind == HOLDING:
-        called = names(dataset.items, "item_id")
-        best = [called[row] for row in source[np.argsort(-value, kind="stable")][:NAMED]]
+        best = names(dataset.items.take(source[np.argsort(-value, kind="stable")][:NAMED]), "item_id")
         more = len(source) - len(best)
         return f"The customer holds {' and '.join(best)}" + (f" and {more} more" if more else "")
     if kind == OWN_WORDS:
@@ -83,7 +82,7 @@ def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray
     if kind == OWN_ID:
         return "It fits what the customer has chosen so far as a whole"
     if kind == POPULARITY:
-        return "Many customers hold it"
+        return "How many customers hold it"
     if kind == LIKE_MINDED:
         return "Customers who say much the same lean towards it"
     tie = kind.removeprefix(TIE)

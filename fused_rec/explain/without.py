@@ -20,7 +20,10 @@ from fused_rec.train.step import Task, embed, program
 
 
 class Change(NamedTuple):
-    """Score and rank (from 1) of an item before and after."""
+    """Score and rank (from 1) of an item before and after.
+
+    Of a customer of whom nothing else is known, and with model.popularity 0, the score after is a number of holders.
+    """
 
     score: float
     rank: int

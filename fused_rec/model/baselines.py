@@ -84,7 +84,8 @@ def counted(
     """
     weight = None
     if half_life and len(item):
-        weight = np.exp2(-np.asarray(age, np.float64) / half_life)  # the newest has age 0: the sum is at least 1
+        age = np.asarray(age, np.float64)
+        weight = np.exp2((age.min() - age) / half_life)  # the newest weighs 1, so the sum is at least that
         weight *= len(item) / weight.sum()
     return np.bincount(item, weight, minlength=n_items).astype(np.float32)
 

@@ -173,10 +173,10 @@ class FusedRec(nn.Module):
         return Coefficients(edge, voice, gate, text_gate, mix)
 
     def voice(self, name: str, graph: HeteroGraph, hears: Adjacency, sources: int) -> Float32[Array, "n"]:
-        """degree^a for each of all source nodes, degrees relative to their geometric mean; a is learned.
+        """(1 + degree)^a for each of all source nodes, over the geometric mean of 1 + degree to the a; a is learned.
 
         Edges of 1 / sqrt(degree degree) hush what many hold; where a user's words are the words of what they hold, a
-        starts from 1/2, which gives each holding the same say, else from 0.
+        starts from 1/2, which gives all holdings nearly the same say, else from 0.
         """
         told_to = graph.shards.total(jnp.diff(hears.sender_start)).astype(jnp.float32)
         if self.config.readout != "learned" or not self.config.gates:
