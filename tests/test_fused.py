@@ -370,7 +370,7 @@ def test_types_and_relations_without_members_change_nothing(config):
 def test_no_rounds_no_messages():
     config = dataclasses.replace(FUSED, rounds=0, score="dot")
     params, graph = start(config), tiny.graph()
-    assert params["mix"].tolist() == [1]
+    assert params["mix"].tolist() == [0]
     expected = (id_rows(params, t) + graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM))
     same(out(config, params), tuple(expected))
 

@@ -169,7 +169,8 @@ class FusedRec(nn.Module):
         elif config.readout == "even":
             mix = jnp.full(levels + 1, 1 / (levels + 1))
         else:
-            mix = self.param("mix", nn.initializers.constant(1 / (levels + 1)), (levels + 1,))
+            # Above 0: an item that hears nobody is its own input, whose direction a change of sign would turn round.
+            mix = jnp.exp(self.param("mix", nn.initializers.zeros, (levels + 1,))) / (levels + 1)
         return Coefficients(edge, voice, gate, text_gate, mix)
 
     def voice(self, name: str, graph: HeteroGraph, hears: Adjacency, sources: int) -> Float32[Array, "n"]:
