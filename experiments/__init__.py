@@ -14,6 +14,7 @@ from absl import app, flags
 
 from fused_rec import hosts
 from fused_rec.config import Config, from_dict
+from fused_rec.devices import keep_memory
 from fused_rec.train import interrupt
 
 
@@ -22,6 +23,7 @@ def start(main: Callable[[list[str]], None]) -> None:
 
     SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
     """
+    keep_memory()
     app.run(functools.partial(_reported, main), flags_parser=_parse)
 
 

@@ -2,10 +2,12 @@
 
 Work is divided by rows: of k devices, row v of a divided array stands on device v mod k as its row v // k. Neighbours
 in the tables, which are often alike in degree or age, so come to different devices. An array [n, ...] on its way to
-k devices is [rows, k, ...], rows = ceil(n / k), and zero where n falls short; each device sees [rows, ...].
+k devices is [k, rows, ...], rows = ceil(n / k), and zero where n falls short; each device sees [rows, ...].
 """
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,23 @@ from jaxtyping import Array, Int32, PyTree
 AnyArray = jax.Array | np.ndarray  # on a device, or on the host until a program asks for it
 
 AXIS = "devices"
-ROWS = 1  # where a divided array has its devices on the way to them: [rows, devices, ...]
+DIVIDED = 0  # where a divided array has its devices on the way to them: [devices, rows, ...]
+
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+
+
+def keep_memory() -> None:
+    """Lets the process keep what it frees, for what it asks for next; called before the first thread is started.
+
+    A step on a CPU frees its buffers and asks for the same ones again. glibc would hand them back to the system each
+    time, and to get them page by page takes up to a fourth of a step. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +79,15 @@ def used(devices: int | None) -> list[Any]:
 
 
 def places(devices: int | None) -> list[int]:
-    """Which of `used` are this process's: the places in [rows, devices, ...] that it fills and gets."""
+    """Which of `used` are this process's: the places in [devices, rows, ...] that it fills and gets."""
     return [place for place, device in enumerate(used(devices)) if device.process_index == jax.process_index()]
 
 
 def by_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
-    """[n, ...] to this process's part of [rows, devices, ...]."""
+    """[n, ...] to this process's part of [devices, rows, ...]."""
     count = len(used(devices))
     padded = np.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1))
-    return padded.reshape(-1, count, *x.shape[1:])[:, places(devices)]
+    return padded.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)[places(devices)]
 
 
 def put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:

@@ -1,5 +1,6 @@
-"""The sparse sum and its other half against dense matrices, with every derivative, on both backends."""
+"""The sparse sum and its other half against dense matrices, with every derivative, on all backends."""
 
+import shutil
 import typing
 
 import hypothesis
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
@@ -15,9 +17,9 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph import propagate
 from fused_rec.graph.hetero import Edges
-from fused_rec.graph.propagate import adjacencies, adjacency, edge_dot, neighbour_sum
+from fused_rec.graph.propagate import adjacencies, adjacency, edge_dot, fastest, neighbour_sum
 
-BACKENDS = typing.get_args(propagate.Backend)
+BACKENDS = [backend for backend in typing.get_args(propagate.Backend) if backend != "compiled" or fastest() == backend]
 
 #   sources 0   1   2   3      weights: 0 -> 0 is 2, 1 -> 0 is 3, 1 -> 2 is -1
 #           | / |              source 2 and 3 send to nobody, target 1 hears nobody
@@ -83,7 +85,34 @@ def test_both_orders_by_hand():
     assert hears.receiver_start.tolist() == [0, 2, 2, 3]
     assert hears.sender_start.tolist() == [0, 1, 3, 3, 3]
     assert hears.by_sender.tolist() == [0, 1, 2]
-    assert hears.backend == "csr"  # these tests run on a CPU
+    assert hears.told.tolist() == [0, 0, 2]
+    assert hears.backend == fastest() != "segment"  # these tests run on a CPU
+    # 1 -> 0 and 0 -> 1: by sender the second comes first
+    assert adjacency(Edges(np.array([1, 0]), np.array([0, 1]), np.ones(2, np.float32)), 2, 2).told.tolist() == [1, 0]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_kernel_is_built_where_it_can_be():
+    assert "compiled" in BACKENDS, "reinstall with: pip install -e ."
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 64, 79, 128, 209])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_width_over_many_threads(width, dtype):
+    """Rows from none to hundreds of edges, enough for every thread to have several parts; each width has its loops."""
+    rng = np.random.default_rng(width)
+    n, degrees = 700, rng.zipf(1.5, 700).clip(max=400) - 1
+    receivers = np.repeat(np.arange(n), degrees)
+    edges = Edges(rng.integers(0, n, len(receivers)), receivers, rng.normal(size=len(receivers)).astype(np.float32))
+    matrix = scipy.sparse.coo_array((edges.weight.astype(float), (receivers, edges.senders)), shape=(n, n)).tocsr()
+    x, g = (jnp.asarray(rng.normal(size=(n, width)), dtype) for _ in range(2))
+    rounding = jnp.finfo(dtype).eps / 2  # of the derivative, which has the type of x
+    for backend in BACKENDS:
+        hears = adjacency(edges, n, n, backend)
+        y, back = jax.vjp(lambda x, hears=hears: neighbour_sum(hears, hears.weight, x), x)
+        np.testing.assert_allclose(y, matrix @ np.asarray(x, float), rtol=1e-5, atol=1e-4)
+        (into,) = back(g.astype(jnp.float32))
+        np.testing.assert_allclose(into.astype(float), matrix.T @ np.asarray(g, float), rtol=rounding + 1e-5, atol=1e-4)
 
 
 def test_unsorted_edges_are_refused():
@@ -141,8 +170,9 @@ def test_any_graph_equals_its_matrix(seed, sizes, n_edges):
         results.append((neighbour_sum(hears, hears.weight, x), edge_dot(hears, y, x)))
         np.testing.assert_allclose(results[-1][0], matrix @ x, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(results[-1][1], (y @ x.T)[np.nonzero(matrix)], rtol=1e-4, atol=1e-5)
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 # --- derivatives ---------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def of_training(config: Config, **train) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
-def task_of(backend: Backend = "csr") -> Task:
+def task_of(backend: Backend | None = None) -> Task:
     """The tiny market with its holdings and nearest texts alone: more relations take only more time to compile."""
     counts = {name: tiny.COUNTS[name] for name in (USER, ITEM)}
     relations = {r: edges for r, edges in tiny.relations(tiny.words()).items() if r in (HOLDS, HELD_BY, tiny.SIMILAR)}
@@ -263,10 +263,10 @@ def test_devices_share_id_rows_and_have_the_rest_whole(devices):
     state = divide_state(whole, devices)
     for (path, leaf), original in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(whole), strict=True):
         if "id_" in jax.tree_util.keystr(path):
-            assert leaf.shape == (-(-len(original) // count), count, *original.shape[1:])
+            assert leaf.shape == (count, -(-len(original) // count), *original.shape[1:])
             for row in range(len(original)):
-                np.testing.assert_array_equal(leaf[row // count, row % count], original[row])
-            assert [shard.data.shape[1] for shard in leaf.addressable_shards] == [1] * count
+                np.testing.assert_array_equal(leaf[row % count, row // count], original[row])
+            assert [len(shard.data) for shard in leaf.addressable_shards] == [1] * count
         else:
             assert leaf.sharding.is_fully_replicated
             np.testing.assert_array_equal(leaf, original)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from protocol import Arrays, Job, answer
 
+from fused_rec.devices import keep_memory
+
 
 def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     """A training step of the variant `lightgcn`; a row of the batch is a user with one positive and one negative."""
@@ -116,4 +118,5 @@ TASKS = {
 }
 
 if __name__ == "__main__":
+    keep_memory()  # as every command does
     answer(TASKS, ("jax", "jaxlib", "flax", "optax", "numpy"))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
-from fused_rec.devices import ROWS, AnyArray, Shards, by_rows, over_devices, places, put, used
+from fused_rec.devices import DIVIDED, AnyArray, Shards, by_rows, over_devices, places, put, used
 from fused_rec.evaluate import metrics
 
 Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
@@ -191,7 +191,7 @@ def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[
     def whole(common, users, sets):
         return jax.tree.map(shards.whole, function(*common, users, *sets, **static))
 
-    return over_devices(whole, devices, in_axes=(None, ROWS, 0), out_axes=None)
+    return over_devices(whole, devices, in_axes=(None, DIVIDED, DIVIDED), out_axes=None)
 
 
 def over_batches(

@@ -1,19 +1,25 @@
 """The one sparse sum: y[v] = sum over edges (u, v) of weight[e] * x[u], with its exact derivatives.
 
-Both backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the oracle and
-what accelerators run. `csr` hands the product to jaxlib's compressed-sparse-row kernel, on a CPU 5 to 8 times
-faster; that kernel has no fast transpose, so the edges are stored twice, by receiver and by sender, and the
-derivative is the same kernel over the second order.
+All backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the oracle and what
+accelerators run. On a CPU that takes many times longer than the two others: `compiled`, the kernel of sparse_sum.cc,
+where the installation has built it, and `csr`, jaxlib's kernel for compressed sparse rows, elsewhere. Neither has a
+fast transpose, so the edges are stored twice, by receiver and by sender, and the derivative is the same kernel over
+the second order.
 
-What is summed may be narrower than float32: `segment` then gathers so much less, and `csr` widens it first. Weights,
-products and sums are float32 either way.
+What is summed may be narrower than float32: `segment` and `compiled` then fetch so much less, and `csr` widens it
+first. Weights, products and sums are float32 either way.
 """
 
+import ctypes
+import functools
+import importlib.util
+import logging
 from typing import Literal, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Array, Float, Float32, Int32
@@ -21,13 +27,35 @@ from jaxtyping import Array, Float, Float32, Int32
 from fused_rec.devices import AnyArray
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
 
-Backend = Literal["csr", "segment"]
+Backend = Literal["compiled", "csr", "segment"]
+KERNEL, TARGET = "fused_rec.graph._sparse_sum", "fused_rec_neighbour_sum"
+REBUILD = "jaxlib's own kernel, half as fast, takes its place until pip install --no-build-isolation builds it anew"
+LOG = logging.getLogger(__name__)
+
+
+@functools.cache
+def fastest() -> Backend:
+    """What sums soonest on the default device; a function of the installation."""
+    if jax.default_backend() != "cpu":
+        return "segment"
+    kernel = importlib.util.find_spec(KERNEL)
+    if kernel is None or kernel.origin is None:
+        return "csr"
+    function = getattr(ctypes.CDLL(kernel.origin), TARGET)
+    try:
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        LOG.warning("the sparse sum was built for a newer jaxlib than %s; %s: %s", jaxlib.__version__, REBUILD, error)
+        return "csr"
+    return "compiled"
 
 
 @no_type_check  # jax.pmap rebuilds its arguments with placeholders for arrays, which a checked constructor refuses
 @flax.struct.dataclass
 class Adjacency:
     """One relation, ready to be summed over. Edges ascend by receiver; `by_sender` reorders them by sender.
+
+    told: the receivers in that second order.
 
     Where several devices share the nodes, one has the edges into its own: receivers are its rows, senders stay numbers
     among all. Its edges are filled up to as many as any device has: after the last start, with weight 0, into a
@@ -39,12 +67,13 @@ class Adjacency:
     weight: Float32[AnyArray, "E"]
     receiver_start: Int32[AnyArray, "targets_plus_1"]
     by_sender: Int32[AnyArray, "E"]
+    told: Int32[AnyArray, "E"]
     sender_start: Int32[AnyArray, "sources_plus_1"]
     backend: Backend = flax.struct.field(pytree_node=False)
 
 
 def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | None = None) -> Adjacency:
-    """Sorts one relation both ways, on the host. backend None: csr on a CPU, segment elsewhere."""
+    """Sorts one relation both ways, on the host. backend None: the `fastest`."""
     senders, receivers = np.asarray(edges.senders), np.asarray(edges.receivers)
     if np.any(np.diff(receivers) < 0):
         raise ValueError("edges must ascend by receiver; take them from HeteroGraph.edges")
@@ -55,8 +84,9 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
         np.asarray(edges.weight, np.float32),
         np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32),
         order.astype(np.int32),
+        receivers[order].astype(np.int32),
         np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
-        backend or ("csr" if jax.default_backend() == "cpu" else "segment"),
+        backend or fastest(),
     )
 
 
@@ -71,13 +101,15 @@ def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
         fill = (0, longest - len(edges))
         senders, receivers = a.senders[edges], a.receivers[edges] // count
         order = np.argsort(senders, kind="stable")
+        none = n_targets // count
         parts.append(
             Adjacency(
                 np.pad(senders, fill, constant_values=n_sources),
-                np.pad(receivers, fill, constant_values=n_targets // count),
+                np.pad(receivers, fill, constant_values=none),
                 np.pad(a.weight[edges], fill),
-                np.searchsorted(receivers, np.arange(n_targets // count + 1)).astype(np.int32),
+                np.searchsorted(receivers, np.arange(none + 1)).astype(np.int32),
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
+                np.pad(receivers[order], fill, constant_values=none),
                 np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
                 a.backend,
             )
@@ -116,20 +148,35 @@ def edge_dot(
 
 
 def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
-    return _sum(adjacency.backend, adjacency.receiver_start, adjacency.receivers, adjacency.senders, weight, x)
+    a = adjacency
+    if a.backend == "segment":
+        return _segment_sum(weight, a.senders, x, a.receivers, len(a.receiver_start) - 1)
+    return _row_sum(a.backend, a.receiver_start, a.senders, None, weight, x)
 
 
 def _to_senders(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
     a, order = adjacency, adjacency.by_sender
-    return _sum(a.backend, a.sender_start, a.senders[order], a.receivers[order], weight[order], x)
+    if a.backend == "segment":
+        return _segment_sum(weight[order], a.told, x, a.senders[order], len(a.sender_start) - 1)
+    return _row_sum(a.backend, a.sender_start, a.told, order, weight, x)
 
 
-def _sum(backend: Backend, start: AnyArray, to: AnyArray, frm: AnyArray, weight: AnyArray, x: AnyArray) -> Array:
-    n_targets = len(start) - 1
-    if backend == "csr":
-        matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x)))
-        return matrix @ x.astype(jnp.float32)
+def _segment_sum(weight: AnyArray, frm: AnyArray, x: AnyArray, to: AnyArray, n_targets: int) -> Array:
     return jax.ops.segment_sum(weight[:, None] * x[frm], to, n_targets, indices_are_sorted=True)
+
+
+def _row_sum(
+    backend: Backend, start: AnyArray, frm: AnyArray, order: AnyArray | None, weight: AnyArray, x: AnyArray
+) -> Array:
+    """order: where the weights of the edges stand, None for in their own order."""
+    n_targets = len(start) - 1
+    if backend == "compiled":
+        fastest()  # registers the kernel in a process that was given its adjacency
+        call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
+        return call(start, frm, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
+    weight = weight if order is None else weight[order]
+    matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x)))
+    return matrix @ x.astype(jnp.float32)
 
 
 def _sum_forward(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> tuple[Array, tuple]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
-from fused_rec.devices import ROWS, AnyArray, Mapped, Shards, by_axis, by_rows, over_devices, places, put, used
+from fused_rec.devices import DIVIDED, AnyArray, Mapped, Shards, by_axis, by_rows, over_devices, places, put, used
 from fused_rec.graph.hetero import HeteroGraph
 from fused_rec.graph.propagate import divide
 from fused_rec.model.fused import Vectors
@@ -49,7 +49,7 @@ def mapped_step(config: Config, devices: int | None, state: TrainState, task: Ta
 def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> Mapped:
     state, task = axes(_shape_of(states)), task_axes(_shape_of(tasks))
     step = functools.partial(train_step, config)
-    return over_devices(step, devices, in_axes=(state, task, 0), out_axes=(state, None), donate=(0,))
+    return over_devices(step, devices, in_axes=(state, task, DIVIDED), out_axes=(state, None), donate=(0,))
 
 
 def _embed(config: Config, devices: int | None, params: PyTree, task: Task) -> Vectors:
@@ -70,7 +70,8 @@ def _shape_of(structure: Any) -> PyTree:
 def task_axes(task: Task) -> Task:
     """Where each array of a divided task has its devices; None: every device has it whole."""
     absent: Any = None
-    return Task(jax.tree.map(lambda _: ROWS, task.graph), jax.tree.map(lambda _: 0, task.adjacencies), absent, absent)
+    divided = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
+    return Task(*divided, absent, absent)
 
 
 def divide_task(task: Task, devices: int | None = None) -> Task:
@@ -86,9 +87,9 @@ def divide_task(task: Task, devices: int | None = None) -> Task:
 
 
 def _divide_nodes(graph: HeteroGraph, devices: int | None) -> HeteroGraph:
-    text = np.concatenate([by_rows(np.asarray(graph.text(node_type)), devices) for node_type, _ in graph.node_types])
+    texts = [by_rows(np.asarray(graph.text(node_type)), devices) for node_type, _ in graph.node_types]
     nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
-    bare = graph.graph._replace(nodes={"text": text}, **nothing)
+    bare = graph.graph._replace(nodes={"text": np.concatenate(texts, axis=1)}, **nothing)
     return dataclasses.replace(graph, graph=bare, shards=Shards(len(used(devices))))
 
 
@@ -118,7 +119,7 @@ def whole_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTr
 @functools.lru_cache(maxsize=8)
 def _gather(devices: int | None) -> Callable:
     shards = Shards(len(used(devices)))
-    return over_devices(functools.partial(jax.tree.map, shards.whole), devices, in_axes=(ROWS,), out_axes=None)
+    return over_devices(functools.partial(jax.tree.map, shards.whole), devices, in_axes=(DIVIDED,), out_axes=None)
 
 
 def split_batch(batch: Batch, devices: int | None = None) -> Batch:

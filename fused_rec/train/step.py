@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.devices import AXIS, ROWS, AnyArray, by_axis
+from fused_rec.devices import AXIS, DIVIDED, AnyArray, by_axis
 from fused_rec.graph.build import ITEM
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
@@ -74,10 +74,10 @@ def _init(config: Config, task: Task) -> TrainState:
 
 
 def axes(tree: PyTree) -> PyTree:
-    """Of a state, its parameters or their gradient: `ROWS` where devices share a leaf's rows, None elsewhere."""
+    """Of a state, its parameters or their gradient: `DIVIDED` where devices share a leaf's rows, None elsewhere."""
 
     def axis(path: tuple, _: Any) -> int | None:
-        return ROWS if any(str(getattr(key, "key", "")).startswith(ID_ROWS) for key in path) else None
+        return DIVIDED if any(str(getattr(key, "key", "")).startswith(ID_ROWS) for key in path) else None
 
     return jax.tree_util.tree_map_with_path(axis, tree)
 

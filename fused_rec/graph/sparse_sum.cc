@@ -1,0 +1,176 @@
+// y[v] = sum over the edges e of row v of weight[e] * x[from[e]], for XLA on CPUs; fused_rec/graph/propagate.py calls it.
+//
+// The time goes into fetching the rows of x, which lie anywhere: they are asked for some edges ahead, and the sum stays
+// in registers until its row is done. Each row is summed by one thread in the order of its edges, so the result does
+// not depend on how many threads there are.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+// One compilation for each generation of processors; the loader picks the one that fits.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+namespace {
+
+constexpr int64_t kAhead = 16;         // edges
+constexpr int64_t kLine = 64;          // bytes that are fetched at once
+constexpr int64_t kSmall = 1 << 15;    // multiplications that one thread does sooner than it wakes another
+constexpr int64_t kPartsOfAThread = 8;  // so that one who starts late, or has the long rows, holds nobody up
+
+struct Edges {
+  const int32_t* start;   // of each row, and the end of the last
+  const int32_t* from;    // rows of x
+  const int32_t* order;   // where the weights of the edges stand; null: in the same order
+  const float* weight;
+};
+
+inline float widened(float x) { return x; }
+
+inline float widened(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Columns c to c + kWidth of the rows first to last.
+template <int64_t kWidth, typename X>
+FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int64_t c, float* y, int64_t first,
+                                    int64_t last) {
+  const int64_t end = edges.start[last];
+  for (int64_t v = first; v < last; ++v) {
+    float sum[kWidth] = {};
+    for (int64_t e = edges.start[v]; e < edges.start[v + 1]; ++e) {
+      if (e + kAhead < end) {
+        const char* next = reinterpret_cast<const char*>(x + edges.from[e + kAhead] * width + c);
+        for (int64_t byte = 0; byte < static_cast<int64_t>(kWidth * sizeof(X)); byte += kLine) {
+          __builtin_prefetch(next + byte);
+        }
+      }
+      const float weight = edges.weight[edges.order ? edges.order[e] : e];
+      const X* row = x + edges.from[e] * width + c;
+      for (int64_t i = 0; i < kWidth; ++i) sum[i] += weight * widened(row[i]);
+    }
+    std::memcpy(y + v * width + c, sum, sizeof sum);
+  }
+}
+
+template <typename X>
+void sum_rows(Edges edges, const X* x, int64_t width, float* y, int64_t first, int64_t last) {
+  int64_t c = 0;
+  for (; c + 128 <= width; c += 128) sum_columns<128>(edges, x, width, c, y, first, last);
+  for (; c + 64 <= width; c += 64) sum_columns<64>(edges, x, width, c, y, first, last);
+  for (; c + 16 <= width; c += 16) sum_columns<16>(edges, x, width, c, y, first, last);
+  for (; c < width; ++c) sum_columns<1>(edges, x, width, c, y, first, last);
+}
+
+// The parts of one call. Threads of the pool take them one by one, and so does the caller, who therefore waits only for
+// parts that somebody is at work on: a pool that is busy elsewhere delays nothing.
+struct Parts {
+  std::atomic<int64_t> taken{0}, done{0};
+  std::mutex mutex;
+  std::condition_variable all_done;
+};
+
+// Where part number p of `parts` begins: rows and edges before it are p / parts of all.
+int64_t beginning(const int32_t* start, int64_t rows, int64_t p, int64_t parts) {
+  const int64_t before = (start[rows] + rows) * p / parts;
+  int64_t low = 0, high = rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (start[middle] + middle < before) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+// Asks for large pages, where the system gives them on request: rows that lie anywhere are then found sooner, and the
+// system is asked for memory less often.
+void on_large_pages(float* y, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(y) + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it works without, too
+#endif
+}
+
+template <typename X>
+void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t width, float* y) {
+  const int64_t work = (edges.start[rows] + rows) * width;
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), work / kSmall));
+  const int64_t count = threads == 1 ? 1 : threads * kPartsOfAThread;
+  on_large_pages(y, rows * width * sizeof(float));
+  auto parts = std::make_shared<Parts>();
+  auto take = [=] {
+    for (int64_t p; (p = parts->taken.fetch_add(1)) < count;) {
+      sum_rows(edges, x, width, y, beginning(edges.start, rows, p, count),
+               p + 1 == count ? rows : beginning(edges.start, rows, p + 1, count));
+      if (parts->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(parts->mutex);
+        parts->all_done.notify_one();
+      }
+    }
+  };
+  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(std::function<void()>(take));
+  take();
+  std::unique_lock<std::mutex> lock(parts->mutex);
+  parts->all_done.wait(lock, [&] { return parts->done.load() == count; });
+}
+
+ffi::Error neighbour_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
+                         ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = y->dimensions(), of_x = x.dimensions();
+  if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1]) {
+    return ffi::Error::InvalidArgument("x and y must be matrices of one width");
+  }
+  if (static_cast<int64_t>(start.element_count()) != shape[0] + 1) {
+    return ffi::Error::InvalidArgument("start must have one number more than y has rows");
+  }
+  if (from.element_count() != weight.element_count()) {
+    return ffi::Error::InvalidArgument("there must be one weight for each edge");
+  }
+  const int32_t* by = order.element_count() ? order.typed_data() : nullptr;
+  const Edges edges{start.typed_data(), from.typed_data(), by, weight.typed_data()};
+  switch (x.element_type()) {
+    case ffi::F32:
+      sum(pool, edges, x.typed_data<float>(), shape[0], shape[1], y->typed_data());
+      return ffi::Error::Success();
+    case ffi::BF16:
+      sum(pool, edges, static_cast<const uint16_t*>(x.untyped_data()), shape[0], shape[1], y->typed_data());
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
+  }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbour_sum, neighbour_sum,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
