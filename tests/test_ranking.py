@@ -9,7 +9,7 @@ import pytest
 from ir_measures import AP, RR, P, R, Success, nDCG
 from jax.tree_util import Partial
 
-from fused_rec.evaluate.ranking import Sets, evaluate, item_sets, mean, top_k
+from fused_rec.evaluate.ranking import Sets, catalogue, evaluate, item_sets, mean, top_k
 
 
 def _lookup(table, users):
@@ -161,7 +161,7 @@ def test_equals_ir_measures(rounded):
         seed=seed,
     )
 
-    place = np.argsort(np.random.default_rng(seed).permutation(n_items))  # the documented order of equal scores
+    place = np.argsort(catalogue(n_items, None, seed)[1].items(n_items))
     run, judged = [], []
     for user in range(n_users):
         open_to = np.flatnonzero(kind[user] != 2)
@@ -175,6 +175,24 @@ def test_equals_ir_measures(rounded):
     for name, measure in measures.items():
         want = [expected[measure, user] for user in per_user.users]
         np.testing.assert_allclose(per_user.metrics[name], want, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("n_items", [1, 19, 20, 81, 700, 2003])
+@pytest.mark.parametrize("k", [1, 7, 60, 2500])
+def test_the_best_columns_hold_the_best_items(n_items, k):
+    """Against a full sort, with few distinct scores, some users' lists shorter than k and one user's empty."""
+    rng = np.random.default_rng(n_items)
+    table = rng.integers(0, 9, (12, n_items)) * 1.0
+    kind = rng.random((12, n_items)) < np.linspace(0, 1, 12)[:, None]
+    items, scores = top_k(scorer_of(table), np.arange(12), seen=sets_where(kind), n_items=n_items, k=k)
+    in_order = catalogue(n_items, None, 0)[1].items(n_items)
+    assert sorted(in_order) == list(range(n_items))
+    place = np.argsort(in_order)
+    for user in range(12):
+        open_to = np.flatnonzero(~kind[user])
+        want = open_to[np.lexsort((place[open_to], -table[user, open_to]))][:k]
+        assert items[user].tolist() == [*want, *[-1] * (k - len(want))]
+        assert scores[user].tolist() == [*table[user, want], *[-np.inf] * (k - len(want))]
 
 
 def test_masks_hold_for_every_user():

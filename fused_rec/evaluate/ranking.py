@@ -28,6 +28,7 @@ alive, arrays included, by JAX's compilation cache.
 
 BATCH = 256  # users a device; 256 x 40,981 scores are 42 MB, and about five such arrays live at once
 TOP = 10  # ranks that coverage and novelty look at
+FEW = 20  # ranks that are asked for most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,23 @@ def mean(per_user: PerUser) -> dict[str, float]:
     return means | dict(per_user.aggregate)
 
 
+class Order(NamedTuple):
+    """How equal scores are ordered: by columns, as they stand here, and inside a column by rows, as they stand here.
+
+    Item i stands in row i // C and column i % C. Numbers often follow popularity or time: items of one column lie far
+    apart in them, and which column comes first is drawn.
+    """
+
+    columns: Int32[AnyArray, "C"]
+    rows: Int32[AnyArray, "R"]
+
+    def items(self, n_items: int) -> Int32[np.ndarray, "I"]:
+        """All items in this order."""
+        columns, rows = np.asarray(self.columns), np.asarray(self.rows)
+        every = (columns[:, None] + len(columns) * rows).ravel()
+        return every[every < n_items]
+
+
 class Rows(NamedTuple):
     """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
 
@@ -156,15 +174,21 @@ def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> tuple[Floa
 
 
 def best(
-    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: Int32[Array, "I"], k: int
+    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "Order", k: int
 ) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
-    """The k best eligible items and their scores, -1 and -inf where there are fewer, inside a compiled program."""
+    """The k best eligible items and their scores, -1 and -inf where there are fewer, inside a compiled program.
 
-    def of_row(row, open_to):
-        return jax.lax.top_k(jnp.where(open_to, row, -jnp.inf)[order], min(k, len(order)))
-
-    top, position = metrics.map_rows(of_row, scores, eligible)
-    items = jnp.where(top == -jnp.inf, -1, order[position])
+    The best score of each column of `order` comes first: no item outside the k best columns is among the k best.
+    """
+    n_columns, n_rows = len(order.columns), len(order.rows)
+    there = jnp.where(eligible, scores, -jnp.inf)
+    there = jnp.pad(there, ((0, 0), (0, n_rows * n_columns - scores.shape[1])), constant_values=-jnp.inf)
+    of_columns = there.reshape(-1, n_rows, n_columns).max(1)[:, order.columns]
+    _, places = jax.lax.top_k(of_columns, min(k, n_columns))
+    columns = order.columns[jnp.sort(places, axis=1)]  # sorted: equal scores stand in the order of their columns
+    candidates = (columns[:, :, None] + n_columns * order.rows[None, None, :]).reshape(len(scores), -1)
+    top, places = jax.lax.top_k(jnp.take_along_axis(there, candidates, axis=1), min(k, candidates.shape[1]))
+    items = jnp.where(top == -jnp.inf, -1, jnp.take_along_axis(candidates, places, axis=1))
     short = ((0, 0), (0, k - items.shape[1]))
     return jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
 
@@ -254,7 +278,7 @@ def top_k(
 ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
     """The k best unseen candidates of each user, best first, and their scores.
 
-    Equal scores are ordered by one permutation of the items drawn from `seed`: `lax.top_k` alone would prefer low
+    Equal scores stand in one `Order` of the items, drawn from `seed`: `lax.top_k` alone would prefer low
     ids, which often follow popularity or time, and a constant scorer would look better than chance.
 
     Args:
@@ -266,7 +290,7 @@ def top_k(
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom.
         batch: users that a device scores together. The last batch is padded, so one compilation serves all.
-        seed: of the permutation that orders equal scores.
+        seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.
 
@@ -332,7 +356,7 @@ def evaluate(
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom. A held-out item that is not counts as missed.
         batch: users that a device scores together. The last batch is padded, so one compilation serves all.
-        seed: of the permutation that orders equal scores.
+        seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.
 
@@ -385,15 +409,17 @@ def as_argument(scorer: Scorer) -> jax.tree_util.Partial:
     return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
 
 
-def catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], Int32[Array, "I"]]:
+def catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], Order]:
     """Which items are candidates, and the order in which equal scores stand."""
     allowed = np.full(n_items, candidates is None)
     if candidates is not None:
         if len(candidates) == 0 or candidates.min() < 0 or candidates.max() >= n_items:
             raise ValueError(f"candidates must be one or more items in 0..{n_items - 1}; got {candidates}")
         allowed[candidates] = True
-    order = np.random.default_rng(seed).permutation(n_items)
-    return jnp.asarray(allowed), jnp.asarray(order, jnp.int32)
+    drawn = np.random.default_rng(seed)
+    n_rows = max(1, math.isqrt(n_items // FEW))  # makes finding FEW columns as quick as finding FEW items in them
+    columns, rows = drawn.permutation(-(-n_items // n_rows)), drawn.permutation(n_rows)
+    return jnp.asarray(allowed), Order(jnp.asarray(columns, jnp.int32), jnp.asarray(rows, jnp.int32))
 
 
 def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None) -> Int32[np.ndarray, "M B"]:
