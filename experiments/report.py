@@ -14,7 +14,7 @@ from absl import app, flags
 
 from experiments import start
 from fused_rec.explain.facts import Facts, compared, counts, measure_models, recommended, sample, sliced
-from fused_rec.explain.report import LARGEST, page
+from fused_rec.explain.report import page
 from fused_rec.train.curves import read_curves
 from fused_rec.train.export import read_rules
 from fused_rec.train.loop import read_results, read_run
@@ -72,21 +72,18 @@ def write_report(workdir: Path, out: Path) -> None:
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
     facts = Facts(
         results,
-        counts(prepared),
-        digests | ({"rules": rules_digest} if rules_digest else {}),
-        PART.value,
-        models,
-        tuple(read_curves(workdir / "choose")),
-        slices,
-        found,
-        recommended(config, prepared, state, may, users, K.value),
-        sampled=not USERS.value,
+        counts=counts(prepared),
+        digests=digests | ({"rules": rules_digest} if rules_digest else {}),
+        part=PART.value,
+        models=models,
+        curve=tuple(read_curves(workdir / "choose")),
+        slices=slices,
+        rules=found,
+        customers=recommended(config, prepared, state, may, users, K.value),
+        chosen="as named" if USERS.value else "drawn at random",
     )
-    content = page(facts).encode()
-    if len(content) > LARGEST:
-        raise ValueError(f"the page has {len(content):,} bytes, at most {LARGEST:,}; ask for fewer customers or products")
-    write_file(out, content)
-    print(f"{out}: open it in a browser ({len(content) / 1e6:.1f} MB)")
+    write_file(out, page(facts).encode())
+    print(f"page: {out}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,10 @@ class Customer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Everything on the page. results: of `results.json`. rules: of `measure.measure_rules`, None without rules."""
+    """Everything on the page. results: of `results.json`. rules: of `measure.measure_rules`, None without rules.
+
+    chosen: how the customers were, as in "5 customers, drawn at random".
+    """
 
     results: Mapping[str, Any]
     counts: Mapping[str, int]
@@ -123,7 +126,7 @@ class Facts:
     slices: tuple[Sliced, ...]
     rules: Mapping[str, Any] | None
     customers: tuple[Customer, ...]
-    sampled: bool  # and not named
+    chosen: str
 
 
 Words = Callable[[int, int], tuple[Passage, ...]]

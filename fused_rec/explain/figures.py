@@ -13,8 +13,9 @@ from fused_rec.explain.markup import Element, append, cut, element
 WIDTH = 336
 LETTER = 6.3  # width of a letter of 12 units, on average
 LANE = 112  # of one path
-LABEL = 17  # letters a line of a node's label
-LEVEL = 104  # from one node of a path down to the next
+LABEL = 15  # letters a line of a node's label
+LEVEL = 108  # from one node of a path down to the next
+MEET = 70  # below a node: where it is told how the path goes on to the product
 
 
 class Bar(NamedTuple):
@@ -83,7 +84,9 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
     return svg
 
 
-def curve(name: str, title: str, points: Sequence[tuple[float, float | None]], unit: str, best: float | None) -> Element:
+def curve(
+    name: str, title: str, points: Sequence[tuple[float, float | None]], unit: str, best: float | None
+) -> Element:
     """A line over training steps; `best` marks one of them. A point without a value is a gap."""
     left, right, top, height = 48, 14, 12, 150
     known = [(step, value) for step, value in points if value is not None and _known(value)]
@@ -105,14 +108,18 @@ def curve(name: str, title: str, points: Sequence[tuple[float, float | None]], u
         svg.append(element("text", f"{tick:g}", class_="axis end", x=left - 6, y=y + 4))
     for tick in across:
         svg.append(element("text", f"{tick:g}", class_="axis middle", x=at(tick, 0)[0], y=top + height + 16))
-    svg.append(element("text", "training step", class_="axis middle", x=(left + WIDTH - right) / 2, y=top + height + 31))
+    svg.append(
+        element("text", "training step", class_="axis middle", x=(left + WIDTH - right) / 2, y=top + height + 31)
+    )
     if best is not None:
         x = at(best, 0)[0]
         svg.append(element("line", class_="best", x1=x, x2=x, y1=top, y2=top + height))
         here = x > WIDTH / 2
         side = "end" if here else None
         label = f"chosen: step {best:g}"
-        svg.append(element("text", label, class_=f"axis halo {side or ''}".strip(), x=x + (-5 if here else 5), y=top + 9))
+        svg.append(
+            element("text", label, class_=f"axis halo {side or ''}".strip(), x=x + (-5 if here else 5), y=top + 9)
+        )
     parts, drawing = [], False
     for step, value in points:
         if value is None or not _known(value):
@@ -138,7 +145,7 @@ def ways(name: str, title: str, found: Sequence[Way], goal: str) -> Element:
     depth = max(len(way.steps) for way in ordered)
     edge = (WIDTH - LANE * len(ordered)) / 2
     lane = {place: edge + LANE * (place + 0.5) for place in range(len(ordered))}
-    top, end = 26, 26 + LEVEL * depth
+    top, end = 26, 26 + LEVEL * depth + 16
     widest = max(way.value for way in ordered)
     middle = WIDTH / 2
     svg = _figure(name, title, " ".join(map(in_words, found)), end + 52)
@@ -160,18 +167,15 @@ def ways(name: str, title: str, found: Sequence[Way], goal: str) -> Element:
             lines.append(_line(above, y, x(prefix), y + LEVEL, value / widest, alike=False))
     for place, way in enumerate(ordered):
         prefix = tuple(step.key for step in way.steps)
-        y, share = top + LEVEL * (len(prefix) - 1), way.value / widest
-        down = lane[place]
-        if y + LEVEL < end:  # past the levels of longer paths, in its own lane
-            lines.append(_line(x(prefix), y, down, y + LEVEL, share, way.alike))
-            lines.append(_straight(down, y + LEVEL, end - LEVEL, share, way.alike))
-            lines.append(_line(down, end - LEVEL, middle, end, share, way.alike))
-        else:
-            lines.append(_line(x(prefix), y, middle, end, share, way.alike))
-        at = y + LEVEL / 2 + 14 if y + LEVEL >= end else y + LEVEL
-        spot = (x(prefix) + middle) / 2 if y + LEVEL >= end else down
-        spot = min(max(spot, 50.0), WIDTH - 50.0) if len(ordered) > 1 else middle
-        labels.append(_written([way.by, f"+{way.value:.3f}"], spot, at, "axis middle halo"))
+        y, share, down = top + LEVEL * (len(prefix) - 1), way.value / widest, lane[place]
+        last = top + LEVEL * (depth - 1) + MEET  # from here on the lanes run together
+        if len(prefix) > 1 or len(ordered) == 1:
+            down = x(prefix) if len(members[prefix]) == 1 else down
+        lines.append(_line(x(prefix), y, down, min(y + MEET, last), share, way.alike))
+        if y + MEET < last:
+            lines.append(_straight(down, y + MEET, last, share, way.alike))
+        lines.append(_line(down, last, middle, end, share, way.alike))
+        labels.append(_written([way.by, f"+{way.value:.3f}"], down, y + MEET, "axis middle halo"))
     for line in lines:
         svg.append(line)
     for prefix, own in members.items():
@@ -181,7 +185,7 @@ def ways(name: str, title: str, found: Sequence[Way], goal: str) -> Element:
         node = element("g", element("title", f"{step.by}: {step.label}" if step.by else step.label))
         node.append(element("circle", class_="node", cx=here, cy=y, r=7))
         if step.by:
-            node.append(element("text", cut(step.by, LABEL + 1), class_="axis middle halo", x=here, y=y - 15))
+            node.append(element("text", cut(step.by, LABEL + 3), class_="axis middle halo", x=here, y=y - 15))
             node.append(_written(_lines(step.label, LABEL, 3), here, y + 21, "middle halo"))
         else:
             node.append(element("text", cut(step.label, 40), class_="middle strong", x=here, y=y - 13))
@@ -189,7 +193,7 @@ def ways(name: str, title: str, found: Sequence[Way], goal: str) -> Element:
     for label in labels:
         svg.append(label)
     node = element("g", element("title", goal), element("circle", class_="node goal", cx=middle, cy=end, r=8))
-    node.append(_written(_lines(goal, 48, 2), middle, end + 24, "middle strong halo"))
+    node.append(_written(_lines(goal, 42, 2), middle, end + 24, "middle strong halo"))
     svg.append(node)
     return svg
 
@@ -238,7 +242,7 @@ def _straight(x: float, y: float, to_y: float, share: float, alike: bool) -> Ele
 
 
 def _stroke(d: str, share: float, alike: bool) -> Element:
-    return element("path", class_="way alike" if alike else "way", d=d, stroke_width=2 + 6 * min(share, 1.0))
+    return element("path", class_="way alike" if alike else "way", d=d, stroke_width=1.5 + 4.5 * min(share, 1.0))
 
 
 def _written(lines: Sequence[str], x: float, y: float, kind: str) -> Element:

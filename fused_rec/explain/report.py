@@ -27,7 +27,10 @@ DEGREES = 4  # of highlighting
 
 
 def page(facts: Facts) -> str:
-    """The whole page, light or dark as the reader's system asks for."""
+    """The whole page, light or dark as the reader's system asks for.
+
+    Raises ValueError where it would have more than `LARGEST` bytes.
+    """
     name, variant = facts.results["dataset"], facts.results["variant"]
     sections = [
         ("quality", "How well it ranks", _quality(facts)),
@@ -68,13 +71,14 @@ def page(facts: Facts) -> str:
         element("title", f"{cut(name, NAME)}: {variant} model"),
         element("style", stylesheet()),
     )
-    return document(element("html", head, body, lang="en"))
+    made = document(element("html", head, body, lang="en"))
+    if (size := len(made.encode())) > LARGEST:
+        raise ValueError(f"the page has {size:,} bytes, at most {LARGEST:,}; ask for fewer customers or products")
+    return made
 
 
 def _section(key: str, title: str, content: Sequence[Element]) -> Element:
-    return element(
-        "section", element("h2", title, id=f"{key}-title"), *content, id=key, aria_labelledby=f"{key}-title"
-    )
+    return element("section", element("h2", title, id=f"{key}-title"), *content, id=key, aria_labelledby=f"{key}-title")
 
 
 def _versions(results: Mapping[str, Any]) -> list[str]:
@@ -255,7 +259,9 @@ def _suitability(facts: Facts) -> list[Element]:
             "figure",
             element("h3", cost_title),
             bars("costs", cost_title, costs, "NDCG@10"),
-            element("figcaption", "What the metric gains without the rule. A held-out product that is refused is missed."),
+            element(
+                "figcaption", "What the metric gains without the rule. A held-out product that is refused is missed."
+            ),
         ),
     ]
     header = ["Rule", "Excludes", "Alone", "Of the first without rules"]
@@ -287,9 +293,8 @@ def _nan(value: float | None) -> float:
 def _customers(facts: Facts) -> list[Element]:
     if not facts.customers:
         return [element("p", "No customer was asked for.")]
-    how = "drawn at random" if facts.sampled else "as named"
     note = (
-        f"{len(facts.customers)} customers, {how}. Of each product: why, split exactly; the three paths that add most to "
+        f"{_count(len(facts.customers), 'customer')}, {facts.chosen}. Of each product: why, split exactly; the three paths that add most to "
         "its score, the wider the more; other customers stay unnamed."
     )
     shown = [_customer(place, customer) for place, customer in enumerate(facts.customers)]
@@ -298,7 +303,9 @@ def _customers(facts: Facts) -> list[Element]:
 
 def _customer(place: int, customer: Customer) -> Element:
     title = "Customer " + customer.user_id
-    known = element("span", " ", element("bdi", cut(customer.name, NAME))) if customer.name != customer.user_id else None
+    known = (
+        element("span", " ", element("bdi", cut(customer.name, NAME))) if customer.name != customer.user_id else None
+    )
     told = f" holds {_count(len(customer.holds), 'product')}, {_count(customer.ties, 'tie')}"
     more = len(customer.holds) - HOLDINGS
     chips = [element("li", element("bdi", cut(name, NAME))) for name in customer.holds[:HOLDINGS]]
@@ -349,7 +356,7 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
             "figure",
             element("h5", "The paths that add most"),
             ways(f"ways-{key}", title, found, cut(item.name, NAME)),
-            element("figcaption", "Solid: over the graph. Dotted: by likeness to the product."),
+            element("figcaption", "Solid: over the graph. Dashed: by likeness to the product."),
             _closed("The paths in words", spoken),
         )
         append(content, figure)

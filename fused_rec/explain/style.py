@@ -116,8 +116,8 @@ svg .own { fill: var(--own); } svg .other { fill: var(--other); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 svg .line { stroke: var(--own); stroke-width: 2; fill: none; stroke-linejoin: round; }
 svg .best { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; }
-svg .way { stroke: var(--own); fill: none; stroke-linecap: round; opacity: .75; }
-svg .way.alike { stroke: var(--other); stroke-dasharray: 1 7; }
+svg .way { stroke: var(--own); fill: none; }
+svg .way.alike { stroke: var(--other); stroke-dasharray: 7 4; }
 svg .node { fill: var(--card); stroke: var(--own); stroke-width: 2.5; }
 svg .node.goal { fill: var(--own); }
 .scroll { overflow-x: auto; margin: 8px 0 16px; }
