@@ -84,10 +84,8 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
     return svg
 
 
-def curve(
-    name: str, title: str, points: Sequence[tuple[float, float | None]], unit: str, best: float | None
-) -> Element:
-    """A line over training steps; `best` marks one of them. A point without a value is a gap."""
+def curve(name: str, title: str, points: Sequence[tuple[float, float | None]], unit: str, best: float) -> Element:
+    """A line over training steps; `best` is the one that was chosen. A point without a value is a gap."""
     left, right, top, height = 48, 14, 12, 150
     known = [(step, value) for step, value in points if value is not None and _known(value)]
     values = [value for _, value in known] or [0.0]
@@ -100,7 +98,7 @@ def curve(
 
     last = f"{_number(known[-1][1])} at step {known[-1][0]:g}" if known else "no value"
     said = f"{unit} over {len(known)} evaluations: from {_number(values[0])} to {last}, between {_number(min(values))} "
-    said += f"and {_number(max(values))}." + ("" if best is None else f" The step that was chosen is {best:g}.")
+    said += f"and {_number(max(values))}. The step that was chosen is {best:g}."
     svg = _figure(name, title, said, top + height + 34)
     for tick in up:
         _, y = at(0, tick)
@@ -111,15 +109,10 @@ def curve(
     svg.append(
         element("text", "training step", class_="axis middle", x=(left + WIDTH - right) / 2, y=top + height + 31)
     )
-    if best is not None:
-        x = at(best, 0)[0]
-        svg.append(element("line", class_="best", x1=x, x2=x, y1=top, y2=top + height))
-        here = x > WIDTH / 2
-        side = "end" if here else None
-        label = f"chosen: step {best:g}"
-        svg.append(
-            element("text", label, class_=f"axis halo {side or ''}".strip(), x=x + (-5 if here else 5), y=top + 9)
-        )
+    x = at(best, 0)[0]
+    svg.append(element("line", class_="best", x1=x, x2=x, y1=top, y2=top + height))
+    aside = {"class_": "axis halo end", "x": x - 5} if x > WIDTH / 2 else {"class_": "axis halo", "x": x + 5}
+    svg.append(element("text", f"chosen: step {best:g}", y=top + 9, **aside))
     parts, drawing = [], False
     for step, value in points:
         if value is None or not _known(value):

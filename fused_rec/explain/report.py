@@ -259,9 +259,7 @@ def _suitability(facts: Facts) -> list[Element]:
             "figure",
             element("h3", cost_title),
             bars("costs", cost_title, costs, "NDCG@10"),
-            element(
-                "figcaption", "What the metric gains without the rule. A held-out product that is refused is missed."
-            ),
+            element("figcaption", "What the metric gains without it. A held-out product that is refused is missed."),
         ),
     ]
     header = ["Rule", "Excludes", "Alone", "Of the first without rules"]
@@ -294,8 +292,8 @@ def _customers(facts: Facts) -> list[Element]:
     if not facts.customers:
         return [element("p", "No customer was asked for.")]
     note = (
-        f"{_count(len(facts.customers), 'customer')}, {facts.chosen}. Of each product: why, split exactly; the three paths that add most to "
-        "its score, the wider the more; other customers stay unnamed."
+        f"{_count(len(facts.customers), 'customer')}, {facts.chosen}. Of each product: why, split exactly; the three "
+        "paths that add most to its score, the wider the more; other customers stay unnamed."
     )
     shown = [_customer(place, customer) for place, customer in enumerate(facts.customers)]
     return [element("p", note, class_="muted"), *shown]
