@@ -15,8 +15,9 @@ from experiments.configs.synthetic import get_config
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluate.compare import table
 from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.explain.facts import Customer, Facts, compared, counts, recommended, sample, sliced
+from fused_rec.explain.facts import Customer, Facts, compared, recommended, sample, sliced
 from fused_rec.explain.report import page
+from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
 from fused_rec.train.loop import TEST_USERS, read_results, read_run, read_users, train
 from fused_rec.train.measure import baseline, choose_settings, measure_users
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
 
     facts = Facts(
         read_results(workdir / "fused"),
-        counts=counts(prepared),
+        counts=counts(prepared.dataset, prepared.split),
         digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
         part="test",
         models=compared(measured, VARIANTS["fused"]),

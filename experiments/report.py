@@ -13,8 +13,9 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import start
-from fused_rec.explain.facts import Facts, compared, counts, measure_models, recommended, sample, sliced
+from fused_rec.explain.facts import Facts, compared, measure_models, recommended, sample, sliced
 from fused_rec.explain.report import page
+from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
 from fused_rec.train.export import read_rules
 from fused_rec.train.loop import read_results, read_run
@@ -72,7 +73,7 @@ def write_report(workdir: Path, out: Path) -> None:
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
     facts = Facts(
         results,
-        counts=counts(prepared),
+        counts=counts(prepared.dataset, prepared.split),
         digests=digests | ({"rules": rules_digest} if rules_digest else {}),
         part=PART.value,
         models=models,

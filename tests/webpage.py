@@ -56,12 +56,24 @@ class Page(html.parser.HTMLParser):
         self.faults.append(f"comment {data!r}")
 
     def _check(self, tag, given):
-        if tag in {"script", "iframe", "object", "embed", "link", "img", "form", "base", "use", "image", "foreignobject"}:
+        if tag in {
+            "script",
+            "iframe",
+            "object",
+            "embed",
+            "link",
+            "img",
+            "form",
+            "base",
+            "use",
+            "image",
+            "foreignobject",
+        }:
             self.faults.append(f"<{tag}>")
         for name, value in given.items():
             if name.startswith("on") or name in {"src", "srcset", "action", "xlink:href", "srcdoc"}:
                 self.faults.append(f"{name} of <{tag}>")
-            if name == "href" and not (value or "").removeprefix("#") in self.ids:
+            if name == "href" and (value or "").removeprefix("#") not in self.ids:
                 self.faults.append(f"href {value} leads nowhere on the page")
             if name == "style" and not re.fullmatch(r"width:\d+(\.\d+)?%", value or ""):
                 self.faults.append(f"style {value}")
@@ -76,7 +88,9 @@ class Page(html.parser.HTMLParser):
         return [text for (own, _), text in zip(self.elements, self.texts, strict=True) if own == tag]
 
 
-def browse(file: Path, *flags: str, width: int = 1280, scheme: int = LIGHT, profile: Path) -> subprocess.CompletedProcess:
+def browse(
+    file: Path, *flags: str, width: int = 1280, scheme: int = LIGHT, profile: Path
+) -> subprocess.CompletedProcess:
     """Opens a file in a browser without a window, which writes what `flags` ask for. stderr has its console."""
     assert BROWSER is not None
     command = [

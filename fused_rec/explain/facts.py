@@ -112,9 +112,10 @@ class Customer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Everything on the page. results: of `results.json`. rules: of `measure.measure_rules`, None without rules.
+    """Everything on the page.
 
-    chosen: how the customers were, as in "5 customers, drawn at random".
+    results: of `results.json`. curve: lines of `train.curves.read_curves`. rules: of `train.measure.measure_rules`,
+    None without rules. chosen: how the customers were, as in "5 customers, drawn at random".
     """
 
     results: Mapping[str, Any]
@@ -122,7 +123,7 @@ class Facts:
     digests: Mapping[str, str]
     part: str
     models: tuple[Model, ...]
-    curve: tuple[Mapping[str, float | None], ...]
+    curve: tuple[Mapping[str, Any], ...]
     slices: tuple[Sliced, ...]
     rules: Mapping[str, Any] | None
     customers: tuple[Customer, ...]
@@ -130,18 +131,6 @@ class Facts:
 
 
 Words = Callable[[int, int], tuple[Passage, ...]]
-
-
-def counts(prepared: Prepared) -> dict[str, int]:
-    """How much there is of what, by its name on the page."""
-    dataset, parts_of = prepared.dataset, prepared.split
-    tables = {"holdings and purchases": dataset.interactions, "reviews": dataset.reviews, "ties": dataset.ties}
-    return {
-        "customers": dataset.n_users,
-        "products": dataset.n_items,
-        **{name: table.num_rows for name, table in tables.items()},
-        **{f"in the {name} part": len(getattr(parts_of, name)) for name in ("train", "valid", "test")},
-    }
 
 
 def measure_models(

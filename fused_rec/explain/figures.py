@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from fused_rec.explain.markup import Element, append, cut, element
 
+Number = int | float
+
 WIDTH = 336
 LETTER = 6.3  # width of a letter of 12 units, on average
 LANE = 112  # of one path
@@ -22,9 +24,9 @@ class Bar(NamedTuple):
     """One row: `low` and `high` are the ends of its interval, None where it has none."""
 
     label: str
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Number
+    low: Number | None = None
+    high: Number | None = None
     own: bool = False
 
 
@@ -55,7 +57,7 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
     ticks = _ticks(min([0.0, *ends]), max([0.0, *ends]))
     scale = (WIDTH - left - right) / (ticks[-1] - ticks[0])
 
-    def x(value: float) -> float:
+    def x(value: Number) -> Number:
         return left + (value - ticks[0]) * scale
 
     bottom = top + pitch * len(rows)
@@ -84,7 +86,7 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
     return svg
 
 
-def curve(name: str, title: str, points: Sequence[tuple[float, float | None]], unit: str, best: float) -> Element:
+def curve(name: str, title: str, points: Sequence[tuple[Number, Number | None]], unit: str, best: Number) -> Element:
     """A line over training steps; `best` is the one that was chosen. A point without a value is a gap."""
     left, right, top, height = 48, 14, 12, 150
     known = [(step, value) for step, value in points if value is not None and _known(value)]
@@ -93,7 +95,7 @@ def curve(name: str, title: str, points: Sequence[tuple[float, float | None]], u
     up = _ticks(min(values), max(values))
     scale = (WIDTH - left - right) / (across[-1] - across[0]), height / (up[-1] - up[0])
 
-    def at(step: float, value: float) -> tuple[float, float]:
+    def at(step: Number, value: Number) -> tuple[Number, Number]:
         return left + (step - across[0]) * scale[0], top + height - (value - up[0]) * scale[1]
 
     last = f"{_number(known[-1][1])} at step {known[-1][0]:g}" if known else "no value"
@@ -148,7 +150,7 @@ def ways(name: str, title: str, found: Sequence[Way], goal: str) -> Element:
         for length in range(1, len(way.steps) + 1):
             members.setdefault(tuple(step.key for step in way.steps[:length]), []).append(place)
 
-    def x(prefix: tuple[str, ...]) -> float:
+    def x(prefix: tuple[str, ...]) -> Number:
         own = members[prefix]
         return middle if len(prefix) == 1 else sum(lane[place] for place in own) / len(own)
 
@@ -197,14 +199,14 @@ def in_words(way: Way) -> str:
     return f"{' → '.join(parts)} → the product: adds {way.value:.3f} to the score."
 
 
-def interval(value: float, low: float | None, high: float | None) -> str:
+def interval(value: Number, low: Number | None, high: Number | None) -> str:
     """A number, with its interval where it has one."""
     if low is None or high is None or not (_known(low) and _known(high)):
         return _number(value)
     return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
 
-def _figure(name: str, title: str, said: str, height: float) -> Element:
+def _figure(name: str, title: str, said: str, height: Number) -> Element:
     labelled = f"{name}-title {name}-said"
     svg = element("svg", role="img", aria_labelledby=labelled)
     svg.set("viewBox", f"0 0 {WIDTH} {height:g}")
@@ -225,20 +227,20 @@ def _in_branches(found: list[Way]) -> list[Way]:
     )
 
 
-def _line(x: float, y: float, to_x: float, to_y: float, share: float, alike: bool) -> Element:
+def _line(x: Number, y: Number, to_x: Number, to_y: Number, share: Number, alike: bool) -> Element:
     half = (y + to_y) / 2
     return _stroke(f"M{x:.1f} {y:.1f}C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} {to_x:.1f} {to_y:.1f}", share, alike)
 
 
-def _straight(x: float, y: float, to_y: float, share: float, alike: bool) -> Element:
+def _straight(x: Number, y: Number, to_y: Number, share: Number, alike: bool) -> Element:
     return _stroke(f"M{x:.1f} {y:.1f}V{to_y:.1f}", share, alike)
 
 
-def _stroke(d: str, share: float, alike: bool) -> Element:
+def _stroke(d: str, share: Number, alike: bool) -> Element:
     return element("path", class_="way alike" if alike else "way", d=d, stroke_width=1.5 + 4.5 * min(share, 1.0))
 
 
-def _written(lines: Sequence[str], x: float, y: float, kind: str) -> Element:
+def _written(lines: Sequence[str], x: Number, y: Number, kind: str) -> Element:
     spans = [element("tspan", line, x=x, dy=0 if place == 0 else 14) for place, line in enumerate(lines)]
     return element("text", *spans, class_=kind, x=x, y=y)
 
@@ -248,15 +250,15 @@ def _lines(text: str, width: int, most: int) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], cut(" ".join(lines[most - 1 :]), width)]
 
 
-def _whisker(low: float, high: float, y: float) -> str:
+def _whisker(low: Number, high: Number, y: Number) -> str:
     return f"M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 4:.1f}v8M{high:.1f} {y - 4:.1f}v8"
 
 
-def _known(value: float) -> bool:
+def _known(value: Number) -> bool:
     return math.isfinite(value)
 
 
-def _number(value: float) -> str:
+def _number(value: Number) -> str:
     """Three digits that say something: .0123, 1.23, 123."""
     if not _known(value):
         return "–"
@@ -265,7 +267,7 @@ def _number(value: float) -> str:
     return f"{value:.{min(max(2 - math.floor(math.log10(abs(value))), 0), 4)}f}"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: Number, high: Number) -> list[Number]:
     """Round numbers, about four of them, from at most `low` to at least `high`."""
     span = (high - low) or abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span / 3))

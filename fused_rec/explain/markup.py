@@ -12,7 +12,7 @@ _UNSAFE = re.compile(
 )
 
 
-def element(tag: str, *children: Child, **attributes: str | float | bool | None) -> Element:
+def element(tag: str, *children: Child, **attributes: str | int | float | None) -> Element:
     """An element with these children, in their order; a child that is None is left out.
 
     Attributes: `class_` is class, `aria_label` is aria-label; None and False are left out, True is an attribute
@@ -55,7 +55,7 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def _value(value: str | float) -> str:
+def _value(value: str | int | float) -> str:
     if value is True:
         return ""
     return visible(value) if isinstance(value, str) else f"{round(float(value), 2):g}"

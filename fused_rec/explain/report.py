@@ -86,10 +86,10 @@ def _versions(results: Mapping[str, Any]) -> list[str]:
 
 
 def _lead(facts: Facts) -> str:
-    counts, kind = facts.counts, facts.results["split"]
+    there, kind = facts.counts, facts.results["split"]
     return (
-        f"Trained on {counts['in the train part']:,} holdings and purchases of {counts['customers']:,} customers and "
-        f"{counts['products']:,} products; the others are held out ({kind} split) and say how well it ranks."
+        f"Trained on {there['in the training part']:,} holdings and purchases of {there['customers']:,} customers and "
+        f"{there['products']:,} products; the others are held out ({kind} split) and say how well it ranks."
     )
 
 
@@ -133,7 +133,7 @@ def _quality(facts: Facts) -> list[Element]:
     part = PARTS[facts.part]
     figures = []
     for metric in TITLES:
-        rows = [Bar(model.name, *model.metrics[metric], own=model.against is None) for model in facts.models]
+        rows = [Bar(cut(model.name, NAME), *model.metrics[metric], own=model.against is None) for model in facts.models]
         title = f"{TITLES[metric]} on the {part}"
         figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, TITLES[metric]), title, metric))
     header = ["Model", *(f"{TITLES[metric]} [95 %]" for metric in TITLES), "NDCG@10 gained by the run's model"]
@@ -218,13 +218,16 @@ def _slices(facts: Facts) -> list[Element]:
 def _sliced(key: str, one: Sliced, part: str) -> Element:
     gaps, metric = one.gaps, TITLES.get(one.metric, one.metric)
     groups = sorted(gaps.groups.items(), key=lambda group: _natural(group[0]))
-    rows = [Bar(f"{name}: {group.users:,} customers", group.mean, group.low, group.high) for name, group in groups]
+    rows = [
+        Bar(f"{cut(name, NAME)}: {group.users:,} customers", group.mean, group.low, group.high)
+        for name, group in groups
+    ]
     title = f"{metric} by {one.title[:1].lower() + one.title[1:]}, {PARTS[part]}"
     told = "No two groups are large enough to compare."
     if gaps.best:
         told = (
-            f"Widest gap between groups of ten or more: {interval(gaps.gap, gaps.low, gaps.high)}, from {gaps.worst} "
-            f"to {gaps.best}; as wide by chance alone with p = {gaps.p:.3f}."
+            f"Widest gap between groups of ten or more: {interval(gaps.gap, gaps.low, gaps.high)}, from "
+            f"{cut(gaps.worst, NAME)} to {cut(gaps.best, NAME)}; as wide by chance alone with p = {gaps.p:.3f}."
         )
     return element(
         "figure", element("h3", cut(title, NAME)), bars(key, title, rows, metric), element("figcaption", told)
@@ -251,7 +254,7 @@ def _suitability(facts: Facts) -> list[Element]:
     told = "Suitable: passes every rule of the file that was given. Whether the rules are right, the file must answer."
     costs = []
     for name, cost in rules["costs"].items():
-        costs.append(Bar(name or "all rules", cost["difference"], cost["low"], cost["high"], own=not name))
+        costs.append(Bar(cut(name, NAME) or "all rules", cost["difference"], cost["low"], cost["high"], own=not name))
     cost_title = "NDCG@10 that a rule costs"
     figures = [
         element("figure", element("h3", title), bars("suitable", title, rows, "share"), element("figcaption", told)),

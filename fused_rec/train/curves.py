@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
@@ -18,7 +19,7 @@ from fused_rec.train.workdir import persist, write_file
 LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
 
 
-def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, float | None]]:
+def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of <folder>/curves.jsonl, each a step; none where the file is not there.
 
     Raises ValueError naming a line that is no record of a step.
