@@ -320,8 +320,7 @@ def _integrated(
     slope = np.stack(slopes)  # [n, B, D]
     of_encoder, of_terms = slope[:, :, :hidden] / read.scale[0], slope[:, :, hidden:] / read.scale[1]
     by_token = [
-        parts @ _pulled(read, text, shares, of_encoder[:, place]).astype(np.float64)
-        for place, text in enumerate(moved)
+        parts @ _pulled(read, text, shares, of_encoder[:, place]).astype(np.float64) for place, text in enumerate(moved)
     ]
     if read.lexicon is None:
         return by_token, [np.zeros(0) for _ in moved]
