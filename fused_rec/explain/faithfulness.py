@@ -108,7 +108,7 @@ def without(config: Config, observed: Observed, task: Task, user: int, gone: Seq
     kept = ~((observed.user == user) & np.isin(observed.item, items))
     popularity = counted(observed.item[kept], observed.age[kept], config.model.half_life, len(task.popularity))
     return task.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        adjacencies={**full, **changed}, popularity=popularity
+        adjacencies={**task.adjacencies, **changed}, popularity=popularity
     )
 
 
