@@ -29,8 +29,8 @@ from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import Task, embed, program
 
 ORDERS = ("parts", "gradient", "attention", "random")
-SHARES = np.linspace(0, 1, 11)
-LEAST_SOURCES = 10  # of a user: with fewer, a tenth of them is none
+SHARES = np.linspace(0, 1, 6)
+LEAST_SOURCES = 10  # of a user: with fewer, a fifth of them is one or none
 LEAST_RISE = 0.05  # of the score by all sources together: what is divided by less is noise
 SIMILAR = Relation(USER, LIKE_MINDED, USER)
 DRAWS = 10_000

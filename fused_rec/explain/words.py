@@ -159,7 +159,9 @@ def words(read: Reader, user: int, item: int, *, limit: int = LIMIT) -> Words:
     # What the texts that are split leave of each mean.
     weight = (sides[None, :] == np.arange(2)[:, None]) * shares[None, :].astype(np.float64)
     rest = own - weight @ read.vectors[texts]
-    mute = np.array([_encoded(read, text, np.zeros(1))[0] for text in moved])
+    mute = np.zeros((len(moved), read.model.config.hidden_size), np.float32)
+    for place, text in enumerate(moved):
+        mute[place] = _encoded(read, text, np.zeros(1))[0]
     baseline, _ = scored(rest + weight @ _joined(read, mute, 0.0 * _counted(read, texts)))
     difference = score - baseline
     for points in POINTS if len(texts) else (0,):
@@ -254,8 +256,6 @@ def _joined(
     read: Reader, encoded: Float[np.ndarray, "B H"], counted: Float[np.ndarray, "B _"]
 ) -> Float[np.ndarray, "B D"]:
     """Vectors of texts as `side_by_side` makes them, by the scales of all texts."""
-    if not len(encoded):
-        return np.zeros((0, read.vectors.shape[1]))
     return np.concatenate([encoded / read.scale[0], counted / read.scale[1]], axis=1)
 
 
