@@ -5,10 +5,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, UInt8
 from tqdm import tqdm
 
 from fused_rec import hosts
@@ -98,6 +99,24 @@ def embed(
 def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> Int32[np.ndarray, "T"]:
     """Tokens of each text after the cut, special ones included. Raises ValueError as `embed` does."""
     return np.array([len(ids) for ids in _tokenize(texts, model, _token_limit(model, max_tokens))], np.int32)
+
+
+class Tokens(NamedTuple):
+    """L tokens of one text as the encoder gets them."""
+
+    ids: Int32[np.ndarray, "L"]
+    special: Bool[np.ndarray, "L"]  # added by the model, such as [CLS]
+    spans: list[tuple[int, int]]  # start and end in characters of the text
+    words: list[int | None]  # number of the word, of which a token may be a part; None for special ones
+
+
+def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Tokens]:
+    """The tokens of each text after the cut, and where they stand in it. Raises ValueError as `embed` does."""
+    model.tokenizer.enable_truncation(_token_limit(model, max_tokens))
+    return [
+        Tokens(np.array(e.ids, np.int32), np.array(e.special_tokens_mask, bool), e.offsets, e.word_ids)
+        for e in model.tokenizer.encode_batch(list(texts))
+    ]
 
 
 def _token_limit(model: PretrainedModel, max_tokens: int) -> int:
