@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import start
-from fused_rec.explain.facts import Facts, compared, measure_models, recommended, sample, sliced
+from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
 from fused_rec.explain.report import page
 from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
@@ -80,7 +80,7 @@ def write_report(workdir: Path, out: Path) -> None:
         curve=tuple(read_curves(workdir / "choose")),
         slices=slices,
         rules=found,
-        customers=recommended(config, prepared, state, may, users, K.value),
+        customers=recommended(config, prepared, state, may, users, K.value, passages(config, prepared, state)),
         chosen="as named" if USERS.value else "drawn at random",
     )
     write_file(out, page(facts).encode())
