@@ -85,6 +85,7 @@ class TextConfig:
     """Which language model encodes the texts, and where its vectors are kept."""
 
     model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@COMMIT
+    prompt: str = ""  # which of the prompts that the model names is put before each text; empty = its default, if any
     cache: str = "~/.cache/fused_rec"
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
     batch_tokens: int = (

@@ -84,7 +84,7 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
     """
     if config.model.variant == "graph" or not texts.texts:
         return texts, np.zeros((len(texts.texts), WORDLESS), np.float32)
-    model = open_model(config.text.model, offline=config.text.offline)
+    model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
     lexical = lexical_vectors(texts.texts, config.text.lexical)
     if config.text.control == "random":
         return controls.random_texts(texts, model.config.hidden_size + lexical.shape[1], config.train.seed)
