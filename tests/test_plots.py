@@ -1,5 +1,7 @@
 """What the figures show, read back from their artists."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -82,7 +84,7 @@ def test_orders_of_sources_share_their_axes():
     report |= {
         kind: {"parts": row, "random": {"area": 0.5, "curve": [1, 0.5, 0]}} for kind in ("deletion", "insertion")
     }
-    figure = plots.by_share(report)
+    figure: Any = plots.by_share(report)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["deletion", "insertion"]
     parts, random = figure.axes[0].lines
     assert (list(parts.get_ydata()), list(random.get_ydata())) == ([1, 0.2, 0], [1, 0.5, 0])

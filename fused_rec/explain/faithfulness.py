@@ -7,6 +7,7 @@ without the sources: edges both ways, their weights, degrees, holders and popula
 for what is gone, so no input is made up.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -126,12 +127,15 @@ def _thinned(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
         weight = 1 / np.sqrt(told[senders] * heard[receivers])
     fill = (0, len(keep) - len(senders))
     number = np.cumsum(keep) - 1
+    by_sender = np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32)
+    receivers = np.pad(receivers, fill, constant_values=n_targets)
     return Adjacency(
         np.pad(senders, fill, constant_values=n_sources),
-        np.pad(receivers, fill, constant_values=n_targets),
+        receivers,
         np.pad(weight.astype(np.float32), fill),
         np.concatenate([[0], np.cumsum(heard)]).astype(np.int32),
-        np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32),
+        by_sender,
+        receivers[by_sender],
         np.concatenate([[0], np.cumsum(told)]).astype(np.int32),
         full.backend,
     )
@@ -175,9 +179,10 @@ def _slope(
 
     def score(weights: Mapping[Relation, Array]) -> Array:
         adjacencies = {
-            relation: hears.replace(weight=weights[relation]) for relation, hears in task.adjacencies.items()
+            relation: dataclasses.replace(hears, weight=weights[relation])
+            for relation, hears in task.adjacencies.items()
         }
-        users, items = embed(config, params, task.replace(adjacencies=adjacencies))
+        users, items = embed(config, params, dataclasses.replace(task, adjacencies=adjacencies))
         return users[user] @ items[item]
 
     return jax.grad(score)(weights)

@@ -25,8 +25,8 @@ from fused_rec.data.controls import shuffle_texts
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.devices import AnyArray
 from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitening
-from fused_rec.text.bert import encode
 from fused_rec.text.embed import Tokens, embed, tokens
+from fused_rec.text.families import encode
 from fused_rec.text.lexical import Lexicon, lexicon, side_by_side, spread
 from fused_rec.text.pretrained import PretrainedModel, open_model
 from fused_rec.train.prepare import Prepared
@@ -244,7 +244,7 @@ def _moving(read: Reader, texts: Int[np.ndarray, "B"]) -> list[_Moving]:
         length = min(max(16, 1 << (len(cut.ids) - 1).bit_length()), read.model.config.max_position_embeddings)
         fill = (0, length - len(cut.ids))
         ids, mask = np.pad(cut.ids, fill), np.arange(length) < len(cut.ids)
-        found.append(_Moving(cut, table[ids], mask, mask & ~np.pad(cut.special, fill)))
+        found.append(_Moving(cut, table[ids].astype(np.float32), mask, mask & ~np.pad(cut.special, fill)))
     return found
 
 
@@ -424,7 +424,7 @@ def _score(
     def score(means: Array) -> Array:
         text = jnp.asarray(graph.graph.nodes["text"]).at[places].set(_vectors(means, *space))
         changed = graph.replace(graph=graph.graph._replace(nodes={"text": text}))
-        users, items = embed_nodes(config, params, task.replace(graph=changed))
+        users, items = embed_nodes(config, params, dataclasses.replace(task, graph=changed))
         return users[rows[0]] @ items[rows[1]]
 
     return jax.value_and_grad(score)(means)

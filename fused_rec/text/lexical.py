@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -59,7 +59,7 @@ def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
     if weights.shape[1] < 2:  # which scikit-learn does not decompose
         return None
     # All of the directions where they are few: of two that weigh the same, either could be the one left out.
-    first = TruncatedSVD(min(dims, *weights.shape), random_state=0)
+    first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
     vectors = first.fit_transform(weights).astype(np.float32)
     return Lexicon(vectors, weights, first.components_.T, counts.vocabulary_, re.compile(counts.token_pattern))
 

@@ -70,8 +70,8 @@ def _shape_of(structure: Any) -> PyTree:
 def task_axes(task: Task) -> Task:
     """Where each array of a divided task has its devices; None: every device has it whole."""
     absent: Any = None
-    divided = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
-    return Task(*divided, absent, absent)
+    graph, adjacencies = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
+    return Task(graph, adjacencies, absent, absent)
 
 
 def divide_task(task: Task, devices: int | None = None) -> Task:
