@@ -93,6 +93,7 @@ class TextConfig:
     offline: bool = True  # False lets a hub revision be downloaded
     lexical: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
     control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
+    attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
 
     def __post_init__(self):
         _require_sane("text", self)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from fused_rec.config import Config
 from fused_rec.data import controls, readers
+from fused_rec.data.attributes import describe
 from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import NodeTexts, node_texts
@@ -34,8 +35,12 @@ class Prepared:
 
 
 def read(config: Config) -> tuple[Dataset, Split]:
-    """The tables and their split. Raises DataError with one report where the tables must not be used."""
-    dataset = readers.load(config.data)
+    """The tables, described by their attributes where the config asks for it, and their split.
+
+    Raises DataError with one report where the tables must not be used, and ValueError where text.attributes names what
+    is no attribute of users or items.
+    """
+    dataset = describe(readers.load(config.data), config.text.attributes)
     for repair, count in dataset.repairs.items():
         LOG.info("repaired: %s: %d", repair, count)
     LOG.info(
