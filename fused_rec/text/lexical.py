@@ -37,11 +37,12 @@ def side_by_side(*views: Float32[np.ndarray, "T _"]) -> Float32[np.ndarray, "T D
 
     A view without columns is left out; one of equal rows, which has no spread, stays as it is.
     """
-    return np.concatenate([_spread_by_one(view) for view in views if view.shape[1]], axis=1)
+    return np.concatenate([view / spread(view) for view in views if view.shape[1]], axis=1)
 
 
-def _spread_by_one(view: Float32[np.ndarray, "T D"]) -> Float32[np.ndarray, "T D"]:
-    spread = np.sqrt(np.square(view - view.mean(0)).sum(1).mean())
+def spread(view: Float32[np.ndarray, "T D"]) -> np.float32:
+    """Root of the mean squared distance of the rows from their mean; 1 where they are equal."""
+    found = np.sqrt(np.square(view - view.mean(0)).sum(1).mean())
     size = np.sqrt(np.square(view).sum(1).mean())
     # Of equal rows nothing but the rounding of their mean would be scaled up.
-    return view / spread if spread > 1e-6 * size else view
+    return found if found > 1e-6 * size else np.float32(1)
