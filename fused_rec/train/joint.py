@@ -291,18 +291,20 @@ def _corrections(words: Words, cache: Cached, node_type: str, drawn: np.ndarray,
 
 def parallel_joint_step(config: Config, words: Words, devices: int | None = None) -> Any:
     """(state, task, batch, said) to (state, loss), over devices as `parallel_step`; said: of `draw`."""
-    published = {} if config.text.train == "full" else words.model.params
+    model = words.model
+    encoder = model.config, model.pooling, model.normalize
+    return functools.partial(_step, joint_program(config), encoder, devices, put(fixed(config, words), None, devices))
+
+
+def fixed(config: Config, words: Words) -> tuple[PyTree, dict[str, Float32[np.ndarray, "H D"]]]:
+    """The published weights, none where all are trained, and by node type what takes a text's change to its nodes'."""
+    width = words.vectors.shape[1]
+    shape = width, width + words.rest.shape[1]
     matrices = {
-        node_type: np.zeros((words.vectors.shape[1], len(words.rest[0]) + words.vectors.shape[1]), np.float32)
-        if by is None
-        else (by.matrix[: words.vectors.shape[1]] / words.scale).astype(np.float32)
+        node_type: np.zeros(shape, np.float32) if by is None else (by.matrix[:width] / words.scale).astype(np.float32)
         for node_type, by in words.whitening.items()
     }
-    fixed = put((published, matrices), None, devices)
-    model = words.model
-    return functools.partial(
-        _step, joint_program(config), (model.config, model.pooling, model.normalize), devices, fixed
-    )
+    return {} if config.text.train == "full" else words.model.params, matrices
 
 
 def joint_program(config: Config) -> Config:
@@ -321,12 +323,13 @@ def _step(
     batch: Batch,
     said: Said,
 ) -> tuple[TrainState, Float32[Array, ""]]:
-    step = _mapped(config, encoder, devices, jax.tree.structure(state), jax.tree.structure(task))
+    step = mapped_joint_step(config, encoder, devices, jax.tree.structure(state), jax.tree.structure(task))
     return step(state, task, split_batch(batch, devices), said, fixed)
 
 
 @functools.lru_cache(maxsize=8)
-def _mapped(config: Config, encoder: tuple, devices: int | None, states: Hashable, tasks: Hashable) -> Mapped:
+def mapped_joint_step(config: Config, encoder: tuple, devices: int | None, states: Hashable, tasks: Hashable) -> Mapped:
+    """The compiled program behind `parallel_joint_step`, of a batch and texts that are split already."""
     state, task = axes(shape_of(states)), task_axes(shape_of(tasks))
     step = functools.partial(joint_step, config, encoder)
     return over_devices(step, devices, in_axes=(state, task, 0, said_axes(), None), out_axes=(state, None), donate=(0,))
@@ -344,8 +347,7 @@ def joint_step(
 ) -> tuple[TrainState, Float32[Array, ""]]:
     """`train_step` with the language model among the parameters.
 
-    encoder: (config, pooling, normalize) of the language model. fixed: its published weights, none where all are
-    trained, and by node type the float32 [H, D] matrix that takes a change of vector to a change of whitened mean.
+    encoder: (config, pooling, normalize) of the language model. fixed: of `fixed`.
     """
     published, matrices = fixed
 
