@@ -27,7 +27,7 @@ from fused_rec.train import interrupt, joint, loop
 from fused_rec.train.checkpoint import RECORD, Checkpoints
 from fused_rec.train.measure import measure, scorer
 from fused_rec.train.parallel import divide_state, divide_task, split_batch, task_axes, whole_state
-from fused_rec.train.prepare import fresh, prepare, spoken
+from fused_rec.train.prepare import fresh, prepare, published, spoken
 from fused_rec.train.serve import load, recommend
 from fused_rec.train.step import axes
 from fused_rec.train.variants import VARIANTS, variant
@@ -55,7 +55,7 @@ def config_of(cache: Path, train: str = "lora", **text) -> Config:
 
 @pytest.fixture(scope="module")
 def market():
-    return make_market(0, n_users=30, n_items=15)
+    return make_market(0, n_users=30, n_items=20)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,9 @@ def test_it_starts_at_the_frozen_model(cache, market, train):
     np.testing.assert_array_equal(text_of(along.task), text_of(alone.task))
     state, without = fresh(config, along), fresh(frozen, alone)
     np.testing.assert_array_equal(text_of(spoken(config, along, state).task), text_of(alone.task))
-    assert spoken(frozen, alone, without) is alone
+    assert spoken(frozen, alone, without) is alone and published(alone) is alone
+    other = spoken(config, along, moved(state)) if train == "lora" else along
+    np.testing.assert_array_equal(text_of(published(other).task), text_of(alone.task))
     assert set(state.params) - set(without.params) == {joint.ENCODER}
     for name, tower in without.params.items():
         jax.tree.map(np.testing.assert_array_equal, tower, state.params[name])
@@ -402,7 +404,7 @@ def test_what_makes_no_sense_is_refused(cache):
         from_dict({"text": {"train": "lora"}, "model": {"variant": "graph"}})
     with pytest.raises(ValueError, match=r"text\.train is 'full'; it must be frozen where text\.control is random"):
         from_dict({"text": {"train": "full", "control": "random"}})
-    silent = make_market(0, n_users=30, n_items=15)
+    silent = make_market(0, n_users=30, n_items=20)
     tables = {name: getattr(silent, name).drop_columns("text") for name in ("users", "items")}
     silent = dataclasses.replace(silent, **tables, reviews=empty_reviews())
     config = config_of(cache)

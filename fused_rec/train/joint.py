@@ -85,14 +85,14 @@ class Links(NamedTuple):
 class Cached(NamedTuple):
     """The words of all nodes by one state of the language model.
 
-    trained: that state. task: with these words. vectors: float32 [T, H] of the texts. lengths: of each node's whitened
-    mean before it was divided by it, by node type.
+    trained: that state. task: with these words. lengths: of each node's whitened mean before it was divided by it, by
+    node type. vectors: of the texts.
     """
 
     trained: PyTree
     task: Task
-    vectors: Float32[np.ndarray, "T H"]
     lengths: Mapping[str, Float32[np.ndarray, "n"]]
+    vectors: Float32[np.ndarray, "T H"]
 
 
 @no_type_check  # as of `Adjacency`
@@ -195,14 +195,20 @@ def cached(config: Config, words: Words, task: Task, trained: PyTree, *, keep: b
     if not jax.tree.all(jax.tree.map(np.array_equal, params, words.model.params)):
         model = dataclasses.replace(words.model, params=params, digest=_digest(words.model.digest, trained))
         vectors = _embed(config.text, words.texts.texts, model, config.text.cache if keep else None)
+    return Cached(trained, *told(words, task, vectors), vectors)
+
+
+def told(
+    words: Words, task: Task, vectors: Float32[np.ndarray, "T H"]
+) -> tuple[Task, dict[str, Float32[np.ndarray, "n"]]]:
+    """The task with words of these vectors, and by node type the lengths of whitened means (`Cached.lengths`)."""
     beside = np.concatenate([vectors / words.scale, words.rest], axis=1)
     rows, lengths = {}, {}
     for node_type, by in words.whitening.items():
         means, named = node_means(*words.of(node_type), beside, task.graph.count(node_type))
         rows[node_type], lengths[node_type] = whitened(means, named, by)
     text = [rows.get(node_type, np.asarray(task.graph.text(node_type))) for node_type, _ in task.graph.node_types]
-    told = dataclasses.replace(task, graph=task.graph.saying(np.concatenate(text)))
-    return Cached(trained, told, vectors, lengths)
+    return dataclasses.replace(task, graph=task.graph.saying(np.concatenate(text))), lengths
 
 
 def _embed(

@@ -91,6 +91,13 @@ def spoken(config: Config, prepared: Prepared, state: TrainState) -> Prepared:
     return dataclasses.replace(prepared, task=found.task)
 
 
+def published(prepared: Prepared) -> Prepared:
+    """The inverse of `spoken`: with the words of the published language model, which baselines are given."""
+    if prepared.words is None:
+        return prepared
+    return dataclasses.replace(prepared, task=joint.told(prepared.words, prepared.task, prepared.words.vectors)[0])
+
+
 def seen_ties(config: Config, ties: pa.Table) -> pa.Table:
     """The ties that the graph gets: these, others of the same degrees, or none."""
     if config.graph.ties == "none":
