@@ -1,6 +1,7 @@
 """Adapters beside a language model's weights: where they start, what they add, and what they leave alone."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,12 +79,13 @@ def test_the_first_gradient_reaches_up_alone(tiny):
         return encode(params, IDS, MASK, tiny.config, tiny.pooling, tiny.normalize)[0, 0]
 
     slopes = jax.grad(first)(start("lora", tiny.params, rank=2, seed=0))
-    for path, slope in flatten_dict(slopes).items():
+    found: dict[Any, Any] = flatten_dict(slopes)
+    for path, slope in found.items():
         assert np.isfinite(slope).all()
         if path[-1] == "down" or "key" in path:  # the first token's score is the same of every key's bias
             continue
         assert np.abs(slope).max() > 0, path
-    downs = [slope for path, slope in flatten_dict(slopes).items() if path[-1] == "down"]
+    downs = [slope for path, slope in found.items() if path[-1] == "down"]
     assert not any(np.any(slope) for slope in downs)
 
 

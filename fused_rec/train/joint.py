@@ -228,24 +228,30 @@ def _digest(published: str, trained: PyTree) -> str:
 # --- the texts of a step -------------------------------------------------------------------------------------------
 
 
-def draw(config: Config, words: Words, cache: Cached, batch: Batch, step: int, devices: int | None = None) -> Said:
-    """Up to text.texts_per_step distinct texts of the batch's users and of the items they are asked for.
+def chosen(config: Config, words: Words, batch: Batch, step: int) -> Int64[np.ndarray, "_"]:
+    """Up to text.texts_per_step distinct texts, ascending, of the batch's users and of the items they are asked for.
 
     A function of (train.seed, step, batch): one text drawn evenly decides the class of lengths, and of the batch's
     texts of that class as many as may be are drawn without replacement. Any text is as likely as any other of its
     class; the expected gradient is that of all the batch's texts times the share drawn, a factor that AdamW takes out.
     """
-    wanted = config.text.texts_per_step
     rng = np.random.default_rng((config.train.seed, step, DRAW))
-    real = batch.mask.any(axis=1)
-    asked = {USER: np.unique(batch.users[real]), ITEM: np.unique(batch.items[batch.mask > 0])}
-    needed = np.unique(np.concatenate([_texts_of(words.of(t), nodes) for t, nodes in asked.items()]))
-    drawn, kind = np.zeros(0, np.int64), 0
-    if len(needed):
-        kind = words.of_length[rng.choice(needed)]
-        among = needed[words.of_length[needed] == kind]
-        drawn = np.sort(rng.choice(among, min(wanted, len(among)), replace=False))
+    asked = _asked(batch).items()
+    needed = np.unique(np.concatenate([_texts_of(words.of(node_type), nodes) for node_type, nodes in asked]))
+    if not len(needed):
+        return needed.astype(np.int64)
+    among = needed[words.of_length[needed] == words.of_length[rng.choice(needed)]]
+    return np.sort(rng.choice(among, min(config.text.texts_per_step, len(among)), replace=False)).astype(np.int64)
 
+
+def _asked(batch: Batch) -> dict[str, np.ndarray]:
+    return {USER: np.unique(batch.users[batch.mask.any(axis=1)]), ITEM: np.unique(batch.items[batch.mask > 0])}
+
+
+def draw(config: Config, words: Words, cache: Cached, batch: Batch, step: int, devices: int | None = None) -> Said:
+    """The `chosen` texts, padded to one length, divided into chunks and over devices."""
+    wanted, drawn = config.text.texts_per_step, chosen(config, words, batch, step)
+    kind = words.of_length[drawn[0]] if len(drawn) else 0
     length = int(words.length[kind])
     count = len(used(devices))
     share = -(-wanted // count)
@@ -258,7 +264,7 @@ def draw(config: Config, words: Words, cache: Cached, batch: Batch, step: int, d
         ids[row, : len(words.tokens[text])] = words.tokens[text]
         mask[row, : len(words.tokens[text])] = True
     split = [part.reshape(*shape, -1)[places(devices)] for part in (ids, mask, cache.vectors[filled])]
-    return Said(*split, {node_type: _corrections(words, cache, node_type, drawn, wanted) for node_type in asked})
+    return Said(*split, {node_type: _corrections(words, cache, node_type, drawn, wanted) for node_type in (USER, ITEM)})
 
 
 def _texts_of(links: Links, nodes: np.ndarray) -> np.ndarray:
