@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def taken(config, prepared, state, cache, steps: int, devices: int = 1):
     there, task, losses = divide_state(state, devices), divide_task(cache.task, devices), []
     for number in range(steps):
         users = batch_of(prepared, number)
-        there, loss = step(there, task, users, joint.draw(config, prepared.words, cache, users, number, devices))
+        there, loss = step(there, task, users, joint.draw(config, cache, users, number, devices))
         losses.append(float(loss))
     return np.array(losses), whole_state(there, state, devices).params
 
@@ -139,7 +140,7 @@ def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
     users = batch_of(prepared, 0)
     own = {USER: set(users.users.tolist()), ITEM: set(users.items[users.mask > 0].tolist())}
     for devices in (1, 4):
-        said = joint.draw(config, prepared.words, before, users, 0, devices)
+        said = joint.draw(config, before, users, 0, devices)
         change = np.zeros((np.prod(said.mask.shape[:3]), after.vectors.shape[1]), np.float32)
         texts = joint.chosen(config, prepared.words, users, 0)
         change[: len(texts)] = after.vectors[texts] - before.vectors[texts]
@@ -148,7 +149,8 @@ def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
         task = divide_task(before.task, devices)
 
         def rows(task, said, change, matrices):
-            return joint.corrected(task, said, change, matrices).graph.graph.nodes["text"]
+            nodes: Any = joint.corrected(task, said, change, matrices).graph.graph.nodes
+            return nodes["text"]
 
         axes_of = task_axes(task), joint.said_axes(), None, None
         found = over_devices(rows, devices, in_axes=axes_of, out_axes=1)(task, said, change, matrices)
@@ -166,7 +168,7 @@ def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
 def short(cache, market):
     """With all texts in one class of lengths: a step has one shape, and may draw all that there are."""
     config = config_of(cache, max_tokens=8)
-    found = prepare(config, market, split(market, config.split))
+    found: Any = prepare(config, market, split(market, config.split))
     assert len(found.words.length) == 1
     return found
 
@@ -220,14 +222,14 @@ def test_any_number_of_devices_and_any_chunk_give_the_same(cache, short, descent
 def test_what_comes_out_is_the_same_on_every_device(cache, market):
     """Traced under shard_map, which refuses an output that may differ between devices: a sum that was forgotten."""
     config = config_of(cache)
-    whole = prepare(config, market, split(market, config.split))
+    whole: Any = prepare(config, market, split(market, config.split))
     hears = {r: dataclasses.replace(a, backend="segment") for r, a in whole.task.adjacencies.items()}
     state = dataclasses.replace(fresh(config, whole), said=())
     start = joint.cached(config, whole.words, whole.task, fresh(config, whole).said)
     users = batch_of(whole, 0)
     task = divide_task(dataclasses.replace(start.task, adjacencies=hears))
     arguments = (
-        *(divide_state(state), task, split_batch(users), joint.draw(config, whole.words, start, users, 0)),
+        *(divide_state(state), task, split_batch(users), joint.draw(config, start, users, 0)),
         joint.fixed(config, whole.words),
     )
     at = axes(state), task_axes(task), 0, joint.said_axes(), None
@@ -266,7 +268,7 @@ def test_a_draw_is_of_the_batchs_texts_bounded_distinct_and_repeatable(cache, pr
     shapes, seen = set(), set()
     for step in range(30):
         users = batch_of(prepared, step)
-        said, again = (joint.draw(config, words, start, users, step) for _ in range(2))
+        said, again = (joint.draw(config, start, users, step) for _ in range(2))
         jax.tree.map(np.testing.assert_array_equal, said, again)
         texts = joint.chosen(config, words, users, step)
         assert 0 < len(texts) == len(set(texts.tolist())) <= 5
@@ -293,9 +295,9 @@ def test_a_draw_is_of_the_batchs_texts_bounded_distinct_and_repeatable(cache, pr
 
 def test_a_batch_without_words_changes_no_row(cache, prepared):
     config = config_of(cache, texts_per_step=5)
-    words, start = prepared.words, joint.cached(config, prepared.words, prepared.task, fresh(config, prepared).said)
+    start = joint.cached(config, prepared.words, prepared.task, fresh(config, prepared).said)
     nobody = batch_of(prepared, 0)._replace(mask=np.zeros((USERS, 2), np.float32))
-    said = joint.draw(config, words, start, nobody, 0)
+    said = joint.draw(config, start, nobody, 0)
     assert said.mask.any(-1).all()  # each of what fills up has a token, or its mean would have no derivative
     for rows in said.corrections.values():
         assert (rows.nodes == -1).all() and not rows.weights.any()
@@ -316,7 +318,7 @@ def test_what_a_step_keeps_does_not_grow_with_its_texts(cache, short):
     model, need = short.words.model, []
     for texts, tokens in ((8, 8), (64, 8), (64, 64 * 8)):
         config = sized(config_of(cache, max_tokens=8), texts, tokens)
-        said = joint.draw(config, short.words, start, users, 0, 1)
+        said = joint.draw(config, start, users, 0, 1)
         encoder = model.config, model.pooling, model.normalize
         structures = jax.tree.structure(there), jax.tree.structure(task)
         step = joint.mapped_joint_step(joint.joint_program(config), encoder, 1, *structures)

@@ -42,7 +42,8 @@ def test_by_hand():
         "word": {"embedding": np.ones((5, 4), np.float32)},
     }
     adapters = start("lora", params, rank=2, seed=0)
-    assert {path: leaf.shape for path, leaf in flatten_dict(adapters).items()} == {
+    leaves: dict[Any, Any] = flatten_dict(adapters)
+    assert {path: leaf.shape for path, leaf in leaves.items()} == {
         ("dense", "kernel", "down"): (4, 2),
         ("dense", "kernel", "up"): (2, 3),
         ("layers", "up", "kernel", "down"): (2, 4, 2),

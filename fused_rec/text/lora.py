@@ -4,7 +4,7 @@ A pure transformation of parameter trees, which asks of an encoder only that its
 [..., in, out]; axes before the last two, such as that of scanned layers, each have adapters of their own.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def start(training: Training, params: PyTree, rank: int, seed: int) -> PyTree:
     """
     if training == "full":
         return params
-    found = {path: leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel" and leaf.ndim > 1}
+    weights: dict[Any, Any] = flatten_dict(params)
+    found = {path: leaf for path, leaf in weights.items() if path[-1] == "kernel" and leaf.ndim > 1}
     if not found:
         raise ValueError("no weight of this language model is named kernel; text.train must be frozen or full")
     least = min(min(leaf.shape[-2:]) for leaf in found.values())
@@ -47,7 +48,8 @@ def adapted(training: Training, params: PyTree, trained: PyTree) -> PyTree:
     """
     if training == "full":
         return trained
-    weights, adapters = flatten_dict(params), flatten_dict(trained)
+    weights: dict[Any, Any] = flatten_dict(params)
+    adapters: dict[Any, Any] = flatten_dict(trained)
     for path in {path[:-1] for path in adapters}:
         down, up = adapters[*path, "down"], adapters[*path, "up"]
         weights[path] = weights[path] + SCALE * jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)

@@ -83,12 +83,13 @@ class Links(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """The words of all nodes by one state of the language model.
+    """All texts, and the words of all nodes, by one state of the language model.
 
     trained: that state. task: with these words. lengths: of each node's whitened mean before it was divided by it, by
     node type. vectors: of the texts.
     """
 
+    words: Words
     trained: PyTree
     task: Task
     lengths: Mapping[str, Float32[np.ndarray, "n"]]
@@ -195,7 +196,7 @@ def cached(config: Config, words: Words, task: Task, trained: PyTree, *, keep: b
     if not jax.tree.all(jax.tree.map(np.array_equal, params, words.model.params)):
         model = dataclasses.replace(words.model, params=params, digest=_digest(words.model.digest, trained))
         vectors = _embed(config.text, words.texts.texts, model, config.text.cache if keep else None)
-    return Cached(trained, *told(words, task, vectors), vectors)
+    return Cached(words, trained, *told(words, task, vectors), vectors)
 
 
 def told(
@@ -248,9 +249,10 @@ def _asked(batch: Batch) -> dict[str, np.ndarray]:
     return {USER: np.unique(batch.users[batch.mask.any(axis=1)]), ITEM: np.unique(batch.items[batch.mask > 0])}
 
 
-def draw(config: Config, words: Words, cache: Cached, batch: Batch, step: int, devices: int | None = None) -> Said:
+def draw(config: Config, cache: Cached, batch: Batch, step: int, devices: int | None = None) -> Said:
     """The `chosen` texts, padded to one length, divided into chunks and over devices."""
-    wanted, drawn = config.text.texts_per_step, chosen(config, words, batch, step)
+    words, wanted = cache.words, config.text.texts_per_step
+    drawn = chosen(config, words, batch, step)
     kind = words.of_length[drawn[0]] if len(drawn) else 0
     length = int(words.length[kind])
     count = len(used(devices))
@@ -263,8 +265,9 @@ def draw(config: Config, words: Words, cache: Cached, batch: Batch, step: int, d
     for row, text in enumerate(filled):
         ids[row, : len(words.tokens[text])] = words.tokens[text]
         mask[row, : len(words.tokens[text])] = True
-    split = [part.reshape(*shape, -1)[places(devices)] for part in (ids, mask, cache.vectors[filled])]
-    return Said(*split, {node_type: _corrections(words, cache, node_type, drawn, wanted) for node_type in (USER, ITEM)})
+    ids, mask, before = (part.reshape(*shape, -1)[places(devices)] for part in (ids, mask, cache.vectors[filled]))
+    of_types = {node_type: _corrections(cache, node_type, drawn, wanted) for node_type in (USER, ITEM)}
+    return Said(ids, mask, before, of_types)
 
 
 def _texts_of(links: Links, nodes: np.ndarray) -> np.ndarray:
@@ -279,9 +282,9 @@ def _ranges(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
 
 
-def _corrections(words: Words, cache: Cached, node_type: str, drawn: np.ndarray, room: int) -> Corrections:
+def _corrections(cache: Cached, node_type: str, drawn: np.ndarray, room: int) -> Corrections:
     """room: M and K are so many or, where that is too few, twice, four times as many: few shapes, few programs."""
-    links, order = words.of(node_type), words.by_text[node_type]
+    links, order = cache.words.of(node_type), cache.words.by_text[node_type]
     ordered = links.texts[order]
     start, end = (np.searchsorted(ordered, drawn, side) for side in ("left", "right"))
     at = order[_ranges(start, end)]

@@ -153,14 +153,15 @@ def fit(
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
     whole, progress = resume(config, prepared, checkpoints)
-    words, cache = prepared.words, None
-    if words is not None:
-        cache = joint.cached(config, words, prepared.task, whole.said)
+    step: Any = parallel_step(config)
+    task, cache = prepared.task, None
+    if prepared.words is not None:
+        cache = joint.cached(config, prepared.words, task, whole.said)
+        task, step = cache.task, joint.parallel_joint_step(config, prepared.words)
         whole = dataclasses.replace(whole, said=())
-    task = divide_task(cache.task if cache else prepared.task)
+    task = divide_task(task)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
-    step = parallel_step(config) if words is None else joint.parallel_joint_step(config, words)
     if first:
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
@@ -187,10 +188,10 @@ def fit(
                 if losses and (taken % settings.eval_every == 0 or taken == last):
                     scalars = {"loss": mean_loss(losses)}
                     improved = False
-                    if words is not None and not (taken == last and steps is not None):
+                    if cache is not None and (steps is None or taken < last):
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            encoder = whole_state(state.params, whole.params)[joint.ENCODER]
-                            cache = joint.cached(config, words, prepared.task, encoder)
+                            trained = whole_state(state, whole).params[joint.ENCODER]
+                            cache = joint.cached(config, cache.words, cache.task, trained)
                             task = divide_task(cache.task)
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
@@ -218,10 +219,8 @@ def fit(
                     positives=settings.positives,
                     negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
                 )
-                if cache is None:
-                    state, loss = step(state, task, users)
-                else:
-                    state, loss = step(state, task, users, joint.draw(config, words, cache, users, taken))
+                said = () if cache is None else (joint.draw(config, cache, users, taken),)
+                state, loss = step(state, task, users, *said)
                 taken += 1
                 losses.append(loss)
                 bar.update()

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import resource
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,18 +32,21 @@ def measured(config: Config, steps: int) -> None:
     whole = fresh(config, prepared)
     cache = None if words is None else joint.cached(config, words, prepared.task, whole.said)
     state, task = divide_state(dataclasses.replace(whole, said=())), divide_task(prepared.task)
-    step = parallel_step(config) if words is None else joint.parallel_joint_step(config, words)
+    step: Any = parallel_step(config) if words is None else joint.parallel_joint_step(config, words)
     print(f"\ntext.train={config.text.train}: {sum(leaf.size for leaf in jax.tree.leaves(whole.params)):,} parameters")
     if words is not None:
         counts = np.bincount(words.of_length)
-        print(f"{len(words.tokens)} texts; " + ", ".join(f"{n} of up to {l}" for n, l in zip(counts, words.length)))
+        print(
+            f"{len(words.tokens)} texts; "
+            + ", ".join(f"{n} of up to {size} tokens" for n, size in zip(counts, words.length, strict=True))
+        )
     shapes = set()
     for number in range(steps):
         sizes = {"batch_users": settings.batch_users, "positives": settings.positives, "negatives": 16}
         users = batch(held, number, seed=0, **sizes)
         began, said = time.process_time(), ()
-        if words is not None:
-            said = (joint.draw(config, words, cache, users, number),)
+        if cache is not None:
+            said = (joint.draw(config, cache, users, number),)
         state, loss = jax.block_until_ready(step(state, task, users, *said))
         shape = said[0].ids.shape[1:] if said else ()
         compiled = " compiled" if shape not in shapes else ""
@@ -59,6 +63,7 @@ def peak() -> str:
 
 
 def main() -> None:
+    """Measures each way of training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6)
