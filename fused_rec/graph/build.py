@@ -67,7 +67,7 @@ def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
 
 
 class Whitening(NamedTuple):
-    """What `node_vectors` does to the mean m of a node's texts: (m - centre) @ matrix, then unit length."""
+    """What `whitening` found: x - centre, times matrix, has nearly equal variance in every direction."""
 
     centre: Float64[np.ndarray, "D"]
     matrix: Float64[np.ndarray, "D D"]
@@ -82,16 +82,10 @@ def node_vectors(
 ) -> Float32[np.ndarray, "n_nodes D"]:
     """Each node's weighted mean of its texts' vectors, whitened over the nodes of the type that have words.
 
-    Rows have unit length; a node without words stays zero.
+    Rows have unit length; a node without words stays zero, and so do all where fewer than two have any.
     """
-    mean, named = node_means(rows, texts, weights, vectors, n_nodes)
-    out = np.zeros((n_nodes, vectors.shape[1]), np.float32)
-    if named.sum() < 2:
-        return out
-    centre, matrix = whitening(mean[named])
-    scaled = (mean[named] - centre) @ matrix
-    out[named] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
-    return out
+    means, named = node_means(rows, texts, weights, vectors, n_nodes)
+    return whitened(means, named, whitening(means[named]))[0]
 
 
 def node_means(
@@ -101,7 +95,7 @@ def node_means(
     vectors: Float32[np.ndarray, "T D"],
     n_nodes: int,
 ) -> tuple[Float32[np.ndarray, "n_nodes D"], Bool[np.ndarray, "n_nodes"]]:
-    """Each node's weighted mean of its texts' vectors, zero without words, and which nodes have words."""
+    """Each node's weighted mean of its texts' vectors, zero where it has none, and whether it has any."""
     # Imported here: scipy takes 0.2 s that `import fused_rec.graph` need not.
     from scipy import sparse
 
@@ -111,19 +105,37 @@ def node_means(
     return mean, named
 
 
-def whitening(mean: Float32[np.ndarray, "n D"]) -> Whitening:
-    """Of the means of all nodes of a type that have words, at least two.
+def whitening(means: Float32[np.ndarray, "n D"]) -> Whitening | None:
+    """How to whiten such vectors; None of fewer than two, which have no directions to tell apart.
 
     Sentence vectors crowd into a narrow cone (Ethayarajh, 2019): the mean is taken out and the principal
     directions are scaled towards equal variance, the smallest ones held back by the mean variance so that
     noise is not blown up. Turned back to the encoder's axes, so that the result does not depend on the signs that
     a linear algebra library gives the directions: a checkpoint meets the same vectors on another machine.
     """
+    if len(means) < 2:
+        return None
     # In float64 nodes of one and the same text come out at zero, not at the rounding of their mean blown up.
-    centre = mean.mean(0, dtype=np.float64)
-    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(mean - centre, rowvar=False, dtype=np.float64)))
+    centre = means.mean(0, dtype=np.float64)
+    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(means - centre, rowvar=False, dtype=np.float64)))
     scale = 1 / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
     return Whitening(centre, directions * scale[None, :] @ directions.T)
+
+
+def whitened(
+    means: Float32[np.ndarray, "n D"], named: Bool[np.ndarray, "n"], by: Whitening | None
+) -> tuple[Float32[np.ndarray, "n D"], Float32[np.ndarray, "n"]]:
+    """Whitened rows of unit length, and their lengths before; zeros where a node is not named, all where `by` is None.
+
+    `by` may come from other means: of the same nodes with earlier vectors.
+    """
+    out, lengths = np.zeros(means.shape, np.float32), np.zeros(len(means), np.float32)
+    if by is not None:
+        scaled = (means[named] - by.centre) @ by.matrix
+        length = np.linalg.norm(scaled, axis=1, keepdims=True)
+        out[named] = scaled / np.maximum(length, 1e-12)
+        lengths[named] = length[:, 0]
+    return out, lengths
 
 
 def both_ways(

@@ -156,6 +156,11 @@ def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0)
     ]
 
 
+def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Int32[np.ndarray, "L"]]:
+    """What `embed` gives the encoder for each text, before padding. Raises ValueError as `embed` does."""
+    return _tokenize(texts, model, _token_limit(model, max_tokens))
+
+
 def _token_limit(model: PretrainedModel, max_tokens: int) -> int:
     if max_tokens and not 3 <= max_tokens <= model.max_tokens:
         raise ValueError(f"max_tokens is {max_tokens}; it must be 0 or from 3 to the model's limit, {model.max_tokens}")
