@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     config, prepared, state = load(WORKDIR.value)
     book = ledger(config, state.params, prepared.task)
     params = jax.device_put(state.params)
-    prepared = dataclasses.replace(prepared, task=prepared.task.replace(graph=jax.device_put(prepared.task.graph)))
+    task = dataclasses.replace(prepared.task, graph=jax.device_put(prepared.task.graph))
+    prepared = dataclasses.replace(prepared, task=task)
     rng = np.random.default_rng(SEED.value)
     found, asked = [], 0
     with tqdm(total=USERS.value, desc="faithfulness", unit="customer") as bar:

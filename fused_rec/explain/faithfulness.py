@@ -7,6 +7,7 @@ without the sources: edges both ways, their weights, degrees, holders and popula
 for what is gone, so no input is made up.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -107,9 +108,7 @@ def without(config: Config, observed: Observed, task: Task, user: int, gone: Seq
     items = [source.row for source in gone if source.kind == HOLDING]
     kept = ~((observed.user == user) & np.isin(observed.item, items))
     popularity = counted(observed.item[kept], observed.age[kept], config.model.half_life, len(task.popularity))
-    return task.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        adjacencies={**task.adjacencies, **changed}, popularity=popularity
-    )
+    return dataclasses.replace(task, adjacencies={**task.adjacencies, **changed}, popularity=popularity)
 
 
 def _thinned(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
@@ -174,10 +173,8 @@ def _slope(
     weights = {relation: jnp.asarray(hears.weight) for relation, hears in task.adjacencies.items()}
 
     def score(weights: Mapping[Relation, Array]) -> Array:
-        adjacencies = {
-            relation: hears.replace(weight=weights[relation]) for relation, hears in task.adjacencies.items()
-        }
-        users, items = embed(config, params, task.replace(adjacencies=adjacencies))
+        hears = {r: dataclasses.replace(a, weight=weights[r]) for r, a in task.adjacencies.items()}
+        users, items = embed(config, params, dataclasses.replace(task, adjacencies=hears))
         return users[user] @ items[item]
 
     return jax.grad(score)(weights)

@@ -424,7 +424,7 @@ def _score(
     def score(means: Array) -> Array:
         text = jnp.asarray(graph.graph.nodes["text"]).at[places].set(_vectors(means, *space))
         changed = graph.replace(graph=graph.graph._replace(nodes={"text": text}))
-        users, items = embed_nodes(config, params, task.replace(graph=changed))
+        users, items = embed_nodes(config, params, dataclasses.replace(task, graph=changed))
         return users[rows[0]] @ items[rows[1]]
 
     return jax.value_and_grad(score)(means)
