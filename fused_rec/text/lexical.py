@@ -61,7 +61,9 @@ def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
     # All of the directions where they are few: of two that weigh the same, either could be the one left out.
     first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
     vectors = first.fit_transform(weights).astype(np.float32)
-    return Lexicon(vectors, weights, first.components_.T, counts.vocabulary_, re.compile(counts.token_pattern))
+    return Lexicon(
+        vectors, weights, np.asarray(first.components_).T, counts.vocabulary_, re.compile(counts.token_pattern)
+    )
 
 
 def side_by_side(*views: Float32[np.ndarray, "T _"]) -> Float32[np.ndarray, "T D"]:
