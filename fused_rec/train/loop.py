@@ -4,6 +4,7 @@ workdir/
   run.json             config and digest of the tables; another config, or changed tables, are refused
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
   test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
+  README.md            the model card: what was trained on what, how good it is, how to load it
   results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
   run.lock             held by the process that trains here, and there only as long
 """
@@ -31,6 +32,7 @@ from fused_rec.data.batches import batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train import interrupt
+from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
@@ -40,7 +42,7 @@ from fused_rec.train.step import TrainState, init
 from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
-RUN, RESULTS, TEST_USERS = "run.json", "results.json", "test_users.npz"
+RUN, RESULTS, TEST_USERS, CARD = "run.json", "results.json", "test_users.npz", "README.md"
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
@@ -122,6 +124,10 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     }
     if hosts.leads():
         write_users(workdir / TEST_USERS, per_user)
+        checkpoints = Path("refit" if config.train.refit else "choose") / "checkpoints"
+        model = Checkpoints(workdir / checkpoints).digest(progress.best_step)
+        amounts, chosen = counts(dataset, parts_of), checkpoints / str(progress.best_step)
+        write_card(workdir / CARD, card(results, amounts, {"tables": tables, "model": model}, chosen.as_posix()))
         write_json(workdir / RESULTS, results)
     return results
 
@@ -363,6 +369,14 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Writes all or nothing. A number that is none becomes null. Raises SaveError."""
     write_file(file, (json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_card(file: Path, content: str) -> None:
+    """Writes all or nothing; a file of that name that is no card of ours is somebody's, and stays. Raises SaveError."""
+    if file.exists() and LIBRARY not in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        LOG.warning("%s is no model card, and is left as it is; the run has none", file)
+        return
+    write_file(file, content.encode())
 
 
 def write_users(file: Path, per_user: PerUser) -> None:
