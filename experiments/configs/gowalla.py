@@ -1,0 +1,36 @@
+"""Gowalla, the split of LightGCN (He et al., 2020): places visited, neither words nor ties; LightGCN's own propagation.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/gowalla.py --workdir=runs/gowalla
+
+Three rounds of 64 dimensions, as published; a softmax over all places takes the place of BPR, and a cosine that of the
+dot product. A tenth of the published training part chooses the step; the test part is read once.
+"""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings chosen on validation."""
+    return config_dict(
+        data={"name": "lightgcn_text"},
+        split={"kind": "published"},
+        graph={"similar_text": 0, "ties": "none"},
+        model={
+            "variant": "graph",
+            "gates": False,
+            "readout": "even",
+            "popularity": 0.0,
+            "id_dropout": 0.0,
+        },
+        train={
+            "temperature": 0.1,
+            "batch_users": 2048,
+            "learning_rate": 0.005,
+            "weight_decay": 0.0,
+            "eval_every": 50,
+            "patience": 2,
+            "max_steps": 1000,
+            "metric": "recall@20",
+            "refit": True,
+        },
+    )
