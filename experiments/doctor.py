@@ -7,8 +7,10 @@ the command ends in status 1. The self-test takes a step of training on a market
 explanation.
 """
 
+import contextlib
 import importlib.metadata
-import importlib.util
+import io
+import logging
 import os
 import platform
 import stat

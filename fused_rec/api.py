@@ -109,18 +109,18 @@ def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None
     Raises ValueError where the workdir holds a run of another config or of other tables, and as
     `fused_rec.train.loop.train` does.
     """
-    workdir = Path(workdir)
-    if dataset is not None:
-        config = dataclasses.replace(config, data=_kept(dataset, workdir, config.data))
-    elif config.data.path:
-        path = str(Path(config.data.path).expanduser().resolve())  # runs keep it and are opened from elsewhere
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
-    train(config, workdir)
+    train(_reading(config, dataset, Path(workdir)), Path(workdir))
     return load(workdir)
 
 
-def _kept(dataset: Dataset, workdir: Path, data: DataConfig) -> DataConfig:
-    """The tables in the workdir, and how they are read: with `repair`, which lets users stay who hold nothing."""
+def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
+    """The config with an absolute path of its data, since runs keep it and are opened from elsewhere.
+
+    A dataset is kept in the workdir first, and read with `repair`, which lets users stay who hold nothing.
+    """
+    if dataset is None:
+        path = config.data.path
+        return configure(config, data={"path": str(Path(path).expanduser().resolve())}) if path else config
     folder = (workdir / TABLES).resolve()
     if not folder.exists():
         if (workdir / RUN).exists():
@@ -128,7 +128,7 @@ def _kept(dataset: Dataset, workdir: Path, data: DataConfig) -> DataConfig:
         save_dataset(dataset, folder)
     if digest(read_tables(folder, repair=True)) != digest(dataset):
         raise ValueError(f"{folder} holds other tables than these; give this run a workdir of its own")
-    return dataclasses.replace(data, name="tables", path=str(folder), repair=True)
+    return configure(config, data={"name": "tables", "path": str(folder), "repair": True})
 
 
 def load(workdir: str | os.PathLike[str], part: str = "test") -> Run:
@@ -228,24 +228,26 @@ def compare(
     variants: Sequence[str] = (*VARIANTS, *BASELINES),
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     *,
+    dataset: Dataset | None = None,
     trials: int = 0,
 ) -> dict[str, Any]:
     """Variants, controls and baselines over seeds: what `compare.json` holds; tables and figures come to lie in `out`.
 
-    Resumes; more variants or seeds add to what is there. trials: of tuning each learned variant on validation. Raises
-    as `fused_rec.train.study.study` does.
+    Resumes; more variants or seeds add to what is there. dataset: as for `fit`. trials: of tuning each learned variant
+    on validation. Raises as `fused_rec.train.study.study` does.
     """
-    return study(config, list(variants), list(seeds), out, trials=trials)
+    out = Path(out)
+    return study(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
 
 
-def sweep(config: Config, out: str | os.PathLike[str], trials: int) -> Config:
+def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
     """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
 
-    Any number of processes may work on the same folder. Raises as `fused_rec.train.sweep.sweep` does.
+    Any number of processes may work on the same folder. dataset: as for `fit`. Raises as `fused_rec.train.sweep.sweep` does.
     """
     from fused_rec.train.sweep import sweep as search  # needs Optuna
 
-    return search(config, Path(out), trials)
+    return search(_reading(config, dataset, Path(out)), Path(out), trials)
 
 
 def report(
