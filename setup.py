@@ -54,6 +54,7 @@ setup(
         "als": ["implicit>=0.7.2", "threadpoolctl>=3.1"],  # one baseline alone needs them
         "tests": [
             "beartype>=0.22.1",
+            "build>=1.2",
             "hypothesis>=6.100",
             "ir-measures>=0.4",
             "pandas>=2.2",  # frames that tests hand over, as polars'

@@ -243,7 +243,8 @@ def compare(
 def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
     """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
 
-    Any number of processes may work on the same folder. dataset: as for `fit`. Raises as `fused_rec.train.sweep.sweep` does.
+    Any number of processes may work on the same folder. dataset: as for `fit`. Raises as
+    `fused_rec.train.sweep.sweep` does.
     """
     from fused_rec.train.sweep import sweep as search  # needs Optuna
 
