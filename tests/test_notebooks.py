@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,12 +28,7 @@ def execute(source: Path, folder: Path):
     """Runs the notebook in a kernel of this interpreter, in `folder`, which is its home too; returns it."""
     pytest.importorskip("ipykernel", reason='notebooks need pip install -e ".[notebooks]"')
     nbclient = pytest.importorskip("nbclient", reason='notebooks need pip install -e ".[notebooks]"')
-    from jupyter_client.manager import AsyncKernelManager
-
-    manager = AsyncKernelManager()
-    spec = manager.kernel_spec_manager.get_kernel_spec("python3")
-    spec.argv[0] = sys.executable
-    vars(manager)["_kernel_spec"] = spec
+    manager = pytest.importorskip("jupyter_client").AsyncKernelManager(kernel_name="python3", transport="ipc")
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
     environment |= {"HOME": str(folder), "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / ".ipython")}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

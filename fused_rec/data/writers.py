@@ -86,11 +86,13 @@ def _texts_of_pairs(dataset: Dataset) -> tuple[pa.Array, dict[str, int]]:
     for row, text in zip(place[held].tolist(), dataset.reviews["text"].filter(pa.array(held)).to_pylist(), strict=True):
         said.setdefault(row, []).append(text)
     joined = pa.array([" ".join(said[row]) if row in said else None for row in range(len(keys[0]))], pa.string())
-    untimed = "timestamp" in dataset.reviews.column_names
+    timed = 0
+    if "timestamp" in dataset.reviews.column_names:
+        timed = pc.sum(pc.is_valid(dataset.reviews["timestamp"].filter(pa.array(held)))).as_py() or 0
     lost = {
         "reviews: of pairs that are no interaction, left out": int((~held).sum()),
         "reviews: joined to another one of the same pair": int(held.sum()) - len(said),
-        "reviews: times left out": int(held.sum()) if untimed else 0,
+        "reviews: times left out": timed,
     }
     return joined, {what: count for what, count in lost.items() if count}
 

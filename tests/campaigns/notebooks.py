@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_notebooks import SOURCES, code, execute  # noqa: E402
+from test_notebooks import SOURCES, code, execute
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or [source.stem for source in SOURCES]
