@@ -72,7 +72,11 @@ def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> C
 
 
 def load_dataset(
-    source: str | os.PathLike[str] = "synthetic", *, path: str = "", repair: bool = False, core: int = 1
+    source: str | os.PathLike[str] = "synthetic",
+    *,
+    path: str | os.PathLike[str] = "",
+    repair: bool = False,
+    core: int = 1,
 ) -> Dataset:
     """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
 
@@ -82,12 +86,12 @@ def load_dataset(
     problem) where they must not be used.
     """
     if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, path, repair, core))
+        return readers.load(DataConfig(source, os.fspath(path), repair, core))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
             f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
         )
-    return readers.load(DataConfig("tables", str(source), repair, core))
+    return readers.load(DataConfig("tables", os.fspath(source), repair, core))
 
 
 def encode(

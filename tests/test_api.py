@@ -227,8 +227,8 @@ def test_report(run, folder):
 
 
 def test_compare(config, folder, market):
-    small = fr.configure(config, data={"name": "tables", "path": str(folder / "mine")}, train={"max_steps": 5})
-    found = fr.compare(small, folder / "compare", ["fused", "popularity"], seeds=[0])
+    small = fr.configure(config, train={"max_steps": 5})
+    found = fr.compare(small, folder / "compare", ["fused", "popularity"], seeds=[0], dataset=market)
     assert not found["failures"] and (folder / "compare" / "compare.md").exists()
 
 
