@@ -28,14 +28,13 @@ def execute(source: Path, folder: Path):
     """Runs the notebook in a kernel of this interpreter, in `folder`, which is its home too; returns it."""
     pytest.importorskip("ipykernel", reason='notebooks need pip install -e ".[notebooks]"')
     nbclient = pytest.importorskip("nbclient", reason='notebooks need pip install -e ".[notebooks]"')
-    manager = pytest.importorskip("jupyter_client").AsyncKernelManager(kernel_name="python3", transport="ipc")
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
     environment |= {"HOME": str(folder), "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / ".ipython")}
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
-    client = nbclient.NotebookClient(
-        jupytext.read(source), km=manager, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}
-    )
+    limits = {"timeout": SECONDS, "startup_timeout": SECONDS}
+    where = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(jupytext.read(source), kernel_name="python3", resources=where, **limits)
     return client.execute(env=environment)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import nbformat  # noqa: E402
-from test_notebooks import SOURCES, code, execute  # noqa: E402
+import nbformat
+from test_notebooks import SOURCES, code, execute
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
