@@ -1,4 +1,5 @@
-# make demo | test | lint | docs | clean        PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
+# make demo | test | lint | docs | notebooks | package | clean
+# PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -9,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py fused_rec/graph/sparse_sum.cc requirements-minilm.txt
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks package clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -22,6 +23,15 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Writes each .ipynb from the .py beside it, and runs all of them from clean folders.
+notebooks: $(VENV)/.installed-tests
+	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
+	$(BIN)/python tests/campaigns/notebooks.py
+
+# Builds sdist and wheel, and uses the wheel from outside the checkout.
+package: $(VENV)/.installed-tests
+	$(BIN)/python tests/campaigns/package.py
 
 # A stamp is written last, so an interrupted step is done again; it is older than what it depends on when stale.
 $(VENV)/.created:
@@ -39,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	@echo "Installing the test tools and what single files need into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps]"
+	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps,notebooks]"
 	@touch $@
 
 docs: $(VENV)/.installed

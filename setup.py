@@ -54,8 +54,11 @@ setup(
         "als": ["implicit>=0.7.2", "threadpoolctl>=3.1"],  # one baseline alone needs them
         "tests": [
             "beartype>=0.22.1",
+            "build>=1.2",
             "hypothesis>=6.100",
             "ir-measures>=0.4",
+            "pandas>=2.2",  # frames that tests hand over, as polars'
+            "polars>=1.20",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.4",
             "pytest-xdist>=3.6.1",
@@ -63,7 +66,15 @@ setup(
         ],
         "docs": ["furo>=2024.8", "myst-parser>=4.0", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
-        "notebooks": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10"],
+        "notebooks": [
+            "ipykernel>=6.29",
+            "jupytext>=1.16",
+            "matplotlib>=3.9",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "optuna>=5.0",
+            "pandas>=2.2",
+        ],
         "sweeps": ["optuna>=5.0"],
         "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
     },

@@ -13,15 +13,8 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import start
-from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
-from fused_rec.explain.report import page
-from fused_rec.train.card import counts
-from fused_rec.train.curves import read_curves
-from fused_rec.train.export import read_rules
-from fused_rec.train.loop import read_results, read_run
-from fused_rec.train.measure import BASELINES, measure_rules, scorer
-from fused_rec.train.serve import eligible, load, model_digest, user_rows
-from fused_rec.train.workdir import write_file
+from fused_rec.api import report
+from fused_rec.train.measure import BASELINES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 OUT = flags.DEFINE_string("out", None, "File to write; report.html in the workdir without this flag.")
@@ -51,40 +44,18 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value) if OUT.value else workdir / "report.html"
     if not out.parent.is_dir():
         raise app.UsageError(f"--out is in {out.parent}, which is no folder; make it first")
-    write_report(workdir, out)
-
-
-def write_report(workdir: Path, out: Path) -> None:
-    """The page of the run in `workdir`, as the flags ask for it."""
-    rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
-    results = read_results(workdir)
-    config, prepared, state = load(workdir, PART.value)
-    own = config.model.variant
-    measured = measure_models(config, prepared, state, PART.value, BASELINE.value, own)
-    found = None
-    if RULES.value:
-        trained = scorer(config, prepared, state)
-        found = measure_rules(prepared, trained, PART.value, rules, groups=GROUPS.value)
-    models, slices = compared(measured, own), sliced(prepared, measured[own], GROUPS.value)
-    if config.train.refit and PART.value == "valid":  # what is recommended comes from the model that saw more
-        config, prepared, state = load(workdir)
-    users = user_rows(prepared.dataset, USERS.value) if USERS.value else sample(prepared, SAMPLE.value)
-    may = eligible(prepared.dataset, rules)
-    digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
-    facts = Facts(
-        results,
-        counts=counts(prepared.dataset, prepared.split),
-        digests=digests | ({"rules": rules_digest} if rules_digest else {}),
+    made = report(
+        workdir,
+        out,
         part=PART.value,
-        models=models,
-        curve=tuple(read_curves(workdir / "choose")),
-        slices=slices,
-        rules=found,
-        customers=recommended(config, prepared, state, may, users, K.value, passages(config, prepared, state)),
-        chosen="as named" if USERS.value else "drawn at random",
+        baselines=BASELINE.value,
+        users=USERS.value or (),
+        drawn=SAMPLE.value,
+        k=K.value,
+        rules=RULES.value,
+        groups=GROUPS.value,
     )
-    write_file(out, page(facts).encode())
-    print(f"page: {out}")
+    print(f"page: {made}")
 
 
 if __name__ == "__main__":

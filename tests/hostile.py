@@ -91,7 +91,7 @@ def _parquet(table: dict, **settings) -> bytes:
     return file.getvalue()
 
 
-CSV_TABLES = ("interactions.csv", "items.csv", "users.csv", "ties.csv")
+CSV_TABLES = ("interactions.csv", "items.csv", "users.csv", "ties.csv", "reviews.csv")
 ATOMIC = ("x.inter", "x.item", "x.user", "x.net")
 HETREC = ("artists.dat", "tags.dat", "user_artists.dat", "user_friends.dat", "user_taggedartists.dat")
 SOCIAL = tuple(
@@ -172,7 +172,7 @@ COLUMN_NAMES = (
 
 def _tables_typed(folder: Path, data: bytes) -> object:
     """Each table: a byte of rows, then pairs of a column's name and type; 255 ends it."""
-    for table, part in zip(("interactions", "items", "users", "ties"), data.split(b"\xff"), strict=False):
+    for table, part in zip(("interactions", "items", "users", "ties", "reviews"), data.split(b"\xff"), strict=False):
         if len(part) > 2:
             columns = {
                 COLUMN_NAMES[name % len(COLUMN_NAMES)]: COLUMNS[kind % len(COLUMNS)](part[0] % 5)
@@ -348,7 +348,8 @@ TARGETS: dict[str, Target] = {
                 b'user_id,item_id,timestamp,value,text,part\nu,i,100,1.5,"a, b",train\nv,i,2020-01-01,,,valid\n',
                 b"item_id,name,text,sector,price\ni,One,First,tech,1.5\nj,Two,,,\n",
                 b"user_id,age\nu,30\nv,\n",
-                b"source_id,target_id,kind,timestamp\nu,v,refers,5\n",
+                b"source_id,target_id,kind,timestamp,item_id\nu,v,refers,5,i\nv,u,,,\n",
+                b"user_id,item_id,text,timestamp\nu,j,fine,7\nu,j,again,\n",
             ),
             b"\0user_id,item_id\n1,2\n",
         ),
@@ -447,6 +448,13 @@ TARGETS: dict[str, Target] = {
                 b"item_id:token\tname:token_seq\tprice:float\tpoint:float_seq\ni\tThing\t1.5\t1 2\nj\t\t\t\n",
                 b"user_id:token\nu\nv\n",
                 b"source_id:token\ttarget_id:token\nu\tv\n",
+            ),
+            b"\0"
+            + files(
+                b"user_id:token\titem_id:token\ttimestamp:float\tpart:token\nu\ti\t5\ttrain\nv\tj\t\ttest\n",
+                b"item_id:token\tname:token_seq\ttext:token_seq\ni\tThing\tA thing\nj\t\t\n",
+                b"",
+                b"source_id:token\ttarget_id:token\titem_id:token\nu\tv\ti\nv\tu\t\n",
             ),
         ),
         (DataError,),

@@ -354,3 +354,14 @@ def test_a_file_that_would_go_unread_is_told(tmp_path):
     (tmp_path / "users.csv.gz").write_bytes(b"")
     report = told(tmp_path)
     assert "item.csv: is no table of the format" in report and "users.csv.gz: is no table" in report
+
+
+def test_acts_of_ties_are_ids(tmp_path):
+    ties = {"source_id": ["u1"], "target_id": ["u2"], "item_id": [[1]]}
+    pq.write_table(pa.table(ties), write(tmp_path, **{**SOUND, "ties": ""}) / "ties.parquet")
+    (tmp_path / "ties.csv").unlink()
+    assert "ties.parquet, row 2: item_id holds list<element: int64> values" in told(tmp_path)
+    pq.write_table(pa.table({**ties, "item_id": ["i9"]}), tmp_path / "ties.parquet")
+    assert "the tie from 'u1' to 'u2' names an unknown user or item" in told(tmp_path)
+    pq.write_table(pa.table({**ties, "item_id": [None]}), tmp_path / "ties.parquet")
+    assert read_tables(tmp_path).ties.column_names == ["source", "target", "kind"]

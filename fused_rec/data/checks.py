@@ -176,6 +176,19 @@ def check_kinds(table: pa.Table, report: Report) -> pa.Table:
     return replace(table, "kind", _strings(table, "kind", report))
 
 
+def check_acts(table: pa.Table, report: Report) -> pa.Table:
+    """`item_id` of ties as string dictionaries, null where a tie was seen in no act; no such column where none was."""
+    if "item_id" not in table.column_names:
+        return table
+    given = table["item_id"]
+    if _is_id(given.type):
+        return replace(table, "item_id", as_ids(given))
+    if not pa.types.is_null(given.type):
+        found = f"item_id holds {given.type} values"
+        report.add("id type", table, flags(pc.is_valid(given)), lambda r: found, "write ids as text or integers")
+    return table.drop_columns(["item_id"])
+
+
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
     """Floating-point attributes with null in place of NaN and infinity."""
     for name in [field.name for field in table.schema if pa.types.is_floating(field.type)]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
     """What was read. U users and I items are addressed by their row in `users` and `items`.
 
@@ -38,6 +38,12 @@ class Dataset:
     reviews: pa.Table
     ties: pa.Table
     repairs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        names = ("users", "items", "interactions", "reviews", "ties")
+        amounts = ", ".join(f"{getattr(self, name).num_rows:,} {name}" for name in names)
+        repairs = f", {sum(self.repairs.values()):,} repairs" if self.repairs else ""
+        return f"Dataset({self.name!r}: {amounts}{repairs})"
 
     @property
     def n_users(self) -> int:

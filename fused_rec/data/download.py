@@ -6,6 +6,7 @@ without a sum is only checked to be complete.
 """
 
 import dataclasses
+import logging
 import os
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path, PurePosixPath
 from absl import app, flags
 
 from fused_rec.data.fetch import DownloadError, digest, fetch, unpack, verify
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,22 @@ def download(publication: Publication, out: Path) -> list[Path]:
                 fetch(source.url, out / source.path, sha256=source.sha256)
         files += wanted
     return files
+
+
+def fetch_dataset(name: str, out: str | os.PathLike[str] | None = None) -> Path:
+    """Downloads one of `PUBLICATIONS` and returns its folder, for `load_dataset` or `config.data.path`.
+
+    out: the folder of all datasets; None = $FUSED_REC_DATA, or `data` where that is not set. What lies there already
+    is verified, not fetched again. Raises ValueError for an unknown name, and DownloadError.
+    """
+    if name not in PUBLICATIONS:
+        offered = ", ".join(f"{known} ({publication.terms})" for known, publication in PUBLICATIONS.items())
+        raise ValueError(f"no download is called {name!r}; there are {offered}")
+    root = Path(out if out is not None else os.environ.get("FUSED_REC_DATA", "data")).expanduser()
+    publication = PUBLICATIONS[name]
+    LOG.info("%s: %s", name, publication.terms)
+    download(publication, root)
+    return (root / PurePosixPath(publication.sources[0].path).parts[0]).resolve()
 
 
 def _install(source: Source, out: Path) -> None:

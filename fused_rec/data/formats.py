@@ -94,12 +94,14 @@ def edges(path: Path, repair: bool) -> Dataset:
 def recbole(path: Path, repair: bool) -> Dataset:
     """RecBole atomic files: one `*.inter` and, where they are, `*.item`, `*.user` and `*.net` (headers `name:type`).
 
-    The token_seq columns make up a row's text, and the first with "title" or "name" in it is its name; the others
-    stay as attributes too, each in one string, beside those of the other types. Of `*.inter` the text is the review
-    and `rating` the value; columns beyond user_id, item_id, timestamp and these are counted, not read.
+    A token_seq column called `text` is a row's text; without one all token_seq columns make it up. The first with
+    "title" or "name" in it is its name; the others stay as attributes too, each in one string, beside those of the
+    other types. Of `*.inter` the text is the review, `rating` the value, and `part`, as `data.writers` writes it, the
+    part of a published split; columns beyond user_id, item_id, timestamp and these are counted, not read.
     """
     events, said = _atomic(_only(path, "*.inter"), ("user_id", "item_id"))
-    known = [name for name in ("user_id", "item_id", "rating", "timestamp", "text") if name in events.column_names]
+    read = ("user_id", "item_id", "rating", "timestamp", "text", "part")
+    known = [name for name in read if name in events.column_names]
     unread = [name for name in events.column_names if name not in (*known, *said, "name")]
     notes = {f"interactions: column {name!r} not read": 1 for name in unread}
     tables = {"interactions": events.select(known).rename_columns([{"rating": "value"}.get(n, n) for n in known])}
@@ -140,8 +142,9 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     if missing := [name for name in ids if name not in types]:
         there = ", ".join(types)
         raise DataError([Problem(file.name, None, f"no column {name} (there: {there})", "add it") for name in missing])
-    texts = [name for name, kind in types.items() if kind == "token_seq"]
-    titles = [name for name in texts if "title" in name or "name" in name]
+    sequences = [name for name, kind in types.items() if kind == "token_seq"]
+    texts = ["text"] if "text" in sequences else sequences
+    titles = [name for name in sequences if "title" in name or "name" in name]
     taken = ["text"] if texts and "text" in types and "text" not in texts else []
     taken += ["name"] if titles and "name" in types and "name" != titles[0] else []
     if taken:

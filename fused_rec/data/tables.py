@@ -1,13 +1,16 @@
-"""A folder of your own tables -> Dataset.
+"""Your own tables -> Dataset: a folder of files, or tables in memory.
 
-The folder holds `interactions` and, where you have them, `items`, `users` and `ties`, each one file: Parquet
+The folder holds `interactions` and, where you have them, `items`, `users`, `ties` and `reviews`, each one file: Parquet
 (`items.parquet`) or CSV with a header, commas and UTF-8 (`items.csv`). Columns, those in brackets optional:
 
   interactions  user_id, item_id [timestamp, value, text, part]   text: the user's own words about the item;
                                                                   part: train, valid or test of a published split
   items         item_id [name, text, ...]                         further columns are attributes: numbers where
   users         user_id [name, text, ...]                         every value is one, categories otherwise
-  ties          source_id, target_id [kind, timestamp]            directed; kind is "tie" unless given
+  ties          source_id, target_id [kind, timestamp, item_id]   directed; kind is "tie" unless given; item_id: the
+                                                                  item of the act in which the tie was seen
+  reviews       user_id, item_id, text [timestamp]                more words about a pair, or about one that is no
+                                                                  interaction
 
 Ids are text: "007" is not "7". Times are unix seconds or ISO 8601, in UTC unless they name a zone. An empty cell is
 null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the ids come from `interactions`,
@@ -18,7 +21,10 @@ tables). Reports count rows with the header as row 1; blank lines and line break
 """
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,8 +38,12 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "interactions": (("user_id", "item_id"), ("timestamp", "value", "text", "part")),
     "items": (("item_id",), None),
     "users": (("user_id",), None),
-    "ties": (("source_id", "target_id"), ("kind", "timestamp")),
+    "ties": (("source_id", "target_id"), ("kind", "timestamp", "item_id")),
+    "reviews": (("user_id", "item_id", "text"), ("timestamp",)),
 }
+
+_NONE = pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
+_INDEX = re.compile("__index_level_[0-9]+__")  # what pandas calls an index without a name
 
 
 def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False) -> Dataset:
@@ -55,14 +65,69 @@ def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: b
             if file := _find(folder, table):
                 files[table] = file.name
                 read = read_parquet(file) if file.suffix == ".parquet" else read_delimited(file, ",", quoted=True)
-                tables[table] = _select(read, table, file, notes)
+                tables[table] = _select(read, table, file.name, notes, typed=file.suffix == ".parquet")
         except DataError as error:
             problems += error.problems
     if problems:
-        tables.setdefault(
-            "interactions", pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
-        )
+        tables.setdefault("interactions", _NONE)
     return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems, files=files)
+
+
+def dataset_from_tables(
+    interactions: Any,
+    *,
+    items: Any = None,
+    users: Any = None,
+    ties: Any = None,
+    reviews: Any = None,
+    name: str = "tables",
+    repair: bool = False,
+) -> Dataset:
+    """The dataset of tables in memory, with the columns and the checks of files.
+
+    Each is a pandas or polars frame, an Arrow table, whatever else hands over Arrow data (`__arrow_c_stream__`), or a
+    dictionary of columns. A pandas index that has no name is no column. Reports count rows as those of a file, whose
+    header is row 1.
+
+    repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
+    Raises DataError with every problem found in any of the tables, and TypeError for what is no table.
+    """
+    given = {"interactions": interactions, "items": items, "users": users, "ties": ties, "reviews": reviews}
+    tables: dict[str, pa.Table] = {}
+    notes: dict[str, int] = {}
+    problems: list[Problem] = []
+    for table, frame in given.items():
+        try:
+            if frame is not None:
+                tables[table] = _select(_arrow(frame, table), table, table, notes, typed=True)
+        except DataError as error:
+            problems += error.problems
+    tables.setdefault("interactions", _NONE)
+    return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems)
+
+
+def _arrow(frame: Any, name: str) -> pa.Table:
+    """Plain columns: no dictionaries, views or 64-bit offsets, no metadata, which differ by what made the frame."""
+    if isinstance(frame, Mapping):
+        frame = dict(frame)
+    elif not isinstance(frame, pa.Table) and not hasattr(frame, "__arrow_c_stream__"):
+        raise TypeError(f"{name} is a {type(frame).__name__}; give a data frame, an Arrow table or a dict of columns")
+    try:
+        table = pa.table(frame)
+        if not isinstance(frame, Mapping | pa.Table):
+            table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
+        columns = [_plain(table[place]) for place in range(table.num_columns)]
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        message = f"cannot be made an Arrow table: {error}"
+        raise DataError([Problem(name, None, message, "give columns of one length, each of one type")]) from error
+    return pa.Table.from_arrays(columns, [str(column) for column in table.column_names])
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        kind = pa.string()
+    return column.cast(kind)
 
 
 def _strays(folder: Path) -> list[Path]:
@@ -85,7 +150,8 @@ def _find(folder: Path, table: str) -> Path | None:
     return found[0] if found else None
 
 
-def _select(table: pa.Table, name: str, file: Path, notes: dict[str, int]) -> pa.Table:
+def _select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:
+    """The columns of the format. typed: attributes have types already, and are not to be read from text."""
     required, optional = COLUMNS[name]
     there = table.column_names
     faults = [f"column {column} is missing (there: {', '.join(there)})" for column in required if column not in there]
@@ -93,12 +159,12 @@ def _select(table: pa.Table, name: str, file: Path, notes: dict[str, int]) -> pa
         f"column {column} is there {there.count(column)} times" for column in set(there) if there.count(column) > 1
     ]
     if faults:
-        raise DataError([Problem(file.name, None, fault, "name the columns as the format does") for fault in faults])
+        raise DataError([Problem(file, None, fault, "name the columns as the format does") for fault in faults])
     if optional is not None:
         unread = [column for column in there if column not in required + optional]
         notes.update({f"{name}: column {column!r}, which the format does not have, not read": 1 for column in unread})
         return table.drop_columns(unread)
-    if file.suffix == ".csv":
+    if not typed:
         for column in [column for column in there if column not in (*required, "name", "text")]:
             table = replace(table, column, _typed(table[column]))
     return table

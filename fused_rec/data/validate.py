@@ -186,7 +186,7 @@ def _reviews(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) 
 def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> pa.Table:
     """`Dataset.ties`: between two known users, each (source, target, kind) once unless it was seen in an act."""
     table = checks.check_times(checks.check_ids(table, report, "source_id", "target_id"), report)
-    table = checks.check_kinds(table, report)
+    table = checks.check_acts(checks.check_kinds(table, report), report)
     ends = {end: locate(table[f"{end}_id"], users["user_id"]) for end in ("source", "target")}
 
     def tie(r: int) -> str:
@@ -195,12 +195,14 @@ def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> 
     columns: dict = dict(ends)
     unknown = (ends["source"] < 0) | (ends["target"] < 0)
     if "item_id" in table.column_names:
-        ids = as_ids(table["item_id"])
-        item = locate(ids, items["item_id"])
-        unknown |= (item < 0) & flags(pc.is_valid(ids))
+        item = locate(table["item_id"], items["item_id"])
+        unknown |= (item < 0) & flags(pc.is_valid(table["item_id"]))
         columns["item"] = pa.array(item, mask=item < 0)
     mended = "ties to unknown users dropped"
-    report.add("unknown tie", table, unknown, lambda r: f"{tie(r)} names an unknown user", "add the user", mended)
+    named = "user or item" if "item_id" in table.column_names else "user"
+    report.add(
+        "unknown tie", table, unknown, lambda r: f"{tie(r)} names an unknown {named}", f"add the {named}", mended
+    )
     own = ~unknown & (ends["source"] == ends["target"])
     mended = "ties to oneself dropped"
     report.add("tie to oneself", table, own, lambda r: f"{tie(r)} joins a user to itself", "remove it", mended)

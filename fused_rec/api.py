@@ -1,0 +1,310 @@
+"""What a notebook calls, thin over the functions that the commands use; `fused_rec` itself offers these names."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32
+
+from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
+from fused_rec.data import readers
+from fused_rec.data.arrow import pc
+from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.tables import read_tables
+from fused_rec.data.writers import save_dataset
+from fused_rec.evaluate.ranking import mean
+from fused_rec.evaluate.suitability import suitable
+from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
+from fused_rec.explain.ledger import ledger
+from fused_rec.explain.reasons import record
+from fused_rec.explain.report import page
+from fused_rec.explain.without import Change, effect
+from fused_rec.text.embed import embed
+from fused_rec.text.pretrained import open_model
+from fused_rec.train import serve
+from fused_rec.train.card import counts
+from fused_rec.train.curves import read_curves
+from fused_rec.train.export import read_rules
+from fused_rec.train.loop import RUN, read_results, read_run, train
+from fused_rec.train.measure import BASELINES, measure_rules, scorer
+from fused_rec.train.prepare import Prepared
+from fused_rec.train.serve import eligible, model_digest, user_rows
+from fused_rec.train.step import TrainState
+from fused_rec.train.study import study
+from fused_rec.train.variants import VARIANTS
+from fused_rec.train.workdir import write_file
+
+TABLES = "tables"  # in the workdir of a run: the tables that it was given in memory
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Run:
+    """A finished run, ready to rank.
+
+    workdir: its folder. config: what it was trained with. prepared: its tables, split and graph. state: the parameters
+    that were chosen. results: of `results.json`, metrics by part among them: `run.results["test"]["ndcg@10"]`.
+    """
+
+    workdir: Path
+    config: Config
+    prepared: Prepared
+    state: TrainState
+    results: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        metric = self.config.train.metric
+        measured = ", ".join(f"{part} {metric} {self.results[part][metric]:.4f}" for part in ("valid", "test"))
+        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
+
+
+def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> Config:
+    """A config with some settings changed: `configure(model={"dim": 32}, train={"max_steps": 200})`.
+
+    base: the config that is changed; None = all defaults. Raises ValueError for an unknown section or setting, and for
+    a value out of its bounds.
+    """
+    values = to_dict(base or Config())
+    return from_dict({**values, **{name: {**values.get(name, {}), **given} for name, given in sections.items()}})
+
+
+def load_dataset(
+    source: str | os.PathLike[str] = "synthetic",
+    *,
+    path: str | os.PathLike[str] = "",
+    repair: bool = False,
+    core: int = 1,
+) -> Dataset:
+    """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
+
+    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core: as in `DataConfig`.
+
+    Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
+    problem) where they must not be used.
+    """
+    if isinstance(source, str) and source in readers.READERS:
+        return readers.load(DataConfig(source, os.fspath(path), repair, core))
+    if not Path(source).expanduser().is_dir():
+        raise ValueError(
+            f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
+        )
+    return readers.load(DataConfig("tables", os.fspath(source), repair, core))
+
+
+def encode(
+    texts: Sequence[str], model: str = TextConfig.model, *, cache: str | None = TextConfig.cache, offline: bool = True
+) -> Float32[np.ndarray, "T D"]:
+    """One vector a text by a language model, kept in `cache` (None: nowhere) and found there again.
+
+    model, offline: as in `TextConfig`. Raises as `fused_rec.text.pretrained.open_model` and `embed` do.
+    """
+    return embed(texts, open_model(model, offline=offline), cache=cache)
+
+
+def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
+    """Trains, or goes on where the same call was stopped; of a finished run, opens it.
+
+    dataset: tables in memory, in place of those that config.data names. They are kept as Parquet in the workdir, so
+    that `load` and the commands find them again; config.data.core applies to them.
+
+    Raises ValueError where the workdir holds a run of another config or of other tables, and as
+    `fused_rec.train.loop.train` does.
+    """
+    train(_reading(config, dataset, Path(workdir)), Path(workdir))
+    return load(workdir)
+
+
+def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
+    """The config with an absolute path of its data, since runs keep it and are opened from elsewhere.
+
+    A dataset is kept in the workdir first, and read with `repair`, which lets users stay who hold nothing.
+    """
+    if dataset is None:
+        path = config.data.path
+        return configure(config, data={"path": str(Path(path).expanduser().resolve())}) if path else config
+    folder = (workdir / TABLES).resolve()
+    if not folder.exists():
+        if (workdir / RUN).exists():
+            raise ValueError(f"{workdir} holds a run of other tables; give this run a workdir of its own")
+        save_dataset(dataset, folder)
+    if digest(read_tables(folder, repair=True)) != digest(dataset):
+        raise ValueError(f"{folder} holds other tables than these; give this run a workdir of its own")
+    return configure(config, data={"name": "tables", "path": str(folder), "repair": True})
+
+
+def load(workdir: str | os.PathLike[str], part: str = "test") -> Run:
+    """A finished run. part: "valid" for the model that chose its step, where the run was refitted.
+
+    Raises as `fused_rec.train.serve.load` does.
+    """
+    workdir = Path(workdir)
+    return Run(workdir, *serve.load(workdir, part), read_results(workdir))
+
+
+def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """Metrics of the run on a held-out part, the whole catalogue ranked, beside recommenders that need no training.
+
+    baselines: of `fused_rec.train.measure.BASELINES`, each tuned on validation. Keep the test part for the end.
+    Returns metric by name of the recommender, the run's own under its variant.
+
+    Raises ValueError for an unknown part or baseline, NotApplicableError where the tables lack what one needs.
+    """
+    if part not in ("valid", "test"):
+        raise ValueError(f"part is {part!r}; it must be valid or test")
+    if part == "valid" and run.config.train.refit:
+        run = load(run.workdir, part)
+    own = run.config.model.variant
+    found = measure_models(run.config, run.prepared, run.state, part, baselines, own)
+    return {name: mean(per_user) for name, per_user in found.items()}
+
+
+def recommend(
+    run: Run,
+    users: Sequence[str] = (),
+    k: int = 10,
+    *,
+    rules: str | os.PathLike[str] | None = None,
+    include_held: bool = False,
+) -> pa.Table:
+    """The k best products of each customer: user_id, rank (from 1), item_id, score, and `name` where items have one.
+
+    users: ids; none = all customers. rules: a file of rules of who may get what (`docs/SUITABILITY.md`). What a
+    customer holds is left out unless include_held.
+
+    Raises ValueError naming unknown ids, for no id but one string, and as `fused_rec.train.export.read_rules` does.
+    """
+    dataset = run.prepared.dataset
+    given = read_rules(rules)[0] if rules is not None else ()
+    may = eligible(dataset, given, include_held=include_held)
+    found = serve.parts(scorer(run.config, run.prepared, run.state), dataset, may, user_rows(dataset, _ids(users)), k)
+    table = pa.concat_tables(part.table for part in found)
+    if "name" not in dataset.items.column_names:
+        return table
+    rows = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
+    return table.append_column("name", dataset.items["name"].combine_chunks().take(rows.combine_chunks()))
+
+
+def _ids(users: Sequence[str]) -> list[str]:
+    if isinstance(users, str):
+        raise ValueError(f"users is {users!r}, one string; give a list of ids")
+    return list(users)
+
+
+def reasons(run: Run, user: str, items: Sequence[str] = (), k: int = 5) -> list[dict[str, Any]]:
+    """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
+
+    items: ids; none = the k that are recommended. docs/EXPLANATIONS.md tells what the parts are. Raises ValueError
+    naming unknown ids.
+    """
+    dataset = run.prepared.dataset
+    wanted = _ids(items) or recommend(run, [user], k)["item_id"].to_pylist()
+    book = ledger(run.config, run.state.params, run.prepared.task)
+    return record(book, dataset, int(user_rows(dataset, [user])[0]), [_item_row(dataset, item) for item in wanted])
+
+
+def what_if(run: Run, user: str, item: str, without: str) -> Change:
+    """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
+
+    Ranks are among what the customer does not hold. Raises ValueError naming an unknown id or a holding that the model
+    has not seen.
+    """
+    dataset = run.prepared.dataset
+    row, holding = int(user_rows(dataset, [user])[0]), _item_row(dataset, without)
+    open_to = suitable(eligible(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+    of = _item_row(dataset, item)
+    open_to[of] = True
+    return effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
+
+
+def _item_row(dataset: Dataset, item: str) -> int:
+    row = pc.index(dataset.items["item_id"], item).as_py()
+    if row < 0:
+        raise ValueError(f"unknown product id {item!r}; {dataset.name} has {dataset.n_items} products")
+    return row
+
+
+def compare(
+    config: Config,
+    out: str | os.PathLike[str],
+    variants: Sequence[str] = (*VARIANTS, *BASELINES),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    *,
+    dataset: Dataset | None = None,
+    trials: int = 0,
+) -> dict[str, Any]:
+    """Variants, controls and baselines over seeds: what `compare.json` holds; tables and figures come to lie in `out`.
+
+    Resumes; more variants or seeds add to what is there. dataset: as for `fit`. trials: of tuning each learned variant
+    on validation. Raises as `fused_rec.train.study.study` does.
+    """
+    out = Path(out)
+    return study(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
+
+
+def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
+    """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
+
+    Any number of processes may work on the same folder. dataset: as for `fit`. Raises as
+    `fused_rec.train.sweep.sweep` does.
+    """
+    from fused_rec.train.sweep import sweep as search  # needs Optuna
+
+    return search(_reading(config, dataset, Path(out)), Path(out), trials)
+
+
+def report(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    part: str = "valid",
+    baselines: Sequence[str] = ("popularity", "item_knn"),
+    users: Sequence[str] = (),
+    drawn: int = 5,
+    k: int = 5,
+    rules: str | os.PathLike[str] | None = None,
+    groups: Sequence[str] = (),
+) -> Path:
+    """Writes one HTML page about a finished run and returns where: how well it ranks, for whom, and why.
+
+    out: report.html in the workdir unless given. part: the held-out part that is ranked anew, beside `baselines`.
+    users: ids of the customers who are shown, with `k` products each; none = so many `drawn` at random. rules: a file
+    of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared.
+
+    Raises ValueError for unknown ids, baselines and attributes, and as `load` does.
+    """
+    workdir = Path(workdir)
+    out = workdir / "report.html" if out is None else Path(out)
+    given, rules_digest = read_rules(rules) if rules is not None else ((), None)
+    run = load(workdir, part)
+    own = run.config.model.variant
+    measured = measure_models(run.config, run.prepared, run.state, part, baselines, own)
+    found = None
+    if rules is not None:
+        found = measure_rules(run.prepared, scorer(*_model(run)), part, given, groups=groups)
+    slices = sliced(run.prepared, measured[own], groups)
+    if run.config.train.refit and part == "valid":  # what is recommended comes from the model that saw more
+        run = load(workdir)
+    dataset = run.prepared.dataset
+    rows = user_rows(dataset, _ids(users)) if users else sample(run.prepared, drawn)
+    digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+    facts = Facts(
+        run.results,
+        counts=counts(dataset, run.prepared.split),
+        digests=digests | ({"rules": rules_digest} if rules_digest else {}),
+        part=part,
+        models=compared(measured, own),
+        curve=tuple(read_curves(workdir / "choose")),
+        slices=slices,
+        rules=found,
+        customers=recommended(*_model(run), eligible(dataset, given), rows, k, passages(*_model(run))),
+        chosen="as named" if users else "drawn at random",
+    )
+    write_file(out, page(facts).encode())
+    return out
+
+
+def _model(run: Run) -> tuple[Config, Prepared, TrainState]:
+    return run.config, run.prepared, run.state

@@ -1,0 +1,131 @@
+"""Dataset -> files that others read: own tables as Parquet, which give the same dataset again, and RecBole's files."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from fused_rec.data.arrow import pc, replace
+from fused_rec.data.dataset import Dataset, column
+
+# What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
+_BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
+
+
+def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str = "tables") -> dict[str, int]:
+    """Writes the dataset into a new or empty folder; returns what the layout has no room for, with its count.
+
+    layout: "tables", Parquet files that `fused_rec.data.tables.read_tables` makes the same dataset of (with `repair`
+      where users hold nothing); or "recbole", atomic files named after the folder, with the types in their headers.
+
+    Raises ValueError for another layout or an id that the layout cannot hold, FileExistsError where the folder holds
+    anything.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return LAYOUTS[layout](dataset, folder.resolve())
+
+
+def named(dataset: Dataset) -> dict[str, pa.Table]:
+    """The five tables with ids in place of rows: as `fused_rec.data.tables` reads them, an empty one left out."""
+    users, items = (
+        table.column(name).combine_chunks() for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
+    )
+    ends = {"user": users, "item": items, "source": users, "target": users}
+    tables = {"users": dataset.users, "items": dataset.items}
+    for name in ("interactions", "reviews", "ties"):
+        table = getattr(dataset, name)
+        for end in [end for end in ends if end in table.column_names]:
+            table = replace(table, end, ends[end].take(table[end].combine_chunks()))
+        tables[name] = table.rename_columns([f"{n}_id" if n in ends else n for n in table.column_names])
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def _write_tables(dataset: Dataset, folder: Path) -> dict[str, int]:
+    for name, table in named(dataset).items():
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
+    return {}
+
+
+def _write_recbole(dataset: Dataset, folder: Path) -> dict[str, int]:
+    """A pair's reviews become one text; ids, tokens and words are what stands between tabs."""
+    tables, lost = named(dataset), {}
+    events, reviews = tables.pop("interactions"), tables.pop("reviews", None)
+    if reviews is not None:
+        text, lost = _texts_of_pairs(dataset)
+        events = events.append_column("text", text)
+    events = events.rename_columns([{"value": "rating"}.get(name, name) for name in events.column_names])
+    for ending, table in (("inter", events), ("item", tables["items"]), ("user", tables["users"])):
+        _write_atomic(folder / f"{folder.name}.{ending}", table, lost)
+    if "ties" in tables:
+        _write_atomic(folder / f"{folder.name}.net", tables["ties"], lost)
+    return lost
+
+
+LAYOUTS: dict[str, Callable[[Dataset, Path], dict[str, int]]] = {"tables": _write_tables, "recbole": _write_recbole}
+
+
+def _texts_of_pairs(dataset: Dataset) -> tuple[pa.Array, dict[str, int]]:
+    """What the user of each interaction wrote about its item, all of it, and how much belongs to no interaction."""
+    keys = [
+        column(table, "user").astype(np.int64) * dataset.n_items + column(table, "item")
+        for table in (dataset.interactions, dataset.reviews)
+    ]
+    order = np.argsort(keys[0])
+    place = order[np.minimum(np.searchsorted(keys[0], keys[1], sorter=order), len(order) - 1)]
+    held = keys[0][place] == keys[1]
+    said: dict[int, list[str]] = {}
+    for row, text in zip(place[held].tolist(), dataset.reviews["text"].filter(pa.array(held)).to_pylist(), strict=True):
+        said.setdefault(row, []).append(text)
+    joined = pa.array([" ".join(said[row]) if row in said else None for row in range(len(keys[0]))], pa.string())
+    timed = 0
+    if "timestamp" in dataset.reviews.column_names:
+        timed = pc.sum(pc.is_valid(dataset.reviews["timestamp"].filter(pa.array(held)))).as_py() or 0
+    lost = {
+        "reviews: of pairs that are no interaction, left out": int((~held).sum()),
+        "reviews: joined to another one of the same pair": int(held.sum()) - len(said),
+        "reviews: times left out": timed,
+    }
+    return joined, {what: count for what, count in lost.items() if count}
+
+
+def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
+    headers, cells = [], []
+    for name in table.column_names:
+        if re.search(r"[:\t\r\n]", name):
+            raise ValueError(f"{file.name}: column {name!r} has a colon, tab or line break; rename it")
+        kind, texts = _cells(name, table[name])
+        broken = pc.match_substring_regex(texts, _BREAKS)
+        if count := pc.sum(broken).as_py():
+            if name.endswith("_id"):
+                bad = texts.filter(broken)[0].as_py()
+                raise ValueError(
+                    f"{file.name}: {name} {bad!r} has a tab, a line break or a leading quote, which the format cannot "
+                    "hold; rename it"
+                )
+            texts = pc.replace_substring_regex(texts, _BREAKS, " ")
+            lost[f"{file.name}: cells of {name} whose tabs, line breaks or leading quote became a space"] = count
+        headers.append(f"{name}:{kind}")
+        cells.append(pc.fill_null(texts, "").to_pylist())
+    lines = ["\t".join(headers), *("\t".join(row) for row in zip(*cells, strict=True))]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
+    """The type of an atomic column and its cells as text."""
+    kind, types = values.type, pa.types
+    if name == "timestamp" or (not name.endswith("_id") and (types.is_integer(kind) or types.is_floating(kind))):
+        return "float", values.cast(pa.string())
+    if types.is_list(kind):
+        numbers = types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
+        rows = [None if row is None else " ".join(map(str, row)) for row in values.to_pylist()]
+        return ("float_seq" if numbers else "token_seq"), pa.chunked_array([pa.array(rows, pa.string())])
+    return ("token_seq" if name in ("text", "name") else "token"), values.cast(pa.string())

@@ -1,0 +1,238 @@
+"""The public names: what they cost, what they are called, and one whole story on a small market in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+from market import write_tables
+from tiny import quick_compilation  # noqa: F401
+
+import fused_rec as fr
+from fused_rec.data.dataset import digest
+from fused_rec.data.synthetic import make_market
+
+PACKAGE = Path(fr.__file__).parent
+MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
+SETTINGS = {
+    "train": {"batch_users": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02},
+    "model": {"dim": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("api")
+
+
+@pytest.fixture(scope="module")
+def frames(folder) -> dict[str, pa.Table]:
+    write_tables(folder / "mine")
+    text = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+    names = ("interactions", "items", "users", "ties")
+    return {name: pyarrow.csv.read_csv(folder / "mine" / f"{name}.csv", convert_options=text) for name in names}
+
+
+@pytest.fixture(scope="module")
+def market(frames) -> fr.Dataset:
+    return fr.dataset_from_tables(**frames, name="small")
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> fr.Config:
+    return fr.configure(text={"model": MODEL, "cache": str(folder / "cache")}, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(config, folder, market) -> fr.Run:
+    return fr.fit(config, folder / "run", market)
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_is_there_and_documented():
+    assert fr.__all__ == sorted(fr.__all__) and 15 <= len(fr.__all__) < 20
+    for name in fr.__all__:
+        assert getattr(fr, name).__doc__, name
+    assert set(fr.__all__) <= set(dir(fr))
+    with pytest.raises(AttributeError, match="no attribute 'fir'; it has Config"):
+        _ = fr.fir
+
+
+def test_no_name_is_that_of_a_subpackage():
+    """Importing `fused_rec.train.loop` sets `fused_rec.train`: a function of that name would come and go."""
+    modules = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/*.py")}
+    assert not modules & set(fr.__all__)
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import json, sys; import fused_rec; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {"jax", "numpy", "pyarrow", "flax"} & set(json.loads(out)), out
+
+
+# --- tables in memory ----------------------------------------------------------------------------------------------
+
+
+def from_pandas(table: pa.Table) -> pd.DataFrame:
+    frame = table.to_pandas()
+    frame.index = range(7, 7 + len(frame))  # an index without a name is no column
+    return frame.astype({name: "category" for name in frame.columns if name in ("user_id", "sector")})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [from_pandas, lambda table: pl.from_arrow(table), lambda table: table.to_pydict()],
+    ids=["pandas", "polars", "dict"],
+)
+def test_frames_of_any_kind_are_the_same_dataset(frames, market, kind):
+    assert digest(fr.dataset_from_tables(**{name: kind(table) for name, table in frames.items()})) == digest(market)
+
+
+def test_files_and_frames_are_the_same_dataset(folder, market):
+    assert digest(fr.load_dataset(folder / "mine")) == digest(market)
+
+
+def test_every_fault_of_frames_is_in_one_report(frames):
+    spoiled = pd.DataFrame({"user_id": ["C0001", None], "item_id": ["P001", "nobody"]})
+    with pytest.raises(fr.DataError) as error:
+        fr.dataset_from_tables(spoiled, items=frames["items"], users={"id": ["C0001"]}, ties={"source_id": [[], 1]})
+    told = str(error.value)
+    assert "interactions, row 3: user_id is empty" in told
+    assert "users: column user_id is missing (there: id)" in told
+    assert "ties: cannot be made an Arrow table" in told
+    with pytest.raises(TypeError, match="items is a list; give a data frame"):
+        fr.dataset_from_tables(frames["interactions"], items=[1, 2])
+
+
+def test_reviews_and_acts_have_their_place(tmp_path):
+    """Words about what is not held, several about one pair, and ties seen in an act: in memory, and back from disk."""
+    held = {"user_id": ["u", "v"], "item_id": ["i", "j"]}
+    said = {"user_id": ["u", "u", "v"], "item_id": ["i", "i", "i"], "text": ["good", "very good", "bad"]}
+    ties = {"source_id": ["u", "v"], "target_id": ["v", "u"], "item_id": ["j", None]}
+    dataset = fr.dataset_from_tables(held, reviews=said, ties=ties)
+    assert dataset.reviews.to_pydict() == {"user": [0, 0, 1], "item": [0, 0, 0], "text": ["good", "very good", "bad"]}
+    assert dataset.ties["item"].to_pylist() == [1, None]
+    assert fr.save_dataset(dataset, tmp_path / "saved") == {}
+    assert digest(fr.load_dataset(tmp_path / "saved")) == digest(dataset)
+
+
+def test_a_saved_market_comes_back_as_it_was(tmp_path):
+    market = make_market(3, 60, 25)
+    fr.save_dataset(market, tmp_path / "saved")
+    assert digest(fr.load_dataset(tmp_path / "saved", repair=True)) == digest(market)
+    with pytest.raises(FileExistsError, match="holds files already"):
+        fr.save_dataset(market, tmp_path / "saved")
+    with pytest.raises(ValueError, match="layout is 'csv'; it must be one of tables, recbole"):
+        fr.save_dataset(market, tmp_path / "other", "csv")
+
+
+def test_load_dataset_says_what_there_is():
+    assert repr(fr.load_dataset("synthetic")).startswith("Dataset('synthetic-0': 2,000 users, 400 items, ")
+    with pytest.raises(ValueError, match="'lastfn' is no folder, and no dataset of that name; there are synthetic"):
+        fr.load_dataset("lastfn")
+    with pytest.raises(ValueError, match="no download is called 'x'; there are lastfm"):
+        fr.fetch_dataset("x")
+
+
+# --- configs -------------------------------------------------------------------------------------------------------
+
+
+def test_configure_changes_what_is_named_and_nothing_else():
+    assert fr.configure() == fr.Config()
+    once = fr.configure(model={"dim": 7})
+    twice = fr.configure(once, train={"seed": 3})
+    assert (twice.model.dim, twice.train.seed, twice.split) == (7, 3, fr.Config().split)
+    with pytest.raises(ValueError, match=r"config section model is \['dims'\]"):
+        fr.configure(model={"dims": 7})
+    with pytest.raises(ValueError, match=r"config is \['modle'\]"):
+        fr.configure(modle={"dim": 7})
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_kept_whole(run, config, folder, market):
+    assert digest(run.prepared.dataset) == digest(market)
+    assert repr(run).startswith(f"Run('{folder}/run': tables, fused, valid ndcg@10 ")
+    again = fr.load(folder / "run")
+    assert again.results == run.results
+    assert fr.recommend(again, k=3).equals(fr.recommend(run, k=3))
+    assert fr.fit(config, folder / "run", market).results == run.results  # finished: opened, not trained
+
+
+def test_a_workdir_takes_no_other_tables(config, folder, run):
+    with pytest.raises(ValueError, match="holds other tables than these"):
+        fr.fit(config, folder / "run", make_market(1, 30, 20))
+
+
+def test_fit_reads_what_the_config_names(config, folder, run, monkeypatch):
+    monkeypatch.chdir(folder)
+    named = fr.configure(config, data={"name": "tables", "path": "mine"})
+    other = fr.fit(named, "named")
+    assert other.config.data.path == str(folder / "mine")
+    assert other.results["test"] == run.results["test"]
+
+
+def test_measure(run):
+    found = fr.measure(run, "test", ["popularity"])
+    assert list(found) == ["popularity", "fused"]
+    assert found["fused"] == pytest.approx(run.results["test"], nan_ok=True)
+    with pytest.raises(ValueError, match="part is 'train'; it must be valid or test"):
+        fr.measure(run, "train")
+    with pytest.raises(ValueError, match=r"baselines are \['popular'\]"):
+        fr.measure(run, "valid", ["popular"])
+
+
+def test_recommend_and_reasons(run, market):
+    ranked = fr.recommend(run, ["C0003", "C0001"], k=4)
+    assert ranked.column_names == ["user_id", "rank", "item_id", "score", "name"]
+    assert ranked["user_id"].to_pylist() == ["C0003"] * 4 + ["C0001"] * 4
+    names = dict(zip(market.items["item_id"].to_pylist(), market.items["name"].to_pylist(), strict=True))
+    assert ranked["name"].to_pylist() == [names[item] for item in ranked["item_id"].to_pylist()]
+    told = fr.reasons(run, "C0003", k=4)
+    assert [row["item_id"] for row in told] == ranked["item_id"].to_pylist()[:4]
+    for row, score in zip(told, ranked["score"].to_pylist()[:4], strict=True):
+        assert row["score"] == pytest.approx(score, rel=1e-4)
+        assert sum(part["value"] for part in row["parts"]) == pytest.approx(score, rel=1e-4)
+        assert row["reasons"]
+    with pytest.raises(ValueError, match="users is 'C0001', one string; give a list"):
+        fr.recommend(run, "C0001")
+    with pytest.raises(ValueError, match="unknown product id 'P999'; tables has 30"):
+        fr.reasons(run, "C0001", ["P999"])
+
+
+def test_what_if(run, market):
+    user = run.prepared.observed.user
+    item = run.prepared.observed.item[user == 0]
+    ids = market.items["item_id"].to_pylist()
+    best = fr.recommend(run, ["C0001"], k=1)
+    changed = fr.what_if(run, "C0001", best["item_id"][0].as_py(), without=ids[item[0]])
+    assert changed.rank == 1 and changed.score == pytest.approx(best["score"][0].as_py(), rel=1e-4)
+    assert changed.score_after != changed.score
+
+
+def test_report(run, folder):
+    out = fr.report(folder / "run", folder / "page.html", baselines=["popularity"], users=["C0002"], k=2)
+    assert out == folder / "page.html"
+    page = out.read_text()
+    assert "Customer C0002" in page and "popularity" in page
+
+
+def test_compare(config, folder, market):
+    small = fr.configure(config, train={"max_steps": 5})
+    found = fr.compare(small, folder / "compare", ["fused", "popularity"], seeds=[0], dataset=market)
+    assert not found["failures"] and (folder / "compare" / "compare.md").exists()
+
+
+def test_encode(folder):
+    vectors = fr.encode(["a fund", "a bond", "a fund"], MODEL, cache=str(folder / "cache"))
+    assert vectors.shape[0] == 3 and vectors.dtype == np.float32
+    assert (vectors[0] == vectors[2]).all() and (vectors[0] != vectors[1]).any()
