@@ -171,7 +171,7 @@ def market(monkeypatch):
     def embed(texts, model, **_):
         return np.stack([np.random.default_rng(len(text)).standard_normal(6) for text in texts]).astype(np.float32)
 
-    monkeypatch.setattr(preparing, "open_model", lambda name, offline: Model)
+    monkeypatch.setattr(preparing, "open_model", lambda name, **_: Model)
     monkeypatch.setattr(preparing, "embed", embed)
     return dataset, split(dataset, SplitConfig())
 

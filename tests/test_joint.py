@@ -404,7 +404,7 @@ def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
 def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):
     load(finished)
     reached: list[str] = []
-    monkeypatch.setattr(embed_module, "_encode_all", lambda texts, *settings: reached.extend(texts) or ())
+    monkeypatch.setattr(embed_module, "_encode_all", lambda texts, *_: (np.array(reached.extend(texts) or []), ()))
     load(finished)
     assert reached == []
 

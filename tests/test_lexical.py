@@ -138,7 +138,7 @@ def encoder(monkeypatch) -> np.ndarray:
             hidden_size = 3
 
     vectors = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    monkeypatch.setattr(preparing, "open_model", lambda name, offline: Model)
+    monkeypatch.setattr(preparing, "open_model", lambda name, **_: Model)
     monkeypatch.setattr(preparing, "embed", lambda texts, model, **_: vectors)
     return vectors
 

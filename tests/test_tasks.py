@@ -52,6 +52,7 @@ COUNTS = {
     "amazon": (6207, 1515, 2539, 1429, 0, 790, 10),
     "amazon_time": (7396, 812, 2053, 586, 157, 700, 12),
     "douban_book": (430857, 47873, 119690, 10882, 221, 19075, 104),
+    "gowalla": (729115, 81013, 217242, 29858, 0, 38546, 1),
     "lastfm": (66840, 7427, 18567, 1881, 0, 6440, 2410),
     "lastfm_new_items": (66034, 7766, 19034, 1880, 1, 3526, 3526),
     "stocknet": (56378, 6263, 15659, 1317, 653, 1553, 130),
@@ -117,7 +118,7 @@ def encoder():
         return np.stack(vectors).astype(np.float32)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "open_model", lambda name, offline: None)
+        patch.setattr(preparing, "open_model", lambda name, **_: None)
         patch.setattr(preparing, "embed", embed)
         yield
 

@@ -98,11 +98,15 @@ class Reader:
 def reader(config: Config, params: PyTree, prepared: Prepared) -> Reader:
     """Opens the texts of a trained model: encodes them, or takes their vectors from the cache, and counts terms.
 
-    Raises ValueError where there are no words to split (variant graph, control random, no texts on either side).
+    Raises ValueError where there are no words to split (variant graph, control random, no texts on either side), or
+    where they led through a language model that was trained along.
     """
     if config.model.variant == "graph" or config.text.control == "random":
         why = f"model.variant is {config.model.variant} and text.control {config.text.control}"
         raise ValueError(f"{why}; this model hears no words, so ask one of variant fused or text with true words")
+    if config.text.train != "frozen":
+        why = f"text.train is {config.text.train}"
+        raise ValueError(f"{why}; words are told of a language model as published, so ask a model of text.train frozen")
     texts = node_texts(prepared.dataset, prepared.observed)
     if not texts.texts:
         raise ValueError(f"{prepared.dataset.name} has no texts; there are no words to split a score over")
