@@ -15,7 +15,7 @@ from experiments.configs.synthetic import get_config
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluate.compare import table
 from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.explain.facts import Customer, Facts, compared, recommended, sample, sliced
+from fused_rec.explain.facts import Customer, Facts, compared, passages, recommended, sample, sliced
 from fused_rec.explain.report import page
 from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
-    customers = recommended(config, prepared, state, eligible(prepared.dataset), users, 5)
+    said = passages(config, prepared, state)
+    customers = recommended(config, prepared, state, eligible(prepared.dataset), users, 5, said)
     show_customer(customers[0])
 
     facts = Facts(

@@ -18,7 +18,7 @@ from fused_rec.data.tables import read_tables
 from fused_rec.data.writers import save_dataset
 from fused_rec.evaluate.ranking import mean
 from fused_rec.evaluate.suitability import suitable
-from fused_rec.explain.facts import Facts, compared, measure_models, recommended, sample, sliced
+from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
 from fused_rec.explain.ledger import ledger
 from fused_rec.explain.reasons import record
 from fused_rec.explain.report import page
@@ -299,7 +299,7 @@ def report(
         curve=tuple(read_curves(workdir / "choose")),
         slices=slices,
         rules=found,
-        customers=recommended(*_model(run), eligible(dataset, given), rows, k),
+        customers=recommended(*_model(run), eligible(dataset, given), rows, k, passages(*_model(run))),
         chosen="as named" if users else "drawn at random",
     )
     write_file(out, page(facts).encode())

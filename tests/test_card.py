@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import yaml
@@ -52,9 +53,10 @@ def test_a_hub_reads_it():
     from huggingface_hub import ModelCard
 
     read = ModelCard(card(results("a: 'b' #1"), AMOUNTS, DIGESTS, "choose/checkpoints/40"))
-    assert read.data.library_name == "fused_rec"
-    assert read.data.model_name == "a: 'b' #1, fused"
-    assert {result.metric_value for result in read.data.eval_results or []} == {
+    data: Any = read.data
+    assert data.library_name == "fused_rec"
+    assert data.model_name == "a: 'b' #1, fused"
+    assert {result.metric_value for result in data.eval_results} == {
         *results()["valid"].values(),
         *results()["test"].values(),
     }

@@ -24,6 +24,7 @@ IO_ALLOWED = (
     "data/fetch.py",
     "data/writers.py",
     "text/pretrained.py",
+    "text/weights.py",
     "text/cache.py",
     "train/checkpoint.py",
     "train/curves.py",

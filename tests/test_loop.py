@@ -324,7 +324,7 @@ def test_a_page_about_a_run(cache, tmp_path, finished):
     assert f"{results['valid']['ndcg@10']:.4f}" in shown  # among the evaluations
     assert model_digest(finished) in page.texts
     assert "popularity" in page.texts and "item_knn" in page.texts and "calm" in page.texts
-    assert "ndcg@10 by age_band, under the rules unless it says without" in page.texts
+    assert "NDCG@10 under the rules by age_band, validation part" in page.texts
     assert sum("it falls from rank 1" in text or "it stays at rank 1" in text for text in page.texts) == 2
 
     config, prepared, state = load(finished)

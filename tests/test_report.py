@@ -110,7 +110,12 @@ def hostile_facts() -> Facts:
                 img: {"difference": -0.01, "low": -0.02, "high": 0.0},
             },
             "groups": {
-                attribute: {"ndcg@10": {"groups": {mixed: {"users": 3, "mean": 0.1, "low": None, "high": None}}}}
+                attribute: {
+                    "ndcg@10": {
+                        **{"best": "", "worst": "", "gap": None, "low": None, "high": None, "p": None},
+                        "groups": {mixed: {"users": 3, "mean": 0.1, "low": None, "high": None}},
+                    }
+                }
             },
         },
         customers=(Customer(title, img, (svg, *("one",) * 20), 2, (item, second)), Customer("7", "7", (), 0, ())),
@@ -210,7 +215,7 @@ def test_headings_go_down_one_level_at_a_time(read):
 
 def test_tables_have_captions_and_headed_rows(read):
     tags = [tag for tag, _ in read.elements]
-    assert tags.count("table") == tags.count("caption") > 5
+    assert tags.count("table") == tags.count("caption") > 4
     assert all(given.get("scope") in ("row", "col") for tag, given in read.elements if tag == "th")
     boxes = [given for _, given in read.elements if given.get("class") == "scroll"]
     assert len(boxes) == tags.count("table")

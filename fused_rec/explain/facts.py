@@ -1,6 +1,7 @@
 """What a page about a finished run tells: found once, as plain values, for `fused_rec.explain.report` to draw."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fused_rec.explain.ledger import HOLDING, LIKE_MINDED, Parts, ledger, parts
 from fused_rec.explain.paths import Path, best_paths
 from fused_rec.explain.reasons import Reason, names, reasons
 from fused_rec.explain.without import Change, effect
+from fused_rec.explain.words import reader, words
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
 from fused_rec.graph.hetero import Relation
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure_users, scorer
@@ -26,9 +28,12 @@ from fused_rec.train.prepare import Prepared, prepare
 from fused_rec.train.serve import parts as ranked
 from fused_rec.train.step import TrainState
 
+LOG = logging.getLogger(__name__)
 METRICS = ("ndcg@10", "recall@10", "accuracy")
 DRAWS = 2000  # resamples of an interval
 PATHS = 3  # drawn for a recommendation
+TEXTS = 2  # of the customer and of the product whose words are weighed
+SAID = {USER: "What the customer says", ITEM: "What is said of the product"}
 EDGES = 3_000_000  # of a graph in which a holding is taken away and everything computed anew
 
 
@@ -207,6 +212,32 @@ def no_words(user: int, item: int) -> tuple[Passage, ...]:
     return ()
 
 
+def passages(config: Config, prepared: Prepared, state: TrainState) -> Words:
+    """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
+
+    A model that hears no words has none, and neither has a pair whose words do not add up, which is logged.
+    """
+    try:
+        read = reader(config, state.params, prepared)
+    except ValueError:
+        return no_words
+
+    def of_pair(user: int, item: int) -> tuple[Passage, ...]:
+        try:
+            found = words(read, user, item, limit=TEXTS)
+        except ArithmeticError as error:
+            LOG.warning("no words are shown of user %d and item %d: %s", user, item, error)
+            return ()
+        spans: list[list[Span]] = [[] for _ in found.texts]
+        for word in found.words:
+            spans[word.text].append(Span(word.start, word.end, word.value))
+        return tuple(
+            Passage(SAID[text.side], text.text, tuple(own)) for text, own in zip(found.texts, spans, strict=True)
+        )
+
+    return of_pair
+
+
 def recommended(
     config: Config,
     prepared: Prepared,
@@ -214,12 +245,12 @@ def recommended(
     may: Eligible,
     users: Int64[np.ndarray, "V"],
     k: int,
-    words: Words = no_words,
+    said: Words = no_words,
 ) -> tuple[Customer, ...]:
     """The k best products of each customer under `may`, with why.
 
-    Of each customer's first product: what becomes of it without the holding that speaks most for it; left out where the
-    graph has more than `EDGES` edges. words: the passages of a user's row and an item's row.
+    Of each customer's first product: what is `said`, word by word, and what becomes of it without the holding that
+    speaks most for it, left out where the graph has more than `EDGES` edges.
     """
     if not len(users):
         return ()
@@ -245,7 +276,7 @@ def recommended(
                 tuple(reasons(dataset, split, rank)),
                 tuple(drawn.route(path, item) for path in best_paths(book, user, item, PATHS)),
                 without if rank == 0 else None,
-                words(user, item),
+                said(user, item) if rank == 0 else (),
             )
             for rank, item in enumerate(items)
         )

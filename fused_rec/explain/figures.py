@@ -65,7 +65,9 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
     svg = _figure(name, title, f"{unit}. {said}.", bottom + 34)
     for tick in ticks:
         svg.append(element("line", class_="grid", x1=x(tick), x2=x(tick), y1=top, y2=bottom + 4))
-        svg.append(element("text", f"{tick:g}", class_="axis middle", x=max(x(tick), 10.0), y=bottom + 17))
+        svg.append(
+            element("text", f"{tick:g}", class_="axis middle", x=max(x(tick), 3.0 * len(f"{tick:g}")), y=bottom + 17)
+        )
     svg.append(element("text", unit, class_="axis middle", x=x((ticks[0] + ticks[-1]) / 2), y=bottom + 31))
     for place, row in enumerate(rows):
         y = top + pitch * place

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fused_rec.evaluate.compare import Difference
+from fused_rec.evaluate.suitability import Gaps, Group
 from fused_rec.explain.facts import Customer, Facts, Passage, Recommended, Route, Sliced
 from fused_rec.explain.figures import Bar, Step, Way, bars, curve, in_words, interval, ways
 from fused_rec.explain.markup import Element, append, cut, document, element
@@ -24,6 +25,7 @@ PARTS = {"valid": "validation part", "test": "test part"}
 NAME, SENTENCE, TEXT = 120, 600, 4000  # letters of a name, a reason and a passage that are shown
 HOLDINGS = 12  # of a customer, shown by name
 DEGREES = 4  # of highlighting
+FAINT = 0.1  # of the weightiest word of a passage: what weighs less is not marked
 
 
 def page(facts: Facts) -> str:
@@ -186,7 +188,7 @@ def _training(facts: Facts) -> list[Element]:
         for name, value in values.items()
     ]
     content = [
-        element("div", *drawn, class_="figures") if drawn else none,
+        element("div", *drawn, class_="figures wide") if drawn else none,
         _closed("The curves in numbers", _table("Every evaluation", header, body)) if facts.curve else None,
         _table("What it was trained on", None, rows),
         _closed("All settings", _table("Settings of the run", None, settings)),
@@ -275,16 +277,22 @@ def _suitability(facts: Facts) -> list[Element]:
     ]
     if account["without_any"]:
         content.append(element("p", f"{account['without_any']:,} customers are left without any product."))
-    for attribute, metrics in rules["groups"].items():
-        for metric, gaps in metrics.items():
-            header = ["Group", "Customers", "Mean [95 %]"]
-            groups = sorted(gaps["groups"].items(), key=lambda group: _natural(group[0]))
-            body = [
-                [name, f"{of['users']:,}", interval(_nan(of["mean"]), _nan(of["low"]), _nan(of["high"]))]
-                for name, of in groups
-            ]
-            content.append(_table(f"{metric} by {attribute}, under the rules unless it says without", header, body))
-    return content
+    drawn = [
+        _sliced(f"rules-{place}-{number}", _under_rules(attribute, metric, found), facts.part)
+        for place, (attribute, metrics) in enumerate(rules["groups"].items())
+        for number, (metric, found) in enumerate(metrics.items())
+    ]
+    return [*content, element("div", *drawn, class_="figures")] if drawn else content
+
+
+def _under_rules(attribute: str, metric: str, found: Mapping[str, Any]) -> Sliced:
+    """What `measure_rules` tells of groups. Its names end in "under" or "without", but for NDCG@10, which is under."""
+    groups = {
+        name: Group(of["users"], *(_nan(of[key]) for key in Group._fields[1:])) for name, of in found["groups"].items()
+    }
+    gap = {name: _nan(found[name]) for name in ("gap", "low", "high", "p")}
+    told = f"{TITLES[metric]} under the rules" if metric in TITLES else f"{metric} the rules"
+    return Sliced(attribute, told, Gaps(groups, found["best"], found["worst"], **gap))
 
 
 def _nan(value: float | None) -> float:
@@ -391,7 +399,7 @@ def _passage(passage: Passage) -> Element:
     quote, end = element("blockquote"), 0
     told = []
     for span in passage.spans:
-        if span.end > TEXT or not span.value:
+        if span.end > TEXT or abs(span.value) <= FAINT * most:
             continue
         degree = min(DEGREES, math.ceil(DEGREES * abs(span.value) / most))
         kind = "plus" if span.value > 0 else "minus"

@@ -8,7 +8,6 @@ LIGHT = {
     "line": "#d3d9e0",
     "own": "#0b5cad",
     "other": "#727b87",
-    "for": "#17703a",
     "against": "#b3261e",
     "mark-1": "#e3eefb",
     "mark-2": "#c9dff7",
@@ -27,7 +26,6 @@ DARK = {
     "line": "#39424d",
     "own": "#74b6f9",
     "other": "#8b95a1",
-    "for": "#56cc91",
     "against": "#ff8f86",
     "mark-1": "#15283d",
     "mark-2": "#16334f",
@@ -40,11 +38,11 @@ DARK = {
 }
 # What is read stands on what; 4.5:1 at least (WCAG 2.2, 1.4.3). Bars and lines: 3:1 at least (1.4.11).
 READ = (
-    *((ink, ground) for ink in ("ink", "muted", "own", "for", "against") for ground in ("page", "card")),
+    *((ink, ground) for ink in ("ink", "muted", "own", "against") for ground in ("page", "card")),
     *(("ink", f"{kind}-{degree}") for kind in ("mark", "minus") for degree in (1, 2, 3, 4)),
     ("page", "own"),
 )
-SEEN = tuple((ink, ground) for ink in ("own", "other", "for", "against") for ground in ("page", "card"))
+SEEN = tuple((ink, ground) for ink in ("own", "other", "against") for ground in ("page", "card"))
 
 
 def contrast(one: str, other: str) -> float:
@@ -101,8 +99,9 @@ nav a { display: inline-block; padding: 6px 0; }
 .tiles dd { margin: 0; }
 .tiles .number { font-size: 1.6rem; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tiles .note { font-size: .85rem; color: var(--muted); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 20px;
-  margin: 12px 0; align-items: start; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 20px;
+  margin: 12px 0 16px; align-items: start; }
+.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
 figure { margin: 0; background: var(--card); border-radius: 10px; padding: 14px; min-width: 0; }
 figure svg { display: block; width: 100%; max-width: 460px; height: auto; margin: 0 auto; }
 figcaption { margin-top: 6px; }
@@ -152,9 +151,9 @@ summary > h3, summary > h4 { display: inline; }
 .track span { display: block; height: 100%; background: var(--own); border-radius: 4px; }
 .if { border-left: 4px solid var(--own); padding: 2px 0 2px 12px; margin: 0 0 12px; }
 .passage { background: var(--card); border-radius: 10px; padding: 12px 14px; margin: 0 0 12px; }
-.passage blockquote { margin: 0 0 8px; white-space: pre-line; line-height: 1.9; }
+.passage p { margin: 0; } .passage blockquote { margin: 0 0 8px; white-space: pre-line; line-height: 1.9; }
 mark { color: var(--ink); border-radius: 3px; padding: 1px 2px; }
-mark.plus { border-bottom: 3px solid var(--for); } mark.minus { border-bottom: 3px dotted var(--against); }
+mark.plus { border-bottom: 3px solid var(--own); } mark.minus { border-bottom: 3px dotted var(--against); }
 .mark-1 { background: var(--mark-1); } .mark-2 { background: var(--mark-2); }
 .mark-3 { background: var(--mark-3); } .mark-4 { background: var(--mark-4); font-weight: 650; }
 .minus-1 { background: var(--minus-1); } .minus-2 { background: var(--minus-2); }

@@ -10,6 +10,7 @@ workdir/
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -31,14 +32,14 @@ from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.batches import batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.train import interrupt
+from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
-from fused_rec.train.prepare import Prepared, prepare, read
-from fused_rec.train.step import TrainState, init
+from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
+from fused_rec.train.step import TrainState
 from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
@@ -97,12 +98,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
 
     state, progress = fit(config, prepared, workdir / "choose")
     seconds = progress.seconds
+    prepared = spoken(config, prepared, state)
     valid = measure(prepared, scorer(config, prepared, state), "valid")
 
     known = seen_parts(config)
     if config.train.refit:
         prepared = prepare(config, dataset, parts_of, known)
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
+        prepared = spoken(config, prepared, state)
         seconds += refitted.seconds
 
     # Everything is chosen: the one time that the test part is read.
@@ -155,11 +158,16 @@ def fit(
     dataset, observed = prepared.dataset, prepared.observed
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
-    task = divide_task(prepared.task)
     whole, progress = resume(config, prepared, checkpoints)
+    step: Any = parallel_step(config)
+    task, cache = prepared.task, None
+    if prepared.words is not None:
+        cache = joint.cached(config, prepared.words, task, whole.said)
+        task, step = cache.task, joint.parallel_joint_step(config, prepared.words)
+        whole = dataclasses.replace(whole, said=())
+    task = divide_task(task)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
-    step = parallel_step(config)
     if first:
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
@@ -171,6 +179,8 @@ def fit(
 
     def save(*, best: bool) -> None:
         gathered = whole_state(state, whole)
+        if cache is not None:
+            gathered = dataclasses.replace(gathered, said=cache.trained)
         extras = {"config": to_dict(config), "progress": progress._asdict()}
         if hosts.leads():
             checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
@@ -184,6 +194,11 @@ def fit(
                 if losses and (taken % settings.eval_every == 0 or taken == last):
                     scalars = {"loss": mean_loss(losses)}
                     improved = False
+                    if cache is not None and (steps is None or taken < last):
+                        with interrupt.released() if hosts.alone() else contextlib.nullcontext():
+                            trained = whole_state(state, whole).params[joint.ENCODER]
+                            cache = joint.cached(config, cache.words, cache.task, trained)
+                            task = divide_task(cache.task)
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
@@ -210,7 +225,8 @@ def fit(
                     positives=settings.positives,
                     negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
                 )
-                state, loss = step(state, task, users)
+                said = () if cache is None else (joint.draw(config, cache, users, taken),)
+                state, loss = step(state, task, users, *said)
                 taken += 1
                 losses.append(loss)
                 bar.update()
@@ -229,6 +245,8 @@ def fit(
             raise
     if steps is not None:
         return whole_state(state, whole), progress
+    if cache is not None:
+        whole = dataclasses.replace(whole, said=cache.trained)
     best = checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole
     return hosts.from_first(best), progress
 
@@ -239,7 +257,7 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
     Raises:
       CheckpointError: the best state is damaged; told now, because in the end it is that one which counts.
     """
-    state, progress = init(config, prepared.task), Progress()
+    state, progress = fresh(config, prepared), Progress()
     if hosts.leads() and (step := checkpoints.last_good()) is not None:
         state, extras = checkpoints.restore(step, like=state)
         progress = Progress(**extras["progress"])
