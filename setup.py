@@ -68,6 +68,7 @@ setup(
         "plots": ["matplotlib>=3.9"],
         "notebooks": [
             "ipykernel>=6.29",
+            "ipywidgets>=8.1",  # without it libraries warn that they cannot draw their progress
             "jupytext>=1.16",
             "matplotlib>=3.9",
             "nbclient>=0.10",

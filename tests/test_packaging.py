@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fused_rec.graph.propagate import KERNEL
 
@@ -80,6 +81,23 @@ def test_the_kernel_may_be_missing(promised):
     assert (kernel["name"], kernel["optional"]) == (KERNEL, True)
     assert all((ROOT / source).exists() for source in kernel["sources"])
     assert (Path(kernel["include_dirs"][0]) / "xla" / "ffi" / "api" / "ffi.h").exists()
+
+
+def test_what_the_kernel_is_made_of_is_there(promised):
+    [kernel] = promised["ext_modules"]
+    assert kernel["optional"] and all((ROOT / source).is_file() for source in kernel["sources"])
+
+
+def test_the_citation_names_this_version(promised):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == promised["version"] and citation["license"] == promised["license"]
+
+
+def test_the_workflow_does_what_the_makefile_does():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {step.split()[1] for step in steps if step.startswith("make ")} == {"lint", "test", "notebooks", "package"}
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
 
 
 def test_traps_are_pinned(promised):

@@ -65,6 +65,15 @@ def test_atomic_files_are_as_recbole_lays_them_out(tmp_path):
     }
 
 
+def test_words_go_to_their_pair_in_whatever_order_pairs_stand(tmp_path):
+    held = {"user_id": ["v", "u", "v"], "item_id": ["j", "i", "i"]}
+    users, items = {"user_id": ["u", "v"]}, {"item_id": ["i", "j"]}
+    said = {"user_id": ["u", "v", "v"], "item_id": ["i", "i", "j"], "text": ["one", "two", "three"]}
+    dataset = dataset_from_tables(held, users=users, items=items, reviews=said)
+    assert save_dataset(dataset, tmp_path / "mine", "recbole") == {}
+    assert (tmp_path / "mine" / "mine.inter").read_text().splitlines()[1:] == ["v\tj\tthree", "u\ti\tone", "v\ti\ttwo"]
+
+
 def test_what_the_layout_has_room_for_comes_back(tmp_path):
     dataset = small(reviews=None)
     assert save_dataset(dataset, tmp_path / "mine", "recbole") == {}
