@@ -405,7 +405,8 @@ def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
 def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):
     load(finished)
     reached: list[str] = []
-    monkeypatch.setattr(embed_module, "_encode_all", lambda texts, *_: (np.array(reached.extend(texts) or []), ()))
+    nothing = np.zeros(0, np.int32), ()
+    monkeypatch.setattr(embed_module, "_encode_all", lambda texts, *_: reached.extend(texts) or nothing)
     load(finished)
     assert reached == []
 
