@@ -229,11 +229,15 @@ def _sliced(key: str, one: Sliced, part: str) -> Element:
     if gaps.best:
         told = (
             f"Widest gap between groups of ten or more: {interval(gaps.gap, gaps.low, gaps.high)}, from "
-            f"{cut(gaps.worst, NAME)} to {cut(gaps.best, NAME)}; as wide by chance alone with p = {gaps.p:.3f}."
+            f"{cut(gaps.worst, NAME)} to {cut(gaps.best, NAME)}; as wide by chance alone with {_p(gaps.p)}."
         )
     return element(
         "figure", element("h3", cut(title, NAME)), bars(key, title, rows, metric), element("figcaption", told)
     )
+
+
+def _p(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _natural(name: str) -> tuple[int, int, str]:
