@@ -10,11 +10,9 @@ python -m experiments.encode --purge
 Deletes all text vectors of the cache, also those that trainings left there, and says how many files and bytes.
 """
 
-import os
 import time
 from pathlib import Path
 
-import safetensors.numpy
 from absl import app, flags
 
 from experiments import start
@@ -22,6 +20,7 @@ from fused_rec.config import TextConfig
 from fused_rec.text.cache import purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
+from fused_rec.text.vectors import read_lines, save_vectors
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
@@ -37,29 +36,6 @@ PURGE = flags.DEFINE_bool("purge", False, "Delete all text vectors of the cache 
 OFFLINE = flags.DEFINE_bool(
     "offline", DEFAULTS.offline, "Use local files only; --nooffline lets the model be downloaded."
 )
-
-
-def read_lines(file: Path) -> list[str]:
-    r"""The file's lines without their ends (\n or \r\n). Raises ValueError that names the first line not in UTF-8."""
-    texts = []
-    content = file.read_bytes()
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not UTF-8 ({error}); convert the file to UTF-8") from error
-    return texts
-
-
-def write_vectors(file: Path, vectors) -> None:
-    """The whole file or, where this fails, none; the folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(safetensors.numpy.save({"vectors": vectors}))
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> None:
@@ -80,7 +56,7 @@ def main(argv: list[str]) -> None:
     )
     seconds = time.perf_counter() - began
     tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
-    write_vectors(Path(OUTPUT.value), vectors)
+    save_vectors(Path(OUTPUT.value), vectors)
     rate = f"{tokens / seconds:,.0f} tokens/s, cached texts included"
     print(f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     print(f"wrote {vectors.shape[0]} x {vectors.shape[1]} float32 to {OUTPUT.value}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.encode import read_lines, write_vectors
+from fused_rec.text.vectors import load_vectors, read_lines, save_vectors
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -71,7 +71,7 @@ def test_a_line_not_in_utf8_is_named(tmp_path):
 
 def test_an_output_is_whole_or_as_before(tmp_path, monkeypatch):
     file = tmp_path / "vectors.safetensors"
-    write_vectors(file, np.ones((2, 3), np.float32))
+    save_vectors(file, np.ones((2, 3), np.float32))
     before = file.read_bytes()
 
     def fail(self, target):
@@ -79,8 +79,24 @@ def test_an_output_is_whole_or_as_before(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(Path, "replace", fail)
-        write_vectors(file, np.zeros((2, 3), np.float32))
+        save_vectors(file, np.zeros((2, 3), np.float32))
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_vectors_keep_the_ids_of_their_rows(tmp_path):
+    file, vectors = tmp_path / "vectors.safetensors", np.arange(6, dtype=np.float32).reshape(2, 3)
+    for ids in ([], ["DE000", 'a "quoted" \u00e9\n id']):
+        save_vectors(file, vectors, ids)
+        found, kept = load_vectors(file)
+        np.testing.assert_array_equal(found, vectors)
+        assert kept == ids
+    with pytest.raises(ValueError, match="1 ids for 2 vectors"):
+        save_vectors(file, vectors, ["a"])
+    with pytest.raises(ValueError, match="'a' stands at two rows"):
+        save_vectors(file, vectors, ["a", "a"])
+    file.write_bytes(b"no such file")
+    with pytest.raises(ValueError, match="is no file of vectors"):
+        load_vectors(file)
 
 
 def test_a_stray_argument_and_a_missing_flag_are_refused():

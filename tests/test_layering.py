@@ -26,6 +26,7 @@ IO_ALLOWED = (
     "text/pretrained.py",
     "text/weights.py",
     "text/cache.py",
+    "text/vectors.py",
     "train/checkpoint.py",
     "train/curves.py",
     "train/export.py",  # rankings of all customers, part by part
