@@ -1,8 +1,8 @@
 # make demo | test | lint | docs | notebooks | package | clean
-# PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
+# PYTHON=python3.12 make test        make test PYTEST_ARGS="-k losses"
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist=loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
