@@ -67,13 +67,6 @@ class HeteroGraph:
         """[rows, ...] to one row a node of the type, on every device."""
         return self.shards.whole(x)[: self.count(node_type)]
 
-    def standardised(self, node_type: str, x: Float32[Array, "rows"]) -> Float32[Array, "rows"]:
-        """Of mean 0 and deviation 1 over all nodes of the type."""
-        count = self.count(node_type)
-        there = self.shards.numbers(jnp.arange(len(x))) < count
-        centred = jnp.where(there, x - self.shards.total(jnp.where(there, x, 0).sum()) / count, 0)
-        return centred / (jnp.sqrt(self.shards.total((centred * centred).sum()) / count) + 1e-6)
-
     def text(self, node_type: str) -> Float32[AnyArray, "rows D"]:
         """Text vectors of one node type."""
         nodes: Any = self.graph.nodes  # to jraph any tree, or none

@@ -102,7 +102,7 @@ class FusedRec(nn.Module):
         ids, words = self.inputs(graph, dropout)
         # Nothing has trained the row of an item that nobody holds, or of a user who hears nobody: it would be noise.
         ids[ITEM] = ids[ITEM] * (holders(adjacencies) > 0)[:, None]
-        heard = [_degree(adjacencies[r]) for r in heard_relations(self.config, graph) if r.target == USER]
+        heard = [adjacencies[r].degrees.heard for r in heard_relations(self.config, graph) if r.target == USER]
         ids[USER] = ids[USER] * (sum(heard, jnp.zeros(len(ids[USER]))) > 0)[:, None]
         hears = _leave_out(self.config.holding_dropout, graph, adjacencies, dropout)
         coefficients = self.coefficients(graph, hears)
@@ -157,9 +157,8 @@ class FusedRec(nn.Module):
             if config.affinity and uses_words and {relation.source, relation.target} <= {USER, ITEM}:
                 affinity = Affinity(name=f"affinity_{relation}")
                 edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target, graph.shards)
-            voice[relation] = self.voice(f"voice_{relation}", graph, hears, graph.count(relation.source))
-            log_degree = graph.standardised(relation.target, jnp.log1p(_degree(hears)))
-            gate[relation] = self.gate(f"gate_{relation}", levels, target, log_degree)
+            voice[relation] = self.voice(f"voice_{relation}", hears.degrees.log_told)
+            gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(hears.degrees.log_heard))
         if uses_words:
             for node_type in self.worded:
                 text = graph.text(node_type)
@@ -173,18 +172,16 @@ class FusedRec(nn.Module):
             mix = jnp.exp(self.param("mix", nn.initializers.zeros, (levels + 1,))) / (levels + 1)
         return Coefficients(edge, voice, gate, text_gate, mix)
 
-    def voice(self, name: str, graph: HeteroGraph, hears: Adjacency, sources: int) -> Float32[Array, "n"]:
+    def voice(self, name: str, log_told: Float32[AnyArray, "n"]) -> Float32[Array, "n"]:
         """(1 + degree)^a for each of all source nodes, over the geometric mean of 1 + degree to the a; a is learned.
 
         Edges of 1 / sqrt(degree degree) hush what many hold; where a user's words are the words of what they hold, a
         starts from 1/2, which gives all holdings nearly the same say, else from 0.
         """
-        told_to = graph.shards.total(jnp.diff(hears.sender_start)).astype(jnp.float32)
         if self.config.readout != "learned" or not self.config.gates:
-            return jnp.ones(len(told_to))
-        log_degree = jnp.log1p(told_to)
+            return jnp.ones(len(log_told))
         exponent = self.param(name, nn.initializers.constant(0.5 * (self.config.variant == "text")), ())
-        return jnp.exp(exponent * (log_degree - log_degree[:sources].mean()))
+        return jnp.exp(exponent * log_told)
 
     def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
         """The learned `Gate` of that name, or ones where the config fixes all factors."""
@@ -195,11 +192,7 @@ class FusedRec(nn.Module):
 
 def holders(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
     """How many users are seen to hold each item of this device."""
-    return _degree(adjacencies[HOLDS])
-
-
-def _degree(adjacency: Adjacency) -> Float32[Array, "n"]:
-    return jnp.diff(adjacency.receiver_start).astype(jnp.float32)
+    return jnp.asarray(adjacencies[HOLDS].degrees.heard)
 
 
 def _leave_out(
