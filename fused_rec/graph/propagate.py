@@ -113,14 +113,17 @@ def _degrees(heard: np.ndarray, told: np.ndarray) -> Degrees:
     return Degrees(*(part.astype(np.float32) for part in (heard, log_heard / (deviation + 1e-6), log_told)))
 
 
-def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
-    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had."""
-    if count == 1:
+def divide(adjacency: Adjacency, count: int, room: int | None = None) -> list[Adjacency]:
+    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had.
+
+    room: how many edges each part is filled up to; None: as many as the largest has.
+    """
+    if count == 1 and room is None:
         return [adjacency]
     a = adjacency
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
     own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]
-    longest = max(map(len, own))
+    longest = max(map(len, own)) if room is None else room
     # The last devices may have one row less than there is room for.
     heard, log_heard = (
         np.pad(x, (0, n_targets - len(x))).reshape(-1, count).T for x in (a.degrees.heard, a.degrees.log_heard)
@@ -130,7 +133,10 @@ def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
     for device, edges in enumerate(own):
         fill = (0, longest - len(edges))
         senders, receivers = a.senders[edges], a.receivers[edges] // count
-        order = np.argsort(senders, kind="stable")
+        # Among the device's own, what by_sender says of all.
+        at = np.full(len(a.senders), -1, np.int32)
+        at[edges] = np.arange(len(edges))
+        order = at[a.by_sender][at[a.by_sender] >= 0]
         none = n_targets // count
         parts.append(
             Adjacency(

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
 from fused_rec.config import Compute, ModelConfig
 from fused_rec.devices import AnyArray
@@ -110,7 +110,8 @@ class FusedRec(nn.Module):
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         noise = None
         if dropout is not None and self.config.noise:
-            noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE))
+            numbers = {t: graph.numbers(t, jnp.arange(graph.rows(t))) for t in both}
+            noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE), numbers)
         every = rounds(adjacencies, coefficients, both, words, noise, graph.shards, self.compute)
         if len(every) > 1:
             self.sow("intermediates", FIRST_ROUND, tuple(graph.whole(t, every[1][t]) for t in (USER, ITEM)))
@@ -130,14 +131,15 @@ class FusedRec(nn.Module):
         """Id rows and projected words, by node type; zeros for the part that a variant does without."""
         config = self.config
         ids, words = {}, {}
-        for number, (node_type, count) in enumerate(graph.node_types):
+        for place, (node_type, _) in enumerate(graph.node_types):
             shape = (graph.rows(node_type), config.dim)
             ids[node_type] = words[node_type] = jnp.zeros(shape)
             if config.variant != "text" and (node_type != USER or config.user_ids):
                 rows = self.param(ID_ROWS + node_type, nn.initializers.normal(config.id_scale), shape)
                 if dropout is not None and config.id_dropout:
-                    kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
-                    rows = rows * graph.shards.mine(kept) / (1 - config.id_dropout)
+                    numbers = graph.numbers(node_type, jnp.arange(len(rows)))
+                    kept = _kept_rows(jax.random.fold_in(dropout, place), config.id_dropout, numbers)
+                    rows = rows * kept[:, None] / (1 - config.id_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in self.worded:
                 project = TextInput(config.dim, config.id_scale, self.compute, name=f"text_{node_type}")
@@ -203,8 +205,8 @@ def _leave_out(
         return adjacencies
     heard, told = adjacencies[HELD_BY], adjacencies[HOLDS]
     key = jax.random.fold_in(dropout, LEFT_OUT)
-    kept_heard = _kept(key, share, graph.shards.numbers(heard.receivers), heard.senders)
-    kept_told = _kept(key, share, told.senders, graph.shards.numbers(told.receivers))
+    kept_heard = _kept(key, share, graph.numbers(USER, heard.receivers), graph.numbers_of_all(ITEM, heard.senders))
+    kept_told = _kept(key, share, graph.numbers_of_all(USER, told.senders), graph.numbers(ITEM, told.receivers))
     return {
         **adjacencies,
         HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept_heard),
@@ -219,3 +221,10 @@ def _kept(
     pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry a pair: 32 bits of each
     drawn = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
     return (drawn >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)
+
+
+def _kept_rows(key: PRNGKeyArray, share: float, numbers: Int32[AnyArray, "n"]) -> Bool[Array, "n"]:
+    """What `jax.random.bernoulli(key, 1 - share, (nodes,))` says of the nodes of these numbers, and draws no others."""
+    drawn = threefry_2x32(jax.random.key_data(key), jnp.stack([jnp.zeros_like(numbers), numbers]).astype(jnp.uint32))
+    uniform = (drawn[0] ^ drawn[1]) >> 9  # of 23 bits, as many as a float32 between 1 and 2 has
+    return uniform.astype(jnp.float32) * jnp.float32(2**-23) < jnp.float32(1 - share)
