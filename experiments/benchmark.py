@@ -46,6 +46,9 @@ REPEATS = flags.DEFINE_integer(
 )
 WARMUP = flags.DEFINE_integer("warmup", 3, "Calls after the first that are not counted.", lower_bound=0)
 THREADS = flags.DEFINE_integer("threads", 2, "Cores that every side may use.", lower_bound=1)
+NEIGHBOURS = flags.DEFINE_integer(
+    "neighbours", 0, "Neighbours that ours samples a node and relation in a step; 0: all.", lower_bound=0
+)
 TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
 
 DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
@@ -191,7 +194,7 @@ def job_of(folder: Path, task: str, arrays: Path, **settings: Any) -> dict[str, 
     return {
         **{"task": task, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
         **{"repeats": REPEATS.value, "warmup": WARMUP.value, "threads": THREADS.value},
-        **{"rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
+        **{"neighbours": NEIGHBOURS.value, "rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
         **settings,
     }
 

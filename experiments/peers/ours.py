@@ -21,6 +21,7 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS, both_ways
     from fused_rec.graph.hetero import hetero_graph
     from fused_rec.graph.propagate import adjacencies
+    from fused_rec.train.neighbours import PILOTS, sampler
     from fused_rec.train.parallel import divide_state, divide_task, parallel_step
     from fused_rec.train.step import Task, init
     from fused_rec.train.variants import variant
@@ -37,21 +38,33 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dim=arrays["rows"].shape[1], rounds=job["rounds"]),
-        train=dataclasses.replace(config.train, batch_users=n_pairs, positives=1, learning_rate=job["learning_rate"]),
+        train=dataclasses.replace(
+            config.train,
+            **{"batch_users": n_pairs, "positives": 1, "learning_rate": job["learning_rate"]},
+            neighbours=job["neighbours"],
+        ),
     )
     whole = init(config, task)
     rows = {"id_user": arrays["rows"][:n_users], "id_item": arrays["rows"][n_users:]}
     state = divide_state(dataclasses.replace(whole, params={"main": {**whole.params["main"], **rows}}))
-    task, once = divide_task(task), parallel_step(config)
+    once = parallel_step(config)
     parts = (arrays[f"batch_{name}"] for name in ("user", "item", "other"))
     batches = [
         Batch(user, item[:, None], np.ones((n_pairs, 1), np.float32), other[:, None])
         for user, item, other in zip(*parts, strict=True)
     ]
 
+    if job["neighbours"]:
+        of_step = sampler(config, task, batches[:PILOTS])
+    else:
+        divided = divide_task(task)
+
+        def of_step(step: int, batch: Batch) -> tuple[Task, Batch]:
+            return divided, batch
+
     def call(number: int) -> float:
         nonlocal state
-        state, loss = once(state, task, batches[number % len(batches)])
+        state, loss = once(state, *of_step(number, batches[number % len(batches)]))
         jax.block_until_ready(state)
         return float(loss)
 

@@ -75,9 +75,7 @@ def _joined(parts: list[Edges]) -> Edges:
     return Edges(*map(np.concatenate, zip(empty, *parts, strict=True)))
 
 
-def drawn(
-    hears: Adjacency, targets: Int64[np.ndarray, "t"], neighbours: int, rng: np.random.Generator
-) -> Edges:
+def drawn(hears: Adjacency, targets: Int64[np.ndarray, "t"], neighbours: int, rng: np.random.Generator) -> Edges:
     """The edges into distinct targets, of more than `neighbours` into one so many at random, weights scaled up."""
     start = hears.receiver_start[targets].astype(np.int64)
     degree = hears.receiver_start[targets + 1] - start
@@ -134,10 +132,12 @@ def fitting(need: Room, usual: Room, bound: Room) -> Room:
     """
     factor = 1.125
     while True:
-        room = Room(*(
-            {name: min(bound_of[name], int(factor * usual_of[name]) + 8) for name in bound_of}
-            for usual_of, bound_of in zip(usual, bound, strict=True)
-        ))
+        room = Room(
+            *(
+                {name: min(bound_of[name], int(factor * usual_of[name]) + 8) for name in bound_of}
+                for usual_of, bound_of in zip(usual, bound, strict=True)
+            )
+        )
         if all(need_of[name] <= room_of[name] for need_of, room_of in zip(need, room, strict=True) for name in need_of):
             return room
         factor *= 2

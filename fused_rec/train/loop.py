@@ -9,6 +9,7 @@ workdir/
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import json
@@ -26,14 +27,15 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec import hosts
-from fused_rec.config import Config, from_dict, to_dict
-from fused_rec.data.batches import batch, holdings, steps_per_epoch
+from fused_rec.config import Config, TrainConfig, from_dict, to_dict
+from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train import interrupt
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
+from fused_rec.train.neighbours import PILOTS, sampler
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
@@ -149,7 +151,10 @@ def fit(
     dataset, observed = prepared.dataset, prepared.observed
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
-    task = divide_task(prepared.task)
+    drawn = functools.partial(batch_of, settings, held)
+    # With sampled neighbours the devices get the whole graph only to be measured.
+    task = None if settings.neighbours else divide_task(prepared.task)
+    sampled = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)]) if task is None else None
     whole, progress = resume(config, prepared, checkpoints)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
@@ -181,7 +186,8 @@ def fit(
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            values = measure(prepared, divided_scorer(config, task, state.params), "valid")
+                            there = task or divide_task(prepared.task)
+                            values = measure(prepared, divided_scorer(config, there, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = judge(progress, values[settings.metric], taken)
                         improved = progress.worse == 0
@@ -196,15 +202,10 @@ def fit(
                 if taken == last or progress.worse >= settings.patience:
                     break
                 interrupt.check(hosts.any_of)
-                users = batch(
-                    held,
-                    taken,
-                    seed=settings.seed,
-                    batch_users=settings.batch_users,
-                    positives=settings.positives,
-                    negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
-                )
-                state, loss = step(state, task, users)
+                users = drawn(settings.seed, taken)
+                # The devices may still be at the last step while the host draws for this one.
+                part, users = sampled(taken, users) if sampled else (task, users)
+                state, loss = step(state, part, users)
                 taken += 1
                 losses.append(loss)
                 bar.update()
@@ -225,6 +226,18 @@ def fit(
         return whole_state(state, whole), progress
     best = checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole
     return hosts.from_first(best), progress
+
+
+def batch_of(settings: TrainConfig, held: Holdings, seed: int, step: int) -> Batch:
+    """The batch of a step of a run with that seed."""
+    return batch(
+        held,
+        step,
+        seed=seed,
+        batch_users=settings.batch_users,
+        positives=settings.positives,
+        negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
+    )
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:

@@ -51,6 +51,11 @@ VARIANTS: dict[str, Variant] = {
     "no_popularity": Variant("towers alone", {"model": {"popularity": 0.0}}),
     "no_gates": Variant("relations weigh the same for every node", {"model": {"gates": False}}),
     "bfloat16": Variant("steps multiply and send bfloat16", {"train": {"compute": "bfloat16"}}),
+    "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
+    "sampled": Variant(
+        "the same, and ten sampled neighbours a node and relation",
+        {"train": {"loss": "sampled_softmax", "neighbours": 10}},
+    ),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
     "random_text": Variant("random vectors for words", {"text": {"control": "random"}}, ("text",), control=True),
     "rewired_ties": Variant("other ties, same degrees", {"graph": {"ties": "rewired"}}, ("ties",), control=True),
