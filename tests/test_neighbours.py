@@ -126,7 +126,7 @@ def market() -> tuple[Task, list[Batch]]:
     counts = {USER: USERS, ITEM: ITEMS}
     graph = hetero_graph(counts, both_ways(HOLDS, HELD_BY, user, item, counts), np.zeros((500, WORDLESS), np.float32))
     held = holdings(user.astype(np.int32), item.astype(np.int32), USERS, np.ones(ITEMS, bool))
-    batches = [batch(held, step, seed=0, batch_users=8, positives=2, negatives=1) for step in range(30)]
+    batches = [batch(held, step, seed=0, batch_users=8, positives=2, negatives=2) for step in range(30)]
     return Task(graph, adjacencies(graph), np.ones(ITEMS, bool), np.bincount(item).astype(np.float32)), batches
 
 
