@@ -1,6 +1,7 @@
 """Sampled neighbours: who is met, how fairly they are drawn, and how they stand on the devices."""
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,8 @@ def test_what_is_placed_is_the_sample(devices):
     room = Room({t: n + 3 for t, n in need.nodes.items()}, {r: n + 5 for r, n in need.edges.items()})
     graph, hears, places = placed(GRAPH, HEARS, found, room, devices)
     start = dict(zip(tiny.COUNTS, np.cumsum([0, *(room.nodes[t] * devices for t in tiny.COUNTS)]), strict=False))
-    numbers = graph.graph.nodes["number"]
+    nodes_there: Any = graph.graph.nodes
+    numbers = nodes_there["number"]
     for node_type, nodes in found.nodes.items():
         at = places[node_type][nodes]
         assert graph.count(node_type) == room.nodes[node_type] * devices

@@ -22,7 +22,7 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.graph.hetero import hetero_graph
     from fused_rec.graph.propagate import adjacencies
     from fused_rec.train.neighbours import PILOTS, sampler
-    from fused_rec.train.parallel import divide_state, divide_task, parallel_step
+    from fused_rec.train.parallel import divide_state, parallel_step
     from fused_rec.train.step import Task, init
     from fused_rec.train.variants import variant
 
@@ -54,17 +54,12 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
         for user, item, other in zip(*parts, strict=True)
     ]
 
-    if job["neighbours"]:
-        of_step = sampler(config, task, batches[:PILOTS])
-    else:
-        divided = divide_task(task)
-
-        def of_step(step: int, batch: Batch) -> tuple[Task, Batch]:
-            return divided, batch
+    tasks = sampler(config, task, batches[:PILOTS])
 
     def call(number: int) -> float:
         nonlocal state
-        state, loss = once(state, *of_step(number, batches[number % len(batches)]))
+        batch = batches[number % len(batches)]
+        state, loss = once(state, *tasks(number, batch))
         jax.block_until_ready(state)
         return float(loss)
 

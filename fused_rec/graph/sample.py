@@ -9,8 +9,9 @@ or more, the mean is not exactly the whole.
 All of it runs on the host and is a function of its arguments and the generator's state.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -77,8 +78,9 @@ def _joined(parts: list[Edges]) -> Edges:
 
 def drawn(hears: Adjacency, targets: Int64[np.ndarray, "t"], neighbours: int, rng: np.random.Generator) -> Edges:
     """The edges into distinct targets, of more than `neighbours` into one so many at random, weights scaled up."""
-    start = hears.receiver_start[targets].astype(np.int64)
-    degree = hears.receiver_start[targets + 1] - start
+    starts, senders, weight = map(np.asarray, (hears.receiver_start, hears.senders, hears.weight))
+    start = starts[targets].astype(np.int64)
+    degree = starts[targets + 1] - start
     many = degree > neighbours
     few = degree[~many]
     before = np.cumsum(few) - few
@@ -87,7 +89,7 @@ def drawn(hears: Adjacency, targets: Int64[np.ndarray, "t"], neighbours: int, rn
     at = np.concatenate([every, some.ravel()])
     scale = np.concatenate([np.ones(len(every)), np.repeat(degree[many] / neighbours, neighbours)])
     receivers = np.concatenate([np.repeat(targets[~many], few), np.repeat(targets[many], neighbours)])
-    return Edges(hears.senders[at], receivers, (hears.weight[at] * scale).astype(np.float32))
+    return Edges(senders[at], receivers, (weight[at] * scale).astype(np.float32))
 
 
 def choices(degree: Int64[np.ndarray, "m"], count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m count"]:
@@ -132,15 +134,18 @@ def fitting(need: Room, usual: Room, bound: Room) -> Room:
     """
     factor = 1.125
     while True:
-        room = Room(
-            *(
-                {name: min(bound_of[name], int(factor * usual_of[name]) + 8) for name in bound_of}
-                for usual_of, bound_of in zip(usual, bound, strict=True)
-            )
-        )
-        if all(need_of[name] <= room_of[name] for need_of, room_of in zip(need, room, strict=True) for name in need_of):
+        room = Room(_grown(usual.nodes, bound.nodes, factor), _grown(usual.edges, bound.edges, factor))
+        if _fits(need.nodes, room.nodes) and _fits(need.edges, room.edges):
             return room
         factor *= 2
+
+
+def _grown(usual: Mapping[Any, int], bound: Mapping[Any, int], factor: float) -> dict[Any, int]:
+    return {name: min(most, int(factor * usual[name]) + 8) for name, most in bound.items()}
+
+
+def _fits(need: Mapping[Any, int], room: Mapping[Any, int]) -> bool:
+    return all(count <= room[name] for name, count in need.items())
 
 
 def placed(
@@ -157,7 +162,7 @@ def placed(
         rows = room.nodes[node_type] * devices
         places[node_type] = np.zeros(graph.count(node_type), np.int32)
         places[node_type][nodes] = _places(nodes, devices)
-        words.append(_scattered(graph.text(node_type)[nodes], places[node_type][nodes], rows))
+        words.append(_scattered(np.asarray(graph.text(node_type))[nodes], places[node_type][nodes], rows))
         numbers.append(_scattered(nodes.astype(np.int32), places[node_type][nodes], rows))
     hears = {}
     nobody = _joined([])
@@ -170,12 +175,13 @@ def placed(
         order = np.argsort(receivers, kind="stable")
         part = Edges(at_source[edges.senders][order], receivers[order], edges.weight[order])
         sources, targets = (found.nodes[node_type] for node_type in ends)
+        heard, log_heard, log_told = map(np.asarray, whole.degrees)
         degrees = Degrees(
-            _scattered(whole.degrees.heard[targets], at_target[targets], n_targets),
-            _scattered(whole.degrees.log_heard[targets], at_target[targets], n_targets),
-            _scattered(whole.degrees.log_told[sources], at_source[sources], n_sources),
+            _scattered(heard[targets], at_target[targets], n_targets),
+            _scattered(log_heard[targets], at_target[targets], n_targets),
+            _scattered(log_told[sources], at_source[sources], n_sources),
         )
-        hears[relation] = adjacency(part, n_sources, n_targets, whole.backend).replace(degrees=degrees)
+        hears[relation] = dataclasses.replace(adjacency(part, n_sources, n_targets, whole.backend), degrees=degrees)
     nodes = {"text": np.concatenate(words), "number": np.concatenate(numbers)}
     nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
     types = tuple((node_type, room.nodes[node_type] * devices) for node_type, _ in graph.node_types)

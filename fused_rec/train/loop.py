@@ -153,8 +153,7 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints")
     drawn = functools.partial(batch_of, settings, held)
     # With sampled neighbours the devices get the whole graph only to be measured.
-    task = None if settings.neighbours else divide_task(prepared.task)
-    sampled = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)]) if task is None else None
+    tasks = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)])
     whole, progress = resume(config, prepared, checkpoints)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
@@ -186,7 +185,7 @@ def fit(
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            there = task or divide_task(prepared.task)
+                            there = divide_task(prepared.task) if settings.neighbours else tasks(0, drawn(0, 0))[0]
                             values = measure(prepared, divided_scorer(config, there, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = judge(progress, values[settings.metric], taken)
@@ -204,8 +203,7 @@ def fit(
                 interrupt.check(hosts.any_of)
                 users = drawn(settings.seed, taken)
                 # The devices may still be at the last step while the host draws for this one.
-                part, users = sampled(taken, users) if sampled else (task, users)
-                state, loss = step(state, part, users)
+                state, loss = step(state, *tasks(taken, users))
                 taken += 1
                 losses.append(loss)
                 bar.update()

@@ -27,16 +27,18 @@ def sampler(config: Config, task: Task, pilots: Sequence[Batch], devices: int | 
 
     What it draws follows from (config.train.seed, step) and the batch, on any number of devices. Steps share a few
     shapes, and so compiled programs: room is made for an eighth more than the largest of the `pilots`, batches like
-    those to come, took; a step that takes more gets twice as much, and so on.
+    those to come, took; a step that takes more gets twice as much, and so on. Where `train.neighbours` is 0 each step
+    gets the same whole task and its batch as it is.
 
     Raises:
-      ValueError: no pilot, or a config that samples nothing.
+      ValueError: no pilot.
     """
     settings = config.train
-    if not settings.neighbours or not pilots:
-        raise ValueError(
-            f"train.neighbours is {settings.neighbours} and pilots are {len(pilots)}; both must be at least 1"
-        )
+    if not settings.neighbours:
+        divided = divide_task(task, devices)
+        return lambda step, batch: (divided, batch)
+    if not pilots:
+        raise ValueError("there are 0 pilots; give at least 1 batch, by which room is made")
     count, counts = len(used(devices)), dict(task.graph.node_types)
     hears = {relation: task.adjacencies[relation] for relation in heard_relations(config.model, task.graph)}
     rounds = min(config.model.rounds, 1) if config.model.variant == "text" else config.model.rounds
