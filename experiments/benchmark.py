@@ -389,7 +389,8 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         with workplace() as folder:
             pairs = read_pairs(name)
             arrays = write_arrays(pairs, folder, final=False)
-            title = f"step, {len(pairs.user):,} pairs"
+            heard = f", {NEIGHBOURS.value} sampled neighbours" if NEIGHBOURS.value else ""
+            title = f"step, {len(pairs.user):,} pairs{heard}"
             measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss, STEP)
             yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
 

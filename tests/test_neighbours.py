@@ -215,5 +215,7 @@ def test_what_cannot_be_sampled_is_refused():
         TrainConfig(neighbours=5)
     with pytest.raises(ValueError, match="train.neighbours is -1; it must be 0 or more"):
         TrainConfig(loss="bpr", neighbours=-1)
-    with pytest.raises(ValueError, match="there are 0 pilots; give at least 1 batch"):
+    with pytest.raises(ValueError, match="train.neighbours is 0 and pilots are 3"):
+        sampler(config_of(neighbours=0), task_of(), PILOTS)
+    with pytest.raises(ValueError, match="pilots are 0; both must be at least 1"):
         sampler(config_of(), task_of(), [])

@@ -21,8 +21,8 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS, both_ways
     from fused_rec.graph.hetero import hetero_graph
     from fused_rec.graph.propagate import adjacencies
-    from fused_rec.train.neighbours import PILOTS, sampler
-    from fused_rec.train.parallel import divide_state, parallel_step
+    from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
+    from fused_rec.train.parallel import divide_state, divide_task, parallel_step
     from fused_rec.train.step import Task, init
     from fused_rec.train.variants import variant
 
@@ -53,8 +53,7 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
         Batch(user, item[:, None], np.ones((n_pairs, 1), np.float32), other[:, None])
         for user, item, other in zip(*parts, strict=True)
     ]
-
-    tasks = sampler(config, task, batches[:PILOTS])
+    tasks = sampler(config, task, batches[:PILOTS]) if job["neighbours"] else whole_graph(divide_task(task))
 
     def call(number: int) -> float:
         nonlocal state

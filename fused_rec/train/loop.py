@@ -35,7 +35,7 @@ from fused_rec.train import interrupt
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
-from fused_rec.train.neighbours import PILOTS, sampler
+from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.step import TrainState, init
@@ -153,7 +153,11 @@ def fit(
     checkpoints = Checkpoints(folder / "checkpoints")
     drawn = functools.partial(batch_of, settings, held)
     # With sampled neighbours the devices get the whole graph only to be measured.
-    tasks = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)])
+    task = None if settings.neighbours else divide_task(prepared.task)
+    if task is None:
+        tasks = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)])
+    else:
+        tasks = whole_graph(task)
     whole, progress = resume(config, prepared, checkpoints)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
@@ -185,7 +189,7 @@ def fit(
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            there = divide_task(prepared.task) if settings.neighbours else tasks(0, drawn(0, 0))[0]
+                            there = task or divide_task(prepared.task)
                             values = measure(prepared, divided_scorer(config, there, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = judge(progress, values[settings.metric], taken)

@@ -22,23 +22,26 @@ PILOTS = 3  # batches that tell how much room a step usually takes
 DRAW = 2  # beside (seed, step): batches draw with 0 and 1
 
 
+def whole_graph(task: Task) -> Sampler:
+    """Gives every step the same divided task, and its batch as it is."""
+    return lambda step, batch: (task, batch)
+
+
 def sampler(config: Config, task: Task, pilots: Sequence[Batch], devices: int | None = None) -> Sampler:
     """A function of (step, its batch) that gives the step's divided task and the batch numbered as its nodes are.
 
     What it draws follows from (config.train.seed, step) and the batch, on any number of devices. Steps share a few
     shapes, and so compiled programs: room is made for an eighth more than the largest of the `pilots`, batches like
-    those to come, took; a step that takes more gets twice as much, and so on. Where `train.neighbours` is 0 each step
-    gets the same whole task and its batch as it is.
+    those to come, took; a step that takes more gets twice as much, and so on.
 
     Raises:
-      ValueError: no pilot.
+      ValueError: no pilot, or a config that samples nothing.
     """
     settings = config.train
-    if not settings.neighbours:
-        divided = divide_task(task, devices)
-        return lambda step, batch: (divided, batch)
-    if not pilots:
-        raise ValueError("there are 0 pilots; give at least 1 batch, by which room is made")
+    if not settings.neighbours or not pilots:
+        raise ValueError(
+            f"train.neighbours is {settings.neighbours} and pilots are {len(pilots)}; both must be at least 1"
+        )
     count, counts = len(used(devices)), dict(task.graph.node_types)
     hears = {relation: task.adjacencies[relation] for relation in heard_relations(config.model, task.graph)}
     rounds = min(config.model.rounds, 1) if config.model.variant == "text" else config.model.rounds
