@@ -46,9 +46,6 @@ REPEATS = flags.DEFINE_integer(
 )
 WARMUP = flags.DEFINE_integer("warmup", 3, "Calls after the first that are not counted.", lower_bound=0)
 THREADS = flags.DEFINE_integer("threads", 2, "Cores that every side may use.", lower_bound=1)
-NEIGHBOURS = flags.DEFINE_integer(
-    "neighbours", 0, "Neighbours that ours samples a node and relation in a step; 0: all.", lower_bound=0
-)
 TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
 
 DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
@@ -194,7 +191,7 @@ def job_of(folder: Path, task: str, arrays: Path, **settings: Any) -> dict[str, 
     return {
         **{"task": task, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
         **{"repeats": REPEATS.value, "warmup": WARMUP.value, "threads": THREADS.value},
-        **{"neighbours": NEIGHBOURS.value, "rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
+        **{"rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
         **settings,
     }
 
@@ -389,8 +386,7 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         with workplace() as folder:
             pairs = read_pairs(name)
             arrays = write_arrays(pairs, folder, final=False)
-            heard = f", {NEIGHBOURS.value} sampled neighbours" if NEIGHBOURS.value else ""
-            title = f"step, {len(pairs.user):,} pairs{heard}"
+            title = f"step, {len(pairs.user):,} pairs"
             measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss, STEP)
             yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
 

@@ -27,7 +27,7 @@ def pairs():
 
 def job(folder, pairs, task, **settings):
     arrays = benchmark.write_arrays(pairs, folder, final=task == "rank")
-    common = {"arrays": str(arrays), "folder": str(folder), "repeats": 1, "warmup": 0, "threads": 1, "neighbours": 0}
+    common = {"arrays": str(arrays), "folder": str(folder), "repeats": 1, "warmup": 0, "threads": 1}
     return {**common, "task": task, "rounds": 3, "learning_rate": 1e-3, "k": 20, "batch": 50, **settings}
 
 

@@ -21,7 +21,6 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS, both_ways
     from fused_rec.graph.hetero import hetero_graph
     from fused_rec.graph.propagate import adjacencies
-    from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
     from fused_rec.train.parallel import divide_state, divide_task, parallel_step
     from fused_rec.train.step import Task, init
     from fused_rec.train.variants import variant
@@ -38,27 +37,21 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dim=arrays["rows"].shape[1], rounds=job["rounds"]),
-        train=dataclasses.replace(
-            config.train,
-            **{"batch_users": n_pairs, "positives": 1, "learning_rate": job["learning_rate"]},
-            neighbours=job["neighbours"],
-        ),
+        train=dataclasses.replace(config.train, batch_users=n_pairs, positives=1, learning_rate=job["learning_rate"]),
     )
     whole = init(config, task)
     rows = {"id_user": arrays["rows"][:n_users], "id_item": arrays["rows"][n_users:]}
     state = divide_state(dataclasses.replace(whole, params={"main": {**whole.params["main"], **rows}}))
-    once = parallel_step(config)
+    task, once = divide_task(task), parallel_step(config)
     parts = (arrays[f"batch_{name}"] for name in ("user", "item", "other"))
     batches = [
         Batch(user, item[:, None], np.ones((n_pairs, 1), np.float32), other[:, None])
         for user, item, other in zip(*parts, strict=True)
     ]
-    tasks = sampler(config, task, batches[:PILOTS]) if job["neighbours"] else whole_graph(divide_task(task))
 
     def call(number: int) -> float:
         nonlocal state
-        batch = batches[number % len(batches)]
-        state, loss = once(state, *tasks(number, batch))
+        state, loss = once(state, task, batches[number % len(batches)])
         jax.block_until_ready(state)
         return float(loss)
 
