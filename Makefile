@@ -1,4 +1,4 @@
-# make demo | test | lint | clean        PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
+# make demo | test | lint | docs | clean        PYTHON=python3.12 make test        make test PYTEST_ARGS="-n 2 -k losses"
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py fused_rec/graph/sparse_sum.cc requirements-minilm.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -42,5 +42,10 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps]"
 	@touch $@
 
+docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	@echo "Open build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/api *.egg-info .pytest_cache .ruff_cache

@@ -61,6 +61,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
+        "docs": ["furo>=2024.8", "myst-parser>=4.0", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
         "notebooks": ["ipykernel", "matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10"],
         "sweeps": ["optuna>=5.0"],

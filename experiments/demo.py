@@ -1,28 +1,35 @@
 """The whole path on the built-in market: `make demo`.
 
-Trains text alone, graph alone and both fused, ranks the whole catalogue on held-out data, and prints one table, one
-customer's recommendations and where everything lies.
+Trains text alone, graph alone and both fused, ranks the whole catalogue on held-out data, prints one table, one
+customer's recommendations and where everything lies, and writes a page to look at.
 """
 
 import dataclasses
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 from absl import flags
 
 from experiments import start
 from experiments.configs.synthetic import get_config
 from fused_rec.config import Config, from_dict
-from fused_rec.data.dataset import Dataset
 from fused_rec.evaluate.compare import table
-from fused_rec.train.loop import train
-from fused_rec.train.measure import baseline, choose_settings, measure
-from fused_rec.train.serve import load, recommend
+from fused_rec.evaluate.ranking import PerUser, mean
+from fused_rec.explain.facts import Customer, Facts, compared, passages, recommended, sample, sliced
+from fused_rec.explain.report import page
+from fused_rec.train.card import counts
+from fused_rec.train.curves import read_curves
+from fused_rec.train.loop import TEST_USERS, read_results, read_run, read_users, train
+from fused_rec.train.measure import baseline, choose_settings, measure_users
+from fused_rec.train.serve import eligible, load, model_digest, user_rows
+from fused_rec.train.workdir import write_file
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the three runs.")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
 BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"
+DRAWN = 4  # more customers, shown on the page
+GROUPS = ("age_band",)
 SHOWN = ["recall@10", "ndcg@10", "accuracy"]
 
 
@@ -35,28 +42,48 @@ def variant_config(variant: str) -> Config:
 def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings and shows what came out."""
     workdir = Path(WORKDIR.value)
-    rows = {}
+    trained = {}
     for variant, name in VARIANTS.items():
         print(f"\n== {name}")
-        rows[name] = train(variant_config(variant), workdir / variant)["test"]
+        train(variant_config(variant), workdir / variant)
+        trained[name] = read_users(workdir / variant / TEST_USERS)
     config, prepared, state = load(workdir / "fused")
-    chosen = {key: choose_settings(key, prepared) for key in BASELINES}
-    made = {name: baseline(key, prepared, chosen[key]) for key, name in BASELINES.items()}
-    rows = {name: measure(prepared, one, "test") for name, one in made.items()} | rows
+    measured: dict[str, PerUser] = {}
+    for key, name in BASELINES.items():
+        measured[name] = measure_users(prepared, baseline(key, prepared, choose_settings(key, prepared)), "test")
+    measured |= trained
 
     print("\nHeld-out purchases, the whole catalogue ranked for every customer:\n")
-    print(table(rows, SHOWN))
-    show_customer(prepared.dataset, recommend(config, prepared, state, [CUSTOMER], 5))
+    print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
+    first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
+    users = np.concatenate([first, np.setdiff1d(others, first)])
+    said = passages(config, prepared, state)
+    customers = recommended(config, prepared, state, eligible(prepared.dataset), users, 5, said)
+    show_customer(customers[0])
+
+    facts = Facts(
+        read_results(workdir / "fused"),
+        counts=counts(prepared.dataset, prepared.split),
+        digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
+        part="test",
+        models=compared(measured, VARIANTS["fused"]),
+        curve=tuple(read_curves(workdir / "fused" / "choose")),
+        slices=sliced(prepared, measured[VARIANTS["fused"]], GROUPS),
+        rules=None,
+        customers=customers,
+        chosen=f"{CUSTOMER} and others drawn at random",
+    )
+    write_file(workdir / "report.html", page(facts).encode())
     print(f"\ncheckpoints: {workdir}/fused/choose/checkpoints")
     print(f"results:     {workdir}/fused/results.json")
+    print(f"page:        {workdir}/report.html")
 
 
-def show_customer(dataset: Dataset, ranked: pa.Table) -> None:
+def show_customer(customer: Customer) -> None:
     """Prints a customer's recommendations with the products' names."""
-    names = dict(zip(*(dataset.items.column(name).to_pylist() for name in ("item_id", "name")), strict=True))
-    print(f"\nFor customer {CUSTOMER}:\n")
-    for row in ranked.to_pylist():
-        print(f"  {row['rank']}. {row['item_id']}  {names[row['item_id']]}  (score {row['score']:.3f})")
+    print(f"\nFor customer {customer.user_id}:\n")
+    for item in customer.items:
+        print(f"  {item.rank}. {item.item_id}  {item.name}  (score {item.score:.3f})")
 
 
 if __name__ == "__main__":

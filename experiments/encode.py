@@ -25,6 +25,7 @@ from fused_rec.text.pretrained import open_model
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
+PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
 INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
 OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
     texts = read_lines(Path(INPUT.value))
-    model = open_model(MODEL.value, offline=OFFLINE.value)
+    model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
     began = time.perf_counter()
     vectors = embed(
         texts, model, cache=CACHE.value or None, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value

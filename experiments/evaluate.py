@@ -19,7 +19,7 @@ from fused_rec.evaluate.compare import table
 from fused_rec.train.export import read_rules
 from fused_rec.train.loop import write_json
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_rules, scorer
-from fused_rec.train.prepare import prepare
+from fused_rec.train.prepare import prepare, published
 from fused_rec.train.serve import load
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
@@ -46,10 +46,11 @@ def main(argv: list[str]) -> None:
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, PART.value)
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
-    alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else prepared
+    seen = published(prepared)
+    alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen
     rows = {}
     for name in BASELINE.value:
-        made = baseline(name, prepared, choose_settings(name, alone))
+        made = baseline(name, seen, choose_settings(name, alone))
         rows[name] = measure(prepared, made, PART.value)
     rows[config.model.variant] = measure(prepared, scorer(config, prepared, state), PART.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {PART.value} part")

@@ -19,6 +19,7 @@ Readout = Literal["learned", "even", "heard"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 Compute = Literal["float32", "bfloat16"]
 TextControl = Literal["true", "shuffled", "random"]
+TextTraining = Literal["frozen", "lora", "full"]
 Ties = Literal["true", "rewired", "none"]
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
@@ -85,6 +86,7 @@ class TextConfig:
     """Which language model encodes the texts, and where its vectors are kept."""
 
     model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@COMMIT
+    prompt: str = ""  # which of the prompts that the model names is put before each text; empty = its default, if any
     cache: str = "~/.cache/fused_rec"
     max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
     batch_tokens: int = (
@@ -93,6 +95,11 @@ class TextConfig:
     offline: bool = True  # False lets a hub revision be downloaded
     lexical: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
     control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
+    attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
+    train: TextTraining = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
+    rank: int = 8  # of the adapters
+    learning_rate: float = 5e-4  # of the language model where it is trained; 2e-5 is usual for full
+    texts_per_step: int = 64  # so many are encoded with gradient; the others' vectors date from the last evaluation
 
     def __post_init__(self):
         _require_sane("text", self)
@@ -101,6 +108,11 @@ class TextConfig:
         _require(self.lexical >= 0, "text.lexical", self.lexical, "0 or more")
         _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
         _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
+        trainings = typing.get_args(TextTraining)
+        _require(self.train in trainings, "text.train", self.train, f"one of {trainings}")
+        _require(self.rank >= 1, "text.rank", self.rank, "at least 1")
+        _require(self.learning_rate > 0, "text.learning_rate", self.learning_rate, "above 0")
+        _require(self.texts_per_step >= 1, "text.texts_per_step", self.texts_per_step, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +228,14 @@ class Config:
     def __post_init__(self):
         fits = not self.train.contrast or self.model.rounds > 0
         _require(fits, "train.contrast", self.train.contrast, "0 where model.rounds is 0")
+        fits = self.text.train == "frozen" or self.model.variant != "graph"
+        _require(fits, "text.train", self.text.train, "frozen where model.variant is graph, which reads no words")
+        fits = self.text.train == "frozen" or not self.train.neighbours
+        _require(
+            fits, "text.train", self.text.train, "frozen where train.neighbours is above 0: texts of a sample stay"
+        )
+        fits = self.text.train == "frozen" or self.text.control != "random"
+        _require(fits, "text.train", self.text.train, "frozen where text.control is random, which encodes nothing")
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -37,6 +37,7 @@ from fused_rec.train import loop
 from fused_rec.train.export import read_rules
 
 TINY = Path(__file__).parent / "golden" / "tiny_bert"
+FAMILIES = sorted(path.parent for path in TINY.parent.glob("families/*/config.json"))
 BETWEEN = b"\n====\n"
 
 
@@ -274,6 +275,28 @@ def model_seed(**more: bytes) -> bytes:
     return files(*({**there, **more}.get(name, b"") for name in MODEL_FILES))
 
 
+FAMILY_FILES = (
+    *("config.json", "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"),
+    *("sentence_roberta_config.json", "tokenizer_config.json", "tokenizer.json"),
+)
+
+
+def _family(folder: Path, data: bytes) -> object:
+    """The first byte chooses the tiny model whose weights lie in the folder; its tokenizer where none is given."""
+    tiny = FAMILIES[data[0] % len(FAMILIES)] if data else FAMILIES[0]
+    _lay_out(folder, data[1:], FAMILY_FILES)
+    for name in ("model.safetensors", "tokenizer.json"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(tiny / name)
+    return open_model(str(folder), prompt="query" if b'"query"' in data else "")
+
+
+def _family_seed(number: int) -> bytes:
+    there = [file for file in FAMILY_FILES[:-1] if (FAMILIES[number] / file).exists()]
+    contents = ((FAMILIES[number] / name).read_bytes() if name in there else b"" for name in FAMILY_FILES)
+    return bytes([number]) + files(*contents)
+
+
 def _unpack(name: str) -> Callable[[Path, bytes], object]:
     def read(folder: Path, data: bytes) -> None:
         (folder / name).write_bytes(data)
@@ -454,6 +477,15 @@ TARGETS: dict[str, Target] = {
         (model_seed(), model_seed(**{MODEL_FILES[5]: b'{"weight_map": {"a": "model-1.safetensors"}}'})),
         (ValueError, FileNotFoundError),
         (*JSON_WORDS, b'"auto_map": {}', b'"path": "../x"'),
+    ),
+    "family": Target(
+        _family,
+        (
+            *(_family_seed(number) for number in range(len(FAMILIES))),
+            b"\0" + files(b"{}", b"", b"", b"", b"", b"", (FAMILIES[0] / "tokenizer.json").read_bytes()[:2000]),
+        ),
+        (ValueError, FileNotFoundError),
+        (*JSON_WORDS, b'"rope_type": "yarn", "factor": 2.0', b'"layer_types": null', b'"sliding_window": 3', b"1e300"),
     ),
     "weights": Target(_weights, (_weights_seed(),), (ValueError, FileNotFoundError), (b'"BF16"', b'"I8"', b"[2,32]")),
     "zip": Target(

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fused_rec.text import pretrained
-from fused_rec.text.bert import BertConfig, BertEncoder, convert_weights, encode, pool
+from fused_rec.text.bert import BertConfig, BertEncoder
+from fused_rec.text.families import FAMILIES, convert_weights, encode
+from fused_rec.text.pooling import Pooling, pool
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -75,6 +77,16 @@ def test_pooling_by_hand():
     np.testing.assert_allclose(pool(hidden, mask, "mean", True), [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
     np.testing.assert_allclose(pool(hidden, mask, "cls", False), [[3.0, 0.0]])
     np.testing.assert_allclose(pool(hidden, mask, "cls", True), [[1.0, 0.0]])
+    np.testing.assert_allclose(pool(hidden, mask, "lasttoken", False), [[5.0, 8.0]])
+    left = jnp.array([[False, True, True]])
+    cases: list[tuple[Pooling, list[float]]] = [
+        ("mean", [52.5, 54.0]),
+        ("cls", [5.0, 8.0]),
+        ("lasttoken", [100.0, 100.0]),
+    ]
+    for pooling, vector in cases:
+        np.testing.assert_allclose(pool(hidden, left, pooling, False), [vector])
+        np.testing.assert_array_equal(pool(hidden, mask & False, pooling, False), [[0.0, 0.0]])
     # A row that is padding throughout, as the last batch has them, stays finite.
     assert np.isfinite(pool(hidden * 0, mask & False, "mean", True)).all()
 
@@ -106,7 +118,7 @@ def test_weight_names_with_and_without_prefix_and_old_norm_names(tiny):
     }
     bare["embeddings.position_ids"] = np.arange(45)[None]
     for variant in (bare, old):
-        converted = convert_weights(variant, tiny.config)
+        converted = convert_weights(variant, tiny.config, FAMILIES["bert"])
         np.testing.assert_equal(converted, tiny.params)
     kernel = tiny.params["layers"]["attention"]["key"]["kernel"]
     assert kernel.shape == (2, 32, 32) and kernel.dtype == np.float32
@@ -119,7 +131,7 @@ def test_every_weight_that_does_not_fit_is_named(tiny):
     weights["bert.encoder.layer.0.intermediate.dense.weight"] = np.zeros((51, 31), np.float32)
     weights["bert.encoder.layer.2.output.dense.bias"] = np.zeros(32, np.float32)
     with pytest.raises(ValueError) as error:
-        convert_weights(weights, tiny.config)
+        convert_weights(weights, tiny.config, FAMILIES["bert"])
     for part in (
         "3 weight(s) do not fit",
         "encoder.layer.1.output.dense.bias is missing",
@@ -127,14 +139,6 @@ def test_every_weight_that_does_not_fit_is_named(tiny):
         "encoder.layer.2.output.dense.bias is no weight of this encoder",
     ):
         assert part in str(error.value)
-
-
-def test_half_precision_weights_become_float32(tiny):
-    weights = {name: value.astype(jnp.bfloat16) for name, value in load_file(TINY / "model.safetensors").items()}
-    params = convert_weights(weights, tiny.config)
-    word = params["word"]["embedding"]
-    assert word.dtype == np.float32
-    np.testing.assert_allclose(word, tiny.params["word"]["embedding"], rtol=2**-8)
 
 
 def test_shards_give_the_same_model(folder, tiny):
@@ -211,6 +215,8 @@ def test_a_folder_without_sentence_transformers_files(folder):
         ({"pooling_mode": ["cls"]}, "cls"),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "lasttoken"}, "lasttoken"),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "lasttoken"),
         ({"word_embedding_dimension": 32}, "mean"),
     ],
 )
@@ -230,7 +236,7 @@ def test_old_and_new_pooling_files(folder, config, pooling):
 )
 def test_other_poolings_are_refused(folder, config):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="supported are 'mean' and 'cls', one at a time"):
+    with pytest.raises(ValueError, match="supported are mean, cls, lasttoken, one at a time"):
         open_model(str(folder))
 
 
@@ -255,8 +261,8 @@ def test_modules_in_subfolders_and_the_normaliser(folder):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("config.json", {"model_type": "roberta"}, "model_type is 'roberta'; supported is 'bert'"),
-        ("config.json", {"model_type": "absent"}, "model_type is None; supported is 'bert'"),
+        ("config.json", {"model_type": "t5"}, "model_type is 't5'; supported are bert, distilbert, llama, mistral"),
+        ("config.json", {"model_type": "absent"}, "model_type is None; supported are bert"),
         ("config.json", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("config.json", {"is_decoder": True}, "is_decoder is True; supported is False"),
         ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map.*it is not run"),
@@ -270,12 +276,6 @@ def test_modules_in_subfolders_and_the_normaliser(folder):
 def test_folders_that_cannot_be_used_are_refused(folder, file, changes, message):
     edit(folder / file, **changes)
     with pytest.raises(ValueError, match=message):
-        open_model(str(folder))
-
-
-def test_a_default_prompt_is_not_silently_left_out(folder):
-    (folder / "config_sentence_transformers.json").write_text('{"default_prompt_name": "query"}')
-    with pytest.raises(ValueError, match="default_prompt_name is 'query'; put the prompt into the texts"):
         open_model(str(folder))
 
 

@@ -110,7 +110,7 @@ def test_no_texts_give_no_rows(tiny, tmp_path):
 
 
 def test_padded_lengths_by_hand():
-    padded = {2: 4, 8: 8, 9: 12, 64: 64, 65: 72, 128: 128, 129: 144, 160: 160, 250: 256, 257: 288}
+    padded = {0: 4, 2: 4, 8: 8, 9: 12, 64: 64, 65: 72, 128: 128, 129: 144, 160: 160, 250: 256, 257: 288}
     assert {length: embed_module._padded_length(length, 512) for length in padded} == padded
     assert embed_module._padded_length(37, 37) == 37  # a limit that is no multiple of a step
 
@@ -407,6 +407,18 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, fresh, tmp_path, monkeypatc
     np.testing.assert_allclose(resumed, fresh, atol=1e-5)
 
 
-def test_progress_counts_texts(tiny, capfd):
+def test_progress_shows_tokens_speed_and_time_left(tiny, capfd, monkeypatch):
+    """Of two distinct texts: [CLS] rate [SEP] and [CLS] fund [SEP]; a share of the peak where one is measured."""
     embed(["rate", "fund", "rate"], tiny, cache=None)
-    assert "texts encoded: 100%" in (printed := capfd.readouterr().err) and "2/2" in printed and "text/s" in printed
+    printed = capfd.readouterr().err
+    assert "encoding: 100%" in printed and "6.00/6.00 [" in printed and "token/s, 2/2 texts, " in printed
+    assert "<00:00" in printed and "FLOP/s" in printed and "of peak" not in printed  # on a CPU
+    monkeypatch.setattr(embed_module, "_matrix_peak", lambda: 1e9)
+    embed(["rate"], tiny, cache=None)
+    assert "% of peak" in capfd.readouterr().err
+
+
+def test_rates_by_hand():
+    assert embed_module._rate(2.5e9, 0.0) == "2.5 GFLOP/s" and embed_module._rate(3e4, 0.0) == "0.03 MFLOP/s"
+    assert embed_module._rate(3.21e13, 6.42e13) == "32.1 TFLOP/s, 50% of peak"
+    assert 1e6 < embed_module._product_rate(64, 2) < 1e14

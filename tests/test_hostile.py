@@ -24,7 +24,7 @@ from fused_rec.data.stocknet import stocknet
 from fused_rec.data.tables import read_tables
 from fused_rec.text.cache import read_vectors
 
-EXAMPLES = {"model": 10, "weights": 10}
+EXAMPLES = {"model": 10, "weights": 10, "family": 25}
 # Under test every annotated function checks its arguments, and is quicker to refuse a wrong type.
 CHECKED = ("config", "run")
 
@@ -68,6 +68,7 @@ def test_sound_input_is_read(name):
         "weights": "do not fit the config",
         "zip": "encrypted or packed",
         "model": "",
+        "family": "model_type is None",
     }
     assert all(name in expected and expected[name] in message for message in refused), refused
 

@@ -23,6 +23,7 @@ IO_ALLOWED = (
     "data/download.py",
     "data/fetch.py",
     "text/pretrained.py",
+    "text/weights.py",
     "text/cache.py",
     "train/checkpoint.py",
     "train/curves.py",

@@ -1,8 +1,10 @@
 """The whole path in real processes: from tables on disk to results, stopped and taken up again."""
 
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,9 @@ import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import yaml
 from market import differences, write_tables
+from webpage import Page
 
 from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
 from fused_rec.explain.ledger import ledger, scores
@@ -23,10 +27,11 @@ from fused_rec.explain.without import effect, without_holding
 from fused_rec.graph.build import HELD_BY, HOLDS
 from fused_rec.train import interrupt, loop
 from fused_rec.train.checkpoint import RECORD, CheckpointError, Checkpoints
+from fused_rec.train.export import read_rules
 from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
 from fused_rec.train.measure import measure, scorer
 from fused_rec.train.prepare import prepare, read
-from fused_rec.train.serve import load
+from fused_rec.train.serve import eligible, load, model_digest, parts, user_rows
 
 SETTINGS = {
     "train.batch_users": 32,
@@ -280,6 +285,57 @@ def test_evaluate_repeats_the_results_and_shows_baselines(cache, finished):
     line = next(line for line in done.stdout.splitlines() if line.startswith("fused"))
     assert line.split()[1:] == [f"{results['test'][name]:.4f}" for name in ("recall@10", "ndcg@10", "accuracy")]
     assert any(line.startswith("popularity") for line in done.stdout.splitlines())
+
+
+def test_a_run_has_a_model_card(finished):
+    results = json.loads((finished / "results.json").read_text())
+    card = (finished / "README.md").read_text()
+    _, matter, below = card.split("---\n", 2)
+    [entry] = yaml.safe_load(matter)["model-index"]
+    for result in entry["results"]:
+        part = {"validation": "valid", "test": "test"}[result["dataset"]["split"]]
+        assert {metric["type"]: metric["value"] for metric in result["metrics"]}.items() <= results[part].items()
+    folder = finished / re.findall("checkpoint is in `(.*?)`", below)[0]
+    assert folder == finished / "refit" / "checkpoints" / str(results["best_step"])
+    digests = {json.loads((finished / "run.json").read_text())["tables"], model_digest(finished)}
+    assert set(re.findall("`([0-9a-f]{64})`", below)) == digests
+    assert hashlib.sha256((folder / "manifest.sha256").read_bytes()).hexdigest() in digests
+    assert "| customers | 80 |" in below and "trained anew" in below
+
+
+def test_a_page_about_a_run(cache, tmp_path, finished):
+    """A real run's page has its numbers, its customers and its products, and recommends as `recommend` does."""
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"rules": [{"name": "calm", "require": ["item.risk_band", "at_most", 4]}]}')
+    out = tmp_path / "page.html"
+    asked = ["--users=C0001,C0002", "--k=3", f"--rules={rules}"]
+    done = subprocess.run(
+        command("report", f"--workdir={finished}", f"--out={out}", "--groups=age_band", *asked),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"page: {out}"
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.faults == []
+    results, shown = json.loads((finished / "results.json").read_text()), " ".join(page.texts)
+    for part in ("valid", "test"):
+        assert f"{results[part]['ndcg@10']:.3f}" in page.texts
+    assert f"{results['valid']['ndcg@10']:.4f}" in shown  # among the evaluations
+    assert model_digest(finished) in page.texts
+    assert "popularity" in page.texts and "item_knn" in page.texts and "calm" in page.texts
+    assert "NDCG@10 under the rules by age_band, validation part" in page.texts
+    assert sum("it falls from rank 1" in text or "it stays at rank 1" in text for text in page.texts) == 2
+
+    config, prepared, state = load(finished)
+    may = eligible(prepared.dataset, read_rules(rules)[0])
+    rows = user_rows(prepared.dataset, ["C0001", "C0002"])
+    [part] = parts(scorer(config, prepared, state), prepared.dataset, may, rows, 3)
+    names = dict(zip(*(prepared.dataset.items.column(name).to_pylist() for name in ("item_id", "name")), strict=True))
+    expected = [names[item] for item in part.table.column("item_id").to_pylist()]
+    assert page.inside("h4", "bdi") == expected
 
 
 @pytest.mark.parametrize("variant", ["text", "graph"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_rec.graph.propagate import KERNEL
+
 ROOT = Path(__file__).parents[1]
 # Where the name to install differs from the name to import.
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
@@ -22,7 +24,11 @@ def promised(monkeypatch):
     """The arguments setup.py passes to setuptools, which need not be installed."""
     recorded = {}
     fake = types.ModuleType("setuptools")
-    vars(fake).update(setup=lambda **arguments: recorded.update(arguments), find_packages=lambda include: include)
+    vars(fake).update(
+        setup=lambda **arguments: recorded.update(arguments),
+        find_packages=lambda include: include,
+        Extension=lambda name, **arguments: {"name": name} | arguments,
+    )
     monkeypatch.setitem(sys.modules, "setuptools", fake)
     runpy.run_path(str(ROOT / "setup.py"))
     return recorded
@@ -69,6 +75,13 @@ def test_type_marker_is_shipped(promised):
     assert (ROOT / "fused_rec" / "py.typed").exists()
 
 
+def test_the_kernel_may_be_missing(promised):
+    [kernel] = promised["ext_modules"]
+    assert (kernel["name"], kernel["optional"]) == (KERNEL, True)
+    assert all((ROOT / source).exists() for source in kernel["sources"])
+    assert (Path(kernel["include_dirs"][0]) / "xla" / "ffi" / "api" / "ffi.h").exists()
+
+
 def test_traps_are_pinned(promised):
     assert "jraph==0.0.6.dev0" in promised["install_requires"]
     assert "torch" not in _names(promised["install_requires"])
@@ -94,7 +107,8 @@ def test_ci_can_be_run():
 
 
 def test_ci_installs_every_extra_that_tests_and_type_checks_need(promised):
-    [extras] = re.findall(r'"\.\[([\w,]+)\]"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    installed = re.findall(r'"\.\[([\w,]+)\]"', (ROOT / "Makefile").read_text(encoding="utf-8"))
+    [extras] = [names for names in installed if "tests" in names]
     assert {"tests", *EXTRAS.values()} <= set(extras.split(",")) <= set(promised["extras_require"])
 
 

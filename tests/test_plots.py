@@ -1,5 +1,7 @@
 """What the figures show, read back from their artists."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,16 @@ def test_names_are_no_formulas(tmp_path):
     for place, figure in figures.items():
         figure.savefig(tmp_path / f"{place}.png")
         assert (tmp_path / f"{place}.png").stat().st_size > 1000
+
+
+def test_orders_of_sources_share_their_axes():
+    row = {"area": 0.25, "curve": [1.0, 0.2, 0.0]}
+    report = {"shares": [0, 0.5, 1], "users": 7, "data": "market"}
+    report |= {
+        kind: {"parts": row, "random": {"area": 0.5, "curve": [1, 0.5, 0]}} for kind in ("deletion", "insertion")
+    }
+    figure: Any = plots.by_share(report)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["deletion", "insertion"]
+    parts, random = figure.axes[0].lines
+    assert (list(parts.get_ydata()), list(random.get_ydata())) == ([1, 0.2, 0], [1, 0.5, 0])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["parts 0.250", "random 0.500"]

@@ -19,7 +19,9 @@ from fused_rec.graph import propagate
 from fused_rec.graph.hetero import Edges
 from fused_rec.graph.propagate import adjacencies, adjacency, edge_dot, fastest, neighbour_sum
 
-BACKENDS = [backend for backend in typing.get_args(propagate.Backend) if backend != "compiled" or fastest() == backend]
+BACKENDS: list[propagate.Backend] = [
+    backend for backend in typing.get_args(propagate.Backend) if backend != "compiled" or fastest() == backend
+]
 
 #   sources 0   1   2   3      weights: 0 -> 0 is 2, 1 -> 0 is 3, 1 -> 2 is -1
 #           | / |              source 2 and 3 send to nobody, target 1 hears nobody
@@ -106,7 +108,7 @@ def test_every_width_over_many_threads(width, dtype):
     edges = Edges(rng.integers(0, n, len(receivers)), receivers, rng.normal(size=len(receivers)).astype(np.float32))
     matrix = scipy.sparse.coo_array((edges.weight.astype(float), (receivers, edges.senders)), shape=(n, n)).tocsr()
     x, g = (jnp.asarray(rng.normal(size=(n, width)), dtype) for _ in range(2))
-    rounding = jnp.finfo(dtype).eps / 2  # of the derivative, which has the type of x
+    rounding = float(jnp.finfo(dtype).eps) / 2  # of the derivative, which has the type of x
     for backend in BACKENDS:
         hears = adjacency(edges, n, n, backend)
         y, back = jax.vjp(lambda x, hears=hears: neighbour_sum(hears, hears.weight, x), x)

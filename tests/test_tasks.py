@@ -22,7 +22,7 @@ from fused_rec.train import loop
 from fused_rec.train import prepare as preparing
 from fused_rec.train.measure import measure, scorer
 from fused_rec.train.prepare import Prepared
-from fused_rec.train.step import TrainState
+from fused_rec.train.step import TrainState, init
 from fused_rec.train.sweep import changed
 
 TASKS = sorted(file.stem for file in Path(configs.__file__).parent.glob("*.py") if file.stem != "__init__")
@@ -190,7 +190,7 @@ def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_user
     dataset, parts_of, four = new_users
     config = changed(Config(), SMALL | {"model.user_ids": True, "train.weight_decay": 0.0})
     prepared, state = trained(config, dataset, parts_of, tmp_path)
-    before = np.asarray(loop.init(config, prepared.task).params["main"]["id_user"])[four]
+    before = np.asarray(init(config, prepared.task).params["main"]["id_user"])[four]
     after = np.asarray(state.params["main"]["id_user"])[four]
     np.testing.assert_array_equal(after[[1, 3]], before[[1, 3]])
     assert (np.abs(after - before)[[0, 2]].max(1) > 1e-3).all()
@@ -211,7 +211,7 @@ def test_new_items_are_ranked_by_their_words_alone(tmp_path):
     new = new_items(parts_of)
     assert not np.isin(new, prepared.observed.item).any()
     assert not np.asarray(prepared.task.present)[new].any()
-    start = np.asarray(loop.init(config, prepared.task).params["main"]["id_item"])
+    start = np.asarray(init(config, prepared.task).params["main"]["id_item"])
     np.testing.assert_array_equal(np.asarray(state.params["main"]["id_item"])[new], start[new])
 
     users = jnp.arange(120, dtype=jnp.int32)

@@ -174,9 +174,9 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> st
 
 def markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The table of a report (see `fused_rec.train.study`) with what failed below it; names and errors as plain text."""
-    header, *body = _cells(report, metrics, _in_markdown)
+    header, *body = _cells(report, metrics, in_markdown)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *body)]
-    return "\n".join([*lines, *(f"\nFailed: {_in_markdown(note)}" for note in _notes(report))]) + "\n"
+    return "\n".join([*lines, *(f"\nFailed: {in_markdown(note)}" for note in _notes(report))]) + "\n"
 
 
 def latex(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
@@ -275,7 +275,8 @@ _MARKUP = re.compile(r"(?<![^\W_])_|_(?![^\W_])|[\\|`*\[\]{}$~#!&<>]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
+    """The text on one line, none of it read as markup."""
     return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), _one_line(text))
 
 

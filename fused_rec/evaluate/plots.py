@@ -127,6 +127,37 @@ def by_setting(trials: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
     return figure
 
 
+def by_share(report: Mapping[str, Any]) -> "Figure":
+    """Deletion and insertion: the mean curve of each order of a user's sources, its area in the legend.
+
+    report: `fused_rec.explain.faithfulness.summary` with the "shares", "users" and "data" that it is of.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(8.0, 3.2), dpi=150, layout="constrained")
+        for axes, (kind, what) in zip(
+            figure.subplots(1, 2, sharey=True),
+            (("deletion", "sources taken away, first of the order first"), ("insertion", "sources that are back")),
+            strict=True,
+        ):
+            for order, (name, row) in enumerate(report[kind].items()):
+                mark = MARKERS[order % len(MARKERS)]
+                label = f"{name} {row['area']:.3f}"
+                colour = COLOURS[order % len(COLOURS)]
+                axes.plot(report["shares"], row["curve"], marker=mark, markersize=4, color=colour, label=label)
+            axes.set_title(kind, loc="left", fontsize=9)
+            axes.set_xlabel(f"share of {what}")
+            axes.grid(color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.legend(frameon=False, fontsize=8, title="area under the curve", title_fontsize=8)
+        figure.axes[0].set_ylabel("score: 1 with all sources, 0 with none")
+        title = f"{report['data']}: mean of {report['users']:,} users"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
+    return figure
+
+
 def by_ratio(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """How many times ours is ahead of each peer, a bar a row, in the rows' order; behind in another colour.
 

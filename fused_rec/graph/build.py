@@ -1,10 +1,11 @@
 """What training may see, as a graph: holdings, ties, nearest texts and attribute nodes."""
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Float64, Int32
 
 from fused_rec.config import GraphConfig
 from fused_rec.data.dataset import Dataset, column
@@ -65,6 +66,13 @@ def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
     return relations
 
 
+class Whitening(NamedTuple):
+    """What `whitening` found: x - centre, times matrix, has nearly equal variance in every direction."""
+
+    centre: Float64[np.ndarray, "D"]
+    matrix: Float64[np.ndarray, "D D"]
+
+
 def node_vectors(
     rows: Int32[np.ndarray, "K"],
     texts: Int32[np.ndarray, "K"],
@@ -74,28 +82,60 @@ def node_vectors(
 ) -> Float32[np.ndarray, "n_nodes D"]:
     """Each node's weighted mean of its texts' vectors, whitened over the nodes of the type that have words.
 
-    Sentence vectors crowd into a narrow cone (Ethayarajh, 2019): the mean is taken out and the principal
-    directions are scaled towards equal variance, the smallest ones held back by the mean variance so that
-    noise is not blown up. Turned back to the encoder's axes, so that the result does not depend on the signs that
-    a linear algebra library gives the directions: a checkpoint meets the same vectors on another machine.
-    Rows have unit length; a node without words stays zero.
+    Rows have unit length; a node without words stays zero, and so do all where fewer than two have any.
     """
+    means, named = node_means(rows, texts, weights, vectors, n_nodes)
+    return whitened(means, named, whitening(means[named]))[0]
+
+
+def node_means(
+    rows: Int32[np.ndarray, "K"],
+    texts: Int32[np.ndarray, "K"],
+    weights: Float32[np.ndarray, "K"],
+    vectors: Float32[np.ndarray, "T D"],
+    n_nodes: int,
+) -> tuple[Float32[np.ndarray, "n_nodes D"], Bool[np.ndarray, "n_nodes"]]:
+    """Each node's weighted mean of its texts' vectors, zero where it has none, and whether it has any."""
     # Imported here: scipy takes 0.2 s that `import fused_rec.graph` need not.
     from scipy import sparse
 
     mean = sparse.csr_matrix((weights, (rows, texts)), shape=(n_nodes, len(vectors)), dtype=np.float32) @ vectors
     named = np.zeros(n_nodes, bool)
     named[rows] = True
-    out = np.zeros((n_nodes, vectors.shape[1]), np.float32)
-    if named.sum() < 2:
-        return out
+    return mean, named
+
+
+def whitening(means: Float32[np.ndarray, "n D"]) -> Whitening | None:
+    """How to whiten such vectors; None of fewer than two, which have no directions to tell apart.
+
+    Sentence vectors crowd into a narrow cone (Ethayarajh, 2019): the mean is taken out and the principal
+    directions are scaled towards equal variance, the smallest ones held back by the mean variance so that
+    noise is not blown up. Turned back to the encoder's axes, so that the result does not depend on the signs that
+    a linear algebra library gives the directions: a checkpoint meets the same vectors on another machine.
+    """
+    if len(means) < 2:
+        return None
     # In float64 nodes of one and the same text come out at zero, not at the rounding of their mean blown up.
-    centred = mean[named] - mean[named].mean(0, dtype=np.float64)
-    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(centred, rowvar=False, dtype=np.float64)))
+    centre = means.mean(0, dtype=np.float64)
+    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(means - centre, rowvar=False, dtype=np.float64)))
     scale = 1 / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
-    scaled = centred @ (directions * scale[None, :] @ directions.T)
-    out[named] = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12)
-    return out
+    return Whitening(centre, directions * scale[None, :] @ directions.T)
+
+
+def whitened(
+    means: Float32[np.ndarray, "n D"], named: Bool[np.ndarray, "n"], by: Whitening | None
+) -> tuple[Float32[np.ndarray, "n D"], Float32[np.ndarray, "n"]]:
+    """Whitened rows of unit length, and their lengths before; zeros where a node is not named, all where `by` is None.
+
+    `by` may come from other means: of the same nodes with earlier vectors.
+    """
+    out, lengths = np.zeros(means.shape, np.float32), np.zeros(len(means), np.float32)
+    if by is not None:
+        scaled = (means[named] - by.centre) @ by.matrix
+        length = np.linalg.norm(scaled, axis=1, keepdims=True)
+        out[named] = scaled / np.maximum(length, 1e-12)
+        lengths[named] = length[:, 0]
+    return out, lengths
 
 
 def both_ways(

@@ -93,6 +93,10 @@ class HeteroGraph:
         nodes: Any = self.graph.nodes  # to jraph any tree, or none
         return nodes["text"][self.node_slice(node_type)]
 
+    def saying(self, text: Float32[AnyArray, "rows D"]) -> "HeteroGraph":
+        """The same nodes and edges with these text vectors, of all types in their order."""
+        return self.replace(graph=self.graph._replace(nodes={"text": text}))  # pyright: ignore[reportAttributeAccessIssue]
+
     def edges(self, relation: Relation) -> Edges:
         """One relation's edges with senders and receivers numbered inside their types."""
         at = _slice(self.relations, relation)

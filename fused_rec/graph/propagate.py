@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Array, Float, Float32, Int32
@@ -45,7 +44,7 @@ def fastest() -> Backend:
     try:
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
     except jax.errors.JaxRuntimeError as error:
-        LOG.warning("the sparse sum was built for a newer jaxlib than %s; %s: %s", jaxlib.__version__, REBUILD, error)
+        LOG.warning("the sparse sum was built for a newer JAX than %s; %s: %s", jax.__version__, REBUILD, error)
         return "csr"
     return "compiled"
 

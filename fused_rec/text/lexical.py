@@ -1,9 +1,33 @@
 """Words counted: TF-IDF directions beside the language model's, for names and terms that it cannot tell apart."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+
+class Lexicon(NamedTuple):
+    """Vectors of T texts, and the V terms they are sums over: vectors = weights @ directions, but for rounding."""
+
+    vectors: Float32[np.ndarray, "T D"]
+    weights: "csr_matrix"  # [T, V]: TF-IDF, rows of length 1
+    directions: Float64[np.ndarray, "V D"]
+    terms: Mapping[str, int]  # a term's row of `directions`
+    pattern: re.Pattern[str]  # of a term, in small letters
+
+    def occurrences(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, row of the term) of each term, in characters of the text as it is written."""
+        small = text.lower()
+        # A capital may have two small letters (U+0130), so places in the one are not those in the other.
+        places = [place for place, letter in enumerate(text) for _ in letter.lower()]
+        for found in self.pattern.finditer(small):
+            if (row := self.terms.get(found[0])) is not None:
+                yield places[found.start()], places[found.end() - 1] + 1, row
 
 
 def lexical_vectors(texts: Sequence[str], dims: int) -> Float32[np.ndarray, "T D"]:
@@ -13,23 +37,31 @@ def lexical_vectors(texts: Sequence[str], dims: int) -> Float32[np.ndarray, "T D
     of stop words would leave out terms of the trade (call, bill, interest). D is `dims`, fewer where there are fewer
     texts or terms, and 0 where the texts do not share at least two terms.
     """
+    found = lexicon(texts, dims)
+    return np.zeros((len(texts), 0), np.float32) if found is None else found.vectors
+
+
+def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
+    """What `lexical_vectors` are made of; None where these have no columns."""
     # Imported here: scikit-learn takes a second that `import fused_rec.train` need not.
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not dims or len(texts) < 4:  # of fewer, no term can be in two texts and in at most half of them
-        return np.zeros((len(texts), 0), np.float32)
+        return None
     counts = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5)
     try:
         weights = counts.fit_transform(texts)
     except ValueError as error:  # how scikit-learn tells that no term is left
         if "vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
             raise
-        return np.zeros((len(texts), 0), np.float32)
+        return None
     if weights.shape[1] < 2:  # which scikit-learn does not decompose
-        return np.zeros((len(texts), 0), np.float32)
+        return None
     # All of the directions where they are few: of two that weigh the same, either could be the one left out.
-    return TruncatedSVD(min(dims, *weights.shape), random_state=0).fit_transform(weights).astype(np.float32)
+    first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
+    vectors = first.fit_transform(weights).astype(np.float32)
+    return Lexicon(vectors, weights, first.components_.T, counts.vocabulary_, re.compile(counts.token_pattern))
 
 
 def side_by_side(*views: Float32[np.ndarray, "T _"]) -> Float32[np.ndarray, "T D"]:
@@ -37,11 +69,15 @@ def side_by_side(*views: Float32[np.ndarray, "T _"]) -> Float32[np.ndarray, "T D
 
     A view without columns is left out; one of equal rows, which has no spread, stays as it is.
     """
-    return np.concatenate([_spread_by_one(view) for view in views if view.shape[1]], axis=1)
+    return np.concatenate([view / spread(view) for view in views if view.shape[1]], axis=1)
 
 
-def _spread_by_one(view: Float32[np.ndarray, "T D"]) -> Float32[np.ndarray, "T D"]:
-    spread = np.sqrt(np.square(view - view.mean(0)).sum(1).mean())
+def spread(view: Float32[np.ndarray, "T D"]) -> float:
+    """What `side_by_side` divides a view by: the root mean square of its rows' distances from their mean.
+
+    1 for a view of equal rows.
+    """
+    found = np.sqrt(np.square(view - view.mean(0)).sum(1).mean())
     size = np.sqrt(np.square(view).sum(1).mean())
     # Of equal rows nothing but the rounding of their mean would be scaled up.
-    return view / spread if spread > 1e-6 * size else view
+    return float(found) if found > 1e-6 * size else 1.0

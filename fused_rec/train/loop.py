@@ -4,11 +4,13 @@ workdir/
   run.json             config and digest of the tables; another config, or changed tables, are refused
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
   test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
+  README.md            the model card: what was trained on what, how good it is, how to load it
   results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
   run.lock             held by the process that trains here, and there only as long
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import io
@@ -31,18 +33,19 @@ from fused_rec.config import Config, TrainConfig, from_dict, to_dict
 from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.train import interrupt
+from fused_rec.train import interrupt, joint
+from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
-from fused_rec.train.prepare import Prepared, prepare, read
-from fused_rec.train.step import TrainState, init
+from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
+from fused_rec.train.step import TrainState
 from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
-RUN, RESULTS, TEST_USERS = "run.json", "results.json", "test_users.npz"
+RUN, RESULTS, TEST_USERS, CARD = "run.json", "results.json", "test_users.npz", "README.md"
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
@@ -97,12 +100,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
 
     state, progress = fit(config, prepared, workdir / "choose")
     seconds = progress.seconds
+    prepared = spoken(config, prepared, state)
     valid = measure(prepared, scorer(config, prepared, state), "valid")
 
     known = seen_parts(config)
     if config.train.refit:
         prepared = prepare(config, dataset, parts_of, known)
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
+        prepared = spoken(config, prepared, state)
         seconds += refitted.seconds
 
     # Everything is chosen: the one time that the test part is read.
@@ -124,6 +129,10 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     }
     if hosts.leads():
         write_users(workdir / TEST_USERS, per_user)
+        checkpoints = Path("refit" if config.train.refit else "choose") / "checkpoints"
+        model = Checkpoints(workdir / checkpoints).digest(progress.best_step)
+        amounts, chosen = counts(dataset, parts_of), checkpoints / str(progress.best_step)
+        write_card(workdir / CARD, card(results, amounts, {"tables": tables, "model": model}, chosen.as_posix()))
         write_json(workdir / RESULTS, results)
     return results
 
@@ -152,16 +161,21 @@ def fit(
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
     drawn = functools.partial(batch_of, settings, held)
-    # With sampled neighbours the devices get the whole graph only to be measured.
-    task = None if settings.neighbours else divide_task(prepared.task)
-    if task is None:
-        tasks = sampler(config, prepared.task, [drawn(0, number) for number in range(PILOTS)])
-    else:
-        tasks = whole_graph(task)
     whole, progress = resume(config, prepared, checkpoints)
+    step: Any = parallel_step(config)
+    task, cache = prepared.task, None
+    if prepared.words is not None:
+        cache = joint.cached(config, prepared.words, task, whole.said)
+        task, step = cache.task, joint.parallel_joint_step(config, prepared.words)
+        whole = dataclasses.replace(whole, said=())
+    # With sampled neighbours the devices get the whole graph only to be measured.
+    divided = None if settings.neighbours else divide_task(task)
+    if divided is None:
+        tasks = sampler(config, task, [drawn(0, number) for number in range(PILOTS)])
+    else:
+        tasks = whole_graph(divided)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
-    step = parallel_step(config)
     if first:
         LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
     LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_users))
@@ -173,6 +187,8 @@ def fit(
 
     def save(*, best: bool) -> None:
         gathered = whole_state(state, whole)
+        if cache is not None:
+            gathered = dataclasses.replace(gathered, said=cache.trained)
         extras = {"config": to_dict(config), "progress": progress._asdict()}
         if hosts.leads():
             checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
@@ -186,10 +202,16 @@ def fit(
                 if losses and (taken % settings.eval_every == 0 or taken == last):
                     scalars = {"loss": mean_loss(losses)}
                     improved = False
+                    if cache is not None and (steps is None or taken < last):
+                        with interrupt.released() if hosts.alone() else contextlib.nullcontext():
+                            trained = whole_state(state, whole).params[joint.ENCODER]
+                            cache = joint.cached(config, cache.words, cache.task, trained)
+                            divided = divide_task(cache.task)
+                            tasks = whole_graph(divided)
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            there = task or divide_task(prepared.task)
+                            there = divided or divide_task(prepared.task)
                             values = measure(prepared, divided_scorer(config, there, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = judge(progress, values[settings.metric], taken)
@@ -206,8 +228,9 @@ def fit(
                     break
                 interrupt.check(hosts.any_of)
                 users = drawn(settings.seed, taken)
+                said = () if cache is None else (joint.draw(config, cache, users, taken),)
                 # The devices may still be at the last step while the host draws for this one.
-                state, loss = step(state, *tasks(taken, users))
+                state, loss = step(state, *tasks(taken, users), *said)
                 taken += 1
                 losses.append(loss)
                 bar.update()
@@ -226,6 +249,8 @@ def fit(
             raise
     if steps is not None:
         return whole_state(state, whole), progress
+    if cache is not None:
+        whole = dataclasses.replace(whole, said=cache.trained)
     best = checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole
     return hosts.from_first(best), progress
 
@@ -248,7 +273,7 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
     Raises:
       CheckpointError: the best state is damaged; told now, because in the end it is that one which counts.
     """
-    state, progress = init(config, prepared.task), Progress()
+    state, progress = fresh(config, prepared), Progress()
     if hosts.leads() and (step := checkpoints.last_good()) is not None:
         state, extras = checkpoints.restore(step, like=state)
         progress = Progress(**extras["progress"])
@@ -378,6 +403,14 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Writes all or nothing. A number that is none becomes null. Raises SaveError."""
     write_file(file, (json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_card(file: Path, content: str) -> None:
+    """Writes all or nothing; a file of that name that is no card of ours is somebody's, and stays. Raises SaveError."""
+    if file.exists() and LIBRARY not in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        LOG.warning("%s is no model card, and is left as it is; the run has none", file)
+        return
+    write_file(file, content.encode())
 
 
 def write_users(file: Path, per_user: PerUser) -> None:

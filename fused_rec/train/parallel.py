@@ -47,7 +47,7 @@ def mapped_step(config: Config, devices: int | None, state: TrainState, task: Ta
 
 @functools.lru_cache(maxsize=8)
 def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> Mapped:
-    state, task = axes(_shape_of(states)), task_axes(_shape_of(tasks))
+    state, task = axes(shape_of(states)), task_axes(shape_of(tasks))
     step = functools.partial(train_step, config)
     return over_devices(step, devices, in_axes=(state, task, DIVIDED), out_axes=(state, None), donate=(0,))
 
@@ -58,11 +58,11 @@ def _embed(config: Config, devices: int | None, params: PyTree, task: Task) -> V
 
 @functools.lru_cache(maxsize=8)
 def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: Hashable) -> Mapped:
-    in_axes = axes(_shape_of(params)), task_axes(_shape_of(tasks))
+    in_axes = axes(shape_of(params)), task_axes(shape_of(tasks))
     return over_devices(functools.partial(embed, config), devices, in_axes=in_axes, out_axes=None)
 
 
-def _shape_of(structure: Any) -> PyTree:
+def shape_of(structure: Any) -> PyTree:
     """A tree of that structure, for what is asked of the paths alone."""
     return jax.tree.unflatten(structure, range(structure.num_leaves))
 
@@ -70,8 +70,8 @@ def _shape_of(structure: Any) -> PyTree:
 def task_axes(task: Task) -> Task:
     """Where each array of a divided task has its devices; None: every device has it whole."""
     absent: Any = None
-    divided = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
-    return Task(*divided, absent, absent)
+    graph, adjacencies = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
+    return Task(graph, adjacencies, absent, absent)
 
 
 def divide_task(task: Task, devices: int | None = None, room: Mapping[Relation, int] | None = None) -> Task:

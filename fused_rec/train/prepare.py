@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from fused_rec.config import Config
 from fused_rec.data import controls, readers
+from fused_rec.data.attributes import describe
 from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import NodeTexts, node_texts
@@ -18,7 +19,8 @@ from fused_rec.model.baselines import counted
 from fused_rec.text.embed import embed
 from fused_rec.text.lexical import lexical_vectors, side_by_side
 from fused_rec.text.pretrained import open_model
-from fused_rec.train.step import Task
+from fused_rec.train import joint
+from fused_rec.train.step import Task, TrainState, init
 
 LOG = logging.getLogger(__name__)
 
@@ -31,11 +33,16 @@ class Prepared:
     split: Split
     observed: Observed
     task: Task
+    words: joint.Words | None = None  # where the language model is trained too
 
 
 def read(config: Config) -> tuple[Dataset, Split]:
-    """The tables and their split. Raises DataError with one report where the tables must not be used."""
-    dataset = readers.load(config.data)
+    """The tables, described by their attributes where the config asks for it, and their split.
+
+    Raises DataError with one report where the tables must not be used, and ValueError where text.attributes names what
+    is no attribute of users or items.
+    """
+    dataset = describe(readers.load(config.data), config.text.attributes)
     for repair, count in dataset.repairs.items():
         LOG.info("repaired: %s: %d", repair, count)
     LOG.info(
@@ -59,10 +66,36 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     checked = audit(dataset, parts_of, observed, texts, parts)
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
     observed = dataclasses.replace(observed, ties=seen_ties(config, observed.ties))
-    graph = build(dataset, observed, *encode(config, texts), config.graph)
+    texts, vectors = encode(config, texts)
+    graph = build(dataset, observed, texts, vectors, config.graph)
+    words = None
+    if config.text.train != "frozen":
+        words = joint.words(config.text, texts, vectors, dict(graph.node_types))
     popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
     task = Task(graph, adjacencies(graph), present(dataset, observed), popularity)
-    return Prepared(dataset, parts_of, observed, task)
+    return Prepared(dataset, parts_of, observed, task, words)
+
+
+def fresh(config: Config, prepared: Prepared) -> TrainState:
+    """A state before the first step, whole and on the host: a function of train.seed."""
+    state = init(config, prepared.task)
+    return state if prepared.words is None else joint.begin(config, prepared.words, state)
+
+
+def spoken(config: Config, prepared: Prepared, state: TrainState) -> Prepared:
+    """The same with the words of the language model as a whole state has it; itself where that is not trained."""
+    if prepared.words is None:
+        return prepared
+    trained = state.params[joint.ENCODER]
+    found = joint.cached(config, prepared.words, prepared.task, trained, keep=True)
+    return dataclasses.replace(prepared, task=found.task)
+
+
+def published(prepared: Prepared) -> Prepared:
+    """The inverse of `spoken`: with the words of the published language model, which baselines are given."""
+    if prepared.words is None:
+        return prepared
+    return dataclasses.replace(prepared, task=joint.told(prepared.words, prepared.task, prepared.words.vectors)[0])
 
 
 def seen_ties(config: Config, ties: pa.Table) -> pa.Table:
@@ -84,7 +117,7 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
     """
     if config.model.variant == "graph" or not texts.texts:
         return texts, np.zeros((len(texts.texts), WORDLESS), np.float32)
-    model = open_model(config.text.model, offline=config.text.offline)
+    model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
     lexical = lexical_vectors(texts.texts, config.text.lexical)
     if config.text.control == "random":
         return controls.random_texts(texts, model.config.hidden_size + lexical.shape[1], config.train.seed)

@@ -18,8 +18,8 @@ from fused_rec.evaluate.suitability import Screened, screen
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.loop import check_tables, finished
 from fused_rec.train.measure import scorer
-from fused_rec.train.prepare import Prepared, prepare, read
-from fused_rec.train.step import TrainState, init
+from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
+from fused_rec.train.step import TrainState
 
 PART = 65_536  # customers whose rankings are in memory at once
 SCHEMA = pa.schema(
@@ -52,8 +52,8 @@ def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, Tra
     dataset, parts_of = read(config)
     check_tables(digest(dataset), workdir)
     prepared = prepare(config, dataset, parts_of, known)
-    state, _ = checkpoints.restore(step, like=init(config, prepared.task))
-    return config, prepared, state
+    state, _ = checkpoints.restore(step, like=fresh(config, prepared))
+    return config, spoken(config, prepared, state), state
 
 
 def model_digest(workdir: str | Path, part: str = "test") -> str:

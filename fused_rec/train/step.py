@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import flax.struct
@@ -30,12 +30,16 @@ class TrainState:
 
     The seed is data, not part of the program: runs that differ by it alone share one compilation. Id rows, and what
     the optimiser keeps of them, are divided over devices, each of which has the rest whole (`axes`).
+
+    said: where the language model is trained too (fused_rec/train/joint.py), what of it the cached vectors of the
+    texts come from; nothing on devices, which work with the vectors.
     """
 
     step: Int32[Array, ""]
     seed: Int32[Array, ""]
     params: PyTree[Float32[Array, "..."]]
     optimiser: PyTree
+    said: PyTree = ()
 
 
 @no_type_check  # as of `Adjacency`
@@ -108,12 +112,23 @@ def _with_popularity(config: Config, task: Task, vectors: Vectors) -> Vectors:
     return with_prior(vectors, weight * jnp.log1p(task.popularity))
 
 
-def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> tuple[TrainState, Float32[Array, ""]]:
+def train_step(
+    config: Config,
+    state: TrainState,
+    task: Task,
+    batch: Batch,
+    rule: optax.GradientTransformation | None = None,
+    heard: Callable[[PyTree, Task], Task] | None = None,
+) -> tuple[TrainState, Float32[Array, ""]]:
     """The next state and the batch's mean loss; each device of `AXIS` has a share of the batch and of the rows.
 
     The only key is fold_in(seed, step): what is left out must not depend on the number of devices, and a resumed run
     must leave out the same again.
+
+    rule: how parameters move; None: `optimiser`. heard: of parameters and task, the task that the model is given,
+    where parameters make words; None: the task as it is.
     """
+    rule = rule or optimiser(config.train)
     dropout = jax.random.fold_in(jax.random.key(state.seed + 1), state.step)
     # Each device differentiates for itself. Without this the replication check of shard_map would add up the
     # gradients on its own, the psum below would do it again, and one forgotten here would go unnoticed.
@@ -123,7 +138,7 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
     task = dataclasses.replace(task, present=own(task.present), popularity=own(task.popularity))
 
     def mean_loss(params: PyTree) -> Float32[Array, ""]:
-        weighted = _losses(config, params, task, batch, dropout)
+        weighted = _losses(config, params, heard(params, task) if heard else task, batch, dropout)
         # Each device's share of the means; the psum below completes them.
         shares = [weight * total / jnp.maximum(jax.lax.psum(count, AXIS), 1) for weight, (total, count) in weighted]
         return jnp.stack(shares).sum()
@@ -132,7 +147,7 @@ def train_step(config: Config, state: TrainState, task: Task, batch: Batch) -> t
     # The rows' gradient is complete: their way to every device leads back as a sum over devices.
     loss, whole = jax.lax.psum((loss, _whole(divided, gradient)), AXIS)
     gradient = _joined(divided, whole, gradient)
-    updates, moments = optimiser(config.train).update(gradient, state.optimiser, state.params)
+    updates, moments = rule.update(gradient, state.optimiser, state.params)
     return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), moments), loss
 
 

@@ -187,12 +187,11 @@ def applicable(
             kept.append(name)
             continue
         absent = [what for what in VARIANTS[name].needs if not there[what]]
-        settings = variant(config, name)
         if absent:
             skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
         elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
             skipped[name] = "the config reads no words"
-        elif settings in configs:
+        elif (settings := variant(config, name)) in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
         else:
             configs[settings] = name

@@ -39,17 +39,19 @@ PLAIN_MODEL = {
     "id_dropout": 0.0,
     "id_scale": 0.01,  # rows that start short learn what is popular first, which few holdings tell best
 }
+FROZEN = {"train": "frozen"}  # where no words are read
 PLAIN_GRAPH = {"attributes": (), "similar_text": 0, "ties": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrast": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
-    "graph": Variant("without words", {"model": {"variant": "graph"}}, needs=("text",)),
+    "graph": Variant("without words", {"model": {"variant": "graph"}, "text": FROZEN}, needs=("text",)),
     "text": Variant("words alone", {"model": {"variant": "text"}}, needs=("text",)),
     "no_ties": Variant("without ties", {"graph": {"ties": "none"}}, needs=("ties",)),
     "no_similar_text": Variant("without text neighbours", {"graph": {"similar_text": 0}}, needs=("text",)),
     "no_popularity": Variant("towers alone", {"model": {"popularity": 0.0}}),
     "no_gates": Variant("relations weigh the same for every node", {"model": {"gates": False}}),
+    "lora": Variant("language model trained along, by LoRA", {"text": {"train": "lora"}}, needs=("text",)),
     "bfloat16": Variant("steps multiply and send bfloat16", {"train": {"compute": "bfloat16"}}),
     "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
     "sampled": Variant(
@@ -57,12 +59,15 @@ VARIANTS: dict[str, Variant] = {
         {"train": {"loss": "sampled_softmax", "neighbours": 10}},
     ),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
-    "random_text": Variant("random vectors for words", {"text": {"control": "random"}}, ("text",), control=True),
+    "random_text": Variant(
+        "random vectors for words", {"text": FROZEN | {"control": "random"}}, ("text",), control=True
+    ),
     "rewired_ties": Variant("other ties, same degrees", {"graph": {"ties": "rewired"}}, ("ties",), control=True),
     "bpr_mf": Variant(
         "matrix factorisation (Rendle et al., 2009, arXiv 1205.2618)",
         {
             "model": PLAIN_MODEL | {"rounds": 0},
+            "text": FROZEN,
             "graph": PLAIN_GRAPH,
             "train": BPR | {"learning_rate": 0.01, "weight_decay": 3.0},
         },
@@ -71,6 +76,7 @@ VARIANTS: dict[str, Variant] = {
         "LightGCN (He et al., 2020, arXiv 2002.02126)",
         {
             "model": PLAIN_MODEL | {"rounds": 3},
+            "text": FROZEN,
             "graph": PLAIN_GRAPH,
             "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},
         },
@@ -79,6 +85,7 @@ VARIANTS: dict[str, Variant] = {
         "LightGCN whose users hear their ties too",
         {
             "model": PLAIN_MODEL | {"rounds": 3},
+            "text": FROZEN,
             "graph": PLAIN_GRAPH | {"ties": "true"},
             "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},
         },
@@ -88,6 +95,7 @@ VARIANTS: dict[str, Variant] = {
         "XSimGCL (Yu et al., 2023, arXiv 2209.02544)",
         {
             "model": PLAIN_MODEL | {"rounds": 3, "readout": "heard", "noise": 0.2},
+            "text": FROZEN,
             "graph": PLAIN_GRAPH,
             "train": BPR | {"contrast": 0.02, "learning_rate": 0.005, "weight_decay": 1.0},
         },

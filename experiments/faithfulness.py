@@ -1,0 +1,80 @@
+"""Measure whether explanations name what the scores of a finished run rest on.
+
+    python -m experiments.faithfulness --workdir=runs/lastfm --users=200 --out=faithfulness.json
+
+For customers drawn at random, and the product that each would be recommended first, what the customer holds and hears
+is taken away (deletion) and comes back (insertion) in the order of the explanation's parts, and in three others;
+each score is computed anew. Writes curves and areas as JSON and, beside it, as a figure (needs the extra `plots`).
+docs/EXPLANATIONS.md has measured tables.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments import command, start
+from fused_rec.evaluate.plots import by_share
+from fused_rec.explain.faithfulness import SHARES, curves, summary
+from fused_rec.explain.ledger import ledger, scores
+from fused_rec.train.loop import write_json
+from fused_rec.train.serve import load
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+USERS = flags.DEFINE_integer("users", 200, "Customers, fewer where too few qualify.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Draws the customers, the random order and the bootstrap.", lower_bound=0)
+OUT = flags.DEFINE_string("out", None, "File of the figures' numbers, .json.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, measures, prints one table, writes it and the figure."""
+    out = Path(OUT.value)
+    if out.suffix != ".json":
+        raise app.UsageError(f"--out is {out.name}; it must end in .json")
+    config, prepared, state = load(WORKDIR.value)
+    book = ledger(config, state.params, prepared.task)
+    params = jax.device_put(state.params)
+    task = dataclasses.replace(prepared.task, graph=jax.device_put(prepared.task.graph))
+    prepared = dataclasses.replace(prepared, task=task)
+    rng = np.random.default_rng(SEED.value)
+    found, asked = [], 0
+    with tqdm(total=USERS.value, desc="faithfulness", unit="customer") as bar:
+        for user in rng.permutation(prepared.dataset.n_users).tolist():
+            if len(found) == USERS.value:
+                break
+            asked += 1
+            own = prepared.observed.item[prepared.observed.user == user]
+            given = scores(book, user).copy()
+            given[own] = -np.inf
+            one = curves(config, params, prepared, book, user, int(given.argmax()), rng)
+            if one is not None:
+                found.append(one)
+                bar.update()
+    report = {
+        "command": command(),
+        "data": prepared.dataset.name,
+        "split": prepared.split.kind,
+        "training_seed": config.train.seed,
+        "users": len(found),
+        "asked": asked,
+        "shares": SHARES.tolist(),
+        **summary(found, SEED.value),
+    }
+    write_json(out, report)
+    figure = out.with_suffix(".png")
+    by_share(report).savefig(figure)
+    print(f"{report['data']}, {report['split']} split: {len(found)} customers of {asked} asked\n")
+    for kind, better in (("deletion", "lower is better"), ("insertion", "higher is better")):
+        print(f"{kind}, area under the curve ({better})    parts less this order, 95 %")
+        for name, row in report[kind].items():
+            apart = row["difference"]
+            mean = f"{row['area']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+            print(f"  {name:10s} {mean}   {apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})")
+    print(f"numbers: {out}\nfigure:  {figure}")
+
+
+if __name__ == "__main__":
+    start(main)

@@ -1,0 +1,340 @@
+"""What a page about a finished run tells: found once, as plain values, for `fused_rec.explain.report` to draw."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int64
+from tqdm import tqdm
+
+from fused_rec.config import Config
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.splits import observe
+from fused_rec.evaluate.compare import Difference, paired_bootstrap
+from fused_rec.evaluate.ranking import Eligible, PerUser
+from fused_rec.evaluate.slices import bands
+from fused_rec.evaluate.suitability import Gaps, group_gaps, groups_of, suitable
+from fused_rec.explain.ledger import HOLDING, LIKE_MINDED, Parts, ledger, parts
+from fused_rec.explain.paths import Path, best_paths
+from fused_rec.explain.reasons import Reason, names, reasons
+from fused_rec.explain.without import Change, effect
+from fused_rec.explain.words import reader, words
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.hetero import Relation
+from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure_users, scorer
+from fused_rec.train.prepare import Prepared, prepare
+from fused_rec.train.serve import parts as ranked
+from fused_rec.train.step import TrainState
+
+LOG = logging.getLogger(__name__)
+METRICS = ("ndcg@10", "recall@10", "accuracy")
+DRAWS = 2000  # resamples of an interval
+PATHS = 3  # drawn for a recommendation
+TEXTS = 2  # of the customer and of the product whose words are weighed
+SAID = {USER: "What the customer says", ITEM: "What is said of the product"}
+EDGES = 3_000_000  # of a graph in which a holding is taken away and everything computed anew
+
+
+class Model(NamedTuple):
+    """A recommender measured on a part: of each metric (mean, low, high), and by how much the run's own is better.
+
+    against: None for the run's own model.
+    """
+
+    name: str
+    metrics: Mapping[str, tuple[float, float, float]]
+    against: Mapping[str, Difference] | None
+
+
+class Sliced(NamedTuple):
+    """A metric by groups of customers."""
+
+    title: str
+    metric: str
+    gaps: Gaps
+
+
+class Span(NamedTuple):
+    """text[start:end] of a passage adds `value` to the score."""
+
+    start: int
+    end: int
+    value: float
+
+
+class Passage(NamedTuple):
+    """A text of the customer or of the product; its spans ascend and do not overlap."""
+
+    title: str
+    text: str
+    spans: tuple[Span, ...] = ()
+
+
+class Hop(NamedTuple):
+    """A node of a path: `node` tells it from others, `by` is how the one before hears it."""
+
+    node: tuple[str, int]
+    label: str
+    by: str
+
+
+class Route(NamedTuple):
+    """A path from the customer on. arrives: its last node is the product itself, reached by the last hop.
+
+    by_words: what stands at its start and is likest to the product are words, and not a learned row.
+    """
+
+    hops: tuple[Hop, ...]
+    arrives: bool
+    by_words: bool
+    value: float
+
+
+class Recommended(NamedTuple):
+    """One product for one customer. effect: (name of a holding, what changes without it)."""
+
+    rank: int
+    item_id: str
+    name: str
+    score: float
+    reasons: tuple[Reason, ...]
+    routes: tuple[Route, ...]
+    effect: tuple[str, Change] | None = None
+    passages: tuple[Passage, ...] = ()
+
+
+class Customer(NamedTuple):
+    """A customer whose recommendations are shown. holds: names of what the model has seen them hold."""
+
+    user_id: str
+    name: str
+    holds: tuple[str, ...]
+    ties: int
+    items: tuple[Recommended, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Everything on the page.
+
+    results: of `results.json`. curve: lines of `train.curves.read_curves`. rules: of `train.measure.measure_rules`,
+    None without rules. chosen: how the customers were, as in "5 customers, drawn at random".
+    """
+
+    results: Mapping[str, Any]
+    counts: Mapping[str, int]
+    digests: Mapping[str, str]
+    part: str
+    models: tuple[Model, ...]
+    curve: tuple[Mapping[str, Any], ...]
+    slices: tuple[Sliced, ...]
+    rules: Mapping[str, Any] | None
+    customers: tuple[Customer, ...]
+    chosen: str
+
+
+Words = Callable[[int, int], tuple[Passage, ...]]
+
+
+def measure_models(
+    config: Config, prepared: Prepared, state: TrainState, part: str, baselines: Sequence[str], own: str
+) -> dict[str, PerUser]:
+    """What `measure_users` finds of each of the `BASELINES` named, tuned on validation, and last of the run's model.
+
+    own: name of the run's model. Raises ValueError for an unknown baseline and NotApplicableError as `baseline` does.
+    """
+    if unknown := set(baselines) - set(BASELINES):
+        raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
+    # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
+    alone = prepared
+    if baselines and len(prepared.observed.user) != len(prepared.split.train):
+        alone = prepare(config, prepared.dataset, prepared.split)
+    found = {}
+    for name in tqdm(baselines, desc="baselines", disable=not baselines):
+        found[name] = measure_users(prepared, baseline(name, prepared, choose_settings(name, alone)), part)
+    return found | {own: measure_users(prepared, scorer(config, prepared, state), part)}
+
+
+def compared(measured: Mapping[str, PerUser], own: str) -> tuple[Model, ...]:
+    """Means with 95 % intervals over users, and the own model less each other one, paired; the own one last."""
+    found = []
+    for name in [*(other for other in measured if other != own), own]:
+        values = {metric: measured[name].metrics[metric][None] for metric in METRICS}
+        metrics = {metric: _interval(values[metric]) for metric in METRICS}
+        against = None
+        if name != own:
+            ours = measured[own].metrics
+            against = {m: paired_bootstrap(ours[m][None], values[m], draws=DRAWS) for m in METRICS}
+        found.append(Model(name, metrics, against))
+    return tuple(found)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    zero = paired_bootstrap(values, np.zeros_like(values), draws=DRAWS)
+    return zero.difference, zero.low, zero.high
+
+
+def sliced(prepared: Prepared, per_user: PerUser, groups: Sequence[str]) -> tuple[Sliced, ...]:
+    """NDCG@10 by how much customers hold, by whether they are tied to anyone, and by attributes of theirs."""
+    dataset = prepared.dataset
+    values, rows = per_user.metrics["ndcg@10"], per_user.users
+    held = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
+    ties = observe(dataset, prepared.split).ties
+    tied = np.zeros(dataset.n_users, bool)
+    tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
+    found = [Sliced("Products held", "ndcg@10", group_gaps(values, _named(held, rows)))]
+    if tied.any():
+        found.append(Sliced("Ties", "ndcg@10", group_gaps(values, _named({"with": tied, "without": ~tied}, rows))))
+    for name in groups:
+        found.append(Sliced(name, "ndcg@10", group_gaps(values, groups_of(dataset.users, name, rows))))
+    return tuple(found)
+
+
+def _named(members: Mapping[str, np.ndarray], rows: Int[np.ndarray, "V"]) -> list[str | None]:
+    out: list[str | None] = [None] * len(rows)
+    for name, mask in members.items():
+        for place in np.flatnonzero(mask[rows]):
+            out[place] = name
+    return out
+
+
+def sample(prepared: Prepared, count: int, seed: int = 0) -> Int64[np.ndarray, "_"]:
+    """Rows of so many customers of whom the model has seen a holding, drawn at random, ascending."""
+    known = np.unique(prepared.observed.user)
+    drawn = np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False)
+    return np.sort(drawn).astype(np.int64)
+
+
+def no_words(user: int, item: int) -> tuple[Passage, ...]:
+    """For a model of whose words nothing is told."""
+    return ()
+
+
+def passages(config: Config, prepared: Prepared, state: TrainState) -> Words:
+    """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
+
+    A model that hears no words has none, and neither has a pair whose words do not add up, which is logged.
+    """
+    try:
+        read = reader(config, state.params, prepared)
+    except ValueError:
+        return no_words
+
+    def of_pair(user: int, item: int) -> tuple[Passage, ...]:
+        try:
+            found = words(read, user, item, limit=TEXTS)
+        except ArithmeticError as error:
+            LOG.warning("no words are shown of user %d and item %d: %s", user, item, error)
+            return ()
+        spans: list[list[Span]] = [[] for _ in found.texts]
+        for word in found.words:
+            spans[word.text].append(Span(word.start, word.end, word.value))
+        return tuple(
+            Passage(SAID[text.side], text.text, tuple(own)) for text, own in zip(found.texts, spans, strict=True)
+        )
+
+    return of_pair
+
+
+def recommended(
+    config: Config,
+    prepared: Prepared,
+    state: TrainState,
+    may: Eligible,
+    users: Int64[np.ndarray, "V"],
+    k: int,
+    said: Words = no_words,
+) -> tuple[Customer, ...]:
+    """The k best products of each customer under `may`, with why.
+
+    Of each customer's first product: what is `said`, word by word, and what becomes of it without the holding that
+    speaks most for it, left out where the graph has more than `EDGES` edges.
+    """
+    if not len(users):
+        return ()
+    dataset = prepared.dataset
+    book, drawn = ledger(config, state.params, prepared.task), _Names(dataset)
+    [part] = ranked(scorer(config, prepared, state), dataset, may, users, k)
+    affordable = sum(count for _, count in prepared.task.graph.relations) <= EDGES
+    found = []
+    for place, user in enumerate(tqdm(users.tolist(), desc="explain", unit="customer")):
+        items = [item for item in part.screened.items[place].tolist() if item >= 0]
+        split = parts(book, user, items)
+        without = None
+        if affordable and items and (holding := _best_holding(split)) is not None:
+            [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
+            changed = effect(config, state.params, prepared, user, items[0], holding, open_to)
+            without = drawn.items[holding], changed
+        shown = tuple(
+            Recommended(
+                rank + 1,
+                drawn.item_ids[item],
+                drawn.items[item],
+                float(part.screened.scores[place, rank]),
+                tuple(reasons(dataset, split, rank)),
+                tuple(drawn.route(path, item) for path in best_paths(book, user, item, PATHS)),
+                without if rank == 0 else None,
+                said(user, item) if rank == 0 else (),
+            )
+            for rank, item in enumerate(items)
+        )
+        holds = tuple(drawn.items[item] for item in prepared.observed.item[prepared.observed.user == user].tolist())
+        found.append(Customer(drawn.user_ids[user], drawn.users[user], holds, _n_ties(prepared, user), shown))
+    return tuple(found)
+
+
+def _best_holding(split: Parts) -> int | None:
+    """The holding that speaks most for the first of the items, if one does."""
+    values = {
+        int(source): value
+        for kind, source, value in zip(split.kind, split.source, split.value[:, 0].tolist(), strict=True)
+        if kind == HOLDING and value > 0
+    }
+    return max(values, key=lambda source: values[source]) if values else None
+
+
+def _n_ties(prepared: Prepared, user: int) -> int:
+    ties = prepared.observed.ties
+    source, target = (column(ties, name) for name in ("source", "target"))
+    return len({*target[source == user].tolist(), *source[target == user].tolist()} - {user})
+
+
+class _Names:
+    """What nodes and relations are called. Other customers stay unnamed, as in `reasons`."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.user_ids, self.users = dataset.users.column("user_id").to_pylist(), names(dataset.users, "user_id")
+        self.item_ids, self.items = dataset.items.column("item_id").to_pylist(), names(dataset.items, "item_id")
+
+    def route(self, path: Path, item: int) -> Route:
+        hops = [Hop(node, self.label(node, path.nodes[0]), "") for node in path.nodes]
+        for place, relation in enumerate(path.steps):
+            hops[place + 1] = hops[place + 1]._replace(by=heard(relation))
+        arrives = len(hops) > 1 and path.nodes[-1] == (ITEM, item)
+        return Route(tuple(hops), arrives, path.words >= path.ids, path.value)
+
+    def label(self, node: tuple[str, int], customer: tuple[str, int]) -> str:
+        node_type, row = node
+        if node_type == USER:
+            return "the customer" if node == customer else "another customer"
+        if node_type == ITEM:
+            return self.items[row]
+        # As `attribute_edges` numbers them.
+        values = self.dataset.items.column(node_type).combine_chunks().dictionary_encode().dictionary
+        return f"{node_type}: {values[row].as_py()}"
+
+
+def heard(relation: Relation) -> str:
+    """How the node above is related to the one below, in the words of a path that goes down from the customer."""
+    if relation == HELD_BY:
+        return "holds"
+    if relation == HOLDS:
+        return "held by"
+    if relation.name == LIKE_MINDED:
+        return "alike in words"
+    if relation.source == relation.target == USER:
+        return f"tie: {relation.name}"
+    return "also there" if relation.source == ITEM else "is in"

@@ -1,0 +1,261 @@
+"""Do explanations name what the score rests on? What a user holds and hears is taken away in the order they give.
+
+Deletion and insertion (Petsiuk, Das and Saenko, BMVC 2018, arXiv 1806.07421) with a user's sources as the features: the
+products held, the customers tied to and those of similar words. Where the order is right the score falls fast while
+sources are taken away from the first on, and rises fast while they come back. Each score is computed anew on the graph
+without the sources: edges both ways, their weights, degrees, holders and popularity, for everybody. Nothing stands in
+for what is gone, so no input is made up.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, PyTree
+
+from fused_rec.config import Config
+from fused_rec.data.splits import Observed
+from fused_rec.devices import AnyArray
+from fused_rec.evaluate.compare import paired_bootstrap, resampled_means
+from fused_rec.explain.ledger import HOLDING, LIKE_MINDED, TIE, Ledger, parts
+from fused_rec.graph.build import HELD_BY, HOLDS, USER
+from fused_rec.graph.hetero import Relation
+from fused_rec.graph.propagate import Adjacency
+from fused_rec.model.baselines import counted
+from fused_rec.train.prepare import Prepared
+from fused_rec.train.step import Task, embed, program
+
+ORDERS = ("parts", "gradient", "attention", "random")
+SHARES = np.linspace(0, 1, 6)
+LEAST_SOURCES = 10  # of a user: with fewer, a fifth of them is one or none
+LEAST_RISE = 0.05  # of the score by all sources together: what is divided by less is noise
+SIMILAR = Relation(USER, LIKE_MINDED, USER)
+DRAWS = 10_000
+
+
+class Source(NamedTuple):
+    """One thing that the user holds or hears, and the edges that go with it: (relation, number of the edge)."""
+
+    kind: str
+    row: int
+    edges: tuple[tuple[Relation, int], ...]
+
+
+class Curves(NamedTuple):
+    """Of one pair, by order: the score at each of `SHARES` taken away, or come back, over the score by all sources.
+
+    1 is the score with all sources, 0 without any. rise: the difference of the two, in units of the score.
+    """
+
+    rise: float
+    deletion: dict[str, Float[np.ndarray, "S"]]
+    insertion: dict[str, Float[np.ndarray, "S"]]
+
+
+def sources(task: Task, user: int) -> list[Source]:
+    """What the user hears, as `ledger.parts` names it, and with it the edges by which it hears the user.
+
+    A holding and a tie go both ways; to be heard for similar words does not.
+    """
+    found = []
+    for relation, hears in task.adjacencies.items():
+        if relation.target != USER:
+            continue
+        kind = HOLDING if relation == HELD_BY else LIKE_MINDED if relation == SIMILAR else TIE + relation.name
+        back = None if relation == SIMILAR else _reverse(task.adjacencies, relation)
+        for edge in range(*np.asarray(hears.receiver_start[user : user + 2]).tolist()):
+            sender = int(hears.senders[edge])
+            edges = [(relation, edge)]
+            if back is not None:
+                told = task.adjacencies[back]
+                at = slice(*np.asarray(told.receiver_start[sender : sender + 2]).tolist())
+                edges.append((back, at.start + int(np.searchsorted(told.senders[at], user))))
+            found.append(Source(kind, sender, tuple(edges)))
+    return found
+
+
+def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> Relation:
+    """The relation of the same pairs the other way round: of a mutual one, itself."""
+    if relation == HELD_BY:
+        return HOLDS
+    names = relation.name, f"{relation.name}_of", relation.name.removesuffix("_of")
+    one = adjacencies[relation]
+    turned = np.stack([one.senders, one.receivers])[:, one.by_sender]
+    for other in (Relation(USER, name, USER) for name in names):
+        back = adjacencies.get(other)
+        if back is not None and np.array_equal(turned, np.stack([back.receivers, back.senders])):
+            return other
+    raise ValueError(f"no relation has the edges of {relation} the other way round; build the graph with `build`")
+
+
+def without(config: Config, observed: Observed, task: Task, user: int, gone: Sequence[Source]) -> Task:
+    """The task as if the user had none of these sources, in arrays of the same shapes, so that nothing is recompiled.
+
+    Weights are made again from the degrees that are left; the shares of customers of similar words add up to 1 again.
+    As in `fused_rec.explain.without` words stay, and nobody else is heard in place of one who is gone.
+    """
+    edges: dict[Relation, list[int]] = {}
+    for source in gone:
+        for relation, edge in source.edges:
+            edges.setdefault(relation, []).append(edge)
+    changed = {
+        relation: _thinned(task.adjacencies[relation], at, relation == SIMILAR) for relation, at in edges.items()
+    }
+    items = [source.row for source in gone if source.kind == HOLDING]
+    kept = ~((observed.user == user) & np.isin(observed.item, items))
+    popularity = counted(observed.item[kept], observed.age[kept], config.model.half_life, len(task.popularity))
+    return task.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        adjacencies={**task.adjacencies, **changed}, popularity=popularity
+    )
+
+
+def _thinned(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
+    """The adjacency without these edges, filled up as `Adjacency` allows."""
+    keep = np.ones(len(full.senders), bool)
+    keep[list(gone)] = False
+    senders, receivers, order = full.senders[keep], full.receivers[keep], full.by_sender
+    n_sources, n_targets = len(full.sender_start) - 1, len(full.receiver_start) - 1
+    told, heard = np.bincount(senders, minlength=n_sources), np.bincount(receivers, minlength=n_targets)
+    if shares:
+        left = full.weight[keep]
+        weight = left / np.bincount(receivers, left, minlength=n_targets)[receivers]
+    else:
+        weight = 1 / np.sqrt(told[senders] * heard[receivers])
+    fill = (0, len(keep) - len(senders))
+    number = np.cumsum(keep) - 1
+    by_sender = np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32)
+    receivers = np.pad(receivers, fill, constant_values=n_targets)
+    return Adjacency(
+        np.pad(senders, fill, constant_values=n_sources),
+        receivers,
+        np.pad(weight.astype(np.float32), fill),
+        np.concatenate([[0], np.cumsum(heard)]).astype(np.int32),
+        by_sender,
+        receivers[by_sender],
+        np.concatenate([[0], np.cumsum(told)]).astype(np.int32),
+        full.backend,
+    )
+
+
+def attributions(
+    config: Config, params: PyTree, task: Task, book: Ledger, user: int, item: int, heard: Sequence[Source]
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """What each source is given, by order, but for the random one.
+
+    parts: what it adds, of `ledger.parts`. gradient: the derivative of the score by a factor on all the source's edges
+    (gradient x input), which is heard also where lengths, and others' vectors, depend on them. attention: the weight
+    that the source's message has in the user's vector, summed over rounds, times the length of the item's vector, whose
+    direction does not enter: what a heat map of edge weights would show.
+    """
+    split = parts(book, user, [item])
+    of = dict(zip(zip(split.kind, split.source.tolist(), strict=True), split.value[:, 0], strict=True))
+    slope = {r: np.asarray(g) for r, g in _slope(program(config), params, task, user, item).items()}
+    attention = np.zeros(len(heard))
+    for tower in book.towers:
+        given, size = tower.coefficients, np.linalg.norm(tower.items[item]) / tower.user_length[user]
+        for number, source in enumerate(heard):
+            relation, edge = source.edges[0]
+            if relation in given.edge and len(given.mix) > 1:
+                factor = given.mix[1:] @ given.gate[relation][:, user]
+                attention[number] += size * factor * given.edge[relation][edge] * given.voice[relation][source.row]
+    return {
+        "parts": np.array([of.get((source.kind, source.row), 0.0) for source in heard]),
+        "gradient": np.array(
+            [sum(float(slope[r][e]) * float(task.adjacencies[r].weight[e]) for r, e in s.edges) for s in heard]
+        ),
+        "attention": attention,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _slope(
+    config: Config, params: PyTree, task: Task, user: int | AnyArray, item: int | AnyArray
+) -> dict[Relation, Float32[Array, "_"]]:
+    weights = {relation: jnp.asarray(hears.weight) for relation, hears in task.adjacencies.items()}
+
+    def score(weights: Mapping[Relation, Array]) -> Array:
+        adjacencies = {
+            relation: dataclasses.replace(hears, weight=weights[relation])
+            for relation, hears in task.adjacencies.items()
+        }
+        users, items = embed(config, params, dataclasses.replace(task, adjacencies=adjacencies))
+        return users[user] @ items[item]
+
+    return jax.grad(score)(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    config: Config, params: PyTree, task: Task, user: int | AnyArray, item: int | AnyArray
+) -> Float32[Array, ""]:
+    users, items = embed(config, params, task)
+    return users[user] @ items[item]
+
+
+def curves(
+    config: Config, params: PyTree, prepared: Prepared, book: Ledger, user: int, item: int, rng: np.random.Generator
+) -> Curves | None:
+    """Both curves of one pair under each of `ORDERS`; None for fewer than `LEAST_SOURCES` or less than `LEAST_RISE`."""
+    heard = sources(prepared.task, user)
+    if len(heard) < LEAST_SOURCES:
+        return None
+    known: dict[bytes, float] = {}
+
+    def score(gone: Bool[np.ndarray, "n"]) -> float:
+        if gone.tobytes() not in known:
+            without_them = [source for source, away in zip(heard, gone, strict=True) if away]
+            task = without(config, prepared.observed, prepared.task, user, without_them)
+            known[gone.tobytes()] = float(_score(program(config), params, task, user, item))
+        return known[gone.tobytes()]
+
+    none = score(np.ones(len(heard), bool))
+    rise = score(np.zeros(len(heard), bool)) - none
+    if rise < LEAST_RISE:
+        return None
+    given = attributions(config, params, prepared.task, book, user, item, heard)
+    given["random"] = rng.random(len(heard))
+    found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = {}, {}
+    for name in ORDERS:
+        rank = np.argsort(np.argsort(-given[name], kind="stable"))
+        counts = np.round(SHARES * len(heard))
+        for curve, taken in zip(found, ([rank < n for n in counts], [rank >= n for n in counts]), strict=True):
+            curve[name] = np.array([(score(gone) - none) / rise for gone in taken])
+    return Curves(rise, *found)
+
+
+def area(curve: Float[np.ndarray, "S"]) -> float:
+    """Under a curve over `SHARES`, by trapezoids: the mean height."""
+    return float((curve[1:] + curve[:-1]).mean() / 2)
+
+
+def summary(found: Sequence[Curves], seed: int = 0) -> dict[str, Any]:
+    """Of many pairs: by order and curve the mean, its 95 % interval over users, and how far the parts are ahead.
+
+    "deletion" is better low, "insertion" high. "difference": the area of the parts less that of the order, of the same
+    users (`paired_bootstrap`). Raises ValueError where there is no pair.
+    """
+    if not found:
+        raise ValueError(
+            f"no user has {LEAST_SOURCES} sources that raise the score by {LEAST_RISE}; ask for more users"
+        )
+    report: dict[str, Any] = {}
+    for kind in ("deletion", "insertion"):
+        by_order = {name: np.stack([getattr(one, kind)[name] for one in found]) for name in ORDERS}
+        areas = {name: np.array([area(curve) for curve in rows]) for name, rows in by_order.items()}
+        report[kind] = {}
+        for name in ORDERS:
+            means = resampled_means(areas[name], DRAWS, np.random.default_rng(seed))
+            low, high = np.quantile(means, (0.025, 0.975))
+            apart = paired_bootstrap(areas[ORDERS[0]][None], areas[name][None], draws=DRAWS, seed=seed)
+            report[kind][name] = {
+                "area": float(areas[name].mean()),
+                "low": float(low),
+                "high": float(high),
+                "difference": {"mean": apart.difference, "low": apart.low, "high": apart.high},
+                "curve": by_order[name].mean(0).tolist(),
+            }
+    return report

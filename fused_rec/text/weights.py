@@ -1,0 +1,87 @@
+"""Published weights on disk: which safetensors files hold them, and their rows when they are asked for.
+
+Headers are checked by the safetensors library; rows are then read straight to where they go. A memory map would count
+its pages beside the copy, up to twice the model.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that hold some
+DTYPES = {  # of a header to those of NumPy and JAX
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+    """A weight in a file. offset: of its first byte."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Some of its rows, read anew. Raises ValueError where the file has become shorter."""
+        start, stop, _ = rows.indices(self.shape[0])
+        size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
+        content = np.fromfile(self.file, np.uint8, (stop - start) * size, offset=self.offset + start * size)
+        if len(content) != (stop - start) * size:
+            raise ValueError(f"{self.file} has become shorter while it was read; fetch the file again")
+        return content.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+def weight_files(folder: Path, index_of: object) -> list[Path]:
+    """The safetensors files of a model's folder: model.safetensors, or those that the index names.
+
+    index_of: the content of model.safetensors.index.json, None where there is none. Raises FileNotFoundError where
+    there are none or one of them is missing and ValueError on an index that is none, each with the remedy.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index_of is None:
+        found = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)})
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors"
+            + (f", only {', '.join(found)}, which can run code when read; convert it to safetensors" if found else "")
+        )
+    try:
+        files = [folder / name for name in sorted(set(index_of["weight_map"].values()))]  # pyright: ignore
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} must map each weight to a file (weight_map); fetch the file again") from error
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise FileNotFoundError(f"{index} names {file}, which is not in the folder; fetch all shards again")
+    return files
+
+
+def stored_weights(files: list[Path]) -> dict[str, StoredWeight]:
+    """The weights of all files by name, none of them read yet. Raises ValueError on a file that is not whole."""
+    weights: dict[str, StoredWeight] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy") as checked, file.open("rb") as stream:
+                names = checked.keys()
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            for name in names:
+                entry = header[name]
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} is of {entry['dtype']}")
+                offset = 8 + length + entry["data_offsets"][0]
+                weights[name] = StoredWeight(file, offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is no whole safetensors file ({error}); fetch the file again") from error
+    return weights

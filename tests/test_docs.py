@@ -1,0 +1,58 @@
+"""What the pages name is there: links, headings, files, commands and their flags."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("fused_rec", "experiments", "tests", "docs", "notebooks")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request) -> Path:
+    return request.param
+
+
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        led = (page.parent / path) if path else page
+        assert led.exists(), f"{page.name} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(led), f"{page.name} links to {target}; {led.name} has no such heading"
+
+
+def test_named_files_exist(page):
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`", text_of(page))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_commands_have_their_flags(page):
+    """Each `python -m experiments.X` has a file, and each of its flags is defined there, or is a setting."""
+    joined = text_of(page).replace("\\\n", " ")
+    for command, rest in re.findall(r"python -m (experiments\.\w+)([^`\n#|]*)", joined):
+        file = (ROOT / Path(*command.split("."))).with_suffix(".py")
+        assert file.exists(), f"{page.name} names {command}, which is not there"
+        defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text_of(file))) | {"help", "verbosity"}
+        for flag in re.findall(r"--([\w.]+)", rest):
+            known = flag.removeprefix("no") in defined or flag in defined or flag.partition(".")[0] in defined
+            assert known, f"{page.name} gives {command} --{flag}; it knows {', '.join(sorted(defined))}"
+
+
+def test_every_page_is_in_the_contents():
+    contents = text_of(ROOT / "docs" / "index.md")
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert [page for page in sorted(pages) if not re.search(rf"^{page}$", contents, re.MULTILINE)] == []

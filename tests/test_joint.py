@@ -1,0 +1,436 @@
+"""The language model trained along: the same rows as if all were encoded, true gradients, any number of devices."""
+
+import dataclasses
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from market import differences, write_tables
+from tiny import quick_compilation  # noqa: F401
+
+from fused_rec.config import Config, from_dict
+from fused_rec.data.batches import Batch, batch, holdings
+from fused_rec.data.dataset import empty_reviews
+from fused_rec.data.splits import split
+from fused_rec.data.synthetic import make_market
+from fused_rec.devices import AXIS, over_devices
+from fused_rec.graph.build import ITEM, USER
+from fused_rec.text import embed as embed_module
+from fused_rec.train import interrupt, joint, loop
+from fused_rec.train.checkpoint import RECORD, Checkpoints
+from fused_rec.train.measure import measure, scorer
+from fused_rec.train.parallel import divide_state, divide_task, split_batch, task_axes, whole_state
+from fused_rec.train.prepare import fresh, prepare, published, spoken
+from fused_rec.train.serve import load, recommend
+from fused_rec.train.step import axes
+from fused_rec.train.variants import VARIANTS, variant
+
+TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
+USERS = 12  # of a batch
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def config_of(cache: Path, train: str = "lora", **text) -> Config:
+    """Small, smooth and without dropout, so that differences of a loss are differences of words."""
+    return from_dict(
+        {
+            "text": {"model": TINY, "cache": str(cache), "train": train, "rank": 2, "max_tokens": 12} | text,
+            "graph": {"similar_text": 0},
+            "model": {"dim": 3, "rounds": 1, "id_dropout": 0.0, "id_scale": 1.0},
+            "train": {"batch_users": USERS, "positives": 2, "negatives": 2, "temperature": 1.0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def market():
+    return make_market(0, n_users=30, n_items=20)
+
+
+@pytest.fixture(scope="module")
+def prepared(cache, market):
+    config = config_of(cache)
+    return prepare(config, market, split(market, config.split))
+
+
+def batch_of(prepared, step: int) -> Batch:
+    observed = prepared.observed
+    held = holdings(observed.user, observed.item, prepared.dataset.n_users, np.asarray(prepared.task.present))
+    return batch(held, step, seed=0, batch_users=USERS, positives=2, negatives=2)
+
+
+def moved(state, by: float = 0.05):
+    """The state after its adapters have taken a seeded step."""
+    rng = np.random.default_rng(0)
+    encoder = jax.tree.map(
+        lambda leaf: leaf + by * rng.standard_normal(leaf.shape).astype(np.float32), state.params[joint.ENCODER]
+    )
+    return dataclasses.replace(state, params=state.params | {joint.ENCODER: encoder}, said=())
+
+
+def text_of(task) -> np.ndarray:
+    return np.asarray(task.graph.graph.nodes["text"])
+
+
+def taken(config, prepared, state, cache, steps: int, devices: int = 1):
+    """Losses of some steps and the parameters after them."""
+    step = joint.parallel_joint_step(config, prepared.words, devices)
+    there, task, losses = divide_state(state, devices), divide_task(cache.task, devices), []
+    for number in range(steps):
+        users = batch_of(prepared, number)
+        there, loss = step(there, task, users, joint.draw(config, cache, users, number, devices))
+        losses.append(float(loss))
+    return np.array(losses), whole_state(there, state, devices).params
+
+
+@pytest.fixture
+def descent(monkeypatch):
+    """Plain descent: Adam divides a gradient by its size, and hides one that is twice too large."""
+    monkeypatch.setattr(joint, "_rule", lambda config: optax.sgd(config.train.learning_rate))
+    joint.mapped_joint_step.cache_clear()
+    yield
+    joint.mapped_joint_step.cache_clear()
+
+
+def begin(config, prepared):
+    """A state for `descent`, its adapters on their way."""
+    state = moved(fresh(config, prepared))
+    return dataclasses.replace(state, optimiser=joint._rule(config).init(state.params))
+
+
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_it_starts_at_the_frozen_model(cache, market, train):
+    """The same rows of words, bit for bit, and the same weights of the model; only the language model's are more."""
+    config = config_of(cache, train)
+    frozen = config_of(cache, "frozen")
+    along, alone = (prepare(of, market, split(market, of.split)) for of in (config, frozen))
+    np.testing.assert_array_equal(text_of(along.task), text_of(alone.task))
+    state, without = fresh(config, along), fresh(frozen, alone)
+    np.testing.assert_array_equal(text_of(spoken(config, along, state).task), text_of(alone.task))
+    assert spoken(frozen, alone, without) is alone and published(alone) is alone
+    other = spoken(config, along, moved(state)) if train == "lora" else along
+    np.testing.assert_array_equal(text_of(published(other).task), text_of(alone.task))
+    assert set(state.params) - set(without.params) == {joint.ENCODER}
+    for name, tower in without.params.items():
+        jax.tree.map(np.testing.assert_array_equal, tower, state.params[name])
+
+
+def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
+    """A step that draws all of its batch's texts, on one device and on four; other rows keep their bits."""
+    config = config_of(cache, texts_per_step=400)
+    start = fresh(config, prepared)
+    before = joint.cached(config, prepared.words, prepared.task, start.said)
+    after = joint.cached(config, prepared.words, prepared.task, moved(start).params[joint.ENCODER])
+    assert np.abs(text_of(after.task) - text_of(before.task)).max() > 0.1
+    users = batch_of(prepared, 0)
+    own = {USER: set(users.users.tolist()), ITEM: set(users.items[users.mask > 0].tolist())}
+    for devices in (1, 4):
+        said = joint.draw(config, before, users, 0, devices)
+        change = np.zeros((np.prod(said.mask.shape[:3]), after.vectors.shape[1]), np.float32)
+        texts = joint.chosen(config, prepared.words, users, 0)
+        change[: len(texts)] = after.vectors[texts] - before.vectors[texts]
+        touched = {t: rows.nodes[rows.nodes >= 0] for t, rows in said.corrections.items()}
+        _, matrices = joint.fixed(config, prepared.words)
+        task = divide_task(before.task, devices)
+
+        def rows(task, said, change, matrices):
+            nodes: Any = joint.corrected(task, said, change, matrices).graph.graph.nodes
+            return nodes["text"]
+
+        axes_of = task_axes(task), joint.said_axes(), None, None
+        found = over_devices(rows, devices, in_axes=axes_of, out_axes=1)(task, said, change, matrices)
+        for node_type, wanted in ((USER, own[USER]), (ITEM, own[ITEM])):
+            of_type = divide_task(before.task, devices).graph.node_slice(node_type)
+            count = before.task.graph.count(node_type)
+            whole = np.asarray(found)[of_type].reshape(-1, found.shape[-1])[:count]
+            one, other = (np.asarray(c.task.graph.text(node_type)) for c in (before, after))
+            np.testing.assert_allclose(whole[list(wanted)], other[list(wanted)], atol=2e-5)
+            others = np.setdiff1d(np.arange(count), touched[node_type])
+            np.testing.assert_array_equal(whole[others], one[others])
+
+
+@pytest.fixture(scope="module")
+def short(cache, market):
+    """With all texts in one class of lengths: a step has one shape, and may draw all that there are."""
+    config = config_of(cache, max_tokens=8)
+    found: Any = prepare(config, market, split(market, config.split))
+    assert len(found.words.length) == 1
+    return found
+
+
+def test_the_gradient_is_that_of_encoding_everything(cache, short, descent, monkeypatch):
+    """Along a drawn direction, against the difference of losses of graphs whose texts are all encoded anew."""
+    config = config_of(cache, texts_per_step=400, max_tokens=8)
+    users, items = (short.task.graph.count(node_type) for node_type in (USER, ITEM))
+    everyone = Batch(
+        np.arange(users, dtype=np.int32),
+        np.tile(np.arange(items, dtype=np.int32), (users, 1)),
+        np.ones((users, items), np.float32),
+        np.zeros((users, 2), np.int32),
+    )
+    assert len(joint.chosen(config, short.words, everyone, 0)) == len(short.words.tokens)
+    monkeypatch.setitem(globals(), "batch_of", lambda prepared, step: everyone)
+    state = begin(config, short)
+    there = joint.cached(config, short.words, short.task, state.params[joint.ENCODER])
+    _, after = taken(config, short, state, there, 1)
+    before, rate = state.params[joint.ENCODER], config.train.learning_rate
+    slope = jax.tree.map(lambda a, b: (a - b) / rate, before, after[joint.ENCODER])
+    rng = np.random.default_rng(1)
+    way = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), slope)
+    expected = sum(np.vdot(a, b) for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(way), strict=True))
+    losses = []
+    for by in (3e-3, -3e-3):
+        encoder = jax.tree.map(lambda leaf, of, by=by: leaf + np.float32(by) * of, before, way)
+        tried = dataclasses.replace(state, params=state.params | {joint.ENCODER: encoder})
+        encoded = joint.cached(config, short.words, short.task, encoder)
+        losses.append(taken(config, short, tried, encoded, 1)[0][0])
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert (losses[0] - losses[1]) / 6e-3 == pytest.approx(expected, rel=0.05)
+
+
+def test_any_number_of_devices_and_any_chunk_give_the_same(cache, short, descent):
+    """Ten texts a step: two or four devices have unlike numbers of them; a chunk is of one text or of all."""
+    config = config_of(cache, texts_per_step=10, max_tokens=8)
+    state = begin(config, short)
+    start = joint.cached(config, short.words, short.task, state.params[joint.ENCODER])
+    losses, params = taken(config, short, state, start, 8)
+    for part in (joint.ENCODER, "main", "words"):
+        change = jax.tree.map(lambda a, b: np.abs(a - b).max(), params[part], state.params[part])
+        assert max(jax.tree.leaves(change)) > 1e-5, part
+    for settings, devices in ((config, 2), (config, 4), (sized(config, 10, 8), 1)):
+        others = taken(settings, short, state, start, 8, devices)
+        np.testing.assert_allclose(others[0], losses, rtol=1e-5)
+        for (path, one), other in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(others[1]), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def test_what_comes_out_is_the_same_on_every_device(cache, market):
+    """Traced under shard_map, which refuses an output that may differ between devices: a sum that was forgotten."""
+    config = config_of(cache)
+    whole: Any = prepare(config, market, split(market, config.split))
+    hears = {r: dataclasses.replace(a, backend="segment") for r, a in whole.task.adjacencies.items()}
+    state = dataclasses.replace(fresh(config, whole), said=())
+    start = joint.cached(config, whole.words, whole.task, fresh(config, whole).said)
+    users = batch_of(whole, 0)
+    task = divide_task(dataclasses.replace(start.task, adjacencies=hears))
+    arguments = (
+        *(divide_state(state), task, split_batch(users), joint.draw(config, start, users, 0)),
+        joint.fixed(config, whole.words),
+    )
+    at = axes(state), task_axes(task), 0, joint.said_axes(), None
+    encoder = whole.words.model.config, whole.words.model.pooling, whole.words.model.normalize
+
+    def each(function, axes, tree):
+        def of(axis, part):
+            return part if axis is None else jax.tree.map(lambda x: function(x, axis), part)
+
+        return jax.tree.map(of, axes, tree, is_leaf=lambda axis: axis is None)
+
+    def step(*arguments):
+        after, loss = joint.joint_step(config, encoder, *each(jnp.squeeze, at, arguments))
+        return each(jnp.expand_dims, at[0], after), loss
+
+    def specs(axes):
+        def of(axis):
+            return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+
+        return jax.tree.map(of, axes, is_leaf=lambda axis: axis is None)
+
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    out_specs = specs(at[0]), PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs(at), out_specs=out_specs, check_vma=True)
+    after, loss = jax.eval_shape(mapped, *arguments)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, arguments[0])
+    assert loss.shape == ()
+
+
+# --- the draw ------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_is_of_the_batchs_texts_bounded_distinct_and_repeatable(cache, prepared):
+    config = config_of(cache, texts_per_step=5)
+    words, start = prepared.words, joint.cached(config, prepared.words, prepared.task, fresh(config, prepared).said)
+    shapes, seen = set(), set()
+    for step in range(30):
+        users = batch_of(prepared, step)
+        said, again = (joint.draw(config, start, users, step) for _ in range(2))
+        jax.tree.map(np.testing.assert_array_equal, said, again)
+        texts = joint.chosen(config, words, users, step)
+        assert 0 < len(texts) == len(set(texts.tolist())) <= 5
+        for row, text in enumerate(texts):
+            there = said.mask.reshape(-1, said.mask.shape[-1])[row]
+            assert said.ids.reshape(-1, len(there))[row, there].tolist() == words.tokens[text].tolist()
+        assert len(set(words.of_length[texts].tolist())) == 1  # of one class, so that its length fits all
+        nodes = {USER: users.users[users.mask.any(1)], ITEM: users.items[users.mask > 0]}
+        allowed = np.concatenate(
+            [words.of(t).texts[np.isin(words.of(t).nodes, of_batch)] for t, of_batch in nodes.items()]
+        )
+        assert set(texts.tolist()) <= set(allowed.tolist())
+        for node_type, rows in said.corrections.items():
+            links = words.of(node_type)
+            linked = np.isin(links.texts, texts)
+            real = rows.weights > 0
+            found = zip(rows.nodes[rows.places[real]], texts[rows.texts[real]], rows.weights[real], strict=True)
+            assert sorted(found) == sorted(zip(*(part[linked] for part in links), strict=True))
+        shapes.add(jax.tree.structure(said).unflatten(map(np.shape, jax.tree.leaves(said))).ids)
+        seen |= set(texts.tolist())
+    assert len(shapes) <= joint.LENGTHS
+    assert len(seen) > 30
+
+
+def test_a_batch_without_words_changes_no_row(cache, prepared):
+    config = config_of(cache, texts_per_step=5)
+    start = joint.cached(config, prepared.words, prepared.task, fresh(config, prepared).said)
+    nobody = batch_of(prepared, 0)._replace(mask=np.zeros((USERS, 2), np.float32))
+    said = joint.draw(config, start, nobody, 0)
+    assert said.mask.any(-1).all()  # each of what fills up has a token, or its mean would have no derivative
+    for rows in said.corrections.values():
+        assert (rows.nodes == -1).all() and not rows.weights.any()
+
+
+def sized(config: Config, texts_per_step: int, batch_tokens: int) -> Config:
+    """With so many tokens at once, also fewer than a config may ask for."""
+    text = dataclasses.replace(config.text, texts_per_step=texts_per_step)
+    object.__setattr__(text, "batch_tokens", batch_tokens)
+    return dataclasses.replace(config, text=text)
+
+
+def test_what_a_step_keeps_does_not_grow_with_its_texts(cache, short):
+    """Eight times as many texts, one at a time, take less than half of what they take all at once."""
+    state, users = fresh(config_of(cache, max_tokens=8), short), batch_of(short, 0)
+    start = joint.cached(config_of(cache, max_tokens=8), short.words, short.task, state.said)
+    there, task = divide_state(dataclasses.replace(state, said=()), 1), divide_task(start.task, 1)
+    model, need = short.words.model, []
+    for texts, tokens in ((8, 8), (64, 8), (64, 64 * 8)):
+        config = sized(config_of(cache, max_tokens=8), texts, tokens)
+        said = joint.draw(config, start, users, 0, 1)
+        encoder = model.config, model.pooling, model.normalize
+        structures = jax.tree.structure(there), jax.tree.structure(task)
+        step = joint.mapped_joint_step(joint.joint_program(config), encoder, 1, *structures)
+        program = step.lower(there, task, split_batch(users, 1), said, joint.fixed(config, short.words)).compile()
+        need.append(program.memory_analysis().temp_size_in_bytes)
+    few, many, at_once = need
+    assert many < 1.5 * few and 2 * many < at_once
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("tables"), n_users=40, n_items=20)
+
+
+def run_of(tables: Path, cache: Path) -> Config:
+    config = config_of(cache, texts_per_step=8)
+    train = dataclasses.replace(config.train, max_steps=10, eval_every=4, patience=100, refit=True, learning_rate=0.02)
+    data = dataclasses.replace(config.data, name="tables", path=str(tables))
+    return dataclasses.replace(config, data=data, train=train)
+
+
+@pytest.fixture(scope="module")
+def finished(tables, cache, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    loop.train(run_of(tables, cache), workdir)
+    return workdir
+
+
+def ask_to_stop(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """A real SIGTERM as the loop calls one of its functions for the call-th time."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def asking(*arguments, **settings):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **settings)
+
+    patch.setattr(owner, name, asking)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "kept"),
+    [
+        pytest.param(loop, "batch", 3, {"choose": 3}, id="before anything was encoded anew"),
+        pytest.param(loop, "batch", 7, {"choose": 7}, id="between two evaluations"),
+        pytest.param(joint, "cached", 3, {"choose": 8}, id="while all texts are encoded"),
+        pytest.param(loop, "measure", 2, {"choose": 8}, id="in an evaluation"),
+        pytest.param(loop, "batch", 17, {"choose": 10, "refit": 7}, id="in the second phase"),
+    ],
+)
+def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, finished, owner, name, call, kept):
+    config = run_of(tables, cache)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(interrupt.Stopped), interrupt.handled():
+        ask_to_stop(patch, owner, name, call)
+        loop.train(config, tmp_path / "run")
+    folders = (tmp_path / "run").glob("*/checkpoints")
+    assert {folder.parent.name: Checkpoints(folder).last_good() for folder in folders} == kept
+    loop.train(config, tmp_path / "run")
+    assert differences(tmp_path / "run", finished) == []
+
+
+def test_checkpoints_hold_adapters_apart_and_no_published_weight(finished):
+    step = json.loads((finished / "results.json").read_text())["best_step"]
+    leaves = json.loads((finished / "choose" / "checkpoints" / str(step) / RECORD).read_text())["leaves"]
+    of_encoder = {name for name in leaves if "encoder" in name.split("/") or name.startswith("said/")}
+    assert {name.split("/")[-1] for name in of_encoder} == {"down", "up"}
+    assert any(name.startswith("params/encoder/") for name in leaves)
+    assert max(np.prod(leaves[name]["shape"]) for name in of_encoder) < 32 * 32
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
+    config, prepared, state = load(finished, part)
+    results = json.loads((finished / "results.json").read_text())
+    measured = measure(prepared, scorer(config, prepared, state), part)
+    assert {name: measured[name] for name in results[part]} == results[part]
+    assert recommend(config, prepared, state, ["C0001"], 4).num_rows == 4
+
+
+def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):
+    load(finished)
+    reached: list[str] = []
+    monkeypatch.setattr(embed_module, "_encode_all", lambda texts, *settings: reached.extend(texts) or ())
+    load(finished)
+    assert reached == []
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_what_makes_no_sense_is_refused(cache):
+    with pytest.raises(ValueError, match=r"text\.train is 'lora'; it must be frozen where model\.variant is graph"):
+        from_dict({"text": {"train": "lora"}, "model": {"variant": "graph"}})
+    with pytest.raises(ValueError, match=r"text\.train is 'full'; it must be frozen where text\.control is random"):
+        from_dict({"text": {"train": "full", "control": "random"}})
+    silent = make_market(0, n_users=30, n_items=20)
+    tables = {name: getattr(silent, name).drop_columns("text") for name in ("users", "items")}
+    silent = dataclasses.replace(silent, **tables, reviews=empty_reviews())
+    config = config_of(cache)
+    with pytest.raises(ValueError, match=r"text\.train is 'lora', and these tables have no texts; it must be frozen"):
+        prepare(config, silent, split(silent, config.split))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_a_joint_config_is_a_config(cache, name):
+    config = variant(config_of(cache), name)
+    assert config.text.train == ("frozen" if config.model.variant == "graph" or name == "random_text" else "lora")
+
+
+def test_the_variant_lora():
+    assert variant(Config(), "lora").text == dataclasses.replace(Config().text, train="lora")
+    assert VARIANTS["lora"].needs == ("text",)
