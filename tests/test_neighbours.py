@@ -12,7 +12,7 @@ import pytest
 import tiny
 from tiny import quick_compilation  # noqa: F401
 
-from fused_rec.config import Config, Loss, ModelConfig, TrainConfig, Variant
+from fused_rec.config import Config, Loss, ModelConfig, TextConfig, TrainConfig, Variant
 from fused_rec.data.batches import Batch, batch, holdings
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS, both_ways
 from fused_rec.graph.hetero import hetero_graph
@@ -213,6 +213,8 @@ def test_who_has_no_neighbours_is_there_all_the_same():
 def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(ValueError, match=r"train.loss is 'softmax'; it must be sampled_softmax or bpr where train.nei"):
         TrainConfig(neighbours=5)
+    with pytest.raises(ValueError, match="it must be frozen where train.neighbours is above 0"):
+        Config(text=TextConfig(train="full"), train=config_of().train)
     with pytest.raises(ValueError, match="train.neighbours is -1; it must be 0 or more"):
         TrainConfig(loss="bpr", neighbours=-1)
     with pytest.raises(ValueError, match="train.neighbours is 0 and pilots are 3"):
