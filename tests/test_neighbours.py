@@ -61,9 +61,15 @@ PILOTS = [batch_of(step) for step in range(3)]
 def descent(monkeypatch):
     """Plain descent at rate 1, so that what a step changes is the gradient."""
     monkeypatch.setattr(step_module, "optimiser", lambda config: optax.sgd(1.0))
-    parallel._mapped_step.cache_clear()
+    forget_programs()
     yield
+    forget_programs()
+
+
+def forget_programs() -> None:
+    """Those of steps and first states, which have an optimiser in them."""
     parallel._mapped_step.cache_clear()
+    step_module._init.clear_cache()
 
 
 def slope(config, task, users, devices):
