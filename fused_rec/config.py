@@ -183,6 +183,7 @@ class TrainConfig:
     batch_users: int = 512
     positives: int = 64
     negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
+    neighbours: int = 0  # a node hears at most so many of a relation, drawn for each step; 0 = all (docs/SCALE.md)
     contrast: float = 0.0  # weight of an InfoNCE between the readout and the first round, both with model.noise
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
@@ -202,6 +203,10 @@ class TrainConfig:
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
         for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.neighbours >= 0, "train.neighbours", self.neighbours, "0 or more")
+        fits = self.loss != "softmax" or not self.neighbours
+        bound = "sampled_softmax or bpr where train.neighbours is above 0: softmax takes every item for an alternative"
+        _require(fits, "train.loss", self.loss, bound)
         _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
         _require(self.contrast >= 0, "train.contrast", self.contrast, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
@@ -225,6 +230,10 @@ class Config:
         _require(fits, "train.contrast", self.train.contrast, "0 where model.rounds is 0")
         fits = self.text.train == "frozen" or self.model.variant != "graph"
         _require(fits, "text.train", self.text.train, "frozen where model.variant is graph, which reads no words")
+        fits = self.text.train == "frozen" or not self.train.neighbours
+        _require(
+            fits, "text.train", self.text.train, "frozen where train.neighbours is above 0: texts of a sample stay"
+        )
         fits = self.text.train == "frozen" or self.text.control != "random"
         _require(fits, "text.train", self.text.train, "frozen where text.control is random, which encodes nothing")
 

@@ -56,13 +56,6 @@ class Shards:
         gathered = jax.lax.all_gather(x, AXIS, axis=1)
         return gathered.reshape(-1, *x.shape[1:])
 
-    def mine(self, x: AnyArray) -> Array:
-        """This device's [rows, ...] of an [n, ...] that each device has whole."""
-        if self.count == 1:
-            return jnp.asarray(x)
-        padded = jnp.pad(x, [(0, -len(x) % self.count)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(-1, self.count, *x.shape[1:])[:, jax.lax.axis_index(AXIS)]
-
     def numbers(self, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
         """The numbers, among all rows, of some of this device's."""
         rows = jnp.asarray(rows)

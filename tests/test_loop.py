@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
@@ -29,6 +30,7 @@ from fused_rec.train.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.train.export import read_rules
 from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
 from fused_rec.train.measure import measure, scorer
+from fused_rec.train.prepare import prepare, read
 from fused_rec.train.serve import eligible, load, model_digest, parts, user_rows
 
 SETTINGS = {
@@ -508,3 +510,26 @@ def test_without_a_holding_is_computed_anew(finished):
     with pytest.raises(ValueError, match="is not seen to hold item"):
         own = prepared.observed.item[prepared.observed.user == user]
         without_holding(config, prepared, user, int(np.setdiff1d(np.arange(prepared.dataset.n_items), own)[0]))
+
+
+class StopHereError(Exception):
+    """What a watcher of the evaluations raises in the test below."""
+
+
+def test_a_run_over_sampled_neighbours_resumes_bit_for_bit(tables, cache, tmp_path):
+    """Stopped at an evaluation and taken up from the checkpoint before it."""
+    changes = {"train__loss": "sampled_softmax", "train__neighbours": 2, "model__variant": "graph"}
+    config = small(tables, cache, train__negatives=2, model__holding_dropout=0.2, **changes)
+    prepared = prepare(config, *read(config))
+    straight, through = loop.fit(config, prepared, tmp_path / "straight")
+
+    def stop(step, value):
+        if step == 15:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        loop.fit(config, prepared, tmp_path / "resumed", on_evaluation=stop)
+    assert Checkpoints(tmp_path / "resumed" / "checkpoints").last_good() == 10
+    resumed, progress = loop.fit(config, prepared, tmp_path / "resumed")
+    assert progress.best_step == through.best_step > 0
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)

@@ -75,6 +75,7 @@ def test_a_type_that_hears_nothing_falls_silent():
 
 TINY = tiny.graph()
 TINY_HEARS = adjacencies(TINY)
+NUMBERS = {node_type: jnp.arange(count) for node_type, count in tiny.COUNTS.items()}
 ROUNDS, WIDTH = 3, 4
 
 
@@ -189,7 +190,7 @@ def test_noise_has_its_length_and_the_signs_of_the_row():
 def test_every_round_gets_its_own_noise_and_passes_it_on():
     """Each round is the noiseless round of what came before it, and a step of length .2 of its own."""
     coefficients, inputs = random_coefficients(), random_nodes(0)
-    noisy = rounds(TINY_HEARS, coefficients, inputs, random_nodes(1), Noise(0.2, jax.random.key(0)))
+    noisy = rounds(TINY_HEARS, coefficients, inputs, random_nodes(1), Noise(0.2, jax.random.key(0), NUMBERS))
     close(noisy[0], inputs)
     steps = []
     for level in range(ROUNDS):

@@ -12,7 +12,7 @@ import flax.struct
 import jax.numpy as jnp
 import jraph
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int32
 
 from fused_rec.devices import AnyArray, Shards
 
@@ -44,6 +44,9 @@ class HeteroGraph:
 
     Where `shards` are several this is what one device has (`fused_rec.train.parallel.divide_task`): of every type its
     share of the rows, and no edges, which stand in its adjacencies. The counts remain those of all nodes.
+
+    A sample of a larger graph (`fused_rec.graph.sample`) has graph.nodes["number"] too, int32 [N]: the numbers of its
+    nodes there, inside their types. It counts rows, of which some are filled up with node 0, and has no edges either.
     """
 
     graph: jraph.GraphsTuple
@@ -67,12 +70,23 @@ class HeteroGraph:
         """[rows, ...] to one row a node of the type, on every device."""
         return self.shards.whole(x)[: self.count(node_type)]
 
-    def standardised(self, node_type: str, x: Float32[Array, "rows"]) -> Float32[Array, "rows"]:
-        """Of mean 0 and deviation 1 over all nodes of the type."""
-        count = self.count(node_type)
-        there = self.shards.numbers(jnp.arange(len(x))) < count
-        centred = jnp.where(there, x - self.shards.total(jnp.where(there, x, 0).sum()) / count, 0)
-        return centred / (jnp.sqrt(self.shards.total((centred * centred).sum()) / count) + 1e-6)
+    @property
+    def sampled(self) -> bool:
+        """Whether the nodes are some of a larger graph's."""
+        nodes: Any = self.graph.nodes
+        return "number" in nodes
+
+    def numbers(self, node_type: str, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
+        """The numbers, in the whole graph and inside their type, of some of this device's rows."""
+        return self._number(node_type)[rows] if self.sampled else self.shards.numbers(rows)
+
+    def numbers_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
+        """The same of nodes that are counted over all devices, as senders are."""
+        return self.whole(node_type, self._number(node_type))[nodes] if self.sampled else jnp.asarray(nodes)
+
+    def _number(self, node_type: str) -> Int32[Array, "rows"]:
+        nodes: Any = self.graph.nodes
+        return jnp.asarray(nodes["number"][self.node_slice(node_type)])
 
     def text(self, node_type: str) -> Float32[AnyArray, "rows D"]:
         """Text vectors of one node type."""

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import logging
-from typing import Literal, no_type_check
+from typing import Literal, NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -49,6 +49,18 @@ def fastest() -> Backend:
     return "compiled"
 
 
+class Degrees(NamedTuple):
+    """How many neighbours the nodes of a relation have in the whole graph, of whose edges a step may sum over a part.
+
+    heard: senders of each target, which `log_heard` has as log(1 + heard), of mean 0 and deviation 1 over the nodes of
+    the type. log_told: log(1 + receivers) of each source, less its mean over the nodes of the type.
+    """
+
+    heard: Float32[AnyArray, "targets"]
+    log_heard: Float32[AnyArray, "targets"]
+    log_told: Float32[AnyArray, "sources"]
+
+
 @no_type_check  # jax.pmap rebuilds its arguments with placeholders for arrays, which a checked constructor refuses
 @flax.struct.dataclass
 class Adjacency:
@@ -68,6 +80,7 @@ class Adjacency:
     by_sender: Int32[AnyArray, "E"]
     told: Int32[AnyArray, "E"]
     sender_start: Int32[AnyArray, "sources_plus_1"]
+    degrees: Degrees
     backend: Backend = flax.struct.field(pytree_node=False)
 
 
@@ -78,31 +91,51 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
         raise ValueError("edges must ascend by receiver; take them from HeteroGraph.edges")
     # Of edges that ascend by receiver, what a stable sort by sender gives, and sooner.
     order = np.argsort(senders.astype(np.int64) * n_targets + receivers)
+    receiver_start = np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32)
+    sender_start = np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32)
     return Adjacency(
         senders.astype(np.int32),
         receivers.astype(np.int32),
         np.asarray(edges.weight, np.float32),
-        np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32),
+        receiver_start,
         order.astype(np.int32),
         receivers[order].astype(np.int32),
-        np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
+        sender_start,
+        _degrees(np.diff(receiver_start), np.diff(sender_start)),
         backend or fastest(),
     )
 
 
-def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
-    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had."""
-    if count == 1:
+def _degrees(heard: np.ndarray, told: np.ndarray) -> Degrees:
+    log_heard, log_told = (np.log1p(count) - np.log1p(count).sum() / max(len(count), 1) for count in (heard, told))
+    deviation = np.sqrt((log_heard * log_heard).sum() / max(len(heard), 1))
+    return Degrees(*(part.astype(np.float32) for part in (heard, log_heard / (deviation + 1e-6), log_told)))
+
+
+def divide(adjacency: Adjacency, count: int, room: int | None = None) -> list[Adjacency]:
+    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had.
+
+    room: how many edges each part is filled up to; None: as many as the largest has.
+    """
+    if count == 1 and room is None:
         return [adjacency]
     a = adjacency
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
     own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]
-    longest = max(map(len, own))
+    longest = max(map(len, own)) if room is None else room
+    # The last devices may have one row less than there is room for.
+    heard, log_heard = (
+        np.pad(x, (0, n_targets - len(x))).reshape(-1, count).T for x in (a.degrees.heard, a.degrees.log_heard)
+    )
+    log_told = np.pad(a.degrees.log_told, (0, n_sources - len(a.degrees.log_told)))
     parts = []
-    for edges in own:
+    for device, edges in enumerate(own):
         fill = (0, longest - len(edges))
         senders, receivers = a.senders[edges], a.receivers[edges] // count
-        order = np.argsort(senders, kind="stable")
+        # Among the device's own, what by_sender says of all.
+        at = np.full(len(a.senders), -1, np.int32)
+        at[edges] = np.arange(len(edges))
+        order = at[a.by_sender][at[a.by_sender] >= 0]
         none = n_targets // count
         parts.append(
             Adjacency(
@@ -113,6 +146,7 @@ def divide(adjacency: Adjacency, count: int) -> list[Adjacency]:
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
                 np.pad(receivers[order], fill, constant_values=none),
                 np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
+                Degrees(heard[device], log_heard[device], log_told),
                 a.backend,
             )
         )

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
 from fused_rec.config import Compute, ModelConfig
 from fused_rec.devices import AnyArray
@@ -102,7 +102,7 @@ class FusedRec(nn.Module):
         ids, words = self.inputs(graph, dropout)
         # Nothing has trained the row of an item that nobody holds, or of a user who hears nobody: it would be noise.
         ids[ITEM] = ids[ITEM] * (holders(adjacencies) > 0)[:, None]
-        heard = [_degree(adjacencies[r]) for r in heard_relations(self.config, graph) if r.target == USER]
+        heard = [adjacencies[r].degrees.heard for r in heard_relations(self.config, graph) if r.target == USER]
         ids[USER] = ids[USER] * (sum(heard, jnp.zeros(len(ids[USER]))) > 0)[:, None]
         hears = _leave_out(self.config.holding_dropout, graph, adjacencies, dropout)
         coefficients = self.coefficients(graph, hears)
@@ -110,7 +110,8 @@ class FusedRec(nn.Module):
         both = {node_type: ids[node_type] + words[node_type] for node_type in ids}
         noise = None
         if dropout is not None and self.config.noise:
-            noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE))
+            numbers = {t: graph.numbers(t, jnp.arange(graph.rows(t))) for t in both}
+            noise = Noise(self.config.noise, jax.random.fold_in(dropout, NOISE), numbers)
         every = rounds(adjacencies, coefficients, both, words, noise, graph.shards, self.compute)
         if len(every) > 1:
             self.sow("intermediates", FIRST_ROUND, tuple(graph.whole(t, every[1][t]) for t in (USER, ITEM)))
@@ -130,14 +131,15 @@ class FusedRec(nn.Module):
         """Id rows and projected words, by node type; zeros for the part that a variant does without."""
         config = self.config
         ids, words = {}, {}
-        for number, (node_type, count) in enumerate(graph.node_types):
+        for place, (node_type, _) in enumerate(graph.node_types):
             shape = (graph.rows(node_type), config.dim)
             ids[node_type] = words[node_type] = jnp.zeros(shape)
             if config.variant != "text" and (node_type != USER or config.user_ids):
                 rows = self.param(ID_ROWS + node_type, nn.initializers.normal(config.id_scale), shape)
                 if dropout is not None and config.id_dropout:
-                    kept = jax.random.bernoulli(jax.random.fold_in(dropout, number), 1 - config.id_dropout, (count, 1))
-                    rows = rows * graph.shards.mine(kept) / (1 - config.id_dropout)
+                    numbers = graph.numbers(node_type, jnp.arange(len(rows)))
+                    kept = _kept_rows(jax.random.fold_in(dropout, place), config.id_dropout, numbers)
+                    rows = rows * kept[:, None] / (1 - config.id_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in self.worded:
                 project = TextInput(config.dim, config.id_scale, self.compute, name=f"text_{node_type}")
@@ -157,9 +159,8 @@ class FusedRec(nn.Module):
             if config.affinity and uses_words and {relation.source, relation.target} <= {USER, ITEM}:
                 affinity = Affinity(name=f"affinity_{relation}")
                 edge[relation] = hears.weight * affinity(hears, graph.text(relation.source), target, graph.shards)
-            voice[relation] = self.voice(f"voice_{relation}", graph, hears, graph.count(relation.source))
-            log_degree = graph.standardised(relation.target, jnp.log1p(_degree(hears)))
-            gate[relation] = self.gate(f"gate_{relation}", levels, target, log_degree)
+            voice[relation] = self.voice(f"voice_{relation}", hears.degrees.log_told)
+            gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(hears.degrees.log_heard))
         if uses_words:
             for node_type in self.worded:
                 text = graph.text(node_type)
@@ -173,18 +174,16 @@ class FusedRec(nn.Module):
             mix = jnp.exp(self.param("mix", nn.initializers.zeros, (levels + 1,))) / (levels + 1)
         return Coefficients(edge, voice, gate, text_gate, mix)
 
-    def voice(self, name: str, graph: HeteroGraph, hears: Adjacency, sources: int) -> Float32[Array, "n"]:
+    def voice(self, name: str, log_told: Float32[AnyArray, "n"]) -> Float32[Array, "n"]:
         """(1 + degree)^a for each of all source nodes, over the geometric mean of 1 + degree to the a; a is learned.
 
         Edges of 1 / sqrt(degree degree) hush what many hold; where a user's words are the words of what they hold, a
         starts from 1/2, which gives all holdings nearly the same say, else from 0.
         """
-        told_to = graph.shards.total(jnp.diff(hears.sender_start)).astype(jnp.float32)
         if self.config.readout != "learned" or not self.config.gates:
-            return jnp.ones(len(told_to))
-        log_degree = jnp.log1p(told_to)
+            return jnp.ones(len(log_told))
         exponent = self.param(name, nn.initializers.constant(0.5 * (self.config.variant == "text")), ())
-        return jnp.exp(exponent * (log_degree - log_degree[:sources].mean()))
+        return jnp.exp(exponent * log_told)
 
     def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
         """The learned `Gate` of that name, or ones where the config fixes all factors."""
@@ -195,11 +194,7 @@ class FusedRec(nn.Module):
 
 def holders(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
     """How many users are seen to hold each item of this device."""
-    return _degree(adjacencies[HOLDS])
-
-
-def _degree(adjacency: Adjacency) -> Float32[Array, "n"]:
-    return jnp.diff(adjacency.receiver_start).astype(jnp.float32)
+    return jnp.asarray(adjacencies[HOLDS].degrees.heard)
 
 
 def _leave_out(
@@ -210,8 +205,8 @@ def _leave_out(
         return adjacencies
     heard, told = adjacencies[HELD_BY], adjacencies[HOLDS]
     key = jax.random.fold_in(dropout, LEFT_OUT)
-    kept_heard = _kept(key, share, graph.shards.numbers(heard.receivers), heard.senders)
-    kept_told = _kept(key, share, told.senders, graph.shards.numbers(told.receivers))
+    kept_heard = _kept(key, share, graph.numbers(USER, heard.receivers), graph.numbers_of_all(ITEM, heard.senders))
+    kept_told = _kept(key, share, graph.numbers_of_all(USER, told.senders), graph.numbers(ITEM, told.receivers))
     return {
         **adjacencies,
         HELD_BY: dataclasses.replace(heard, weight=heard.weight * kept_heard),
@@ -226,3 +221,10 @@ def _kept(
     pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry a pair: 32 bits of each
     drawn = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
     return (drawn >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)
+
+
+def _kept_rows(key: PRNGKeyArray, share: float, numbers: Int32[AnyArray, "n"]) -> Bool[Array, "n"]:
+    """What `jax.random.bernoulli(key, 1 - share, (nodes,))` says of the nodes of these numbers, and draws no others."""
+    drawn = threefry_2x32(jax.random.key_data(key), jnp.stack([jnp.zeros_like(numbers), numbers]).astype(jnp.uint32))
+    uniform = (drawn[0] ^ drawn[1]) >> 9  # of 23 bits, as many as a float32 between 1 and 2 has
+    return uniform.astype(jnp.float32) * jnp.float32(2**-23) < jnp.float32(1 - share)

@@ -37,7 +37,7 @@ def softmax(
 
 def sampled_softmax(
     user: Float[Array, "B K"],
-    catalogue: Float[Array, "I K"],
+    catalogue: Float[Array, "C K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
     present: Bool[Array, "I"],
@@ -46,7 +46,8 @@ def sampled_softmax(
 ) -> Sum:
     """Softmax over each positive and S shared uniform negatives, scaled up by log(I / S) to estimate the catalogue.
 
-    I counts the items that are `present`, from which negatives are drawn; a negative of -1 is padding and not
+    The catalogue's rows may be those of some items only, by which positives and negatives are then numbered. I counts
+    the items that are `present`, from which negatives are drawn; a negative of -1 is padding and not
     one of the S. Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant.
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature

@@ -39,10 +39,11 @@ class Coefficients:
 
 
 class Noise(NamedTuple):
-    """size: the length of each row's step. Steps follow from the key, the round and the node type."""
+    """size: the length of each row's step. Steps follow from the key, the round, the node type and the row's number."""
 
     size: float
     key: PRNGKeyArray
+    numbers: Mapping[str, Int32[AnyArray, "_"]]
 
 
 def propagate(
@@ -81,8 +82,7 @@ def rounds(
         if noise is not None:
             key = jax.random.fold_in(noise.key, level)
             keys = {node_type: jax.random.fold_in(key, number) for number, node_type in enumerate(sorted(h))}
-            numbers = {node_type: shards.numbers(jnp.arange(len(x))) for node_type, x in h.items()}
-            h = {t: x + noise_like(x, noise.size, keys[t], numbers[t]) for t, x in h.items()}
+            h = {t: x + noise_like(x, noise.size, keys[t], noise.numbers[t]) for t, x in h.items()}
         every.append(h)
     return every
 

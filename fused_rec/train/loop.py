@@ -11,6 +11,7 @@ workdir/
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -28,8 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec import hosts
-from fused_rec.config import Config, from_dict, to_dict
-from fused_rec.data.batches import batch, holdings, steps_per_epoch
+from fused_rec.config import Config, TrainConfig, from_dict, to_dict
+from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_epoch
 from fused_rec.data.dataset import digest
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train import interrupt, joint
@@ -37,6 +38,7 @@ from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
+from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
 from fused_rec.train.step import TrainState
@@ -158,6 +160,7 @@ def fit(
     dataset, observed = prepared.dataset, prepared.observed
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
+    drawn = functools.partial(batch_of, settings, held)
     whole, progress = resume(config, prepared, checkpoints)
     step: Any = parallel_step(config)
     task, cache = prepared.task, None
@@ -165,7 +168,12 @@ def fit(
         cache = joint.cached(config, prepared.words, task, whole.said)
         task, step = cache.task, joint.parallel_joint_step(config, prepared.words)
         whole = dataclasses.replace(whole, said=())
-    task = divide_task(task)
+    # With sampled neighbours the devices get the whole graph only to be measured.
+    divided = None if settings.neighbours else divide_task(task)
+    if divided is None:
+        tasks = sampler(config, task, [drawn(0, number) for number in range(PILOTS)])
+    else:
+        tasks = whole_graph(divided)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = divide_state(whole)
     if first:
@@ -198,11 +206,13 @@ def fit(
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
                             trained = whole_state(state, whole).params[joint.ENCODER]
                             cache = joint.cached(config, cache.words, cache.task, trained)
-                            task = divide_task(cache.task)
+                            divided = divide_task(cache.task)
+                            tasks = whole_graph(divided)
                     if steps is None:
                         # One of several processes must not leave the others waiting for its share of the work.
                         with interrupt.released() if hosts.alone() else contextlib.nullcontext():
-                            values = measure(prepared, divided_scorer(config, task, state.params), "valid")
+                            there = divided or divide_task(prepared.task)
+                            values = measure(prepared, divided_scorer(config, there, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = judge(progress, values[settings.metric], taken)
                         improved = progress.worse == 0
@@ -217,16 +227,10 @@ def fit(
                 if taken == last or progress.worse >= settings.patience:
                     break
                 interrupt.check(hosts.any_of)
-                users = batch(
-                    held,
-                    taken,
-                    seed=settings.seed,
-                    batch_users=settings.batch_users,
-                    positives=settings.positives,
-                    negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
-                )
+                users = drawn(settings.seed, taken)
                 said = () if cache is None else (joint.draw(config, cache, users, taken),)
-                state, loss = step(state, task, users, *said)
+                # The devices may still be at the last step while the host draws for this one.
+                state, loss = step(state, *tasks(taken, users), *said)
                 taken += 1
                 losses.append(loss)
                 bar.update()
@@ -249,6 +253,18 @@ def fit(
         whole = dataclasses.replace(whole, said=cache.trained)
     best = checkpoints.restore(progress.best_step, like=whole)[0] if hosts.leads() else whole
     return hosts.from_first(best), progress
+
+
+def batch_of(settings: TrainConfig, held: Holdings, seed: int, step: int) -> Batch:
+    """The batch of a step of a run with that seed."""
+    return batch(
+        held,
+        step,
+        seed=seed,
+        batch_users=settings.batch_users,
+        positives=settings.positives,
+        negatives=settings.positives if settings.loss == "bpr" else settings.negatives,
+    )
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:

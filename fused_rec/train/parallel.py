@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, PyTree
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
 from fused_rec.devices import DIVIDED, AnyArray, Mapped, Shards, by_axis, by_rows, over_devices, places, put, used
-from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import divide
 from fused_rec.model.fused import Vectors
 from fused_rec.train.step import Task, TrainState, axes, embed, program, train_step
@@ -74,10 +74,14 @@ def task_axes(task: Task) -> Task:
     return Task(graph, adjacencies, absent, absent)
 
 
-def divide_task(task: Task, devices: int | None = None) -> Task:
-    """Gives each device its rows of the texts and the edges into them; counts of items go to all."""
-    count = len(used(devices))
-    divided = {relation: divide(adjacency, count) for relation, adjacency in task.adjacencies.items()}
+def divide_task(task: Task, devices: int | None = None, room: Mapping[Relation, int] | None = None) -> Task:
+    """Gives each device its rows of the texts and the edges into them; counts of items go to all.
+
+    room: how many edges each device gets, filled up, so that tasks of unlike size have one shape; None: no more than
+    it takes.
+    """
+    count, room = len(used(devices)), room or {}
+    divided = {r: divide(adjacency, count, room.get(r)) for r, adjacency in task.adjacencies.items()}
     adjacencies = {
         relation: jax.tree.map(lambda *of_devices: np.stack(of_devices), *(parts[place] for place in places(devices)))
         for relation, parts in divided.items()
@@ -87,9 +91,12 @@ def divide_task(task: Task, devices: int | None = None) -> Task:
 
 
 def _divide_nodes(graph: HeteroGraph, devices: int | None) -> HeteroGraph:
-    texts = [by_rows(np.asarray(graph.text(node_type)), devices) for node_type, _ in graph.node_types]
+    def part(of_nodes: AnyArray) -> np.ndarray:
+        of_types = [np.asarray(of_nodes[graph.node_slice(node_type)]) for node_type, _ in graph.node_types]
+        return np.concatenate([by_rows(rows, devices) for rows in of_types], axis=1)
+
     nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
-    bare = graph.graph._replace(nodes={"text": np.concatenate(texts, axis=1)}, **nothing)
+    bare = graph.graph._replace(nodes=jax.tree.map(part, graph.graph.nodes), **nothing)
     return dataclasses.replace(graph, graph=bare, shards=Shards(len(used(devices))))
 
 

@@ -45,12 +45,15 @@ class TrainState:
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class Task:
-    """What stays the same from step to step. The graph, its adjacencies and counts of all items."""
+    """What a step hears besides its batch: the graph, its adjacencies and counts of items.
+
+    The same from step to step, or a sample of its own for each (`fused_rec.train.neighbours`).
+    """
 
     graph: HeteroGraph
     adjacencies: Mapping[Relation, Adjacency]
-    present: Bool[AnyArray, "I"]  # items that somebody holds; the others are no alternatives while training
-    popularity: Float32[AnyArray, "I"]  # holders of each item, older holdings counting less
+    present: Bool[AnyArray, "I"]  # of all items, those that somebody holds; others are no alternatives while training
+    popularity: Float32[AnyArray, "_"]  # holders of each item of the graph, older holdings counting less
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -89,7 +92,7 @@ def axes(tree: PyTree) -> PyTree:
 def program(config: Config) -> Config:
     """The config with the same values for whatever the compiled step does not depend on."""
     train = dataclasses.replace(
-        config.train, seed=0, metric=METRICS[0], max_steps=1, eval_every=1, patience=1, refit=False
+        config.train, seed=0, metric=METRICS[0], max_steps=1, eval_every=1, patience=1, refit=False, neighbours=0
     )
     return Config(model=config.model, train=train)
 
@@ -165,7 +168,7 @@ def _losses(
     towers: Any
     seen: Any
     towers, seen = Towers(config.model, config.train.compute).apply(
-        {"params": params}, task.graph, task.adjacencies, dropout, mutable=["intermediates"]
+        {"params": _of_nodes(task.graph, params)}, task.graph, task.adjacencies, dropout, mutable=["intermediates"]
     )
     sums = [_tower_loss(config, _with_popularity(config, task, vectors), task, batch) for vectors in towers]
     weighted = [(1.0, (jnp.stack([total for total, _ in sums]).sum(), sums[0][1]))]
@@ -173,6 +176,21 @@ def _losses(
         [first_round] = seen["intermediates"]["main"][FIRST_ROUND]
         weighted += [(config.train.contrast, part) for part in _contrasts(towers[0], first_round, batch)]
     return weighted
+
+
+def _of_nodes(graph: HeteroGraph, params: PyTree) -> PyTree:
+    """The parameters with the id rows of the graph's nodes: of a sample, this device's some of its rows."""
+    if not graph.sampled:
+        return params
+
+    def rows(path: tuple, leaf: Array) -> Array:
+        name = str(path[-1].key)
+        if not name.startswith(ID_ROWS):
+            return leaf
+        node_type = name.removeprefix(ID_ROWS)
+        return leaf[graph.numbers(node_type, jnp.arange(graph.rows(node_type))) // graph.shards.count]
+
+    return jax.tree_util.tree_map_with_path(rows, params)
 
 
 def _contrasts(vectors: Vectors, first_round: Vectors, batch: Batch) -> list[losses.Sum]:

@@ -53,6 +53,11 @@ VARIANTS: dict[str, Variant] = {
     "no_gates": Variant("relations weigh the same for every node", {"model": {"gates": False}}),
     "lora": Variant("language model trained along, by LoRA", {"text": {"train": "lora"}}, needs=("text",)),
     "bfloat16": Variant("steps multiply and send bfloat16", {"train": {"compute": "bfloat16"}}),
+    "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
+    "sampled": Variant(
+        "the same, and ten sampled neighbours a node and relation",
+        {"train": {"loss": "sampled_softmax", "neighbours": 10}},
+    ),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
     "random_text": Variant(
         "random vectors for words", {"text": FROZEN | {"control": "random"}}, ("text",), control=True
