@@ -69,7 +69,7 @@ def descent(monkeypatch):
 def forget_programs() -> None:
     """Those of steps and first states, which have an optimiser in them."""
     parallel._mapped_step.cache_clear()
-    step_module._init.clear_cache()
+    step_module._init.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def slope(config, task, users, devices):

@@ -24,7 +24,7 @@ from fused_rec.evaluate.compare import paired_bootstrap, resampled_means
 from fused_rec.explain.ledger import HOLDING, LIKE_MINDED, TIE, Ledger, parts
 from fused_rec.graph.build import HELD_BY, HOLDS, USER
 from fused_rec.graph.hetero import Relation
-from fused_rec.graph.propagate import Adjacency
+from fused_rec.graph.propagate import Adjacency, degrees_of
 from fused_rec.model.baselines import counted
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import Task, embed, program
@@ -137,6 +137,7 @@ def _thinned(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
         by_sender,
         receivers[by_sender],
         np.concatenate([[0], np.cumsum(told)]).astype(np.int32),
+        degrees_of(heard, told),
         full.backend,
     )
 

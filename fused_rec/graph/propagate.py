@@ -101,12 +101,13 @@ def adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | N
         order.astype(np.int32),
         receivers[order].astype(np.int32),
         sender_start,
-        _degrees(np.diff(receiver_start), np.diff(sender_start)),
+        degrees_of(np.diff(receiver_start), np.diff(sender_start)),
         backend or fastest(),
     )
 
 
-def _degrees(heard: np.ndarray, told: np.ndarray) -> Degrees:
+def degrees_of(heard: np.ndarray, told: np.ndarray) -> Degrees:
+    """Of how many each target hears and each source tells."""
     log_heard, log_told = (np.log1p(count) - np.log1p(count).sum() / max(len(count), 1) for count in (heard, told))
     deviation = np.sqrt((log_heard * log_heard).sum() / max(len(heard), 1))
     return Degrees(*(part.astype(np.float32) for part in (heard, log_heard / (deviation + 1e-6), log_told)))
