@@ -21,6 +21,7 @@ Compute = Literal["float32", "bfloat16"]
 TextControl = Literal["true", "shuffled", "random"]
 TextTraining = Literal["frozen", "lora", "full"]
 Ties = Literal["true", "rewired", "none"]
+PLACES = (("data", "path"), ("text", "cache"))  # settings that are folders of this machine
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
 
@@ -232,6 +233,14 @@ class Config:
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dictionaries, as JSON and ml_collections take them."""
     return dataclasses.asdict(config)
+
+
+def portable(config: Config) -> dict[str, dict[str, Any]]:
+    """`to_dict` without the settings that name places on this machine, to be shown to others."""
+    values = to_dict(config)
+    for section, setting in PLACES:
+        del values[section][setting]
+    return values
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
