@@ -191,10 +191,6 @@ def test_the_program_is_for_all_platforms_and_any_sizes():
         np.testing.assert_allclose(scores, drawn[rows] @ drawn[users:].T, rtol=1e-6)
     scores = program.call(drawn[:5], drawn[5:], np.array([-1, 5, 0], np.int32))
     assert np.isnan(scores).tolist() == [[True], [True], [False]]
-        [True],
-        [True],
-        [0],
-    ]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
