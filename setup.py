@@ -79,6 +79,7 @@ setup(
             "pandas>=2.2",
         ],
         "sweeps": ["optuna>=5.0"],
+        "wandb": ["wandb>=0.31"],
         "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
     },
 )

@@ -1,4 +1,4 @@
-"""Hugging Face dataset folders: what is written comes back the same, published shards are read, half of them are not."""
+"""Hugging Face dataset folders: what is written comes back the same; half of what others wrote is not read."""
 
 import os
 from pathlib import Path

@@ -69,6 +69,7 @@ ONLY_IN = {
     "implicit": ("model/baselines.py", "experiments/peers/*"),
     "sklearn": ("text/lexical.py",),  # imported where used: it takes a second
     "faiss": ("train/hub.py",),  # an extra, imported where used
+    "wandb": ("train/curves.py",),  # an extra, imported where used: it may speak to the network
     "matplotlib": ("evaluate/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
     **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/peers/*",)),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),

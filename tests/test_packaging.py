@@ -22,6 +22,7 @@ EXTRAS = {
     "model/baselines.py": "als",
     "evaluate/plots.py": "plots",
     "train/hub.py": "faiss",
+    "train/curves.py": "wandb",
 }
 
 
