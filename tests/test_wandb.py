@@ -32,7 +32,7 @@ def ran(code: str, workdir: Path) -> subprocess.CompletedProcess:
 
 def records(file: Path) -> list:
     """What an offline run keeps, record by record."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     content, at, found, parts = file.read_bytes(), 7, [], []
     assert content[:4] == b":W&B"
@@ -49,7 +49,7 @@ def records(file: Path) -> list:
     return found
 
 
-def kept(workdir: Path) -> tuple[list, list[dict], dict, list]:
+def kept(workdir: Path) -> tuple[list[str], list[dict], dict, dict]:
     """Ids of all sessions in their order, rows of history, the summary, and the settings of the first session."""
     ids, rows, summary, config = [], [], {}, {}
     for file in sorted((workdir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
