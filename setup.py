@@ -32,6 +32,7 @@ setup(
     # Lower bounds are the oldest versions that the test suite passed with, all of them together.
     install_requires=[
         "absl-py>=2.1",
+        "flatbuffers>=25.12",  # jax.export serialises with it, and does not ask for it
         "flax>=0.12.7",
         "huggingface_hub>=1.3",
         "jax>=0.10.0",
@@ -64,6 +65,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
+        "faiss": ["faiss-cpu>=1.15"],
         "docs": ["furo>=2024.8", "myst-parser>=4.0", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
         "notebooks": [
@@ -77,6 +79,7 @@ setup(
             "pandas>=2.2",
         ],
         "sweeps": ["optuna>=5.0"],
+        "wandb": ["wandb>=0.31"],
         "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
     },
 )

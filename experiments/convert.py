@@ -1,7 +1,8 @@
-"""Write a dataset as files that others read: your own tables as Parquet, or RecBole's atomic files.
+"""Write a dataset as files that others read: own tables as Parquet, RecBole's atomic files, or a Hugging Face folder.
 
     python -m experiments.convert --data=lastfm --to=recbole --out=dataset/lastfm
     python -m experiments.convert --data=recbole --path=dataset/ml-100k --to=tables --out=ml_100k
+    python -m experiments.convert --data=lastfm --to=huggingface --out=lastfm_hub
 
 --data is any dataset that can be read (fused_rec/data/readers.py). What the other layout has no room for is counted.
 """

@@ -139,7 +139,7 @@ def check_extras(requirements: list[str], there: Callable[[str], object] = impor
     """What single commands need."""
     missing = {}
     for requirement in map(Requirement, requirements):
-        for extra in ("plots", "sweeps", "als", "notebooks"):
+        for extra in ("plots", "sweeps", "als", "faiss", "wandb", "notebooks"):
             if (
                 requirement.marker
                 and requirement.marker.evaluate({"extra": extra})
@@ -152,7 +152,7 @@ def check_extras(requirements: list[str], there: Callable[[str], object] = impor
     if missing:
         found = "; ".join(f"{extra} lacks {', '.join(names)}" for extra, names in missing.items())
         return Line("note", "extras", found, f'pip install -e ".[{",".join(missing)}]"')
-    return Line("ok", "extras", "plots, sweeps, als, notebooks")
+    return Line("ok", "extras", "plots, sweeps, als, faiss, wandb, notebooks")
 
 
 def check_end_to_end() -> Line:

@@ -25,7 +25,7 @@ from fused_rec.explain.report import page
 from fused_rec.explain.without import Change, effect
 from fused_rec.text.embed import embed
 from fused_rec.text.pretrained import open_model
-from fused_rec.train import serve
+from fused_rec.train import hub, serve
 from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
 from fused_rec.train.export import read_rules
@@ -191,6 +191,18 @@ def _ids(users: Sequence[str]) -> list[str]:
     if isinstance(users, str):
         raise ValueError(f"users is {users!r}, one string; give a list of ids")
     return list(users)
+
+
+def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
+    """Writes a folder that others read without this package, as the Hugging Face Hub shows models; returns where.
+
+    Vectors whose inner products are the scores, the program that scores, parameters, settings, and a card that tells
+    how to load them (docs/INTEROP.md). out: new, or empty. faiss: a Faiss index of the products too (extra `faiss`).
+
+    Raises as `fused_rec.train.hub.publish` does.
+    """
+    hub.publish(Path(out), *_model(run), run.results, faiss=faiss)
+    return Path(out)
 
 
 def reasons(run: Run, user: str, items: Sequence[str] = (), k: int = 5) -> list[dict[str, Any]]:

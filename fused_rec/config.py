@@ -21,6 +21,7 @@ Compute = Literal["float32", "bfloat16"]
 TextControl = Literal["true", "shuffled", "random"]
 TextTraining = Literal["frozen", "lora", "full"]
 Ties = Literal["true", "rewired", "none"]
+PLACES = (("data", "path"), ("text", "cache"))  # settings that are folders of this machine
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
 
@@ -192,6 +193,7 @@ class TrainConfig:
     eval_every: int = 50
     patience: int = 5  # evaluations without a better validation value before training stops
     metric: str = "ndcg@10"  # on validation; chooses the step
+    wandb: str = ""  # project of Weights & Biases that curves and results are sent to as well; empty = none
     refit: bool = False  # having chosen the step, train anew on train and valid for as many, then read the test part
     seed: int = 0
 
@@ -211,6 +213,8 @@ class TrainConfig:
         _require(self.contrast >= 0, "train.contrast", self.contrast, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        fits = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
+        _require(fits, "train.wandb", self.wandb, "a project's name, of up to 128 letters and none of / \\ # ? % :")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "in [0, 2^31)")
 
 
@@ -241,6 +245,14 @@ class Config:
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dictionaries, as JSON and ml_collections take them."""
     return dataclasses.asdict(config)
+
+
+def portable(config: Config) -> dict[str, dict[str, Any]]:
+    """`to_dict` without the settings that name places on this machine, to be shown to others."""
+    values = to_dict(config)
+    for section, setting in PLACES:
+        del values[section][setting]
+    return values
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:

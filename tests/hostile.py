@@ -26,6 +26,7 @@ from fused_rec.data.dataset import DataError
 from fused_rec.data.fartrans import fartrans, read_prices
 from fused_rec.data.fetch import DownloadError, unpack, verify
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
+from fused_rec.data.huggingface import huggingface
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.stocknet import stocknet
 from fused_rec.data.tables import read_tables
@@ -114,6 +115,12 @@ DELIMITED = (b'"', b",", b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", BETWEEN,
 JSON_WORDS = (b"null", b"[]", b"{}", b'""', b"true", b"[" * 3000, b'"\\ud800"', b"NaN", BETWEEN, *NUMBERS)
 
 
+# Of each layout; a seed leaves the others empty.
+SHARDS = (
+    *(f"interactions/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")),
+    *(f"{table}/train-00000-of-00001.parquet" for table in ("items", "users", "ties", "reviews")),
+    *("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"),
+)
 FARTRANS = ("customer_information.csv", "asset_information.csv", "transactions.csv", "close_prices.csv")
 
 
@@ -459,6 +466,30 @@ TARGETS: dict[str, Target] = {
         ),
         (DataError,),
         (*DELIMITED, b":float", b":token_seq", b":float_seq", b"text", b"name", b"user_id"),
+    ),
+    "huggingface": Target(
+        _folder_of(SHARDS, huggingface),
+        (
+            b"\xff"
+            + files(
+                _parquet({"user_id": ["u", "v"], "item_id": ["i", "i"], "part": ["train"] * 2, "row": [2, 0]}),
+                _parquet({"user_id": ["u"], "item_id": ["j"], "part": ["valid"], "row": [1]}),
+                b"",
+                _parquet({"item_id": ["i", "j"], "name": ["One", None], "price": [1.5, None]}),
+                _parquet({"user_id": ["u", "v", "w"], "age": [30, None, 4]}),
+                _parquet({"source_id": ["u"], "target_id": ["v"], "kind": ["refers"]}),
+                _parquet({"user_id": ["u"], "item_id": ["j"], "text": ["fine"]}),
+            ),
+            b"\0"
+            + files(
+                *[b""] * 7,
+                _parquet({"user_id": [1], "item_id": [7], "value": [1.0]}),
+                _parquet({"user_id": [2], "item_id": [7], "value": [None]}, compression="none"),
+                _parquet({"user_id": [2], "item_id": [8], "value": [2.0]}),
+            ),
+        ),
+        (DataError,),
+        (BETWEEN, b"row", b"part", b"user_id", b"train"),
     ),
     "config": Target(
         _config,

@@ -58,7 +58,7 @@ def run(config, folder, market) -> fr.Run:
 
 
 def test_every_name_is_there_and_documented():
-    assert fr.__all__ == sorted(fr.__all__) and 15 <= len(fr.__all__) < 20
+    assert fr.__all__ == sorted(fr.__all__) and 15 <= len(fr.__all__) <= 20
     for name in fr.__all__:
         assert getattr(fr, name).__doc__, name
     assert set(fr.__all__) <= set(dir(fr))

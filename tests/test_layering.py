@@ -30,6 +30,7 @@ IO_ALLOWED = (
     "train/checkpoint.py",
     "train/curves.py",
     "train/export.py",  # rankings of all customers, part by part
+    "train/hub.py",  # writes the folder of an exported run
     "train/interrupt.py",  # says that a signal was heard
     "train/loop.py",
     "train/study.py",  # writes the report of the runs that train/loop.py left
@@ -67,6 +68,8 @@ ONLY_IN = {
     # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
     "implicit": ("model/baselines.py", "experiments/peers/*"),
     "sklearn": ("text/lexical.py",),  # imported where used: it takes a second
+    "faiss": ("train/hub.py",),  # an extra, imported where used
+    "wandb": ("train/curves.py",),  # an extra, imported where used: it may speak to the network
     "matplotlib": ("evaluate/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
     **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/peers/*",)),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),

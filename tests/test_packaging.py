@@ -15,9 +15,15 @@ from fused_rec.graph.propagate import KERNEL
 
 ROOT = Path(__file__).parents[1]
 # Where the name to install differs from the name to import.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 # What one file alone needs is an extra.
-EXTRAS = {"train/sweep.py": "sweeps", "model/baselines.py": "als", "evaluate/plots.py": "plots"}
+EXTRAS = {
+    "train/sweep.py": "sweeps",
+    "model/baselines.py": "als",
+    "evaluate/plots.py": "plots",
+    "train/hub.py": "faiss",
+    "train/curves.py": "wandb",
+}
 
 
 @pytest.fixture

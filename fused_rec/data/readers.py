@@ -14,6 +14,7 @@ from fused_rec.data.arrow import flags, pc, replace
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.fartrans import fartrans
 from fused_rec.data.formats import amazon, edges, lightgcn_text, recbole
+from fused_rec.data.huggingface import huggingface
 from fused_rec.data.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.stocknet import stocknet
 from fused_rec.data.tables import read_tables
@@ -40,6 +41,7 @@ READERS: dict[str, Reader] = {
     "amazon": Reader(amazon, "amazon_musical_instruments", "Amazon reviews of 2014", "amazon_musical_instruments"),
     "lightgcn_text": Reader(lightgcn_text, "gowalla", "train.txt and test.txt, a line a user (Gowalla)", "gowalla"),
     "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k"),
+    "huggingface": Reader(huggingface, "", "Parquet shards as Hugging Face lays them out, a folder a table"),
     "edges": Reader(edges, "douban_book", "integer edge tables with ties (Douban-Book)"),
 }
 

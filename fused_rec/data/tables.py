@@ -65,7 +65,7 @@ def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: b
             if file := _find(folder, table):
                 files[table] = file.name
                 read = read_parquet(file) if file.suffix == ".parquet" else read_delimited(file, ",", quoted=True)
-                tables[table] = _select(read, table, file.name, notes, typed=file.suffix == ".parquet")
+                tables[table] = select(read, table, file.name, notes, typed=file.suffix == ".parquet")
         except DataError as error:
             problems += error.problems
     if problems:
@@ -99,7 +99,7 @@ def dataset_from_tables(
     for table, frame in given.items():
         try:
             if frame is not None:
-                tables[table] = _select(_arrow(frame, table), table, table, notes, typed=True)
+                tables[table] = select(_arrow(frame, table), table, table, notes, typed=True)
         except DataError as error:
             problems += error.problems
     tables.setdefault("interactions", _NONE)
@@ -150,8 +150,11 @@ def _find(folder: Path, table: str) -> Path | None:
     return found[0] if found else None
 
 
-def _select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:
-    """The columns of the format. typed: attributes have types already, and are not to be read from text."""
+def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:
+    """The columns of the format. typed: attributes have types already, and are not to be read from text.
+
+    notes: gets the columns that are not read. Raises DataError where a column is missing or there twice.
+    """
     required, optional = COLUMNS[name]
     there = table.column_names
     faults = [f"column {column} is missing (there: {', '.join(there)})" for column in required if column not in there]

@@ -1,4 +1,7 @@
-"""Dataset -> files that others read: own tables as Parquet, which give the same dataset again, and RecBole's files."""
+"""Dataset -> files that others read: own tables as Parquet, RecBole's atomic files, a Hugging Face dataset folder.
+
+The first and the last give the same dataset again.
+"""
 
 import os
 import re
@@ -10,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from fused_rec.data.arrow import pc, replace
-from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.dataset import Dataset, column, printable
+from fused_rec.data.huggingface import ROW, SPLITS, shard
 
 # What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
 _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
@@ -20,7 +24,9 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str =
     """Writes the dataset into a new or empty folder; returns what the layout has no room for, with its count.
 
     layout: "tables", Parquet files that `fused_rec.data.tables.read_tables` makes the same dataset of (with `repair`
-      where users hold nothing); or "recbole", atomic files named after the folder, with the types in their headers.
+      where users hold nothing); "recbole", atomic files named after the folder, with the types in their headers; or
+      "huggingface", a folder of Parquet shards a table and a card that names them, which `datasets.load_dataset(folder,
+      "interactions")` and `fused_rec.data.huggingface` read. Interactions with a `part` are divided by it.
 
     Raises ValueError for another layout or an id that the layout cannot hold, FileExistsError where the folder holds
     anything.
@@ -70,7 +76,55 @@ def _write_recbole(dataset: Dataset, folder: Path) -> dict[str, int]:
     return lost
 
 
-LAYOUTS: dict[str, Callable[[Dataset, Path], dict[str, int]]] = {"tables": _write_tables, "recbole": _write_recbole}
+def _write_huggingface(dataset: Dataset, folder: Path) -> dict[str, int]:
+    from huggingface_hub import DatasetCardData  # takes a second
+
+    configs, listed = [], []
+    for name, table in named(dataset).items():
+        (folder / name).mkdir()
+        splits = {"train": table}
+        if "part" in table.column_names and name == "interactions":
+            numbered = table.append_column(ROW, pa.array(np.arange(len(table))))
+            of_parts = {split: numbered.filter(pc.equal(table["part"], part)) for split, part in SPLITS.items()}
+            splits = {split: rows for split, rows in of_parts.items() if len(rows)}
+        for split, rows in splits.items():
+            pyarrow.parquet.write_table(rows, folder / name / shard(split))
+            listed.append(f"| `{name}` | {split} | {len(rows):,} |")
+        data_files = [{"split": split, "path": f"{name}/{shard(split)}"} for split in splits]
+        default = {"default": True} if name == "interactions" else {}
+        configs.append({"config_name": name, "data_files": data_files, **default})
+    card = DatasetCardData(
+        pretty_name=printable(dataset.name), tags=["recommendation", "tabular", "graph"], configs=configs
+    )
+    (folder / "README.md").write_text(_CARD.format(card.to_yaml(), "\n".join(listed)), encoding="utf-8", newline="\n")
+    return {}
+
+
+_CARD = """---
+{}
+---
+
+Interactions of users and items, with what is known of both. Each table is a configuration:
+
+| configuration | split | rows |
+|---|---|---:|
+{}
+
+```python
+from datasets import load_dataset
+
+load_dataset("path/to/this/folder", "interactions")
+```
+
+Ids are text. `timestamp` is in unix seconds. `row`, where it is there, is the place of an interaction before they were
+divided into splits, and `part` its split. The tables keep the licence of their source.
+"""
+
+LAYOUTS: dict[str, Callable[[Dataset, Path], dict[str, int]]] = {
+    "tables": _write_tables,
+    "recbole": _write_recbole,
+    "huggingface": _write_huggingface,
+}
 
 
 def _texts_of_pairs(dataset: Dataset) -> tuple[pa.Array, dict[str, int]]:

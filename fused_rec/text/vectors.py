@@ -30,7 +30,7 @@ def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[
 
     ids: of the rows, kept as JSON under `ids` of the file's metadata; none = rows are known by their position.
 
-    Raises ValueError where there are ids and not one a row, or the same twice.
+    Raises ValueError where there are ids and not one a row, the same twice, or more than a header holds (100 MB).
     """
     if len(ids) and len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors; give one a row")
@@ -38,10 +38,17 @@ def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[
         twice = next(name for name, count in collections.Counter(ids).items() if count > 1)
         raise ValueError(f"id {twice!r} stands at two rows; ids must differ")
     metadata = {IDS: json.dumps(list(ids), ensure_ascii=False)} if len(ids) else None
+    try:
+        content = safetensors.numpy.save({"vectors": vectors}, metadata)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file.name} cannot be written ({error}): its header takes 100 MB, and {len(ids):,} ids need more; "
+            "write the rows into several files"
+        ) from error
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_bytes(safetensors.numpy.save({"vectors": vectors}, metadata))
+        unfinished.write_bytes(content)
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

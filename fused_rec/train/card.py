@@ -30,6 +30,83 @@ def card(results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mappin
     results: as in `results.json`; its numbers stand in the front matter in full. digests: SHA-256 by what it is of.
     checkpoint: where in the folder the chosen state lies.
     """
+    return _page(
+        results,
+        amounts,
+        digests,
+        "All metrics, and the test part by slices, are in `results.json`.",
+        f"""\
+The checkpoint is in `{checkpoint}` and ranks with the tables it was trained on, which `run.json` names; others
+are refused.
+
+```python
+from fused_rec.train.serve import load, recommend
+
+config, prepared, state = load("path/to/this/folder")
+recommend(config, prepared, state, ids=[], k=10)  # all customers; ids=["..."] names some
+```""",
+    )
+
+
+def export_card(
+    results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], files: Mapping[str, str]
+) -> str:
+    """The same for a folder as `fused_rec.train.hub` writes it, which is read without this package.
+
+    files: what each file of the folder holds, by its name.
+    """
+    listed = "\n".join(f"| `{name}` | {what} |" for name, what in files.items())
+    return _page(
+        results,
+        amounts,
+        digests,
+        "All settings are in `config.json`.",
+        f"""\
+| file | |
+|---|---|
+{listed}
+
+The score of a customer and a product, by which products are ranked, is the inner product of their two vectors.
+What the customer holds already is ranked too, and no rule of who may get what is applied: leave out what must not be
+shown. A customer or product that is not listed has no vector until the model is exported anew.
+
+```python
+import json
+
+from safetensors import safe_open
+
+
+def read(file):
+    with safe_open(file, framework="np") as opened:
+        return opened.get_tensor("vectors"), json.loads(opened.metadata()["ids"])
+
+
+users, user_ids = read("users.safetensors")
+items, item_ids = read("items.safetensors")
+scores = items @ users[0]  # of the customer user_ids[0]
+best = [item_ids[row] for row in (-scores).argsort()[:10]]
+```
+
+The same for many customers at once, on a CPU, GPU or TPU, with `jax` and `flatbuffers` (NaN for a row that is not
+there):
+
+```python
+import numpy as np
+from jax import export
+
+with open("score.stablehlo", "rb") as file:
+    score = export.deserialize(bytearray(file.read()))
+all_scores = score.call(users, items, np.arange(min(100, len(users)), dtype=np.int32))  # float32 [100, products]
+```
+
+JAX promises that releases up to six months newer than the one that wrote `score.stablehlo` can run it.""",
+    )
+
+
+def _page(
+    results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], further: str, loading: str
+) -> str:
+    """further: a sentence below the measurements. loading: Markdown."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     hears = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
@@ -69,7 +146,7 @@ Validation chose the step; the test part was read once, at the end.
 |---|---:|---:|
 {measured}
 
-All metrics, and the test part by slices, are in `results.json`.
+{further}
 
 ## Use and limits
 
@@ -82,15 +159,7 @@ All metrics, and the test part by slices, are in `results.json`.
 
 ## Loading
 
-The checkpoint is in `{checkpoint}` and ranks with the tables it was trained on, which `run.json` names; others
-are refused.
-
-```python
-from fused_rec.train.serve import load, recommend
-
-config, prepared, state = load("path/to/this/folder")
-recommend(config, prepared, state, ids=[], k=10)  # all customers; ids=["..."] names some
-```
+{loading}
 
 ## Versions
 

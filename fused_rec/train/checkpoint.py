@@ -72,7 +72,7 @@ class Checkpoints:
         """
         if step < 0:
             raise CheckpointError(f"step is {step}; it must be 0 or more")
-        arrays = {name: _host_array(name, leaf) for name, leaf in _leaves(state).items()}
+        arrays = {name: _host_array(name, leaf) for name, leaf in named_leaves(state).items()}
         leaves = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
         record = {"step": step, "best": best, "extras": dict(extras), "leaves": leaves}
         try:
@@ -173,7 +173,7 @@ class Checkpoints:
         if problem := self._problem(step):
             raise CheckpointError(problem)
         record = self._record(step)
-        wanted = _leaves(like)
+        wanted = named_leaves(like)
         saved = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record["leaves"].items()}
         for name in sorted(wanted.keys() | saved.keys()):
             here = saved.get(name)
@@ -269,7 +269,7 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         logging.set_verbosity(verbosity)
 
 
-def _leaves(tree: PyTree) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
     """The tree's leaves in its own order by names such as params/gates/kernel."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}

@@ -1,11 +1,16 @@
-"""Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them."""
+"""Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them.
+
+Where a run asks for it (train.wandb), Weights & Biases gets the same values, and its results in the end.
+"""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +19,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
+from fused_rec.config import Config, portable
 from fused_rec.train.workdir import persist, write_file
 
-LINES, TENSORBOARD = "curves.jsonl", "tensorboard"
+LINES, TENSORBOARD, WANDB = "curves.jsonl", "tensorboard", "wandb.json"
 
 
 def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -33,20 +39,107 @@ def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return found
 
 
+def wandb_library() -> Any:
+    """The library of Weights & Biases. Raises ImportError naming the extra where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "train.wandb needs the library wandb: pip install -e '.[wandb]', or leave the setting empty"
+        ) from error
+    return wandb
+
+
+class Board:
+    """What one run shows at Weights & Biases."""
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step, under the name of the phase; a step that a resumed run repeats stands there twice."""
+        self._run.log({f"{phase}/step": step, **{f"{phase}/{name}": value for name, value in values.items()}})
+
+    def conclude(self, results: Mapping[str, Any]) -> None:
+        """The summary of the run: metrics of both parts and what else of `results.json` is one number."""
+        found = {f"{part}/{name}": value for part in ("valid", "test") for name, value in results[part].items()}
+        found |= {name: value for name, value in results.items() if isinstance(value, int | float)}
+        self._run.summary.update(found)
+
+
+@contextlib.contextmanager
+def board(config: Config, workdir: Path) -> Iterator[Board | None]:
+    """The run at Weights & Biases for a claimed workdir, ended with the block; None where train.wandb is empty.
+
+    Its id is made of host and folder, and kept in <workdir>/wandb.json, so that a resumed run goes on with it, wherever
+    its folder is then. Curves, results and settings are sent, folders of this machine left out; no code, no output,
+    nothing of the machine. WANDB_MODE=offline keeps it all in <workdir>/wandb.
+
+    Raises:
+      ImportError: the library is not installed.
+      ValueError: Weights & Biases refuses, for want of a key, say; or wandb.json is damaged.
+    """
+    if not config.train.wandb:
+        yield None
+        return
+    wandb = wandb_library()
+    options = wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+    )
+    name = workdir.resolve().name
+    of_run = {"project": config.train.wandb, "id": _wandb_id(workdir), "name": name, "dir": str(workdir)}
+    try:
+        run = wandb.init(**of_run, config=portable(config), resume="allow", settings=options)
+    except wandb.errors.Error as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or leave train.wandb empty"
+        raise ValueError(f"Weights & Biases does not begin a run: {error}; {remedy}") from error
+    failed = True
+    try:
+        for phase in ("choose", "refit"):  # steps of its own: W&B's count would drop what a resumed run repeats
+            run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+        yield Board(run)
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
+
+
+def _wandb_id(workdir: Path) -> str:
+    file = workdir / WANDB
+    if not file.exists():
+        made = hashlib.sha256(f"{platform.node()}:{workdir.resolve()}".encode()).hexdigest()[:16]
+        write_file(file, json.dumps({"id": made}).encode())
+    try:
+        found = json.loads(file.read_bytes())["id"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str) or not found.isalnum():
+        raise ValueError(f'{file} is damaged; it must hold {{"id": "..."}}. Remove it to begin another run there')
+    return found
+
+
 class Curves:
     """Appends to <workdir>/curves.jsonl and <workdir>/tensorboard. One process writes at a time.
+
+    board: also gets what is written, under the name of the folder.
 
     A last line that a kill tore is dropped with a warning as the file is opened. In a `with` statement both files are
     ended whatever happens.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str]):
+    def __init__(self, workdir: str | os.PathLike[str], board: Board | None = None):
         self._workdir = Path(workdir)
         self._lines = self._workdir / LINES
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._file = self._lines.open("a+b", buffering=0)
         self._mend()
         self._board = self._open_board()
+        self._sent = board
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Adds one line {"step": step, name: value, ...}; whoever reads the files sees it at once.
@@ -66,6 +159,8 @@ class Curves:
         event = Event(step=step, wall_time=time.time(), summary=summary)
         persist(lambda: self._append(content), self._lines)
         persist(lambda: self._show(event), self._workdir / TENSORBOARD)
+        if self._sent is not None:
+            self._sent.write(self._workdir.name, step, numbers)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.

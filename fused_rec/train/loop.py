@@ -6,6 +6,7 @@ workdir/
   test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
   README.md            the model card: what was trained on what, how good it is, how to load it
   results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
+  wandb.json           where train.wandb names a project: the run's id there, and wandb/ with what was sent
   run.lock             held by the process that trains here, and there only as long
 """
 
@@ -31,12 +32,13 @@ from tqdm import tqdm
 from fused_rec import hosts
 from fused_rec.config import Config, TrainConfig, from_dict, to_dict
 from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_epoch
-from fused_rec.data.dataset import digest
+from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.splits import Split
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
-from fused_rec.train.curves import Curves
+from fused_rec.train.curves import Board, Curves, board, wandb_library
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
@@ -73,6 +75,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       BusyError: another process trains in workdir.
       SaveError: a checkpoint or result could not be written.
       CheckpointError: the checkpoint of the best step is damaged.
+      ImportError: train.wandb names a project, and the library is not installed.
       Stopped: a signal asked for an end (see `fused_rec.train.interrupt`); the same call goes on.
     """
     workdir = Path(workdir)
@@ -85,6 +88,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             results = read_results(workdir)
     if (results := hosts.said_by_first(results)) is not None:
         return results
+    if config.train.wandb and hosts.leads():
+        wandb_library()  # now, and not when the tables are read and encoded
     with owned(workdir) if hosts.leads() else contextlib.nullcontext():
         return _train(config, workdir)
 
@@ -97,8 +102,23 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     # Only now: faults of the input leave the folder free for the command that mends them.
     if hosts.leads():
         claim(config, tables, workdir)
+    with board(config, workdir) if hosts.leads() else contextlib.nullcontext() as shown:
+        results = _chosen_and_tested(config, workdir, dataset, parts_of, prepared, tables, shown)
+        if shown is not None:
+            shown.conclude(results)
+    return results
 
-    state, progress = fit(config, prepared, workdir / "choose")
+
+def _chosen_and_tested(
+    config: Config,
+    workdir: Path,
+    dataset: Dataset,
+    parts_of: Split,
+    prepared: Prepared,
+    tables: str,
+    shown: Board | None,
+) -> dict[str, Any]:
+    state, progress = fit(config, prepared, workdir / "choose", shown=shown)
     seconds = progress.seconds
     prepared = spoken(config, prepared, state)
     valid = measure(prepared, scorer(config, prepared, state), "valid")
@@ -106,7 +126,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     known = seen_parts(config)
     if config.train.refit:
         prepared = prepare(config, dataset, parts_of, known)
-        state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step)
+        state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, shown=shown)
         prepared = spoken(config, prepared, state)
         seconds += refitted.seconds
 
@@ -149,12 +169,14 @@ def fit(
     *,
     steps: int | None = None,
     on_evaluation: Callable[[int, float], None] | None = None,
+    shown: Board | None = None,
 ) -> tuple[TrainState, Progress]:
     """Trains in `folder`, from its newest checkpoint on, and returns the state that counts, whole and on the host.
 
     steps None: validation every `eval_every` steps chooses; the state of the best step comes back.
     steps given: trains so many without looking at anything; the last state comes back.
     on_evaluation: told of each step at which validation is measured and of its value; what it raises ends training.
+    shown: gets the curves too.
     """
     settings = config.train
     dataset, observed = prepared.dataset, prepared.observed
@@ -194,7 +216,7 @@ def fit(
             checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
 
     # A request to stop waits for the end of a step: only there do the state and its bookkeeping belong together.
-    with interrupt.held(), bar, Curves(folder) if hosts.leads() else contextlib.nullcontext() as curves:
+    with interrupt.held(), bar, Curves(folder, shown) if hosts.leads() else contextlib.nullcontext() as curves:
         if curves is not None:
             curves.rewind(first)
         try:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
 from fused_rec.devices import AnyArray
-from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mean
+from fused_rec.evaluate.ranking import BATCH, PerUser, Scorer, evaluate, item_sets, mean
 from fused_rec.evaluate.rules import Rule, apply
 from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.evaluate.suitability import (
@@ -224,6 +224,41 @@ def scores_of(
     return _popular_where_mute(lambda batch: users[batch] @ items.T, popularity, batch)
 
 
+def product_vectors(
+    config: Config, prepared: Prepared, state: TrainState
+) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
+    """Of a whole state: one vector a user and an item, on the host, whose inner products are the scores of `scorer`.
+
+    Towers, their weights and popularity are columns of what `embed` gives. Only users of whom the model knows nothing,
+    whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each item's
+    popularity, and such a user's vector is 1 there and 0 elsewhere.
+
+    Raises ValueError where a vector is not finite.
+    """
+    users, items = parallel_embed(config)(divide_state(state.params), divide_task(prepared.task))
+    rows = np.arange(len(users), dtype=np.int32)
+    mute = np.concatenate(
+        [_mute_users(users, items, rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)]
+    )
+    users, items = jax.device_get((users, items))
+    for name, vectors in (("customer", users), ("product", items)):
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+            raise ValueError(f"the vector of {name} {row} is not finite; train with a lower train.learning_rate")
+    if not mute.any():
+        return users, items
+    column = mute[:, None].astype(np.float32)
+    popularity = np.asarray(prepared.task.popularity, np.float32)[:, None]
+    return np.concatenate([users * (1 - column), column], axis=1), np.concatenate([items, popularity], axis=1)
+
+
+@jax.jit
+def _mute_users(
+    users: Float32[AnyArray, "U D"], items: Float32[AnyArray, "I D"], batch: Int32[AnyArray, "B"]
+) -> Bool[Array, "B"]:
+    return _mute(users[batch] @ items.T)[:, 0]
+
+
 def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> dict[str, Any]:
     """Of one of `BASELINES`, by this metric on validation; the first of the best.
 
@@ -262,8 +297,12 @@ def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
 
 def _popular_where_mute(scorer: Callable[..., Any], popularity: AnyArray, users: AnyArray) -> jax.Array:
     scores = scorer(users)
-    mute = scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
-    return jnp.where(mute, popularity[None, :], scores)
+    return jnp.where(_mute(scores), popularity[None, :], scores)
+
+
+def _mute(scores: Any) -> jax.Array:
+    """Bool [B, 1]: whose scores are all the same."""
+    return scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
 
 
 def _seen(prepared: Prepared) -> baselines.Seen:

@@ -91,9 +91,8 @@ def axes(tree: PyTree) -> PyTree:
 
 def program(config: Config) -> Config:
     """The config with the same values for whatever the compiled step does not depend on."""
-    train = dataclasses.replace(
-        config.train, seed=0, metric=METRICS[0], max_steps=1, eval_every=1, patience=1, refit=False, neighbours=0
-    )
+    same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": False}
+    train = dataclasses.replace(config.train, **same, neighbours=0, wandb="")
     return Config(model=config.model, train=train)
 
 

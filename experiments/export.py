@@ -1,0 +1,32 @@
+"""Take a finished run out of this project: one folder of vectors, parameters, program and card, to share or to serve.
+
+    python -m experiments.export --workdir=runs/mine --out=exported/mine
+    python -m experiments.export --workdir=runs/mine --out=exported/mine --faiss
+
+The folder is read with safetensors, jax or Faiss alone; docs/INTEROP.md tells how, and what each file holds. --out is a
+new folder or an empty one. Vectors tell of the people in the tables: keep the folder as you keep the tables.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+import fused_rec as fr
+from experiments import start
+from fused_rec.train import hub
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.", required=True)
+FAISS = flags.DEFINE_bool("faiss", False, "Write items.faiss too; needs the extra faiss.")
+
+
+def main(argv: list[str]) -> None:
+    """Opens the run, writes the folder, lists it."""
+    hub.check(Path(OUT.value), faiss=FAISS.value)
+    out = fr.export(fr.load(WORKDIR.value), OUT.value, faiss=FAISS.value)
+    for file in sorted(out.iterdir()):
+        print(f"{file.stat().st_size:>12,}  {file}")
+
+
+if __name__ == "__main__":
+    start(main)
