@@ -64,7 +64,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
-        "docs": ["furo>=2024.8", "myst-parser>=4.0", "sphinx>=8.0"],
+        "docs": ["furo>=2024.8", "myst-nb>=1.2", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
         "notebooks": [
             "ipykernel>=6.29",
