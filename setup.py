@@ -57,7 +57,7 @@ setup(
             "build>=1.2",
             "hypothesis>=6.100",
             "ir-measures>=0.4",
-            "pandas>=2.2",  # frames that tests hand over, as polars'
+            "pandas>=2.2.3",  # frames that tests hand over, as polars'
             "polars>=1.20",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.4",
@@ -74,7 +74,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "optuna>=5.0",
-            "pandas>=2.2",
+            "pandas>=2.2.3",
         ],
         "sweeps": ["optuna>=5.0"],
         "parity": ["torch>=2.6"],  # stores the reference vectors that the encoders are tested against
