@@ -24,8 +24,11 @@ lint: $(VENV)/.installed-tests
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Writes each .ipynb from the .py beside it, and runs all of them from clean folders.
+# Gives the notebooks the address of CITATION.cff, writes each .ipynb from the .py beside it, and runs all of them from
+# clean folders.
+REPOSITORY := $(shell sed -n 's|^repository-code: https://github.com/||p' CITATION.cff)
 notebooks: $(VENV)/.installed-tests
+	sed -E -i.bak 's#(github(\.com)?)/[[:alnum:]_.-]+/[[:alnum:]_.-]+#\1/$(REPOSITORY)#g' notebooks/*.py && rm notebooks/*.bak
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 	$(BIN)/python tests/campaigns/notebooks.py
 

@@ -58,7 +58,7 @@ setup(
             "build>=1.2",
             "hypothesis>=6.100",
             "ir-measures>=0.4",
-            "pandas>=2.2",  # frames that tests hand over, as polars'
+            "pandas>=2.2.3",  # frames that tests hand over, as polars'
             "polars>=1.20",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.4",
@@ -66,7 +66,7 @@ setup(
             "ruff>=0.15",
         ],
         "faiss": ["faiss-cpu>=1.15"],
-        "docs": ["furo>=2024.8", "myst-parser>=4.0", "sphinx>=8.0"],
+        "docs": ["furo>=2024.8", "myst-nb>=1.2", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
         "notebooks": [
             "ipykernel>=6.29",
@@ -76,7 +76,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "optuna>=5.0",
-            "pandas>=2.2",
+            "pandas>=2.2.3",
         ],
         "sweeps": ["optuna>=5.0"],
         "wandb": ["wandb>=0.31"],

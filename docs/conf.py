@@ -2,12 +2,13 @@
 
 project = "fused_rec"
 author = "the fused_rec developers"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = project
 exclude_patterns = ["figures"]
+nb_execution_mode = "off"  # notebooks are shown as they are stored; `make notebooks` runs them
 autosummary_generate = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # shapes stand in the signatures

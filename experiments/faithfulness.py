@@ -9,6 +9,7 @@ docs/EXPLANATIONS.md has measured tables.
 """
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
             if len(found) == USERS.value:
                 break
             asked += 1
+            bar.set_postfix_str(f"{asked} asked")
             own = prepared.observed.item[prepared.observed.user == user]
             given = scores(book, user).copy()
             given[own] = -np.inf
@@ -64,8 +66,6 @@ def main(argv: list[str]) -> None:
         **summary(found, SEED.value),
     }
     write_json(out, report)
-    figure = out.with_suffix(".png")
-    by_share(report).savefig(figure)
     print(f"{report['data']}, {report['split']} split: {len(found)} customers of {asked} asked\n")
     for kind, better in (("deletion", "lower is better"), ("insertion", "higher is better")):
         print(f"{kind}, area under the curve ({better})    parts less this order, 95 %")
@@ -73,7 +73,13 @@ def main(argv: list[str]) -> None:
             apart = row["difference"]
             mean = f"{row['area']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             print(f"  {name:10s} {mean}   {apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})")
-    print(f"numbers: {out}\nfigure:  {figure}")
+    print(f"numbers: {out}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print('the figure needs Matplotlib: pip install -e ".[plots]", then the same again')
+        return
+    figure = out.with_suffix(".png")
+    by_share(report).savefig(figure)
+    print(f"figure:  {figure}")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
             yield pa.table({name: [exact(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")})
 
 
-def write_reasons(book: Ledger, dataset: Dataset, out: Path) -> Path:
-    """`REASONS` beside `out`, a line a row of it; there only when whole."""
+def write_reasons(book: Ledger, dataset: Dataset, out: Path, rows: int) -> Path:
+    """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
     file = out.with_name(REASONS)
     partial = file.with_name(f".{file.name}.partial")
     ids = {
@@ -74,7 +74,7 @@ def write_reasons(book: Ledger, dataset: Dataset, out: Path) -> Path:
         for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
     }
     try:
-        with partial.open("w", encoding="utf-8") as stream, tqdm(desc="explain", unit="row") as bar:
+        with partial.open("w", encoding="utf-8") as stream, tqdm(total=rows, desc="explain", unit="row") as bar:
             for table in read_ranked(out):
                 user, item = (
                     pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id")
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
         )
     print(f"{told['ranked']} recommendations for {told['users'] - told['without_any']} customers in {out}")
     if EXPLAIN.value:
-        print(f"reasons: {write_reasons(ledger(config, state.params, prepared.task), dataset, out)}")
+        print(f"reasons: {write_reasons(ledger(config, state.params, prepared.task), dataset, out, told['ranked'])}")
     if told["fewer"]:
         print(f"{told['fewer']} customers have fewer than {K.value}, {told['without_any']} of them none")
 

@@ -15,8 +15,10 @@ def text_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of headings."""
-    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    """As GitHub makes them of headings; those of a page that is included are the page's own."""
+    included = re.findall(r"^```{include} (\S+)$", text_of(page), re.MULTILINE)
+    text = "\n".join(map(text_of, [page, *(page.parent / name for name in included)]))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

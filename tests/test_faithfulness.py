@@ -234,5 +234,5 @@ def test_a_summary_by_hand():
     assert report["insertion"]["attention"]["curve"] == pytest.approx(up.tolist())
     mixed = summary([one(step), one(down)])["deletion"]["parts"]
     assert (mixed["low"], mixed["area"], mixed["high"]) == pytest.approx((0.1, 0.3, 0.5))
-    with pytest.raises(ValueError, match="ask for more users"):
+    with pytest.raises(ValueError, match="ask for others"):
         summary([])

@@ -69,7 +69,11 @@ def test_notebooks_call_and_define_nothing(source):
 def test_badge_and_installation_name_one_repository(source):
     text = source.read_text(encoding="utf-8")
     assert f"notebooks/{source.stem}.ipynb)" in text, "the badge opens another notebook"
-    assert len(set(re.findall(r"github(?:\.com)?/([\w-]+/fused_rec)", text))) == 1
+    [published] = re.findall(
+        r"^repository-code: https://github.com/(.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    named = set(re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)", text))
+    assert named == {published}, "run `make notebooks`, which writes the address of CITATION.cff"
 
 
 @pytest.mark.parametrize("name", ["01_quickstart", "02_your_own_tables"])

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_the_workflow_does_what_the_makefile_does():
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert {step.split()[1] for step in steps if step.startswith("make ")} == {"lint", "test", "notebooks", "package"}
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+
+
+def test_the_oldest_versions_are_those_of_setup_py(promised, tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    [step] = [step["run"] for step in workflow["jobs"]["oldest"]["steps"] if step.get("name") == "constraints"]
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text(encoding="utf-8"), encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(["bash", "-ec", step], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+    asked = [*promised["install_requires"], *(line for extra in promised["extras_require"].values() for line in extra)]
+    bounded = [re.sub(r"\[\w+\]", "", line).replace(">=", "==") for line in asked if ">=" in line]
+    assert sorted((tmp_path / "oldest.txt").read_text().split()) == sorted(bounded)
 
 
 def test_traps_are_pinned(promised):
