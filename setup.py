@@ -71,6 +71,7 @@ setup(
         "notebooks": [
             "ipykernel>=6.29",
             "ipywidgets>=8.1",  # without it libraries warn that they cannot draw their progress
+            "jinja2>=3.1",  # pandas shows formatted tables with it
             "jupytext>=1.16",
             "matplotlib>=3.9",
             "nbclient>=0.10",

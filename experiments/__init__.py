@@ -57,21 +57,19 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
         said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
         print(f"\n{said}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
         sys.exit(stopped.exit_status)
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        if flags.FLAGS.verbosity > 0:
+    except Exception as error:
+        if hosts.broke_off(error):
+            print(
+                f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
+                f"To go on from the last checkpoint, start all processes again:\n  {command()}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # an orderly end would wait for the others
+        if flags.FLAGS.verbosity > 0 or not isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)):
             raise
         print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
-        if hosts.alone():
-            raise
-        print(
-            f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
-            f"To go on from the last checkpoint, start all processes again:\n  {command()}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # an orderly end would wait for the others
 
 
 def command() -> str:

@@ -5,6 +5,7 @@ request to stop) is told to the others here. The first process writes.
 """
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 START_SECONDS = 300  # how long the first processes wait for the last
 HEARTBEAT_SECONDS = 20  # without a sign of life a process counts as dead, and the others stop
 SHUTDOWN_SECONDS = 15  # how long an ending process waits for the others to end
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -50,6 +52,16 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
 def alone() -> bool:
     """Whether this is the run's only process."""
     return jax.process_count() == 1
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether this is how JAX tells that the other processes of the run have ended or cannot be reached.
+
+    A broken collective comes as a RuntimeError, or, where it breaks while it is sent off, as a ValueError that begins
+    with its status.
+    """
+    broken = isinstance(error, RuntimeError) or _STATUS.match(str(error)) is not None
+    return broken and not alone()
 
 
 def leads() -> bool:

@@ -126,7 +126,7 @@ _ = top[::-1].plot.barh(figsize=(7, 3), title="first for how many customers")
 # share the tables.
 
 # %%
-page = fr.report("runs/bank", users=["C0001", "C0002"], k=3, groups=["age_band"])
+page = fr.report("runs/bank", users=["C0001"], k=3, groups=["age_band"])
 HTML(f'<div><iframe srcdoc="{html.escape(page.read_text())}" width="100%" height="700"></iframe></div>')
 
 # %% [markdown]

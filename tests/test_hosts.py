@@ -170,6 +170,17 @@ def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_pat
     assert rerun.wait(timeout=STOP_SECONDS) == 143
 
 
+def test_what_tells_of_others_is_no_fault_of_the_input(monkeypatch):
+    """As heard of killed neighbours: which of the two it is depends on where the others were lost."""
+    lost = "Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
+    told = [RuntimeError(lost), ValueError(f"UNKNOWN: {lost}")]
+    own = [ValueError("train.seed is -1"), OSError("no space left on device"), ImportError("no module")]
+    assert not any(map(hosts.broke_off, told + own))  # a run of one process has no others
+    monkeypatch.setattr(hosts, "alone", lambda: False)
+    assert all(map(hosts.broke_off, told))
+    assert not any(map(hosts.broke_off, own))
+
+
 def test_a_request_to_one_stops_all_at_the_same_step(tables, tmp_path):
     workdir, port = tmp_path / "run", free_port()
     started = [launch(tables, workdir, process, 2, port, ENDLESS) for process in range(2)]

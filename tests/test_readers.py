@@ -479,5 +479,5 @@ def test_load_makes_the_synthetic_market_from_its_seed():
     assert one.interactions.equals(again.interactions) and not one.interactions.equals(other.interactions)
     assert set(READERS) == {
         *("synthetic", "tables", "lastfm", "lastfm_sociallgn", "lastfm_lightgcn", "stocknet"),
-        *("fartrans", "amazon", "lightgcn_text", "recbole", "edges"),
+        *("fartrans", "amazon", "lightgcn_text", "recbole", "huggingface", "edges"),
     }

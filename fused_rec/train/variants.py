@@ -39,7 +39,7 @@ PLAIN_MODEL = {
     "id_dropout": 0.0,
     "id_scale": 0.01,  # rows that start short learn what is popular first, which few holdings tell best
 }
-FROZEN = {"train": "frozen"}  # where no words are read
+FROZEN = {"train": "frozen"}  # where no words are read, or those of a sample stay
 PLAIN_GRAPH = {"attributes": (), "similar_text": 0, "ties": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrast": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
 
@@ -56,7 +56,7 @@ VARIANTS: dict[str, Variant] = {
     "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
     "sampled": Variant(
         "the same, and ten sampled neighbours a node and relation",
-        {"train": {"loss": "sampled_softmax", "neighbours": 10}},
+        {"train": {"loss": "sampled_softmax", "neighbours": 10}, "text": FROZEN},
     ),
     "shuffled_text": Variant("another node's words", {"text": {"control": "shuffled"}}, ("text",), control=True),
     "random_text": Variant(
