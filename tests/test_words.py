@@ -122,10 +122,13 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     """Each value by its definition, with differences for derivatives: the integral of dF / d(its own share)."""
     _, _, read = opened("fused")
     user, item = 0, 3
-    found = words(read, user, item, limit=1)
-    assert [text.side for text in found.texts] == [USER, ITEM]
+    found = words(read, user, item)
+    sides = [text.side for text in found.texts]
+    [of_user] = [place for place, text in enumerate(found.texts) if text.text == SCRIPTS]
+    of_item = sides.index(ITEM)
     texts = np.array([read.texts.texts.index(text.text) for text in found.texts])
-    moved, shares = subject._moving(read, texts), np.array([[found.texts[0].weight, 0], [0, found.texts[1].weight]])
+    moved = subject._moving(read, texts)
+    shares = np.array([[text.weight * (text.side == side) for text in found.texts] for side in (USER, ITEM)])
     own = np.stack([read.means[USER][user], read.means[ITEM][item]])
     rest = own - shares @ read.vectors[texts]
     space = [np.array([True, True]), *(np.stack([read.spaces[side][part] for side in (USER, ITEM)]) for part in (0, 1))]
@@ -163,17 +166,17 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
         return float(parts @ np.array(slopes)) / 2
 
     # "naïve": one word of the user's text that is counted nowhere else; its tokens alone.
-    cut = moved[0].tokens
+    cut = moved[of_user].tokens
     [naive] = [word for word in found.words if word.word == "naïve"]
     tokens_of = [n for n, (start, end) in enumerate(cut.spans) if naive.start <= start < end <= naive.end]
-    assert sum(value(0, token=n) for n in tokens_of) == pytest.approx(naive.value, rel=0.03, abs=2e-5)
+    assert sum(value(of_user, token=n) for n in tokens_of) == pytest.approx(naive.value, rel=0.03, abs=2e-5)
     # A counted term of the item's text: its share of the words that it stands in is what its tokens leave.
-    start, end, row = next(iter(read.lexicon.occurrences(found.texts[1].text)))
-    [counted] = [word for word in found.words if word.side == ITEM and word.start == start]
+    start, end, row = next(iter(read.lexicon.occurrences(found.texts[of_item].text)))
+    [counted] = [word for word in found.words if word.text == of_item and word.start == start]
     assert counted.end == end
-    often = sum(row == other for *_, other in read.lexicon.occurrences(found.texts[1].text))
-    tokens_of = [n for n, span in enumerate(moved[1].tokens.spans) if start <= span[0] < span[1] <= end]
-    by_hand = sum(value(1, token=n) for n in tokens_of) + value(1, term=row) / often
+    often = sum(row == other for *_, other in read.lexicon.occurrences(found.texts[of_item].text))
+    tokens_of = [n for n, span in enumerate(moved[of_item].tokens.spans) if start <= span[0] < span[1] <= end]
+    by_hand = sum(value(of_item, token=n) for n in tokens_of) + value(of_item, term=row) / often
     assert by_hand == pytest.approx(counted.value, rel=0.03, abs=2e-5)
 
 
