@@ -99,7 +99,7 @@ class TextConfig:
     attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
     train: TextTraining = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
     rank: int = 8  # of the adapters
-    learning_rate: float = 5e-4  # of the language model where it is trained; 2e-5 is usual for full
+    learning_rate: float = 1e-4  # of the language model where it is trained (docs/JOINT.md); 2e-5 is usual for full
     texts_per_step: int = 64  # so many are encoded with gradient; the others' vectors date from the last evaluation
 
     def __post_init__(self):
