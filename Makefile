@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 BIN := $(VENV)/bin
-REQUIREMENTS := setup.py fused_rec/graph/sparse_sum.cc requirements-minilm.txt
+REQUIREMENTS := setup.py $(wildcard fused_rec/kernels/*.cc fused_rec/kernels/*.h) requirements-minilm.txt
 
 .PHONY: demo test lint docs notebooks package clean
 .DEFAULT_GOAL := test

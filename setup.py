@@ -5,11 +5,12 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, find_packages, setup
 
-# The sparse sum for CPUs. Without a C++ compiler the installation goes through all the same, and jaxlib's own kernel,
-# half as fast, takes its place.
-KERNEL = Extension(
-    "fused_rec.graph._sparse_sum",
-    sources=["fused_rec/graph/sparse_sum.cc"],
+# The sparse sum and ranking for CPUs. Without a C++ compiler the installation goes through all the same, and what JAX
+# has, half as fast, takes their place.
+KERNELS = Extension(
+    "fused_rec.kernels._compiled",
+    sources=["fused_rec/kernels/sparse_sum.cc", "fused_rec/kernels/ranking.cc"],
+    depends=["fused_rec/kernels/parts.h"],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
     extra_compile_args=["-std=c++17", "-O3", "-w"],  # -w: the headers warn
     language="c++",
@@ -27,7 +28,7 @@ setup(
     # experiments/ stays out: its name would claim a top-level module of every environment. It runs from the checkout.
     packages=find_packages(include=["fused_rec", "fused_rec.*"]),
     package_data={"fused_rec": ["py.typed"]},
-    ext_modules=[KERNEL],
+    ext_modules=[KERNELS],
     zip_safe=False,
     # Lower bounds are the oldest versions that the test suite passed with, all of them together.
     install_requires=[

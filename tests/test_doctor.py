@@ -81,7 +81,7 @@ def test_the_command_ends_by_what_it_found(tmp_path):
     assert sound.returncode == 1, sound.stdout + sound.stderr  # the data folder alone
     assert sound.stdout.count("FAIL") == 1 and "-> make it, or unset the variable" in sound.stdout
     told = [line[6:21].strip() for line in sound.stdout.splitlines() if not line.startswith(" ")]
-    for name in ("python", "libraries", "devices", "kernel", "data", "language model", "cache", "self-test"):
+    for name in ("python", "libraries", "devices", "kernels", "data", "language model", "cache", "self-test"):
         assert told.count(name) == 1, sound.stdout
     assert "trained, ranked and explained in" in sound.stdout
     assert "Traceback" not in sound.stderr

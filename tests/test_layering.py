@@ -15,7 +15,20 @@ PACKAGE = "fused_rec"
 
 # Each package imports only from itself and from those before it. `evaluate` comes before `train` because the training
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
-LAYERS = ("config", "devices", "hosts", "data", "text", "graph", "model", "evaluate", "train", "explain", "api")
+LAYERS = (
+    "config",
+    "devices",
+    "kernels",
+    "hosts",
+    "data",
+    "text",
+    "graph",
+    "model",
+    "evaluate",
+    "train",
+    "explain",
+    "api",
+)
 
 # The only places that touch files, the network, other processes or the terminal.
 IO_ALLOWED = (

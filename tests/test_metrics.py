@@ -56,19 +56,24 @@ def _mask(lists, n_items):
     return jnp.asarray(mask)
 
 
-def test_accuracy_by_hand():
+# With the kernel, where it is built, and in plain JAX.
+ACCURACIES = pytest.mark.parametrize("accuracy", [metrics.pairwise_accuracy, metrics._pairwise_accuracy])
+
+
+@ACCURACIES
+def test_accuracy_by_hand(accuracy):
     # User 0 holds out items 0 and 3 (scores 3 and 1) against items 1, 2, 4 (scores 2, 1, 0):
     # item 0 beats all three; item 3 ties with 2 and beats 4: (3 + 1.5) / 6.
     # User 1 holds out item 4, the lowest of all. User 2 holds out item 1 and has nothing to compare it with.
     scores = jnp.array([[3, 2, 1, 1, 0], [3, 2, 1, 1, 0], [0, 0, 0, 0, 0]], jnp.float32)
     truth = [[0, 3], [4], [1]]
-    relevant = _mask(truth, 5)
     negative = _mask([[1, 2, 4], [0, 1, 2, 3], []], 5)
-    got = jax.jit(metrics.pairwise_accuracy)(scores, relevant, negative, *_csr(truth))
+    got = jax.jit(accuracy)(scores, negative, *_csr(truth))
     np.testing.assert_allclose(got, [4.5 / 6, 0, np.nan], rtol=1e-6)
 
 
-def test_accuracy_equals_counting_every_pair():
+@ACCURACIES
+def test_accuracy_equals_counting_every_pair(accuracy):
     rng = np.random.default_rng(1)
     n_users, n_items = 37, 211
     scores = rng.integers(-6, 6, (n_users, n_items)).astype(np.float32)  # ties everywhere
@@ -80,18 +85,18 @@ def test_accuracy_equals_counting_every_pair():
         pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
         expected.append(sum(pairs) / len(pairs))
     lists = [list(np.flatnonzero(kind[user] == 0)) for user in range(n_users)]
-    args = (jnp.asarray(scores), jnp.asarray(kind == 0), jnp.asarray(kind == 1), *_csr(lists))
-    np.testing.assert_allclose(metrics.pairwise_accuracy(*args), expected, rtol=1e-6)
+    args = (jnp.asarray(scores), jnp.asarray(kind == 1), *_csr(lists))
+    np.testing.assert_allclose(accuracy(*args), expected, rtol=1e-6)
 
 
 def test_accuracy_is_the_same_with_all_rows_at_once(monkeypatch):
     """What an accelerator runs: `map_rows` is `jax.vmap`; rows with fewer held-out items wait for the rest."""
     truth = [[0, 3], [4], [1, 2, 3, 4]]
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
-    args = (scores, _mask(truth, 5), ~_mask(truth, 5), *_csr(truth))
-    by_row = metrics.pairwise_accuracy(*args)
+    args = (scores, ~_mask(truth, 5), *_csr(truth))
+    by_row = metrics._pairwise_accuracy(*args)
     monkeypatch.setattr(metrics, "map_rows", lambda function, *arrays: jax.vmap(function)(*arrays))
-    np.testing.assert_array_equal(metrics.pairwise_accuracy(*args), by_row)
+    np.testing.assert_array_equal(metrics._pairwise_accuracy(*args), by_row)
 
 
 def test_novelty_by_hand():

@@ -3,12 +3,15 @@
 from typing import Any
 
 import ir_measures
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ir_measures import AP, RR, P, R, Success, nDCG
 from jax.tree_util import Partial
 
+from fused_rec import kernels
+from fused_rec.evaluate import ranking
 from fused_rec.evaluate.ranking import Sets, catalogue, evaluate, item_sets, mean, top_k
 
 
@@ -227,6 +230,46 @@ def test_batch_size_changes_nothing():
         for name, values in results[0].metrics.items():
             # XLA adds in another order for another shape: one unit in the last place
             np.testing.assert_allclose(result.metrics[name], values, rtol=3e-7, err_msg=name)
+
+
+@pytest.mark.skipif(not kernels.usable(), reason="no kernel was compiled here")
+@pytest.mark.parametrize(("rows", "n_items", "k"), [(1, 1, 1), (3, 5, 8), (7, 63, 20), (33, 1000, 50), (300, 4489, 20)])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "constant", "ascending", "signed zeros"])
+def test_the_kernel_finds_what_plain_jax_finds(rows, n_items, k, kind):
+    """Rows of every length, lists longer than what is eligible, and the worst case of a row: ever better scores."""
+    rng = np.random.default_rng(n_items)
+    scores = rng.normal(size=(rows, n_items)).astype(np.float32)
+    scores = {
+        "distinct": scores,
+        "ties": np.round(scores, 1),
+        "constant": np.full_like(scores, 0.25),
+        "ascending": np.sort(scores, axis=1),
+        "signed zeros": np.where(scores > 0, np.float32(0), np.float32(-0.0)),
+    }[kind]
+    eligible = rng.random((rows, n_items)) < rng.random((rows, 1))  # of some rows hardly any, of others nearly all
+    eligible[0] = False
+    _, order = catalogue(n_items, None, 0)
+    for got, expected in zip(
+        jax.jit(ranking.best, static_argnums=3)(scores, eligible, order, k),
+        (*jax.jit(ranking._best, static_argnums=3)(scores, eligible, order, k), np.ones(rows, bool)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
+        assert got.dtype == expected.dtype and not np.signbit(np.asarray(got, float)[np.asarray(got) == 0]).any()
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_told(strange):
+    scores = np.zeros((3, 130), np.float32)
+    scores[1, 128] = strange
+    _, order = catalogue(130, None, 0)
+    assert ranking.best(jnp.asarray(scores), jnp.zeros((3, 130), bool), order, 4)[2].tolist() == [True, False, True]
+
+
+def test_places_are_the_order():
+    for n_items in (1, 2, 5, 20, 41, 1000):
+        _, order = catalogue(n_items, None, 3)
+        assert np.argsort(order.places(n_items)).tolist() == order.items(n_items).tolist()
 
 
 # --- equal scores --------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
+from fused_rec import kernels
+
 
 def map_rows(function: Callable[..., Any], *arrays: Array) -> Any:
     """`jax.vmap(function)(*arrays)`, computed on a CPU one row at a time, so that a row stays in the cache.
@@ -88,7 +90,6 @@ RANKED: Mapping[str, Callable[..., Float32[Array, "B"]]] = MappingProxyType(
 
 def pairwise_accuracy(
     scores: Float32[Array, "B I"],
-    relevant: Bool[Array, "B I"],
     negative: Bool[Array, "B I"],
     starts: Int32[Array, "rows"],
     truth: Int32[Array, "F"],
@@ -99,14 +100,22 @@ def pairwise_accuracy(
 
     Args:
         scores: finite.
-        relevant: the held-out items.
-        negative: the items a held-out item is compared with; disjoint from `relevant`.
+        negative: the items a held-out item is compared with; none of them is held out.
         starts: rows = B + 1; `truth[starts[b]:starts[b + 1]]` lists the held-out items of row b.
         truth: item ids of all rows, then padding.
 
     Returns:
         NaN for a user who has no pair.
     """
+    if kernels.usable():
+        call = jax.ffi.ffi_call(kernels.ACCURACY, jax.ShapeDtypeStruct((len(scores),), jnp.float32))
+        return call(scores, negative, starts, truth)
+    return _pairwise_accuracy(scores, negative, starts, truth)
+
+
+def _pairwise_accuracy(
+    scores: Float32[Array, "B I"], negative: Bool[Array, "B I"], starts: Int32[Array, "rows"], truth: Int32[Array, "F"]
+) -> Float32[Array, "B"]:
     # Comparing a row once with each held-out item beats sorting it: 256 rows of 40,981 items with 7
     # held-out items each take 26 ms of a CPU core here, and jnp.sort took 2,010 ms on two (XLA's CPU sort is scalar).
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
 from tqdm import tqdm
 
+from fused_rec import kernels
 from fused_rec.devices import DIVIDED, AnyArray, Shards, by_rows, over_devices, places, put, used
 from fused_rec.evaluate import metrics
 
@@ -26,9 +27,18 @@ so new parameters need no new compilation. A closure works too, compiles once fo
 alive, arrays included, by JAX's compilation cache.
 """
 
-BATCH = 256  # users a device; 256 x 40,981 scores are 42 MB, and about five such arrays live at once
+# Scores that a device holds at once; their mask beside them has a quarter of the bytes. Measured on 2 CPU cores with
+# 40,981 items: 64 users together (10 MB) are ranked 3 times as fast as 256, whose arrays the allocator hands back each
+# time; with 4,489 items 512 users are quicker than 256 and than 1,024.
+AT_ONCE, AT_ONCE_ON_ACCELERATORS, MOST_USERS = 3 << 20, 1 << 27, 8192
 TOP = 10  # ranks that coverage and novelty look at
 FEW = 20  # ranks that are asked for most
+
+
+def together(n_items: int) -> int:
+    """How many users each device ranks together: a power of two from 16 to `MOST_USERS`."""
+    at_once = AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ON_ACCELERATORS
+    return min(1 << max(4, (at_once // max(n_items, 1)).bit_length() - 1), MOST_USERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +143,11 @@ class Order(NamedTuple):
         every = (columns[:, None] + len(columns) * rows).ravel()
         return every[every < n_items]
 
+    def places(self, n_items: int) -> Int32[Array, "I"]:
+        """Where each item stands in this order, numbers left out in between, inside a compiled program."""
+        row, column = jnp.divmod(jnp.arange(n_items, dtype=jnp.int32), len(self.columns))
+        return jnp.argsort(self.columns)[column] * len(self.rows) + jnp.argsort(self.rows)[row]
+
 
 class Rows(NamedTuple):
     """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
@@ -164,23 +179,34 @@ def _rows(sets: Sets, batches: Int32[np.ndarray, "M B"], devices: int | None) ->
         yield Rows(*map(np.stack, zip(*stacked, strict=True)))
 
 
-def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> tuple[Float32[Array, "B I"], Bool[Array, "B"]]:
-    """Scores that `best` can order, and which users' are finite, inside a compiled program."""
+def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
+    """Scores that `best` can order, inside a compiled program."""
     scores = scorer(users)
     if scores.shape != (users.shape[0], n_items):
         raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
-    scores = scores.astype(jnp.float32)
-    return jnp.where(scores == 0, 0.0, scores), jnp.isfinite(scores).all(1)  # top_k puts -0.0 below 0.0
+    return scores.astype(jnp.float32)
 
 
 def best(
     scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "Order", k: int
-) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
+) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"], Bool[Array, "B"]]:
     """The k best eligible items and their scores, -1 and -inf where there are fewer, inside a compiled program.
 
-    The best score of each column of `order` comes first: no item outside the k best columns is among the k best.
+    Also whether all scores of a row are finite; where they are not, the rest of the row means nothing.
     """
+    if not kernels.usable():
+        return *_best(scores, eligible, order, k), jnp.isfinite(scores).all(1)
+    lists = jax.ShapeDtypeStruct((len(scores), k), jnp.int32)
+    results = (lists, lists.update(dtype=jnp.float32), jax.ShapeDtypeStruct((len(scores),), bool))
+    return jax.ffi.ffi_call(kernels.BEST, results)(scores, eligible, order.places(scores.shape[1]))
+
+
+def _best(
+    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "Order", k: int
+) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
+    """The best score of each column of `order` comes first: outside the k best columns is none of the k best items."""
     n_columns, n_rows = len(order.columns), len(order.rows)
+    scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0
     there = jnp.where(eligible, scores, -jnp.inf)
     there = jnp.pad(there, ((0, 0), (0, n_rows * n_columns - scores.shape[1])), constant_values=-jnp.inf)
     of_columns = there.reshape(-1, n_rows, n_columns).max(1)[:, order.columns]
@@ -244,20 +270,20 @@ def over_batches(
 
 
 def _top_batch(scorer, tests, allowed, order, users, seen, *barred, k):
-    scores, finite = scored(scorer, users, allowed.shape[0])
-    return *best(scores, _open_to(tests, barred, users, seen, allowed), order, k), finite
+    scores = scored(scorer, users, allowed.shape[0])
+    return best(scores, _open_to(tests, barred, users, seen, allowed), order, k)
 
 
 def _measure_batch(scorer, tests, allowed, order, item_counts, users, seen, truth, *barred, ks, n_users):
     n_items = allowed.shape[0]
-    scores, finite = scored(scorer, users, n_items)
+    scores = scored(scorer, users, n_items)
     eligible = _open_to(tests, barred, users, seen, allowed)
-    items, _ = best(scores, eligible, order, max(*ks, TOP))
+    items, _, finite = best(scores, eligible, order, max(*ks, TOP))
     relevant = truth.mask(n_items)
     hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
     n_truth = jnp.diff(truth.starts)
     values = {f"{name}@{k}": measure(hits, n_truth, k) for name, measure in metrics.RANKED.items() for k in ks}
-    values["accuracy"] = metrics.pairwise_accuracy(scores, relevant, eligible & ~relevant, truth.starts, truth.items)
+    values["accuracy"] = metrics.pairwise_accuracy(scores, eligible & ~relevant, truth.starts, truth.items)
     values[f"novelty@{TOP}"] = metrics.novelty(items, item_counts, n_users, TOP)
     return values, items[:, :TOP], finite
 
@@ -271,7 +297,7 @@ def top_k(
     k: int,
     candidates: Int[np.ndarray, "C"] | None = None,
     eligible: Eligible = Eligible(),
-    batch: int = BATCH,
+    batch: int | None = None,
     seed: int = 0,
     progress: bool = False,
     devices: int | None = None,
@@ -289,7 +315,8 @@ def top_k(
         k: ranks wanted; may exceed what remains.
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom.
-        batch: users that a device scores together. The last batch is padded, so one compilation serves all.
+        batch: users that a device ranks together, None: as `together` says. The last batch is padded, so one compilation
+            serves all.
         seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.
@@ -313,7 +340,7 @@ def top_k(
         (as_argument(scorer), eligible.tests, allowed, order),
         users,
         (seen, *eligible.barred),
-        batch=batch,
+        batch=together(n_items) if batch is None else batch,
         devices=devices,
         progress="rank" if progress else "",
         k=k,
@@ -335,7 +362,7 @@ def evaluate(
     ks: Sequence[int] = (5, 10, 20, 50),
     candidates: Int[np.ndarray, "C"] | None = None,
     eligible: Eligible = Eligible(),
-    batch: int = BATCH,
+    batch: int | None = None,
     seed: int = 0,
     progress: bool = False,
     devices: int | None = None,
@@ -355,7 +382,8 @@ def evaluate(
         ks: cuts, in ranks.
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom. A held-out item that is not counts as missed.
-        batch: users that a device scores together. The last batch is padded, so one compilation serves all.
+        batch: users that a device ranks together, None: as `together` says. The last batch is padded, so one compilation
+            serves all.
         seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.
@@ -390,7 +418,7 @@ def evaluate(
         (as_argument(scorer), eligible.tests, allowed, order, item_counts.astype(np.int32)),
         users,
         (seen, truth, *eligible.barred),
-        batch=batch,
+        batch=together(n_items) if batch is None else batch,
         devices=devices,
         progress="evaluate" if progress else "",
         ks=ks,

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 from fused_rec.data.arrow import pc
 from fused_rec.evaluate.compare import Difference, paired_bootstrap, resampled_means
 from fused_rec.evaluate.ranking import (
-    BATCH,
     Eligible,
     Scorer,
     Sets,
@@ -30,6 +29,7 @@ from fused_rec.evaluate.ranking import (
     over_batches,
     passed,
     scored,
+    together,
 )
 
 DAY = 86_400  # seconds
@@ -63,7 +63,7 @@ def screen(
     n_items: int,
     k: int,
     candidates: Int[np.ndarray, "C"] | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: str = "",
     devices: int | None = None,
 ) -> Screened:
@@ -94,7 +94,7 @@ def screen(
         (as_argument(scorer), eligible.tests, allowed, order),
         users,
         (seen, *eligible.barred),
-        batch=batch,
+        batch=together(n_items) if batch is None else batch,
         devices=devices,
         progress=progress,
         k=k,
@@ -112,12 +112,12 @@ def screen(
 
 def _screen_batch(scorer, tests, allowed, order, users, seen, *barred, k):
     n_items = allowed.shape[0]
-    scores, finite = scored(scorer, users, n_items)
+    scores = scored(scorer, users, n_items)
     unseen = allowed[None, :] & ~seen.mask(n_items)
     masks = passed(tests, barred, users, n_items)
     refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
-    items, top = best(scores, unseen & (refused == 0), order, k)
-    before, _ = best(scores, unseen, order, k)
+    items, top, finite = best(scores, unseen & (refused == 0), order, k)
+    before, _, _ = best(scores, unseen, order, k)
 
     there = before >= 0
     of_rules = tuple(
@@ -165,7 +165,7 @@ def add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suitable(
-    eligible: Eligible, users: Int[np.ndarray, "V"], items: Int[np.ndarray, "V k"], *, batch: int = BATCH
+    eligible: Eligible, users: Int[np.ndarray, "V"], items: Int[np.ndarray, "V k"], *, batch: int = 256
 ) -> Bool[np.ndarray, "V k"]:
     """Which products of anybody's lists pass every rule; False at empty ranks (-1)."""
     fine = items >= 0

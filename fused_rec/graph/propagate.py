@@ -1,7 +1,7 @@
 """The one sparse sum: y[v] = sum over edges (u, v) of weight[e] * x[u], with its exact derivatives.
 
 All backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the oracle and what
-accelerators run. On a CPU that takes many times longer than the two others: `compiled`, the kernel of sparse_sum.cc,
+accelerators run. On a CPU that takes many times longer than the two others: `compiled`, the kernel of kernels/sparse_sum.cc,
 where the installation has built it, and `csr`, jaxlib's kernel for compressed sparse rows, elsewhere. Neither has a
 fast transpose, so the edges are stored twice, by receiver and by sender, and the derivative is the same kernel over
 the second order.
@@ -10,10 +10,6 @@ What is summed may be narrower than float32: `segment` and `compiled` then fetch
 first. Weights, products and sums are float32 either way.
 """
 
-import ctypes
-import functools
-import importlib.util
-import logging
 from typing import Literal, NamedTuple, no_type_check
 
 import flax.struct
@@ -23,30 +19,18 @@ import numpy as np
 from jax.experimental import sparse
 from jaxtyping import Array, Float, Float32, Int32
 
+from fused_rec import kernels
 from fused_rec.devices import AnyArray
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
 
 Backend = Literal["compiled", "csr", "segment"]
-KERNEL, TARGET = "fused_rec.graph._sparse_sum", "fused_rec_neighbour_sum"
-REBUILD = "jaxlib's own kernel, half as fast, takes its place until pip install --no-build-isolation builds it anew"
-LOG = logging.getLogger(__name__)
 
 
-@functools.cache
 def fastest() -> Backend:
     """What sums soonest on the default device; a function of the installation."""
     if jax.default_backend() != "cpu":
         return "segment"
-    kernel = importlib.util.find_spec(KERNEL)
-    if kernel is None or kernel.origin is None:
-        return "csr"
-    function = getattr(ctypes.CDLL(kernel.origin), TARGET)
-    try:
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
-    except jax.errors.JaxRuntimeError as error:
-        LOG.warning("the sparse sum was built for a newer JAX than %s; %s: %s", jax.__version__, REBUILD, error)
-        return "csr"
-    return "compiled"
+    return "compiled" if kernels.usable() else "csr"
 
 
 class Degrees(NamedTuple):
@@ -208,8 +192,8 @@ def _row_sum(
     """order: where the weights of the edges stand, None for in their own order."""
     n_targets = len(start) - 1
     if backend == "compiled":
-        fastest()  # registers the kernel in a process that was given its adjacency
-        call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
+        kernels.usable()  # makes the kernel known in a process that was given its adjacency
+        call = jax.ffi.ffi_call(kernels.NEIGHBOUR_SUM, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
         return call(start, frm, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
     weight = weight if order is None else weight[order]
     matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x)))

@@ -15,7 +15,7 @@ from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
 from fused_rec.devices import AnyArray
-from fused_rec.evaluate.ranking import BATCH, PerUser, Scorer, evaluate, item_sets, mean
+from fused_rec.evaluate.ranking import PerUser, Scorer, evaluate, item_sets, mean, together
 from fused_rec.evaluate.rules import Rule, apply
 from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.evaluate.suitability import (
@@ -237,8 +237,9 @@ def product_vectors(
     """
     users, items = parallel_embed(config)(divide_state(state.params), divide_task(prepared.task))
     rows = np.arange(len(users), dtype=np.int32)
+    step = together(len(items))
     mute = np.concatenate(
-        [_mute_users(users, items, rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)]
+        [_mute_users(users, items, rows[first : first + step]) for first in range(0, len(rows), step)]
     )
     users, items = jax.device_get((users, items))
     for name, vectors in (("customer", users), ("product", items)):

@@ -12,7 +12,7 @@ from fused_rec.config import Config
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, column, digest
 from fused_rec.devices import used
-from fused_rec.evaluate.ranking import BATCH, Eligible, Scorer, item_sets
+from fused_rec.evaluate.ranking import Eligible, Scorer, item_sets, together
 from fused_rec.evaluate.rules import HELD, Refuse, Rule, apply
 from fused_rec.evaluate.suitability import Screened, screen
 from fused_rec.train.checkpoint import Checkpoints
@@ -137,7 +137,8 @@ def parts(
     """
     ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
-    batch = min(BATCH, -(-len(users) // len(used(devices))))  # of the last part too: a score may depend on the shape
+    # Of the last part too: a score may depend on the shape.
+    batch = min(together(dataset.n_items), -(-len(users) // len(used(devices))))
     n_parts = count_parts(len(users))
     for part in range(first, n_parts):
         own = users[part * PART : (part + 1) * PART]

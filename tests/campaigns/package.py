@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     *("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "requirements-minilm.txt"),
-    *("fused_rec/py.typed", "fused_rec/graph/sparse_sum.cc"),
+    *("fused_rec/py.typed", "fused_rec/kernels/sparse_sum.cc"),
 )
 STORY = """
 import sys
@@ -27,11 +27,11 @@ from pathlib import Path
 
 import fused_rec as fr
 from fused_rec.data.synthetic import make_market
-from fused_rec.graph.propagate import fastest
+from fused_rec import kernels
 
 assert Path(fr.__file__).is_relative_to(sys.prefix), fr.__file__
 assert Path(fr.__file__).with_name("py.typed").is_file()
-assert fastest() == "compiled", fastest()
+assert kernels.usable()
 config = fr.configure(model={"variant": "graph", "dim": 8, "rounds": 1}, train={"max_steps": 2, "eval_every": 1})
 run = fr.fit(config, "run", make_market(0, 60, 30))
 [row] = fr.reasons(run, "C0001", k=1)
@@ -62,7 +62,7 @@ def main() -> None:
             sys.exit(f"{wheel.name} lacks {sorted(missing)}")
         if stray := {name for name in inside if not name.startswith(("fused_rec/", "fused_rec-"))}:
             sys.exit(f"{wheel.name} holds {sorted(stray)}")
-        if not any(Path(name).match("fused_rec/graph/_sparse_sum.*.so") for name in inside):
+        if not any(Path(name).match("fused_rec/kernels/_compiled.*.so") for name in inside):
             sys.exit(f"{wheel.name} has no compiled kernel; is there a C++ compiler?")
         venv.create(home, with_pip=True)
         python = str(home / "bin" / "python")

@@ -5,28 +5,12 @@
 // not depend on how many threads there are.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
+#include "parts.h"
 
 namespace ffi = xla::ffi;
-
-// One compilation for each generation of processors; the loader picks the one that fits.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
 
 namespace {
 
@@ -82,14 +66,6 @@ void sum_rows(Edges edges, const X* x, int64_t width, float* y, int64_t first, i
   for (; c < width; ++c) sum_columns<1>(edges, x, width, c, y, first, last);
 }
 
-// The parts of one call. Threads of the pool take them one by one, and so does the caller, who therefore waits only for
-// parts that somebody is at work on: a pool that is busy elsewhere delays nothing.
-struct Parts {
-  std::atomic<int64_t> taken{0}, done{0};
-  std::mutex mutex;
-  std::condition_variable all_done;
-};
-
 // Where part number p of `parts` begins: rows and edges before it are p / parts of all.
 int64_t beginning(const int32_t* start, int64_t rows, int64_t p, int64_t parts) {
   const int64_t before = (start[rows] + rows) * p / parts;
@@ -102,38 +78,16 @@ int64_t beginning(const int32_t* start, int64_t rows, int64_t p, int64_t parts) 
   return low;
 }
 
-// Asks for large pages, where the system gives them on request: rows that lie anywhere are then found sooner, and the
-// system is asked for memory less often.
-void on_large_pages(float* y, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(y) + bytes) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it works without, too
-#endif
-}
-
 template <typename X>
 void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t width, float* y) {
   const int64_t work = (edges.start[rows] + rows) * width;
   const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), work / kSmall));
   const int64_t count = threads == 1 ? 1 : threads * kPartsOfAThread;
-  on_large_pages(y, rows * width * sizeof(float));
-  auto parts = std::make_shared<Parts>();
-  auto take = [=] {
-    for (int64_t p; (p = parts->taken.fetch_add(1)) < count;) {
-      sum_rows(edges, x, width, y, beginning(edges.start, rows, p, count),
-               p + 1 == count ? rows : beginning(edges.start, rows, p + 1, count));
-      if (parts->done.fetch_add(1) + 1 == count) {
-        std::lock_guard<std::mutex> lock(parts->mutex);
-        parts->all_done.notify_one();
-      }
-    }
-  };
-  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(std::function<void()>(take));
-  take();
-  std::unique_lock<std::mutex> lock(parts->mutex);
-  parts->all_done.wait(lock, [&] { return parts->done.load() == count; });
+  fused_rec::on_large_pages(y, rows * width * sizeof(float));
+  fused_rec::in_parts(pool, threads, count, [=](int64_t p) {
+    sum_rows(edges, x, width, y, beginning(edges.start, rows, p, count),
+             p + 1 == count ? rows : beginning(edges.start, rows, p + 1, count));
+  });
 }
 
 ffi::Error neighbour_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,

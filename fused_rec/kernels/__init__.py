@@ -1,0 +1,35 @@
+"""What XLA does slowly on a CPU, in C++: compiled when the package is installed, where there is a compiler.
+
+`sparse_sum.cc` is called by `graph.propagate`, `ranking.cc` by `evaluate`. Each caller has the same in plain JAX, which
+is the oracle, what accelerators run, and what takes its place where nothing was compiled.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+
+import jax
+
+LIBRARY = "fused_rec.kernels._compiled"
+NEIGHBOUR_SUM, BEST, ACCURACY = TARGETS = ("fused_rec_neighbour_sum", "fused_rec_best", "fused_rec_accuracy")
+LOG = logging.getLogger(__name__)
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether the default device is a CPU and the kernels are there; they are then known to XLA by their names."""
+    if jax.default_backend() != "cpu":
+        return False
+    library = importlib.util.find_spec(LIBRARY)
+    if library is None or library.origin is None:
+        return False
+    functions = ctypes.CDLL(library.origin)
+    try:
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(functions, target)), platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        told = "the kernels were built for a newer JAX than %s; slower ones take their place until pip install"
+        LOG.warning(f"{told} --no-build-isolation builds them anew: %s", jax.__version__, error)
+        return False
+    return True
