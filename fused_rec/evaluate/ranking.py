@@ -198,7 +198,8 @@ def best(
         return *_best(scores, eligible, order, k), jnp.isfinite(scores).all(1)
     lists = jax.ShapeDtypeStruct((len(scores), k), jnp.int32)
     results = (lists, lists.update(dtype=jnp.float32), jax.ShapeDtypeStruct((len(scores),), bool))
-    return jax.ffi.ffi_call(kernels.BEST, results)(scores, eligible, order.places(scores.shape[1]))
+    items, top, finite = jax.ffi.ffi_call(kernels.BEST, results)(scores, eligible, order.places(scores.shape[1]))
+    return items, top, finite
 
 
 def _best(
@@ -315,8 +316,8 @@ def top_k(
         k: ranks wanted; may exceed what remains.
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom.
-        batch: users that a device ranks together, None: as `together` says. The last batch is padded, so one compilation
-            serves all.
+        batch: users that a device ranks together; None means `together`. The last batch is padded, so one
+            compilation serves all.
         seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.
@@ -382,8 +383,8 @@ def evaluate(
         ks: cuts, in ranks.
         candidates: items that may be recommended; None means all.
         eligible: which of them may be recommended to whom. A held-out item that is not counts as missed.
-        batch: users that a device ranks together, None: as `together` says. The last batch is padded, so one compilation
-            serves all.
+        batch: users that a device ranks together; None means `together`. The last batch is padded, so one
+            compilation serves all.
         seed: of the order of equal scores.
         progress: show a bar.
         devices: the first so many share the users; None means all.

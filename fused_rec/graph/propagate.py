@@ -1,7 +1,7 @@
 """The one sparse sum: y[v] = sum over edges (u, v) of weight[e] * x[u], with its exact derivatives.
 
 All backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the oracle and what
-accelerators run. On a CPU that takes many times longer than the two others: `compiled`, the kernel of kernels/sparse_sum.cc,
+accelerators run. On a CPU that takes many times longer than the two others: `compiled`, kernels/sparse_sum.cc,
 where the installation has built it, and `csr`, jaxlib's kernel for compressed sparse rows, elsewhere. Neither has a
 fast transpose, so the edges are stored twice, by receiver and by sender, and the derivative is the same kernel over
 the second order.
