@@ -472,7 +472,9 @@ def check_sets(users: Int[np.ndarray, "V"], n_items: int, **sets: Sets | tuple[S
 
 
 def _check_disjoint(truth: Sets, seen: Sets, n_items: int) -> None:
-    both = np.intersect1d(truth.users * n_items + truth.items, seen.users * n_items + seen.items)
+    held_out, known = (sets.users * n_items + sets.items for sets in (truth, seen))  # both ascend
+    at = np.searchsorted(known, held_out)
+    both = held_out[np.append(known, -1)[at] == held_out]
     if len(both):
         user, item = divmod(int(both[0]), n_items)
         raise ValueError(

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -16,7 +15,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kColumns = 128;      // item i is in column i % kColumns
+constexpr int64_t kMostColumns = 2048;
+constexpr int64_t kMore = 4;           // columns beyond k that do no harm
 constexpr int64_t kPartsOfAThread = 4;
 constexpr int64_t kSmall = 1 << 15;    // scores that one thread reads sooner than it wakes another
 constexpr float kLeast = -std::numeric_limits<float>::infinity();
@@ -31,12 +31,21 @@ inline bool before(const Found& a, const Found& b) {
   return a.score > b.score || (a.score == b.score && a.place < b.place);
 }
 
+// How many columns n items stand in, item i in column i % columns: finding the k best columns then takes about as long
+// as finding the k best items in them.
+int64_t columns_of(int64_t n, int64_t k) {
+  int64_t columns = 64;
+  while (2 * columns < kMostColumns && columns * columns < n * k) columns *= 2;
+  return columns + 16;  // no power of two: a column of those would lie in few lines of the cache
+}
+
 // The greatest eligible score of each column. Returns whether all scores, eligible or not, are finite.
-FOR_EACH_PROCESSOR bool greatest_of_columns(const float* scores, const uint8_t* eligible, int64_t n, float* greatest) {
-  float strange[kColumns] = {};  // NaN where a score is not finite
-  std::fill(greatest, greatest + kColumns, kLeast);
-  for (int64_t begin = 0; begin < n; begin += kColumns) {
-    const int64_t width = std::min(kColumns, n - begin);
+FOR_EACH_PROCESSOR bool greatest_of_columns(const float* scores, const uint8_t* eligible, int64_t n, int64_t columns,
+                                            float* greatest) {
+  float strange[kMostColumns] = {};  // NaN where a score is not finite
+  std::fill(greatest, greatest + columns, kLeast);
+  for (int64_t begin = 0; begin < n; begin += columns) {
+    const int64_t width = std::min(columns, n - begin);
     const float* row = scores + begin;
     const uint8_t* may = eligible + begin;
     for (int64_t c = 0; c < width; ++c) {
@@ -46,34 +55,62 @@ FOR_EACH_PROCESSOR bool greatest_of_columns(const float* scores, const uint8_t* 
     }
   }
   int32_t any = 0;
-  for (int64_t c = 0; c < kColumns; ++c) any |= strange[c] != 0.0f;
+  for (int64_t c = 0; c < columns; ++c) any |= strange[c] != 0.0f;
   return !any;
 }
 
-// found: room for n + 1. Returns whether all scores are finite.
+// Numbers in the order of the scores they stand for, and back.
+inline int32_t number_of(float score) {
+  int32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float score_of(int32_t number) {
+  const int32_t bits = number ^ ((number >> 31) & 0x7fffffff);
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+// A score that at least k of the n reach, and hardly more than k: counting all of them a few times takes less than
+// selecting among them.
+FOR_EACH_PROCESSOR float reached_by(const float* scores, int64_t n, int64_t k) {
+  int64_t low = number_of(kLeast), high = number_of(*std::max_element(scores, scores + n)) + int64_t{1};
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    const float score = score_of(static_cast<int32_t>(middle));
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += scores[i] >= score;
+    if (count < k) high = middle;
+    else low = middle;
+    if (k <= count && count <= k + kMore) break;
+  }
+  return score_of(static_cast<int32_t>(low));
+}
+
+// found: room for n. Returns whether all scores are finite.
 bool best_of_row(const float* scores, const bool* eligible, const int32_t* place, int64_t n, int64_t k, Found* found,
                  int32_t* items, float* top) {
   const uint8_t* may = reinterpret_cast<const uint8_t*>(eligible);
-  float greatest[kColumns], sorted[kColumns];
-  const bool finite = greatest_of_columns(scores, may, n, greatest);
+  const int64_t columns = columns_of(n, k);
+  float greatest[kMostColumns];
+  const bool finite = greatest_of_columns(scores, may, n, columns, greatest);
   // k columns have a score of at least this, so the k best are no worse.
-  float least = kLeast;
-  if (k <= kColumns) {
-    std::copy(greatest, greatest + kColumns, sorted);
-    std::nth_element(sorted, sorted + k - 1, sorted + kColumns, std::greater<float>());
-    least = sorted[k - 1];
-  }
+  const float least = k <= columns ? reached_by(greatest, columns, k) : kLeast;
   int64_t count = 0;
-  for (int64_t c = 0; c < std::min(kColumns, n); ++c) {
+  for (int64_t c = 0; c < std::min(columns, n); ++c) {
     if (greatest[c] < least) continue;
-    for (int64_t i = c; i < n; i += kColumns) {
-      found[count] = {scores[i], place[i], static_cast<int32_t>(i)};
-      count += may[i] && scores[i] >= least;
+    for (int64_t i = c; i < n; i += columns) {
+      if (may[i] && scores[i] >= least) found[count++] = {scores[i], place[i], static_cast<int32_t>(i)};
     }
   }
-  if (count > k) std::nth_element(found, found + k - 1, found + count, before);
   const int64_t there = std::min(count, k);
-  std::sort(found, found + there, before);
+  if (count > 2 * k) {
+    std::nth_element(found, found + k - 1, found + count, before);
+    count = k;
+  }
+  std::sort(found, found + count, before);
   for (int64_t rank = 0; rank < k; ++rank) {
     items[rank] = rank < there ? found[rank].item : -1;
     top[rank] = rank < there ? found[rank].score + 0.0f : kLeast;  // + 0: 0 for -0
@@ -127,7 +164,7 @@ ffi::Error best(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, ffi::Buffer<
   float* to_top = top->typed_data();
   bool* to_finite = finite->typed_data();
   over_rows(pool, shape[0], n, [=](int64_t first, int64_t last) {
-    std::vector<Found> found(n + 1);  // one more: what is not kept is written, too
+    std::vector<Found> found(n);
     for (int64_t row = first; row < last; ++row) {
       to_finite[row] = best_of_row(of + row * n, may + row * n, places, n, k, found.data(), to_items + row * k,
                                    to_top + row * k);
