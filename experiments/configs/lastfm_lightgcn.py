@@ -1,0 +1,29 @@
+"""Last.fm in the split that came with LightGCN's code (He et al., 2020): listening alone, the graph variant in seconds.
+
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm_lightgcn.py --workdir=runs/lastfm_lightgcn
+
+Few steps at a high rate, a softmax over all artists; as many steps again on train and valid before the test part is
+read. docs/SPEED.md has the seconds.
+"""
+
+from experiments.configs import config_dict
+
+
+def get_config():
+    """Settings chosen on validation, among those that take seconds."""
+    return config_dict(
+        data={"name": "lastfm_lightgcn"},
+        split={"kind": "published"},
+        graph={"similar_text": 0, "ties": "none"},
+        model={"variant": "graph", "id_dropout": 0.0},
+        train={
+            "temperature": 0.15,
+            "positives": 256,
+            "learning_rate": 0.03,
+            "weight_decay": 0.1,
+            "eval_every": 80,
+            "max_steps": 80,
+            "metric": "recall@20",
+            "refit": True,
+        },
+    )
