@@ -26,12 +26,11 @@ def get_config():
         train={
             "temperature": 0.1,
             "batch_users": 2048,
-            "positives": 256,
             "learning_rate": 0.05,
             "weight_decay": 0.0,
             "eval_every": 50,
             "patience": 2,
-            "max_steps": 450,
+            "max_steps": 250,
             "metric": "recall@20",
             "refit": True,
         },

@@ -1,6 +1,6 @@
 """Last.fm in the split that came with LightGCN's code (He et al., 2020): listening alone, the graph variant in seconds.
 
-FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm_lightgcn.py --workdir=runs/lastfm_lightgcn
+FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm_lightgcn.py --workdir=runs/lgn
 
 Few steps at a high rate, a softmax over all artists; as many steps again on train and valid before the test part is
 read. docs/SPEED.md has the seconds.
