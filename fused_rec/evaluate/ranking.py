@@ -28,8 +28,8 @@ alive, arrays included, by JAX's compilation cache.
 """
 
 # Scores that a device holds at once; their mask beside them has a quarter of the bytes. Measured on 2 CPU cores with
-# 40,981 items: 64 users together (10 MB) are ranked 3 times as fast as 256, whose arrays the allocator hands back each
-# time; with 4,489 items 512 users are quicker than 256 and than 1,024.
+# 40,981 items: 64 users together (10 MB) are ranked more than twice as fast as 256, whose arrays the allocator hands
+# back each time; after `devices.keep_memory` the two take the same within an eighth. On accelerators: a guess.
 AT_ONCE, AT_ONCE_ON_ACCELERATORS, MOST_USERS = 3 << 20, 1 << 27, 8192
 TOP = 10  # ranks that coverage and novelty look at
 FEW = 20  # ranks that are asked for most
