@@ -143,6 +143,9 @@ class ModelConfig:
     noise: float = 0.0  # length of a random step that every row takes in each round of a training step
     popularity: float = 0.5  # weight of log(1 + holders) in the logits: 0 = none, 1 = their share of all holdings
     half_life: float = 0.0  # days after which a holding counts half towards popularity; 0 = it always counts in full
+    spectrum: float = 0.0  # weight of the closed-form part in what is ranked, beside the towers; 0 = none
+    spectrum_rank: int = 1024  # singular directions of the holdings that it keeps
+    spectrum_l2: float = 100.0  # its ridge, as of EASE
     affinity: bool = False  # words at both ends of an edge scale its message
     user_ids: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
     user_words: bool = True  # False: what a user says only opens gates and finds those who say the like
@@ -170,8 +173,10 @@ class ModelConfig:
         _require(self.noise >= 0, "model.noise", self.noise, "0 or more")
         for name in ("holding_dropout", "id_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity", "half_life"):
+        for name in ("popularity", "half_life", "spectrum"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
+        _require(self.spectrum_rank >= 1, "model.spectrum_rank", self.spectrum_rank, "at least 1")
+        _require(self.spectrum_l2 > 0, "model.spectrum_l2", self.spectrum_l2, "above 0")
         _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fused_rec.model import closed_form
 from fused_rec.model.baselines import NotApplicableError, Seen
-from fused_rec.model.closed_form import ease, gf_cf, text_ease
+from fused_rec.model.closed_form import ease, gf_cf, spectrum, text_ease
 
 
 def scores(scorer, n_users):
@@ -153,6 +154,13 @@ def test_gf_cf_equals_its_definition(n_users, n_items, rank):
     np.testing.assert_allclose(scores(gf_cf(seen, rank=rank, alpha=0.7), n_users), expected, rtol=0, atol=1e-5)
 
 
+def test_gf_cf_of_many_users_and_items_is_nearly_the_same(monkeypatch):
+    history, seen = _random(300, 200, 0.3)
+    expected = _unknown_last(_filtered(history, 8, 0.7), [0])
+    monkeypatch.setattr(closed_form, "EXACT", 100)
+    np.testing.assert_allclose(scores(gf_cf(seen, rank=8, alpha=0.7), 300), expected, rtol=0, atol=2e-4)
+
+
 def test_gf_cf_by_hand():
     """One user with two items: R is [1/sqrt 2, 1/sqrt 2], R'R and V V' are 1/2 everywhere, the scores 1 + alpha."""
     seen = Seen(np.array([0, 0]), np.array([0, 1]), 1, 2)
@@ -164,6 +172,35 @@ def test_gf_cf_repeats_itself_where_singular_values_are_equal():
     seen = Seen(np.arange(10), np.arange(10), 10, 10)
     first, again = (scores(gf_cf(seen, rank=3, alpha=1.0), 10) for _ in range(2))
     np.testing.assert_array_equal(first, again)
+
+
+def _weights(rows):
+    """What `with_spectrum` makes of the rows: item-item weights, but for the diagonal."""
+    weights = rows @ rows.T / (1 - (rows * rows).sum(1))
+    np.fill_diagonal(weights, 0)
+    return weights
+
+
+@SHAPES
+@pytest.mark.parametrize("l2", [1.0, 50.0])
+def test_the_whole_spectrum_is_ease(n_users, n_items, l2):
+    history, seen = _random(n_users, n_items, 0.3)
+    rows = spectrum(seen.history(), 1000, l2)
+    assert rows.dtype == np.float32
+    assert rows.shape == (n_items, min(n_users, n_items))
+    expected = _ridge_without_self(history, l2, np.zeros((n_items, n_items)), 0)
+    np.testing.assert_allclose(_weights(rows), expected, rtol=0, atol=2e-5)
+    assert not rows[0].round(4).any()  # nobody holds item 0
+
+
+@SHAPES
+def test_a_spectrum_keeps_the_largest_directions(n_users, n_items):
+    history, seen = _random(n_users, n_items, 0.3)
+    rows = spectrum(seen.history(), 4, 3.0)
+    _, singular, right = np.linalg.svd(history, full_matrices=False)
+    kept = right[:4].T * (singular[:4] ** 2 / (singular[:4] ** 2 + 3))
+    np.testing.assert_allclose(rows @ rows.T, kept @ right[:4], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(rows, spectrum(seen.history(), 4, 3.0))
 
 
 NONE = np.array([], int)

@@ -30,14 +30,16 @@ CONFIGS = {
     "no_rounds": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, rounds=0)),
     "dot": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, score="dot")),
     "no_user_rows": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, user_ids=False)),
+    "spectrum": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, spectrum=2.0)),
 }
 
 
 @functools.cache
-def task() -> Task:
+def task(name: str = "fused") -> Task:
     graph = tiny.graph()
     hears = adjacencies(graph)
-    return Task(graph, hears, np.arange(6) < 5, np.asarray(holders(hears)))
+    rows = tiny.spectrum() if CONFIGS[name].model.spectrum else None
+    return Task(graph, hears, np.arange(6) < 5, np.asarray(holders(hears)), rows)
 
 
 @functools.cache
@@ -48,8 +50,8 @@ def opened(name: str):
     rng = np.random.default_rng(0)
     leaves = [leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3 for leaf in leaves]
     params = jax.tree.unflatten(tree, leaves)
-    users, items = jax.jit(embed, static_argnums=0)(config, params, task())
-    return ledger(config, params, task()), np.asarray(users @ items.T)
+    users, items = jax.jit(embed, static_argnums=0)(config, params, task(name))
+    return ledger(config, params, task(name)), np.asarray(users @ items.T)
 
 
 EVERY = pytest.mark.parametrize("name", CONFIGS)
@@ -102,7 +104,7 @@ def test_without_words_nothing_began_as_words():
     assert not parts(book, 0, range(6)).ids.any()
 
 
-@pytest.mark.parametrize("name", ["fused", "dot", "no_user_rows", "graph", "text"])
+@pytest.mark.parametrize("name", ["fused", "dot", "no_user_rows", "graph", "text", "spectrum"])
 def test_a_part_is_linear_in_what_it_is_part_of(name):
     """Silencing an edge into the user changes the user's unscaled vector by that part, and nothing else of it."""
     book, _ = opened(name)

@@ -38,7 +38,15 @@ from fused_rec.graph.propagate import Backend, adjacencies, divide
 from fused_rec.model.fused import FusedRec, holders
 from fused_rec.train import parallel
 from fused_rec.train import step as step_module
-from fused_rec.train.parallel import divide_state, divide_task, parallel_step, split_batch, task_axes, whole_state
+from fused_rec.train.parallel import (
+    divide_state,
+    divide_task,
+    parallel_embed,
+    parallel_step,
+    split_batch,
+    task_axes,
+    whole_state,
+)
 from fused_rec.train.step import Task, TrainState, axes, embed, init, optimiser, program, train_step
 
 # Six users hold something: batches of five, then of one; five go to two or four devices only with padding.
@@ -396,6 +404,38 @@ def test_embed_leaves_nothing_out():
     for one, same, count in zip(vectors(config, params, task), vectors(config, params, task), (7, 6), strict=True):
         assert one.shape == (count, 3 + 3 + 1)  # two towers and the popularity
         np.testing.assert_array_equal(one, same)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_spectrum_adds_ease_to_what_is_not_held(devices):
+    """On any number of devices, of which four share 6 items and 7 users only with padding."""
+    config = of_model(config_of(), spectrum=2.0)
+    params, task = start(config).params, task_of()
+    rows = dataclasses.replace(task, spectrum=tiny.spectrum())
+    held = np.zeros((7, 6))
+    held[tiny.HOLDER, tiny.HELD] = 1
+    inverse = np.linalg.inv(held.T @ held + np.eye(6))
+    weights = np.eye(6) - inverse / np.diag(inverse)  # Steck (2019), l2 1 as in tiny.spectrum
+    count = min(devices, jax.device_count())
+    scored = []
+    for given in (task, rows):
+        shared = divide_state(params, count), divide_task(given, count)
+        users, items = parallel_embed(config, count)(*shared)
+        scored.append(np.asarray(users @ items.T))
+    added = np.where(held > 0, 0, scored[1] - scored[0])
+    np.testing.assert_allclose(added, np.where(held > 0, 0, 2 * held @ weights), rtol=0, atol=1e-5)
+    assert np.abs(added[:6]).max() > 0.1
+
+
+def test_no_step_hears_the_spectrum():
+    config = of_model(config_of(), spectrum=2.0)
+    task = task_of()
+    losses = []
+    for given in (task, dataclasses.replace(task, spectrum=tiny.spectrum())):
+        step = parallel_step(config, 1)
+        state, loss = step(divide_state(start(config), 1), divide_task(given, 1), batch_of(0))
+        losses.append((float(loss), jax.device_get(state.params)))
+    jax.tree.map(np.testing.assert_array_equal, *losses)
 
 
 # --- seeds ---------------------------------------------------------------------------------------------------------

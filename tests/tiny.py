@@ -9,6 +9,8 @@ import pytest
 
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.model import closed_form
+from fused_rec.model.baselines import Seen
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -42,6 +44,11 @@ def relations(text: np.ndarray) -> dict[Relation, Edges]:
 def graph(text: np.ndarray | None = None) -> HeteroGraph:
     """The market as a graph; `text` takes the place of its words, but not of the relation made of them."""
     return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
+
+
+def spectrum() -> np.ndarray:
+    """float32 [6, 5]: items as the closed form knows them, of the holdings' five directions."""
+    return closed_form.spectrum(Seen(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]).history(), 5, 1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

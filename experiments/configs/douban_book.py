@@ -13,7 +13,7 @@ def get_config():
     return config_dict(
         data={"name": "edges"},
         split={"kind": "published"},
-        model={"variant": "graph", "dim": 128},
+        model={"variant": "graph", "dim": 128, "spectrum": 4.0, "spectrum_rank": 1536, "spectrum_l2": 135.0},
         train={
             "positives": 256,
             "learning_rate": 0.02,

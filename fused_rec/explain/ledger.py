@@ -1,8 +1,8 @@
 """A score taken apart: what each thing that a user is, says, holds or is tied to adds to it.
 
 A score is prior_i + sum over towers of <u / |u|, v_i>, where u is linear in id rows and words once the coefficients are
-given (fused_rec/model/message_passing.py) and v_i already carries its own length and the tower's share. So with the
-user's last hop written out,
+given (fused_rec/model/message_passing.py) and v_i already carries its own length and the tower's share; the closed-form
+part, where there is one, is a tower of its own. So with the user's last hop written out,
 
     u = mix_0 x_u + sum_l mix_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e voice_s h^{l-1}_s)
 
@@ -20,14 +20,14 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, PyTree
 
 from fused_rec.config import Config
-from fused_rec.graph.build import HELD_BY, USER
+from fused_rec.graph.build import HELD_BY, ITEM, USER
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model.fused import LINEAR, Towers
 from fused_rec.model.message_passing import Coefficients, readout, rounds
 from fused_rec.train.step import Task, embed
 
-TOWERS = ("main", "words")  # names of the parts of `Towers`, in the order of its results
+TOWERS = ("main", "words")  # names of the parts of `Towers`, in the order of its results; the spectrum comes after
 Rounds = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
 OWN_ID, OWN_WORDS, HOLDING, LIKE_MINDED, POPULARITY = "own_id", "own_words", "holding", "similar_text", "popularity"
@@ -35,7 +35,10 @@ TIE = "tie:"  # before the names of the tables' own kinds of ties, which may be 
 
 
 class Tower(NamedTuple):
-    """One of the vectors that a score is a sum of. ids, words: what began as id rows, and what began as words."""
+    """One of the vectors that a score is a sum of. ids, words: what began as id rows, and what began as words.
+
+    Rows of the spectrum are id rows too: they are all that it knows of an item, and come from who holds it.
+    """
 
     ids: Rounds
     words: Rounds
@@ -74,9 +77,26 @@ def ledger(config: Config, params: PyTree, task: Task) -> Ledger:
     """Opens the books of a model: parameters, whole, and the task it is asked about."""
     towers, (users, items) = jax.device_get(_towers(Config(model=config.model, train=config.train), params, task))
     prior = items[:, -1] if config.model.popularity else np.zeros(len(items), np.float32)
-    return Ledger(
-        [Tower(*tower) for tower in towers], task.adjacencies, users, items, prior, np.asarray(task.popularity)
+    books = [Tower(*tower) for tower in towers]
+    if task.spectrum is not None:
+        books.append(_spectrum(task, users, items, len(towers) * config.model.dim))
+    return Ledger(books, task.adjacencies, users, items, prior, np.asarray(task.popularity))
+
+
+def _spectrum(task: Task, users: np.ndarray, items: np.ndarray, first: int) -> Tower:
+    """The closed-form part as a tower of one round, in which a user is the sum of what they hold."""
+    rows = np.asarray(task.spectrum)
+    columns = slice(first, first + rows.shape[1])
+    silent = {t: np.broadcast_to(np.float32(0), (n, rows.shape[1])) for t, n in task.graph.node_types}
+    plain = Coefficients(
+        edge={HELD_BY: (np.asarray(task.adjacencies[HELD_BY].weight) > 0).astype(np.float32)},
+        voice={HELD_BY: np.ones(len(items), np.float32)},
+        gate={HELD_BY: np.ones((1, len(users)), np.float32)},
+        text_gate={},
+        mix=np.array([0, 1], np.float32),
     )
+    held = [silent | {ITEM: rows}, silent | {USER: users[:, columns]}]
+    return Tower(held, [silent, silent], plain, np.ones(len(users), np.float32), items[:, columns])
 
 
 @functools.partial(jax.jit, static_argnums=0)

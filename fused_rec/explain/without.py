@@ -34,7 +34,8 @@ class Change(NamedTuple):
 def without_holding(config: Config, prepared: Prepared, user: int, item: int) -> Task:
     """The task as if the user did not hold the item: edges, their weights, degrees and popularity follow.
 
-    Words stay, those that the user wrote about the item among them. Raises ValueError where the user is not seen to
+    Words stay, those that the user wrote about the item among them, and so does what was learned: parameters and the
+    rows of the spectrum. Raises ValueError where the user is not seen to
     hold it.
     """
     observed, graph = prepared.observed, prepared.task.graph
@@ -48,7 +49,8 @@ def without_holding(config: Config, prepared: Prepared, user: int, item: int) ->
     changes = {name: getattr(observed, name)[kept] for name in ("user", "item", "age")}
     observed = dataclasses.replace(observed, **changes)
     popularity = counted(observed.item, observed.age, config.model.half_life, prepared.dataset.n_items)
-    return Task(changed, adjacencies(changed), present(prepared.dataset, observed), popularity)
+    there = present(prepared.dataset, observed)
+    return Task(changed, adjacencies(changed), there, popularity, prepared.task.spectrum)
 
 
 def effect(

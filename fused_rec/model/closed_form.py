@@ -1,8 +1,9 @@
-"""Item-item recommenders in closed form: EASE, EASE towards item words, graph filters.
+"""Item-item recommenders in closed form: EASE, EASE towards item words, graph filters; and EASE as rows of items.
 
 Arguments, scorers and errors as in `fused_rec.model.baselines`. X is the history, float32 U x I of 0 and 1. Each
-inverts, or takes eigenvectors of, a matrix of min(U, I) squared numbers; its scorer holds I x I numbers, or U x I
-where U < I.
+inverts, or takes eigenvectors of, a matrix of min(U, I) squared numbers, a graph filter of more than `EXACT` squared
+approximately; its scorer holds I x I numbers, or U x I where U < I. `spectrum` is no recommender but a part of one
+(`fused_rec.model.fused.with_spectrum`), and needs I x rank numbers.
 """
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 from jax.tree_util import Partial
-from jaxtyping import Array, Float32, Float64, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec.model.baselines import Entries, Seen, entries, has_users, unknown_last
+
+EXACT = 4096  # beyond, eigenvectors of a Gram matrix take minutes and subspace iteration seconds
 
 
 def ease(seen: Seen, *, l2: float) -> Partial:
@@ -60,6 +63,17 @@ def text_ease(seen: Seen, *, l2: float, l2_text: float, l2_words: float) -> Part
     return _regression(history, l2, l2_text, words, (smooth / d).astype(np.float32), known)
 
 
+def spectrum(history: scipy.sparse.csr_array, rank: int, l2: float) -> Float32[np.ndarray, "I R"]:
+    """Rows S of the items, whose products are the weights of EASE on the `rank` largest singular directions of X.
+
+    With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
+    weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
+    most min(U, I), and of the smallest f little is lost.
+    """
+    singular, right = _subspace(history, min(rank, *history.shape), iterations=4)
+    return (right * np.sqrt(singular**2 / (singular**2 + l2))).astype(np.float32)
+
+
 def gf_cf(seen: Seen, *, rank: int, alpha: float) -> Partial:
     """Graph filters (GF-CF; Shen et al., CIKM 2021): a linear one, and an ideal low-pass one weighted alpha.
 
@@ -86,11 +100,25 @@ def gf_cf(seen: Seen, *, rank: int, alpha: float) -> Partial:
     return _scorer(history, weights.astype(np.float32), has_users(history))
 
 
-def _right_singular(matrix, rank: int) -> Float64[np.ndarray, "I k"]:
+def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
+    """Singular values and right singular vectors by subspace iteration (Halko et al., 2011), always the same ones."""
+    from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.lexical`
+
+    _, singular, right = randomized_svd(
+        matrix, rank, n_oversamples=64, n_iter=iterations, power_iteration_normalizer="QR", random_state=0
+    )
+    return singular, right.T
+
+
+def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
     """From the smaller Gram matrix, exactly: each connected component of the history has a singular value 1, and
-    Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3.
+    Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3. A block of more vectors than
+    there are copies, as in subspace iteration, does not.
     """
     n_rows, n_columns = matrix.shape
+    if min(matrix.shape) > EXACT:
+        singular, vectors = _subspace(matrix, rank, iterations=20)
+        return vectors[:, singular > 1e-5]
     gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
     squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
     kept = squared > 1e-10  # the largest of all is 1

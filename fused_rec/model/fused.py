@@ -23,7 +23,7 @@ from fused_rec.config import Compute, ModelConfig
 from fused_rec.devices import AnyArray
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph, Relation
-from fused_rec.graph.propagate import Adjacency
+from fused_rec.graph.propagate import Adjacency, neighbour_sum
 from fused_rec.model.fusion import Affinity, Gate, TextInput
 from fused_rec.model.losses import unit
 from fused_rec.model.message_passing import Coefficients, Noise, readout, rounds
@@ -87,6 +87,31 @@ def with_prior(vectors: Vectors, prior: Float32[Array, "I"]) -> Vectors:
     """Vectors one column wider, so that every dot product with item i is higher by prior[i]."""
     users, items = vectors
     return jnp.concatenate([users, jnp.ones((len(users), 1))], axis=1), jnp.concatenate([items, prior[:, None]], axis=1)
+
+
+def with_spectrum(
+    vectors: Vectors,
+    rows: Float32[AnyArray, "I R"],
+    graph: HeteroGraph,
+    adjacencies: Mapping[Relation, Adjacency],
+    weight: float,
+) -> Vectors:
+    """Vectors R columns wider: `weight` times EASE's score is added to every item that a user does not hold.
+
+    rows: of `fused_rec.model.closed_form.spectrum`. A held item gets what its own row adds beside: lists leave it out.
+    """
+    users, items = vectors
+    heard = adjacencies[HELD_BY]
+    told = jnp.pad(jnp.asarray(rows), ((0, graph.rows(ITEM) * graph.shards.count - len(rows)), (0, 0)))
+    users_by = graph.whole(USER, neighbour_sum(heard, ones_of(heard.weight), told))
+    items_by = weight * rows / (1 - (rows * rows).sum(1, keepdims=True))
+    return jnp.concatenate([users, users_by], axis=1), jnp.concatenate([items, items_by], axis=1)
+
+
+def ones_of(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
+    """1 for every edge, 0 for those that fill up; the derivative is that of the edge's factor, whatever its weight."""
+    there = jnp.asarray(weight) > 0
+    return jnp.where(there, weight / jax.lax.stop_gradient(jnp.where(there, weight, 1)), 0)
 
 
 class FusedRec(nn.Module):

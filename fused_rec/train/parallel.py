@@ -71,7 +71,7 @@ def task_axes(task: Task) -> Task:
     """Where each array of a divided task has its devices; None: every device has it whole."""
     absent: Any = None
     graph, adjacencies = jax.tree.map(lambda _: DIVIDED, (task.graph, task.adjacencies))
-    return Task(graph, adjacencies, absent, absent)
+    return Task(graph, adjacencies, absent, absent, absent)
 
 
 def divide_task(task: Task, devices: int | None = None, room: Mapping[Relation, int] | None = None) -> Task:
@@ -86,7 +86,7 @@ def divide_task(task: Task, devices: int | None = None, room: Mapping[Relation, 
         relation: jax.tree.map(lambda *of_devices: np.stack(of_devices), *(parts[place] for place in places(devices)))
         for relation, parts in divided.items()
     }
-    shared = Task(_divide_nodes(task.graph, devices), adjacencies, task.present, task.popularity)
+    shared = Task(_divide_nodes(task.graph, devices), adjacencies, task.present, task.popularity, task.spectrum)
     return put(shared, task_axes(shared), devices)
 
 

@@ -15,7 +15,8 @@ from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.graph.build import WORDLESS, build
 from fused_rec.graph.propagate import adjacencies
-from fused_rec.model.baselines import counted
+from fused_rec.model.baselines import Seen, counted
+from fused_rec.model.closed_form import spectrum
 from fused_rec.text.embed import embed
 from fused_rec.text.lexical import lexical_vectors, side_by_side
 from fused_rec.text.pretrained import open_model
@@ -72,7 +73,11 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     if config.text.train != "frozen":
         words = joint.words(config.text, texts, vectors, dict(graph.node_types))
     popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
-    task = Task(graph, adjacencies(graph), present(dataset, observed), popularity)
+    rows = None
+    if config.model.spectrum:
+        seen = Seen(observed.user, observed.item, dataset.n_users, dataset.n_items)
+        rows = spectrum(seen.history(), config.model.spectrum_rank, config.model.spectrum_l2)
+    task = Task(graph, adjacencies(graph), present(dataset, observed), popularity, rows)
     return Prepared(dataset, parts_of, observed, task, words)
 
 
