@@ -185,7 +185,7 @@ def _weights(rows):
 @pytest.mark.parametrize("l2", [1.0, 50.0])
 def test_the_whole_spectrum_is_ease(n_users, n_items, l2):
     history, seen = _random(n_users, n_items, 0.3)
-    rows = spectrum(seen.history(), 1000, l2)
+    rows = spectrum(seen, rank=1000, l2=l2)
     assert rows.dtype == np.float32
     assert rows.shape == (n_items, min(n_users, n_items))
     expected = _ridge_without_self(history, l2, np.zeros((n_items, n_items)), 0)
@@ -196,11 +196,11 @@ def test_the_whole_spectrum_is_ease(n_users, n_items, l2):
 @SHAPES
 def test_a_spectrum_keeps_the_largest_directions(n_users, n_items):
     history, seen = _random(n_users, n_items, 0.3)
-    rows = spectrum(seen.history(), 4, 3.0)
+    rows = spectrum(seen, rank=4, l2=3.0)
     _, singular, right = np.linalg.svd(history, full_matrices=False)
     kept = right[:4].T * (singular[:4] ** 2 / (singular[:4] ** 2 + 3))
     np.testing.assert_allclose(rows @ rows.T, kept @ right[:4], rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(rows, spectrum(seen.history(), 4, 3.0))
+    np.testing.assert_array_equal(rows, spectrum(seen, rank=4, l2=3.0))
 
 
 NONE = np.array([], int)

@@ -48,7 +48,7 @@ def graph(text: np.ndarray | None = None) -> HeteroGraph:
 
 def spectrum() -> np.ndarray:
     """float32 [6, 5]: items as the closed form knows them, of the holdings' five directions."""
-    return closed_form.spectrum(Seen(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]).history(), 5, 1.0)
+    return closed_form.spectrum(Seen(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]), rank=5, l2=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

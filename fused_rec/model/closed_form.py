@@ -6,6 +6,8 @@ approximately; its scorer holds I x I numbers, or U x I where U < I. `spectrum` 
 (`fused_rec.model.fused.with_spectrum`), and needs I x rank numbers.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,14 +65,14 @@ def text_ease(seen: Seen, *, l2: float, l2_text: float, l2_words: float) -> Part
     return _regression(history, l2, l2_text, words, (smooth / d).astype(np.float32), known)
 
 
-def spectrum(history: scipy.sparse.csr_array, rank: int, l2: float) -> Float32[np.ndarray, "I R"]:
+def spectrum(seen: Seen, *, rank: int, l2: float) -> Float32[np.ndarray, "I R"]:
     """Rows S of the items, whose products are the weights of EASE on the `rank` largest singular directions of X.
 
     With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
     weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
     most min(U, I), and of the smallest f little is lost.
     """
-    singular, right = _subspace(history, min(rank, *history.shape), iterations=4)
+    singular, right = _subspace(seen.history(), min(rank, seen.n_users, seen.n_items), iterations=4)
     return (right * np.sqrt(singular**2 / (singular**2 + l2))).astype(np.float32)
 
 
@@ -104,7 +106,8 @@ def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"
     """Singular values and right singular vectors by subspace iteration (Halko et al., 2011), always the same ones."""
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.lexical`
 
-    _, singular, right = randomized_svd(
+    decompose: Any = randomized_svd  # its annotations know neither a number of iterations nor what it returns
+    _, singular, right = decompose(
         matrix, rank, n_oversamples=64, n_iter=iterations, power_iteration_normalizer="QR", random_state=0
     )
     return singular, right.T

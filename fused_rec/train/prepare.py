@@ -76,7 +76,7 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     rows = None
     if config.model.spectrum:
         seen = Seen(observed.user, observed.item, dataset.n_users, dataset.n_items)
-        rows = spectrum(seen.history(), config.model.spectrum_rank, config.model.spectrum_l2)
+        rows = spectrum(seen, rank=config.model.spectrum_rank, l2=config.model.spectrum_l2)
     task = Task(graph, adjacencies(graph), present(dataset, observed), popularity, rows)
     return Prepared(dataset, parts_of, observed, task, words)
 
