@@ -175,6 +175,8 @@ class ModelConfig:
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
         for name in ("popularity", "half_life", "spectrum"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
+        fits = not self.spectrum or self.variant != "text"
+        _require(fits, "model.spectrum", self.spectrum, "0 where model.variant is text, which knows words alone")
         _require(self.spectrum_rank >= 1, "model.spectrum_rank", self.spectrum_rank, "at least 1")
         _require(self.spectrum_l2 > 0, "model.spectrum_l2", self.spectrum_l2, "above 0")
         _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")

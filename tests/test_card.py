@@ -49,6 +49,13 @@ def test_the_front_matter_has_the_numbers_in_full():
     assert {result["task"]["type"] for result in entry["results"]} == {"recommendation"}
 
 
+def test_the_closed_form_is_told():
+    given = results(variant="graph")
+    assert "by the graph alone. 1,234 parameters" in card(given, AMOUNTS, DIGESTS, "x")
+    given["config"]["model"]["spectrum"] = 4.0
+    assert "by the graph alone, with EASE as a part of the score. 1,234" in card(given, AMOUNTS, DIGESTS, "x")
+
+
 def test_a_hub_reads_it():
     from huggingface_hub import ModelCard
 

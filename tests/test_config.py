@@ -112,6 +112,9 @@ def test_unknown_names_and_types(values, message):
         ("model", "popularity", -0.1, "0 or more"),
         ("model", "popularity", float("nan"), "0 or more"),
         ("model", "id_scale", 0.0, "above 0"),
+        ("model", "spectrum", -1.0, "0 or more"),
+        ("model", "spectrum_rank", 0, "at least 1"),
+        ("model", "spectrum_l2", 0.0, "above 0"),
         ("train", "weight_decay", -0.1, "0 or more"),
         ("train", "seed", -1, "in [0, 2^31)"),
         ("train", "loss", "hinge", "one of ('softmax', 'sampled_softmax', 'bpr')"),
@@ -130,6 +133,11 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
     with pytest.raises(ValueError) as error:
         UNCHECKED["from_dict"]({section: {setting: value}})
     assert str(error.value) == f"{section}.{setting} is {value!r}; it must be {bound}"
+
+
+def test_a_model_of_words_alone_has_no_closed_form():
+    with pytest.raises(ValueError, match=r"model.spectrum is 1.0; it must be 0 where model.variant is text"):
+        C.ModelConfig(variant="text", spectrum=1.0)
 
 
 @pytest.mark.parametrize(

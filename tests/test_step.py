@@ -418,13 +418,35 @@ def test_the_spectrum_adds_ease_to_what_is_not_held(devices):
     weights = np.eye(6) - inverse / np.diag(inverse)  # Steck (2019), l2 1 as in tiny.spectrum
     count = min(devices, jax.device_count())
     scored = []
-    for given in (task, rows):
+    for model, given in ((config_of(), task), (config, rows)):
         shared = divide_state(params, count), divide_task(given, count)
-        users, items = parallel_embed(config, count)(*shared)
+        users, items = parallel_embed(model, count)(*shared)
         scored.append(np.asarray(users @ items.T))
     added = np.where(held > 0, 0, scored[1] - scored[0])
     np.testing.assert_allclose(added, np.where(held > 0, 0, 2 * held @ weights), rtol=0, atol=1e-5)
     assert np.abs(added[:6]).max() > 0.1
+
+
+def test_a_task_without_a_spectrum_is_refused_where_one_is_asked_for():
+    with pytest.raises(ValueError, match="spectrum is 2.0 and the task has none"):
+        embed(of_model(config_of(), spectrum=2.0), start(config_of()).params, task_of())
+
+
+def test_gradient_times_weight_of_the_spectrum_is_what_a_holding_adds():
+    """However the weight of the edge came about: the sum counts holdings, not their weights."""
+    config, params = of_model(config_of(), spectrum=2.0, popularity=0.0), start(config_of()).params
+    task = dataclasses.replace(task_of(), spectrum=tiny.spectrum())
+    hears, rows = task.adjacencies[HELD_BY], tiny.spectrum()
+
+    def added(weight) -> Any:
+        heard = {**task.adjacencies, HELD_BY: dataclasses.replace(hears, weight=weight)}
+        users, items = embed(config, params, dataclasses.replace(task, adjacencies=heard))
+        return users[0, -rows.rows.shape[1] :] @ items[3, -rows.rows.shape[1] :]
+
+    own = np.asarray(hears.receivers) == 0
+    found = np.asarray(hears.weight * jax.grad(added)(jnp.asarray(hears.weight)))
+    expected = 2 * rows.rows[np.asarray(hears.senders)] @ rows.rows[3] / rows.rest[3]
+    np.testing.assert_allclose(found, np.where(own, expected, 0), rtol=1e-4, atol=1e-6)
 
 
 def test_no_step_hears_the_spectrum():

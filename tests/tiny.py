@@ -46,8 +46,8 @@ def graph(text: np.ndarray | None = None) -> HeteroGraph:
     return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
 
 
-def spectrum() -> np.ndarray:
-    """float32 [6, 5]: items as the closed form knows them, of the holdings' five directions."""
+def spectrum() -> closed_form.Spectrum:
+    """Items as the closed form knows them, of the holdings' five directions."""
     return closed_form.spectrum(Seen(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]), rank=5, l2=1.0)
 
 

@@ -23,11 +23,12 @@ from fused_rec.config import Config
 from fused_rec.graph.build import HELD_BY, ITEM, USER
 from fused_rec.graph.hetero import Relation
 from fused_rec.graph.propagate import Adjacency
+from fused_rec.model.closed_form import Spectrum
 from fused_rec.model.fused import LINEAR, Towers
 from fused_rec.model.message_passing import Coefficients, readout, rounds
 from fused_rec.train.step import Task, embed
 
-TOWERS = ("main", "words")  # names of the parts of `Towers`, in the order of its results; the spectrum comes after
+TOWERS = ("main", "words")  # names of the parts of `Towers`, in the order of its results
 Rounds = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
 OWN_ID, OWN_WORDS, HOLDING, LIKE_MINDED, POPULARITY = "own_id", "own_words", "holding", "similar_text", "popularity"
@@ -78,14 +79,14 @@ def ledger(config: Config, params: PyTree, task: Task) -> Ledger:
     towers, (users, items) = jax.device_get(_towers(Config(model=config.model, train=config.train), params, task))
     prior = items[:, -1] if config.model.popularity else np.zeros(len(items), np.float32)
     books = [Tower(*tower) for tower in towers]
-    if task.spectrum is not None:
-        books.append(_spectrum(task, users, items, len(towers) * config.model.dim))
+    if task.spectrum is not None and config.model.spectrum:
+        books.append(_spectrum(task, task.spectrum, users, items, len(towers) * config.model.dim))
     return Ledger(books, task.adjacencies, users, items, prior, np.asarray(task.popularity))
 
 
-def _spectrum(task: Task, users: np.ndarray, items: np.ndarray, first: int) -> Tower:
+def _spectrum(task: Task, spectrum: Spectrum, users: np.ndarray, items: np.ndarray, first: int) -> Tower:
     """The closed-form part as a tower of one round, in which a user is the sum of what they hold."""
-    rows = np.asarray(task.spectrum)
+    rows = np.asarray(spectrum.rows)
     columns = slice(first, first + rows.shape[1])
     silent = {t: np.broadcast_to(np.float32(0), (n, rows.shape[1])) for t, n in task.graph.node_types}
     plain = Coefficients(

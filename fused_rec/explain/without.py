@@ -35,8 +35,7 @@ def without_holding(config: Config, prepared: Prepared, user: int, item: int) ->
     """The task as if the user did not hold the item: edges, their weights, degrees and popularity follow.
 
     Words stay, those that the user wrote about the item among them, and so does what was learned: parameters and the
-    rows of the spectrum. Raises ValueError where the user is not seen to
-    hold it.
+    rows of the spectrum. Raises ValueError where the user is not seen to hold it.
     """
     observed, graph = prepared.observed, prepared.task.graph
     kept = ~((observed.user == user) & (observed.item == item))

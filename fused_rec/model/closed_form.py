@@ -6,7 +6,7 @@ approximately; its scorer holds I x I numbers, or U x I where U < I. `spectrum` 
 (`fused_rec.model.fused.with_spectrum`), and needs I x rank numbers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ import scipy.sparse
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Float32, Int32
 
+from fused_rec.devices import AnyArray
 from fused_rec.model.baselines import Entries, Seen, entries, has_users, unknown_last
 
 EXACT = 4096  # beyond, eigenvectors of a Gram matrix take minutes and subspace iteration seconds
+LEAST_REST = 1e-4  # of 1: rows in float32 then still give weights three digits
 
 
 def ease(seen: Seen, *, l2: float) -> Partial:
@@ -65,15 +67,37 @@ def text_ease(seen: Seen, *, l2: float, l2_text: float, l2_words: float) -> Part
     return _regression(history, l2, l2_text, words, (smooth / d).astype(np.float32), known)
 
 
-def spectrum(seen: Seen, *, rank: int, l2: float) -> Float32[np.ndarray, "I R"]:
-    """Rows S of the items, whose products are the weights of EASE on the `rank` largest singular directions of X.
+class Spectrum(NamedTuple):
+    """EASE as rows of I items, B_ji = <rows_j, rows_i> / rest_i off the diagonal; rest is 1 - |rows|^2, above 0."""
+
+    rows: Float32[AnyArray, "I R"]
+    rest: Float32[AnyArray, "I"]
+
+
+def spectrum(seen: Seen, *, rank: int, l2: float) -> Spectrum:
+    """The weights of EASE on the `rank` largest singular directions of X, found by subspace iteration.
 
     With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
     weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
-    most min(U, I), and of the smallest f little is lost.
+    most min(U, I). Where there are more, those next to the last one kept are blends of their neighbours.
+
+    The same on the same machine with as many threads; elsewhere rows may be turned, and products of two are the same.
+
+    Raises:
+      ValueError: l2 is too small beside the holders of some item for a quotient in float32.
     """
-    singular, right = _subspace(seen.history(), min(rank, seen.n_users, seen.n_items), iterations=4)
-    return (right * np.sqrt(singular**2 / (singular**2 + l2))).astype(np.float32)
+    # In float64: an item of n holders leaves about l2 / (l2 + n) of 1 - |S_i|^2.
+    history = seen.history().astype(np.float64)
+    singular, right = _subspace(history, min(rank, seen.n_users, seen.n_items), iterations=4)
+    rows = right * np.sqrt(singular**2 / (singular**2 + l2))
+    rest = 1 - (rows * rows).sum(1)
+    if rest.min() < LEAST_REST:
+        holders = f"{history.sum(0).max():.0f} holders"
+        raise ValueError(
+            f"model.spectrum_l2 is {l2}: it leaves {rest.min():.2g} of an item with {holders}, and must leave "
+            f"{LEAST_REST}; raise it"
+        )
+    return Spectrum(rows.astype(np.float32), rest.astype(np.float32))
 
 
 def gf_cf(seen: Seen, *, rank: int, alpha: float) -> Partial:
@@ -103,7 +127,7 @@ def gf_cf(seen: Seen, *, rank: int, alpha: float) -> Partial:
 
 
 def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
-    """Singular values and right singular vectors by subspace iteration (Halko et al., 2011), always the same ones."""
+    """The largest singular values, and right singular vectors, by subspace iteration (Halko et al., 2011)."""
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.lexical`
 
     decompose: Any = randomized_svd  # its annotations know neither a number of iterations nor what it returns
@@ -114,9 +138,9 @@ def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"
 
 
 def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
-    """From the smaller Gram matrix, exactly: each connected component of the history has a singular value 1, and
-    Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3. A block of more vectors than
-    there are copies, as in subspace iteration, does not.
+    """From the smaller Gram matrix, exactly up to `EXACT`: each connected component of the history has a singular value
+    1, and Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3. Beyond, by subspace
+    iteration, whose block is wide enough for the copies.
     """
     n_rows, n_columns = matrix.shape
     if min(matrix.shape) > EXACT:

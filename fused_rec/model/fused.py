@@ -1,13 +1,14 @@
 """The recommender: inputs from ids and words, coefficients from words and degrees, linear propagation, scores.
 
-Three parts make a score. `FusedRec` of the chosen variant; beside the fused one a second tower, `FusedRec` of the
+Three parts make a logit. `FusedRec` of the chosen variant; beside the fused one a second tower, `FusedRec` of the
 variant text, for items that few hold or nobody yet; and how popular the item is, which no tower has to learn then:
 
     logit(u, i) = (g_i main(u, i) + (1 - g_i) words(u, i)) / temperature + popularity * log(1 + n_i),
     g_i = n_i / (n_i + 1), n_i the observed holders of i.
 
-Each tower is trained by its own loss. One that learns from the sum leaves the words untrained wherever ids explain
-the holdings, and they are all that a new product has.
+What is ranked is that times the temperature and, where the config says so, a fourth part that nothing trains
+(`with_spectrum`). Each tower is trained by its own loss. One that learns from the sum leaves the words untrained
+wherever ids explain the holdings, and they are all that a new product has.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from fused_rec.devices import AnyArray
 from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency, neighbour_sum
+from fused_rec.model.closed_form import Spectrum
 from fused_rec.model.fusion import Affinity, Gate, TextInput
 from fused_rec.model.losses import unit
 from fused_rec.model.message_passing import Coefficients, Noise, readout, rounds
@@ -66,7 +68,7 @@ class Towers(nn.Module):
     ) -> list[Vectors]:
         towers = [FusedRec(self.config, self.compute, name="main")(graph, adjacencies, dropout)]
         if self.config.variant == "fused" and graph.text(ITEM).shape[1] > WORDLESS:
-            words = dataclasses.replace(self.config, variant="text")
+            words = dataclasses.replace(self.config, variant="text", spectrum=0.0)
             towers.append(FusedRec(words, self.compute, name="words")(graph, adjacencies, dropout))
         return towers
 
@@ -91,25 +93,27 @@ def with_prior(vectors: Vectors, prior: Float32[Array, "I"]) -> Vectors:
 
 def with_spectrum(
     vectors: Vectors,
-    rows: Float32[AnyArray, "I R"],
+    spectrum: Spectrum,
     graph: HeteroGraph,
     adjacencies: Mapping[Relation, Adjacency],
     weight: float,
 ) -> Vectors:
-    """Vectors R columns wider: `weight` times EASE's score is added to every item that a user does not hold.
+    """Vectors R columns wider: every item that a user does not hold gets `weight` times EASE's score more.
 
-    rows: of `fused_rec.model.closed_form.spectrum`. A held item gets what its own row adds beside: lists leave it out.
+    One that they hold gets what its own row adds besides, weight |S_i|^2 / (1 - |S_i|^2): no dot product could tell.
     """
     users, items = vectors
     heard = adjacencies[HELD_BY]
-    told = jnp.pad(jnp.asarray(rows), ((0, graph.rows(ITEM) * graph.shards.count - len(rows)), (0, 0)))
-    users_by = graph.whole(USER, neighbour_sum(heard, ones_of(heard.weight), told))
-    items_by = weight * rows / (1 - (rows * rows).sum(1, keepdims=True))
-    return jnp.concatenate([users, users_by], axis=1), jnp.concatenate([items, items_by], axis=1)
+    padded = jnp.pad(jnp.asarray(spectrum.rows), ((0, graph.rows(ITEM) * graph.shards.count - len(items)), (0, 0)))
+    sums = graph.whole(USER, neighbour_sum(heard, _ones(heard.weight), padded))
+    return (
+        jnp.concatenate([users, sums], axis=1),
+        jnp.concatenate([items, weight * spectrum.rows / spectrum.rest[:, None]], axis=1),
+    )
 
 
-def ones_of(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
-    """1 for every edge, 0 for those that fill up; the derivative is that of the edge's factor, whatever its weight."""
+def _ones(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
+    """1 for every edge, 0 for those that fill up; gradient x input of a weight is as if it were a factor of the 1."""
     there = jnp.asarray(weight) > 0
     return jnp.where(there, weight / jax.lax.stop_gradient(jnp.where(there, weight, 1)), 0)
 

@@ -110,6 +110,7 @@ def _page(
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     hears = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
+    beside = ", with EASE as a part of the score" if config["model"]["spectrum"] else ""
     made_of = "trained anew on training and validation part" if config["train"]["refit"] else "as validation chose it"
     language = "none" if variant == "graph" else in_markdown(config["text"]["model"])
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
@@ -124,7 +125,7 @@ def _page(
 
 # {dataset}: {variant} model
 
-Ranks financial products for customers by {hears}. {results["parameters"]:,} parameters, seed {results["seed"]}; the
+Ranks financial products for customers by {hears}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]}; the
 state of step {results["best_step"]}, {made_of}. Language model of the texts: {language}.
 
 ## Trained on

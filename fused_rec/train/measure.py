@@ -229,9 +229,9 @@ def product_vectors(
 ) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
     """Of a whole state: one vector a user and an item, on the host, whose inner products are the scores of `scorer`.
 
-    Towers, their weights and popularity are columns of what `embed` gives. Only users of whom the model knows nothing,
-    whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each item's
-    popularity, and such a user's vector is 1 there and 0 elsewhere.
+    Towers, their weights, popularity and EASE's part are columns of what `embed` gives. Only users of whom the model
+    knows nothing, whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each
+    item's popularity, and such a user's vector is 1 there and 0 elsewhere.
 
     Raises ValueError where a vector is not finite.
     """

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pyarrow as pa
 
+from fused_rec import hosts
 from fused_rec.config import Config
 from fused_rec.data import controls, readers
 from fused_rec.data.attributes import describe
@@ -73,11 +74,12 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     if config.text.train != "frozen":
         words = joint.words(config.text, texts, vectors, dict(graph.node_types))
     popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
-    rows = None
+    task = Task(graph, adjacencies(graph), present(dataset, observed), popularity)
     if config.model.spectrum:
         seen = Seen(observed.user, observed.item, dataset.n_users, dataset.n_items)
-        rows = spectrum(seen, rank=config.model.spectrum_rank, l2=config.model.spectrum_l2)
-    task = Task(graph, adjacencies(graph), present(dataset, observed), popularity, rows)
+        found = spectrum(seen, rank=config.model.spectrum_rank, l2=config.model.spectrum_l2)
+        # One process's: of another machine's rows, which may be turned, the products with these would be wrong.
+        task = dataclasses.replace(task, spectrum=hosts.from_first(found))
     return Prepared(dataset, parts_of, observed, task, words)
 
 

@@ -18,6 +18,7 @@ from fused_rec.graph.build import ITEM
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.graph.propagate import Adjacency
 from fused_rec.model import losses
+from fused_rec.model.closed_form import Spectrum
 from fused_rec.model.fused import FIRST_ROUND, ID_ROWS, Towers, Vectors, holders, joined, with_prior, with_spectrum
 
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
@@ -54,7 +55,7 @@ class Task:
     adjacencies: Mapping[Relation, Adjacency]
     present: Bool[AnyArray, "I"]  # of all items, those that somebody holds; others are no alternatives while training
     popularity: Float32[AnyArray, "_"]  # holders of each item of the graph, older holdings counting less
-    spectrum: Float32[AnyArray, "I R"] | None = None  # of `closed_form.spectrum`, for what is ranked; no step hears it
+    spectrum: Spectrum | None = None  # for what is ranked, where model.spectrum asks for it; no step hears it
 
 
 def optimiser(config: TrainConfig) -> optax.GradientTransformation:
@@ -98,10 +99,16 @@ def program(config: Config) -> Config:
 
 
 def embed(config: Config, params: PyTree, task: Task) -> Vectors:
-    """Vectors of all users and items, whose dot products are the scores: logits times the temperature."""
+    """Vectors of all users and items, whose dot products are the scores: logits times the temperature, and EASE's part.
+
+    Raises:
+      ValueError: the config asks for a spectrum that the task does not have.
+    """
     towers: Any = Towers(config.model).apply({"params": params}, task.graph, task.adjacencies)
     vectors = joined(towers, task.graph.whole(ITEM, holders(task.adjacencies)))
-    if task.spectrum is not None:
+    if config.model.spectrum:
+        if task.spectrum is None:
+            raise ValueError(f"model.spectrum is {config.model.spectrum} and the task has none; make it by `prepare`")
         vectors = with_spectrum(vectors, task.spectrum, task.graph, task.adjacencies, config.model.spectrum)
     return _with_popularity(config, task, vectors)
 
