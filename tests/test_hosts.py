@@ -45,11 +45,11 @@ def launch(
     steps: int,
     devices: int = 2,
     variant: str = "graph",
+    spectrum: float = 0,
 ) -> subprocess.Popen:
     """devices: of all processes together. Each process has a cache of text vectors of its own."""
-    settings = [
-        f"--config.{setting}" for setting in (*SETTINGS, f"model.variant={variant}", f"train.max_steps={steps}")
-    ]
+    own = f"model.variant={variant}", f"model.spectrum={spectrum}", f"train.max_steps={steps}"
+    settings = [f"--config.{setting}" for setting in (*SETTINGS, *own)]
     several = [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
     with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
         return subprocess.Popen(
@@ -145,8 +145,8 @@ def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
 def test_four_processes_give_what_one_gives(tables, tmp_path):
     """Of four devices each: sums of four depend on their order in the last digits."""
     alone, workdir = tmp_path / "alone", tmp_path / "run"
-    assert run(tables, alone, 1, devices=4) == [0], said(alone)
-    assert run(tables, workdir, 4, devices=4) == [0] * 4, said(workdir)
+    assert run(tables, alone, 1, devices=4, spectrum=1.0) == [0], said(alone)
+    assert run(tables, workdir, 4, devices=4, spectrum=1.0) == [0] * 4, said(workdir)
     check_metrics(workdir, alone)
     check_parameters(workdir, alone)
 

@@ -125,8 +125,8 @@ def _page(
 
 # {dataset}: {variant} model
 
-Ranks financial products for customers by {hears}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]}; the
-state of step {results["best_step"]}, {made_of}. Language model of the texts: {language}.
+Ranks financial products for customers by {hears}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
+the state of step {results["best_step"]}, {made_of}. Language model of the texts: {language}.
 
 ## Trained on
 
