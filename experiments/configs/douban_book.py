@@ -3,8 +3,8 @@
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/douban_book.py --workdir=runs/douban_book
 
 A tenth of the published training part chooses the step; the test part is read once. Without words a linear model is
-hard to beat here, so it is a part of the score (`model.spectrum`). About ten minutes on two CPU cores; test NDCG@10 .1985,
-mean of three seeds (docs/RESULTS.md).
+hard to beat here, so it is a part of the score (`model.spectrum`). About ten minutes on two CPU cores; test NDCG@10
+.1985, mean of three seeds (docs/RESULTS.md).
 """
 
 from experiments.configs import config_dict
