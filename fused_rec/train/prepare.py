@@ -76,6 +76,7 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     popularity = counted(observed.item, observed.age, config.model.half_life, dataset.n_items)
     task = Task(graph, adjacencies(graph), present(dataset, observed), popularity)
     if config.model.spectrum:
+        LOG.info("closed form: %d directions of the holdings, minutes where these are many", config.model.spectrum_rank)
         seen = Seen(observed.user, observed.item, dataset.n_users, dataset.n_items)
         found = spectrum(seen, rank=config.model.spectrum_rank, l2=config.model.spectrum_l2)
         # One process's: of another machine's rows, which may be turned, the products with these would be wrong.
