@@ -45,6 +45,7 @@ class DecoderConfig:
     reaches: of each layer, a token sees those less than so many before it. qkv_bias, output_bias, inner_bias: whether
     the projections to queries, keys and values, back from the heads, and of the inner layer add one. head_norms:
     whether queries and keys are normalised. tied: whether the head that predicts tokens has the words' weights.
+    causal: whether a token sees only those before it.
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class DecoderConfig:
     inner_bias: bool = False
     head_norms: bool = False
     tied: bool = False
+    causal: bool = True
 
     def __post_init__(self):
         sizes = (f.name for f in dataclasses.fields(self) if f.type is int)
@@ -84,7 +86,9 @@ def read_llama(stored: Mapping[str, Any]) -> DecoderConfig:
 
 def read_mistral(stored: Mapping[str, Any]) -> DecoderConfig:
     """From a config.json of model_type mistral. Raises ValueError on what is not supported."""
-    window = field(stored, "sliding_window", int, EVERYWHERE)
+    window = field(
+        {"sliding_window": 4096, **stored}, "sliding_window", int, EVERYWHERE
+    )  # null says that there is none
     return _read(stored, (window,) * len(_everywhere(stored)))
 
 
@@ -121,6 +125,23 @@ def read_layers(stored: Mapping[str, Any]) -> int:
     return layers
 
 
+def rope_settings(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content of rope_parameters (transformers 5) or rope_scaling (before it).
+
+    Raises ValueError where both are there and differ, and where the trained length stands outside and differs.
+    """
+    new, old = (field(stored, name, dict, {}) for name in ("rope_parameters", "rope_scaling"))
+    if new and old and new != old:
+        raise ValueError(f"rope_parameters is {new!r:.60} and rope_scaling {old!r:.60}; remove one of them")
+    ropes, name = new or old, "original_max_position_embeddings"
+    if stored.get(name) is not None and ropes.get("rope_type", ropes.get("type")) in ("llama3", "yarn"):
+        if ropes.get(name) != stored[name]:
+            raise ValueError(
+                f"{name} is {stored[name]!r:.60} outside of RoPE scaling, and within {ropes.get(name)!r:.60}"
+            )
+    return ropes
+
+
 def _everywhere(stored: Mapping[str, Any]) -> tuple[int, ...]:
     layers = read_layers(stored)
     if layer_kinds(stored, layers) is not None:
@@ -154,16 +175,21 @@ def _read(stored: Mapping[str, Any], reaches: tuple[int, ...], **more: bool) -> 
         dims, rest = divmod(sizes["hidden_size"], heads)
         if rest:
             raise ValueError(f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads {heads}")
-    ropes = field(stored, "rope_parameters", dict, None) or field(stored, "rope_scaling", dict, {})
+    causal = field(stored, "is_causal", bool, True)
+    if not causal:  # a window then reaches as many tokens to either side, as in the original
+        reaches = tuple(min(reach + 1, EVERYWHERE) for reach in reaches)
     return DecoderConfig(
         **sizes,
         num_hidden_layers=len(reaches),
         num_key_value_heads=field(stored, "num_key_value_heads", int, heads),
         head_dim=dims,
         rms_norm_eps=field(stored, "rms_norm_eps", float, 1e-6),
-        rope=read_rope(ropes, field(stored, "rope_theta", float, 10_000.0), dims, sizes["max_position_embeddings"]),
+        rope=read_rope(
+            rope_settings(stored), field(stored, "rope_theta", float, 10_000.0), dims, sizes["max_position_embeddings"]
+        ),
         reaches=reaches,
         tied=field(stored, "tie_word_embeddings", bool, False),
+        causal=causal,
         **more,
     )
 
@@ -191,7 +217,7 @@ class GroupedAttention(nn.Module):
             return rotate(projected, turns, config.rope.scale)
 
         query = turned("query", groups, config.num_attention_heads // groups)
-        mixed = attend(query, turned("key", groups), heads("value", groups), mask, reach, causal=True)
+        mixed = attend(query, turned("key", groups), heads("value", groups), mask, reach, config.causal)
         return Dense(size, config.output_bias, name="output")(mixed.reshape(batch, length, -1))
 
 

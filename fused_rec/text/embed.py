@@ -22,7 +22,7 @@ from fused_rec.text.layers import PRECISION, as_bits
 from fused_rec.text.pretrained import PretrainedModel
 
 # Raise it when the same text, weights and settings give other vectors than before: old cache entries then lapse.
-VECTORS_VERSION = 1
+VECTORS_VERSION = 2
 FLUSH_SECONDS = 20.0
 FLUSH_TEXTS = 65_536
 COMPILE_TOKENS = 6_000  # what two CPU cores encode while XLA compiles one more shape, 0.8 s
@@ -149,7 +149,7 @@ class Tokens(NamedTuple):
 
 def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Tokens]:
     """The tokens of each text after the cut, and where they stand in it. Raises ValueError as `embed` does."""
-    model.tokenizer.enable_truncation(_token_limit(model, max_tokens))
+    model.tokenizer.enable_truncation(_token_limit(model, max_tokens), direction=model.cut)
     return [
         Tokens(np.array(e.ids, np.int32), np.array(e.special_tokens_mask, bool), e.offsets, e.word_ids)
         for e in model.tokenizer.encode_batch(list(texts))
@@ -182,7 +182,7 @@ def _checked(texts: Sequence[str]) -> Iterator[str]:
 
 def _identity(model: PretrainedModel, limit: int) -> str:
     """What a vector depends on apart from its text, as 64 hex digits."""
-    parts = [VECTORS_VERSION, model.digest, limit, model.pooling, model.normalize]
+    parts = [VECTORS_VERSION, model.digest, limit, model.cut, model.pooling, model.normalize]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -197,7 +197,7 @@ def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
 
 
 def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[Int32[np.ndarray, "L"]]:
-    model.tokenizer.enable_truncation(limit)
+    model.tokenizer.enable_truncation(limit, direction=model.cut)
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), TOKENIZE_TEXTS):
         encodings = model.tokenizer.encode_batch_fast(list(texts[start : start + TOKENIZE_TEXTS]))

@@ -30,6 +30,11 @@ ACTIVATIONS = {
     "silu": nn.silu,
 }
 ROPES = ("default", "linear", "llama3", "yarn")
+ROPE_SETTINGS = frozenset(
+    ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
+    + ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+    + ("low_freq_factor", "high_freq_factor", "finetuned")  # the last of the first files with yarn, for their readers
+)
 
 
 def as_bits(params: Params) -> Params:
@@ -118,6 +123,8 @@ def read_rope(stored: Mapping[str, Any], theta: float, dims: int, max_positions:
         raise ValueError(f"a head has {dims} numbers; they must be even, for rotary positions turn pairs, and to 4,096")
     if any(isinstance(value, dict) for value in stored.values()):
         raise ValueError("rope_parameters differ by layer; supported is one set for all, except in modernbert")
+    if unknown := sorted(set(stored) - ROPE_SETTINGS):
+        raise ValueError(f"RoPE scaling sets {', '.join(unknown)[:100]}, unknown here, which may change vectors")
     if field(stored, "partial_rotary_factor", float, 1.0) != 1:
         raise ValueError(f"partial_rotary_factor is {stored['partial_rotary_factor']}; supported is 1")
     # In float32 as the models were trained: at position 10,000 the last digit of a frequency is 1e-3 radians.

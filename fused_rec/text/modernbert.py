@@ -88,6 +88,9 @@ def read_modernbert(stored: Mapping[str, Any]) -> ModernBertConfig:
     heads, window = sizes["num_attention_heads"], field(stored, "local_attention", int, 128)
     if heads < 1 or window < 0:
         raise ValueError(f"num_attention_heads is {heads} and local_attention {window}; at least 1 and 0 are due")
+    side = field(stored, "sliding_window", int, window // 2)
+    if side != window // 2:
+        raise ValueError(f"sliding_window is {side} and local_attention {window}, of which it must be the half")
     ropes = field(stored, "rope_parameters", dict, {})
     rope, near_rope = (
         read_rope(

