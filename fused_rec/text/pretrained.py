@@ -228,13 +228,14 @@ def _open_tokenizer(
     try:
         kind = tokenization.tokenizer_class(stored, model_type)
         if model_type == "bert" and kind in tokenization.WORDPIECE:
+            backend, limit = _bert_tokenizer(encoder)
             if (encoder / "tokenizer.json").is_file():
                 tokenization.check_rebuilt(_read_json(encoder / "tokenizer.json"), kind)
-            backend, limit = _bert_tokenizer(encoder)
-            tokenization.check_types(backend)
         else:
             backend, limit = _fast_tokenizer(encoder, stored.get("model_max_length", LARGEST))
             tokenization.settle(backend, stored, model_type)
+        if model_type == "bert":
+            tokenization.check_types(backend)
         side = tokenization.cut_side(stored, backend)
     except ValueError as error:
         raise error if str(encoder) in str(error) else ValueError(f"{file}: {error}") from error
