@@ -332,7 +332,8 @@ PUBLISHED = {
     "all-MiniLM-L6-v2, bge, e5, gte": (
         "bert",
         "_name_or_path architectures attention_probs_dropout_prob classifier_dropout gradient_checkpointing "
-        "hidden_dropout_prob id2label label2id initializer_range model_type pad_token_id torch_dtype transformers_version use_cache",
+        "hidden_dropout_prob id2label label2id initializer_range model_type pad_token_id torch_dtype "
+        "transformers_version use_cache",
     ),
     "bert-base-multilingual": (
         "bert",
