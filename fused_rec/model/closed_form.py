@@ -301,10 +301,11 @@ def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
 def _scorer(history, dense: Float32[np.ndarray, "n I"], known) -> Partial:
     """Of scores U x I where users are fewer than items, else of item-item weights I x I."""
     n_users, n_items = history.shape
+    on_device = jax.device_put(dense)  # jnp.asarray takes one more copy on the way
     if n_users < n_items:
-        return unknown_last(Partial(_rows_of, jnp.asarray(dense)), known)
+        return unknown_last(Partial(_rows_of, on_device), known)
     zeros = jnp.zeros(n_items, jnp.float32)
-    return unknown_last(Partial(_sum_dense_rows, entries(history), jnp.asarray(dense), zeros), known)
+    return unknown_last(Partial(_sum_dense_rows, entries(history), on_device, zeros), known)
 
 
 def _rows_of(scores: Float32[Array, "U I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
