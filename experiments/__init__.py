@@ -19,7 +19,7 @@ from fused_rec.train import interrupt
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and runs `main`; a fault of the input, or a library not installed, ends in a report.
+    """Parses the flags and runs `main`; a fault of the input, a lack of memory or of a library ends in a report.
 
     SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
     """
@@ -66,7 +66,8 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
                 flush=True,
             )
             os._exit(1)  # an orderly end would wait for the others
-        if flags.FLAGS.verbosity > 0 or not isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)):
+        reported = (ValueError, OSError, ArithmeticError, ImportError, MemoryError)
+        if flags.FLAGS.verbosity > 0 or not isinstance(error, reported):
             raise
         print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)

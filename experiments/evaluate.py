@@ -16,6 +16,7 @@ from experiments import start
 from fused_rec.config import METRICS
 from fused_rec.data.fartrans import read_prices
 from fused_rec.evaluate.compare import table
+from fused_rec.evaluate.suitability import check_groups
 from fused_rec.train.export import read_rules
 from fused_rec.train.loop import write_json
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_rules, scorer
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     rules, _ = read_rules(RULES.value) if RULES.value else ((), "")
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, PART.value)
+    check_groups(prepared.dataset.users, GROUPS.value)
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
     seen = published(prepared)
     alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen

@@ -17,7 +17,7 @@ from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.tables import read_tables
 from fused_rec.data.writers import save_dataset
 from fused_rec.evaluate.ranking import mean
-from fused_rec.evaluate.suitability import suitable
+from fused_rec.evaluate.suitability import check_groups, suitable
 from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
 from fused_rec.explain.ledger import ledger
 from fused_rec.explain.reasons import record
@@ -179,12 +179,14 @@ def recommend(
     dataset = run.prepared.dataset
     given = read_rules(rules)[0] if rules is not None else ()
     may = eligible(dataset, given, include_held=include_held)
-    found = serve.parts(scorer(run.config, run.prepared, run.state), dataset, may, user_rows(dataset, _ids(users)), k)
+    rows = user_rows(dataset, _ids(users))
+    serve.require_table(dataset, len(rows), k)
+    found = serve.parts(scorer(run.config, run.prepared, run.state), dataset, may, rows, k)
     table = pa.concat_tables(part.table for part in found)
     if "name" not in dataset.items.column_names:
         return table
-    rows = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
-    return table.append_column("name", dataset.items["name"].combine_chunks().take(rows.combine_chunks()))
+    named = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
+    return table.append_column("name", dataset.items["name"].combine_chunks().take(named.combine_chunks()))
 
 
 def _ids(users: Sequence[str]) -> list[str]:
@@ -291,6 +293,7 @@ def report(
     out = workdir / "report.html" if out is None else Path(out)
     given, rules_digest = read_rules(rules) if rules is not None else ((), None)
     run = load(workdir, part)
+    check_groups(run.prepared.dataset.users, groups)
     own = run.config.model.variant
     measured = measure_models(run.config, run.prepared, run.state, part, baselines, own)
     found = None

@@ -60,6 +60,17 @@ def test_ease_equals_its_definition(n_users, n_items, l2):
 
 
 @SHAPES
+def test_large_inverses_go_by_blocks(n_users, n_items, monkeypatch):
+    history, seen = _random(n_users, n_items, 0.3)
+    expected = history @ _ridge_without_self(history, 20.0, np.zeros((n_items, n_items)), 0)
+    monkeypatch.setattr(closed_form, "WHOLE", 7)  # three levels of blocks, of odd sizes too
+    monkeypatch.setattr(closed_form, "BLOCK", 60)
+    np.testing.assert_allclose(scores(ease(seen, l2=20.0), n_users), _unknown_last(expected, [0]), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="too small for an inverse in float32"):
+        ease(seen, l2=1e-9)
+
+
+@SHAPES
 @pytest.mark.parametrize("l2_text", [3.0, 100.0])
 def test_text_ease_equals_its_definition(n_users, n_items, l2_text):
     history, seen = _random(n_users, n_items, 0.3)

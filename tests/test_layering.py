@@ -17,6 +17,7 @@ PACKAGE = "fused_rec"
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
 LAYERS = (
     "config",
+    "memory",
     "devices",
     "kernels",
     "hosts",
@@ -32,6 +33,7 @@ LAYERS = (
 
 # The only places that touch files, the network, other processes or the terminal.
 IO_ALLOWED = (
+    "memory.py",  # asks the system how much there is
     "data/files.py",
     "data/download.py",
     "data/fetch.py",

@@ -13,8 +13,10 @@ import pyarrow as pa
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import PARTS, Observed, Split
+from fused_rec.memory import require_memory
 
 PASSAGE_WORDS = 5  # shorter texts recur by chance ("great product"); longer ones name their source
+PAIR = 160  # bytes of a pair of numbers in a set of Python's
 SHOWN = 5  # rows of each finding that the report spells out
 
 
@@ -36,6 +38,8 @@ def audit(
     Not found: paraphrases and excerpts, and numbers computed from held-out rows. Controls that rewire ties or
     shuffle texts are applied after the audit.
     """
+    rows = dataset.interactions.num_rows + len(observed.user) + dataset.reviews.num_rows + dataset.ties.num_rows
+    require_memory(PAIR * rows, f"the leak audit of {rows:,} rows", "raise data.core, or give fewer reviews and ties")
     withheld = _withheld(dataset, split, parts)
     review_faults = _review_faults(dataset, withheld)
     tie_faults = _tie_faults(dataset, withheld)

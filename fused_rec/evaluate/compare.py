@@ -16,6 +16,7 @@ from jaxtyping import Float, Float64, Int64
 
 from fused_rec.data.dataset import printable
 from fused_rec.data.spreadsheet import harmless
+from fused_rec.memory import require_memory
 
 BLOCK = 4_000_000  # resampled users drawn at once: 32 MB of indices
 
@@ -49,12 +50,18 @@ def paired_bootstrap(
     the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
 
     a, b: one metric by seed and user. Users with NaN in any run (nothing to compare) are left out of both.
-    Raises ValueError for different users, no user left, or draws below 1.
+    Raises ValueError for different users, no user left, or draws below 1, and InsufficientMemoryError.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has {a.shape[1]} users and b {b.shape[1]}; they must be the same users")
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
+    n, runs = a.shape[1], len(a) + len(b)
+    # In float64 as they are, by user, and joined; and what a block of draws counts.
+    what = f"a bootstrap of {runs} runs over {n:,} users"
+    require_memory(
+        24 * runs * n + 24 * max(BLOCK, n), what, "compare fewer variants or seeds at a time, or fewer users"
+    )
     known = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
     if not known.any():
         raise ValueError("no user has a value in every run; there is nothing to compare")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fused_rec import kernels
 from fused_rec.devices import DIVIDED, AnyArray, Shards, by_rows, over_devices, places, put, used
 from fused_rec.evaluate import metrics
+from fused_rec.memory import require_device_memory, require_memory
 
 Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
 """Scores of the whole catalogue for a batch of users, traceable by JAX.
@@ -39,6 +40,19 @@ def together(n_items: int) -> int:
     """How many users each device ranks together: a power of two from 16 to `MOST_USERS`."""
     at_once = AT_ONCE if jax.default_backend() == "cpu" else AT_ONCE_ON_ACCELERATORS
     return min(1 << max(4, (at_once // max(n_items, 1)).bit_length() - 1), MOST_USERS)
+
+
+def require_room(n_users: int, n_items: int, batch: int, bytes_a_user: int) -> None:
+    """Raises InsufficientMemoryError where rankings do not fit, before the first user is ranked.
+
+    batch: users a device ranks together. Of each pair of these and the items there are scores twice (as the scorer and
+    as the ranking has them) and four masks. bytes_a_user: of what is kept of every user.
+    """
+    batch = min(batch, max(n_users, 1))
+    what = f"a ranking of {n_items:,} items for {batch:,} users at a time"
+    require_device_memory(12 * batch * n_items, what, "rank fewer users at a time (batch), or raise data.core")
+    what = f"what is kept of the rankings of {n_users:,} users"
+    require_memory(bytes_a_user * n_users, what, "ask for fewer users at a time, or a smaller k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,12 +340,14 @@ def top_k(
         Items and scores; -1 and -inf where fewer than k remain.
 
     Raises:
+        InsufficientMemoryError: the lists or a batch of scores do not fit.
         ValueError: a score that is not finite (naming the user), or users, items or k outside their bounds.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
     allowed, order = catalogue(n_items, candidates, seed)
     check_sets(users, n_items, seen=seen, barred=eligible.barred)
+    require_room(len(users), n_items, batch or together(n_items), 8 * k)
     items, scores = np.full((len(users), k), -1, np.int32), np.full((len(users), k), -np.inf, np.float32)
     if len(users) == 0:
         return items, scores
@@ -390,6 +406,7 @@ def evaluate(
         devices: the first so many share the users; None means all.
 
     Raises:
+        InsufficientMemoryError: the metrics or a batch of scores do not fit.
         ValueError: a score that is not finite (naming the user), an item both seen and held out, no user to
             evaluate, or arguments outside their bounds.
     """
@@ -411,6 +428,8 @@ def evaluate(
     users = np.flatnonzero(truth.sizes).astype(np.int32)
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
+    # The metrics in parts and joined.
+    require_room(len(users), n_items, batch or together(n_items), 8 * (len(metrics.RANKED) * len(ks) + 2))
 
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(n_items, bool)

@@ -28,6 +28,7 @@ from fused_rec.evaluate.ranking import (
     evaluate,
     over_batches,
     passed,
+    require_room,
     scored,
     together,
 )
@@ -71,13 +72,14 @@ def screen(
 
     progress: what a bar says; no bar without it.
 
-    Raises ValueError as `ranking.top_k` does.
+    Raises ValueError and InsufficientMemoryError as `ranking.top_k` does.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
     allowed, order = catalogue(n_items, candidates, seed=0)
     check_sets(users, n_items, seen=seen, barred=eligible.barred)
     n, rules = len(users), len(eligible.names)
+    require_room(n, n_items, batch or together(n_items), (12 + rules) * k + 8 * rules)
     found = Screened(
         np.full((n, k), -1, np.int32),
         np.full((n, k), -np.inf, np.float32),
@@ -303,6 +305,12 @@ def group_gaps(
 
 def _means(values: Float64[np.ndarray, "V"], group: np.ndarray, sizes: np.ndarray) -> Float64[np.ndarray, "G"]:
     return np.bincount(group, values, minlength=len(sizes)) / np.maximum(sizes, 1)
+
+
+def check_groups(users: pa.Table, names: Sequence[str]) -> None:
+    """Raises ValueError as `groups_of` does, for the first of the attributes that makes no groups."""
+    for name in names:
+        groups_of(users, name, np.zeros(0, np.int64))
 
 
 def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[str | None]:

@@ -1,5 +1,6 @@
 """What training may see, as a graph: holdings, ties, nearest texts and attribute nodes."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,8 +13,13 @@ from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.memory import require_memory
 
+LOG = logging.getLogger(__name__)
 BLOCK_SCORES = 2**25  # cosines held at a time, 128 MiB
+LONG = 10**14  # multiplications: an hour of two CPU cores
+MOST_RELATIONS = 64  # kinds of ties, and attributes: each is compiled as two relations of every round of every tower
+MANY_VALUES = 1000  # of an attribute: so many nodes that no two items share are a mistake, and no small table
 USER, ITEM = "user", "item"
 WORDLESS = 1  # width of the text vectors where nothing is said: dense layers need a column
 HOLDS = Relation(USER, "holds", ITEM)
@@ -30,9 +36,10 @@ def build(
     """Every relation both ways; `vectors` are the encoded `texts.texts`.
 
     Raises:
-      ValueError: an attribute that is no column of the items, vectors that do not match the texts, or a name that
-        two attributes, ties or node types share.
+      ValueError: as `check_relations`; vectors that do not match the texts; or a name that two attributes, ties or
+        node types share.
     """
+    check_relations(dataset.items, observed.ties, config)
     if len(vectors) != len(texts.texts):
         raise ValueError(f"{len(vectors)} vectors for {len(texts.texts)} texts; encode the texts of this very split")
     counts = {USER: dataset.n_users, ITEM: dataset.n_items}
@@ -54,6 +61,40 @@ def build(
             relation = Relation(node_type, "similar_text", node_type)
             parts.append({relation: nearest_texts(words[node_type], config.similar_text)})
     return hetero_graph(counts, _joined(parts), np.concatenate(list(words.values())))
+
+
+def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> None:
+    """Looks for columns that make more relations or nodes than a graph bears, before texts are encoded for it.
+
+    An attribute most of whose values belong to one item each is logged as a warning.
+
+    Raises:
+      ValueError: more than `MOST_RELATIONS` attributes or kinds of ties; an attribute that is no column of the items,
+        is continuous, or has more than `MANY_VALUES` values of which no two items share one.
+    """
+    kinds = ties.column("kind").unique()
+    if len(kinds) > MOST_RELATIONS:
+        shown = ", ".join(map(repr, kinds.slice(0, 3).to_pylist()))
+        raise ValueError(
+            f"ties.kind has {len(kinds):,} distinct values ({shown}, ...); each becomes a relation with gates of its "
+            f"own, compiled for every round, and a graph takes at most {MOST_RELATIONS}. Merge rare kinds into one, "
+            "give all ties one kind, or set graph.ties to none"
+        )
+    if len(config.attributes) > MOST_RELATIONS:
+        raise ValueError(
+            f"graph.attributes names {len(config.attributes)} columns; each becomes two relations, and a graph takes "
+            f"at most {MOST_RELATIONS} columns. Name those that say most"
+        )
+    for name in config.attributes:
+        values, (known, _) = attribute_edges(items, name)
+        nodes = f"graph.attributes names {name!r}, whose {values:,} distinct values for {len(known):,} items"
+        if values == len(known) > MANY_VALUES:
+            raise ValueError(
+                f"{nodes} would become {values:,} nodes that connect nothing; take it out, or give it as bands or "
+                "groups that items share"
+            )
+        if values > max(len(known) / 2, 20):
+            LOG.warning("%s become nodes of which most connect nothing; bands or groups would connect items", nodes)
 
 
 def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
@@ -166,7 +207,8 @@ def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, 
     """Number of distinct values of a categorical item column, and its (item, value) edges; nulls have none."""
     if name not in items.column_names:
         raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
-    if pa.types.is_floating(items.schema.field(name).type):
+    kind = items.schema.field(name).type
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         raise ValueError(f"graph.attributes names {name!r}, which is continuous; give it as bands in a column of words")
     encoded = items.column(name).combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
@@ -177,11 +219,22 @@ def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, 
 def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges:
     """Each node hears the `neighbours` nodes of nearest words, weighted by their cosine over its sum.
 
-    Only positive cosines count; nodes without words neither hear nor are heard.
+    Only positive cosines count; nodes without words neither hear nor are heard. Time grows with the square of the
+    nodes with words; where it takes long, that is logged first.
+
+    Raises:
+      InsufficientMemoryError: vectors, a block of cosines, or the edges do not fit.
     """
     named = np.flatnonzero(vectors.any(1))
-    words = vectors[named]
     k = min(neighbours, len(named) - 1)
+    instead = "lower graph.similar_text, or set it to 0 to go without"
+    # Vectors; cosines with their negatives and order; the edges in parts and joined.
+    need = 4 * len(named) * vectors.shape[1] + 24 * max(BLOCK_SCORES, len(named)) + 40 * len(named) * max(k, 0)
+    if len(named) > 1:
+        require_memory(need, f"graph.similar_text, {k} neighbours of each of {len(named):,} nodes,", instead)
+    if len(named) ** 2 * vectors.shape[1] > LONG:
+        LOG.warning("graph.similar_text compares %s nodes with each other, which takes hours; %s", len(named), instead)
+    words = vectors[named]
     block = max(1, BLOCK_SCORES // max(len(named), 1))
     senders, receivers, weights = [], [], []
     for start in range(0, len(named), block) if k > 0 else ():

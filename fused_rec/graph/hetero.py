@@ -126,9 +126,15 @@ def hetero_graph(
 
     Raises:
       ValueError: a node type that is not counted, an id outside its node type, a weight or a text vector that is not
-        finite, a repeated edge, or lengths that differ; names the relation, the value and the bound.
+        finite, a repeated edge, lengths that differ, or more nodes or edges than int32 numbers; names the relation, the
+        value and the bound.
     """
-    total = sum(node_types.values())
+    total, longest = sum(node_types.values()), max((len(e.senders) for e in relations.values()), default=0)
+    if max(total, longest) >= 2**31:
+        raise ValueError(
+            f"the graph has {total:,} nodes and up to {longest:,} edges a relation; both are numbered by int32, below "
+            "2,147,483,648: raise data.core"
+        )
     if len(text) != total:
         raise ValueError(
             f"text has {len(text)} rows for {total} nodes; give one row a node, zeros where it has no words"

@@ -8,6 +8,7 @@ defaults: validation chooses them. All raise ValueError for ids outside 0..n-1 a
 The item-item regressions and filters stand in `fused_rec.model.closed_form`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,17 @@ import scipy.sparse
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from fused_rec.memory import require_memory
+
 ITERATIONS = 15  # of ALS
+SIMILARITIES = 1 << 24  # between rows that are sorted at once; each takes some 64 bytes until only the nearest are left
 
 
 class NotApplicableError(ValueError):
-    """A recommender needs what these tables do not tell (words, ties)."""
+    """A recommender cannot be made of these tables: they lack what it needs (words, ties), or are too large to index.
+
+    Where memory lacks, it is `fused_rec.memory.InsufficientMemoryError`.
+    """
 
 
 class Seen(NamedTuple):
@@ -97,7 +104,7 @@ def item_knn(seen: Seen, *, neighbours: int, shrink: float) -> Partial:
     sim(i, j) = (users of both) / (sqrt(users of i x users of j) + shrink), the cosine where shrink is 0.
     """
     history = seen.history()
-    similar = _nearest(history.T.tocsr(), neighbours, shrink)
+    similar = _nearest("item_knn", history.T.tocsr(), neighbours, shrink)
     return Partial(_sum_sparse_rows, entries(history), entries(similar), _zeros(seen.n_items))
 
 
@@ -108,7 +115,7 @@ def user_knn(seen: Seen, *, neighbours: int, shrink: float) -> Partial:
     sim of `item_knn`, items for users.
     """
     history = seen.history()
-    similar = _nearest(history, neighbours, shrink)
+    similar = _nearest("user_knn", history, neighbours, shrink)
     return Partial(_sum_sparse_rows, entries(similar), entries(history), _zeros(seen.n_items))
 
 
@@ -154,6 +161,7 @@ def als(seen: Seen, *, factors: int, regularisation: float, alpha: float, seed: 
 
     Raises:
       ImportError: `implicit` is not installed.
+      InsufficientMemoryError: the factors do not fit.
     """
     for name, value, least in (("factors", factors, 1), ("regularisation", regularisation, 0), ("alpha", alpha, 1)):
         if not value >= least:
@@ -163,6 +171,8 @@ def als(seen: Seen, *, factors: int, regularisation: float, alpha: float, seed: 
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError("als needs the library implicit: pip install -e '.[als]'") from error
+    need = 8 * factors * (seen.n_users + seen.n_items)  # float32, and the device's copy
+    require_memory(need, f"als, with {factors} factors of each user and item,", "raise data.core, or leave als out")
     history = seen.history()
     # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
     with threadpool_limits(1, "blas"):
@@ -203,7 +213,7 @@ def _pairs(row, column, n_rows: int, n_columns: int, row_name: str, column_name:
     return pairs
 
 
-def _nearest(vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) -> scipy.sparse.csr_array:
+def _nearest(name: str, vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) -> scipy.sparse.csr_array:
     """Each row's most similar other rows, ties by lower row; rows without anything in common are no neighbours."""
     if neighbours < 1:
         raise ValueError(f"neighbours is {neighbours}; it must be at least 1")
@@ -211,24 +221,40 @@ def _nearest(vectors: scipy.sparse.csr_array, neighbours: int, shrink: float) ->
         raise ValueError(f"shrink is {shrink}; it must be 0 or more")
     norms = np.sqrt(np.diff(vectors.indptr))
     transposed = vectors.T.tocsr()
-    blocks = []
     n = len(norms)
-    for start in range(0, n, 1024):  # 1,024 rows of similarities at a time
-        common = (vectors[start : start + 1024] @ transposed).tocoo()
+    # So many similarities a row has at most: one for each other holder of each of its columns.
+    most = np.minimum(abs(vectors) @ np.diff(transposed.indptr).astype(np.float64), n)
+    kept = int(np.minimum(most, neighbours).sum())
+    what = f"{name} with up to {neighbours} neighbours of each of {n:,} {'items' if name == 'item_knn' else 'users'}"
+    require_memory(24 * kept + 64 * SIMILARITIES, what, f"raise data.core, or leave {name} out")
+    blocks = []
+    for rows in _row_blocks(most):
+        common = (vectors[rows] @ transposed).tocoo()
         row, column = common.coords
-        value = common.data / (norms[row + start] * norms[column] + shrink)
-        other = row + start != column
+        value = common.data / (norms[row + rows.start] * norms[column] + shrink)
+        other = row + rows.start != column
         row, column, value = row[other], column[other], value[other]
         order = np.lexsort((column, -value, row))
         row, column, value = row[order], column[order], value[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
         near = rank < neighbours
-        shape = (min(1024, n - start), n)
+        shape = (rows.stop - rows.start, n)
         blocks.append(scipy.sparse.csr_array((value[near], (row[near], column[near])), shape=shape))
     return scipy.sparse.csr_array(scipy.sparse.vstack(blocks))
 
 
+def _row_blocks(most: Float[np.ndarray, "n"]) -> Iterator[slice]:
+    """Up to 1,024 rows at a time, and no more than have `SIMILARITIES` together, but one at least."""
+    total, start = np.concatenate([[0], np.cumsum(most)]), 0
+    while start < len(most):
+        stop = int(np.searchsorted(total, total[start] + SIMILARITIES, side="right")) - 1
+        stop = min(max(stop, start + 1), start + 1024, len(most))
+        yield slice(start, stop)
+        start = stop
+
+
 CHUNK = 128  # entries of a row added in one step
+MOST_ENTRIES = 2**31 - 1 - CHUNK  # of a matrix on the device, which numbers them by int32
 
 
 class Entries(NamedTuple):
@@ -240,7 +266,12 @@ class Entries(NamedTuple):
 
 
 def entries(matrix: scipy.sparse.csr_array) -> Entries:
-    """The matrix on the device."""
+    """The matrix on the device. Raises NotApplicableError for more than `MOST_ENTRIES`, which would be misnumbered."""
+    if matrix.nnz > MOST_ENTRIES:
+        raise NotApplicableError(
+            f"a sparse matrix of {matrix.nnz:,} entries is needed, and at most {MOST_ENTRIES:,} are numbered on a "
+            "device; raise data.core, or leave this recommender out"
+        )
     # One zero past the end, for what reads beyond a row (or an empty matrix) to find.
     columns, values = np.append(matrix.indices, 0), np.append(matrix.data, 0)
     return Entries(

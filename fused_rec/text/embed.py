@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fused_rec import hosts
 from fused_rec.devices import put
+from fused_rec.memory import require_memory
 from fused_rec.text.cache import KEY_BYTES, read_vectors, shard_folder, write_vectors
 from fused_rec.text.families import encode, flops
 from fused_rec.text.layers import PRECISION, as_bits
@@ -59,6 +60,9 @@ def embed(
     inverse = np.array([first_seen.setdefault(text, len(first_seen)) for text in prompted], np.int64)
     unique = list(first_seen)
     dims = model.config.hidden_size
+    rows = len(unique) if len(unique) == len(texts) else len(unique) + len(texts)
+    what = f"the vectors of {len(unique):,} texts with {dims} dimensions"
+    require_memory(4 * rows * dims, what, "encode fewer texts at a time, or take a smaller text.model")
     if cache is None:
         folder, keys = None, np.zeros((len(unique), KEY_BYTES), np.uint8)
         vectors, found = np.zeros((len(unique), dims), np.float32), np.zeros(len(unique), bool)

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from fused_rec.memory import require_memory
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+
+OVERSAMPLES = 10  # directions beyond those asked for, as scikit-learn takes them
 
 
 class Lexicon(NamedTuple):
@@ -42,7 +47,11 @@ def lexical_vectors(texts: Sequence[str], dims: int) -> Float32[np.ndarray, "T D
 
 
 def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
-    """What `lexical_vectors` are made of; None where these have no columns."""
+    """What `lexical_vectors` are made of; None where these have no columns.
+
+    Raises:
+      InsufficientMemoryError: the directions do not fit.
+    """
     # Imported here: scikit-learn takes a second that `import fused_rec.train` need not.
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -58,6 +67,10 @@ def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
         return None
     if weights.shape[1] < 2:  # which scikit-learn does not decompose
         return None
+    # In float64, of random projections onto both sides, three copies.
+    need = 24 * (min(dims, *weights.shape) + OVERSAMPLES) * sum(weights.shape)
+    what = f"text.lexical, {dims} directions of {weights.shape[0]:,} texts and {weights.shape[1]:,} terms,"
+    require_memory(need, what, "lower text.lexical, or set it to 0 to go without")
     # All of the directions where they are few: of two that weigh the same, either could be the one left out.
     first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
     vectors = first.fit_transform(weights).astype(np.float32)

@@ -39,6 +39,7 @@ from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
 from fused_rec.train.curves import Board, Curves, board, wandb_library
+from fused_rec.train.footprint import require_embedding, require_step
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
@@ -71,6 +72,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: workdir holds a run of another config or of other tables.
       DataError, LeakError: the input must not be used.
+      InsufficientMemoryError: a step, or what comes before the first one, does not fit.
       NonFiniteLossError: training diverged.
       BusyError: another process trains in workdir.
       SaveError: a checkpoint or result could not be written.
@@ -180,6 +182,10 @@ def fit(
     """
     settings = config.train
     dataset, observed = prepared.dataset, prepared.observed
+    if settings.neighbours:  # the whole graph is embedded to be measured
+        require_embedding(config, prepared.task)
+    else:
+        require_step(config, prepared.task)
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
     drawn = functools.partial(batch_of, settings, held)

@@ -21,6 +21,7 @@ from fused_rec.evaluate.slices import Slices, bands, item_slices, user_slices
 from fused_rec.evaluate.suitability import (
     Gaps,
     account,
+    check_groups,
     group_gaps,
     groups_of,
     period_returns,
@@ -32,6 +33,7 @@ from fused_rec.evaluate.suitability import (
 )
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.model import baselines, closed_form
+from fused_rec.train.footprint import require_embedding
 from fused_rec.train.parallel import divide_state, divide_task, parallel_embed
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import Task, TrainState
@@ -130,6 +132,7 @@ def measure_rules(
       ValueError: rules that the tables do not bear, attributes that make no groups, prices but no times of purchases.
     """
     dataset, held_out = prepared.dataset, _held_out(prepared, part)
+    check_groups(dataset.users, groups)
     may = apply(rules, dataset.users, dataset.items, held_out["seen"])
     returns = None if prices is None else _returns(prepared, part, prices, days)
     counts = np.zeros(dataset.n_items, np.int64)  # novelty is not asked for
@@ -233,8 +236,9 @@ def product_vectors(
     knows nothing, whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each
     item's popularity, and such a user's vector is 1 there and 0 elsewhere.
 
-    Raises ValueError where a vector is not finite.
+    Raises ValueError where a vector is not finite, InsufficientMemoryError where they do not fit.
     """
+    require_embedding(config, prepared.task, "lower model.dim or model.spectrum_rank")
     users, items = parallel_embed(config)(divide_state(state.params), divide_task(prepared.task))
     rows = np.arange(len(users), dtype=np.int32)
     step = together(len(items))

@@ -14,8 +14,9 @@ from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.splits import Observed, Split, observe, split
-from fused_rec.graph.build import WORDLESS, build
+from fused_rec.graph.build import WORDLESS, build, check_relations
 from fused_rec.graph.propagate import adjacencies
+from fused_rec.memory import require_memory
 from fused_rec.model.baselines import Seen, counted
 from fused_rec.model.closed_form import spectrum
 from fused_rec.text.embed import embed
@@ -61,9 +62,13 @@ def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str,
     Controls (text.control, graph.ties) come after the proof, which would refuse what they make up.
 
     Raises:
+      InsufficientMemoryError: the vectors of the texts, or the closed form, do not fit.
       LeakError: text or ties tell of held-out rows.
+      ValueError: columns make no graph (`fused_rec.graph.build.check_relations`).
     """
     observed = observe(dataset, parts_of, parts)
+    ties = observed.ties if config.graph.ties != "none" else observed.ties.slice(0, 0)
+    check_relations(dataset.items, ties, config.graph)
     texts = node_texts(dataset, observed)
     checked = audit(dataset, parts_of, observed, texts, parts)
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
@@ -126,6 +131,7 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
     if config.model.variant == "graph" or not texts.texts:
         return texts, np.zeros((len(texts.texts), WORDLESS), np.float32)
     model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
+    _require_room(texts, model.config.hidden_size + config.text.lexical)
     lexical = lexical_vectors(texts.texts, config.text.lexical)
     if config.text.control == "random":
         return controls.random_texts(texts, model.config.hidden_size + lexical.shape[1], config.train.seed)
@@ -139,6 +145,17 @@ def encode(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
     if lexical.shape[1]:
         vectors = side_by_side(vectors, lexical)
     return controls.shuffle_texts(texts, config.train.seed) if config.text.control == "shuffled" else texts, vectors
+
+
+def _require_room(texts: NodeTexts, width: int) -> None:
+    """Raises InsufficientMemoryError where the words of all nodes do not fit, before the first is encoded.
+
+    The vectors of the texts in parts and joined; of the nodes of one type means and, in float64, what whitens them.
+    """
+    n_nodes = max((int(rows.max()) + 1 for rows in (texts.user_rows, texts.item_rows) if len(rows)), default=0)
+    what = f"{width} columns of words for {len(texts.texts):,} texts and {n_nodes:,} nodes"
+    instead = "raise data.core, lower text.lexical, take a smaller text.model, or set model.variant to graph"
+    require_memory(8 * len(texts.texts) * width + 24 * n_nodes * width, what, instead)
 
 
 def present(dataset: Dataset, observed: Observed) -> np.ndarray:

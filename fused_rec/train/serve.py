@@ -15,6 +15,7 @@ from fused_rec.devices import used
 from fused_rec.evaluate.ranking import Eligible, Scorer, item_sets, together
 from fused_rec.evaluate.rules import HELD, Refuse, Rule, apply
 from fused_rec.evaluate.suitability import Screened, screen
+from fused_rec.memory import require_memory
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.loop import check_tables, finished
 from fused_rec.train.measure import scorer
@@ -111,8 +112,25 @@ def recommend(
     """
     dataset = prepared.dataset
     may = eligible(dataset, include_held=include_held)
-    found = parts(scorer(config, prepared, state), dataset, may, user_rows(dataset, ids), k)
+    rows = user_rows(dataset, ids)
+    require_table(dataset, len(rows), k)
+    found = parts(scorer(config, prepared, state), dataset, may, rows, k)
     return pa.concat_tables(part.table for part in found)
+
+
+def require_table(dataset: Dataset, n_users: int, k: int) -> None:
+    """Raises InsufficientMemoryError where the rankings of so many customers do not fit as one table of `SCHEMA`."""
+    row = 16 + sum(
+        _mean_length(table, name) for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
+    )
+    what = f"a table of {k:,} products for {n_users:,} customers"
+    instead = "ask for fewer customers or a smaller k, or write a file by experiments.recommend, which ranks in parts"
+    require_memory(int(row * n_users * min(k, dataset.n_items)), what, instead)
+
+
+def _mean_length(table: pa.Table, name: str) -> float:
+    """Bytes of an id as Arrow has it."""
+    return 4 + table.column(name).nbytes / max(table.num_rows, 1)
 
 
 def count_parts(n_users: int) -> int:

@@ -30,6 +30,7 @@ from fused_rec.data.splits import Split, observe
 from fused_rec.evaluate import compare, plots
 from fused_rec.evaluate.ranking import mean
 from fused_rec.evaluate.slices import METRICS
+from fused_rec.memory import InsufficientMemoryError
 from fused_rec.model.baselines import NotApplicableError
 from fused_rec.train import loop
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_slices, measure_users
@@ -78,13 +79,19 @@ class _Outcomes:
     def caught(self, name: str, seed: int | None) -> Iterator[None]:
         try:
             yield
-        except (NotApplicableError, MissingExtraError) as error:
+        except (NotApplicableError, MissingExtraError, InsufficientMemoryError) as error:
+            if any(row["variant"] == name for row in self.rows):  # memory was there for another of its seeds
+                self._failed(name, seed, error)
+                return
             self.skipped[name] = str(error)
             LOG.info("%s is left out: %s", name, error)
         except Exception as error:  # whatever it is, the other runs go on; being asked to stop is no Exception
-            self.failures.append({"variant": name, "seed": seed, "message": f"{type(error).__name__}: {error}"})
-            LOG.error("%s, %s failed: %s", name, "tuning" if seed is None else f"seed {seed}", error)
-            LOG.debug("raised here:", exc_info=True)
+            self._failed(name, seed, error)
+
+    def _failed(self, name: str, seed: int | None, error: Exception) -> None:
+        self.failures.append({"variant": name, "seed": seed, "message": f"{type(error).__name__}: {error}"})
+        LOG.error("%s, %s failed: %s", name, "tuning" if seed is None else f"seed {seed}", error)
+        LOG.debug("raised here:", exc_info=True)
 
 
 def study(

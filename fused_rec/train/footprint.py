@@ -1,0 +1,78 @@
+"""What a run has in memory, from the sizes of its graph and config: said, and refused, before it begins.
+
+N nodes, U users, I items, E directed edges over all relations, W columns of words, K dimensions, L rounds, P devices,
+T towers. Numbers are float32 or int32: 4 bytes.
+"""
+
+from fused_rec.config import Config
+from fused_rec.devices import used
+from fused_rec.graph.build import ITEM, USER, WORDLESS
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.memory import require_device_memory
+from fused_rec.train.step import Task
+
+NUMBER = 4  # bytes
+EDGE = 5 * NUMBER  # both ways of sorting
+REMEDY = "lower train.batch_users or model.dim, sample neighbours (docs/SCALE.md), raise data.core, or use more devices"
+
+
+def _towers(config: Config, graph: HeteroGraph) -> int:
+    return 2 if config.model.variant == "fused" and graph.text(ITEM).shape[1] > WORDLESS else 1
+
+
+def task_bytes(graph: HeteroGraph, devices: int) -> int:
+    """Of what a device has of the graph: its words and edges."""
+    n_edges = sum(count for _, count in graph.relations)
+    width = max(graph.text(node_type).shape[1] for node_type, _ in graph.node_types)
+    rows = sum(count for _, count in graph.node_types)
+    return (NUMBER * rows * width + EDGE * n_edges) // devices
+
+
+def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+    """Of a device's id rows, their gradient and AdamW's two moments."""
+    if config.model.variant == "text":
+        return 0
+    rows = sum(count for node_type, count in graph.node_types if node_type != USER or config.model.user_ids)
+    return 4 * NUMBER * rows * config.model.dim // devices
+
+
+def rounds_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+    """Of the rows of all rounds of all towers, and one round's rows of all devices."""
+    rows = sum(count for _, count in graph.node_types)
+    return NUMBER * rows * config.model.dim * (_towers(config, graph) * (config.model.rounds + 1) + devices) // devices
+
+
+def loss_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+    """Of a device's scores in the loss and their gradient, of each tower in turn."""
+    users = -(-min(config.train.batch_users, graph.count(USER)) // devices)
+    scored = {
+        "softmax": graph.count(ITEM),
+        "sampled_softmax": config.train.batch_users * config.train.negatives,
+        "bpr": config.train.positives * config.model.dim,
+    }
+    return 2 * NUMBER * users * scored[config.train.loss]
+
+
+def vector_bytes(config: Config, graph: HeteroGraph) -> int:
+    """Of the vectors of all users and items, which every device has whole."""
+    columns = _towers(config, graph) * config.model.dim + 1
+    columns += min(config.model.spectrum_rank, graph.count(USER), graph.count(ITEM)) if config.model.spectrum else 0
+    return NUMBER * (graph.count(USER) + graph.count(ITEM)) * columns
+
+
+def require_step(config: Config, task: Task) -> None:
+    """Raises InsufficientMemoryError where a training step over the whole graph does not fit on each device."""
+    graph, devices = task.graph, len(used(None))
+    parts = (state_bytes(config, graph, devices), rounds_bytes(config, graph, devices))
+    need = task_bytes(graph, devices) + 2 * parts[1] + parts[0] + loss_bytes(config, graph, devices)
+    what = f"training over {sum(count for _, count in graph.node_types):,} nodes with {config.model.dim} dimensions"
+    require_device_memory(need, what, REMEDY)
+
+
+def require_embedding(config: Config, task: Task, remedy: str = REMEDY) -> None:
+    """Raises InsufficientMemoryError where the vectors of all nodes do not fit on each device."""
+    graph, devices = task.graph, len(used(None))
+    need = task_bytes(graph, devices) + state_bytes(config, graph, devices) // 4
+    need += rounds_bytes(config, graph, devices) + 2 * vector_bytes(config, graph)
+    what = f"the vectors of {graph.count(USER):,} users and {graph.count(ITEM):,} items"
+    require_device_memory(need, what, remedy)

@@ -1,0 +1,188 @@
+"""What does not fit is refused before it begins: real limits of real processes, and control groups as files."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fused_rec.memory import InsufficientMemoryError, available_memory, require_memory, size
+
+# Imports come first, as they take address space too; then so many bytes more are allowed.
+LIMITED = """
+import re, resource, sys, time
+import numpy as np
+from fused_rec.memory import InsufficientMemoryError
+from fused_rec.model import baselines, closed_form
+from fused_rec.model.baselines import Seen
+import jax; jax.devices()
+
+def limit(more):
+    taken = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more, resource.RLIM_INFINITY))
+
+def seen(n_users, n_items, n=1000):
+    rng = np.random.default_rng(0)
+    words = np.ones((n_items, 2), np.float32)
+    return Seen(rng.integers(0, n_users, n), rng.integers(0, n_items, n), n_users, n_items, None, words)
+"""
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits as Linux has them")
+
+
+def limited(code: str) -> str:
+    """What the code prints in a process of its own."""
+    program = LIMITED + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("call", "need"),
+    [
+        ("closed_form.ease(seen(60_000, 60_000), l2=100.0)", 28.8),  # 8 bytes an element: weights, and on the device
+        ("closed_form.ease(seen(30_000, 60_000), l2=100.0)", 14.4),  # the same of scores, users being fewer
+        ("closed_form.text_ease(seen(60_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 28.8),
+        ("closed_form.text_ease(seen(30_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 18.0),
+        ("closed_form.gf_cf(seen(60_000, 60_000), rank=16, alpha=1.0)", 28.8),
+        ("closed_form.spectrum(seen(60_000, 60_000), rank=1024, l2=100.0)", 3.1),
+        ("baselines.als(seen(3_000_000, 60_000), factors=64, regularisation=1.0, alpha=10.0, seed=0)", 1.6),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_begins(call, need):
+    if "als" in call:
+        pytest.importorskip("implicit")
+    said = limited(
+        f"""
+        limit(1_500_000_000)
+        began = time.monotonic()
+        try:
+            {call}
+        except InsufficientMemoryError as error:
+            print(error)
+        print(time.monotonic() - began)
+        """
+    ).splitlines()
+    assert f" {need} GB of memory, and " in said[0] and " are available; " in said[0], said
+    assert float(said[1]) < 2
+
+
+@LINUX
+def test_what_fits_is_computed_under_the_same_limit():
+    said = limited(
+        """
+        data = seen(3000, 2500, 20_000)
+        whole = closed_form.ease(data, l2=100.0)(np.arange(3))
+        limit(600_000_000)
+        for _ in range(4):  # what one has freed is there for the next
+            assert np.array_equal(whole, closed_form.ease(data, l2=100.0)(np.arange(3)))
+        print("the same")
+        """
+    )
+    assert said == "the same\n"
+
+
+@LINUX
+def test_what_the_heap_keeps_counts_as_available():
+    said = limited(
+        """
+        from fused_rec.devices import keep_memory
+        from fused_rec.memory import require_memory
+        keep_memory()
+        limit(1_200_000_000)
+        blocks = [np.ones(100_000_000, np.uint8) for _ in range(8)]
+        last = np.ones(1000)  # on top of the heap, which cannot shrink below
+        try:
+            require_memory(800_000_000, "it", "wait")
+        except InsufficientMemoryError as error:
+            print("refused")
+        del blocks
+        require_memory(800_000_000, "it", "wait")
+        print("granted")
+        """
+    )
+    assert said == "refused\ngranted\n"
+
+
+def _write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def _proc(folder: Path, groups: str, available: int = 8_000_000) -> Path:
+    _write(folder, meminfo=f"MemTotal: 16000000 kB\nMemFree: 1000 kB\nMemAvailable: {available} kB\n")
+    _write(folder / "self", cgroup=groups)
+    return folder
+
+
+def test_the_least_of_machine_and_control_groups_counts(tmp_path):
+    proc, groups = _proc(tmp_path / "proc", "0::/a/b\n"), tmp_path / "cgroup"
+    assert available_memory(proc, groups) == 8_192_000_000  # no group sets a limit
+    _write(groups / "a" / "b", memory__max="max\n", memory__high="max\n", memory__current="9\n")
+    assert available_memory(proc, groups) == 8_192_000_000
+    stat = "anon 1\nactive_file 300\ninactive_file 500\n"
+    _write(groups / "a", memory__max="3000000000\n", memory__current="1000000800\n", memory__stat=stat)
+    assert available_memory(proc, groups) == 2_000_000_000  # of the parent, whose pages of files can be taken back
+    _write(groups / "a" / "b", memory__high="1000\n", memory__current="5000\n")
+    assert available_memory(proc, groups) == 0
+
+
+def test_control_groups_of_version_1_in_a_container(tmp_path):
+    proc, groups = _proc(tmp_path / "proc", "5:cpu:/docker/1\n4:memory:/docker/1\n0::/\n"), tmp_path / "cgroup"
+    unlimited = {"memory__limit_in_bytes": "9223372036854771712\n", "memory__usage_in_bytes": "5\n"}
+    _write(groups / "memory", **unlimited)
+    assert available_memory(proc, groups) == 8_192_000_000
+    # The path is the host's: inside the container its own group stands at the root.
+    stat = "cache 7\nactive_file 1\ntotal_active_file 100\ntotal_inactive_file 100\n"
+    limited = {"memory__limit_in_bytes": "2000000000\n", "memory__usage_in_bytes": "500000200\n", "memory__stat": stat}
+    _write(groups / "memory", **limited)
+    assert available_memory(proc, groups) == 1_500_000_000
+
+
+def test_the_message_says_need_and_remedy():
+    with pytest.raises(InsufficientMemoryError, match=r"^it needs 1,000,000.0 GB of memory, and .* available; wait$"):
+        require_memory(10**15, "it", "wait")
+    require_memory(0, "nothing", "")
+    assert [size(999_999_999), size(14_400_000_000)] == ["1,000 MB", "14.4 GB"]
+
+
+@LINUX
+def test_a_comparison_leaves_out_what_does_not_fit(tmp_path):
+    """20,000 customers with three of 20,000 products each: 3.2 GB for EASE, of the 2.5 GB that are allowed."""
+    tables = tmp_path / "tables"
+    rows = "".join(f"u{u},i{(u * step) % 20_000}\n" for u in range(20_000) for step in (1, 3, 7))
+    _write(tables, interactions__csv="user_id,item_id\n" + "".join(sorted(set(rows.splitlines(keepends=True)))))
+    program = """
+    import sys
+    from experiments import compare
+    limit(2_500_000_000)
+    sys.argv = sys.argv[1:]
+    compare.start(compare.main)
+    """
+    out = tmp_path / "out"
+    flags = [f"--config.data.path={tables}", "--config.model.variant=graph", "--variants=popularity,ease", "--seeds=1"]
+    command = [sys.executable, "-c", LIMITED + textwrap.dedent(program), "compare"]
+    command += ["--config=experiments/configs/tables.py", f"--out={out}", "--config.graph.similar_text=0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((out / "compare.json").read_text())
+    assert [entry["variant"] for entry in report["summary"]] == ["popularity"]
+    assert "GB of memory" in report["skipped"]["ease"] and "data.core" in report["skipped"]["ease"]
+    assert not report["failures"]
+
+
+def test_blocks_of_neighbours_change_nothing(monkeypatch):
+    from fused_rec.model import baselines
+
+    rng = np.random.default_rng(0)
+    seen = baselines.Seen(rng.integers(0, 40, 400), rng.integers(0, 30, 400), 40, 30)
+    users = jax.numpy.arange(40, dtype=np.int32)
+    whole = np.asarray(baselines.item_knn(seen, neighbours=5, shrink=1.0)(users))
+    monkeypatch.setattr(baselines, "SIMILARITIES", 50)
+    assert np.array_equal(whole, baselines.item_knn(seen, neighbours=5, shrink=1.0)(users))
