@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE_REQUEST = 0.5  # seconds in which further signals are the same request: `timeout` and shells may send it twice
+# Seconds in which further signals are the same request: `timeout` and shells may send one twice, within a millisecond.
+# A person takes a tenth of a second to press Ctrl-C again.
+ONE_REQUEST = 0.05
 
 
 class Stopped(BaseException):
