@@ -70,11 +70,10 @@ def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> C
     for name, given in sections.items():
         if isinstance(given, Mapping) and name in values:
             continue
-        if homes := [section for section, settings in values.items() if name in settings]:
-            right = " or ".join(f"{section}={{{name!r}: {given!r:.60}}}" for section in homes)
-            raise ValueError(
-                f"{name} is no section of the config but a setting; write {right.replace(chr(39), chr(34))}"
-            )
+        homes = [section for section, settings in values.items() if name in settings and name not in values]
+        if homes:
+            right = " or ".join(f'{section}={{"{name}": {given!r:.60}}}' for section in homes)
+            raise ValueError(f"{name} is no section of the config but a setting; write {right}")
         raise ValueError(
             f'{name} is {given!r:.60}; give a dictionary of settings by section, such as model={{"dim": 32}}; the '
             f"sections are {', '.join(values)}"

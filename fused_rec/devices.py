@@ -51,12 +51,12 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an empty JAX_PLATFORMS fails an assertion of JAX
-        asked = jax.config.jax_platforms
+        asked = jax.config.values.get("jax_platforms")
         remedy = "see the installation of JAX for this machine"
         if asked is not None:
             remedy = f"JAX_PLATFORMS is {asked!r}; unset it, or name one that is installed, such as cpu"
-        reason = str(error).splitlines()[0] if str(error) else "it has no reason to give"
-        raise DeviceError(f"JAX finds no device ({reason}); {remedy}") from error
+        reason = "".join(f" ({line})" for line in str(error).splitlines()[:1])
+        raise DeviceError(f"JAX finds no device{reason}; {remedy}") from error
 
 
 def computes(function: Callable[P, T]) -> Callable[P, T]:
@@ -69,7 +69,7 @@ def computes(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def called(*arguments: P.args, **settings: P.kwargs) -> T:
         check_devices()
-        if not jax.config.jax_enable_x64:
+        if not jax.enable_x64.value:
             return function(*arguments, **settings)
         with jax.enable_x64(False):
             return function(*arguments, **settings)
