@@ -1,7 +1,8 @@
 """Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`.
 
 Status: 0 done; 1 the input, a flag or a file is at fault, and the last lines say which; 3 the tables are not those of
-the run; 4 the tables of a finished run cannot be read; 130, 143 stopped by SIGINT, SIGTERM; 141 nobody reads the output.
+the run; 4 the tables of a finished run cannot be read; 130 stopped by SIGINT, 143 by SIGTERM; 141 nobody reads the
+output.
 """
 
 import os
@@ -30,13 +31,14 @@ from fused_rec import hosts
 from fused_rec.config import Config, from_dict
 from fused_rec.devices import DeviceError, keep_memory
 from fused_rec.train import interrupt
-from fused_rec.train.loop import TablesChangedError, TablesNotReadError
 
 BROKEN_PIPE = 141  # as shells report SIGPIPE
-STATUS: dict[type[Exception], int] = {TablesChangedError: 3, TablesNotReadError: 4}
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, DeviceError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
+
+
+_MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 
 
 def start(main: Callable[[list[str]], None]) -> None:
@@ -78,10 +80,8 @@ def _parse(argv: list[str]) -> list[str]:
         if isinstance(error, BrokenPipeError):
             raise
         # Beyond flags.Error: how ml_collections says that a setting or a file of settings is not there or not sound.
-        told = re.sub(
-            r"flag --(\S+)=None: Flag --\1 must have a value other than None\.", r"--\1 is missing", str(error)
-        )
-        print(f"{told.strip(chr(34))}\n(--help lists the flags)", file=sys.stderr)
+        told = re.sub(_MISSING, r"--\1 is missing", str(error).strip('"'))
+        print(f"{told}\n(--help lists the flags)", file=sys.stderr)
         sys.exit(1)
 
 
@@ -114,7 +114,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
             raise
         sys.stdout.flush()  # what was said before comes before
         print(_told(error), file=sys.stderr)
-        sys.exit(next((status for kind, status in STATUS.items() if isinstance(error, kind)), 1))
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def _told(error: Exception) -> str:

@@ -63,11 +63,14 @@ class NonFiniteLossError(FloatingPointError):
 class TablesChangedError(ValueError):
     """The tables are not those that a run was made of; the message says what changed. Commands end with status 3."""
 
+    exit_status = 3
+
 
 class TablesNotReadError(OSError):
     """The tables of a finished run cannot be read, and may have changed. Commands end with status 4."""
 
     setting = "data.path"  # that says where they are
+    exit_status = 4
 
 
 class Progress(NamedTuple):
@@ -386,7 +389,7 @@ def finished_results(config: Config, tables: Mapping[str, Any], workdir: Path) -
     try:
         check_tables(tables, workdir)
     except TablesChangedError as error:
-        raise TablesChangedError(f"{_when_finished(workdir)}. {error}") from None
+        raise TablesChangedError(f"{_when_finished(workdir)}; {error}") from None
     if differing(config, read_run(workdir)["config"]):
         try:
             with owned(workdir):
