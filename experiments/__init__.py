@@ -36,8 +36,6 @@ BROKEN_PIPE = 141  # as shells report SIGPIPE
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, DeviceError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
-
-
 _MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 
 
@@ -72,7 +70,10 @@ def absolute(path: str) -> Path:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.to_dict()  # raises where the file could not be read
+        return left
     except SystemExit:  # --help has been answered
         sys.stdout.flush()
         sys.exit(0)
@@ -80,8 +81,14 @@ def _parse(argv: list[str]) -> list[str]:
         if isinstance(error, BrokenPipeError):
             raise
         # Beyond flags.Error: how ml_collections says that a setting or a file of settings is not there or not sound.
-        told = re.sub(_MISSING, r"--\1 is missing", str(error).strip('"'))
-        print(f"{told}\n(--help lists the flags)", file=sys.stderr)
+        told = str(error)
+        if isinstance(error, flags.Error):
+            told = re.sub(_MISSING, r"--\1 is missing", told.strip('"'))
+        elif isinstance(error, AttributeError | KeyError):
+            told = "--config has no such setting: " + re.sub(r"[\\']", "", told.replace("\\n", " "))
+        else:
+            told = f"--config cannot be read: {' '.join(told.rpartition('failure to load:')[2].split())}"
+        print(told, file=sys.stderr)
         sys.exit(1)
 
 
@@ -119,7 +126,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 def _told(error: Exception) -> str:
     if isinstance(error, app.UsageError):
-        return f"{error}\n(--help lists the flags)"
+        return str(error)
     lines = [f"{type(error).__name__}: {error}"]
     setting = getattr(error, "setting", None)
     for flag in FLAGS_OF.get(setting, ()) if isinstance(setting, str) else ():
