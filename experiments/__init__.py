@@ -109,7 +109,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except BrokenPipeError:
         _end_unread()
     except Exception as error:
-        if hosts.broke_off(error):
+        if not isinstance(error, DeviceError) and hosts.broke_off(error):  # without devices there are no hosts either
             print(
                 f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
                 f"To go on from the last checkpoint, start all processes again:\n  {command()}",

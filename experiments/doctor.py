@@ -229,7 +229,8 @@ def lines() -> Iterator[Line]:
     if computes := devices.verdict != "FAIL":
         yield checked("kernels", check_kernel)
     yield checked("data", functools.partial(check_data, os.environ))
-    yield checked("language model", check_weights)
+    if computes:
+        yield checked("language model", check_weights)
     yield checked("cache", functools.partial(check_cache, CACHE.value))
     if requirements:
         yield checked("extras", functools.partial(check_extras, requirements))

@@ -17,6 +17,7 @@ from absl import app, flags
 from experiments import start
 from experiments.places import existing_file, new_folder, place, written_file_anywhere
 from fused_rec.config import TextConfig
+from fused_rec.devices import check_devices
 from fused_rec.text.cache import open_cache, purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> None:
         return
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
+    check_devices()
     if CACHE.value:
         open_cache(CACHE.value)
     texts = read_lines(INPUT.value)
