@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
+flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 LONGEST = 200  # bytes of a name that is made: file systems take 255, and names of files half written are longer
 
 
