@@ -1,21 +1,42 @@
-"""Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`."""
+"""Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`.
+
+Status: 0 done; 1 the input, a flag or a file is at fault, and the last lines say which; 3 the tables are not those of
+the run; 4 the tables of a finished run cannot be read; 130 stopped by SIGINT, 143 by SIGTERM; 141 nobody reads the
+output.
+"""
+
+import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"]:  # as Python has it while it looks for the module to run
+    # Ctrl-C while libraries are imported, which takes seconds: nothing is begun, so nothing has to be said or saved.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda signum, frame: os._exit(128 + signum))
 
 import dataclasses
 import functools
 import logging
-import os
+import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
+import jax
 import ml_collections
 from absl import app, flags
 
 from fused_rec import hosts
 from fused_rec.config import Config, from_dict
-from fused_rec.devices import keep_memory
+from fused_rec.devices import DeviceError, keep_memory
 from fused_rec.train import interrupt
+
+BROKEN_PIPE = 141  # as shells report SIGPIPE
+FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
+# The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
+FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
+_MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 
 
 def start(main: Callable[[list[str]], None]) -> None:
@@ -24,7 +45,10 @@ def start(main: Callable[[list[str]], None]) -> None:
     SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
     """
     keep_memory()
-    app.run(functools.partial(_reported, main), flags_parser=_parse)
+    try:
+        app.run(functools.partial(_reported, main), flags_parser=_parse)
+    except BrokenPipeError:
+        _end_unread()
 
 
 def config_of(values: ml_collections.ConfigDict) -> Config:
@@ -32,33 +56,60 @@ def config_of(values: ml_collections.ConfigDict) -> Config:
     config = from_dict(values.to_dict())
     if not config.data.path:
         return config
-    path = str(Path(config.data.path).expanduser().resolve())
+    path = str(absolute(config.data.path))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
+def absolute(path: str) -> Path:
+    """The path from the root, ~ and links resolved. Raises ValueError where that is impossible."""
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # no home directory, links in a circle, too long
+        raise ValueError(f"{path!r} names no place: {error}") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # how ml_collections tells of a setting that is not there
-        print(f"FATAL Flags parsing error:\n  {error}", file=sys.stderr)
+        left = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.to_dict()  # raises where the file could not be read
+        return left
+    except SystemExit:  # --help has been answered
+        sys.stdout.flush()
+        sys.exit(0)
+    except (flags.Error, AttributeError, KeyError, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        # Beyond flags.Error: how ml_collections says that a setting or a file of settings is not there or not sound.
+        told = str(error)
+        if isinstance(error, flags.Error):
+            told = re.sub(_MISSING, r"--\1 is missing", told.strip('"'))
+        elif isinstance(error, AttributeError | KeyError):
+            told = "--config has no such setting: " + re.sub(r"[\\']", "", told.replace("\\n", " "))
+        else:
+            told = f"--config cannot be read: {' '.join(told.rpartition('failure to load:')[2].split())}"
+        print(told, file=sys.stderr)
         sys.exit(1)
 
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    logging.getLogger("fused_rec").setLevel(logging.INFO)
-    # JAX tells at INFO which accelerators it looked for in vain.
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, see --help")
+    _log()
+    # Everything here is float32 or int32; fused_rec.devices.computes does the same for the Python interface.
+    jax.config.update("jax_enable_x64", False)
     try:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag")
         with interrupt.handled():
             main(argv)
+            sys.stdout.flush()
     except interrupt.Stopped as stopped:
         said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
         print(f"\n{said}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
         sys.exit(stopped.exit_status)
+    except BrokenPipeError:
+        _end_unread()
     except Exception as error:
-        if hosts.broke_off(error):
+        if not isinstance(error, DeviceError) and hosts.broke_off(error):  # without devices there are no hosts either
             print(
                 f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
                 f"To go on from the last checkpoint, start all processes again:\n  {command()}",
@@ -66,11 +117,49 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
                 flush=True,
             )
             os._exit(1)  # an orderly end would wait for the others
-        reported = (ValueError, OSError, ArithmeticError, ImportError, MemoryError)
-        if flags.FLAGS.verbosity > 0 or not isinstance(error, reported):
+        if flags.FLAGS.verbosity > 0 or not isinstance(error, FAULTS):
             raise
-        print(f"{type(error).__name__}: {error}\n(--verbosity=1 shows where it was raised)", file=sys.stderr)
-        sys.exit(1)
+        sys.stdout.flush()  # what was said before comes before
+        print(_told(error), file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, app.UsageError):
+        return str(error)
+    lines = [f"{type(error).__name__}: {error}"]
+    setting = getattr(error, "setting", None)
+    for flag in FLAGS_OF.get(setting, ()) if isinstance(setting, str) else ():
+        if flag in flags.FLAGS:
+            lines.append(f"({setting} is set by --{f'config.{setting}' if flag == 'config' else flag}=DIR)")
+            break
+    return "\n".join([*lines, "(--verbosity=1 shows where it was raised)"])
+
+
+class _Formatter(logging.Formatter):
+    """The time and, where it is more than information, how grave it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        grave = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record, '%H:%M:%S')} {grave}{super().format(record)}"
+
+
+def _log() -> None:
+    absl.logging.get_absl_handler().setFormatter(_Formatter())
+    logging.getLogger("fused_rec").setLevel(logging.INFO)
+    # JAX tells at INFO which accelerators it looked for in vain.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def _end_unread() -> None:
+    """Ends a process whose output nobody reads, as `command | head -1`, without another word."""
+    unread = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # what is still in their buffers goes nowhere
+        try:
+            os.dup2(unread, stream.fileno())
+        except (AttributeError, OSError, ValueError):
+            continue
+    sys.exit(BROKEN_PIPE)
 
 
 def command() -> str:

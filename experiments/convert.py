@@ -10,21 +10,22 @@
 from absl import flags
 
 from experiments import start
+from experiments.places import existing_folder, place, written_folder
 from fused_rec.config import DataConfig
 from fused_rec.data.readers import READERS, load
 from fused_rec.data.writers import LAYOUTS, save_dataset
 
 DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
-PATH = flags.DEFINE_string("path", "", "Its folder; without this flag its own under $FUSED_REC_DATA.")
+PATH = place("path", existing_folder, "Its folder; without this flag its own under $FUSED_REC_DATA.")
 TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "What is written.", required=True)
-OUT = flags.DEFINE_string("out", None, "New folder; RecBole's files get its name.", required=True)
+OUT = place("out", written_folder, "New folder; RecBole's files get its name.", required=True)
 REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
 CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
     """Reads, writes, tells what was mended and what found no room."""
-    dataset = load(DataConfig(DATA.value, PATH.value, REPAIR.value, CORE.value))
+    dataset = load(DataConfig(DATA.value, str(PATH.value or ""), REPAIR.value, CORE.value))
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")
     for what, count in dataset.repairs.items():

@@ -5,13 +5,12 @@ customer's recommendations and where everything lies, and writes a page to look 
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
-from absl import flags
 
 from experiments import start
 from experiments.configs.synthetic import get_config
+from experiments.places import place, written_folder
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluate.compare import table
 from fused_rec.evaluate.ranking import PerUser, mean
@@ -24,7 +23,7 @@ from fused_rec.train.measure import baseline, choose_settings, measure_users
 from fused_rec.train.serve import eligible, load, model_digest, user_rows
 from fused_rec.train.workdir import write_file
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the three runs.")
+WORKDIR = place("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
 BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"
@@ -41,7 +40,7 @@ def variant_config(variant: str) -> Config:
 
 def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings and shows what came out."""
-    workdir = Path(WORKDIR.value)
+    workdir = WORKDIR.value
     trained = {}
     for variant, name in VARIANTS.items():
         print(f"\n== {name}")

@@ -8,6 +8,7 @@ explanation.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import logging
@@ -28,7 +29,7 @@ from packaging.version import Version
 from experiments import start
 from fused_rec.config import TextConfig
 from fused_rec.data.readers import READERS
-from fused_rec.text.cache import TOP
+from fused_rec.text.cache import CacheError, top_folder
 
 CACHE = flags.DEFINE_string("cache", TextConfig.cache, "Folder that keeps text vectors between runs.")
 TOLERANCE = 1e-4  # relative, of the sum of a score's parts: they are summed in another order
@@ -80,6 +81,21 @@ def check_kernel() -> Line:
     return Line("ok", "kernels", "compiled" if kernels.usable() else "none needed, this is no CPU")
 
 
+def check_there() -> Line:
+    """The devices that JAX has."""
+    import jax
+
+    from fused_rec import devices
+
+    try:
+        devices.check_devices()
+    except devices.DeviceError as error:
+        return Line("FAIL", "devices", str(error), "unset JAX_PLATFORMS")
+    nodes = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
+    present = [node for node in nodes if os.path.exists(node)]
+    return check_devices(jax.default_backend(), [device.device_kind for device in jax.devices()], present)
+
+
 def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Line:
     """accelerators: the drivers' files that tell of one, whether or not JAX uses it."""
     found = f"{len(kinds)} {backend}: {', '.join(sorted(set(kinds)))}"
@@ -119,10 +135,16 @@ def check_weights(model: str = TextConfig.model) -> Line:
 
 def check_cache(cache: str) -> Line:
     """Whether text vectors can be kept, and only their owner can read them."""
-    folder = Path(cache).expanduser() / TOP
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    remedy = "--config.text.cache=DIR names another folder (--cache=DIR where a run is opened)"
+    try:
+        folder = top_folder(cache)
+    except CacheError as error:
+        return Line("FAIL", "cache", str(error), remedy)
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        return Line("FAIL", "cache", f"{nearest} is a file", remedy)
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return Line("FAIL", "cache", f"{nearest} cannot be written", "--config.text.cache=DIR names another folder")
+        return Line("FAIL", "cache", f"{nearest} cannot be written", remedy)
     if not folder.exists():
         return Line("ok", "cache", f"{folder}, made when texts are encoded")
     if mode := stat.S_IMODE(folder.stat().st_mode) & 0o077:
@@ -194,7 +216,7 @@ def check_end_to_end() -> Line:
 
 def lines() -> Iterator[Line]:
     """Every check, in an order in which a fault's cause comes before what follows from it."""
-    yield check_python()
+    yield checked("python", check_python)
     try:
         requirements = importlib.metadata.requires("fused_rec") or []
     except importlib.metadata.PackageNotFoundError:
@@ -202,19 +224,27 @@ def lines() -> Iterator[Line]:
         yield Line("note", "libraries", found, "pip install -e .")
         requirements = []
     if requirements:
-        yield check_versions(requirements)
-    import jax
-
-    nodes = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")
-    present = [node for node in nodes if os.path.exists(node)]
-    yield check_devices(jax.default_backend(), [device.device_kind for device in jax.devices()], present)
-    yield check_kernel()
-    yield check_data(os.environ)
-    yield check_weights()
-    yield check_cache(CACHE.value)
+        yield checked("libraries", functools.partial(check_versions, requirements))
+    yield (devices := checked("devices", check_there))
+    if computes := devices.verdict != "FAIL":
+        yield checked("kernels", check_kernel)
+    yield checked("data", functools.partial(check_data, os.environ))
+    if computes:
+        yield checked("language model", check_weights)
+    yield checked("cache", functools.partial(check_cache, CACHE.value))
     if requirements:
-        yield check_extras(requirements)
-    yield check_end_to_end()
+        yield checked("extras", functools.partial(check_extras, requirements))
+    if computes:
+        yield checked("self-test", check_end_to_end)
+
+
+def checked(what: str, check: Callable[[], Line]) -> Line:
+    """The finding of a check; that it failed itself, and how, where it did."""
+    try:
+        return check()
+    except Exception as error:  # whatever is broken here: it is the doctor who is asked about it
+        found = " ".join([f"{type(error).__name__}:", *str(error).split()])
+        return Line("FAIL", what, f"could not be checked: {found:.500}", "report it with this output")
 
 
 def shown(line: Line) -> str:

@@ -11,13 +11,14 @@ Deletes all text vectors of the cache, also those that trainings left there, and
 """
 
 import time
-from pathlib import Path
 
 from absl import app, flags
 
 from experiments import start
+from experiments.places import existing_file, new_folder, place, written_file_anywhere
 from fused_rec.config import TextConfig
-from fused_rec.text.cache import purge
+from fused_rec.devices import check_devices
+from fused_rec.text.cache import open_cache, purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
 from fused_rec.text.vectors import read_lines, save_vectors
@@ -25,9 +26,11 @@ from fused_rec.text.vectors import read_lines, save_vectors
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
-INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
-CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
+INPUT = place("input", existing_file, "UTF-8 file, a text a line.")
+OUTPUT = place("output", written_file_anywhere, "safetensors file to write.")
+CACHE = place(
+    "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
+)
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
 )
@@ -48,15 +51,16 @@ def main(argv: list[str]) -> None:
         return
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
-    texts = read_lines(Path(INPUT.value))
+    check_devices()
+    if CACHE.value:
+        open_cache(CACHE.value)
+    texts = read_lines(INPUT.value)
     model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
     began = time.perf_counter()
-    vectors = embed(
-        texts, model, cache=CACHE.value or None, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value
-    )
+    vectors = embed(texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value)
     seconds = time.perf_counter() - began
     tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
-    save_vectors(Path(OUTPUT.value), vectors)
+    save_vectors(OUTPUT.value, vectors)
     rate = f"{tokens / seconds:,.0f} tokens/s, cached texts included"
     print(f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     print(f"wrote {vectors.shape[0]} x {vectors.shape[1]} float32 to {OUTPUT.value}")

@@ -13,6 +13,15 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import start
+from experiments.places import (
+    cache_flag,
+    data_path_flag,
+    existing_file,
+    place,
+    rules_flag,
+    workdir_flag,
+    written_file,
+)
 from fused_rec.config import METRICS
 from fused_rec.data.fartrans import read_prices
 from fused_rec.evaluate.compare import table
@@ -23,15 +32,15 @@ from fused_rec.train.measure import BASELINES, baseline, choose_settings, measur
 from fused_rec.train.prepare import prepare, published
 from fused_rec.train.serve import load
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
 METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], f"Columns, of {', '.join(METRICS)}.")
-RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
+RULES = rules_flag()
 GROUPS = flags.DEFINE_list("groups", [], "With --rules: attributes of customers whose groups are compared.")
-PRICES = flags.DEFINE_string("prices", None, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
+PRICES = place("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
 DAYS = flags.DEFINE_integer("days", 180, "With --prices: days over which a return is counted.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "With --rules: file for what they do, JSON.")
+OUT = place("out", written_file, "With --rules: file for what they do, JSON.")
 
 
 def main(argv: list[str]) -> None:
@@ -39,13 +48,15 @@ def main(argv: list[str]) -> None:
     for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
         if unknown := set(flag.value) - set(known):
             raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
+    if not METRIC.value:
+        raise app.UsageError("--metrics is empty; leave it out, or name one or more")
     if (RULES.value is None) != (OUT.value is None):
         raise app.UsageError("--rules and --out are given together or not at all")
     if RULES.value is None and (GROUPS.value or PRICES.value):
         raise app.UsageError("--groups and --prices say more of --rules; give these too")
     rules, _ = read_rules(RULES.value) if RULES.value else ((), "")
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
-    config, prepared, state = load(WORKDIR.value, PART.value)
+    config, prepared, state = load(WORKDIR.value, PART.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
     seen = published(prepared)

@@ -13,17 +13,19 @@ from absl import flags
 
 import fused_rec as fr
 from experiments import start
+from experiments.places import cache_flag, data_path_flag, place, workdir_flag, written_folder
 from fused_rec.train import hub
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-OUT = flags.DEFINE_string("out", None, "Folder to write, new or empty.", required=True)
+WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
+OUT = place("out", written_folder, "Folder to write, new or empty.", required=True)
 FAISS = flags.DEFINE_bool("faiss", False, "Write items.faiss too; needs the extra faiss.")
 
 
 def main(argv: list[str]) -> None:
     """Opens the run, writes the folder, lists it."""
     hub.check(Path(OUT.value), faiss=FAISS.value)
-    out = fr.export(fr.load(WORKDIR.value), OUT.value, faiss=FAISS.value)
+    run = fr.load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    out = fr.export(run, OUT.value, faiss=FAISS.value)
     for file in sorted(out.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
 

@@ -18,16 +18,17 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import command, start
+from experiments.places import cache_flag, data_path_flag, place, workdir_flag, written_file
 from fused_rec.evaluate.plots import by_share
 from fused_rec.explain.faithfulness import SHARES, curves, summary
 from fused_rec.explain.ledger import ledger, scores
 from fused_rec.train.loop import write_json
 from fused_rec.train.serve import load
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
 USERS = flags.DEFINE_integer("users", 200, "Customers, fewer where too few qualify.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Draws the customers, the random order and the bootstrap.", lower_bound=0)
-OUT = flags.DEFINE_string("out", None, "File of the figures' numbers, .json.", required=True)
+OUT = place("out", written_file, "File of the figures' numbers, .json.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
-    config, prepared, state = load(WORKDIR.value)
+    config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     book = ledger(config, state.params, prepared.task)
     params = jax.device_put(state.params)
     task = dataclasses.replace(prepared.task, graph=jax.device_put(prepared.task.graph))

@@ -28,6 +28,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import command, start
+from experiments.places import cache_flag, data_path_flag, place, rules_flag, workdir_flag, written_file
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.spreadsheet import exact
@@ -39,11 +40,11 @@ from fused_rec.train.loop import read_run
 from fused_rec.train.measure import scorer
 from fused_rec.train.serve import PART, count_parts, eligible, load, model_digest, parts, user_rows
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
 USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without this flag.")
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "File to write, .csv or .parquet.", required=True)
-RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
+OUT = place("out", written_file, "File to write, .csv or .parquet.", required=True)
+RULES = rules_flag()
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 
@@ -98,10 +99,8 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
-    if not out.parent.is_dir():
-        raise app.UsageError(f"--out is in {out.parent}, which is no folder; make it first")
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
-    config, prepared, state = load(WORKDIR.value)
+    config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     dataset = prepared.dataset
     may = eligible(dataset, rules, include_held=INCLUDE_HELD.value)
     users = user_rows(dataset, USERS.value or [])

@@ -8,16 +8,15 @@ numbers are those of results.json. Products are recommended as by experiments.re
 what is on the page.
 """
 
-from pathlib import Path
-
 from absl import app, flags
 
 from experiments import start
+from experiments.places import cache_flag, data_path_flag, place, rules_flag, workdir_flag, written_file
 from fused_rec.api import report
 from fused_rec.train.measure import BASELINES
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-OUT = flags.DEFINE_string("out", None, "File to write; report.html in the workdir without this flag.")
+WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
+OUT = place("out", written_file, "File to write; report.html in the workdir without this flag.")
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list(
     "baselines", ["popularity", "item_knn"], f"Recommenders to measure beside it, of {', '.join(BASELINES)}."
@@ -25,7 +24,7 @@ BASELINE = flags.DEFINE_list(
 USERS = flags.DEFINE_list("users", None, "Ids of the customers who are shown; some drawn at random without this flag.")
 SAMPLE = flags.DEFINE_integer("sample", 5, "Customers to draw.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Products a customer.", lower_bound=1)
-RULES = flags.DEFINE_string("rules", None, "File of rules, JSON; see docs/SUITABILITY.md.")
+RULES = rules_flag()
 GROUPS = flags.DEFINE_list("groups", [], "Attributes of customers whose groups are compared.")
 
 SHOWN = 500  # recommendations: of the names of real tables they take less than the page may have
@@ -40,10 +39,10 @@ def main(argv: list[str]) -> None:
     count = len(USERS.value or range(SAMPLE.value))
     if count * K.value > SHOWN:
         raise app.UsageError(f"{count} customers with {K.value} products each; the page has room for {SHOWN} products")
-    workdir = Path(WORKDIR.value)
-    out = Path(OUT.value) if OUT.value else workdir / "report.html"
-    if not out.parent.is_dir():
-        raise app.UsageError(f"--out is in {out.parent}, which is no folder; make it first")
+    workdir = WORKDIR.value
+    out = OUT.value or workdir / "report.html"
+    if problem := written_file(out):
+        raise app.UsageError(f"{out}: {problem}; --out names another file")
     made = report(
         workdir,
         out,
@@ -54,6 +53,8 @@ def main(argv: list[str]) -> None:
         k=K.value,
         rules=RULES.value,
         groups=GROUPS.value,
+        data_path=DATA_PATH.value,
+        cache=CACHE.value,
     )
     print(f"page: {made}")
 

@@ -4,6 +4,9 @@
 
 The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
 
+Of a finished run it reads the tables and, where they are those of the run, shows the results again. Tables that changed
+end it with status 3, tables that cannot be read with status 4; what changed is named, and nothing is trained.
+
 Over several processes, each with its own devices: the same command in each, with --distributed where the cluster says
 who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --processes and --process.
 """
@@ -12,12 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import config_of, start
+from experiments.places import new_folder, place
 from fused_rec import hosts
 from fused_rec.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, results.json.", required=True)
+WORKDIR = place("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
@@ -39,6 +43,7 @@ def main(argv: list[str]) -> None:
             f"{part:5}  "
             + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN if results[part][name] is not None)
         )
+    print(f"finished: {results.get('finished', 'at a time that is not recorded')}")
     print(f"results: {WORKDIR.value}/results.json")
     print(f"rank products: python -m experiments.recommend --workdir={WORKDIR.value} --k=10 --out=ranked.csv")
 

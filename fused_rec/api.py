@@ -13,9 +13,10 @@ from jaxtyping import Float32
 from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
 from fused_rec.data import readers
 from fused_rec.data.arrow import pc
-from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.tables import read_tables
 from fused_rec.data.writers import save_dataset
+from fused_rec.devices import computes
 from fused_rec.evaluate.ranking import mean
 from fused_rec.evaluate.suitability import check_groups, suitable
 from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
@@ -29,7 +30,7 @@ from fused_rec.train import hub, serve
 from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
 from fused_rec.train.export import read_rules
-from fused_rec.train.loop import RUN, read_results, read_run, train
+from fused_rec.train.loop import RUN, TABLES, TablesChangedError, read_results, read_run, train
 from fused_rec.train.measure import BASELINES, measure_rules, scorer
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.serve import eligible, model_digest, user_rows
@@ -37,8 +38,6 @@ from fused_rec.train.step import TrainState
 from fused_rec.train.study import study
 from fused_rec.train.variants import VARIANTS
 from fused_rec.train.workdir import write_file
-
-TABLES = "tables"  # in the workdir of a run: the tables that it was given in memory
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -64,10 +63,21 @@ class Run:
 def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> Config:
     """A config with some settings changed: `configure(model={"dim": 32}, train={"max_steps": 200})`.
 
-    base: the config that is changed; None = all defaults. Raises ValueError for an unknown section or setting, and for
-    a value out of its bounds.
+    base: the config that is changed; None = all defaults. Raises ValueError for an unknown section or setting, for one
+    that stands outside of its section, and for a value out of its bounds.
     """
     values = to_dict(base or Config())
+    for name, given in sections.items():
+        if isinstance(given, Mapping) and name in values:
+            continue
+        homes = [section for section, settings in values.items() if name in settings and name not in values]
+        if homes:
+            right = " or ".join(f'{section}={{"{name}": {given!r:.60}}}' for section in homes)
+            raise ValueError(f"{name} is no section of the config but a setting; write {right}")
+        raise ValueError(
+            f'{name} is {given!r:.60}; give a dictionary of settings by section, such as model={{"dim": 32}}; the '
+            f"sections are {', '.join(values)}"
+        )
     return from_dict({**values, **{name: {**values.get(name, {}), **given} for name, given in sections.items()}})
 
 
@@ -94,6 +104,7 @@ def load_dataset(
     return readers.load(DataConfig("tables", os.fspath(source), repair, core))
 
 
+@computes
 def encode(
     texts: Sequence[str], model: str = TextConfig.model, *, cache: str | None = TextConfig.cache, offline: bool = True
 ) -> Float32[np.ndarray, "T D"]:
@@ -104,17 +115,21 @@ def encode(
     return embed(texts, open_model(model, offline=offline), cache=cache)
 
 
+@computes
 def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
     """Trains, or goes on where the same call was stopped; of a finished run, opens it.
 
     dataset: tables in memory, in place of those that config.data names. They are kept as Parquet in the workdir, so
     that `load` and the commands find them again; config.data.core applies to them.
 
-    Raises ValueError where the workdir holds a run of another config or of other tables, and as
-    `fused_rec.train.loop.train` does.
+    A finished run is opened only when the tables are still its own. Those that moved are found by `config.data.path`.
+
+    Raises ValueError where the workdir holds a run of another config, TablesChangedError (a ValueError, which says what
+    changed) where it holds one of other tables, and as `fused_rec.train.loop.train` does.
     """
-    train(_reading(config, dataset, Path(workdir)), Path(workdir))
-    return load(workdir)
+    config = _reading(config, dataset, Path(workdir))
+    train(config, Path(workdir))
+    return load(workdir, data_path=config.data.path or None, cache=config.text.cache)
 
 
 def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
@@ -130,20 +145,41 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
         if (workdir / RUN).exists():
             raise ValueError(f"{workdir} holds a run of other tables; give this run a workdir of its own")
         save_dataset(dataset, folder)
-    if digest(read_tables(folder, repair=True)) != digest(dataset):
-        raise ValueError(f"{folder} holds other tables than these; give this run a workdir of its own")
+    kept = read_tables(folder, repair=True)
+    if digest(kept) != digest(dataset):
+        told = "; ".join(changes(contents(kept), contents(dataset)))
+        raise TablesChangedError(f"{folder} holds other tables than these ({told}); give this run a workdir of its own")
     return configure(config, data={"name": "tables", "path": str(folder), "repair": True})
 
 
-def load(workdir: str | os.PathLike[str], part: str = "test") -> Run:
-    """A finished run. part: "valid" for the model that chose its step, where the run was refitted.
+@computes
+def load(
+    workdir: str | os.PathLike[str],
+    part: str = "test",
+    *,
+    data_path: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Opens a finished run. part: "valid" for the model that chose its step, where the run was refitted.
+
+    data_path: where its tables lie now, if not where they were at training; others than those are refused. cache: the
+    folder of text vectors, if it is another one now.
 
     Raises as `fused_rec.train.serve.load` does.
     """
     workdir = Path(workdir)
-    return Run(workdir, *serve.load(workdir, part), read_results(workdir))
+    places = {
+        "data_path": None if data_path is None else Path(data_path),
+        "cache": None if cache is None else Path(cache),
+    }
+    return Run(workdir, *serve.load(workdir, part, **places), read_results(workdir))
 
 
+def _reload(run: Run, part: str) -> Run:
+    return load(run.workdir, part, data_path=run.config.data.path or None, cache=run.config.text.cache)
+
+
+@computes
 def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Metrics of the run on a held-out part, the whole catalogue ranked, beside recommenders that need no training.
 
@@ -155,12 +191,13 @@ def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dic
     if part not in ("valid", "test"):
         raise ValueError(f"part is {part!r}; it must be valid or test")
     if part == "valid" and run.config.train.refit:
-        run = load(run.workdir, part)
+        run = _reload(run, part)
     own = run.config.model.variant
     found = measure_models(run.config, run.prepared, run.state, part, baselines, own)
     return {name: mean(per_user) for name, per_user in found.items()}
 
 
+@computes
 def recommend(
     run: Run,
     users: Sequence[str] = (),
@@ -195,6 +232,7 @@ def _ids(users: Sequence[str]) -> list[str]:
     return list(users)
 
 
+@computes
 def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
     """Writes a folder that others read without this package, as the Hugging Face Hub shows models; returns where.
 
@@ -207,6 +245,7 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
     return Path(out)
 
 
+@computes
 def reasons(run: Run, user: str, items: Sequence[str] = (), k: int = 5) -> list[dict[str, Any]]:
     """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
 
@@ -219,6 +258,7 @@ def reasons(run: Run, user: str, items: Sequence[str] = (), k: int = 5) -> list[
     return record(book, dataset, int(user_rows(dataset, [user])[0]), [_item_row(dataset, item) for item in wanted])
 
 
+@computes
 def what_if(run: Run, user: str, item: str, without: str) -> Change:
     """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
 
@@ -240,6 +280,7 @@ def _item_row(dataset: Dataset, item: str) -> int:
     return row
 
 
+@computes
 def compare(
     config: Config,
     out: str | os.PathLike[str],
@@ -258,6 +299,7 @@ def compare(
     return study(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
 
 
+@computes
 def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
     """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
 
@@ -269,6 +311,7 @@ def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dat
     return search(_reading(config, dataset, Path(out)), Path(out), trials)
 
 
+@computes
 def report(
     workdir: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -280,19 +323,22 @@ def report(
     k: int = 5,
     rules: str | os.PathLike[str] | None = None,
     groups: Sequence[str] = (),
+    data_path: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Writes one HTML page about a finished run and returns where: how well it ranks, for whom, and why.
 
     out: report.html in the workdir unless given. part: the held-out part that is ranked anew, beside `baselines`.
     users: ids of the customers who are shown, with `k` products each; none = so many `drawn` at random. rules: a file
-    of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared.
+    of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared. data_path, cache: as for
+    `load`.
 
     Raises ValueError for unknown ids, baselines and attributes, and as `load` does.
     """
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
     given, rules_digest = read_rules(rules) if rules is not None else ((), None)
-    run = load(workdir, part)
+    run = load(workdir, part, data_path=data_path, cache=cache)
     check_groups(run.prepared.dataset.users, groups)
     own = run.config.model.variant
     measured = measure_models(run.config, run.prepared, run.state, part, baselines, own)
@@ -301,7 +347,7 @@ def report(
         found = measure_rules(run.prepared, scorer(*_model(run)), part, given, groups=groups)
     slices = sliced(run.prepared, measured[own], groups)
     if run.config.train.refit and part == "valid":  # what is recommended comes from the model that saw more
-        run = load(workdir)
+        run = _reload(run, "test")
     dataset = run.prepared.dataset
     rows = user_rows(dataset, _ids(users)) if users else sample(run.prepared, drawn)
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}

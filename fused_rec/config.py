@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "published"]
 Variant = Literal["fused", "graph", "text"]
 KS = (5, 10, 20, 50)  # ranks at which lists are cut
@@ -22,6 +24,9 @@ TextControl = Literal["true", "shuffled", "random"]
 TextTraining = Literal["frozen", "lora", "full"]
 Ties = Literal["true", "rewired", "none"]
 PLACES = (("data", "path"), ("text", "cache"))  # settings that are folders of this machine
+# Settings that say where or how fast, and change no result (`text.batch_tokens`: but for rounding). Tables that moved
+# are known by their digest. A run goes on with any of these changed; README.md, "Commands", lists them for users.
+NEUTRAL = (*PLACES, ("text", "offline"), ("text", "batch_tokens"), ("train", "wandb"))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
 
 
@@ -33,13 +38,20 @@ def _require(condition: bool, setting: str, value: object, bound: str) -> None:
 def _require_sane(section: str, config: Any) -> None:
     """Bounds of every number and text: what is beyond them overflows in the arithmetic or cannot be written down."""
     for field in dataclasses.fields(config):
-        setting, value = f"{section}.{field.name}", getattr(config, field.name)
+        setting, given = f"{section}.{field.name}", getattr(config, field.name)
+        if (value := _plain(given)) is not given:
+            object.__setattr__(config, field.name, value)
         if isinstance(value, float):
             _require(not math.isinf(value), setting, value, "finite")
         elif isinstance(value, int):
             _require(abs(value) < 2**63, setting, value, "of 64 bits")
         for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
             _require(not _UNWRITABLE.search(text), setting, value, "text without NUL or surrogates")
+
+
+def _plain(value: Any) -> Any:
+    """The Python value of a NumPy scalar, as a sweep over `np.arange` gives it; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _shown(value: object) -> str:
@@ -254,6 +266,23 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def differing(config: Config, there: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Compares a config with the `to_dict` of another one, read back from JSON.
+
+    Returns:
+      Value there and here of each setting that differs, by its name, `section.setting`.
+    """
+    found = {}
+    for section, settings in to_dict(config).items():
+        for name, value in settings.items():
+            here = list(value) if isinstance(value, tuple) else value  # as JSON has it
+            other = there.get(section, {}).get(name)
+            other = list(other) if isinstance(other, tuple) else other
+            if other != here:
+                found[f"{section}.{name}"] = other, here
+    return found
+
+
 def portable(config: Config) -> dict[str, dict[str, Any]]:
     """`to_dict` without the settings that name places on this machine, to be shown to others."""
     values = to_dict(config)
@@ -281,12 +310,12 @@ def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
     unknown = set(settings) - set(known)
     _require(not unknown, f"config section {name}", sorted(map(str, unknown)), f"made of the settings {sorted(known)}")
     typed = {}
-    for setting, value in settings.items():
-        default = known[setting]
+    for setting, given in settings.items():
+        default, value = known[setting], _plain(given)
         if isinstance(default, tuple):
             words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
             _require(words, f"{name}.{setting}", value, "a list of strings")
-            value = tuple(value)
+            value = tuple(map(str, value))  # NumPy's strings too
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             _require(abs(value) < 2**63, f"{name}.{setting}", value, "of 64 bits")  # float() overflows elsewhere
             value = float(value)

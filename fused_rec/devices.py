@@ -7,9 +7,10 @@ k devices is [k, rows, ...], rows = ceil(n / k), and zero where n falls short; e
 
 import ctypes
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxtyping import Array, Int32, PyTree
 AnyArray = jax.Array | np.ndarray  # on a device, or on the host until a program asks for it
 
 AXIS = "devices"
+P = ParamSpec("P")
+T = TypeVar("T")
 DIVIDED = 0  # where a divided array has its devices on the way to them: [devices, rows, ...]
 
 
@@ -37,6 +40,41 @@ def keep_memory() -> None:
     if mallopt is not None:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+class DeviceError(RuntimeError):
+    """JAX has no device to compute on; the message names the setting that keeps it from one."""
+
+
+def check_devices() -> None:
+    """Finds the devices, before any work is done that would be lost. Raises DeviceError where there is none."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an empty JAX_PLATFORMS fails an assertion of JAX
+        asked = jax.config.values.get("jax_platforms")
+        remedy = "see the installation of JAX for this machine"
+        if asked is not None:
+            remedy = f"JAX_PLATFORMS is {asked!r}; unset it, or name one that is installed, such as cpu"
+        reason = "".join(f" ({line})" for line in str(error).splitlines()[:1])
+        raise DeviceError(f"JAX finds no device{reason}; {remedy}") from error
+
+
+def computes(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what a user calls and JAX computes: devices are checked first, and 64-bit types are off within.
+
+    Every array here is float32 or int32, and the compiled kernels take no other. `jax_enable_x64`, usual in notebooks,
+    makes literals 64 bits wide; it stays on for everything else in the process.
+    """
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **settings: P.kwargs) -> T:
+        check_devices()
+        if not jax.enable_x64.value:
+            return function(*arguments, **settings)
+        with jax.enable_x64(False):
+            return function(*arguments, **settings)
+
+    return called
 
 
 @dataclasses.dataclass(frozen=True)

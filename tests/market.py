@@ -37,7 +37,8 @@ def differences(workdir: Path, other: Path) -> list[str]:
     """How two finished runs differ, bit for bit, in whatever does not tell the time; empty where they do not."""
     found = []
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (workdir, other))
-    found += [f"results.json, {name}" for name in one | two if name != "seconds" and one.get(name) != two.get(name)]
+    times = ("seconds", "finished")
+    found += [f"results.json, {name}" for name in one | two if name not in times and one.get(name) != two.get(name)]
     one, two = (dict(np.load(folder / "test_users.npz")) for folder in (workdir, other))
     found += [f"test_users.npz, {name}" for name in one | two if not _same(one.get(name), two.get(name))]
     for phase in sorted(path.parent.name for path in other.glob("*/checkpoints")):

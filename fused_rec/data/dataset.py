@@ -7,7 +7,8 @@ holds out can be taken away from them too (`fused_rec.data.splits.observe`) and 
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -73,10 +74,54 @@ def empty_ties() -> pa.Table:
     )
 
 
+TABLES = ("users", "items", "interactions", "reviews", "ties")
+
+
 def digest(dataset: Dataset) -> str:
     """SHA-256 of all tables in their order of rows, which numbers the users and items that a checkpoint speaks of."""
+    return _sha256([getattr(dataset, name) for name in TABLES])
+
+
+def contents(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Describes each table so that `changes` can say later what has changed: `rows`, and SHA-256 by `columns`."""
+    found = {}
+    for name in TABLES:
+        table = getattr(dataset, name)
+        columns = {column_name: _sha256([table.select([column_name])]) for column_name in table.column_names}
+        found[name] = {"rows": table.num_rows, "columns": columns}
+    return found
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Compares two `contents`, the first as JSON from a file that may be damaged.
+
+    Returns:
+      A phrase for each table that differs: rows before and after, else the columns; none where nothing is known.
+    """
+    found = []
+    for name in TABLES:
+        there, here = before.get(name), after[name]
+        if not isinstance(there, Mapping) or there == here:
+            continue
+        old, new = there.get("columns"), here["columns"]
+        if there.get("rows") != here["rows"]:
+            found.append(f"{name} had {there.get('rows')} rows and has {here['rows']}")
+            continue
+        known = old if isinstance(old, Mapping) else {}
+        other = [column_name for column_name in new if known.get(column_name, "") not in ("", new[column_name])]
+        parts = [
+            ("other values", other),
+            ("new", [column_name for column_name in new if column_name not in known]),
+            ("gone", [column_name for column_name in known if column_name not in new]),
+        ]
+        told = "; ".join(f"{what}: {printable(', '.join(names))}" for what, names in parts if names)
+        found.append(f"{name} has its {here['rows']} rows with changed columns ({told or 'in another order'})")
+    return found
+
+
+def _sha256(tables: Sequence[pa.Table]) -> str:
     sha = hashlib.sha256()
-    for table in (dataset.users, dataset.items, dataset.interactions, dataset.reviews, dataset.ties):
+    for table in tables:
         sha.update(str(table.schema.remove_metadata()).encode())
         for batch in table.combine_chunks().to_batches(max_chunksize=65_536):
             sha.update(batch.serialize())

@@ -46,10 +46,16 @@ READERS: dict[str, Reader] = {
 }
 
 
+class NoFolderError(FileNotFoundError):
+    """The tables' folder is not there; the message names it and what else can be done."""
+
+    setting = "data.path"  # that names it
+
+
 def load(config: DataConfig) -> Dataset:
     """The dataset that the configuration names, cut to its `core`.
 
-    Raises ValueError for an unknown name, FileNotFoundError where its folder is not there, DataError (which lists
+    Raises ValueError for an unknown name, NoFolderError where its folder is not there, DataError (which lists
     every problem) where its files must not be used.
     """
     if config.name not in READERS:
@@ -108,17 +114,23 @@ def _cut(table: pa.Table, ends: dict[str, Bool[np.ndarray, "R"]]) -> pa.Table:
 def _folder(config: DataConfig, reader: Reader) -> Path:
     root = os.environ.get("FUSED_REC_DATA", "")
     if not config.path and not reader.folder:
-        raise ValueError(f"data.name {config.name!r} needs a folder: pass --config.data.path")
+        raise NoFolderError(f"data.name {config.name!r} needs a folder: set data.path")
     if not config.path and not root:
-        raise FileNotFoundError(f"no folder for data.name {config.name!r}: {_ways(reader)}")
-    folder = (Path(config.path).expanduser() if config.path else Path(root) / reader.folder).resolve()
+        raise NoFolderError(f"no folder for data.name {config.name!r}: {_ways(reader)}")
+    folder = Path(config.path or Path(root) / reader.folder)
+    try:
+        folder = folder.expanduser().resolve() if config.path else folder.resolve()
+    except (RuntimeError, OSError) as error:  # no home directory, or links in a circle
+        raise NoFolderError(f"data.name {config.name!r} is read from {folder}: {error}; {_ways(reader)}") from error
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.name {config.name!r} is read from {folder}, which is no folder: {_ways(reader)}")
+        raise NoFolderError(f"data.name {config.name!r} is read from {folder}, which is no folder: {_ways(reader)}")
     return folder
 
 
 def _ways(reader: Reader) -> str:
-    ways = ["set FUSED_REC_DATA to the folder that holds the datasets", "pass --config.data.path"]
+    ways = ["set data.path to the folder of its files"]
+    if reader.folder:
+        ways = ["set FUSED_REC_DATA to the folder that holds the datasets", "data.path to that of its files"]
     if reader.download:
         ways.append(f"run python -m fused_rec.data.download {reader.download}")
     return ", or ".join(ways)

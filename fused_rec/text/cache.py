@@ -33,9 +33,65 @@ _FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
 log = logging.getLogger(__name__)
 
 
+class CacheError(OSError):
+    """Text vectors cannot be kept where `text.cache` says; the message names the folder and the reason."""
+
+    setting = "text.cache"  # that moves it
+
+
+def top_folder(cache: str | Path) -> Path:
+    """Names the folder of all text vectors of a cache. Raises CacheError where the home directory is not known."""
+    try:
+        return Path(cache).expanduser() / TOP
+    except RuntimeError as error:  # no HOME, and no entry in the system's list of users
+        raise CacheError(
+            f"text.cache is {str(cache)!r}, and the home directory is not known ({error}); set HOME, or text.cache to "
+            "a folder that can be written"
+        ) from error
+
+
 def shard_folder(cache: str | Path, identity: str) -> Path:
     """Where the vectors of one model and its settings lie. identity: at least 32 hex digits."""
-    return Path(cache).expanduser() / TOP / identity[:32]
+    return top_folder(cache) / identity[:32]
+
+
+def open_cache(cache: str | Path) -> None:
+    """Makes a cache's folder where there is none yet, before any work is done for it.
+
+    One that is there need not be writable: it may hold every vector that is asked for.
+
+    Raises:
+      CacheError: the folder is not there and cannot be made.
+    """
+    top = top_folder(cache)
+    if not os.path.isdir(top):  # Path.is_dir raises where a folder above must not be entered
+        _make(top)
+
+
+def open_shards(folder: Path) -> None:
+    """Makes the folder of one model's vectors, closed to others (0700), before texts are encoded for it.
+
+    In a cache the folder above it is closed too.
+
+    Raises:
+      CacheError: it cannot be made or written.
+    """
+    for private in (folder.parent, folder) if folder.parent.name == TOP else (folder,):
+        _make(private)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CacheError(f"text vectors cannot be kept: {folder} cannot be written; set text.cache to another folder")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise CacheError(
+            f"text vectors cannot be kept: {folder} cannot be made or closed to others ({error}); set text.cache to "
+            "another folder"
+        ) from error
 
 
 def read_vectors(
@@ -84,12 +140,10 @@ def read_vectors(
 def write_vectors(folder: Path, keys: UInt8[np.ndarray, "T 32"], vectors: Float32[np.ndarray, "T D"]) -> None:
     """Adds one shard. When this returns, its bytes are on the disk under their final name.
 
-    The folder and, in a cache, the one above it are closed to others (0700). Raises OSError where that fails.
+    The folder is made as `open_shards` does. Raises CacheError where that fails, and OSError where the shard cannot be
+    written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for private in (folder.parent, folder) if folder.parent.name == TOP else (folder,):
-        if stat.S_IMODE(private.stat().st_mode) != 0o700:
-            private.chmod(0o700)
+    open_shards(folder)
     checksum = _checksum(keys, vectors)
     temporary = folder / f"{uuid.uuid4().hex}.tmp"
     try:
@@ -115,7 +169,7 @@ def purge(cache: str | Path) -> tuple[int, int]:
     folder holds anything that this module does not write: then it is none of ours. Raises OSError where a file or
     folder cannot be deleted, as while another process writes there.
     """
-    top = Path(cache).expanduser() / TOP
+    top = top_folder(cache)
     if not top.is_dir():
         raise FileNotFoundError(f"{top} is no folder, so no text vectors are kept there; name the cache with --cache")
     folders, files, strange = [], [], []

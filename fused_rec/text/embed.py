@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fused_rec import hosts
 from fused_rec.devices import put
 from fused_rec.memory import require_memory
-from fused_rec.text.cache import KEY_BYTES, read_vectors, shard_folder, write_vectors
+from fused_rec.text.cache import KEY_BYTES, open_shards, read_vectors, shard_folder, write_vectors
 from fused_rec.text.families import encode, flops
 from fused_rec.text.layers import PRECISION, as_bits
 from fused_rec.text.pretrained import PretrainedModel
@@ -73,6 +73,8 @@ def embed(
         vectors, found = read_vectors(folder, keys, dims)
     wanted = np.flatnonzero(hosts.any_where(~found))
     missing = hosts.share(wanted)
+    if folder is not None and len(missing):
+        open_shards(folder)
 
     unsaved: list[np.ndarray] = []
 

@@ -5,6 +5,7 @@ files, and the rest is computed again. Where work in memory must be saved first,
 safe point. Signals belong to the whole process, and so does what this module remembers of them.
 """
 
+import _thread
 import contextlib
 import os
 import signal
@@ -15,7 +16,12 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ONE_REQUEST = 0.5  # seconds in which further signals are the same request: `timeout` and shells may send it twice
+# Seconds in which further signals are the same request: `timeout` and shells may send one twice, within a millisecond.
+# A person takes a tenth of a second to press Ctrl-C again.
+ONE_REQUEST = 0.05
+
+
+REPEAT_SECONDS = 0.005
 
 
 class Stopped(BaseException):
@@ -34,6 +40,7 @@ class _Request:
 
     signum: int | None = None
     holds: int = 0
+    repeats: int = 0  # signals that this module sent itself, and the listener has not seen yet
 
 
 _REQUEST = _Request()
@@ -51,12 +58,13 @@ def handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _REQUEST.signum, _REQUEST.holds = None, 0
+    _REQUEST.signum, _REQUEST.holds, _REQUEST.repeats = None, 0, 0
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
     told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     heard = [signum for signum in SIGNALS if before[signum] is not signal.SIG_IGN]
     try:
         for signum in heard:
@@ -66,6 +74,7 @@ def handled() -> Iterator[None]:
         for signum in heard:
             signal.signal(signum, before[signum])
         signal.set_wakeup_fd(told_before)
+        sys.unraisablehook = hook
         os.close(writer)  # ends the thread
         _REQUEST.signum = None
 
@@ -110,10 +119,27 @@ def _ask(signum: int, frame: FrameType | None) -> None:
             raise Stopped(signum)
 
 
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Asks again where Stopped was raised in a place that cannot pass it on, as a finalizer or a callback of C code."""
+    if isinstance(unraisable.exc_value, Stopped):
+        threading.Timer(REPEAT_SECONDS, _repeat, [_REQUEST.signum or signal.SIGTERM]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _repeat(signum: int) -> None:
+    _REQUEST.signum = None
+    _REQUEST.repeats += 1
+    _thread.interrupt_main(signum)
+
+
 def _listen(reader: int) -> None:
     first = None
     while told := os.read(reader, 1):
         if told[0] not in SIGNALS:
+            continue
+        if _REQUEST.repeats:
+            _REQUEST.repeats -= 1
             continue
         if first is None:
             first = time.monotonic()

@@ -1,17 +1,20 @@
 """train(config, workdir): from files to a checkpointed model and `results.json`, in the order in which it happens.
 
 workdir/
-  run.json             config and digest of the tables; another config, or changed tables, are refused
+  run.json             config, and what the tables were: their digest, and by table rows and a digest of each column;
+                       another config (settings of `config.NEUTRAL` apart), or changed tables, are refused
   choose/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
   test_users.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
   README.md            the model card: what was trained on what, how good it is, how to load it
-  results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions
+  results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions, and
+                       when it was `finished`, in UTC
   wandb.json           where train.wandb names a project: the run's id there, and wandb/ with what was sent
   run.lock             held by the process that trains here, and there only as long
 """
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import io
@@ -20,7 +23,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +33,11 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec import hosts
-from fused_rec.config import Config, TrainConfig, from_dict, to_dict
+from fused_rec.config import NEUTRAL, Config, TrainConfig, differing, from_dict, to_dict
 from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_epoch
-from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.splits import Split
+from fused_rec.devices import computes
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
@@ -43,17 +47,31 @@ from fused_rec.train.footprint import require_embedding, require_step
 from fused_rec.train.measure import divided_scorer, measure, measure_slices, measure_users, scorer
 from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
-from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
+from fused_rec.train.prepare import Prepared, fresh, prepare, read, read_dataset, spoken
 from fused_rec.train.step import TrainState
 from fused_rec.train.workdir import owned, write_file
 
 LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_USERS, CARD = "run.json", "results.json", "test_users.npz", "README.md"
+TABLES = "tables"  # in the workdir of a run: the tables that it was given in memory (fused_rec.api)
 LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
 
 
 class NonFiniteLossError(FloatingPointError):
     """Training diverged; the message names the step and the last good checkpoint."""
+
+
+class TablesChangedError(ValueError):
+    """The tables are not those that a run was made of; the message says what changed. Commands end with status 3."""
+
+    exit_status = 3
+
+
+class TablesNotReadError(OSError):
+    """The tables of a finished run cannot be read, and may have changed. Commands end with status 4."""
+
+    setting = "data.path"  # that says where they are
+    exit_status = 4
 
 
 class Progress(NamedTuple):
@@ -66,11 +84,18 @@ class Progress(NamedTuple):
     losses: Sequence[float] = ()  # since the last evaluation, of a run that was stopped between two
 
 
+@computes
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
-    """Runs or resumes one run and returns what `results.json` holds; of a finished run, without reading anything.
+    """Runs or resumes one run and returns what `results.json` holds.
+
+    Of a finished run the tables are read, and compared with those that it was made of, before its results come back.
 
     Raises:
-      ValueError: workdir holds a run of another config or of other tables.
+      ValueError: workdir holds a run of another config.
+      TablesChangedError: workdir holds a run of other tables.
+      TablesNotReadError: the run in workdir is finished, and the tables cannot be read.
+      DeviceError: JAX has no device.
+      CacheError: texts are to be encoded, and their vectors cannot be kept.
       DataError, LeakError: the input must not be used.
       InsufficientMemoryError: a step, or what comes before the first one, does not fit.
       NonFiniteLossError: training diverged.
@@ -86,8 +111,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     if hosts.leads():
         check_config(config, workdir)
         if (workdir / RESULTS).exists():
-            LOG.info("%s is finished; its results are shown again", workdir)
-            results = read_results(workdir)
+            results = finished_results(config, _read_again(config, workdir), workdir)
     if (results := hosts.said_by_first(results)) is not None:
         return results
     if config.train.wandb and hosts.leads():
@@ -98,8 +122,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def _train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset, parts_of = read(config)
-    tables = digest(dataset)
-    hosts.check_alike("the digest of the tables", tables)
+    tables = fingerprint(dataset)
+    hosts.check_alike("the digest of the tables", tables["tables"])
     prepared = prepare(config, dataset, parts_of)
     # Only now: faults of the input leave the folder free for the command that mends them.
     if hosts.leads():
@@ -117,7 +141,7 @@ def _chosen_and_tested(
     dataset: Dataset,
     parts_of: Split,
     prepared: Prepared,
-    tables: str,
+    tables: Mapping[str, Any],
     shown: Board | None,
 ) -> dict[str, Any]:
     state, progress = fit(config, prepared, workdir / "choose", shown=shown)
@@ -148,13 +172,15 @@ def _chosen_and_tested(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "config": to_dict(config),
         "versions": versions(),
+        "finished": now(),
     }
     if hosts.leads():
         write_users(workdir / TEST_USERS, per_user)
         checkpoints = Path("refit" if config.train.refit else "choose") / "checkpoints"
         model = Checkpoints(workdir / checkpoints).digest(progress.best_step)
         amounts, chosen = counts(dataset, parts_of), checkpoints / str(progress.best_step)
-        write_card(workdir / CARD, card(results, amounts, {"tables": tables, "model": model}, chosen.as_posix()))
+        digests = {"tables": tables["tables"], "model": model}
+        write_card(workdir / CARD, card(results, amounts, digests, chosen.as_posix()))
         write_json(workdir / RESULTS, results)
     return results
 
@@ -350,16 +376,57 @@ def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, f
     )
 
 
+def _read_again(config: Config, workdir: Path) -> dict[str, Any]:
+    try:
+        return fingerprint(read_dataset(config))
+    except (OSError, ValueError) as error:  # ValueError: faults of the tables, or nothing left of them
+        raise TablesNotReadError(
+            f"{_when_finished(workdir)}, and its tables cannot be read now; its results are not shown as if they were "
+            f"those of today's tables, and stand in {workdir / RESULTS}. {error}"
+        ) from error
+
+
+def finished_results(config: Config, tables: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """What `results.json` of a finished run holds, when config and tables (a `fingerprint`) are the run's.
+
+    Raises ValueError where it is another config's, and TablesChangedError where the tables have changed.
+    """
+    check_config(config, workdir)
+    try:
+        check_tables(tables, workdir)
+    except TablesChangedError as error:
+        raise TablesChangedError(f"{_when_finished(workdir)}; {error}") from None
+    if differing(config, read_run(workdir)["config"]):
+        try:
+            with owned(workdir):
+                claim(config, tables, workdir)
+        except OSError as error:
+            LOG.warning("%s still names the tables' former place: %s", workdir / RUN, error)
+    LOG.info("%s, and its tables are the same; its results are shown again", _when_finished(workdir))
+    return read_results(workdir)
+
+
+def _when_finished(workdir: Path) -> str:
+    return f"{workdir} was finished at {read_results(workdir).get('finished', 'a time that is not recorded')}"
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def check_config(config: Config, workdir: Path) -> None:
-    """Raises ValueError where `workdir` is another config's, naming the settings that differ."""
+    """Raises ValueError where `workdir` is another config's, naming the settings that differ.
+
+    Those of `config.NEUTRAL` may differ.
+    """
     if not (workdir / RUN).exists():
         return
-    there = read_run(workdir)["config"]
+    neutral = {f"{section}.{name}" for section, name in NEUTRAL}
     differ = [
-        f"{section}.{name} is {there.get(section, {}).get(name)!r} there and {value!r} here"
-        for section, settings in _as_json(to_dict(config)).items()
-        for name, value in settings.items()
-        if there.get(section, {}).get(name) != value
+        f"{setting} is {there!r} there and {here!r} here"
+        for setting, (there, here) in differing(config, read_run(workdir)["config"]).items()
+        if setting not in neutral
     ]
     if differ:
         raise ValueError(
@@ -367,27 +434,47 @@ def check_config(config: Config, workdir: Path) -> None:
         )
 
 
-def claim(config: Config, tables: str, workdir: Path) -> None:
-    """Makes `workdir` this run's. Raises ValueError where it is another's; `tables` is the digest of the dataset."""
+def claim(config: Config, tables: Mapping[str, Any], workdir: Path) -> None:
+    """Makes `workdir` this run's, of tables with this `fingerprint`.
+
+    Where it is already, what has changed of the settings of `config.NEUTRAL`, such as the tables' place, is kept.
+
+    Raises ValueError where it is another config's, and TablesChangedError where it is that of other tables.
+    """
     check_config(config, workdir)
     if (workdir / RUN).exists():
         check_tables(tables, workdir)
-        return
+        if not differing(config, read_run(workdir)["config"]):
+            return
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / RUN, {"config": to_dict(config), "tables": tables})
+    write_json(workdir / RUN, {"config": to_dict(config), **tables})
 
 
-def check_tables(tables: str, workdir: Path) -> None:
-    """Raises ValueError where the run was made of other tables: its rows would be other users and items."""
-    if read_run(workdir)["tables"] != tables:
-        raise ValueError(f"the tables have changed since {workdir} was begun; train on them in a new workdir")
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What `run.json` holds of the tables: `tables`, the digest of all, and `contents`, by table and column."""
+    return {"tables": digest(dataset), "contents": contents(dataset)}
+
+
+def check_tables(tables: Mapping[str, Any], workdir: Path) -> None:
+    """Raises TablesChangedError where the run was made of other tables: its rows would be other users and items.
+
+    tables: the `fingerprint` of those that there are now.
+    """
+    there = read_run(workdir)
+    if there["tables"] != tables["tables"]:
+        told = "; ".join(changes(there.get("contents", {}), tables["contents"]))
+        raise TablesChangedError(
+            f"the tables have changed since {workdir} was begun{f' ({told})' if told else ''}; train on them in a new "
+            "workdir"
+        )
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """What `run.json` holds: config and digest of the tables. Raises ValueError where it is damaged."""
+    """What `run.json` holds: config, and `fingerprint` of the tables. Raises ValueError where it is damaged."""
     found = _read_json(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
+    sound = sound and isinstance(found.get("contents", {}), dict)
     if not sound or not isinstance(found.get("tables"), str):
         raise ValueError(f"{workdir / RUN} has no config or no digest of the tables; train in a new workdir")
     return found

@@ -19,6 +19,7 @@ from fused_rec.graph.propagate import adjacencies
 from fused_rec.memory import require_memory
 from fused_rec.model.baselines import Seen, counted
 from fused_rec.model.closed_form import spectrum
+from fused_rec.text.cache import open_cache
 from fused_rec.text.embed import embed
 from fused_rec.text.lexical import lexical_vectors, side_by_side
 from fused_rec.text.pretrained import open_model
@@ -40,10 +41,22 @@ class Prepared:
 
 
 def read(config: Config) -> tuple[Dataset, Split]:
-    """The tables, described by their attributes where the config asks for it, and their split.
+    """The tables as `read_dataset` gives them, and their split.
 
-    Raises DataError with one report where the tables must not be used, and ValueError where text.attributes names what
-    is no attribute of users or items.
+    Raises as `read_dataset` does, and CacheError, before anything is read, where words will be encoded and the cache
+    of their vectors cannot be made.
+    """
+    if config.model.variant != "graph" and config.text.control != "random":
+        open_cache(config.text.cache)
+    dataset = read_dataset(config)
+    return dataset, split(dataset, config.split)
+
+
+def read_dataset(config: Config) -> Dataset:
+    """The tables, described by their attributes where the config asks for it.
+
+    Raises DataError with one report where the tables must not be used, NoFolderError where they are not there, and
+    ValueError where text.attributes names what is no attribute of users or items.
     """
     dataset = describe(readers.load(config.data), config.text.attributes)
     for repair, count in dataset.repairs.items():
@@ -53,7 +66,7 @@ def read(config: Config) -> tuple[Dataset, Split]:
         *(dataset.name, dataset.n_users, dataset.n_items),
         *(table.num_rows for table in (dataset.interactions, dataset.reviews, dataset.ties)),
     )
-    return dataset, split(dataset, config.split)
+    return dataset
 
 
 def prepare(config: Config, dataset: Dataset, parts_of: Split, parts: tuple[str, ...] = ("train",)) -> Prepared:

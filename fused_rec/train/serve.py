@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from fused_rec.config import Config
+from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.arrow import pc
-from fused_rec.data.dataset import Dataset, column, digest
-from fused_rec.devices import used
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.devices import computes, used
 from fused_rec.evaluate.ranking import Eligible, Scorer, item_sets, together
 from fused_rec.evaluate.rules import HELD, Refuse, Rule, apply
 from fused_rec.evaluate.suitability import Screened, screen
 from fused_rec.memory import require_memory
 from fused_rec.train.checkpoint import Checkpoints
-from fused_rec.train.loop import check_tables, finished
+from fused_rec.train.loop import TABLES, check_tables, fingerprint, finished
 from fused_rec.train.measure import scorer
 from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
 from fused_rec.train.step import TrainState
@@ -36,25 +36,51 @@ class Part(NamedTuple):
     screened: Screened
 
 
-def load(workdir: str | Path, part: str = "test") -> tuple[Config, Prepared, TrainState]:
-    """A finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
+@computes
+def load(
+    workdir: str | Path,
+    part: str = "test",
+    *,
+    data_path: str | Path | None = None,
+    cache: str | Path | None = None,
+) -> tuple[Config, Prepared, TrainState]:
+    """Opens a finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
 
-    part: what will be asked of it. A refitted run has learned from the validation part, so for "valid" the model
-    that chose its step comes back, with the graph of the training part alone.
+    Args:
+      workdir: the run's folder.
+      part: what will be asked of it. A refitted run has learned from the validation part, so for "valid" the model
+        that chose its step comes back, with the graph of the training part alone.
+      data_path: where the same tables lie now; None = where they were at training.
+      cache: the folder of text vectors; None = that of training.
 
     Raises:
-      ValueError: the tables have changed since.
+      TablesChangedError: the tables have changed since.
+      NoFolderError: the tables are not there.
+      CacheError: words are encoded, and the cache of their vectors cannot be made.
       CheckpointError: the state that was chosen is damaged; no other one takes its place.
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
     config, checkpoints, step = _chosen(workdir, part)
     known = ("train", "valid") if config.train.refit and part != "valid" else ("train",)
+    config = _placed(config, workdir, data_path, cache)
     dataset, parts_of = read(config)
-    check_tables(digest(dataset), workdir)
+    check_tables(fingerprint(dataset), workdir)
     prepared = prepare(config, dataset, parts_of, known)
     state, _ = checkpoints.restore(step, like=fresh(config, prepared))
     return config, spoken(config, prepared, state), state
+
+
+def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: str | Path | None) -> Config:
+    values = to_dict(config)
+    kept = Path(config.data.path)
+    if data_path is not None:
+        values["data"]["path"] = str(Path(data_path).expanduser().resolve())
+    elif kept.name == TABLES and not kept.is_dir() and (workdir / TABLES).is_dir():
+        values["data"]["path"] = str((workdir / TABLES).resolve())  # the workdir was moved, and these tables with it
+    if cache is not None:
+        values["text"]["cache"] = str(cache)
+    return from_dict(values)
 
 
 def model_digest(workdir: str | Path, part: str = "test") -> str:
@@ -102,6 +128,7 @@ def eligible(dataset: Dataset, rules: Sequence[Rule] = (), *, include_held: bool
     return apply(rules, dataset.users, dataset.items, held)
 
 
+@computes
 def recommend(
     config: Config, prepared: Prepared, state: TrainState, ids: list[str], k: int, *, include_held: bool = False
 ) -> pa.Table:

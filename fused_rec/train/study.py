@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ import jax
 import numpy as np
 
 from fused_rec.config import Config, to_dict
-from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.dataset import Dataset
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
+from fused_rec.devices import computes
 from fused_rec.evaluate import compare, plots
 from fused_rec.evaluate.ranking import mean
 from fused_rec.evaluate.slices import METRICS
@@ -85,6 +86,8 @@ class _Outcomes:
                 return
             self.skipped[name] = str(error)
             LOG.info("%s is left out: %s", name, error)
+        except BrokenPipeError:  # nobody reads what this process says, and all further runs would end so
+            raise
         except Exception as error:  # whatever it is, the other runs go on; being asked to stop is no Exception
             self._failed(name, seed, error)
 
@@ -94,6 +97,7 @@ class _Outcomes:
         LOG.debug("raised here:", exc_info=True)
 
 
+@computes
 def study(
     config: Config, names: Sequence[str], seeds: Sequence[int], out: str | Path, *, trials: int = 0, command: str = ""
 ) -> dict[str, Any]:
@@ -107,7 +111,8 @@ def study(
     A run that fails does not stop the others; it stands in the report's "failures" and in every table.
 
     Raises:
-      ValueError: an unknown name, none that applies, no seed, or `out` holds runs of another config or other tables.
+      ValueError: an unknown name, none that applies, no seed, or `out` holds runs of another config.
+      TablesChangedError: `out` holds runs of other tables, finished ones too.
       DataError, LeakError: the input must not be used.
       BusyError: another process works in `out`.
       SaveError: the report could not be written.
@@ -130,7 +135,7 @@ def _study(
     untrained = [name for name in kept if name in BASELINES]
     left = len(learned) * len(seeds) + len(untrained)
     outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", out, left, trials, skipped)
-    tables = digest(dataset)
+    tables = loop.fingerprint(dataset)
     for name in untrained:
         _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
     for name, of_variant in learned.items():
@@ -161,7 +166,10 @@ def _study(
         configs[name] = to_dict(of_variant)
         for seed in seeds:
             with outcomes.run(name, seed) as folder:
-                loop.train(_seeded(of_variant, seed), folder)
+                if (folder / loop.RESULTS).exists():
+                    loop.finished_results(_seeded(of_variant, seed), tables, folder)
+                else:
+                    loop.train(_seeded(of_variant, seed), folder)
 
     if not (names := [name for name in kept if name not in outcomes.skipped]):
         raise ValueError(f"nothing is left to compare: {outcomes.skipped}")
@@ -221,7 +229,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
     seconds = time.monotonic() - began
     valid = measure(alone, score if seen is alone else baseline(name, alone, settings), "valid")
     per_user = measure_users(seen, score, "test")
-    loop.claim(config, digest(seen.dataset), folder)
+    loop.claim(config, loop.fingerprint(seen.dataset), folder)
     loop.write_users(folder / loop.TEST_USERS, per_user)
     results = {
         "dataset": seen.dataset.name,
@@ -236,6 +244,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
         "parameters": None,  # none is trained by gradients
         "config": to_dict(config),
         "versions": loop.versions(),
+        "finished": loop.now(),
     }
     loop.write_json(folder / loop.RESULTS, results)
 
@@ -266,7 +275,7 @@ def _seeded(config: Config, seed: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
-def _check_folder(folder: Path, config: Config | None, tables: str) -> None:
+def _check_folder(folder: Path, config: Config | None, tables: Mapping[str, Any]) -> None:
     if (folder / loop.RUN).exists():
         loop.check_tables(tables, folder)
         if config is not None:

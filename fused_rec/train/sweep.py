@@ -23,10 +23,18 @@ from typing import Any
 import numpy as np
 
 from fused_rec.config import Config, from_dict, to_dict
-from fused_rec.data.dataset import digest
+from fused_rec.devices import computes
 from fused_rec.evaluate import plots
 from fused_rec.train import interrupt
-from fused_rec.train.loop import NonFiniteLossError, check_config, claim, fit, write_json
+from fused_rec.train.loop import (
+    RUN,
+    NonFiniteLossError,
+    check_config,
+    claim,
+    fingerprint,
+    fit,
+    write_json,
+)
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.workdir import write_file
 
@@ -56,6 +64,7 @@ UNPRUNED = 5  # trials, and evaluations of each later one, before a trial can be
 POLL_SECONDS = 0.5
 
 
+@computes
 def sweep(config: Config, folder: str | Path, trials: int) -> Config:
     """Runs trials in `folder` until `trials` of its study are over, and returns the config of the best one.
 
@@ -68,6 +77,7 @@ def sweep(config: Config, folder: str | Path, trials: int) -> Config:
     from its checkpoint in the next process; one whose process died is begun anew, once.
 
     Raises:
+      TablesChangedError: the folder's trials, running or over, were made of other tables.
       ValueError: the folder is another config's or was begun with another space, `config` lies outside the space
         where that cannot reach it, or no trial was completed.
       DataError, LeakError: the input must not be used.
@@ -76,10 +86,13 @@ def sweep(config: Config, folder: str | Path, trials: int) -> Config:
         raise ValueError(f"trials is {trials}; it must be at least 1")
     folder = Path(folder)
     check_config(config, folder)
-    if not (folder / JOURNAL).exists() or len(over(open_study(folder))) < trials:
-        dataset, parts_of = read(config)
+    dataset, parts_of = read(config)
+    tables = fingerprint(dataset)
+    if begun := (folder / RUN).exists():  # told before texts are encoded, and of a sweep that is over too
+        claim(config, tables, folder)
+    if not begun or not (folder / JOURNAL).exists() or len(over(open_study(folder))) < trials:
         prepared = prepare(config, dataset, parts_of)
-        claim(config, digest(dataset), folder)
+        claim(config, tables, folder)
         work(config, prepared, folder, trials)
     return write_best(config, folder)
 

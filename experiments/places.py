@@ -1,0 +1,128 @@
+"""Flags that name files and folders. A name that cannot serve is refused when flags are parsed, before any work."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
+flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
+LONGEST = 200  # bytes of a name that is made: file systems take 255, and names of files half written are longer
+
+
+class _Place(flags.ArgumentParser):
+    """Of an argument the path, ~ resolved; a default, given as a Path, is left as it is."""
+
+    syntactic_help = "a path"
+
+    def __init__(self, check: Check, optional: bool):
+        super().__init__()
+        self._check, self._optional = check, optional
+
+    def parse(self, argument: Any) -> Path | None:
+        if isinstance(argument, Path):
+            return argument
+        if self._optional and not argument:
+            return None
+        if not argument.strip():
+            raise ValueError("it is empty; give a name")
+        try:
+            argument.encode()
+            path = Path(argument).expanduser()
+            problem = self._check(path)
+        except UnicodeEncodeError:
+            problem = "the name is not valid UTF-8 and cannot be written down; rename it"
+        except (OSError, RuntimeError, ValueError) as error:  # too long, no home directory, NUL
+            problem = str(error)
+        if problem:
+            raise ValueError(problem)
+        return path
+
+
+def place(
+    name: str, check: Check, about: str, *, default: str | None = None, required: bool = False, optional: bool = False
+) -> flags.FlagHolder:
+    """Defines a flag whose value is the Path of a place that passes the check, or None.
+
+    optional: an empty name means no place at all.
+    """
+    given = None if default is None else Path(default)
+    return flags.DEFINE(_Place(check, optional), name, given, about, required=required)
+
+
+def workdir_flag() -> flags.FlagHolder:
+    """Defines --workdir, of a finished run."""
+    return place("workdir", existing_folder, "Folder of a finished run.", required=True)
+
+
+def data_path_flag() -> flags.FlagHolder:
+    """Defines --data_path, where the tables of a finished run lie now."""
+    about = "Folder of the run's tables, where they were moved since; other tables are refused."
+    return place("data_path", existing_folder, about)
+
+
+def cache_flag() -> flags.FlagHolder:
+    """Defines --cache, the folder of text vectors in place of that of the training."""
+    return place("cache", new_folder, "Folder that keeps text vectors; that of the training without this flag.")
+
+
+def rules_flag() -> flags.FlagHolder:
+    """Defines --rules, the file of rules of who may be recommended what."""
+    return place("rules", existing_file, "File of rules, JSON; see docs/SUITABILITY.md.")
+
+
+def existing_folder(path: Path) -> str:
+    """A folder that is read."""
+    if not path.exists():
+        return "there is no such folder"
+    if not path.is_dir():
+        return "this is a file, and a folder is due"
+    return "" if os.access(path, os.R_OK | os.X_OK) else "this folder cannot be read"
+
+
+def existing_file(path: Path) -> str:
+    """A file, or pipe, that is read."""
+    if not path.exists():
+        return "there is no such file"
+    if path.is_dir():
+        return "this is a folder, and a file is due"
+    return "" if os.access(path, os.R_OK) else "this file cannot be read"
+
+
+def new_folder(path: Path) -> str:
+    """A folder that is made where there is none. One that is there need not be writable: it may have all it needs."""
+    if path.is_dir():
+        return ""
+    return "this is a file, and a folder is due" if os.path.lexists(path) else _makeable(path)
+
+
+def written_folder(path: Path) -> str:
+    """A folder that is written in, and made where there is none."""
+    return _makeable(path / "file") if path.is_dir() else new_folder(path)
+
+
+def written_file(path: Path) -> str:
+    """A file that is made or replaced, in a folder that is there."""
+    if path.is_dir():
+        return "this is a folder, and a file is due"
+    if not path.parent.is_dir():
+        return f"it is in {path.parent}, which is no folder; make it first"
+    return _makeable(path)
+
+
+def written_file_anywhere(path: Path) -> str:
+    """A file that is made or replaced, its folder too."""
+    return "this is a folder, and a file is due" if path.is_dir() else _makeable(path)
+
+
+def _makeable(path: Path) -> str:
+    """Says what keeps a file or folder, and those above it, from being made."""
+    for part in path.parts:
+        if len(part.encode()) > LONGEST:
+            return f"a name in it has {len(part.encode())} bytes; give one of {LONGEST} at most"
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        return f"{folder} is a file, and a folder is due"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
