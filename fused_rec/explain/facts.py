@@ -322,9 +322,7 @@ class _Names:
             return "the customer" if node == customer else "another customer"
         if node_type == ITEM:
             return self.items[row]
-        # As `attribute_edges` numbers them.
-        values = self.dataset.items.column(node_type).combine_chunks().dictionary_encode().dictionary
-        return f"{node_type}: {values[row].as_py()}"
+        return f"{node_type}: {attribute_values(self.dataset.items, node_type)[row]}"
 
 
 def heard(relation: Relation) -> str:
