@@ -42,6 +42,8 @@ def read_parquet(file: Path) -> pa.Table:
             table = parquet.read()
         table.validate(full=True)  # Parquet does not promise that its text is UTF-8
         return plain_table(table)
+    except pa.ArrowNotImplementedError as error:
+        raise DataError([_fault(file, error, "write that column with another type")]) from error
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError([_fault(file, error, "write it again; it is cut short, corrupt or no Parquet file")]) from error
 

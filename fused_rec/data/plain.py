@@ -74,13 +74,17 @@ def _of_value(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if types.is_decimal(kind) and kind.bit_width < 128:  # few of Arrow's functions take these
         return pa.decimal128(kind.precision, kind.scale)
+    if types.is_date64(kind):  # this and the next are what Parquet makes of them
+        return pa.date32()
+    if kind == pa.time32("s"):
+        return pa.time32("ms")
     return kind
 
 
 def _is_list(kind: pa.DataType) -> bool:
     types = pa.types
-    views = types.is_list_view(kind) or types.is_large_list_view(kind)
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or views
+    plain_lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return plain_lists or types.is_list_view(kind) or types.is_large_list_view(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

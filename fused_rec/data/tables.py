@@ -135,8 +135,24 @@ def _arrow(frame: Any, name: str) -> pa.Table:
             table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
         return plain_table(table)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        message = f"cannot be made an Arrow table: {error}"
-        raise DataError([Problem(name, None, message, "give columns of one length, each of one type")]) from error
+        raise DataError(_unreadable(frame, name) or [_fault(name, "", error)]) from error
+
+
+def _unreadable(frame: Any, name: str) -> list[Problem]:
+    """The columns of a dictionary or data frame that Arrow cannot take."""
+    problems = []
+    columns = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
+    for column in columns:
+        try:
+            plain_table(pa.table({column: frame[column]} if isinstance(frame, Mapping) else frame[[column]]))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            problems.append(_fault(name, f"column {column} ", error))
+    return problems
+
+
+def _fault(name: str, what: str, error: Exception) -> Problem:
+    remedy = "give columns of one length, each of one type"
+    return Problem(name, None, f"{what}cannot be made Arrow data: {error}", remedy)
 
 
 def _strays(folder: Path) -> list[Path]:

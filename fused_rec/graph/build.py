@@ -193,6 +193,8 @@ def _attribute(items: pa.Table, name: str) -> tuple[np.ndarray, pa.DictionaryArr
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale > 0):
         raise ValueError(f"graph.attributes names {name!r}, which is continuous; give it as bands in a column of words")
+    if pa.types.is_null(kind):
+        values = values.cast(pa.string())
     if not is_single(kind):
         raise ValueError(f"graph.attributes names {name!r}, which holds {kind} values; give it as words or integers")
     return rows, values.dictionary_encode()
