@@ -202,9 +202,7 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
     return Path(out)
 
 
-def reasons(
-    run: Run, user: str | int, items: Iterable[str | int] | None = None, k: int = 5
-) -> list[dict[str, Any]]:
+def reasons(run: Run, user: str | int, items: Iterable[str | int] | None = None, k: int = 5) -> list[dict[str, Any]]:
     """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
 
     items: ids, as text or integers; None = the k that are recommended. docs/EXPLANATIONS.md says what the parts are.

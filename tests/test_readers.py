@@ -107,7 +107,8 @@ def test_amazon():
     dataset = read("amazon")
     assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (1429, 900, 10261)
     assert len(dataset.reviews) == 10261 and dataset.items.column_names == ["item_id"]
-    assert dataset.repairs == {} and dataset.notes["interactions: reviews without a body, for which the summary stands"] == 7
+    assert dataset.repairs == {}
+    assert dataset.notes["interactions: reviews without a body, for which the summary stands"] == 7
     words = np.mean([len(text.split()) for text in dataset.reviews["text"].to_pylist()])
     assert 93 < words < 97
     times = column(dataset.interactions, "timestamp")
@@ -371,8 +372,8 @@ def test_lightgcn_text(tmp_path):
         "item": [0, 1, 0, 1],
         "part": ["train", "train", "train", "test"],
     }
-    repeated = {"interactions: rows that repeat a pair merged into its earliest": 1}  # 10 3, of both parts: train has it
-    assert dataset.repairs == repeated
+    # 10 3, of both parts: train has it
+    assert dataset.repairs == {"interactions: rows that repeat a pair merged into its earliest": 1}
     assert dataset.notes == {"users: customers without an interaction, kept as new customers": 1}  # user 4
 
 

@@ -292,7 +292,8 @@ def test_ids_in_parquet_may_be_integers_or_categories_but_not_floats(tmp_path):
 
 def test_a_column_outside_the_format_is_named(tmp_path):
     dataset = read_tables(write(tmp_path, interactions="user_id,item_id,rating\nu,i,5\n"))
-    assert dataset.repairs == {} and dataset.notes == {"interactions: column 'rating', which the format does not have, not read": 1}
+    assert dataset.repairs == {}
+    assert dataset.notes == {"interactions: column 'rating', which the format does not have, not read": 1}
 
 
 def test_joined_texts():

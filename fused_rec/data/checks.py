@@ -123,10 +123,10 @@ def _ids(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
     given = table[name]
     if not _is_id(given.type):
         remedy = "write ids as text or integers"
-        there = flags(pc.is_valid(given))
-        report.add("id type", table, there, lambda r: f"{name} holds {given.type} values such as {_shown(given, r)}", remedy)
-        given = pa.chunked_array([pa.nulls(len(table), pa.string())])
-    ids, padded = trimmed(as_ids(given))
+        found = f"{name} holds {given.type} values such as"
+        report.add("id type", table, flags(pc.is_valid(given)), lambda r: f"{found} {_shown(given, r)}", remedy)
+        none = pa.chunked_array([pa.nulls(len(table), pa.string())])
+    ids, padded = trimmed(as_ids(given if _is_id(given.type) else none))
     report.add(
         "blanks around an id",
         table,

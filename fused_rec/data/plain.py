@@ -74,8 +74,10 @@ def _of_value(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if types.is_decimal(kind) and kind.bit_width < 128:  # few of Arrow's functions take these
         return pa.decimal128(kind.precision, kind.scale)
-    if types.is_date64(kind):  # this and the next are what Parquet makes of them
+    if types.is_date64(kind):  # this and the next two are what Parquet makes of them
         return pa.date32()
+    if types.is_timestamp(kind) and kind.unit == "s":
+        return pa.timestamp("ms", kind.tz)
     if kind == pa.time32("s"):
         return pa.time32("ms")
     return kind

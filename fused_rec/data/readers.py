@@ -53,7 +53,7 @@ READERS: dict[str, Reader] = {
     "amazon": Reader(amazon, AMAZON, "Amazon reviews of 2014", AMAZON, values=True),
     "lightgcn_text": Reader(lightgcn_text, "gowalla", "train.txt and test.txt, a line a user (Gowalla)", "gowalla"),
     "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k", values=True),
-    "huggingface": Reader(huggingface, "", "Parquet shards as Hugging Face lays them out, a folder a table", values=True),
+    "huggingface": Reader(huggingface, "", "Parquet shards in a folder a table, as of Hugging Face", values=True),
     "edges": Reader(edges, "douban_book", "integer edge tables with ties (Douban-Book)"),
 }
 

@@ -15,9 +15,12 @@ The folder holds `interactions` and, where you have them, `items`, `users`, `tie
 `value` is kept and no model uses it, except that rows below `data.min_value`, where that is set, are no interactions:
 they count for nothing but the ids in them, and their texts stay as reviews. Rows without a value stay interactions.
 
-Ids are text: "007" is not "7". An attribute may be a list (Parquet, frames). Times are unix seconds or ISO 8601, in UTC unless they name a zone. An empty cell is
-null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the ids come from `interactions`,
-in order of first appearance. Items without interactions are new products.
+Ids are text: "007" is not "7", and blanks around one are a fault. Times are unix seconds or ISO 8601, in UTC unless
+they name a zone. An empty cell is null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the
+ids come from `interactions`, in order of first appearance. Items without interactions are new products, users without
+them new customers.
+
+Parquet and frames may have the types that `plain` lists. An attribute may be a list of values.
 
 What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
 tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.

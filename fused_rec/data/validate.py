@@ -82,13 +82,13 @@ def assemble(
     ties = empty_ties() if tables.ties is None else _ties(tables.ties, users, items, report["ties"])
 
     refused = list(problems)
-    if not refused and not len(interactions):
-        fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
-        refused.append(Problem(files["interactions"], None, fault, "give at least one row"))
     for finding in findings:
         mends = finding.mended is not None and (repair or finding.kind in inherent)
         if not mends and not (problems and finding.kind in BETWEEN_TABLES):
             refused += finding.problems(files[finding.table])
+    if not refused and not len(interactions):
+        fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
+        refused.append(Problem(files["interactions"], None, fault, "give at least one row"))
     if refused:
         raise DataError(refused)
     repairs = {f"{finding.table}: {finding.mended}": finding.count for finding in findings}

@@ -3,7 +3,7 @@
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +82,7 @@ def as_texts(ids: Iterable[str | int]) -> list[str]:
     if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
         raise ValueError(f"ids are {ids!r}; give a list of ids")
     texts = []
+    given: Any
     for given in ids:
         value = given.as_py() if isinstance(given, pa.Scalar) else given
         if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
