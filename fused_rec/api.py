@@ -210,7 +210,7 @@ def reasons(run: Run, user: str | int, items: Iterable[str | int] | None = None,
     """
     dataset = run.prepared.dataset
     row = int(user_rows(dataset, [user])[0])
-    wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items)
+    wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
     book = ledger(run.config, run.state.params, run.prepared.task)
     return record(book, dataset, row, [_item_row(dataset, item) for item in wanted])
 
@@ -230,7 +230,7 @@ def what_if(run: Run, user: str | int, item: str | int, without: str | int) -> C
 
 
 def _item_row(dataset: Dataset, item: str | int) -> int:
-    [item] = as_texts([item])
+    [item] = as_texts([item], "items")
     row = pc.index(dataset.items["item_id"], item).as_py()
     if row < 0:
         raise ValueError(f"unknown product id {item!r}; {dataset.name} has {dataset.n_items} products")

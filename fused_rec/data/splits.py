@@ -165,8 +165,8 @@ def _times(dataset: Dataset, kind: str) -> Int64[np.ndarray, "_"]:
     missing = table.column("timestamp").null_count
     if missing:
         raise ValueError(
-            f"split.kind {kind} needs a timestamp on every interaction, and {missing} of {table.num_rows} have none: "
-            f"{_without_time(dataset, 'interactions')}; fill them in, remove those rows, or choose random"
+            f"split.kind {kind} needs a timestamp on every interaction, and {missing} of {table.num_rows} have none; "
+            f"fill them in, remove those rows, or choose random: {_without_time(dataset, 'interactions')}"
         )
     return column(table, "timestamp").astype(np.int64)
 
@@ -268,7 +268,8 @@ def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]
     if missing:
         raise ValueError(
             f"{missing} of {table.num_rows} {what} have no timestamp, so a time split cannot tell whether they come "
-            f"before {cut} ({_without_time(dataset, what)}); give each a time (0 says that it stood from the start) or choose another split.kind"
+            f"before {cut}; give each a time (0 says that it stood from the start) or choose another split.kind: "
+            f"{_without_time(dataset, what)}"
         )
     return column(table, "timestamp") >= cut
 

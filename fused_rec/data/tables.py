@@ -155,7 +155,7 @@ def _unreadable(frame: Any, name: str) -> list[Problem]:
 
 def _fault(name: str, what: str, error: Exception) -> Problem:
     remedy = "give columns of one length, each of one type"
-    return Problem(name, None, f"{what}cannot be made Arrow data: {error}", remedy)
+    return Problem(name, None, f"{what}cannot be made an Arrow table: {error}", remedy)
 
 
 def _strays(folder: Path) -> list[Path]:

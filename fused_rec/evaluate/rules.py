@@ -350,8 +350,8 @@ def _ranks(
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         floats = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
         return floats, ~np.isnan(floats)
-    found = f"{kind}{_first_word(column.side, values, tables)}"
-    raise _fail(rule.name, named, found, "numbers; for words give `order`, lowest first")
+    bound = f"numbers; for words give `order`, lowest first{_first_word(column.side, values, tables)}"
+    raise _fail(rule.name, named, str(kind), bound)
 
 
 def _first_word(side: Side, values: pa.ChunkedArray, tables: Mapping[Side, pa.Table]) -> str:
@@ -359,7 +359,7 @@ def _first_word(side: Side, values: pa.ChunkedArray, tables: Mapping[Side, pa.Ta
     if pa.types.is_string(values.type):
         for row, word in enumerate(values.to_pylist()):
             if word is not None and not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", word):
-                return f" with {word!r} of {side}_id {tables[side][f'{side}_id'][row].as_py()!r}"
+                return f" (the first that is no number: {word!r} of {tables[side][f'{side}_id'][row].as_py()!r})"
     return ""
 
 

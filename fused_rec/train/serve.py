@@ -74,19 +74,22 @@ def _chosen(workdir: Path, part: str) -> tuple[Config, Checkpoints, int]:
     return config, checkpoints, step
 
 
-def as_texts(ids: Iterable[str | int]) -> list[str]:
+def as_texts(ids: Iterable[str | int], what: str = "users") -> list[str]:
     """Ids as the tables have them, from text and integers of Python, NumPy, Arrow, pandas or polars.
 
-    Raises ValueError for a single id in place of a list, and for what is no id (a float, a missing value, a boolean).
+    what: how messages call them. Raises ValueError for a single id in place of a list, and for what is no id (a float,
+    a missing value, a boolean).
     """
-    if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
-        raise ValueError(f"ids are {ids!r}; give a list of ids")
+    if isinstance(ids, str):
+        raise ValueError(f"{what} is {ids!r}, one string; give a list of ids")
+    if isinstance(ids, bytes | Mapping) or not isinstance(ids, Iterable):
+        raise ValueError(f"{what} is {ids!r}, of type {type(ids).__name__}; give a list of ids")
     texts = []
     given: Any
     for given in ids:
         value = given.as_py() if isinstance(given, pa.Scalar) else given
         if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
-            raise ValueError(f"id {value!r} is of type {type(value).__name__}; give ids as text or integers")
+            raise ValueError(f"{what} has {value!r} of type {type(value).__name__}; give ids as text or integers")
         texts.append(str(value))
     return texts
 
