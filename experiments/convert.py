@@ -21,15 +21,19 @@ TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "What is written.", required=T
 OUT = place("out", written_folder, "New folder; RecBole's files get its name.", required=True)
 REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
 CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
+MIN_VALUE = flags.DEFINE_float("min_value", None, "Rows whose value is below it are no interactions.")
 
 
 def main(argv: list[str]) -> None:
-    """Reads, writes, tells what was mended and what found no room."""
-    dataset = load(DataConfig(DATA.value, str(PATH.value or ""), REPAIR.value, CORE.value))
+    """Reads, writes, prints what was mended, what is worth knowing and what found no room."""
+    path = str(PATH.value or "")
+    dataset = load(DataConfig(DATA.value, path, REPAIR.value, CORE.value, min_value=MIN_VALUE.value))
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")
     for what, count in dataset.repairs.items():
         print(f"mended: {what}: {count:,}")
+    for what, count in dataset.notes.items():
+        print(f"note: {what}: {count:,}")
     for what, count in lost.items():
         print(f"no room for: {what}: {count:,}")
 

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     dataset = prepared.dataset
     may = eligible(dataset, rules, include_held=INCLUDE_HELD.value)
-    users = user_rows(dataset, USERS.value or [])
+    users = user_rows(dataset, USERS.value)
     made_of = {
         "model": model_digest(WORKDIR.value),
         "tables": read_run(Path(WORKDIR.value))["tables"],

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         out,
         part=PART.value,
         baselines=BASELINE.value,
-        users=USERS.value or (),
+        users=USERS.value,
         drawn=SAMPLE.value,
         k=K.value,
         rules=RULES.value,

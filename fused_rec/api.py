@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fused_rec.train.export import read_rules
 from fused_rec.train.loop import RUN, TABLES, TablesChangedError, read_results, read_run, train
 from fused_rec.train.measure import BASELINES, measure_rules, scorer
 from fused_rec.train.prepare import Prepared
-from fused_rec.train.serve import eligible, model_digest, user_rows
+from fused_rec.train.serve import SCHEMA, as_texts, eligible, model_digest, user_rows
 from fused_rec.train.step import TrainState
 from fused_rec.train.study import study
 from fused_rec.train.variants import VARIANTS
@@ -87,21 +87,22 @@ def load_dataset(
     path: str | os.PathLike[str] = "",
     repair: bool = False,
     core: int = 1,
+    min_value: float | None = None,
 ) -> Dataset:
     """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
 
-    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core: as in `DataConfig`.
+    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, min_value: as in `DataConfig`.
 
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
     if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, os.fspath(path), repair, core))
+        return readers.load(DataConfig(source, os.fspath(path), repair, core, min_value=min_value))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
             f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
         )
-    return readers.load(DataConfig("tables", os.fspath(source), repair, core))
+    return readers.load(DataConfig("tables", os.fspath(source), repair, core, min_value=min_value))
 
 
 @computes
@@ -120,7 +121,7 @@ def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None
     """Trains, or goes on where the same call was stopped; of a finished run, opens it.
 
     dataset: tables in memory, in place of those that config.data names. They are kept as Parquet in the workdir, so
-    that `load` and the commands find them again; config.data.core applies to them.
+    that `load` and the commands find them again; config.data.core and config.data.min_value apply to them.
 
     A finished run is opened only when the tables are still its own. Those that moved are found by `config.data.path`.
 
@@ -135,7 +136,7 @@ def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None
 def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
     """The config with an absolute path of its data, since runs keep it and are opened from elsewhere.
 
-    A dataset is kept in the workdir first, and read with `repair`, which lets users stay who hold nothing.
+    A dataset is kept in the workdir first, and read with `repair`: it was checked when it was made.
     """
     if dataset is None:
         path = config.data.path
@@ -200,7 +201,7 @@ def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dic
 @computes
 def recommend(
     run: Run,
-    users: Sequence[str] = (),
+    users: Iterable[str | int] | None = None,
     k: int = 10,
     *,
     rules: str | os.PathLike[str] | None = None,
@@ -208,28 +209,24 @@ def recommend(
 ) -> pa.Table:
     """The k best products of each customer: user_id, rank (from 1), item_id, score, and `name` where items have one.
 
-    users: ids; none = all customers. rules: a file of rules of who may get what (`docs/SUITABILITY.md`). What a
+    users: ids, as text or integers: a list, an array, a column of a frame. None = all customers; without any id the
+    table is empty. rules: a file of rules of who may get what (`docs/SUITABILITY.md`). What a
     customer holds is left out unless include_held.
 
-    Raises ValueError naming unknown ids, for no id but one string, and as `fused_rec.train.export.read_rules` does.
+    Raises ValueError naming an id that is unknown, empty or no id, for no list but one id, and as
+    `fused_rec.train.export.read_rules` does.
     """
     dataset = run.prepared.dataset
     given = read_rules(rules)[0] if rules is not None else ()
     may = eligible(dataset, given, include_held=include_held)
-    rows = user_rows(dataset, _ids(users))
+    rows = user_rows(dataset, users)
     serve.require_table(dataset, len(rows), k)
     found = serve.parts(scorer(run.config, run.prepared, run.state), dataset, may, rows, k)
-    table = pa.concat_tables(part.table for part in found)
+    table = pa.concat_tables([SCHEMA.empty_table(), *(part.table for part in found)])
     if "name" not in dataset.items.column_names:
         return table
     named = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
     return table.append_column("name", dataset.items["name"].combine_chunks().take(named.combine_chunks()))
-
-
-def _ids(users: Sequence[str]) -> list[str]:
-    if isinstance(users, str):
-        raise ValueError(f"users is {users!r}, one string; give a list of ids")
-    return list(users)
 
 
 @computes
@@ -246,20 +243,21 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
 
 
 @computes
-def reasons(run: Run, user: str, items: Sequence[str] = (), k: int = 5) -> list[dict[str, Any]]:
+def reasons(run: Run, user: str | int, items: Iterable[str | int] | None = None, k: int = 5) -> list[dict[str, Any]]:
     """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
 
-    items: ids; none = the k that are recommended. docs/EXPLANATIONS.md tells what the parts are. Raises ValueError
-    naming unknown ids.
+    items: ids, as text or integers; None = the k that are recommended. docs/EXPLANATIONS.md says what the parts are.
+    Raises ValueError naming an id that is unknown, empty or no id.
     """
     dataset = run.prepared.dataset
-    wanted = _ids(items) or recommend(run, [user], k)["item_id"].to_pylist()
+    row = int(user_rows(dataset, [user])[0])
+    wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
     book = ledger(run.config, run.state.params, run.prepared.task)
-    return record(book, dataset, int(user_rows(dataset, [user])[0]), [_item_row(dataset, item) for item in wanted])
+    return record(book, dataset, row, [_item_row(dataset, item) for item in wanted])
 
 
 @computes
-def what_if(run: Run, user: str, item: str, without: str) -> Change:
+def what_if(run: Run, user: str | int, item: str | int, without: str | int) -> Change:
     """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
 
     Ranks are among what the customer does not hold. Raises ValueError naming an unknown id or a holding that the model
@@ -273,7 +271,8 @@ def what_if(run: Run, user: str, item: str, without: str) -> Change:
     return effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
 
 
-def _item_row(dataset: Dataset, item: str) -> int:
+def _item_row(dataset: Dataset, item: str | int) -> int:
+    [item] = as_texts([item], "items")
     row = pc.index(dataset.items["item_id"], item).as_py()
     if row < 0:
         raise ValueError(f"unknown product id {item!r}; {dataset.name} has {dataset.n_items} products")
@@ -318,7 +317,7 @@ def report(
     *,
     part: str = "valid",
     baselines: Sequence[str] = ("popularity", "item_knn"),
-    users: Sequence[str] = (),
+    users: Iterable[str | int] | None = None,
     drawn: int = 5,
     k: int = 5,
     rules: str | os.PathLike[str] | None = None,
@@ -329,9 +328,9 @@ def report(
     """Writes one HTML page about a finished run and returns where: how well it ranks, for whom, and why.
 
     out: report.html in the workdir unless given. part: the held-out part that is ranked anew, beside `baselines`.
-    users: ids of the customers who are shown, with `k` products each; none = so many `drawn` at random. rules: a file
-    of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared. data_path, cache: as for
-    `load`.
+    users: ids of the customers who are shown, as text or integers, with `k` products each; None = so many `drawn` at
+    random. rules: a file of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared.
+    data_path, cache: as for `load`.
 
     Raises ValueError for unknown ids, baselines and attributes, and as `load` does.
     """
@@ -349,7 +348,7 @@ def report(
     if run.config.train.refit and part == "valid":  # what is recommended comes from the model that saw more
         run = _reload(run, "test")
     dataset = run.prepared.dataset
-    rows = user_rows(dataset, _ids(users)) if users else sample(run.prepared, drawn)
+    rows = sample(run.prepared, drawn) if users is None else user_rows(dataset, users)
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
     facts = Facts(
         run.results,
@@ -361,7 +360,7 @@ def report(
         slices=slices,
         rules=found,
         customers=recommended(*_model(run), eligible(dataset, given), rows, k, passages(*_model(run))),
-        chosen="as named" if users else "drawn at random",
+        chosen="drawn at random" if users is None else "as named",
     )
     write_file(out, page(facts).encode())
     return out

@@ -67,9 +67,12 @@ class DataConfig:
     repair: bool = False  # mend what can be mended (each repair counted and printed) instead of refusing
     core: int = 1  # keep users and items with at least this many interactions, repeated until stable
     seed: int = 0  # of the synthetic market
+    min_value: float | None = None  # rows whose `value` is below it are no interactions; None = all are
 
     def __post_init__(self):
         _require_sane("data", self)
+        fits = self.min_value is None or not math.isnan(self.min_value)
+        _require(fits, "data.min_value", self.min_value, "a number, or None")
         _require(self.core >= 1, "data.core", self.core, "at least 1")
         _require(self.seed >= 0, "data.seed", self.seed, "0 or more")
 
@@ -316,9 +319,13 @@ def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
             words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
             _require(words, f"{name}.{setting}", value, "a list of strings")
             value = tuple(map(str, value))  # NumPy's strings too
-        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        elif default is None and value is None:
+            typed[setting] = None
+            continue
+        elif (default is None or isinstance(default, float)) and isinstance(value, int) and not isinstance(value, bool):
             _require(abs(value) < 2**63, f"{name}.{setting}", value, "of 64 bits")  # float() overflows elsewhere
             value = float(value)
-        _require(type(value) is type(default), f"{name}.{setting}", value, f"of type {type(default).__name__}")
+        wanted, bound = (float, "a number, or None") if default is None else (type(default), "")
+        _require(type(value) is wanted, f"{name}.{setting}", value, bound or f"of type {wanted.__name__}")
         typed[setting] = value
     return kind(**typed)

@@ -107,7 +107,7 @@ def test_every_fault_of_frames_is_in_one_report(frames):
     told = str(error.value)
     assert "interactions, row 3: user_id is empty" in told
     assert "users: column user_id is missing (there: id)" in told
-    assert "ties: cannot be made an Arrow table" in told
+    assert "ties: column source_id cannot be made an Arrow table" in told
     with pytest.raises(TypeError, match="items is a list; give a data frame"):
         fr.dataset_from_tables(frames["interactions"], items=[1, 2])
 
@@ -207,6 +207,56 @@ def test_recommend_and_reasons(run, market):
         fr.recommend(run, "C0001")
     with pytest.raises(ValueError, match="unknown product id 'P999'; tables has 30"):
         fr.reasons(run, "C0001", ["P999"])
+
+
+def test_an_empty_list_of_users_is_nobody(run, folder):
+    none = fr.recommend(run, [])
+    assert len(none) == 0 and none.schema == fr.recommend(run, ["C0001"], k=1).schema
+    assert fr.reasons(run, "C0001", []) == []
+    page = fr.report(folder / "run", folder / "nobody.html", baselines=["popularity"], users=[])
+    assert "C0001" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *([7, 10], (7, 10), np.array([7, 10]), np.array([7, 10], np.uint8), ["7", 10], pa.array([7, 10])),
+        *(pa.chunked_array([["7"], ["10"]]), pd.Series([7, 10]), pd.Series([7, 10], dtype="Int64"), pl.Series([7, 10])),
+        *(pd.Index([7, 10, 7]), pa.array(["7", "10"]).dictionary_encode(), iter([7, 10])),
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
+def test_integer_ids_are_asked_as_integers(ids):
+    dataset = fr.dataset_from_tables({"user_id": [10, 9, 7], "item_id": [1, 1, 2]})
+    assert user_rows(dataset, ids).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("bad", [7.0, float("nan"), None, True, np.bool_(True), np.float64(7), pd.NA, b"7", ["7"]], ids=repr)
+def test_what_is_no_id_is_refused_by_name(bad):
+    dataset = fr.dataset_from_tables({"user_id": [10, 9, 7], "item_id": [1, 1, 2]})
+    with pytest.raises(ValueError, match=r"users has .* of type \w+; give ids as text or integers"):
+        user_rows(dataset, [7, bad])
+    with pytest.raises(ValueError, match="users is 7, of type int; give a list of ids"):
+        user_rows(dataset, 7)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="1 unknown customer ids, first '8'"):
+        user_rows(dataset, [7, 8])
+
+
+def test_a_run_of_integer_ids_is_asked_for_them(folder, config):
+    rng = np.random.default_rng(0)
+    pairs = np.unique(rng.integers(0, 20, (150, 2)), axis=0)
+    dataset = fr.dataset_from_tables({"user_id": pairs[:, 0], "item_id": pairs[:, 1]})
+    run = fr.fit(fr.configure(config, model={"variant": "graph"}), folder / "integers", dataset)
+    user, item = (int(value) for value in pairs[run.prepared.split.train[0]])
+    best = fr.recommend(run, [user], k=1)
+    assert best["user_id"].to_pylist() == [str(user)]
+    other = int(best["item_id"][0].as_py())
+    assert fr.reasons(run, user, [other])[0]["item_id"] == str(other)
+    assert fr.what_if(run, user, other, without=item).rank == 1
+    page = fr.report(folder / "integers", folder / "integers.html", baselines=["popularity"], users=[user], k=1)
+    assert f">{user}<" in page.read_text() or str(user) in page.read_text()
+    with pytest.raises(ValueError, match="items has 1.0 of type float"):
+        fr.reasons(run, user, [1.0])  # pyright: ignore[reportArgumentType]
 
 
 def test_what_if(run, market):

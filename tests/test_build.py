@@ -129,8 +129,11 @@ def test_attributes_by_hand():
         (pa.array([3, 3, None, 7]), (2, [(0, 0), (1, 0), (3, 1)])),
         (pa.array([None] * 4, pa.string()), (0, [])),
         (pa.array(["b", None, "a", "b"]).dictionary_encode(), (2, [(0, 0), (2, 1), (3, 0)])),
+        (pa.nulls(4), (0, [])),
+        (pa.chunked_array([[["b", "a", "b"], None], [[], ["c", None, "a"]]]), (3, [(0, 0), (0, 1), (3, 1), (3, 2)])),
+        (pa.array([[7, 7], [8], [], None]), (2, [(0, 0), (1, 1)])),
     ],
-    ids=["chunks", "numbers", "all null", "encoded"],
+    ids=["chunks", "numbers", "all null", "encoded", "nothing", "lists", "lists of numbers"],
 )
 def test_attribute_edges(values, expected):
     count, (items, codes) = attribute_edges(pa.table({"x": values}), "x")

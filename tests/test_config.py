@@ -22,7 +22,7 @@ from fused_rec.config import (
 )
 
 CHANGED = Config(
-    data=DataConfig(name="lastfm", path="somewhere", repair=True, core=5, seed=3),
+    data=DataConfig(name="lastfm", path="somewhere", repair=True, core=5, seed=3, min_value=-1.5),
     split=SplitConfig(kind="time", test=0.3, valid=0.05, seed=1),
     text=TextConfig(lexical=0, control="shuffled"),
     graph=GraphConfig(attributes=("sector", "issuer"), similar_text=0),
@@ -51,6 +51,16 @@ def test_every_section_and_setting_is_in_the_dictionary():
     assert list(values) == ["data", "split", "text", "graph", "model", "train"]
     for name, section in values.items():
         assert list(section) == [field.name for field in dataclasses.fields(getattr(Config(), name))]
+
+
+def test_a_least_value_is_a_number_or_none():
+    assert Config().data.min_value is None and from_dict({"data": {"min_value": None}}) == Config()
+    least = from_dict({"data": {"min_value": 4}}).data.min_value
+    assert (least, type(least)) == (4.0, float)
+    assert from_dict({"data": {"min_value": 0.0}}).data.min_value == 0.0  # not the same as none
+    for wrong in ("4", True, float("nan"), [4]):
+        with pytest.raises(ValueError, match=r"data\.min_value is .*; it must be a number, or None"):
+            from_dict({"data": {"min_value": wrong}})
 
 
 def test_an_int_will_do_for_a_float():

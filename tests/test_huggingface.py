@@ -73,7 +73,7 @@ def test_one_part_alone_comes_back_too(tmp_path):
     assert digest(huggingface(tmp_path / "mine", False)) == digest(dataset)
 
 
-words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8).filter(str.strip)
+words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8).map(str.strip).filter(bool)
 parts = st.sampled_from(["train", "valid", "test"])
 
 
@@ -116,14 +116,14 @@ def test_a_plain_folder_of_shards(tmp_path):
     dataset = huggingface(tmp_path, False)
     assert dataset.users["user_id"].to_pylist() == ["7", "8", "9"]
     assert dataset.interactions["part"].to_pylist() == ["train", "train", "train", "valid", "test"]
-    assert dataset.repairs == {"interactions: column 'stars', which the format does not have, not read": 1}
+    assert dataset.notes == {"interactions: column 'stars', which the format does not have, not read": 1}
 
 
 def test_one_split_is_no_published_split(tmp_path):
     written(tmp_path, data__train_00000_of_00001=PAIR | {"row": [5]})
     dataset = huggingface(tmp_path, False)
     assert dataset.interactions.column_names == ["user", "item"]
-    assert dataset.repairs == {"interactions: column 'row', which the format does not have, not read": 1}
+    assert dataset.notes == {"interactions: column 'row', which the format does not have, not read": 1}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

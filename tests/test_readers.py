@@ -107,7 +107,8 @@ def test_amazon():
     dataset = read("amazon")
     assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (1429, 900, 10261)
     assert len(dataset.reviews) == 10261 and dataset.items.column_names == ["item_id"]
-    assert dataset.repairs == {"interactions: reviews without a body, for which the summary stands": 7}
+    assert dataset.repairs == {}
+    assert dataset.notes["interactions: reviews without a body, for which the summary stands"] == 7
     words = np.mean([len(text.split()) for text in dataset.reviews["text"].to_pylist()])
     assert 93 < words < 97
     times = column(dataset.interactions, "timestamp")
@@ -128,10 +129,8 @@ def test_douban_book():
     active = np.unique(column(dataset.interactions, "user"))
     assert (len(active), dataset.n_items) == (12859, 22294)
     assert parts(dataset) == {"train": 478730, "test": 119690}
-    assert dataset.repairs == {
-        "users: users without an interaction kept as new users": dataset.n_users - 12859,
-        "ties: ties to oneself dropped": 169150 - len(dataset.ties),
-    }
+    assert dataset.repairs == {"ties: ties to oneself dropped": 169150 - len(dataset.ties)}
+    assert dataset.notes == {"users: customers without an interaction, kept as new customers": dataset.n_users - 12859}
 
 
 @real
@@ -304,12 +303,15 @@ def test_fartrans(tmp_path):
         {"user": 0, "item": 2, "timestamp": 1551398400, "value": 7.0},
     ]
     assert dataset.repairs == {
+        "interactions: rows with an unknown item_id, which was added without attributes": 1,
+        "interactions: rows that repeat a pair merged into its earliest": 1,
+    }
+    assert dataset.notes == {
         "interactions: sales not read": 2,
         "users: earlier rows of one customerID, of which the last is read": 1,
         "items: earlier rows of one ISIN, of which the last is read": 1,
-        "interactions: rows with an unknown item_id, which was added without attributes": 1,
-        "interactions: rows that repeat a pair merged into its earliest": 1,
-        "users: users without an interaction kept as new users": 1,
+        "interactions: values kept, which the model does not use (data.min_value makes use of them)": 3,
+        "users: customers without an interaction, kept as new customers": 1,
     }
     assert read_prices(tmp_path / "close_prices.csv").to_pylist() == [
         {"item_id": "I1", "timestamp": 1517443200, "price": 25.0},
@@ -370,10 +372,9 @@ def test_lightgcn_text(tmp_path):
         "item": [0, 1, 0, 1],
         "part": ["train", "train", "train", "test"],
     }
-    assert dataset.repairs == {
-        "users: users without an interaction kept as new users": 1,  # user 4
-        "interactions: rows that repeat a pair merged into its earliest": 1,  # 10 3, of both parts: train has it
-    }
+    # 10 3, of both parts: train has it
+    assert dataset.repairs == {"interactions: rows that repeat a pair merged into its earliest": 1}
+    assert dataset.notes == {"users: customers without an interaction, kept as new customers": 1}  # user 4
 
 
 def test_edges(tmp_path):
@@ -407,9 +408,11 @@ def test_recbole(tmp_path):
     assert dataset.interactions.to_pylist() == [{"user": 0, "item": 0, "value": 2.5}]
     assert dataset.reviews["text"].to_pylist() == ["so so"]
     assert dataset.ties.to_pylist() == [{"source": 0, "target": 1, "kind": "tie"}]
-    assert dataset.repairs == {
+    assert dataset.repairs == {}
+    assert dataset.notes == {
         "interactions: column 'device' not read": 1,
-        "users: users without an interaction kept as new users": 1,
+        "interactions: values kept, which the model does not use (data.min_value makes use of them)": 1,
+        "users: customers without an interaction, kept as new customers": 1,
     }
     (tmp_path / "x.user").write_text("id:token\nu\n")
     with pytest.raises(DataError, match=r"x.user: no column user_id \(there: id\)"):
@@ -435,15 +438,15 @@ def test_core_is_repeated_until_stable_and_counts_what_it_removes():
     assert cut.interactions.schema == dataset.interactions.schema and cut.ties.schema == dataset.ties.schema
     assert cut.reviews["text"].to_pylist() == ["keep"]
     assert cut.ties.to_pydict() == {"source": [0, 1], "target": [1, 0], "item": [None, 1], "kind": ["tie", "tie"]}
-    assert cut.repairs == {
-        "before": 1,
+    assert cut.repairs == {"before": 1}
+    assert cut.notes == {
         "users: removed by core 2": 2,
         "items: removed by core 2": 2,
         "interactions: removed by core 2": 3,
         "reviews: removed by core 2": 2,
         "ties: removed by core 2": 2,
     }
-    assert k_core(Dataset("s", cut.users, cut.items, cut.interactions, empty_reviews(), cut.ties), 2).repairs == {}
+    assert k_core(Dataset("s", cut.users, cut.items, cut.interactions, empty_reviews(), cut.ties), 2).notes == {}
     with pytest.raises(ValueError, match="data.core is 3, and no user and item are left"):
         k_core(dataset, 3)
 

@@ -201,6 +201,7 @@ def test_time_never_straddles_and_per_user_never_empties(times, test, valid):
     [
         ("time", {}, "needs interactions with a timestamp column; choose random or per_user"),
         ("time", {"timestamp": [1, None, 3]}, "and 1 of 3 have none; fill them in"),
+        ("time", {"timestamp": [1, None, 3]}, "choose random: interactions of user_id '0' and item_id '1'"),
         ("per_user", {"timestamp": [1, None, 3]}, "and 1 of 3 have none; fill them in"),
         ("time", {"timestamp": [4, 4, 4]}, "cannot place the test part: the 3 interactions before it share 1 instant"),
         ("time", {"timestamp": [4, 4, 5]}, "cannot place the valid part: the 2 interactions before it share 1 instant"),

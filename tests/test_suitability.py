@@ -283,6 +283,12 @@ def test_groups_of_an_attribute():
         groups_of(users, "user_id", np.array([0]))
     with pytest.raises(ValueError, match="no column 'sex'; they have user_id, age"):
         groups_of(users, "sex", np.array([0]))
+    more = pa.table({"country": [["CH", "DE"], ["CH"]], "empty": pa.nulls(2), "born": [{"year": 1}, {"year": 2}]})
+    with pytest.raises(ValueError, match=r"users.country holds list<.*> values; groups need a column of one word or"):
+        groups_of(more, "country", np.array([0]))
+    with pytest.raises(ValueError, match="users.born holds struct<year: int64> values"):
+        groups_of(more, "born", np.array([0]))
+    assert groups_of(more, "empty", np.array([1, 0])) == [None, None]
 
 
 # --- all of it together

@@ -42,7 +42,7 @@ def same(left: Dataset, right: Dataset) -> None:
         ours, theirs = getattr(left, name), getattr(right, name)
         assert ours.schema == theirs.schema, name
         assert ours.to_pylist() == theirs.to_pylist(), name
-    assert left.repairs == right.repairs
+    assert (left.repairs, left.notes) == (right.repairs, right.notes)
 
 
 def test_sound_tables_are_read_as_they_are(tmp_path):
@@ -124,7 +124,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         users="user_id,score\nu1,1.5\nu2,inf\nu3,2\nu4,3\n",
         ties="source_id,target_id\nu1,u2\nu1,u1\nu1,u2\nu1,nobody\n",
     )
-    report = told(tmp_path)
+    report = told(tmp_path, min_value=0.5)  # else no value is needed, and none a fault
 
     for line in (
         "interactions.csv, row 2: value 'nan' is not a finite 32-bit number.",
@@ -142,15 +142,15 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         "items.csv, row 3: name is ''.",
         "items.csv, row 4: item_id 'i1' is already in row 2. keep one row for each id.",
         "users.csv, row 3: score is inf.",
-        "users.csv, row 5: user 'u4' has no interaction.",
         "ties.csv, row 3: the tie from 'u1' to 'u1' joins a user to itself.",
         "ties.csv, row 4: the tie from 'u1' to 'u2' is there already.",
         "ties.csv, row 5: the tie from 'u1' to 'nobody' names an unknown user.",
     ):
         assert line in report, line
-    assert report.startswith("19 problem(s)")
+    head = "18 faults in the input, 12 of which a repair would mend (--config.data.repair=True; in Python repair=True):"
+    assert report.splitlines()[0] == head
     # What cannot be mended is refused even where a repair is asked for, and it alone is told.
-    assert told(tmp_path, repair=True).startswith("4 problem(s)")
+    assert told(tmp_path, min_value=0.5, repair=True).startswith("6 faults in the input:")
 
 
 def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
@@ -191,15 +191,18 @@ def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
     }
     assert dataset.repairs == {
         "interactions: bad times left empty": 1,
-        "interactions: NaN or infinite value left empty": 1,
         "interactions: empty text made null": 1,
         "interactions: rows with an unknown user_id, which was added without attributes": 1,
         "interactions: rows with an unknown item_id, which was added without attributes": 1,
-        "users: users without an interaction kept as new users": 1,
         "interactions: rows that repeat a pair merged into its earliest": 2,
         "ties: ties to unknown users dropped": 1,
         "ties: ties to oneself dropped": 1,
         "ties: repeated ties dropped": 1,
+    }
+    assert dataset.notes == {
+        "interactions: value not finite left empty, the first in row 5: 'NaN' is not a finite 32-bit number": 1,
+        "interactions: values kept, which the model does not use (data.min_value makes use of them)": 5,
+        "users: customers without an interaction, kept as new customers": 1,  # u3
     }
 
 
@@ -240,7 +243,7 @@ def test_files_of_the_wrong_form(tmp_path, tables, message):
 def test_a_fault_in_one_file_does_not_hide_those_of_the_others(tmp_path):
     write(tmp_path, interactions="user_id\nu\n", items="item_id\ni\ni\n", users="user_id\nu\n", ties="source_id\nu\n")
     report = told(tmp_path)
-    assert "3 problem(s)" in report  # and not that every user is without an interaction
+    assert "3 faults" in report  # and not that every user is without an interaction
     assert "interactions.csv: column item_id is missing" in report
     assert "items.csv, row 3: item_id 'i' is already in row 2" in report
     assert "ties.csv: column target_id is missing" in report
@@ -289,7 +292,8 @@ def test_ids_in_parquet_may_be_integers_or_categories_but_not_floats(tmp_path):
 
 def test_a_column_outside_the_format_is_named(tmp_path):
     dataset = read_tables(write(tmp_path, interactions="user_id,item_id,rating\nu,i,5\n"))
-    assert dataset.repairs == {"interactions: column 'rating', which the format does not have, not read": 1}
+    assert dataset.repairs == {}
+    assert dataset.notes == {"interactions: column 'rating', which the format does not have, not read": 1}
 
 
 def test_joined_texts():
@@ -298,7 +302,7 @@ def test_joined_texts():
 
 
 WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=6)
-IDS = WORDS.filter(lambda word: word.strip())
+IDS = WORDS.map(str.strip).filter(bool)
 TEXTS = st.one_of(st.none(), WORDS.filter(lambda word: not word.isspace()))
 
 
@@ -360,8 +364,85 @@ def test_acts_of_ties_are_ids(tmp_path):
     ties = {"source_id": ["u1"], "target_id": ["u2"], "item_id": [[1]]}
     pq.write_table(pa.table(ties), write(tmp_path, **{**SOUND, "ties": ""}) / "ties.parquet")
     (tmp_path / "ties.csv").unlink()
-    assert "ties.parquet, row 2: item_id holds list<element: int64> values" in told(tmp_path)
+    assert "ties.parquet, row 2: item_id holds list<item: int64> values" in told(tmp_path)
     pq.write_table(pa.table({**ties, "item_id": ["i9"]}), tmp_path / "ties.parquet")
     assert "the tie from 'u1' to 'u2' names an unknown user or item" in told(tmp_path)
     pq.write_table(pa.table({**ties, "item_id": [None]}), tmp_path / "ties.parquet")
     assert read_tables(tmp_path).ties.column_names == ["source", "target", "kind"]
+
+
+def test_blanks_around_ids_are_a_fault_that_a_repair_mends(tmp_path):
+    """"K1 " would be a customer of its own."""
+    events = "user_id,item_id\nK1,a\nK1 ,b\n K1,a\nK2\u00a0,b\n"
+    write(tmp_path, interactions=events, users="user_id\nK1\nK2\n", ties="source_id,target_id\nK1, K2\n")
+    report = told(tmp_path)
+    assert "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would be another than 'K1'. write" in report
+    assert "ties.csv, row 2: target_id ' K2' has blanks around it" in report
+    assert "is not in users.csv" not in report  # they are known without
+    dataset = read_tables(tmp_path, repair=True)
+    assert dataset.users["user_id"].to_pylist() == ["K1", "K2"]
+    assert dataset.interactions.select(["user", "item"]).to_pydict() == {"user": [0, 0, 1], "item": [0, 1, 1]}
+    assert dataset.repairs == {
+        "interactions: blanks around user_id taken off": 3,
+        "interactions: rows that repeat a pair merged into its earliest": 1,
+        "ties: blanks around target_id taken off": 1,
+    }
+    write(tmp_path, users="user_id\nK1\nK2\nK1 \n")  # two rows of one customer: which one counts, nobody can know
+    assert "users.csv, row 4: user_id 'K1' is already in row 2" in told(tmp_path, repair=True)
+
+
+VALUED = "user_id,item_id,value,text\nu,a,1,bad\nu,a,5,better\nu,b,4,\nv,a,,\nv,b,3.99,poor\nw,c,-2,sold\n"
+
+
+def test_rows_below_the_least_value_are_no_interactions(tmp_path):
+    dataset = read_tables(write(tmp_path, interactions=VALUED), min_value=4)
+    assert dataset.users["user_id"].to_pylist() == ["u", "v", "w"]  # w is a new customer, c a new product
+    assert dataset.items["item_id"].to_pylist() == ["a", "b", "c"]
+    assert dataset.interactions.to_pydict() == {"user": [0, 0, 1], "item": [0, 1, 0], "value": [5.0, 4.0, None]}
+    assert dataset.reviews["text"].to_pylist() == ["bad", "better", "poor", "sold"]  # what was said was said
+    assert dataset.repairs == {}
+    assert dataset.notes == {
+        "interactions: rows of a value below 4, which are no interactions": 3,
+        "interactions: rows without a value, which stay interactions": 1,
+        "users: customers without an interaction, kept as new customers": 1,
+    }
+    assert repr(dataset).endswith("0 ties, 3 notes)")
+    assert "there is no usable interaction of a value of 9 or more" in told(
+        write(tmp_path, interactions="user_id,item_id,value\nu,a,1\n"), min_value=9
+    )
+    write(tmp_path, interactions="user_id,item_id\nu,a\n")
+    assert "interactions.csv: there is no column value that can be read, and data.min_value is 4" in told(
+        tmp_path, min_value=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("n/a", "is not a number."),
+        ("1'234.50", "is not a number (a thousands separator is in it)."),
+        ('"1,234.50"', "is not a number (a thousands separator is in it)."),
+        ('"1.234,50"', "is not a number (a thousands separator is in it)."),
+        ('"1,234"', "is not a number (a thousands separator or a decimal comma is in it)."),
+        ('"12,5"', "is not a number (a decimal comma is in it)."),
+        ("1 234", "is not a number (a thousands separator is in it)."),
+        ("inf", "is not a finite 32-bit number."),
+    ],
+)
+def test_values_matter_only_where_they_are_needed(tmp_path, written, said):
+    write(tmp_path, interactions=f"user_id,item_id,value\nu,a,1\nu,b,{written}\nv,b,{written}\n")
+    for repair in (False, True):  # to guess would change an amount
+        report = told(tmp_path, min_value=1, repair=repair)
+        assert report.startswith("2 faults in the input:") and f"row 3: value {written.strip(chr(34))!r} {said}" in report
+    dataset = read_tables(tmp_path)
+    assert dataset.interactions["value"].to_pylist() == [1.0, None, None] and dataset.repairs == {}
+    [note] = [note for note in dataset.notes if "left empty" in note]
+    assert note.endswith(f"left empty, the first in row 3: {written.strip(chr(34))!r} {said[:-1]}")
+    assert dataset.notes[note] == 2
+
+
+def test_faults_are_counted_by_rows_and_not_by_lines(tmp_path):
+    rows = "".join(f"u,i{n},bad\n" for n in range(12)) + "".join(f"u,j{n},5\n" for n in range(12)) + ",i,5\n"
+    report = told(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
+    assert report.startswith("13 faults in the input, 12 of which a repair would mend (")
+    assert len(report.splitlines()) == 1 + 5 + 1 + 1

@@ -15,12 +15,26 @@ ID = pa.dictionary(pa.int32(), pa.string())
 
 def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Text or integer ids as one chunk of type `ID`, its dictionary in order of first appearance."""
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
     if pa.types.is_dictionary(column.type):
         encoded = column.unify_dictionaries().combine_chunks()
     else:
         encoded = pc.dictionary_encode(column).combine_chunks()
     strings = encoded.dictionary.cast(pa.string())
     return pa.chunked_array([pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), strings)])
+
+
+def trimmed(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Bool[np.ndarray, "R"]]:
+    """The ids (type `ID`) without blanks around them, and which had some; blanks alone stay as they are."""
+    encoded = ids.combine_chunks()
+    bare = pc.utf8_trim_whitespace(encoded.dictionary)
+    padded = pc.and_(pc.not_equal(bare, encoded.dictionary), pc.not_equal(bare, ""))
+    if not pc.any(padded).as_py():
+        return ids, np.zeros(len(ids), bool)
+    merged = pc.if_else(padded, bare, encoded.dictionary).dictionary_encode()
+    chunk = pa.DictionaryArray.from_arrays(merged.indices.take(encoded.indices), merged.dictionary)
+    return pa.chunked_array([chunk]), flags(padded.take(encoded.indices))
 
 
 def distinct(ids: pa.ChunkedArray) -> pa.Array:

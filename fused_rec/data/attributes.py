@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.dataset import Dataset
+from fused_rec.data.plain import is_single
 
 _PLAIN = 1e-4, 1e16  # magnitudes written without an exponent
 
@@ -62,16 +63,16 @@ def _told(name: str, values: pa.ChunkedArray) -> list[str]:
     _check(name, kind)
     label = " ".join(name.replace("_", " ").split())
     label = label[:1].upper() + label[1:]
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":  # Python's datetimes have microseconds
+        values = values.cast(pa.timestamp("us", kind.tz), safe=False)
     said = (_words(value, kind) for value in values.to_pylist())
     return [f"{label}: {words}{'' if words.endswith('.') else '.'}" if words else "" for words in said]
 
 
 def _check(name: str, kind: pa.DataType) -> None:
-    types = pa.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if pa.types.is_list(kind):
         return _check(name, kind.value_type)
-    known = (types.is_string, types.is_large_string, types.is_boolean, types.is_integer, types.is_floating)
-    if not any(fits(kind) for fits in (*known, types.is_decimal, types.is_date, types.is_timestamp, types.is_null)):
+    if not is_single(kind):
         raise ValueError(f"text.attributes names {name!r}, whose values ({kind}) have no words; take it out")
 
 
@@ -86,7 +87,7 @@ def _words(value: Any, kind: pa.DataType) -> str:
         return _number(value, kind)
     if isinstance(value, decimal.Decimal):
         return f"{value.normalize():f}"
-    if isinstance(value, datetime.date):  # datetimes among them
+    if isinstance(value, datetime.date | datetime.time):  # datetimes among them
         return value.isoformat()
     return str(value).strip()
 

@@ -27,7 +27,9 @@ class Dataset:
     ties: directed; `source` int32, `target` int32 (rows of `users`), `kind` string; optional `timestamp` int64;
       optional `item` int32: the tie was seen in an act of `source` on that item (a retweet of a post about it),
       so it tells of that interaction; null where it does not.
-    repairs: what was mended, merged or left unread, by description, with its count.
+    repairs: faults that were mended, by description, with the count of rows.
+    notes: what is worth knowing and no fault, by description, with its count: columns that are not read, customers
+      without interactions, rows that a setting leaves out.
 
     `timestamp` and `value` may hold nulls.
     """
@@ -39,12 +41,14 @@ class Dataset:
     reviews: pa.Table
     ties: pa.Table
     repairs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         names = ("users", "items", "interactions", "reviews", "ties")
         amounts = ", ".join(f"{getattr(self, name).num_rows:,} {name}" for name in names)
         repairs = f", {sum(self.repairs.values()):,} repairs" if self.repairs else ""
-        return f"Dataset({self.name!r}: {amounts}{repairs})"
+        notes = f", {len(self.notes):,} notes" if self.notes else ""
+        return f"Dataset({self.name!r}: {amounts}{repairs}{notes})"
 
     @property
     def n_users(self) -> int:
@@ -78,7 +82,10 @@ TABLES = ("users", "items", "interactions", "reviews", "ties")
 
 
 def digest(dataset: Dataset) -> str:
-    """SHA-256 of all tables in their order of rows, which numbers the users and items that a checkpoint speaks of."""
+    """SHA-256 of all tables in their order of rows, which numbers the users and items that a checkpoint speaks of.
+
+    It depends on the values alone: what lies in memory where there is none (null) does not count.
+    """
     return _sha256([getattr(dataset, name) for name in TABLES])
 
 
@@ -124,8 +131,15 @@ def _sha256(tables: Sequence[pa.Table]) -> str:
     for table in tables:
         sha.update(str(table.schema.remove_metadata()).encode())
         for batch in table.combine_chunks().to_batches(max_chunksize=65_536):
-            sha.update(batch.serialize())
+            columns = [_without_remains(column) for column in batch.columns]
+            sha.update(pa.record_batch(columns, schema=batch.schema).serialize())
     return sha.hexdigest()
+
+
+def _without_remains(column: pa.Array) -> pa.Array:
+    if not column.null_count or pa.types.is_null(column.type):
+        return column
+    return column.take(pa.array(np.arange(len(column)), mask=np.asarray(column.is_null())))
 
 
 def printable(text: str) -> str:
@@ -135,12 +149,18 @@ def printable(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input. row: 1-based line of the file (header = 1), None where it concerns the file."""
+    """One thing wrong with the input.
+
+    row: 1-based line of the file (header = 1), None where it concerns the file. count: the faults it stands for; of a
+    line that states a total, those that have no line of their own. mendable: a repair would mend it.
+    """
 
     file: str
     row: int | None
     message: str
     remedy: str
+    count: int = 1
+    mendable: bool = False
 
     def __str__(self) -> str:
         where = self.file if self.row is None else f"{self.file}, row {self.row}"
@@ -152,4 +172,9 @@ class DataError(ValueError):
 
     def __init__(self, problems: list[Problem]):
         self.problems = tuple(problems)
-        super().__init__("\n".join([f"{len(problems)} problem(s) in the input:", *(f"  {p}" for p in problems)]))
+        total = sum(problem.count for problem in problems)
+        mended = sum(problem.count for problem in problems if problem.mendable)
+        head = f"{total:,} fault{'s' * (total != 1)} in the input"
+        if mended:
+            head += f", {mended:,} of which a repair would mend (--config.data.repair=True; in Python repair=True)"
+        super().__init__("\n".join([f"{head}:", *(f"  {problem}" for problem in problems)]))

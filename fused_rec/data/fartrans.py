@@ -59,7 +59,7 @@ def fartrans(path: Path, repair: bool) -> Dataset:
         events, users=users.rename_columns({"customerID": "user_id"}), items=items.append_column("text", text)
     )
     files = {"interactions": "transactions.csv", "users": "customer_information.csv", "items": "asset_information.csv"}
-    inherent = ("repeated interaction", "unknown id", "idle user")
+    inherent = ("repeated interaction", "unknown id")
     return assemble("fartrans", tables, repair=repair, notes=notes, inherent=inherent, files=files)
 
 

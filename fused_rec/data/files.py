@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from fused_rec.data.arrow import ID, flags, pc, replace
+from fused_rec.data.arrow import ID, flags, pc
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Problem
+from fused_rec.data.plain import plain_table
 
 # Columns with far fewer values than rows: read as dictionaries, which takes a fraction of the memory.
 _CODED = ("user_id", "item_id", "source_id", "target_id", "kind", "part")
@@ -27,7 +28,10 @@ JSON_ROWS = 65_536  # of JSON lines, held as Python's objects at a time
 
 
 def read_parquet(file: Path) -> pa.Table:
-    """A Parquet file. Raises DataError where it is corrupt, cut short, holds text that is not UTF-8 or is a bomb."""
+    """A Parquet file, its columns plain where they can be (`fused_rec.data.plain`).
+
+    Raises DataError where it is corrupt, cut short, holds text that is not UTF-8 or is a bomb.
+    """
     import pyarrow.parquet as pq  # here and below: formats are imported where they are read, to start quickly
 
     try:
@@ -37,13 +41,11 @@ def read_parquet(file: Path) -> pa.Table:
                 raise OSError(f"it claims {rows:,} rows in {file.stat().st_size:,} bytes")
             table = parquet.read()
         table.validate(full=True)  # Parquet does not promise that its text is UTF-8
+        return plain_table(table)
+    except pa.ArrowNotImplementedError as error:
+        raise DataError([_fault(file, error, "write that column with another type")]) from error
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError([_fault(file, error, "write it again; it is cut short, corrupt or no Parquet file")]) from error
-    for name, kind in zip(table.column_names, table.schema.types, strict=True):
-        if table.column_names.count(name) == 1 and (pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)):
-            plain = pa.string() if pa.types.is_string_view(kind) else pa.binary()
-            table = replace(table, name, table[name].cast(plain))  # Arrow cannot take rows of views
-    return table
 
 
 def read_delimited(

@@ -21,7 +21,7 @@ PARTS = ("train", "test")  # of the published splits read here
 _INTEGER = re.compile("[+-]?[0-9]{1,18}")  # int() also takes 1_0, and digits of other scripts; 18 fit into 64 bits
 
 
-def amazon(path: Path, repair: bool) -> Dataset:
+def amazon(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
     """The one `*.json.gz` of an Amazon review set of 2014. A review's text is "summary. reviewText"; value: stars."""
     schema = dict.fromkeys(("reviewerID", "asin", "reviewText", "summary"), pa.string())
     rows = read_json_lines(_only(path, "*.json.gz"), {**schema, "overall": pa.float64(), "unixReviewTime": pa.int64()})
@@ -39,7 +39,8 @@ def amazon(path: Path, repair: bool) -> Dataset:
     )
     bare = pc.sum(empty["reviewText"]).as_py()
     notes = {"interactions: reviews without a body, for which the summary stands": bare} if bare else {}
-    return assemble(path.name, Tables(events), repair=repair, notes=notes, inherent=("repeated interaction",))
+    inherent = ("repeated interaction",)
+    return assemble(path.name, Tables(events), repair=repair, min_value=min_value, notes=notes, inherent=inherent)
 
 
 def lightgcn_text(path: Path, repair: bool) -> Dataset:
@@ -91,7 +92,7 @@ def edges(path: Path, repair: bool) -> Dataset:
     return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *known]).astype(np.int64), ties, repair)
 
 
-def recbole(path: Path, repair: bool) -> Dataset:
+def recbole(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
     """RecBole atomic files: one `*.inter` and, where they are, `*.item`, `*.user` and `*.net` (headers `name:type`).
 
     A token_seq column called `text` is a row's text; without one all token_seq columns make it up. The first with
@@ -112,8 +113,9 @@ def recbole(path: Path, repair: bool) -> Dataset:
     ):
         if _has(path, f"*.{ending}"):
             tables[table], _ = _atomic(_only(path, f"*.{ending}"), ids)
-    inherent = ("repeated interaction", "unknown id", "idle user")
-    return assemble(path.name, Tables(**tables), repair=repair, notes=notes, inherent=inherent)
+    inherent = ("repeated interaction", "unknown id")
+    tables = Tables(**tables)
+    return assemble(path.name, tables, repair=repair, min_value=min_value, notes=notes, inherent=inherent)
 
 
 def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | None, repair: bool) -> Dataset:
@@ -123,7 +125,7 @@ def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | N
     if ties is not None:
         ties = ties.append_column("kind", pa.array(["trust"] * len(ties), pa.string()))
     tables = Tables(events, users=pa.table({"user_id": users}), items=pa.table({"item_id": items}), ties=ties)
-    return assemble(name, tables, repair=repair, inherent=("repeated interaction", "idle user", "tie to oneself"))
+    return assemble(name, tables, repair=repair, inherent=("repeated interaction", "tie to oneself"))
 
 
 def _integer_pairs(file: Path, *names: str) -> pa.Table:

@@ -32,8 +32,8 @@ def shard(split: str) -> str:
     return f"{split}-00000-of-00001.parquet"
 
 
-def huggingface(path: Path, repair: bool) -> Dataset:
-    """The dataset in such a folder, checked as own tables are. Users without an interaction stay, and are counted.
+def huggingface(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
+    """The dataset in such a folder, checked as own tables are.
 
     Raises DataError with every problem, among them a shard that is missing and a Parquet file that would go unread.
     """
@@ -56,7 +56,13 @@ def huggingface(path: Path, repair: bool) -> Dataset:
     if "interactions" not in tables:
         raise DataError(problems)
     return assemble(
-        path.name, Tables(**tables), repair=repair, notes=notes, problems=problems, files=files, inherent=("idle user",)
+        path.name,
+        Tables(**tables),
+        repair=repair,
+        min_value=min_value,
+        notes=notes,
+        problems=problems,
+        files=files,
     )
 
 
@@ -101,7 +107,7 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
 
 
 def _plain(file: Path) -> pa.Table:
-    table = read_parquet(file).replace_schema_metadata(None)
+    table = read_parquet(file)
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError([Problem(file.name, None, f"column {twice[0]} is there twice", "keep one of them")])
@@ -112,10 +118,8 @@ def _with_part(table: pa.Table, split: str, folder: Path) -> pa.Table:
     """Interactions of a split with its part; a column `part` that says otherwise is refused."""
     if "part" not in table.column_names:
         return table.append_column("part", pa.array([SPLITS[split]] * len(table), pa.string()))
-    kind = table["part"].type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):  # the checks refuse any other
-        other = pc.sum(pc.fill_null(pc.not_equal(table["part"].cast(pa.string()), SPLITS[split]), True)).as_py()
+    if pa.types.is_string(table["part"].type):  # the checks refuse any other
+        other = pc.sum(pc.fill_null(pc.not_equal(table["part"], SPLITS[split]), True)).as_py()
         if other:
             fault = f"{other:,} rows have another part than {SPLITS[split]}"
             remedy = "move them to the split of their part, or drop the column"

@@ -17,7 +17,7 @@ from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import integers, read_delimited, read_lines
 from fused_rec.data.validate import Tables, assemble
 
-INHERENT = ("bad time", "unknown review", "unknown id", "idle user")
+INHERENT = ("bad time", "unknown review", "unknown id")
 
 
 def lastfm(path: Path, repair: bool) -> Dataset:

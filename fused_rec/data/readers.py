@@ -22,26 +22,38 @@ from fused_rec.data.tables import read_tables
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a named dataset is read. folder: its place under $FUSED_REC_DATA; download: its name there, if it has one."""
+    """How a named dataset is read.
 
-    read: Callable[[Path, bool], Dataset] | None  # None: generated
+    folder: its place under $FUSED_REC_DATA. download: its name there, if it has one. values: it may have a column
+    `value`, and takes `data.min_value` as a third argument.
+    """
+
+    read: Callable[..., Dataset] | None  # of the folder and data.repair; None: generated
     folder: str
     description: str
     download: str = ""
+    values: bool = False
+
+
+AMAZON = "amazon_musical_instruments"  # its folder, and its name as a download
+
+
+def _tables(path: Path, repair: bool, min_value: float | None) -> Dataset:
+    return read_tables(path, repair=repair, min_value=min_value)
 
 
 READERS: dict[str, Reader] = {
     "synthetic": Reader(None, "", "a seeded market of made-up products, reviews and referrals; needs no files"),
-    "tables": Reader(lambda path, repair: read_tables(path, repair=repair), "", "your own CSV or Parquet tables"),
+    "tables": Reader(_tables, "", "your own CSV or Parquet tables", values=True),
     "lastfm": Reader(lastfm, "lastfm", "Last.fm listens, tags and friends (HetRec 2011)", "lastfm"),
     "lastfm_sociallgn": Reader(lastfm_sociallgn, "lastfm", "Last.fm in the SocialLGN split", "lastfm_sociallgn"),
     "lastfm_lightgcn": Reader(lastfm_lightgcn, "lastfm", "Last.fm in the LightGCN split", "lastfm_lightgcn"),
     "stocknet": Reader(stocknet, "stocknet", "tweets about stock tickers with company profiles (StockNet)"),
     "fartrans": Reader(fartrans, "fartrans", "purchases of securities by a bank's customers, with prices (FAR-Trans)"),
-    "amazon": Reader(amazon, "amazon_musical_instruments", "Amazon reviews of 2014", "amazon_musical_instruments"),
+    "amazon": Reader(amazon, AMAZON, "Amazon reviews of 2014", AMAZON, values=True),
     "lightgcn_text": Reader(lightgcn_text, "gowalla", "train.txt and test.txt, a line a user (Gowalla)", "gowalla"),
-    "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k"),
-    "huggingface": Reader(huggingface, "", "Parquet shards as Hugging Face lays them out, a folder a table"),
+    "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k", values=True),
+    "huggingface": Reader(huggingface, "", "Parquet shards in a folder a table, as of Hugging Face", values=True),
     "edges": Reader(edges, "douban_book", "integer edge tables with ties (Douban-Book)"),
 }
 
@@ -61,6 +73,9 @@ def load(config: DataConfig) -> Dataset:
     if config.name not in READERS:
         raise ValueError(f"data.name is {config.name!r}; it must be one of {', '.join(READERS)}")
     reader = READERS[config.name]
+    if config.min_value is not None and not reader.values:
+        values = ", ".join(name for name, other in READERS.items() if other.values)
+        raise ValueError(f"data.min_value is {config.min_value}; it can be given for {values}, not for {config.name!r}")
     if reader.read is None:
         from fused_rec.data.synthetic import make_market
 
@@ -68,14 +83,15 @@ def load(config: DataConfig) -> Dataset:
             raise ValueError(f"data.path is {config.path!r}, but {config.name!r} is generated and reads no files")
         dataset = make_market(config.seed)
     else:
-        dataset = reader.read(_folder(config, reader), config.repair)
+        least = (config.min_value,) if reader.values else ()
+        dataset = reader.read(_folder(config, reader), config.repair, *least)
     return k_core(dataset, config.core) if config.core > 1 else dataset
 
 
 def k_core(dataset: Dataset, core: int) -> Dataset:
     """Only users and items with `core` interactions or more among themselves, with their reviews and ties.
 
-    A tie seen in an act on an item goes with the item. What is removed is counted in `repairs`.
+    A tie seen in an act on an item goes with the item. What is removed is counted in `notes`.
     Raises ValueError where nothing is left.
     """
     user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
@@ -97,7 +113,7 @@ def k_core(dataset: Dataset, core: int) -> Dataset:
         f"{name}: removed by core {core}": len(getattr(dataset, name)) - len(table) for name, table in new.items()
     }
     counts = {description: count for description, count in removed.items() if count}
-    return dataclasses.replace(dataset, **new, repairs={**dataset.repairs, **counts})
+    return dataclasses.replace(dataset, **new, notes={**dataset.notes, **counts})
 
 
 def _cut(table: pa.Table, ends: dict[str, Bool[np.ndarray, "R"]]) -> pa.Table:

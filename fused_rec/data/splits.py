@@ -19,6 +19,7 @@ from fused_rec.data.dataset import Dataset, column
 SECONDS_A_DAY = 86_400
 PARTS = ("train", "valid", "test")
 ACT_WORDS = 5  # a text of so many words, by one user at one time about several items, is one post and not chance
+SHOWN = 3  # rows named where a time is missing
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
     part = np.zeros(n_rows, np.int8)  # positions in PARTS
     hashes = _hash(config.seed, column(dataset.interactions, "user"), column(dataset.interactions, "item"))
     if config.kind == "time":
-        times = _times(dataset.interactions, "time")
+        times = _times(dataset, "time")
         test_from = _instant(times, config.test, "test")
         valid_from = _instant(times[times < test_from], config.valid, "valid")
         part = (times >= valid_from).astype(np.int8) + (times >= test_from)
@@ -121,8 +122,8 @@ def observe(dataset: Dataset, split: Split, parts: tuple[str, ...] = ("train",))
     rows = np.sort(np.concatenate([getattr(split, name) for name in parts]))
     user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
     hidden = _hidden(dataset, split, parts)
-    reviews = dataset.reviews.filter(pa.array(_review_is_seen(dataset.reviews, hidden)))
-    ties = dataset.ties.filter(pa.array(_tie_is_seen(dataset.ties, hidden))).select(["source", "target", "kind"])
+    reviews = dataset.reviews.filter(pa.array(_review_is_seen(dataset, hidden)))
+    ties = dataset.ties.filter(pa.array(_tie_is_seen(dataset, hidden))).select(["source", "target", "kind"])
     age = _age(dataset.interactions.take(rows))
     return Observed(user[rows], item[rows], reviews, ties.take(_first_rows(ties)), age)
 
@@ -157,16 +158,31 @@ def _drawn(hashes: UInt64[np.ndarray, "E"], test: float, valid: float) -> np.nda
     return part
 
 
-def _times(table: pa.Table, kind: str) -> Int64[np.ndarray, "_"]:
+def _times(dataset: Dataset, kind: str) -> Int64[np.ndarray, "_"]:
+    table = dataset.interactions
     if "timestamp" not in table.column_names:
         raise ValueError(f"split.kind {kind} needs interactions with a timestamp column; choose random or per_user")
     missing = table.column("timestamp").null_count
     if missing:
         raise ValueError(
             f"split.kind {kind} needs a timestamp on every interaction, and {missing} of {table.num_rows} have none; "
-            "fill them in, remove those rows, or choose random"
+            f"fill them in, remove those rows, or choose random: {_without_time(dataset, 'interactions')}"
         )
     return column(table, "timestamp").astype(np.int64)
+
+
+def _without_time(dataset: Dataset, what: str) -> str:
+    """The first rows of a table that have no time, by their ids."""
+    table = getattr(dataset, what)
+    ends = {"source": "user", "target": "user"} if what == "ties" else {"user": "user", "item": "item"}
+    rows = table.take(np.flatnonzero(table["timestamp"].is_null())) if "timestamp" in table.column_names else table
+    first = [
+        " and ".join(
+            f"{end}_id {getattr(dataset, f'{of}s')[f'{of}_id'][row[end]].as_py()!r}" for end, of in ends.items()
+        )
+        for row in rows.slice(0, SHOWN).to_pylist()
+    ]
+    return f"{what} of {'; '.join(first)}{' ...' if len(rows) > SHOWN else ''}"
 
 
 def _instant(times: Int64[np.ndarray, "_"], fraction: float, name: str) -> int:
@@ -183,7 +199,7 @@ def _instant(times: Int64[np.ndarray, "_"], fraction: float, name: str) -> int:
 def _per_user(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
     user = column(dataset.interactions, "user")
     timed = "timestamp" in dataset.interactions.column_names
-    times = _times(dataset.interactions, "per_user") if timed else np.zeros(len(user), np.int64)
+    times = _times(dataset, "per_user") if timed else np.zeros(len(user), np.int64)
     order = np.lexsort((hashes, times, user))
     count = np.bincount(user, minlength=dataset.n_users)
     # 1e-9: 0.07 * 100 is 7.000000000000001 in binary and must not become 8
@@ -244,34 +260,38 @@ def _hidden(dataset: Dataset, split: Split, parts: tuple[str, ...]) -> _Hidden:
     return _Hidden(np.unique(user.astype(np.int64) * dataset.n_items + item), users, items, cut)
 
 
-def _late(table: pa.Table, what: str, cut: int | None) -> Bool[np.ndarray, "_"]:
+def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]:
+    table = getattr(dataset, what)
     if cut is None or not table.num_rows:
         return np.zeros(table.num_rows, bool)
     missing = table.column("timestamp").null_count if "timestamp" in table.column_names else table.num_rows
     if missing:
         raise ValueError(
             f"{missing} of {table.num_rows} {what} have no timestamp, so a time split cannot tell whether they come "
-            f"before {cut}; give each a time (0 says that it stood from the start) or choose another split.kind"
+            f"before {cut}; give each a time (0 says that it stood from the start) or choose another split.kind: "
+            f"{_without_time(dataset, what)}"
         )
     return column(table, "timestamp") >= cut
 
 
-def _review_is_seen(reviews: pa.Table, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+def _review_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+    reviews = dataset.reviews
     told = hidden.told(column(reviews, "user"), column(reviews, "item"))
     acts = _groups(reviews, ("user", "timestamp", "text"))
     words = [len((text or "").split()) for text in reviews.column("text").filter(pa.array(told)).to_pylist()]
     told |= np.isin(acts, acts[told][np.array(words, np.int64) >= ACT_WORDS])
-    return ~told & ~_late(reviews, "reviews", hidden.cut)
+    return ~told & ~_late(dataset, "reviews", hidden.cut)
 
 
-def _tie_is_seen(ties: pa.Table, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+def _tie_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+    ties = dataset.ties
     told = np.zeros(ties.num_rows, bool)
     if "item" in ties.column_names:
         item = pc.fill_null(ties.column("item"), -1).to_numpy()
         told = hidden.told(column(ties, "source"), item) | hidden.told(column(ties, "target"), item)
         acts = _groups(ties, ("source", "target", "kind", "timestamp"))
         told |= np.isin(acts, acts[told])
-    return ~told & ~_late(ties, "ties", hidden.cut)
+    return ~told & ~_late(dataset, "ties", hidden.cut)
 
 
 def _groups(table: pa.Table, names: tuple[str, ...]) -> Int64[np.ndarray, "_"]:

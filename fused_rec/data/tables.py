@@ -12,9 +12,15 @@ The folder holds `interactions` and, where you have them, `items`, `users`, `tie
   reviews       user_id, item_id, text [timestamp]                more words about a pair, or about one that is no
                                                                   interaction
 
-Ids are text: "007" is not "7". Times are unix seconds or ISO 8601, in UTC unless they name a zone. An empty cell is
-null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the ids come from `interactions`,
-in order of first appearance. Items without interactions are new products.
+`value` is kept and no model uses it, except that rows below `data.min_value`, where that is set, are no interactions:
+they count for nothing but the ids in them, and their texts stay as reviews. Rows without a value stay interactions.
+
+Ids are text: "007" is not "7", and blanks around one are a fault. Times are unix seconds or ISO 8601, in UTC unless
+they name a zone. An empty cell is null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the
+ids come from `interactions`, in order of first appearance. Items without interactions are new products, users without
+them new customers.
+
+Parquet and frames may have the types that `plain` lists. An attribute may be a list of values.
 
 What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
 tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.
@@ -31,6 +37,7 @@ import pyarrow as pa
 from fused_rec.data.arrow import pc, replace
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import read_delimited, read_parquet
+from fused_rec.data.plain import plain_table
 from fused_rec.data.validate import Tables, assemble
 
 # table -> its required and its optional columns; None: further columns are attributes.
@@ -46,10 +53,13 @@ _NONE = pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], 
 _INDEX = re.compile("__index_level_[0-9]+__")  # what pandas calls an index without a name
 
 
-def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False) -> Dataset:
+def read_tables(
+    path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False, min_value: float | None = None
+) -> Dataset:
     """The dataset in folder `path`, checked.
 
     repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
+    min_value: what `value` must reach for a row to be an interaction, as in `fused_rec.config.DataConfig`.
     Raises DataError with every problem found in any of the files.
     """
     folder = Path(path)
@@ -70,7 +80,15 @@ def read_tables(path: str | os.PathLike[str], *, name: str = "tables", repair: b
             problems += error.problems
     if problems:
         tables.setdefault("interactions", _NONE)
-    return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems, files=files)
+    return assemble(
+        name,
+        Tables(**tables),
+        repair=repair,
+        min_value=min_value,
+        notes=notes,
+        problems=problems,
+        files=files,
+    )
 
 
 def dataset_from_tables(
@@ -82,6 +100,7 @@ def dataset_from_tables(
     reviews: Any = None,
     name: str = "tables",
     repair: bool = False,
+    min_value: float | None = None,
 ) -> Dataset:
     """The dataset of tables in memory, with the columns and the checks of files.
 
@@ -90,6 +109,7 @@ def dataset_from_tables(
     header is row 1.
 
     repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
+    min_value: what `value` must reach for a row to be an interaction, as in `fused_rec.config.DataConfig`.
     Raises DataError with every problem found in any of the tables, and TypeError for what is no table.
     """
     given = {"interactions": interactions, "items": items, "users": users, "ties": ties, "reviews": reviews}
@@ -103,11 +123,11 @@ def dataset_from_tables(
         except DataError as error:
             problems += error.problems
     tables.setdefault("interactions", _NONE)
-    return assemble(name, Tables(**tables), repair=repair, notes=notes, problems=problems)
+    return assemble(name, Tables(**tables), repair=repair, min_value=min_value, notes=notes, problems=problems)
 
 
 def _arrow(frame: Any, name: str) -> pa.Table:
-    """Plain columns: no dictionaries, views or 64-bit offsets, no metadata, which differ by what made the frame."""
+    """The columns of whatever hands over Arrow data, plain where they can be."""
     if isinstance(frame, Mapping):
         frame = dict(frame)
     elif not isinstance(frame, pa.Table) and not hasattr(frame, "__arrow_c_stream__"):
@@ -116,18 +136,26 @@ def _arrow(frame: Any, name: str) -> pa.Table:
         table = pa.table(frame)
         if not isinstance(frame, Mapping | pa.Table):
             table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
-        columns = [_plain(table[place]) for place in range(table.num_columns)]
+        return plain_table(table)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        message = f"cannot be made an Arrow table: {error}"
-        raise DataError([Problem(name, None, message, "give columns of one length, each of one type")]) from error
-    return pa.Table.from_arrays(columns, [str(column) for column in table.column_names])
+        raise DataError(_unreadable(frame, name) or [_fault(name, "", error)]) from error
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        kind = pa.string()
-    return column.cast(kind)
+def _unreadable(frame: Any, name: str) -> list[Problem]:
+    """The columns of a dictionary or data frame that Arrow cannot take."""
+    problems = []
+    columns = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
+    for column in columns:
+        try:
+            plain_table(pa.table({column: frame[column]} if isinstance(frame, Mapping) else frame[[column]]))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            problems.append(_fault(name, f"column {column} ", error))
+    return problems
+
+
+def _fault(name: str, what: str, error: Exception) -> Problem:
+    remedy = "give columns of one length, each of one type"
+    return Problem(name, None, f"{what}cannot be made an Arrow table: {error}", remedy)
 
 
 def _strays(folder: Path) -> list[Path]:

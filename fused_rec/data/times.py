@@ -23,8 +23,8 @@ def parse_times(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[n
         column = read_texts(column, (_as_integers, _as_local, _as_zoned), _read_one, pa.int64())
     elif pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
         column = _seconds(column)
-    elif pa.types.is_floating(column.type):
-        column = _whole(column)
+    elif pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        column = _whole(column.cast(pa.float64()))
     if pa.types.is_null(column.type) or not pa.types.is_integer(column.type):
         return np.zeros(len(column), np.int64), np.zeros(len(column), bool)
     readable = np.asarray(column.is_valid())

@@ -16,7 +16,7 @@ from fused_rec.data.arrow import as_ids, distinct, flags, locate, pc, replace
 from fused_rec.data.checks import Finding, Report
 from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties, printable
 
-BETWEEN_TABLES = ("unknown id", "unknown tie", "idle user")  # what a table that could not be read would set off
+BETWEEN_TABLES = ("unknown id", "unknown tie")  # what a table that could not be read would set off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ def assemble(
     tables: Tables,
     *,
     repair: bool = False,
+    min_value: float | None = None,
     inherent: Collection[str] = (),
     notes: Mapping[str, int] | None = None,
     problems: Sequence[Problem] = (),
@@ -51,25 +52,28 @@ def assemble(
 ) -> Dataset:
     """The checked dataset, its name, which may be that of a folder, made printable.
 
+    min_value: rows whose `value` is below it are no interactions; their users, items and texts stay. None: all are.
     inherent: kinds of `Finding` that are mended whether or not `repair` is asked for.
-    notes: what the reader itself left out, by description, with its count; joins `Dataset.repairs`.
+    notes: what the reader itself left out, by description, with its count; joins `Dataset.notes`.
     problems: what went wrong in reading; faults that only follow from an unread table are then not reported.
     files: the file each table came from, for reports.
     Raises DataError with every problem where one cannot be mended or no repair was asked for.
     """
     findings: list[Finding] = []
-    report = {field.name: Report(field.name, findings) for field in dataclasses.fields(Tables)}
+    told = dict(notes or {})
+    report = {field.name: Report(field.name, findings, told) for field in dataclasses.fields(Tables)}
     files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(files or {})
 
-    events = _events(tables.interactions, report["interactions"])
+    events = _events(tables.interactions, report["interactions"], min_value)
     users = _catalogue(tables.users, "user_id", events, report["users"])
     items = _catalogue(tables.items, "item_id", events, report["items"])
     users = _with_unknown(users, "user_id", files["users"], events, report["interactions"])
     items = _with_unknown(items, "item_id", files["items"], events, report["interactions"])
     user, item = locate(events["user_id"], users["user_id"]), locate(events["item_id"], items["item_id"])
-    if tables.users is not None:
-        _check_idle(users, user, report["users"])
-    interactions = _pairs(events, user, item, report["interactions"])
+    enough = _enough(events, report["interactions"], min_value)
+    interactions = _pairs(events.filter(pa.array(enough)), user[enough], item[enough], report["interactions"])
+    idle = users.num_rows - len(np.unique(user[enough]))
+    report["users"].note("customers without an interaction, kept as new customers", idle)
     reviews = _words(events, user, item)
     if tables.reviews is not None:
         reviews = pa.concat_tables(
@@ -78,24 +82,38 @@ def assemble(
     ties = empty_ties() if tables.ties is None else _ties(tables.ties, users, items, report["ties"])
 
     refused = list(problems)
-    if not refused and not len(interactions):
-        refused.append(Problem(files["interactions"], None, "there is no usable interaction", "give at least one row"))
     for finding in findings:
         mends = finding.mended is not None and (repair or finding.kind in inherent)
         if not mends and not (problems and finding.kind in BETWEEN_TABLES):
             refused += finding.problems(files[finding.table])
+    if not refused and not len(interactions):
+        fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
+        refused.append(Problem(files["interactions"], None, fault, "give at least one row"))
     if refused:
         raise DataError(refused)
     repairs = {f"{finding.table}: {finding.mended}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
-    return Dataset(printable(name), users, items, interactions, reviews, ties, {**(notes or {}), **repairs})
+    return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, told)
 
 
-def _events(table: pa.Table, report: Report) -> pa.Table:
-    table = checks.check_ids(table, report, "user_id", "item_id")
-    for check in (checks.check_times, checks.check_values, checks.check_parts, checks.check_texts):
-        table = check(table, report)
-    return table
+def _events(table: pa.Table, report: Report, min_value: float | None) -> pa.Table:
+    table = checks.check_times(checks.check_ids(table, report, "user_id", "item_id"), report)
+    table = checks.check_values(table, report, min_value)
+    return checks.check_texts(checks.check_parts(table, report), report)
+
+
+def _enough(events: pa.Table, report: Report, min_value: float | None) -> Bool[np.ndarray, "R"]:
+    """Which rows are interactions: of at least the least value, or of none."""
+    if "value" not in events.column_names:
+        return np.ones(len(events), bool)
+    known = flags(pc.is_valid(events["value"]))
+    if min_value is None:
+        report.note("values kept, which the model does not use (data.min_value makes use of them)", int(known.sum()))
+        return np.ones(len(events), bool)
+    below = known & (np.asarray(pc.fill_null(events["value"], 0)) < np.float32(min_value))
+    report.note(f"rows of a value below {min_value}, which are no interactions", int(below.sum()))
+    report.note("rows without a value, which stay interactions", int((~known).sum()))
+    return ~below
 
 
 def _catalogue(table: pa.Table | None, name: str, events: pa.Table, report: Report) -> pa.Table:
@@ -131,17 +149,6 @@ def _with_unknown(catalogue: pa.Table, name: str, file: str, events: pa.Table, r
         return catalogue
     new = pa.table({name: distinct(events[name].filter(pa.array(unknown)))})
     return pa.concat_tables([catalogue, new], promote_options="default")
-
-
-def _check_idle(users: pa.Table, user: Int32[np.ndarray, "R"], report: Report) -> None:
-    report.add(
-        "idle user",
-        users,
-        np.bincount(user, minlength=len(users)) == 0,
-        lambda r: f"user {users['user_id'][r].as_py()!r} has no interaction",
-        "remove the user, or let a repair keep it as a new user",
-        "users without an interaction kept as new users",
-    )
 
 
 def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"], report: Report) -> pa.Table:

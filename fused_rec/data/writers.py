@@ -157,6 +157,8 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
         if re.search(r"[:\t\r\n]", name):
             raise ValueError(f"{file.name}: column {name!r} has a colon, tab or line break; rename it")
         kind, texts = _cells(name, table[name])
+        if count := _unlike(table[name], texts):
+            lost[f"{file.name}: lists of {name} with an empty entry, or a blank within one, where entries end"] = count
         broken = pc.match_substring_regex(texts, _BREAKS)
         if count := pc.sum(broken).as_py():
             if name.endswith("_id"):
@@ -174,12 +176,24 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
 
 
 def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
-    """The type of an atomic column and its cells as text."""
-    kind, types = values.type, pa.types
-    if name == "timestamp" or (not name.endswith("_id") and (types.is_integer(kind) or types.is_floating(kind))):
+    """The type of an atomic column and its cells as text, the entries of a list with blanks between."""
+    if name == "timestamp" or (not name.endswith("_id") and _is_number(values.type)):
         return "float", values.cast(pa.string())
-    if types.is_list(kind):
-        numbers = types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
-        rows = [None if row is None else " ".join(map(str, row)) for row in values.to_pylist()]
-        return ("float_seq" if numbers else "token_seq"), pa.chunked_array([pa.array(rows, pa.string())])
+    if pa.types.is_list(values.type):
+        entries = values.cast(pa.list_(pa.string())).combine_chunks()
+        rows = [None if row is None else " ".join(filter(None, row)) for row in entries.to_pylist()]
+        kind = "float_seq" if _is_number(values.type.value_type) else "token_seq"
+        return kind, pa.chunked_array([pa.array(rows, pa.string())])
     return ("token_seq" if name in ("text", "name") else "token"), values.cast(pa.string())
+
+
+def _unlike(values: pa.ChunkedArray, texts: pa.ChunkedArray) -> int:
+    """How many lists would be read with other entries, blanks dividing them."""
+    if not pa.types.is_list(values.type):
+        return 0
+    entries = values.cast(pa.list_(pa.string())).to_pylist()
+    return sum(bool(row) and row != text.split(" ") for row, text in zip(entries, texts.to_pylist(), strict=True))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)

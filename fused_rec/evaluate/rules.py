@@ -21,6 +21,7 @@ U users, I items; B users a batch; N rows of either table; D distinct values.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -291,14 +292,15 @@ def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Parti
     allow: dict[Side, bool] = {side: side in rule.allow_unknown for side in SIDES}
     if rule.relation in ("one_of", "none_of"):
         return _membership(rule, left, tables, allow)
-    numbers = _ranks(rule, rule.left, left)
+    numbers = _ranks(rule, rule.left, left, tables)
     if not isinstance(rule.right, Column):
         assert not isinstance(rule.right, tuple)
         bound = next((n for n, rank in enumerate(rule.order) if rule.right in rank), rule.right)
         values, known = numbers
         fine = values <= bound if rule.relation == "at_most" else values >= bound  # pyright: ignore[reportOperatorIssue]
         return _one_sided(rule.left.side, np.where(known, fine, allow[rule.left.side]), tables)
-    of_side = {rule.left.side: numbers, rule.right.side: _ranks(rule, rule.right, _values(rule, rule.right, tables))}
+    others = _ranks(rule, rule.right, _values(rule, rule.right, tables), tables)
+    of_side = {rule.left.side: numbers, rule.right.side: others}
     # Ranks among all values of both columns compare as the values do, whatever their size. The item's must be at most
     # the user's, or at least, where the signs of both are turned.
     among = np.unique(np.concatenate([values[known] for values, known in of_side.values()]))
@@ -323,7 +325,7 @@ def _values(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> p
 
 
 def _ranks(
-    rule: Require, column: Column, values: pa.ChunkedArray
+    rule: Require, column: Column, values: pa.ChunkedArray, tables: Mapping[Side, pa.Table]
 ) -> tuple[Int64[np.ndarray, "N"] | Float64[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
     """Numbers that order the values, and which are known. Raises ValueError for what has no order."""
     kind, named = values.type, f"{column.side}.{column.name}"
@@ -348,7 +350,17 @@ def _ranks(
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         floats = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
         return floats, ~np.isnan(floats)
-    raise _fail(rule.name, named, str(kind), "numbers; for words give `order`, lowest first")
+    bound = f"numbers; for words give `order`, lowest first{_first_word(column.side, values, tables)}"
+    raise _fail(rule.name, named, str(kind), bound)
+
+
+def _first_word(side: Side, values: pa.ChunkedArray, tables: Mapping[Side, pa.Table]) -> str:
+    """The first text that is no number: one of them makes a column of a CSV file text."""
+    if pa.types.is_string(values.type):
+        for row, word in enumerate(values.to_pylist()):
+            if word is not None and not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", word):
+                return f" (the first that is no number: {word!r} of {tables[side][f'{side}_id'][row].as_py()!r})"
+    return ""
 
 
 def _words(rule: Require, column: Column, values: pa.ChunkedArray) -> pa.Array:

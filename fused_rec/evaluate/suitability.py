@@ -15,6 +15,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 
 from fused_rec.data.arrow import pc
+from fused_rec.data.plain import is_single
 from fused_rec.evaluate.compare import Difference, paired_bootstrap, resampled_means
 from fused_rec.evaluate.ranking import (
     Eligible,
@@ -316,15 +317,21 @@ def check_groups(users: pa.Table, names: Sequence[str]) -> None:
 def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[str | None]:
     """Each user's value of an attribute as a group; numbers with more than 20 distinct values by quarters.
 
-    Raises ValueError for a column that is not there, and for more than 20 distinct words.
+    Raises ValueError for a column that is not there, for lists, since groups must not overlap, and for more than 20
+    distinct words.
     """
     if name not in users.column_names:
         raise ValueError(f"users have no column {name!r}; they have {', '.join(users.column_names)}")
     values = users.column(name)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
+    if not is_single(values.type):
+        raise ValueError(f"users.{name} holds {values.type} values; groups need a column of one word or number a user")
+    if pa.types.is_null(values.type):
+        return [None] * len(rows)
     distinct = pc.count_distinct(values).as_py()
-    if distinct > 20 and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+    number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if distinct > 20 and any(test(values.type) for test in number):
         numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
         cuts = np.nanquantile(numbers, (0.25, 0.5, 0.75))
         bands = ("lowest quarter", "second quarter", "third quarter", "highest quarter")

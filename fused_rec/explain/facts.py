@@ -21,7 +21,7 @@ from fused_rec.explain.paths import Path, best_paths
 from fused_rec.explain.reasons import Reason, names, reasons
 from fused_rec.explain.without import Change, effect
 from fused_rec.explain.words import reader, words
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, attribute_values
 from fused_rec.graph.hetero import Relation
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure_users, scorer
 from fused_rec.train.prepare import Prepared, prepare
@@ -322,9 +322,7 @@ class _Names:
             return "the customer" if node == customer else "another customer"
         if node_type == ITEM:
             return self.items[row]
-        # As `attribute_edges` numbers them.
-        values = self.dataset.items.column(node_type).combine_chunks().dictionary_encode().dictionary
-        return f"{node_type}: {values[row].as_py()}"
+        return f"{node_type}: {attribute_values(self.dataset.items, node_type)[row]}"
 
 
 def heard(relation: Relation) -> str:

@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int32
 
 from fused_rec.config import GraphConfig
+from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.plain import is_single
 from fused_rec.data.splits import Observed
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
 from fused_rec.memory import require_memory
@@ -204,16 +206,39 @@ def tie_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, E
 
 
 def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
-    """Number of distinct values of a categorical item column, and its (item, value) edges; nulls have none."""
+    """Number of distinct values of a categorical item column, and its (item, value) edges.
+
+    An item has one edge to each distinct entry of a list, and none to null. Raises ValueError for a column that is not
+    there, of numbers with fractions, or of a type without values that can be compared.
+    """
+    rows, encoded = _attribute(items, name)
+    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    known = encoded.is_valid().to_numpy(zero_copy_only=False)
+    edges = np.unique(np.stack([rows[known], codes[known].astype(np.int64)], axis=1), axis=0)
+    return len(encoded.dictionary), (edges[:, 0], edges[:, 1])
+
+
+def attribute_values(items: pa.Table, name: str) -> list[Any]:
+    """The values whose nodes `attribute_edges` numbers, in that order; raises ValueError as it does."""
+    return _attribute(items, name)[1].dictionary.to_pylist()
+
+
+def _attribute(items: pa.Table, name: str) -> tuple[np.ndarray, pa.DictionaryArray]:
+    """Each value, and the row of its item."""
     if name not in items.column_names:
         raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
-    kind = items.schema.field(name).type
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+    values = items.column(name).combine_chunks()
+    rows = np.arange(len(values))
+    if pa.types.is_list(values.type):
+        rows, values = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values)
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and kind.scale > 0):
         raise ValueError(f"graph.attributes names {name!r}, which is continuous; give it as bands in a column of words")
-    encoded = items.column(name).combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    known = np.flatnonzero(encoded.is_valid().to_numpy(zero_copy_only=False))
-    return len(encoded.dictionary), (known, codes[known].astype(np.int64))
+    if pa.types.is_null(kind):
+        values = values.cast(pa.string())
+    if not is_single(kind):
+        raise ValueError(f"graph.attributes names {name!r}, which holds {kind} values; give it as words or integers")
+    return rows, values.dictionary_encode()
 
 
 def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges:

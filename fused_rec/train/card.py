@@ -43,7 +43,7 @@ are refused.
 from fused_rec.train.serve import load, recommend
 
 config, prepared, state = load("path/to/this/folder")  # data_path=DIR where the tables lie elsewhere now
-recommend(config, prepared, state, ids=[], k=10)  # all customers; ids=["..."] names some
+recommend(config, prepared, state, ids=None, k=10)  # all customers; ids=["..."] names some
 ```""",
     )
 

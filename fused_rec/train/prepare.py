@@ -61,6 +61,8 @@ def read_dataset(config: Config) -> Dataset:
     dataset = describe(readers.load(config.data), config.text.attributes)
     for repair, count in dataset.repairs.items():
         LOG.info("repaired: %s: %d", repair, count)
+    for note, count in dataset.notes.items():
+        LOG.info("note: %s: %d", note, count)
     LOG.info(
         "%s: %d customers, %d products, %d interactions, %d reviews, %d ties",
         *(dataset.name, dataset.n_users, dataset.n_items),

@@ -1,8 +1,9 @@
 """A finished run put to use: loaded from its workdir, ranking products for customers under rules, part by part."""
 
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -100,11 +101,34 @@ def _chosen(workdir: Path, part: str) -> tuple[Config, Checkpoints, int]:
     return config, checkpoints, step
 
 
-def user_rows(dataset: Dataset, ids: list[str]) -> Int64[np.ndarray, "B"]:
-    """Rows of the customers with these ids, all where none is given. Raises ValueError naming unknown ids."""
-    if not ids:
+def as_texts(ids: Iterable[str | int], what: str = "users") -> list[str]:
+    """Ids as the tables have them, from text and integers of Python, NumPy, Arrow, pandas or polars.
+
+    what: how messages call them. Raises ValueError for a single id in place of a list, and for what is no id (a float,
+    a missing value, a boolean).
+    """
+    if isinstance(ids, str):
+        raise ValueError(f"{what} is {ids!r}, one string; give a list of ids")
+    if isinstance(ids, bytes | Mapping) or not isinstance(ids, Iterable):
+        raise ValueError(f"{what} is {ids!r}, of type {type(ids).__name__}; give a list of ids")
+    texts = []
+    given: Any
+    for given in ids:
+        value = given.as_py() if isinstance(given, pa.Scalar) else given
+        if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
+            raise ValueError(f"{what} has {value!r} of type {type(value).__name__}; give ids as text or integers")
+        texts.append(str(value))
+    return texts
+
+
+def user_rows(dataset: Dataset, ids: Iterable[str | int] | None) -> Int64[np.ndarray, "B"]:
+    """Rows of the customers with these ids, each once; all customers for None, and none where no id is given.
+
+    Raises ValueError naming an id that is unknown or, as `as_texts`, no id.
+    """
+    if ids is None:
         return np.arange(dataset.n_users)
-    asked = list(dict.fromkeys(ids))
+    asked = list(dict.fromkeys(as_texts(ids)))
     rows = pc.index_in(pa.array(asked, pa.string()), value_set=dataset.users.column("user_id").combine_chunks())
     if rows.null_count:
         first = asked[rows.is_null().to_pylist().index(True)]
@@ -130,9 +154,15 @@ def eligible(dataset: Dataset, rules: Sequence[Rule] = (), *, include_held: bool
 
 @computes
 def recommend(
-    config: Config, prepared: Prepared, state: TrainState, ids: list[str], k: int, *, include_held: bool = False
+    config: Config,
+    prepared: Prepared,
+    state: TrainState,
+    ids: Iterable[str | int] | None,
+    k: int,
+    *,
+    include_held: bool = False,
 ) -> pa.Table:
-    """The k best products of each customer (all where no id is given), fewer for one who holds nearly everything.
+    """The k best products of each customer (of all for None), fewer for one who holds nearly everything.
 
     Returns rows of `SCHEMA`. Products that the customer holds in any part of the split are left out unless
     `include_held`. Raises ValueError naming unknown ids. For many customers, or under rules: `parts`.
@@ -142,7 +172,7 @@ def recommend(
     rows = user_rows(dataset, ids)
     require_table(dataset, len(rows), k)
     found = parts(scorer(config, prepared, state), dataset, may, rows, k)
-    return pa.concat_tables(part.table for part in found)
+    return pa.concat_tables([SCHEMA.empty_table(), *(part.table for part in found)])
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
