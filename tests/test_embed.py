@@ -72,7 +72,8 @@ def test_tiny_vectors_are_those_of_pytorch(tiny, fresh, tmp_path):
     np.testing.assert_allclose(fresh[:100], expected["vectors_cls"], atol=1e-5)
     # The first token's vector is not normalised, and a limit of 9 tokens cuts most texts.
     assert np.linalg.norm(fresh, axis=1).std() > 0.1
-    modules = [{"type": f"sentence_transformers.models.{kind}", "path": ""} for kind in ("Transformer", "Pooling", "Normalize")]
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": ""} for kind in kinds]
     folder = tmp_path / "mean"
     folder.mkdir()
     for file in TINY.glob("*"):

@@ -132,7 +132,6 @@ def read_pooling(stored: Mapping[str, Any], prompt: str) -> Pooling:
 
 def check_normalize(stored: Mapping[str, Any]) -> None:
     """Raises ValueError where a Normalize module's configuration asks for something else than the text's vector."""
-    only(stored, ("module_input_name", "module_output_name"))
     require(stored, module_input_name="sentence_embedding", module_output_name="sentence_embedding")
 
 

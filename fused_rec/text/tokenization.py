@@ -64,7 +64,8 @@ def settle(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], model_typ
     kind = tokenizer_class(stored, model_type)
     content = json.loads(tokenizer.to_str())
     if kind in WORDPIECE:
-        _settle_normalizer(tokenizer, content, stored, kind)
+        check_rebuilt(content, kind)
+        _settle_normalizer(tokenizer, content, stored)
     _settle_prefix(tokenizer, content, stored, kind)
     _add_tokens(tokenizer, stored)
     _check_ends(tokenizer, stored, kind)
@@ -75,7 +76,7 @@ def settle(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], model_typ
 
 def check_types(tokenizer: tokenizers.Tokenizer) -> None:
     """Raises ValueError where a text of its own would have other segments than 0, which encoders are given."""
-    if any(tokenizer.encode("a").type_ids):
+    if any(_sample(tokenizer).type_ids):
         raise ValueError("tokenizer.json: its post_processor gives a text other type ids than 0; supported is 0")
 
 
@@ -101,24 +102,20 @@ def check_rebuilt(content: Mapping[str, Any], kind: str) -> None:
             )
 
 
+def _sample(tokenizer: tokenizers.Tokenizer) -> tokenizers.Encoding:
+    try:
+        return tokenizer.encode("a")
+    except Exception as error:  # the library raises no other class
+        raise ValueError(f"tokenizer.json cannot encode the text 'a' ({error}); fetch the file again") from error
+
+
 def _kind_of(part: Any) -> Any:
     return part.get("type") if isinstance(part, dict) else None
 
 
-def _settle_normalizer(
-    tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any], stored: Mapping[str, Any], kind: str
-) -> None:
-    own = content.get("normalizer") or {}
-    given = [name for name in NORMALIZER if stored.get(name) is not None]
-    if own.get("type") != "BertNormalizer":
-        if given:
-            raise ValueError(
-                f"{given[0]} is set, and the normalizer of tokenizer.json is {own.get('type')}, which has none; "
-                'set tokenizer_class to "PreTrainedTokenizerFast" to keep what tokenizer.json says'
-            )
-        return
+def _settle_normalizer(tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     settings = {theirs: field(stored, name, bool, default) for name, (theirs, default) in NORMALIZER.items()}
-    tokenizer.normalizer = normalizers.BertNormalizer(**settings, clean_text=own["clean_text"])
+    tokenizer.normalizer = normalizers.BertNormalizer(**settings, clean_text=content["normalizer"]["clean_text"])
     unknown, used = _token(stored.get("unk_token")), content["model"].get("unk_token")
     if unknown is not None and used is not None and unknown != used:
         raise ValueError(f"unk_token is {unknown!r:.60} and that of tokenizer.json {used!r:.60}; they must be the same")
@@ -205,7 +202,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any]) -> N
 
 def _check_ends(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], kind: str) -> None:
     """Raises ValueError where what is put before and after a text is not what tokenizer_config.json says."""
-    encoding = tokenizer.encode("a")
+    encoding = _sample(tokenizer)
     special = [number for number, one in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if one]
     ends = {"bos_token": encoding.special_tokens_mask[:1] == [1], "eos_token": encoding.special_tokens_mask[-1:] == [1]}
     place = {"bos_token": 0, "eos_token": -1, "cls_token": 0, "sep_token": -1}
