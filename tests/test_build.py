@@ -15,6 +15,7 @@ from fused_rec.graph.build import (
     HOLDS,
     attribute_edges,
     build,
+    check_relations,
     nearest_texts,
     node_vectors,
     tie_relations,
@@ -287,3 +288,44 @@ def test_permuting_the_users_permutes_the_graph():
         target = at if relation.target == "user" else np.arange(5)
         expected = {(source[s], target[r]): weight for (s, r), weight in rows(before.edges(relation)).items()}
         assert rows(after.edges(relation)) == pytest.approx(expected, rel=1e-4), relation
+
+
+def test_too_many_kinds_of_ties_are_refused():
+    kinds = [f"kind {number}" for number in range(65)]
+    ties = pa.table({"source": [0] * 65, "target": [1] * 65, "kind": kinds})
+    check_relations(dataset().items, ties.slice(1), GraphConfig())
+    refused = r"ties.kind has 65 distinct values \('kind 0', 'kind 1', 'kind 2', ...\).* takes at most 64. Merge"
+    with pytest.raises(ValueError, match=refused):
+        build(dataset(ties=ties), observed(ties), no_words(), NO_VECTORS, GraphConfig())
+
+
+def test_attributes_that_connect_nothing_are_refused_or_logged(caplog):
+    def check(values):
+        check_relations(pa.table({"isin": values}), TIES, GraphConfig(attributes=("isin",)))
+
+    with pytest.raises(
+        ValueError, match="'isin', whose 1,001 distinct values for 1,001 items would .* connect nothing"
+    ):
+        check([f"x{number}" for number in range(1001)] + [None])
+    with pytest.raises(ValueError, match="1,001 distinct values"):
+        check(list(range(1001)))
+    assert not caplog.records
+    check([f"x{number}" for number in range(1000)])  # so few are borne
+    check([f"x{number % 700}" for number in range(1001)])
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "700 distinct values for 1,001 items become nodes of which most connect nothing" in caplog.text
+    caplog.clear()
+    check([f"x{number % 500}" for number in range(1001)])
+    assert not caplog.records
+
+
+def test_continuous_attributes_are_refused():
+    for values in (pa.array([0.5, 1.5]), pa.array([1, 2]).cast(pa.decimal128(20, 2))):
+        with pytest.raises(ValueError, match="'price', which is continuous"):
+            check_relations(pa.table({"price": values}), TIES, GraphConfig(attributes=("price",)))
+
+
+def test_too_many_attributes_are_refused():
+    names = tuple(f"a{number}" for number in range(65))
+    with pytest.raises(ValueError, match="names 65 columns"):
+        check_relations(pa.table({name: ["x"] for name in names}), TIES, GraphConfig(attributes=names))

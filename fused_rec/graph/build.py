@@ -51,8 +51,6 @@ def build(
     }
     parts = [both_ways(HOLDS, HELD_BY, observed.user, observed.item, counts), tie_relations(observed.ties, counts)]
     for name in config.attributes:
-        if name in counts:
-            raise ValueError(f"graph.attributes names {name!r}, and there are nodes of that name already; take it out")
         values, edges = attribute_edges(dataset.items, name)
         counts[name] = values
         words[name] = np.zeros((values, vectors.shape[1]), np.float32)
@@ -72,7 +70,7 @@ def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> Non
 
     Raises:
       ValueError: more than `MOST_RELATIONS` attributes or kinds of ties; an attribute that is no column of the items,
-        is continuous, or has more than `MANY_VALUES` values of which no two items share one.
+        names nodes that there are already, is continuous, or has more than `MANY_VALUES` values of which no two items share one.
     """
     kinds = ties.column("kind").unique()
     if len(kinds) > MOST_RELATIONS:
@@ -87,7 +85,9 @@ def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> Non
             f"graph.attributes names {len(config.attributes)} columns; each becomes two relations, and a graph takes "
             f"at most {MOST_RELATIONS} columns. Name those that say most"
         )
-    for name in config.attributes:
+    for place, name in enumerate(config.attributes):
+        if name in (USER, ITEM, *config.attributes[:place]):
+            raise ValueError(f"graph.attributes names {name!r}, and there are nodes of that name already; take it out")
         values, (known, _) = attribute_edges(items, name)
         nodes = f"graph.attributes names {name!r}, whose {values:,} distinct values for {len(known):,} items"
         if values == len(known) > MANY_VALUES:
