@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def load_dataset(
     path: str | os.PathLike[str] = "",
     repair: bool = False,
     core: int = 1,
-    min_value: float | None = None,
+    min_value: int | float | None = None,
 ) -> Dataset:
     """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
 
@@ -96,13 +96,14 @@ def load_dataset(
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
+    least = None if min_value is None else float(min_value)
     if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, os.fspath(path), repair, core, min_value=min_value))
+        return readers.load(DataConfig(source, os.fspath(path), repair, core, min_value=least))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
             f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
         )
-    return readers.load(DataConfig("tables", os.fspath(source), repair, core, min_value=min_value))
+    return readers.load(DataConfig("tables", os.fspath(source), repair, core, min_value=least))
 
 
 @computes
@@ -201,7 +202,7 @@ def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dic
 @computes
 def recommend(
     run: Run,
-    users: Iterable[str | int] | None = None,
+    users: Any = None,
     k: int = 10,
     *,
     rules: str | os.PathLike[str] | None = None,
@@ -243,7 +244,7 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
 
 
 @computes
-def reasons(run: Run, user: str | int, items: Iterable[str | int] | None = None, k: int = 5) -> list[dict[str, Any]]:
+def reasons(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
     """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
 
     items: ids, as text or integers; None = the k that are recommended. docs/EXPLANATIONS.md says what the parts are.
@@ -252,12 +253,14 @@ def reasons(run: Run, user: str | int, items: Iterable[str | int] | None = None,
     dataset = run.prepared.dataset
     row = int(user_rows(dataset, [user])[0])
     wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
+    if not wanted:
+        return []
     book = ledger(run.config, run.state.params, run.prepared.task)
     return record(book, dataset, row, [_item_row(dataset, item) for item in wanted])
 
 
 @computes
-def what_if(run: Run, user: str | int, item: str | int, without: str | int) -> Change:
+def what_if(run: Run, user: Any, item: Any, without: Any) -> Change:
     """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
 
     Ranks are among what the customer does not hold. Raises ValueError naming an unknown id or a holding that the model
@@ -271,7 +274,7 @@ def what_if(run: Run, user: str | int, item: str | int, without: str | int) -> C
     return effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
 
 
-def _item_row(dataset: Dataset, item: str | int) -> int:
+def _item_row(dataset: Dataset, item: Any) -> int:
     [item] = as_texts([item], "items")
     row = pc.index(dataset.items["item_id"], item).as_py()
     if row < 0:
@@ -317,7 +320,7 @@ def report(
     *,
     part: str = "valid",
     baselines: Sequence[str] = ("popularity", "item_knn"),
-    users: Iterable[str | int] | None = None,
+    users: Any = None,
     drawn: int = 5,
     k: int = 5,
     rules: str | os.PathLike[str] | None = None,

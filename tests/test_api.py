@@ -17,6 +17,7 @@ from tiny import quick_compilation  # noqa: F401
 import fused_rec as fr
 from fused_rec.data.dataset import digest
 from fused_rec.data.synthetic import make_market
+from fused_rec.train.serve import user_rows
 
 PACKAGE = Path(fr.__file__).parent
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
@@ -231,7 +232,9 @@ def test_integer_ids_are_asked_as_integers(ids):
     assert user_rows(dataset, ids).tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("bad", [7.0, float("nan"), None, True, np.bool_(True), np.float64(7), pd.NA, b"7", ["7"]], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [7.0, float("nan"), None, True, np.bool_(True), np.float64(7), pd.NA, b"7", ["7"]], ids=repr
+)
 def test_what_is_no_id_is_refused_by_name(bad):
     dataset = fr.dataset_from_tables({"user_id": [10, 9, 7], "item_id": [1, 1, 2]})
     with pytest.raises(ValueError, match=r"users has .* of type \w+; give ids as text or integers"):

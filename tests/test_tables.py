@@ -372,11 +372,13 @@ def test_acts_of_ties_are_ids(tmp_path):
 
 
 def test_blanks_around_ids_are_a_fault_that_a_repair_mends(tmp_path):
-    """"K1 " would be a customer of its own."""
+    """Such an id would be a customer of its own."""
     events = "user_id,item_id\nK1,a\nK1 ,b\n K1,a\nK2\u00a0,b\n"
     write(tmp_path, interactions=events, users="user_id\nK1\nK2\n", ties="source_id,target_id\nK1, K2\n")
     report = told(tmp_path)
-    assert "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would be another than 'K1'. write" in report
+    assert (
+        "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would be another than 'K1'. write" in report
+    )
     assert "ties.csv, row 2: target_id ' K2' has blanks around it" in report
     assert "is not in users.csv" not in report  # they are known without
     dataset = read_tables(tmp_path, repair=True)
@@ -433,7 +435,9 @@ def test_values_matter_only_where_they_are_needed(tmp_path, written, said):
     write(tmp_path, interactions=f"user_id,item_id,value\nu,a,1\nu,b,{written}\nv,b,{written}\n")
     for repair in (False, True):  # to guess would change an amount
         report = told(tmp_path, min_value=1, repair=repair)
-        assert report.startswith("2 faults in the input:") and f"row 3: value {written.strip(chr(34))!r} {said}" in report
+        assert (
+            report.startswith("2 faults in the input:") and f"row 3: value {written.strip(chr(34))!r} {said}" in report
+        )
     dataset = read_tables(tmp_path)
     assert dataset.interactions["value"].to_pylist() == [1.0, None, None] and dataset.repairs == {}
     [note] = [note for note in dataset.notes if "left empty" in note]

@@ -187,7 +187,7 @@ def check_texts(table: pa.Table, report: Report) -> pa.Table:
     return table
 
 
-def check_values(table: pa.Table, report: Report, least: float | None = None) -> pa.Table:
+def check_values(table: pa.Table, report: Report, least: int | float | None = None) -> pa.Table:
     """`value` as float32, null where there is none.
 
     least: what a value must reach for its row to be an interaction. Only then is a value that cannot be read a fault;

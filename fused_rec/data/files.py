@@ -100,7 +100,9 @@ def read_delimited(
         faults = list(_not_utf8(file)) if encoding == "utf8" else []
         raise DataError(faults or [_fault(file, error, "write it again or download it again")]) from error
     if count > len(torn):
-        torn.append(Problem(file.name, None, f"{count:,} rows of another width in all", "write them again"))
+        torn.append(
+            Problem(file.name, None, f"{count:,} rows of another width in all", "write them again", count - len(torn))
+        )
     if quoted:
         torn += _unclosed(file)
     if torn:
@@ -122,7 +124,8 @@ def integers(rows: pa.Table, name: str, file: Path, *, header: bool = True) -> I
         for row in bad[:EXAMPLES]
     ]
     if len(bad) > EXAMPLES:
-        problems.append(Problem(file.name, None, f"{len(bad):,} rows in all have no integer as {name}", remedy))
+        total = f"{len(bad):,} rows in all have no integer as {name}"
+        problems.append(Problem(file.name, None, total, remedy, len(bad) - EXAMPLES))
     if problems:
         raise DataError(problems)
     return np.asarray(words.cast(pa.int64()))
@@ -257,7 +260,7 @@ def _not_utf8(file: Path) -> Iterator[Problem]:
                     if count <= EXAMPLES:
                         yield Problem(file.name, number, f"not UTF-8: {around!r}", remedy)
     if count > EXAMPLES:
-        yield Problem(file.name, None, f"{count:,} lines are not UTF-8", remedy)
+        yield Problem(file.name, None, f"{count:,} lines are not UTF-8", remedy, count - EXAMPLES)
 
 
 def _fault(file: Path, error: Exception, remedy: str) -> Problem:

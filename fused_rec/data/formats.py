@@ -21,7 +21,7 @@ PARTS = ("train", "test")  # of the published splits read here
 _INTEGER = re.compile("[+-]?[0-9]{1,18}")  # int() also takes 1_0, and digits of other scripts; 18 fit into 64 bits
 
 
-def amazon(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
+def amazon(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
     """The one `*.json.gz` of an Amazon review set of 2014. A review's text is "summary. reviewText"; value: stars."""
     schema = dict.fromkeys(("reviewerID", "asin", "reviewText", "summary"), pa.string())
     rows = read_json_lines(_only(path, "*.json.gz"), {**schema, "overall": pa.float64(), "unixReviewTime": pa.int64()})
@@ -77,7 +77,7 @@ def _id_lines(file: Path, problems: list[Problem]) -> Iterator[np.ndarray]:
             problems.append(Problem(file.name, row, message, "give a line a user, `user item item ...`, all integers"))
     if bad > EXAMPLES:
         message = f"{bad:,} lines hold other than integers, the first {EXAMPLES} listed"
-        problems.append(Problem(file.name, None, message, "download it again"))
+        problems.append(Problem(file.name, None, message, "download it again", bad - EXAMPLES))
 
 
 def edges(path: Path, repair: bool) -> Dataset:
@@ -92,7 +92,7 @@ def edges(path: Path, repair: bool) -> Dataset:
     return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *known]).astype(np.int64), ties, repair)
 
 
-def recbole(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
+def recbole(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
     """RecBole atomic files: one `*.inter` and, where they are, `*.item`, `*.user` and `*.net` (headers `name:type`).
 
     A token_seq column called `text` is a row's text; without one all token_seq columns make it up. The first with

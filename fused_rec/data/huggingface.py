@@ -32,7 +32,7 @@ def shard(split: str) -> str:
     return f"{split}-00000-of-00001.parquet"
 
 
-def huggingface(path: Path, repair: bool, min_value: float | None = None) -> Dataset:
+def huggingface(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
     """The dataset in such a folder, checked as own tables are.
 
     Raises DataError with every problem, among them a shard that is missing and a Parquet file that would go unread.

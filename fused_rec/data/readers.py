@@ -38,7 +38,7 @@ class Reader:
 AMAZON = "amazon_musical_instruments"  # its folder, and its name as a download
 
 
-def _tables(path: Path, repair: bool, min_value: float | None) -> Dataset:
+def _tables(path: Path, repair: bool, min_value: int | float | None) -> Dataset:
     return read_tables(path, repair=repair, min_value=min_value)
 
 

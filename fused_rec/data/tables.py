@@ -54,7 +54,7 @@ _INDEX = re.compile("__index_level_[0-9]+__")  # what pandas calls an index with
 
 
 def read_tables(
-    path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False, min_value: float | None = None
+    path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False, min_value: int | float | None = None
 ) -> Dataset:
     """The dataset in folder `path`, checked.
 
@@ -100,7 +100,7 @@ def dataset_from_tables(
     reviews: Any = None,
     name: str = "tables",
     repair: bool = False,
-    min_value: float | None = None,
+    min_value: int | float | None = None,
 ) -> Dataset:
     """The dataset of tables in memory, with the columns and the checks of files.
 

@@ -44,7 +44,7 @@ def assemble(
     tables: Tables,
     *,
     repair: bool = False,
-    min_value: float | None = None,
+    min_value: int | float | None = None,
     inherent: Collection[str] = (),
     notes: Mapping[str, int] | None = None,
     problems: Sequence[Problem] = (),
@@ -96,13 +96,13 @@ def assemble(
     return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, told)
 
 
-def _events(table: pa.Table, report: Report, min_value: float | None) -> pa.Table:
+def _events(table: pa.Table, report: Report, min_value: int | float | None) -> pa.Table:
     table = checks.check_times(checks.check_ids(table, report, "user_id", "item_id"), report)
     table = checks.check_values(table, report, min_value)
     return checks.check_texts(checks.check_parts(table, report), report)
 
 
-def _enough(events: pa.Table, report: Report, min_value: float | None) -> Bool[np.ndarray, "R"]:
+def _enough(events: pa.Table, report: Report, min_value: int | float | None) -> Bool[np.ndarray, "R"]:
     """Which rows are interactions: of at least the least value, or of none."""
     if "value" not in events.column_names:
         return np.ones(len(events), bool)

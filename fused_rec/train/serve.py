@@ -101,7 +101,7 @@ def _chosen(workdir: Path, part: str) -> tuple[Config, Checkpoints, int]:
     return config, checkpoints, step
 
 
-def as_texts(ids: Iterable[str | int], what: str = "users") -> list[str]:
+def as_texts(ids: Any, what: str = "users") -> list[str]:
     """Ids as the tables have them, from text and integers of Python, NumPy, Arrow, pandas or polars.
 
     what: how messages call them. Raises ValueError for a single id in place of a list, and for what is no id (a float,
@@ -112,7 +112,6 @@ def as_texts(ids: Iterable[str | int], what: str = "users") -> list[str]:
     if isinstance(ids, bytes | Mapping) or not isinstance(ids, Iterable):
         raise ValueError(f"{what} is {ids!r}, of type {type(ids).__name__}; give a list of ids")
     texts = []
-    given: Any
     for given in ids:
         value = given.as_py() if isinstance(given, pa.Scalar) else given
         if isinstance(value, bool) or not isinstance(value, str | numbers.Integral):
@@ -121,7 +120,7 @@ def as_texts(ids: Iterable[str | int], what: str = "users") -> list[str]:
     return texts
 
 
-def user_rows(dataset: Dataset, ids: Iterable[str | int] | None) -> Int64[np.ndarray, "B"]:
+def user_rows(dataset: Dataset, ids: Any) -> Int64[np.ndarray, "B"]:
     """Rows of the customers with these ids, each once; all customers for None, and none where no id is given.
 
     Raises ValueError naming an id that is unknown or, as `as_texts`, no id.
@@ -157,7 +156,7 @@ def recommend(
     config: Config,
     prepared: Prepared,
     state: TrainState,
-    ids: Iterable[str | int] | None,
+    ids: Any,
     k: int,
     *,
     include_held: bool = False,
