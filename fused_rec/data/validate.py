@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64
 
 from fused_rec.data import checks
-from fused_rec.data.arrow import as_ids, distinct, flags, locate, pc, replace
+from fused_rec.data.arrow import as_ids, distinct, flags, known, locate, pc, replace
 from fused_rec.data.checks import Finding, Report
 from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties, printable
 
@@ -23,7 +23,7 @@ BETWEEN_TABLES = ("unknown id", "unknown tie", "idle user")  # what a table that
 class Tables:
     """What a reader hands over: ids as its source writes them, text or integers.
 
-    interactions: `user_id`, `item_id`; optional `timestamp` (see `times.parse_times`), `value`, `part`, and `text`,
+    interactions: `user_id`, `item_id`; optional `timestamp` (see `times.read_times`), `value`, `part`, and `text`,
       the user's words about the item, which become a row of `Dataset.reviews`.
     users, items: `user_id` / `item_id`; optional `text`, `name`, attributes. None: the ids of the interactions, in
       order of first appearance.
@@ -61,6 +61,7 @@ def assemble(
     report = {field.name: Report(field.name, findings) for field in dataclasses.fields(Tables)}
     files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(files or {})
 
+    tables = _known(tables)
     events = _events(tables.interactions, report["interactions"])
     users = _catalogue(tables.users, "user_id", events, report["users"])
     items = _catalogue(tables.items, "item_id", events, report["items"])
@@ -89,6 +90,15 @@ def assemble(
     repairs = {f"{finding.table}: {finding.mended}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
     return Dataset(printable(name), users, items, interactions, reviews, ties, {**(notes or {}), **repairs})
+
+
+def _known(tables: Tables) -> Tables:
+    """Every missing value null, by one meaning for all columns of all tables."""
+    there = {field.name: getattr(tables, field.name) for field in dataclasses.fields(Tables)}
+    for table in [table for table, rows in there.items() if rows is not None]:
+        columns = [known(column) for column in there[table].columns]
+        there[table] = pa.Table.from_arrays(columns, there[table].column_names)
+    return Tables(**there)
 
 
 def _events(table: pa.Table, report: Report) -> pa.Table:

@@ -16,6 +16,7 @@ from fused_rec.data.arrow import pc, replace
 from fused_rec.data.dataset import Dataset, column, printable
 from fused_rec.data.huggingface import ROW, SPLITS, shard
 
+EXACT = 2**53  # integers up to here are 64-bit floats
 # What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
 _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
 
@@ -176,6 +177,8 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
 def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
     """The type of an atomic column and its cells as text."""
     kind, types = values.type, pa.types
+    if types.is_integer(kind) and any(abs(end.as_py() or 0) > EXACT for end in pc.min_max(values).values()):
+        return "token", values.cast(pa.string())  # a float would round them
     if name == "timestamp" or (not name.endswith("_id") and (types.is_integer(kind) or types.is_floating(kind))):
         return "float", values.cast(pa.string())
     if types.is_list(kind):
