@@ -5,6 +5,7 @@ fault, and hands back the table as a repair would leave it, so that every check 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,7 @@ from fused_rec.data.times import REMEDY, read_times
 
 PARTS = ("train", "valid", "test")
 EXAMPLES = 5  # rows shown of one kind of fault
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 ROW = "row in the file"  # column of a table under check
 
 
@@ -220,7 +222,4 @@ def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_float(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+    return float(value) if _NUMBER.fullmatch(value.strip()) else None  # float() also takes 1_0 and other digits

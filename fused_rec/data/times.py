@@ -41,6 +41,8 @@ class Fault(enum.IntEnum):
     AFTER = enum.auto()
     NO_DATE = enum.auto()
     NO_SEPARATOR = enum.auto()
+    DAY_FIRST = enum.auto()
+    SHORT_YEAR = enum.auto()
     HOUR = enum.auto()
     YEAR = enum.auto()
     MONTH = enum.auto()
@@ -54,7 +56,9 @@ _SAYS = {
     Fault.UNREADABLE: "is not a time",
     Fault.BEFORE: "is before 1970",
     Fault.AFTER: "is after 2100",
-    Fault.NO_DATE: "has eight digits, as a date has, and is not one (write the year first: 20241201)",
+    Fault.NO_DATE: "has eight digits, as a date has, and is none from 1900 to 2100 (write the year first: 20241201)",
+    Fault.DAY_FIRST: "can be a date with the day or the month first (write 2024-12-01)",
+    Fault.SHORT_YEAR: "can be a date with two digits of its year (write 2024-12-01)",
     Fault.NO_SEPARATOR: "is a date and a time without a T between them (write 20241201T093000)",
     Fault.HOUR: "can be a date and an hour, or unix seconds (write 2024-12-01T09 if it is the former)",
     Fault.YEAR: "is a year without a day (write 2024-12-01)",
@@ -158,7 +162,7 @@ def _parse(column: pa.ChunkedArray) -> _Parsed:
     day, is_digits = _dates(seconds)
     is_digits &= is_number
     seconds = np.where(is_digits, day, seconds)
-    no_date = is_number & ~is_digits & (seconds >= 19_000_000) & (seconds < 21_010_000)
+    no_date = is_number & ~is_digits & (seconds >= 10**7) & (seconds < 10**8)
     faults[no_date & (faults == Fault.NONE)] = Fault.NO_DATE
     faults[there & ~readable & (faults == Fault.NONE)] = Fault.UNREADABLE
     return _Parsed(seconds, readable, is_number & ~is_digits, is_digits, faults)
@@ -197,14 +201,22 @@ def _is_stamp(numbers: Int64[np.ndarray, "R"]) -> Bool[np.ndarray, "R"]:
 
 def _kinds(numbers: Int64[np.ndarray, "R"]) -> Int8[np.ndarray, "R"]:
     """What else than unix seconds each number can be, a `Fault`; NONE for the others."""
-    date, hour = numbers // 100, numbers % 100
+    rest, last = numbers // 100, numbers % 100
+    is_month = (last >= 1) & (last <= 12)
+    year_last = (numbers % 10**4 >= 1900) & (numbers % 10**4 <= 2100)
     kinds = {
         Fault.YEAR: (numbers >= 1900) & (numbers <= 2100),
-        Fault.MONTH: (numbers >= 190_001) & (numbers <= 210_012) & (hour >= 1) & (hour <= 12),
+        Fault.MONTH: (numbers >= 190_001) & (numbers <= 210_012) & is_month,
         Fault.DAY_NUMBER: (numbers >= DAY_NUMBERS[0]) & (numbers <= DAY_NUMBERS[1]),
-        Fault.HOUR: (date >= 19_000_101) & _dates(date)[1] & (hour < 24),
+        Fault.SHORT_YEAR: (numbers >= 10**5) & (numbers < 10**6) & _are_days(numbers // 100 % 100, last),
+        Fault.DAY_FIRST: (numbers < 10**7) & year_last & _are_days(numbers // 10**4 % 100, numbers // 10**6),
+        Fault.HOUR: (rest >= 19_000_101) & _dates(rest)[1] & (last < 24),
     }
     return np.select(list(kinds.values()), [np.int8(fault) for fault in kinds], np.int8(Fault.NONE))
+
+
+def _are_days(month: np.ndarray, day: np.ndarray) -> Bool[np.ndarray, "R"]:
+    return (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
 
 
 def _seconds(times: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -220,7 +232,7 @@ def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Numbers rounded down; null for what is not a number, or is too large."""
     types, kind = pa.types, column.type
     if types.is_uint64(kind):
-        column = pc.if_else(pc.less(column, MOST), column, pa.scalar(None, kind))
+        column = pc.if_else(pc.less(column, pa.scalar(MOST, kind)), column, pa.scalar(None, kind))
     if types.is_integer(kind):
         return column.cast(pa.int64())
     if types.is_floating(kind):
@@ -239,7 +251,9 @@ def _floor(value: decimal.Decimal) -> int | None:
 
 # --- text. Arrow's readers take most columns at once; what they do not take is read value by value.
 
-_NUMBER = r"\A[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"  # int() also takes 1_0 and other digits, Arrow 0x10
+_NUMBER = (
+    r"\A[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"  # int() also takes 1_0 and other digits, Arrow 0x10
+)
 _ISO = re.compile(
     r"(?P<year>[0-9]{4})"
     r"(?:-(?P<month>[0-9]{2})-(?P<day>[0-9]{2})|(?P<month_>[0-9]{2})(?P<day_>[0-9]{2})"

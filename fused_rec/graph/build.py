@@ -8,6 +8,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int32
 
 from fused_rec.config import GraphConfig
+from fused_rec.data.arrow import known as known_values
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
@@ -168,7 +169,7 @@ def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, 
         raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
     if pa.types.is_floating(items.schema.field(name).type):
         raise ValueError(f"graph.attributes names {name!r}, which is continuous; give it as bands in a column of words")
-    encoded = items.column(name).combine_chunks().dictionary_encode()
+    encoded = known_values(items.column(name)).combine_chunks().dictionary_encode()
     codes = encoded.indices.to_numpy(zero_copy_only=False)
     known = np.flatnonzero(encoded.is_valid().to_numpy(zero_copy_only=False))
     return len(encoded.dictionary), (known, codes[known].astype(np.int64))
