@@ -644,9 +644,7 @@ def test_what_is_no_time_is_refused_alone_and_among_others(written, says):
         assert times.good.tolist() == [False] + [True] * 28 and times.says(0).startswith(says)
 
 
-@pytest.mark.parametrize(
-    "odd", [5, 3600, 481392, "1970-01-01", "1970-01-01T00:00:00Z", 0, datetime.date(1970, 1, 1)]
-)
+@pytest.mark.parametrize("odd", [5, 3600, 481392, "1970-01-01", "1970-01-01T00:00:00Z", 0, datetime.date(1970, 1, 1)])
 def test_1970_amid_later_times_is_refused(odd):
     """Sentinels, hours and minutes since 1970. As text, and in a column of its own type where there is one."""
     later = range(1_700_000_000, 1_700_000_009)

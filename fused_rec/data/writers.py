@@ -158,6 +158,8 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
         if re.search(r"[:\t\r\n]", name):
             raise ValueError(f"{file.name}: column {name!r} has a colon, tab or line break; rename it")
         kind, texts = _cells(name, table[name])
+        if count := pc.sum(pc.equal(texts, "")).as_py():
+            lost[f"{file.name}: empty lists in {name}, which are read as missing"] = count
         broken = pc.match_substring_regex(texts, _BREAKS)
         if count := pc.sum(broken).as_py():
             if name.endswith("_id"):

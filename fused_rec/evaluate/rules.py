@@ -324,7 +324,7 @@ def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Parti
 def _alike(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as numbers of one kind that compare exactly: as they are, or as decimals where floats would round one.
 
-    A float counts as the number that is written for it: .1 as a tenth, so that it equals a decimal of .1.
+    A float with decimals counts as the number that is written for it: .1 as a tenth, which equals a decimal of .1.
     """
     kinds = {left.dtype.kind, right.dtype.kind}
     integers = [numbers for numbers in (left, right) if numbers.dtype.kind == "i"]
@@ -338,9 +338,14 @@ def _alike(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _decimals(numbers: np.ndarray) -> np.ndarray:
     exact = np.empty(len(numbers), object)
-    exact[:] = [n if isinstance(n, decimal.Decimal) else decimal.Decimal(repr(n)) for n in numbers.tolist()]
-    exact[[n.is_nan() for n in exact]] = decimal.Decimal(0)  # of unknown rows
+    exact[:] = [_decimal(number) for number in numbers.tolist()]
     return exact
+
+
+def _decimal(number: int | float | decimal.Decimal) -> decimal.Decimal:
+    if isinstance(number, float) and EXACT <= abs(number) < math.inf:  # integers all of them
+        return decimal.Decimal(number)
+    return number if isinstance(number, decimal.Decimal) else decimal.Decimal(repr(number))
 
 
 def _values(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> pa.ChunkedArray:
