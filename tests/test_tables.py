@@ -392,6 +392,10 @@ def frames(**items) -> Dataset:
             [["a"], [], None, None, None, ["b"]],  # known to have none; unknown; nothing but unknown elements
         ),
         (
+            pa.array([["a", ""], [], None, [None], [""], ["b"]], pa.large_list(pa.large_string())),
+            [["a"], [], None, None, None, ["b"]],
+        ),
+        (
             pa.array([[1.0, float("nan")], [float("nan")], [], None, [2.0], [3.0]]),
             [[1.0], None, [], None, [2.0], [3.0]],
         ),
@@ -627,9 +631,9 @@ def test_a_time_is_read_alone_and_beside_a_plain_date(written, seconds):
         ("2024-12-01/2024-12-02", "is not a time"),
         ("T09:30", "is not a time"),
         ("NaT", "is not a time"),
-        (True, "is not a time"),
-        (datetime.timedelta(1), "is not a time"),
-        (datetime.time(9), "is not a time"),
+        (True, "is not a time (bool values are none)"),
+        (datetime.timedelta(1), "is not a time (duration[us] values are none)"),
+        (datetime.time(9), "is not a time (time64[us] values are none)"),
         (float("inf"), "is not a time"),
         (pa.scalar(1733045376.0, pa.float32()), "is of 32-bit floats, which round times to minutes"),
     ],
@@ -648,7 +652,7 @@ def test_what_is_no_time_is_refused_alone_and_among_others(written, says):
 def test_1970_amid_later_times_is_refused(odd):
     """Sentinels, hours and minutes since 1970. As text, and in a column of its own type where there is one."""
     later = range(1_700_000_000, 1_700_000_009)
-    columns = [[str(odd), *map(str, later)]]
+    columns: list[list] = [[str(odd), *map(str, later)]]
     if not isinstance(odd, str):
         columns.append([odd, *([datetime.date(2024, 1, 2)] * 3 if isinstance(odd, datetime.date) else later)])
     for column in columns:

@@ -20,6 +20,8 @@ def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
     nothing but missing elements is null.
     """
     kind = column.type
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return known(column.cast(pa.list_(kind.value_type)))
     if pa.types.is_dictionary(kind):
         if pa.types.is_floating(kind.value_type):
             return known(column.cast(kind.value_type))

@@ -74,20 +74,31 @@ class Times(NamedTuple):
     """The times of a column of R rows.
 
     seconds: unix seconds, fractions cut off; 0 where there are none. good: which rows have a time that can be used.
-    faults: of the others, a `Fault`; NONE where the value is missing.
+    faults: of the others, a `Fault`; NONE where the value is missing. kind: the type of the column.
     """
 
     seconds: Int64[np.ndarray, "R"]
     good: Bool[np.ndarray, "R"]
     faults: Int8[np.ndarray, "R"]
+    kind: pa.DataType
 
     def says(self, row: int) -> str:
         """What is wrong with the value of a row that has a fault, with a remedy where it is a special one."""
         fault, seconds = Fault(int(self.faults[row])), int(self.seconds[row])
         units = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
         fits = [unit for unit, a_second in units.items() if seconds // a_second < LATEST]
-        unit = f" ({fits[0]}? divide them by {units[fits[0]]})" if fault is Fault.AFTER and fits else ""
-        return _SAYS[fault] + unit
+        if fault is Fault.AFTER and fits:
+            return f"{_SAYS[fault]} ({fits[0]}? divide them by {units[fits[0]]})"
+        if fault is Fault.UNREADABLE and not _holds_times(self.kind):
+            return f"{_SAYS[fault]} ({self.kind} values are none)"
+        return _SAYS[fault]
+
+
+def _holds_times(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    known_kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_decimal)
+    return any(is_kind(kind) for is_kind in (*known_kinds, types.is_date, types.is_timestamp))
 
 
 class _Parsed(NamedTuple):
@@ -121,7 +132,7 @@ def read_times(column: pa.ChunkedArray, *, zero: bool = False) -> Times:
         amid = good & (seconds < np.where(parsed.number, YEAR, DAY)) & ~(zero & (seconds == 0))
         faults[amid] = Fault.AMID
         good &= ~amid
-    return Times(seconds, good, faults)
+    return Times(seconds, good, faults, column.type)
 
 
 def parse_times(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[np.ndarray, "R"]]:
