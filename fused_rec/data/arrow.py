@@ -52,13 +52,16 @@ def missing(values: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
     if pa.types.is_floating(values.type):
         gone |= flags(pc.is_nan(values))
     elif _is_text(values.type):
-        gone |= flags(is_blank(values))
+        gone |= is_blank(values)
     return gone
 
 
-def is_blank(texts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Whether each text is empty or white space alone; null for null."""
-    return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+def is_blank(texts: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
+    """Which texts are empty or white space alone; no null is."""
+    blank = flags(pc.equal(pc.binary_length(texts), 0))
+    maybe = np.flatnonzero(flags(pc.utf8_is_space(pc.utf8_slice_codeunits(texts, 0, 1))))  # texts are long
+    blank[maybe] = flags(pc.utf8_is_space(texts.take(pa.array(maybe))))
+    return blank
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -142,7 +145,7 @@ def read_texts(
 
 def flags(condition: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
     """An Arrow condition as a NumPy mask; null counts as False."""
-    return np.asarray(pc.fill_null(condition, False))
+    return np.array(pc.fill_null(condition, False))
 
 
 def replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:

@@ -77,7 +77,7 @@ def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
         given = table[name]
         if _is_id(given.type):
             ids = as_ids(given)
-            empty = flags(pc.is_null(ids)) | flags(is_blank(ids.cast(pa.string())))
+            empty = flags(pc.is_null(ids)) | is_blank(ids.cast(pa.string()))
             report.add("empty id", table, empty, lambda r, n=name: f"{n} is empty", "give it an id or remove the row")
         else:
             ids = pa.chunked_array([pa.nulls(len(table), ID)])
@@ -222,4 +222,5 @@ def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_float(value: str) -> float | None:
-    return float(value) if _NUMBER.fullmatch(value.strip()) else None  # float() also takes 1_0 and other digits
+    text = value.strip()
+    return float(text) if _NUMBER.fullmatch(text) else None  # float() also takes 1_0 and other digits

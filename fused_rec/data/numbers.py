@@ -65,6 +65,8 @@ def _gives_back(column: pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
 
 def _is_exact(text: str) -> bool:
     number = float(text)
+    if repr(number) == text:
+        return bool(np.isfinite(number))
     if not np.isfinite(number) or ("e" in text and "e" not in repr(number)):
         return False
     if text.lstrip("-").isdigit() and abs(number) > _EXACT:

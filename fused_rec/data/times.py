@@ -155,12 +155,15 @@ def _parse(column: pa.ChunkedArray) -> _Parsed:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = pc.utf8_trim_whitespace(column)
         is_number = flags(pc.match_substring_regex(column, _NUMBER))
-        numbers, words = (column.filter(pa.array(rows)) for rows in (is_number, there & ~is_number))
         seconds, readable = np.zeros(len(column), np.int64), np.zeros(len(column), bool)
-        read = read_texts(numbers, (_as_integers, _as_cut), _read_number, pa.int64())
-        seconds[is_number], readable[is_number] = _taken(read)
-        read = read_texts(words, (_as_local, _as_zoned), _read_iso, pa.int64())
-        seconds[there & ~is_number], readable[there & ~is_number] = _taken(read)
+        zoned = there & ~is_number & flags(pc.match_substring_regex(column, _ZONED))
+        for rows, casts, read_one in (
+            (is_number, (_as_integers, _as_cut), _read_number),
+            (zoned, (_as_zoned, _as_extended_zoned), _read_iso),
+            (there & ~is_number & ~zoned, (_as_local, _as_extended_local), _read_iso),
+        ):
+            read = read_texts(column.filter(pa.array(rows)), casts, read_one, pa.int64())
+            seconds[rows], readable[rows] = _taken(read)
         faults[flags(pc.match_substring_regex(column, r"\A[0-9]{4}-[0-9]{2}\z"))] = Fault.MONTH
         faults[flags(pc.match_substring_regex(column, r"\A[0-9]{4}-?W[0-9]{2}\z"))] = Fault.WEEK
     elif pa.types.is_date(kind) or pa.types.is_timestamp(kind):
@@ -265,6 +268,7 @@ def _floor(value: decimal.Decimal) -> int | None:
 _NUMBER = (
     r"\A[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"  # int() also takes 1_0 and other digits, Arrow 0x10
 )
+_ZONED = r"[Tt ][0-9:.,]+ ?([Zz]|[-+\x{2212}][0-9:]+)\z"
 _ISO = re.compile(
     r"(?P<year>[0-9]{4})"
     r"(?:-(?P<month>[0-9]{2})-(?P<day>[0-9]{2})|(?P<month_>[0-9]{2})(?P<day_>[0-9]{2})"
@@ -294,6 +298,21 @@ def _as_local(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _as_zoned(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return _seconds(column.cast(pa.timestamp("us", tz="UTC")))
+
+
+def _as_extended_local(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return _as_local(_extended(column))
+
+
+def _as_extended_zoned(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return _as_zoned(_extended(column))
+
+
+def _extended(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Times of the basic form, or with longer fractions, as Arrow reads them; others as they are."""
+    basic = r"\A([0-9]{4})([0-9]{2})([0-9]{2})[Tt ]([0-9]{2})([0-9]{2})([0-9]{2})"
+    column = pc.replace_substring_regex(column, basic, r"\1-\2-\3T\4:\5:\6")
+    return pc.replace_substring_regex(column, r"(:[0-9]{2}:[0-9]{2})[.,]([0-9]{1,6})[0-9]*", r"\1.\2")
 
 
 def _read_iso(value: str) -> int | None:
