@@ -10,6 +10,7 @@ from fused_rec.config import GraphConfig
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
+from fused_rec.data.tables import dataset_from_tables
 from fused_rec.graph.build import (
     HELD_BY,
     HOLDS,
@@ -329,3 +330,21 @@ def test_too_many_attributes_are_refused():
     names = tuple(f"a{number}" for number in range(65))
     with pytest.raises(ValueError, match="names 65 columns"):
         check_relations(pa.table({name: ["x"] for name in names}), TIES, GraphConfig(attributes=names))
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_missing_values_are_no_nodes(encoded):
+    values = pa.array(["a", "", " ", None, "b", "a"])
+    table = pa.table({"item_id": list("uvwxyz"), "x": values.dictionary_encode() if encoded else values})
+    for items in (
+        table,
+        dataset_from_tables({"user_id": list("uvwxyz"), "item_id": list("uvwxyz")}, items=table).items,
+    ):
+        _, (rows, codes) = attribute_edges(items, "x")
+        assert rows.tolist() == [0, 4, 5] and codes[0] == codes[2] != codes[1]
+
+
+def test_large_integers_are_nodes_of_their_own():
+    """As 64-bit floats these would be one."""
+    count, (rows, codes) = attribute_edges(pa.table({"x": [2**53, 2**53 + 1, None]}), "x")
+    assert (count, rows.tolist(), codes.tolist()) == (2, [0, 1], [0, 1])

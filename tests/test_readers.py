@@ -419,6 +419,47 @@ def test_recbole(tmp_path):
         recbole(tmp_path, False)
 
 
+def test_recbole_rounds_no_number_and_takes_blanks_for_missing(tmp_path):
+    (tmp_path / "x.inter").write_text(
+        "user_id:token\titem_id:token\ttimestamp:float\nu\ti\t20241201\nu\tj\t1733011201.0\n"
+    )
+    head = "item_id:token\tsector:token\tprice:float\tpoint:float_seq\n"
+    (tmp_path / "x.item").write_text(f"{head}i\t \t \t9007199254740992 0.1\nj\toil\tnan\t\n")
+    dataset = recbole(tmp_path, False)
+    assert dataset.items.to_pylist() == [
+        {"item_id": "i", "sector": None, "price": None, "point": [2.0**53, 0.1]},
+        {"item_id": "j", "sector": "oil", "price": None, "point": None},
+    ]
+    assert dataset.interactions["timestamp"].to_pylist() == [1733011200, 1733011201]
+    for cells, said in (
+        ("9007199254740993\t1", "row 2: price:float is 9007199254740993, which a 64-bit float would round"),
+        ("1\t1 12345678901234567891", "row 2: point:float_seq is 12345678901234567891"),
+        ("0x1A\t1", "price:float holds something else"),
+    ):
+        (tmp_path / "x.item").write_text(f"{head}i\toil\t{cells}\n")
+        with pytest.raises(DataError, match=said):
+            recbole(tmp_path, False)
+
+
+@pytest.mark.parametrize(
+    ("time", "read"), [("20180201", 1517443200), ("2018-02-01T00:00:00Z", 1517443200), ("1517443200", 1517443200)]
+)
+def test_prices_have_the_times_of_all_tables(tmp_path, time, read):
+    file = tmp_path / "close_prices.csv"
+    file.write_text(f"ISIN,timestamp,closePrice\nI1,{time},25.0\nI1,2018-02-02,25.05\n")
+    assert read_prices(file)["timestamp"].to_pylist() == [read, 1517529600]
+
+
+@pytest.mark.parametrize(
+    "time", ["2018", "43132", "2018-02", "1517443200000", "5", "1_517_443_200", "0x10", "01/02/2018"]
+)
+def test_prices_without_a_day_are_refused(tmp_path, time):
+    file = tmp_path / "close_prices.csv"
+    file.write_text(f"ISIN,timestamp,closePrice\nI1,{time},25.0\nI1,2018-02-02,25.05\nI1,2018-02-03,25\n")
+    with pytest.raises(DataError, match=f"close_prices.csv, row 2: timestamp is '{time}', which is .*give a date"):
+        read_prices(file)
+
+
 def test_core_is_repeated_until_stable_and_counts_what_it_removes():
     #  a-0  a-1  b-0  b-1  c-1  c-2  d-2: item 2 has two users, but d has one item; without d, 2 falls; then c.
     pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 1), (2, 2), (3, 2)]

@@ -1,5 +1,6 @@
 """Rules as their file states them, against an oracle that reads the file's JSON pair by pair, and what is refused."""
 
+import decimal
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fused_rec.data.tables import dataset_from_tables
 from fused_rec.evaluate.ranking import Eligible, item_sets
 from fused_rec.evaluate.rules import apply, excluded_by, parse
 
@@ -237,6 +239,116 @@ def test_rules_that_exclude_one_pair_are_named():
     assert excluded_by(eligible, 1, 0) == ("mine",)
     assert excluded_by(eligible.without("mine"), 1, 0) == ()
     assert eligible.without("age").names == ("country", "withdrawn", "mine")
+
+
+# --- missing values, codes and large numbers
+
+
+def test_missing_is_unknown_whatever_it_is_written_as():
+    """Empty and blank texts, NaN, dictionaries; what `order` ranks; constants and columns; both directions."""
+    blank = pa.array(["arms", "", " ", None, "oil"])
+    items = pa.table(
+        {"item_id": list("vwxyz"), "sector": blank, "code": blank.dictionary_encode(), "n": [1.0, *[np.nan] * 3, 2]}
+    )
+    users = pa.table({"user_id": ["u"], "avoids": [["arms"]], "sector": [" "], "n": [1.5]})
+    assert mask({"require": ["item.sector", "none_of", ["arms"]]}, users, items) == ["----+"]
+    assert mask({"require": ["item.code", "none_of", ["arms"]]}, users, items) == ["----+"]
+    assert mask({"require": ["item.sector", "none_of", "user.avoids"]}, users, items) == ["----+"]
+    assert mask({"require": ["item.sector", "none_of", ["arms"]], "allow_unknown": ["item"]}, users, items) == ["-++++"]
+    assert mask({"require": ["item.sector", "at_most", "oil"], "order": ["arms", "oil"]}, users, items) == ["+---+"]
+    assert mask({"require": ["item.n", "at_most", "user.n"]}, users, items) == ["+----"]
+    assert mask({"require": ["user.sector", "none_of", ["arms"]]}, users, items) == ["-----"]
+
+
+def test_an_empty_list_is_known_and_means_none():
+    """As the readers hand it over; a cell with separators alone says nothing."""
+    held = {"user_id": list("abcdef"), "item_id": ["x"] * 6}
+    avoids = [["arms"], [], None, [None], [""], ["oil", None]]
+    items = {"item_id": ["x"], "sector": ["arms"]}
+    dataset = dataset_from_tables(held, items=items, users={"user_id": list("abcdef"), "avoids": avoids})
+    rule = {"require": ["item.sector", "none_of", "user.avoids"]}
+    assert mask(rule, dataset.users, dataset.items) == ["-", "+", "-", "-", "-", "+"]
+    cells = pa.table({"user_id": list("abcd"), "avoids": ["arms;oil", ";", " ; ", "oil;"]})
+    assert mask({**rule, "separator": ";"}, cells, dataset.items) == ["-", "-", "-", "+"]
+
+
+def test_white_space_around_a_word_hides_nothing():
+    users = pa.table({"user_id": ["u"], "sector": ["arms "]})
+    items = pa.table({"item_id": ["i", "j"], "sector": ["arms ", " arms"]})
+    assert mask({"require": ["item.sector", "none_of", ["arms"]]}, users, items) == ["--"]
+    assert mask({"require": ["item.sector", "none_of", [" arms"]]}, users, items) == ["--"]
+
+
+BIG = 2**53
+CODES = pa.table(
+    {"item_id": ["i", "j"], "n": [26, 7], "code": ["0x1A", "26"], "open": [True, False], "flag": ["a", "b"]}
+)
+ASKS = pa.table({"user_id": ["u"], "codes": [["0x1A"]], "numbers": [[26]], "n": [26], "halves": [[0.5]]})
+
+
+@pytest.mark.parametrize(
+    ("require", "said"),
+    [
+        (["item.n", "none_of", ["0x1A"]], 'require, third is ["0x1A"]; it must be such as item.n holds, int64 values'),
+        (["item.n", "none_of", ["007"]], 'require, third is ["007"]'),
+        (["item.n", "none_of", ["26.0"]], 'require, third is ["26.0"]'),
+        (["item.open", "one_of", ["yes"]], 'require, third is ["yes"]; it must be such as item.open holds'),
+        (["item.n", "none_of", "user.codes"], 'user.codes is ["0x1A"]; it must be such as item.n holds'),
+        (["item.code", "none_of", "user.numbers"], 'item.code is ["0x1A"]; it must be such as user.numbers holds'),
+        (["item.open", "none_of", "user.numbers"], 'user.numbers is ["26"]; it must be such as item.open holds, bool'),
+        (["item.code", "none_of", "user.halves"], 'user.halves is "list<item: double>"; it must be lists of text'),
+        (["item.code", "at_most", 26], 'item.code is "string"; it must be numbers; for words give `order`, lowest '
+         'first ("0x1A" of item \'i\', row 2 of the items)'),
+        (["item.code", "at_most", "user.n"], '("0x1A" of item \'i\', row 2 of the items)'),
+    ],
+)  # fmt: skip
+def test_codes_and_numbers_that_cannot_be_equal_are_refused(require, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        mask({"require": require}, ASKS, CODES)
+
+
+@pytest.mark.parametrize("word", ["", " "])
+def test_a_missing_value_is_no_word_of_a_rule(word):
+    with pytest.raises(ValueError, match="whether a missing value passes, `allow_unknown` says"):
+        parse(rules_of({"name": "a", "require": ["item.sector", "one_of", ["arms", word]]}))
+
+
+def test_numbers_as_text_are_no_constants():
+    with pytest.raises(ValueError, match='numbers as text, such as "26"'):
+        parse(rules_of({"name": "a", "require": ["item.code", "none_of", [26]]}))
+
+
+@pytest.mark.parametrize(
+    ("values", "bound", "at_most", "at_least"),
+    [
+        ([BIG, BIG + 1], BIG, "+-", "++"),
+        ([BIG, BIG + 1], float(BIG), "+-", "++"),
+        ([BIG + 1, 2**62 + 1], 2.0**62, "+-", "-+"),
+        ([decimal.Decimal(BIG), decimal.Decimal(BIG + 1)], BIG, "+-", "++"),
+        ([decimal.Decimal("0.10"), decimal.Decimal("0.11")], 0.1, "+-", "++"),
+        (pa.array([0.1, 0.2], pa.float32()), 0.1, "+-", "++"),
+        ([0.1, 0.3], 0.1, "+-", "++"),
+    ],
+)
+def test_constants_compare_exactly(values, bound, at_most, at_least):
+    items = pa.table({"item_id": ["i", "j"], "n": values})
+    for relation, expected in (("at_most", at_most), ("at_least", at_least)):
+        assert mask({"require": ["item.n", relation, bound]}, USERS.slice(0, 1), items) == [expected]
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        pa.array([float(BIG)]),
+        pa.array([decimal.Decimal(BIG)]),
+        pa.array([decimal.Decimal(f"{BIG}.5")]),
+        pa.array([BIG]),
+    ],
+)
+def test_columns_of_two_types_compare_exactly(bounds):
+    items = pa.table({"item_id": ["i", "j", "k"], "n": [BIG, BIG + 1, None]})
+    users = pa.table({"user_id": ["u"], "n": bounds})
+    assert mask({"require": ["item.n", "at_most", "user.n"]}, users, items) == ["+--"]
 
 
 # --- any tables, any rules

@@ -265,6 +265,19 @@ def test_the_interval_of_a_gap_covers_and_chance_alone_is_told():
     assert 3 <= small <= 20
 
 
+def test_groups_of_missing_and_of_large_values():
+    """Blank and NaN are no group; integers keep their order beyond what floats hold."""
+    users = pa.table({"user_id": list("abcd"), "kind": ["a", "", " ", None], "score": [1.5, float("nan"), None, 2.0]})
+    assert groups_of(users, "kind", np.arange(4)) == ["a", None, None, None]
+    assert groups_of(users, "score", np.arange(4)) == ["1.5", None, None, "2"]
+    big = 2**53 + 1  # as floats, 44 of these would be 22
+    users = pa.table({"user_id": [str(n) for n in range(44)], "n": [big + n for n in range(44)]})
+    bands = groups_of(users, "n", np.arange(44))
+    assert [bands.index(band) for band in dict.fromkeys(bands)] == [0, 11, 22, 33]
+    users = pa.table({"user_id": [str(n) for n in range(24)], "n": pa.array([big + n // 2 % 2 for n in range(24)])})
+    assert set(groups_of(users, "n", np.arange(24))) == {str(big), str(big + 1)}
+
+
 def test_groups_of_an_attribute():
     users = pa.table(
         {

@@ -1,6 +1,7 @@
 """A user's own tables: what is read, what is refused and how it is told, what a repair changes, CSV = Parquet."""
 
 import datetime
+import decimal
 import tempfile
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from fused_rec.data.arrow import join_texts
 from fused_rec.data.dataset import DataError, Dataset
-from fused_rec.data.tables import read_tables
-from fused_rec.data.times import parse_times
+from fused_rec.data.numbers import typed
+from fused_rec.data.tables import dataset_from_tables, read_tables
+from fused_rec.data.times import parse_times, read_times
 
 SOUND = {
     "interactions": "user_id,item_id,timestamp,value\nu1,i1,100,1.5\nu2,i1,200,\nu1,i2,,2\n",
@@ -48,7 +50,9 @@ def same(left: Dataset, right: Dataset) -> None:
 def test_sound_tables_are_read_as_they_are(tmp_path):
     dataset = read_tables(write(tmp_path, **SOUND), name="mine")
 
-    assert dataset.name == "mine" and dataset.repairs == {}
+    assert dataset.name == "mine"
+    note = "users.csv: postcode read as text because of '01234' in row 2, which is not a plain number"
+    assert dataset.notes == {note: 1} and dataset.repairs == {}
     assert dataset.users.to_pydict() == {"user_id": ["u1", "u2"], "age": [30, 40], "postcode": ["01234", "98765"]}
     assert dataset.items.to_pydict() == {
         "item_id": ["i1", "i2", "i3"],  # i3 has no interaction: a new product
@@ -111,7 +115,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
     write(
         tmp_path,
         interactions="user_id,item_id,timestamp,value,text,part\n"
-        "u1,i1,1400000000,nan,fine,train\n"  # row 2
+        "u1,i1,1400000000,inf,fine,train\n"  # row 2
         'u1,i1,1300000000,1," ",train\n'  # repeats row 2, says nothing
         ",i1,1400000000,inf,,train\n"
         "u9,i9,1400000000,,,dev\n"
@@ -127,9 +131,8 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
     report = told(tmp_path, min_value=0.5)  # else no value is needed, and none a fault
 
     for line in (
-        "interactions.csv, row 2: value 'nan' is not a finite 32-bit number.",
+        "interactions.csv, row 2: value 'inf' is not a finite 32-bit number.",
         "interactions.csv, row 2: the pair ('u1', 'i1') is also in row 3. keep one row for each pair.",
-        "interactions.csv, row 3: text is ' '. leave the cell empty (null) where there is no text.",
         "interactions.csv, row 4: user_id is empty. give it an id or remove the row.",
         "interactions.csv, row 5: user_id 'u9' is not in users.csv. add it to users.csv or remove the row.",
         "interactions.csv, row 5: item_id 'i9' is not in items.csv.",
@@ -139,7 +142,6 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         "interactions.csv, row 7: value 'one' is not a number.",
         "interactions.csv, row 8: timestamp 'soon' is not a time. give unix seconds or ISO 8601",
         "interactions.csv, row 8: value '1e300' is not a finite 32-bit number.",
-        "items.csv, row 3: name is ''.",
         "items.csv, row 4: item_id 'i1' is already in row 2. keep one row for each id.",
         "users.csv, row 3: score is inf.",
         "ties.csv, row 3: the tie from 'u1' to 'u1' joins a user to itself.",
@@ -160,7 +162,7 @@ def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
         "u1,i1,1400000000,1,later\n"
         "u1,i1,1300000000,2,first\n"
         "u1,i1,,3,undated\n"
-        'u1,i2,1400000000,NaN,""\n'
+        'u1,i2,1400000000,inf,""\n'
         "u2,i2,9999999999,4,\n"
         "u9,i9,1400000000,5,\n",
         items="item_id,sector\ni1,tech\ni2,oil\n",
@@ -191,7 +193,6 @@ def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
     }
     assert dataset.repairs == {
         "interactions: bad times left empty": 1,
-        "interactions: empty text made null": 1,
         "interactions: rows with an unknown user_id, which was added without attributes": 1,
         "interactions: rows with an unknown item_id, which was added without attributes": 1,
         "interactions: rows that repeat a pair merged into its earliest": 2,
@@ -450,3 +451,351 @@ def test_faults_are_counted_by_rows_and_not_by_lines(tmp_path):
     report = told(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
     assert report.startswith("13 faults in the input, 12 of which a repair would mend (")
     assert len(report.splitlines()) == 1 + 5 + 1 + 1
+
+
+# --- missing values
+
+
+MISSING = pa.array(["a", None, "", " \t", "\u00a0", "NA"])
+HELD = {"user_id": ["u", "v", "u", "v", "u", "v"], "item_id": ["i", "j", "k", "l", "m", "n"]}
+
+
+def frames(**items) -> Dataset:
+    return dataset_from_tables(HELD, items={"item_id": HELD["item_id"], **items})
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (MISSING, ["a", None, None, None, None, "NA"]),
+        (MISSING.cast(pa.large_string()), ["a", None, None, None, None, "NA"]),
+        (MISSING.dictionary_encode(), ["a", None, None, None, None, "NA"]),
+        (pa.array([1.5, float("nan"), None, 0.0, -0.0, 2]), [1.5, None, None, 0.0, 0.0, 2.0]),
+        (pa.array([1.5, float("nan"), None, 0, 0, 0], pa.float32()), [1.5, None, None, 0, 0, 0]),
+        (
+            pa.array([["a", None, "", " "], [], None, [None], [""], ["b"]]),
+            [["a"], [], None, None, None, ["b"]],  # known to have none; unknown; nothing but unknown elements
+        ),
+        (
+            pa.array([["a", ""], [], None, [None], [""], ["b"]], pa.large_list(pa.large_string())),
+            [["a"], [], None, None, None, ["b"]],
+        ),
+        (
+            pa.array([[1.0, float("nan")], [float("nan")], [], None, [2.0], [3.0]]),
+            [[1.0], None, [], None, [2.0], [3.0]],
+        ),
+        (pa.array([[1, None], [None], [], None, [2], [3]], pa.large_list(pa.int64())), [[1], None, [], None, [2], [3]]),
+    ],
+)
+def test_missing_has_one_meaning_in_every_type_of_column(column, expected, tmp_path):
+    assert frames(sector=column).items["sector"].to_pylist() == expected
+    pq.write_table(pa.table(HELD), tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": HELD["item_id"], "sector": column}), tmp_path / "items.parquet")
+    assert read_tables(tmp_path).items["sector"].to_pylist() == expected
+
+
+def test_missing_has_one_meaning_in_every_column(tmp_path):
+    """Quoted or not, in names, texts, parts of ties, numbers and codes; no fault, and nothing to repair."""
+    write(
+        tmp_path,
+        interactions='user_id,item_id,value,text,timestamp\nu,i,"",""," "\nv,j, ,"  ",1400000000\nu,k,nan,,""\n',
+        items='"item_id","name","text","sector","price"\n"i",""," ","",""\n"j","J","","oil","1.5"\n"k",,,,nan\n',
+        ties='source_id,target_id,kind,item_id,timestamp\nu,v,""," ",""\nv,u," ",i,0\n',
+        reviews='user_id,item_id,text,timestamp\nu,i,"",\nu,j,fine,""\n',
+    )
+    dataset = read_tables(tmp_path)
+    assert dataset.repairs == {}
+    assert dataset.items.to_pydict() == {
+        "item_id": ["i", "j", "k"],
+        "name": [None, "J", None],
+        "text": [None, None, None],
+        "sector": [None, "oil", None],
+        "price": [None, 1.5, None],
+    }
+    assert dataset.interactions["value"].to_pylist() == [None, None, None]
+    assert dataset.interactions["timestamp"].to_pylist() == [None, 1400000000, None]
+    assert dataset.reviews.to_pydict() == {"user": [0], "item": [1], "text": ["fine"], "timestamp": [None]}
+    assert dataset.ties["kind"].to_pylist() == ["tie", "tie"] and dataset.ties["item"].to_pylist() == [None, 0]
+
+
+# --- numbers in CSV
+
+
+@pytest.mark.parametrize(
+    ("cells", "read", "odd"),
+    [
+        (["1", "-2", ""], [1, -2, None], None),
+        (["0", "9223372036854775807", "-9223372036854775808"], [0, 2**63 - 1, -(2**63)], None),
+        (["9007199254740993", "1", ""], [2**53 + 1, 1, None], None),
+        (["1.5", "2", "3.250"], [1.5, 2.0, 3.25], None),
+        (["1.5", "nan", "NaN"], [1.5, None, None], None),
+        (["0.1", "0.30000000000000004", "123456789.123456"], [0.1, 0.30000000000000004, 123456789.123456], None),
+        (["0.00001", "1e-07", "1e+20"], [1e-5, 1e-7, 1e20], None),
+        (["1e-7", "-2.5e-10", "0.5"], [1e-7, -2.5e-10, 0.5], None),  # as Arrow writes them
+        (["0x1A", "0xFF", "0x02"], None, ("0x1A", 2)),
+        (["1", "12345678901234567891", "3"], None, ("12345678901234567891", 3)),
+        (["1", "9223372036854775808", "3"], None, ("9223372036854775808", 3)),
+        (["9007199254740993", "0.5", "1"], None, ("9007199254740993", 2)),
+        (["1E5", "10E4", "2E5"], None, ("1E5", 2)),
+        (["1e5", "1", "2"], None, ("1e5", 2)),
+        (["1e+05", "1", "2"], None, ("1e+05", 2)),
+        (["007", "7", ""], None, ("007", 2)),
+        (["-007", "7", ""], None, ("-007", 2)),
+        (["00", "0", ""], None, ("00", 2)),
+        (["+5", "5", ""], None, ("+5", 2)),
+        (["1_000", "5", ""], None, ("1_000", 2)),
+        (['"1,000"', "5", ""], None, ("1,000", 2)),
+        (["1'000", "5", ""], None, ("1'000", 2)),
+        ([" 5", "5", ""], None, (" 5", 2)),
+        (["5", "1.", ""], None, ("1.", 3)),
+        (["5", ".5", ""], None, (".5", 3)),
+        (["5", "n/a", ""], None, ("n/a", 3)),
+        (["5", "0.1234567890123456789", ""], None, ("0.1234567890123456789", 3)),
+        (["\u0665", "5", ""], None, ("\u0665", 2)),
+        (["true", "false", ""], ["true", "false", None], None),
+        (["oil", "tech", ""], ["oil", "tech", None], None),
+        (["2024-01-01", "2024-01-02", ""], ["2024-01-01", "2024-01-02", None], None),
+        (["nan", "", "inf"], ["nan", None, "inf"], None),
+    ],
+)
+def test_a_column_of_csv_is_numbers_only_where_no_value_changes(tmp_path, cells, read, odd):
+    rows = "".join(f"{item},{cell}\n" for item, cell in zip("ijk", cells, strict=True))
+    write(tmp_path, interactions="user_id,item_id\nu,i\nu,j\nu,k\n", items=f"item_id,code\n{rows}")
+    dataset = read_tables(tmp_path)
+    if odd is None:
+        assert dataset.items["code"].to_pylist() == read and dataset.repairs == {}
+        return
+    value, row = odd
+    note = f"items.csv: code read as text because of {value!r} in row {row}, which is not a plain number"
+    assert dataset.notes == {note: 1} and dataset.repairs == {}
+    assert dataset.items["code"].to_pylist() == [cell.strip('"') or None for cell in cells]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(-(10**21), 10**21).map(str),
+            st.floats(allow_nan=False, allow_infinity=False).map(repr),
+            st.from_regex(r"\A[-+]?[0-9]{0,3}[.xXeE_]?[0-9A-F]{0,20}\Z"),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_different_texts_stay_different_values(cells):
+    """Up to zeros at the end of decimals: what numbers write back is the text that was read."""
+    read, _ = typed(pa.chunked_array([pa.array(cells, pa.string())]))
+    for cell, value in zip(cells, read.to_pylist(), strict=True):
+        if isinstance(value, int | float):
+            assert decimal.Decimal(cell) == decimal.Decimal(repr(value))
+        else:
+            assert value == (cell or None)
+
+
+def test_value_is_no_number_with_underscores(tmp_path):
+    write(tmp_path, interactions="user_id,item_id,value\nu,i,1_000\nu,j,\u0662\n")
+    report = told(tmp_path)
+    assert "row 2: value '1_000' is not a number" in report and "row 3" in report
+
+
+# --- times
+
+
+SECONDS = 1733045400  # 2024-12-01T09:30:00Z
+MIDNIGHT = 1733011200
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("2024-12-01", MIDNIGHT),
+        ("20241201", MIDNIGHT),
+        ("20241201.0", MIDNIGHT),
+        ("2024-W48-7", MIDNIGHT),
+        ("2024W487", MIDNIGHT),
+        ("2024-336", MIDNIGHT),
+        ("2024336", MIDNIGHT),
+        ("2024-12-01T09:30:00", SECONDS),
+        ("2024-12-01t09:30:00z", SECONDS),
+        ("2024-12-01 09:30", SECONDS),
+        ("2024-12-01T09", SECONDS - 1800),
+        ("20241201T093000", SECONDS),
+        ("20241201T0930", SECONDS),
+        ("20241201T093000Z", SECONDS),
+        ("2024W487T093000", SECONDS),
+        ("2024336T093000", SECONDS),
+        ("2024-12-01T09:30:00.999999999", SECONDS),
+        ("2024-12-01T09:30:00,999", SECONDS),
+        ("2024-12-01T09:30,5", SECONDS + 30),
+        ("2024-12-01T09.5", SECONDS),
+        ("2024-12-01T10:30:00+01:00", SECONDS),
+        ("2024-12-01T10:30:00+0100", SECONDS),
+        ("2024-12-01T10:30:00+01", SECONDS),
+        ("2024-12-01 10:30:00 +0100", SECONDS),
+        ("20241201T043000-0500", SECONDS),
+        ("2024-12-01T04:30:00\u221205:00", SECONDS),
+        ("2024-11-30T24:00:00", MIDNIGHT),
+        ("2024-11-30T23:59:60Z", MIDNIGHT),
+        ("1733045400", SECONDS),
+        ("1733045400.75", SECONDS),
+        ("1.7330454e9", SECONDS),
+        (" 1733045400 ", SECONDS),
+        ("+1733045400", SECONDS),
+        ("874724710", 874724710),
+        (1733045400, SECONDS),
+        (20241201, MIDNIGHT),
+        (20241201.0, MIDNIGHT),
+        (1733045400.75, SECONDS),
+        (decimal.Decimal("1733045400.75"), SECONDS),
+        (decimal.Decimal("20241201"), MIDNIGHT),
+        (datetime.date(2024, 12, 1), MIDNIGHT),
+        (datetime.datetime(2024, 12, 1, 9, 30, 0, 999999), SECONDS),
+        (pa.scalar(SECONDS * 10**9 + 999_999_999, pa.timestamp("ns", "Europe/Zurich")), SECONDS),
+        (pa.scalar(MIDNIGHT * 1000, pa.date64()), MIDNIGHT),
+        (pa.scalar(SECONDS, pa.uint64()), SECONDS),
+        (pa.scalar(SECONDS, pa.uint32()), SECONDS),
+    ],
+)
+def test_a_time_is_read_alone_and_beside_a_plain_date(written, seconds):
+    value = written if isinstance(written, pa.Scalar) else pa.scalar(written)
+    times = read_times(pa.chunked_array([pa.array([value, None], value.type)]))
+    assert (times.seconds[0], times.good.tolist(), times.faults.tolist()) == (seconds, [True, False], [0, 0])
+    if isinstance(written, str):
+        times = read_times(pa.chunked_array([["2024-11-30", written, "1730000000"]]))
+        assert times.seconds.tolist() == [MIDNIGHT - 86400, seconds, 1730000000] and times.good.all()
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("2024", "is a year without a day (write 2024-12-01)"),
+        (2024, "is a year without a day"),
+        ("2024-12", "is a month without a day"),
+        (202412, "is a month without a day"),
+        ("2024-W48", "is a week without a day"),
+        ("2024W48", "is a week without a day"),
+        ("45627", "is a day number"),
+        (45627, "is a day number"),
+        (45627.396, "is a day number"),
+        (20058, "is a day number"),
+        ("20241301", "has eight digits"),
+        (20240230, "has eight digits"),
+        (1122024, "can be a date with the day or the month first"),
+        ("01122024", "is not a time"),
+        (31122024, "has eight digits"),
+        (99991231, "has eight digits"),
+        (241201, "can be a date with two digits of its year"),
+        ("0020241201", "is not a time"),
+        ("20241201093000", "is a date and a time without a T between them"),
+        (202412010930, "is a date and a time without a T between them"),
+        ("2024120109", "can be a date and an hour, or unix seconds"),
+        (1733045400123, "is after 2100 (milliseconds? divide them by 1000)"),
+        (1733045400123456, "is after 2100 (microseconds? divide them by 1000000)"),
+        (1733045400123456789, "is after 2100 (nanoseconds? divide them by 1000000000)"),
+        (pa.scalar(2**64 - 1, pa.uint64()), "is not a time"),
+        ("99999999999999999999", "is not a time"),
+        ("18991231", "has eight digits"),
+        ("19691231", "is before 1970"),
+        ("21000101", "is after 2100"),
+        ("1_700_000_000", "is not a time"),
+        ("0x65f0f0f0", "is not a time"),
+        ("\u0662\u0660\u0662\u0664\u0661\u0662\u0660\u0661", "is not a time"),
+        ("\u0662\u0660\u0662\u0664-12-01", "is not a time"),
+        ("2024-02-30", "is not a time"),
+        ("2023-366", "is not a time"),
+        ("2024-W53-1", "is not a time"),
+        ("2024-12-01T25:00", "is not a time"),
+        ("2024-12-01T24:01", "is not a time"),
+        ("2024-12-01T09:60", "is not a time"),
+        ("2024-12-01x09:30", "is not a time"),
+        ("2024-12-01T09:30:00+24:00", "is not a time"),
+        ("01/12/2024", "is not a time"),
+        ("01.12.2024", "is not a time"),
+        ("+002024-12-01", "is not a time"),
+        ("2024-12-01/2024-12-02", "is not a time"),
+        ("T09:30", "is not a time"),
+        ("NaT", "is not a time"),
+        (True, "is not a time (bool values are none)"),
+        (datetime.timedelta(1), "is not a time (duration[us] values are none)"),
+        (datetime.time(9), "is not a time (time64[us] values are none)"),
+        (float("inf"), "is not a time"),
+        (pa.scalar(1733045376.0, pa.float32()), "is of 32-bit floats, which round times to minutes"),
+    ],
+)
+def test_what_is_no_time_is_refused_alone_and_among_others(written, says):
+    value = written if isinstance(written, pa.Scalar) else pa.scalar(written)
+    times = read_times(pa.chunked_array([pa.array([value, None], value.type)]))
+    assert times.good.tolist() == [False, False] and times.says(0).startswith(says)
+    if isinstance(written, str | int) and not isinstance(written, bool):
+        amid = [str(written), *(f"2024-11-{day:02d}" for day in range(1, 29))]
+        times = read_times(pa.chunked_array([amid]))
+        assert times.good.tolist() == [False] + [True] * 28 and times.says(0).startswith(says)
+
+
+@pytest.mark.parametrize("odd", [5, 3600, 481392, "1970-01-01", "1970-01-01T00:00:00Z", 0, datetime.date(1970, 1, 1)])
+def test_1970_amid_later_times_is_refused(odd):
+    """Sentinels, hours and minutes since 1970. As text, and in a column of its own type where there is one."""
+    later = range(1_700_000_000, 1_700_000_009)
+    columns: list[list] = [[str(odd), *map(str, later)]]
+    if not isinstance(odd, str):
+        columns.append([odd, *([datetime.date(2024, 1, 2)] * 3 if isinstance(odd, datetime.date) else later)])
+    for column in columns:
+        times = read_times(pa.chunked_array([pa.array(column)]))
+        assert times.good.tolist() == [False] + [True] * (len(column) - 1)
+        assert times.says(0).startswith("is in 1970, in a column of much later times")
+
+
+def test_numbers_of_1970_beside_dates_of_digits_are_refused():
+    """A counter that passes 1,900,001 would be half counter and half dates."""
+    times = read_times(pa.chunked_array([[9_000_099, 19_990_101, 2_000_000, 5]]))
+    assert times.good.tolist() == [False, True, False, False]
+
+
+def test_small_times_that_agree_with_their_column_are_read():
+    """Counters, and what public data hold: MovieLens begins in 1997."""
+    for column in ([0, 1, 2], [100, 1950, 2000], list(range(3000)), [874724710, 893286638], [5, 45627, 9999999]):
+        assert read_times(pa.chunked_array([column])).good.all()
+
+
+def test_zero_stands_for_the_start_in_ties_and_reviews():
+    late = {"user_id": ["u", "v"], "item_id": ["i", "j"], "timestamp": [1_700_000_000, 1_700_000_001]}
+    ties = {"source_id": ["u", "v"], "target_id": ["v", "u"], "timestamp": [1_700_000_000, 0]}
+    said = {**late, "text": ["a", "b"], "timestamp": [0, 1_700_000_000]}
+    dataset = dataset_from_tables(late, ties=ties, reviews=said)
+    assert dataset.ties["timestamp"].to_pylist() == [1_700_000_000, 0]
+    assert dataset.reviews["timestamp"].to_pylist() == [0, 1_700_000_000]
+    with pytest.raises(DataError, match="row 3: timestamp '0' is in 1970"):
+        dataset_from_tables({**late, "timestamp": [1_700_000_000, 0]})
+
+
+@pytest.mark.parametrize(
+    ("unit", "seconds"), [("D", MIDNIGHT), ("h", SECONDS - 1800), ("min", SECONDS), ("s", SECONDS)]
+)
+def test_periods_of_pandas_are_times(tmp_path, unit, seconds):
+    """As a frame, and in a Parquet file, where Arrow without pandas has numbers of days, hours or minutes."""
+    pandas = pytest.importorskip("pandas")
+    times = pandas.PeriodIndex(["2024-12-01T09:30:00"], freq=unit)
+    frame = pandas.DataFrame({"user_id": ["u"], "item_id": ["i"], "timestamp": times})
+    assert dataset_from_tables(frame).interactions["timestamp"].to_pylist() == [seconds]
+    frame.to_parquet(tmp_path / "interactions.parquet")
+    assert read_tables(tmp_path).interactions["timestamp"].to_pylist() == [seconds]
+    table = pq.read_table(tmp_path / "interactions.parquet")
+    ordinals = pa.field(
+        "timestamp",
+        pa.int64(),
+        metadata={"ARROW:extension:name": "pandas.period", "ARROW:extension:metadata": f'{{"freq": "{unit}"}}'},
+    )
+    plain = pa.schema([table.schema.field(0), table.schema.field(1), ordinals])
+    stored = [table["user_id"], table["item_id"], pa.chunked_array([pa.array([times[0].ordinal])])]
+    pq.write_table(pa.Table.from_arrays(stored, schema=plain), tmp_path / "interactions.parquet")
+    assert read_tables(tmp_path).interactions["timestamp"].to_pylist() == [seconds]
+
+
+def test_longer_periods_are_refused():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"user_id": ["u"], "item_id": ["i"], "timestamp": pandas.PeriodIndex(["2024-12"], freq="M")}
+    )
+    with pytest.raises(DataError, match="column timestamp holds periods of frequency 'M'"):
+        dataset_from_tables(frame)

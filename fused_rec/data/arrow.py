@@ -13,6 +13,92 @@ pc: Any = pyarrow.compute  # its functions are made when it is imported, where n
 ID = pa.dictionary(pa.int32(), pa.string())
 
 
+def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column with null wherever nothing is said: null, NaN, an empty or a blank text.
+
+    Such elements are taken out of lists. A list without elements stays, it says that there are none; one that had
+    nothing but missing elements is null.
+    """
+    kind = column.type
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return known(column.cast(pa.list_(kind.value_type)))
+    if pa.types.is_dictionary(kind):
+        if pa.types.is_floating(kind.value_type):
+            return known(column.cast(kind.value_type))
+        if not _is_text(kind.value_type):
+            return column
+        encoded = column.unify_dictionaries().combine_chunks()
+        gone = missing(encoded.dictionary)
+        if not gone.any():
+            return column
+        places = pc.fill_null(encoded.indices, 0) if len(encoded.dictionary) else encoded.indices
+        mask = pa.array(flags(encoded.indices.is_null()) | gone[np.asarray(places)])
+        indices = pc.if_else(mask, pa.scalar(None, encoded.indices.type), encoded.indices)
+        return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, encoded.dictionary)])
+    if _is_list(kind):
+        if not any(_has_gaps(chunk) for chunk in column.chunks):
+            return column
+        rows = [None if row is None else _without_gaps(row) for row in column.to_pylist()]
+        return pa.chunked_array([pa.array(rows, _plain_list(kind))])
+    gone = missing(column) if pa.types.is_floating(kind) or _is_text(kind) else np.zeros(0, bool)
+    if not flags(column.is_valid())[: len(gone)][gone].any():
+        return column
+    return pc.if_else(pa.array(gone), pa.scalar(None, kind), column)
+
+
+def missing(values: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
+    """Which values say nothing: null, NaN, empty and blank texts."""
+    gone = flags(values.is_null())
+    if pa.types.is_floating(values.type):
+        gone |= flags(pc.is_nan(values))
+    elif _is_text(values.type):
+        gone |= is_blank(values)
+    return gone
+
+
+def is_blank(texts: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
+    """Which texts are empty or white space alone; no null is."""
+    blank = flags(pc.equal(pc.binary_length(texts), 0))
+    maybe = np.flatnonzero(flags(pc.utf8_is_space(pc.utf8_slice_codeunits(texts, 0, 1))))  # texts are long
+    blank[maybe] = flags(pc.utf8_is_space(texts.take(pa.array(maybe))))
+    return blank
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _plain_list(kind: pa.DataType) -> pa.DataType:
+    if _is_list(kind):
+        return pa.list_(_plain_list(kind.value_type))
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _has_gaps(values: pa.Array) -> bool:
+    """Whether any element of the lists is missing, at any depth."""
+    while _is_list(values.type):
+        values = values.flatten()
+        if values.null_count:
+            return True
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    return bool(missing(values).any())
+
+
+def _without_gaps(row: list[Any]) -> list[Any] | None:
+    elements = [_without_gaps(part) if isinstance(part, list) else part for part in row]
+    said = [
+        part
+        for part in elements
+        if part is not None and part == part and not (isinstance(part, str) and not part.strip())
+    ]
+    return said if said or not row else None
+
+
 def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Text or integer ids as one chunk of type `ID`, its dictionary in order of first appearance."""
     if pa.types.is_null(column.type):
@@ -73,7 +159,7 @@ def read_texts(
 
 def flags(condition: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
     """An Arrow condition as a NumPy mask; null counts as False."""
-    return np.asarray(pc.fill_null(condition, False))
+    return np.array(pc.fill_null(condition, False))
 
 
 def replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -82,7 +168,8 @@ def replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> p
 
 
 def join_texts(*columns: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The texts of each row as sentences ("first. second"), nulls left out; null where all are."""
+    """The texts of each row as sentences ("first. second"), missing ones left out; null where all are."""
+    columns = tuple(map(known, columns))
     # Arrow 26 loses the rows in which it skips every column; an empty first one keeps them.
     joined = pc.binary_join_element_wise("", *columns, ". ", null_handling="skip")
     text = pc.utf8_slice_codeunits(joined, 2)

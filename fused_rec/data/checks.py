@@ -1,7 +1,7 @@
 """What can be wrong inside one table, column by column.
 
-Each check takes a table and its `Report`, notes there the rows at fault, and hands back the table as a repair
-would leave it, so that every check runs and one report names every fault.
+Missing values are null already (`arrow.known`). Each check takes a table and its `Report`, notes there the rows at
+fault, and hands back the table as a repair would leave it, so that every check runs and one report names every fault.
 """
 
 import dataclasses
@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool
 
-from fused_rec.data.arrow import as_ids, flags, pc, read_texts, replace, trimmed
+from fused_rec.data.arrow import as_ids, flags, is_blank, pc, read_texts, replace, trimmed
 from fused_rec.data.dataset import Problem
 from fused_rec.data.plain import is_plain, is_single
-from fused_rec.data.times import EARLIEST, LATEST, parse_times
+from fused_rec.data.times import REMEDY, read_times
 
 PARTS = ("train", "valid", "test")
 EXAMPLES = 5  # rows shown of one kind of fault
 SHOWN = 60  # letters shown of a value
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 ROW = "row in the file"  # column of a table under check
 _THOUSANDS = r"[+-]?\d{1,3}([,.' \u00a0\u202f\u2019]\d{3})+([,.]\d+)?"
 
@@ -92,7 +93,7 @@ def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
     keep = np.ones(len(table), bool)
     for name in names:
         ids = _ids(table, name, report)
-        empty = flags(pc.is_null(ids)) | flags(_is_blank(ids.cast(pa.string())))
+        empty = flags(pc.is_null(ids)) | is_blank(ids.cast(pa.string()))
         if _is_id(table[name].type) or table[name].null_count == len(table):
             report.add("empty id", table, empty, lambda r, n=name: f"{n} is empty", "give it an id or remove the row")
         table = replace(table, name, ids)
@@ -146,44 +147,20 @@ def check_times(table: pa.Table, report: Report) -> pa.Table:
     if not _may_be_time(given.type):
         report.column(f"timestamp holds {given.type} values", "give unix seconds or ISO 8601, or leave the column out")
         return table.drop_columns(["timestamp"])
-    seconds, readable = parse_times(given)
-    good = readable & (seconds >= EARLIEST) & (seconds < LATEST)
-    bad = flags(pc.is_valid(given)) & ~good
-
-    def message(r: int) -> str:
-        value = f"timestamp {_shown(given, r)!r}"
-        if not readable[r]:
-            return f"{value} is not a time"
-        if seconds[r] < EARLIEST:
-            return f"{value} is before 1970"
-        milliseconds = seconds[r] // 1000 < LATEST
-        return f"{value} is after 2100" + (" (milliseconds? divide them by 1000)" if milliseconds else "")
-
+    times = read_times(given, zero=report.table in ("ties", "reviews"))
+    bad = times.faults != 0
     # Where most times are bad the column means something else, and emptying it would only hide that.
-    mended = "bad times left empty" if good.sum() >= bad.sum() else None
-    remedy = "give unix seconds or ISO 8601 such as 2024-05-31T09:30:00Z, from 1970 to 2099"
-    report.add("bad time", table, bad, message, remedy, mended)
-    if not good.any():
+    mended = "bad times left empty" if times.good.sum() >= bad.sum() else None
+    report.add("bad time", table, bad, lambda r: f"timestamp {_shown(given, r)!r} {times.says(r)}", REMEDY, mended)
+    if not times.good.any():
         return table.drop_columns(["timestamp"])
-    return replace(table, "timestamp", pa.array(seconds, mask=~good))
+    return replace(table, "timestamp", pa.array(times.seconds, mask=~times.good))
 
 
 def check_texts(table: pa.Table, report: Report) -> pa.Table:
     """`text` and `name` as strings, null where they say nothing."""
     for name in [column for column in ("text", "name") if column in table.column_names]:
-        texts = _strings(table, name, report)
-        blank = flags(_is_blank(texts))
-        report.add(
-            "empty text",
-            table,
-            blank,
-            lambda r, n=name, t=texts: f"{n} is {t[r].as_py()!r}",
-            "leave the cell empty (null) where there is no text",
-            f"empty {name} made null",
-        )
-        if blank.any():
-            texts = pc.if_else(pa.array(blank), pa.scalar(None, pa.string()), texts)
-        table = replace(table, name, texts)
+        table = replace(table, name, _strings(table, name, report))
     return table
 
 
@@ -209,7 +186,7 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
     numbers, readable = _as_numbers(given)
     with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and is reported as that
         values = numbers.astype(np.float32)
-    infinite = readable & ~np.isfinite(values)
+    infinite = readable & np.isinf(values)
     faults = (
         ("unreadable value", flags(pc.is_valid(given)) & ~readable, lambda r: f"is not a number{_why(given, r)}"),
         ("value not finite", infinite, lambda r: "is not a finite 32-bit number"),
@@ -221,7 +198,7 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
             row = int(np.flatnonzero(bad)[0])
             first = f"the first in row {table[ROW][row]}: {_shown(given, row)!r} {why(row)}"
             report.note(f"{kind} left empty, {first}", int(bad.sum()))
-    return replace(table, "value", pa.array(values, mask=~readable | infinite))
+    return replace(table, "value", pa.array(values, mask=~readable | ~np.isfinite(values)))
 
 
 def _why(column: pa.ChunkedArray, row: int) -> str:
@@ -260,17 +237,17 @@ def check_acts(table: pa.Table, report: Report) -> pa.Table:
 
 
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
-    """Floating-point attributes with null in place of NaN and infinity."""
+    """Floating-point attributes with null in place of infinity."""
     for name in [field.name for field in table.schema if pa.types.is_floating(field.type)]:
         numbers = table[name]
-        bad = ~flags(pc.is_finite(numbers)) & flags(pc.is_valid(numbers))
+        bad = flags(pc.is_inf(numbers))
         report.add(
             "value not finite",
             table,
             bad,
             lambda r, n=name, v=numbers: f"{n} is {v[r].as_py()}",
             "leave the cell empty where there is no value",
-            f"NaN or infinite {name} left empty",
+            f"infinite {name} left empty",
         )
         if bad.any():
             table = replace(table, name, pc.if_else(pa.array(bad), pa.scalar(None, numbers.type), numbers))
@@ -312,10 +289,6 @@ def _may_be_time(kind: pa.DataType) -> bool:
     return dates or _is_text(kind) or _is_number(kind) or pa.types.is_null(kind)
 
 
-def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
-
-
 def _as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, Bool[np.ndarray, "R"]]:
     """Float64 values (0 where there is none) and which rows could be read as a number."""
     if not _is_number(column.type):
@@ -329,7 +302,5 @@ def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_float(value: str) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+    text = value.strip()
+    return float(text) if _NUMBER.fullmatch(text) else None  # float() also takes 1_0 and other digits

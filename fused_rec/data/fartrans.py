@@ -7,21 +7,24 @@ last one is read, which the publisher made at its own time, so what follows from
 group) is as of then and not as of the trade.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 
-from fused_rec.data.arrow import flags, join_texts, pc, replace
+from fused_rec.data.arrow import flags, join_texts, known, pc, replace
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import read_delimited
-from fused_rec.data.times import parse_times
+from fused_rec.data.times import read_times
 from fused_rec.data.validate import Tables, assemble
 
 CUSTOMERS = ("customerType", "riskLevel", "investmentCapacity", "lastQuestionnaireDate")
 ASSETS = ("assetCategory", "assetSubCategory", "marketID", "sector", "industry")
-UNKNOWN = ("Not_Available", "")  # how the publisher writes that a customer's answer is not there
+UNKNOWN = ("Not_Available",)  # how the publisher writes that a customer's answer is not there
 
 
 def fartrans(path: Path, repair: bool) -> Dataset:
@@ -71,22 +74,21 @@ def read_prices(file: Path) -> pa.Table:
     Raises DataError for times that cannot be read and prices that are no numbers of 0 or more.
     """
     rows = _read(file.parent, file.name, ("ISIN", "timestamp", "closePrice"))
-    times, readable = parse_times(rows["timestamp"])
-    _refuse(file.name, ~readable, rows["timestamp"], "timestamp", "give a date as 2020-01-31")
+    times = _times(rows, file.name)
     sound = flags(pc.match_substring_regex(rows["closePrice"], r"\A[0-9]{1,18}(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"))
     _refuse(file.name, ~sound, rows["closePrice"], "closePrice", "give a price as 12.5")
     return pa.table({"item_id": rows["ISIN"], "timestamp": times, "price": rows["closePrice"].cast(pa.float64())})
 
 
 def _read(path: Path, name: str, needed: tuple[str, ...]) -> pa.Table:
-    return read_delimited(path / name, ",", needed=needed, quoted=True)
+    table = read_delimited(path / name, ",", needed=needed, quoted=True)
+    return pa.Table.from_arrays([known(column) for column in table.columns], table.column_names)
 
 
 def _latest(path: Path, file: str, key: str, columns: tuple[str, ...], table: str, notes: dict[str, int]) -> pa.Table:
     """Of each key its last row by `timestamp`, and by place in the file where times are equal; in the order of keys."""
     rows = _read(path, file, (key, "timestamp", *columns))
-    times, readable = parse_times(rows["timestamp"])
-    _refuse(file, ~readable, rows["timestamp"], "timestamp", "give a date as 2020-01-31")
+    times = _times(rows, file)
     _refuse(file, np.asarray(rows[key].is_null()), rows[key], key, "give each row its id")
     codes = pc.dictionary_encode(rows[key]).combine_chunks().indices.to_numpy()
     order = np.lexsort((times, codes))
@@ -96,11 +98,32 @@ def _latest(path: Path, file: str, key: str, columns: tuple[str, ...], table: st
     return rows.select([key, *columns]).take(order[last])
 
 
-def _refuse(file: str, bad: np.ndarray, column: pa.ChunkedArray, name: str, remedy: str) -> None:
+def _times(rows: pa.Table, file: str) -> Int64[np.ndarray, "R"]:
+    """Unix seconds of every row; each has to have a time, by the rule of all tables."""
+    times = read_times(rows["timestamp"])
+    faults = {row: times.says(row) for row in np.flatnonzero(times.faults)[:EXAMPLES].tolist()}
+    _refuse(file, ~times.good, rows["timestamp"], "timestamp", "give a date as 2020-01-31", faults)
+    return times.seconds
+
+
+def _refuse(
+    file: str,
+    bad: np.ndarray,
+    column: pa.ChunkedArray,
+    name: str,
+    remedy: str,
+    faults: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Raises DataError with the rows that are bad. faults: what is wrong with some of them."""
     found = np.flatnonzero(bad)
     problems = [
-        Problem(file, int(row) + 2, f"{name} is {str(column[int(row)].as_py())[:60]!r}", remedy)
-        for row in found[:EXAMPLES]
+        Problem(
+            file,
+            row + 2,
+            f"{name} is {str(column[row].as_py())[:60]!r}" + (f", which {faults[row]}" if row in faults else ""),
+            remedy,
+        )
+        for row in found[:EXAMPLES].tolist()
     ]
     if len(found) > EXAMPLES:
         problems.append(Problem(file, None, f"{len(found):,} rows in all have no {name} that can be read", remedy))

@@ -17,6 +17,7 @@ from fused_rec.data.arrow import ID, flags, pc
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Problem
 from fused_rec.data.plain import plain_table
+from fused_rec.data.times import periods_as_times
 
 # Columns with far fewer values than rows: read as dictionaries, which takes a fraction of the memory.
 _CODED = ("user_id", "item_id", "source_id", "target_id", "kind", "part")
@@ -41,7 +42,9 @@ def read_parquet(file: Path) -> pa.Table:
                 raise OSError(f"it claims {rows:,} rows in {file.stat().st_size:,} bytes")
             table = parquet.read()
         table.validate(full=True)  # Parquet does not promise that its text is UTF-8
-        return plain_table(table)
+        return plain_table(periods_as_times(table, file.name))
+    except DataError:
+        raise
     except pa.ArrowNotImplementedError as error:
         raise DataError([_fault(file, error, "write that column with another type")]) from error
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fused_rec.data.arrow import join_texts, pc, replace
+from fused_rec.data.arrow import flags, join_texts, known, pc, replace
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import integers, read_delimited, read_json_lines, read_lines
@@ -136,6 +136,7 @@ def _integer_pairs(file: Path, *names: str) -> pa.Table:
 def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     """The table with the types its header names, its texts joined as `text`, and the columns that went into it."""
     rows = read_delimited(file)
+    rows = pa.Table.from_arrays([known(column) for column in rows.columns], rows.column_names)
     types = {header.partition(":")[0]: header.partition(":")[2] for header in rows.column_names}
     if len(types) < len(rows.column_names):
         there = ", ".join(rows.column_names)
@@ -155,9 +156,11 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     for name, kind in types.items():
         try:
             if kind == "float" and name not in ("rating", "timestamp"):  # the checks read these two themselves
+                _refuse_large(rows[name], f"{name}:{kind}", file)
                 rows = replace(rows, name, rows[name].cast(pa.float64()))
             elif kind == "float_seq":
-                rows = replace(rows, name, pc.split_pattern(rows[name], " ").cast(pa.list_(pa.float32())))
+                _refuse_large(rows[name], f"{name}:{kind}", file)
+                rows = replace(rows, name, pc.split_pattern(rows[name], " ").cast(pa.list_(pa.float64())))
         except pa.ArrowInvalid as error:
             fault = Problem(
                 file.name, None, f"{name}:{kind} holds something else: {error}", "mend the value or the type"
@@ -169,6 +172,17 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         rows = rows.drop_columns([*titles[:1], *(["text"] if "text" in texts else [])]).append_column("text", text)
         rows = rows if title is None else rows.append_column("name", title)
     return rows, texts
+
+
+def _refuse_large(column: pa.ChunkedArray, name: str, file: Path) -> None:
+    """Raises DataError for integers that a 64-bit float would round."""
+    long = np.flatnonzero(flags(pc.match_substring_regex(column, r"(\A| )[+-]?[0-9]{16,}( |\z)")))
+    for row in long.tolist():
+        for word in column[row].as_py().split(" "):
+            if re.fullmatch("[+-]?[0-9]{16,}", word) and int(float(word)) != int(word[:400]):
+                message = f"{name} is {word[:60]}, which a 64-bit float would round"
+                remedy = f"declare the column as {'token_seq' if name.endswith('_seq') else 'token'}"
+                raise DataError([Problem(file.name, row + 2, message, remedy)])
 
 
 def _has(path: Path, pattern: str) -> bool:

@@ -6,7 +6,7 @@ The folder holds `interactions` and, where you have them, `items`, `users`, `tie
   interactions  user_id, item_id [timestamp, value, text, part]   text: the user's own words about the item;
                                                                   part: train, valid or test of a published split
   items         item_id [name, text, ...]                         further columns are attributes: numbers where
-  users         user_id [name, text, ...]                         every value is one, categories otherwise
+  users         user_id [name, text, ...]                         every value is one (below), text otherwise
   ties          source_id, target_id [kind, timestamp, item_id]   directed; kind is "tie" unless given; item_id: the
                                                                   item of the act in which the tie was seen
   reviews       user_id, item_id, text [timestamp]                more words about a pair, or about one that is no
@@ -16,11 +16,15 @@ The folder holds `interactions` and, where you have them, `items`, `users`, `tie
 they count for nothing but the ids in them, and their texts stay as reviews. Rows without a value stay interactions.
 
 Ids are text: "007" is not "7", and blanks around one are a fault. Times are unix seconds or ISO 8601, in UTC unless
-they name a zone. An empty cell is null; "" in quotes is an empty text, and NA is a word. Without `users` or `items` the
-ids come from `interactions`, in order of first appearance. Items without interactions are new products, users without
-them new customers.
+they name a zone (`times`). Missing is, in every column of every format: null, NaN, an empty and a blank text, in quotes
+or not; NA is a word. Missing elements of lists are left out; a list without elements says that there are none, and one
+of missing elements alone is missing. Without `users` or `items` the ids come from `interactions`, in order of first
+appearance. Items without interactions are new products, users without them new customers.
 
-Parquet and frames may have the types that `plain` lists. An attribute may be a list of values.
+An attribute in CSV is a number where every value, written back, gives the same text, zeros at the end of decimals
+apart: 0x1A, 1E5, 007, +5, 1_000, 1,000 and integers of more than 64 bits are text, and make their column text. Which
+column such a value turned to text is noted, with its row. Parquet and frames may have the types that `plain` lists. An
+attribute may be a list of values.
 
 What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
 tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.
@@ -34,10 +38,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from fused_rec.data.arrow import pc, replace
+from fused_rec.data.arrow import replace
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import read_delimited, read_parquet
+from fused_rec.data.numbers import typed as typed_from_text
 from fused_rec.data.plain import plain_table
+from fused_rec.data.times import periods_as_times
 from fused_rec.data.validate import Tables, assemble
 
 # table -> its required and its optional columns; None: further columns are attributes.
@@ -136,7 +142,9 @@ def _arrow(frame: Any, name: str) -> pa.Table:
         table = pa.table(frame)
         if not isinstance(frame, Mapping | pa.Table):
             table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
-        return plain_table(table)
+        return plain_table(periods_as_times(table, name))
+    except DataError:
+        raise
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(_unreadable(frame, name) or [_fault(name, "", error)]) from error
 
@@ -181,7 +189,8 @@ def _find(folder: Path, table: str) -> Path | None:
 def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:
     """The columns of the format. typed: attributes have types already, and are not to be read from text.
 
-    notes: gets the columns that are not read. Raises DataError where a column is missing or there twice.
+    notes: gets the columns that are not read, and those of codes that are read as text. Raises DataError where a column
+    is missing or there twice.
     """
     required, optional = COLUMNS[name]
     there = table.column_names
@@ -197,18 +206,10 @@ def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, type
         return table.drop_columns(unread)
     if not typed:
         for column in [column for column in there if column not in (*required, "name", "text")]:
-            table = replace(table, column, _typed(table[column]))
+            read, odd = typed_from_text(table[column])
+            table = replace(table, column, read)
+            if odd is not None:
+                value = str(read[odd].as_py())[:60]
+                because = f"because of {value!r} in row {odd + 2}, which is not a plain number"
+                notes[f"{file}: {column} read as text {because}"] = 1
     return table
-
-
-def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Integers or floats where every value is one and none starts with an idle zero, as postal codes do."""
-    column = column.cast(pa.string())  # ids and kinds are read as dictionaries, whatever table they stand in
-    if pc.any(pc.match_substring_regex(column, r"^[+-]?0\d")).as_py():
-        return column
-    for kind in (pa.int64(), pa.float64()):
-        try:
-            return column.cast(kind)
-        except pa.ArrowInvalid:
-            continue
-    return column

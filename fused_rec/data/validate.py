@@ -12,7 +12,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64
 
 from fused_rec.data import checks
-from fused_rec.data.arrow import as_ids, distinct, flags, locate, pc, replace
+from fused_rec.data.arrow import as_ids, distinct, flags, known, locate, pc, replace
 from fused_rec.data.checks import Finding, Report
 from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties, printable
 
@@ -23,7 +23,7 @@ BETWEEN_TABLES = ("unknown id", "unknown tie")  # what a table that could not be
 class Tables:
     """What a reader hands over: ids as its source writes them, text or integers.
 
-    interactions: `user_id`, `item_id`; optional `timestamp` (see `times.parse_times`), `value`, `part`, and `text`,
+    interactions: `user_id`, `item_id`; optional `timestamp` (see `times.read_times`), `value`, `part`, and `text`,
       the user's words about the item, which become a row of `Dataset.reviews`.
     users, items: `user_id` / `item_id`; optional `text`, `name`, attributes. None: the ids of the interactions, in
       order of first appearance.
@@ -64,6 +64,7 @@ def assemble(
     report = {field.name: Report(field.name, findings, told) for field in dataclasses.fields(Tables)}
     files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(files or {})
 
+    tables = _known(tables)
     events = _events(tables.interactions, report["interactions"], min_value)
     users = _catalogue(tables.users, "user_id", events, report["users"])
     items = _catalogue(tables.items, "item_id", events, report["items"])
@@ -96,6 +97,15 @@ def assemble(
     return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, told)
 
 
+def _known(tables: Tables) -> Tables:
+    """Every missing value null, by one meaning for all columns of all tables."""
+    there = {field.name: getattr(tables, field.name) for field in dataclasses.fields(Tables)}
+    for table in [table for table, rows in there.items() if rows is not None]:
+        columns = [known(column) for column in there[table].columns]
+        there[table] = pa.Table.from_arrays(columns, there[table].column_names)
+    return Tables(**there)
+
+
 def _events(table: pa.Table, report: Report, min_value: int | float | None) -> pa.Table:
     table = checks.check_times(checks.check_ids(table, report, "user_id", "item_id"), report)
     table = checks.check_values(table, report, min_value)
@@ -106,13 +116,13 @@ def _enough(events: pa.Table, report: Report, min_value: int | float | None) -> 
     """Which rows are interactions: of at least the least value, or of none."""
     if "value" not in events.column_names:
         return np.ones(len(events), bool)
-    known = flags(pc.is_valid(events["value"]))
+    given = flags(pc.is_valid(events["value"]))
     if min_value is None:
-        report.note("values kept, which the model does not use (data.min_value makes use of them)", int(known.sum()))
+        report.note("values kept, which the model does not use (data.min_value makes use of them)", int(given.sum()))
         return np.ones(len(events), bool)
-    below = known & (np.asarray(pc.fill_null(events["value"], 0)) < np.float32(min_value))
+    below = given & (np.asarray(pc.fill_null(events["value"], 0)) < np.float32(min_value))
     report.note(f"rows of a value below {min_value}, which are no interactions", int(below.sum()))
-    report.note("rows without a value, which stay interactions", int((~known).sum()))
+    report.note("rows without a value, which stay interactions", int((~given).sum()))
     return ~below
 
 

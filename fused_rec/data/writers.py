@@ -16,6 +16,7 @@ from fused_rec.data.arrow import pc, replace
 from fused_rec.data.dataset import Dataset, column, printable
 from fused_rec.data.huggingface import ROW, SPLITS, shard
 
+EXACT = 2**53  # integers up to here are 64-bit floats
 # What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
 _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
 
@@ -159,6 +160,8 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
         kind, texts = _cells(name, table[name])
         if count := _unlike(table[name], texts):
             lost[f"{file.name}: lists of {name} with an empty entry, or a blank within one, where entries end"] = count
+        if count := pc.sum(pc.equal(texts, "")).as_py():
+            lost[f"{file.name}: empty lists in {name}, which are read as missing"] = count
         broken = pc.match_substring_regex(texts, _BREAKS)
         if count := pc.sum(broken).as_py():
             if name.endswith("_id"):
@@ -177,7 +180,10 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
 
 def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
     """The type of an atomic column and its cells as text, the entries of a list with blanks between."""
-    if name == "timestamp" or (not name.endswith("_id") and _is_number(values.type)):
+    kind = values.type
+    if pa.types.is_integer(kind) and any(abs(end.as_py() or 0) > EXACT for end in pc.min_max(values).values()):
+        return "token", values.cast(pa.string())  # a float would round them
+    if name == "timestamp" or (not name.endswith("_id") and _is_number(kind)):
         return "float", values.cast(pa.string())
     if pa.types.is_list(values.type):
         entries = values.cast(pa.list_(pa.string())).combine_chunks()

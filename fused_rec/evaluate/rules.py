@@ -19,18 +19,20 @@ U users, I items; B users a batch; N rows of either table; D distinct values.
 """
 
 import dataclasses
+import decimal
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Bool, Float64, Int32, Int64
+from jaxtyping import Array, Bool, Int32, Int64
 
+from fused_rec.data.arrow import known as known_values
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import printable
 from fused_rec.evaluate.ranking import Eligible, Sets, item_sets
@@ -40,6 +42,8 @@ SIDES: tuple[Side, ...] = ("user", "item")
 RELATIONS = ("at_most", "at_least", "one_of", "none_of")
 HELD = "held"
 CELLS = 1 << 28  # of a table of distinct users' values by items, one byte each
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
+EXACT = 2**53  # integers up to here are 64-bit floats
 _BETWEEN = "\x1f"  # of the entries of a list that is joined for a while
 
 
@@ -205,8 +209,12 @@ def _right(name: str, relation: str, value: Any, order: tuple[tuple[str, ...], .
     if relation in ("one_of", "none_of"):
         right = _column(value)
         if right is None and not _is_list(value, str):
-            raise _fail(name, "require, third", value, f"a column or a list of words, since the relation is {relation}")
-        return tuple(value) if right is None else right
+            bound = f'a column or a list of words, since the relation is {relation}; numbers as text, such as "26"'
+            raise _fail(name, "require, third", value, bound)
+        if right is None and not all(word.strip() for word in value):
+            bound = "words that say something; whether a missing value passes, `allow_unknown` says"
+            raise _fail(name, "require, third", value, bound)
+        return tuple(word.strip() for word in value) if right is None else right
     if order and any(value in rank for rank in order):
         return value
     if right := _column(value):
@@ -288,19 +296,19 @@ def _ordered(
 
 
 def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Partial:
-    left = _values(rule, rule.left, tables)
     allow: dict[Side, bool] = {side: side in rule.allow_unknown for side in SIDES}
     if rule.relation in ("one_of", "none_of"):
-        return _membership(rule, left, tables, allow)
-    numbers = _ranks(rule, rule.left, left, tables)
+        return _membership(rule, _values(rule, rule.left, tables), tables, allow)
+    numbers = _ranks(rule, rule.left, tables)
     if not isinstance(rule.right, Column):
         assert not isinstance(rule.right, tuple)
         bound = next((n for n, rank in enumerate(rule.order) if rule.right in rank), rule.right)
-        values, known = numbers
-        fine = values <= bound if rule.relation == "at_most" else values >= bound  # pyright: ignore[reportOperatorIssue]
-        return _one_sided(rule.left.side, np.where(known, fine, allow[rule.left.side]), tables)
-    others = _ranks(rule, rule.right, _values(rule, rule.right, tables), tables)
-    of_side = {rule.left.side: numbers, rule.right.side: others}
+        values, bounds = _alike(numbers[0], np.array([bound]))
+        fine = values <= bounds if rule.relation == "at_most" else values >= bounds
+        return _one_sided(rule.left.side, np.where(numbers[1], fine, allow[rule.left.side]), tables)
+    others = _ranks(rule, rule.right, tables)
+    values, bounds = _alike(numbers[0], others[0])
+    of_side = {rule.left.side: (values, numbers[1]), rule.right.side: (bounds, others[1])}
     # Ranks among all values of both columns compare as the values do, whatever their size. The item's must be at most
     # the user's, or at least, where the signs of both are turned.
     among = np.unique(np.concatenate([values[known] for values, known in of_side.values()]))
@@ -313,6 +321,33 @@ def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Parti
     return jax.tree_util.Partial(_ordered, jnp.asarray(ranks["item"]), jnp.asarray(ranks["user"]), jnp.asarray(allowed))
 
 
+def _alike(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numbers of one kind that compare exactly: as they are, or as decimals where floats would round one.
+
+    A float with decimals counts as the number that is written for it: .1 as a tenth, which equals a decimal of .1.
+    """
+    kinds = {left.dtype.kind, right.dtype.kind}
+    integers = [numbers for numbers in (left, right) if numbers.dtype.kind == "i"]
+    small = all(
+        abs(int(end)) <= EXACT for numbers in integers if len(numbers) for end in (numbers.min(), numbers.max())
+    )
+    if len(kinds) == 1 or (small and "O" not in kinds):
+        return left, right
+    return _decimals(left), _decimals(right)
+
+
+def _decimals(numbers: np.ndarray) -> np.ndarray:
+    exact = np.empty(len(numbers), object)
+    exact[:] = [_decimal(number) for number in numbers.tolist()]
+    return exact
+
+
+def _decimal(number: int | float | decimal.Decimal) -> decimal.Decimal:
+    if isinstance(number, float) and EXACT <= abs(number) < math.inf:  # integers all of them
+        return decimal.Decimal(number)
+    return number if isinstance(number, decimal.Decimal) else decimal.Decimal(repr(number))
+
+
 def _values(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> pa.ChunkedArray:
     table = tables[column.side]
     if table.column_names.count(column.name) != 1:
@@ -321,13 +356,19 @@ def _values(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> p
     values = table.column(column.name)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    return values
+    return values if _is_list_type(values.type) else known_values(values)  # a list with a gap stays unknown as a whole
 
 
-def _ranks(
-    rule: Require, column: Column, values: pa.ChunkedArray, tables: Mapping[Side, pa.Table]
-) -> tuple[Int64[np.ndarray, "N"] | Float64[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """Numbers that order the values, and which are known. Raises ValueError for what has no order."""
+def _is_list_type(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _ranks(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> tuple[np.ndarray, Bool[np.ndarray, "N"]]:
+    """Numbers that order the values (int64, float64 or decimals), and which are known.
+
+    Raises ValueError for what has no order.
+    """
+    values = _values(rule, column, tables)
     kind, named = values.type, f"{column.side}.{column.name}"
     if rule.order:
         place = {word: n for n, rank in enumerate(rule.order) for word in rank}
@@ -347,35 +388,59 @@ def _ranks(
         except pa.ArrowInvalid as error:
             raise _fail(rule.name, named, str(error), "integers of 64 bits") from error
         return np.asarray(numbers).astype(np.int64), known
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        floats = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
-        return floats, ~np.isnan(floats)
-    bound = f"numbers; for words give `order`, lowest first{_first_word(column.side, values, tables)}"
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):  # the number that is written for it: .1 is a tenth
+        written = np.asarray(pc.fill_null(values.cast(pa.float32()), 0.0)).astype(np.str_)
+        return written.astype(np.float64), known
+    if pa.types.is_floating(kind):
+        return np.asarray(pc.fill_null(values.cast(pa.float64()), 0.0)), known
+    if pa.types.is_decimal(kind):
+        exact = np.empty(len(values), object)
+        exact[:] = [decimal.Decimal(0) if value is None else value for value in values.to_pylist()]
+        return exact, known
+    bound = "numbers; for words give `order`, lowest first"
+    if (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and (first := _first_word(values)) is not None:
+        id_ = printable(str(tables[column.side].column(f"{column.side}_id")[first]))
+        bound += f" ({_shown(values[first].as_py())} of {column.side} {id_!r}, row {first + 2} of the {column.side}s)"
     raise _fail(rule.name, named, str(kind), bound)
 
 
-def _first_word(side: Side, values: pa.ChunkedArray, tables: Mapping[Side, pa.Table]) -> str:
-    """The first text that is no number: one of them makes a column of a CSV file text."""
-    if pa.types.is_string(values.type):
-        for row, word in enumerate(values.to_pylist()):
-            if word is not None and not re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", word):
-                return f" (the first that is no number: {word!r} of {tables[side][f'{side}_id'][row].as_py()!r})"
-    return ""
+def _first_word(words: pa.ChunkedArray) -> int | None:
+    """The first row whose word is not a number; the first with a word where all are."""
+    known = np.asarray(words.is_valid())
+    number = np.asarray(pc.fill_null(pc.match_substring_regex(words, r"\A-?[0-9]+(\.[0-9]+)?\z"), True))
+    return next((int(rows[0]) for rows in (np.flatnonzero(~number), np.flatnonzero(known)) if len(rows)), None)
 
 
 def _words(rule: Require, column: Column, values: pa.ChunkedArray) -> pa.Array:
-    """The values as text, one chunk; a list of them joined by `_BETWEEN`."""
+    """The values as text without white space around it, one chunk; a list of them joined by `_BETWEEN`."""
     kind = values.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        try:
-            lists = values.cast(pa.list_(pa.string()))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise _fail(rule.name, f"{column.side}.{column.name}", str(kind), "lists of text or integers") from error
-        return pc.binary_join(lists, _BETWEEN).combine_chunks()  # null where an entry is
     plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
-    if not any(is_kind(kind) for is_kind in plain):
-        raise _fail(rule.name, f"{column.side}.{column.name}", str(kind), "text or integers")
-    return values.cast(pa.string()).combine_chunks()
+    of_lists = _is_list_type(kind)
+    if not any(is_kind(_element(kind)) for is_kind in plain):
+        bound = "lists of text or integers" if of_lists else "text or integers"
+        raise _fail(rule.name, f"{column.side}.{column.name}", str(kind), bound)
+    if of_lists:
+        return pc.binary_join(values.cast(pa.list_(pa.string())), _BETWEEN).combine_chunks()  # null where an entry is
+    return pc.utf8_trim_whitespace(values.cast(pa.string())).combine_chunks()
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    """The type of the entries of lists, or of the values themselves, as it is without a dictionary."""
+    kind = kind.value_type if _is_list_type(kind) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _check_alike(rule: Require, kind: pa.DataType, of: str, texts: Iterable[str], where: str) -> None:
+    """Raises ValueError where integers or booleans would be compared with text that none of them can be."""
+    if pa.types.is_integer(kind):
+        strange = [text for text in texts if not _WHOLE.fullmatch(text)]
+    elif pa.types.is_boolean(kind):
+        strange = [text for text in texts if text not in ("true", "false")]
+    else:
+        return
+    if strange:
+        bound = f"such as {of} holds, {kind} values, since others equal none of them; keep codes as text in both"
+        raise _fail(rule.name, where, sorted(set(strange))[:5], bound)
 
 
 def _classes(words: pa.Array) -> tuple[list[str], Int64[np.ndarray, "N"]]:
@@ -388,19 +453,27 @@ def _classes(words: pa.Array) -> tuple[list[str], Int64[np.ndarray, "N"]]:
 def _membership(
     rule: Require, left: pa.ChunkedArray, tables: Mapping[Side, pa.Table], allow: Mapping[Side, bool]
 ) -> jax.tree_util.Partial:
-    if pa.types.is_list(left.type) or pa.types.is_large_list(left.type):
+    if _is_list_type(left.type):
         named = f"{rule.left.side}.{rule.left.name}"
         raise _fail(rule.name, named, str(left.type), f"one value a row; the list stands after {rule.relation}")
     wanted = rule.relation == "one_of"
     scalars, code = _classes(_words(rule, rule.left, left))
+    named = f"{rule.left.side}.{rule.left.name}"
     if not isinstance(rule.right, Column):
         assert isinstance(rule.right, tuple)
+        _check_alike(rule, left.type, named, rule.right, "require, third")
         fine = [(word in rule.right) == wanted for word in scalars]
         return _one_sided(rule.left.side, np.array([*fine, allow[rule.left.side]], bool)[code], tables)
     right = _values(rule, rule.right, tables)
     lists, list_code = _classes(_words(rule, rule.right, right))
     separator = rule.separator or _BETWEEN
     entries = [{entry.strip() for entry in cell.split(separator)} - {""} for cell in lists]
+    if rule.separator:  # separators without an entry say no more than an empty cell does
+        nothing = np.array([not entry for entry in entries] + [True], bool)
+        list_code = np.where(nothing[list_code], len(lists), list_code)
+    others = f"{rule.right.side}.{rule.right.name}"
+    _check_alike(rule, left.type, named, set().union(*entries), others)
+    _check_alike(rule, _element(right.type), others, scalars, named)
     kinds = (len(scalars) + 1) * (len(lists) + 1)
     n_items = tables["item"].num_rows
     of_users = (len(scalars) if rule.left.side == "user" else len(lists)) + 1

@@ -4,9 +4,11 @@ Rules and their file: `fused_rec.evaluate.rules`. What a rule refuses is taken a
 U users, I items, R rules; B users a batch, k ranks; V users that were asked for; N resamples ("draws"), G groups.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
 
-from fused_rec.data.arrow import pc
+from fused_rec.data.arrow import known, pc
 from fused_rec.data.plain import is_single
 from fused_rec.evaluate.compare import Difference, paired_bootstrap, resampled_means
 from fused_rec.evaluate.ranking import (
@@ -314,6 +316,17 @@ def check_groups(users: pa.Table, names: Sequence[str]) -> None:
         groups_of(users, name, np.zeros(0, np.int64))
 
 
+def _quarters(values: Sequence[int]) -> list[Fraction]:
+    """The three quartiles as `np.quantile` has them, but exact: integers may be larger than floats hold."""
+    ordered = sorted(values)
+    cuts = []
+    for quarter in (1, 2, 3):
+        place, rest = divmod(Fraction(quarter * (len(ordered) - 1), 4), 1)
+        low, high = (Fraction(ordered[min(place + step, len(ordered) - 1)]) for step in (0, 1))
+        cuts.append(low + (high - low) * rest)
+    return cuts
+
+
 def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[str | None]:
     """Each user's value of an attribute as a group; numbers with more than 20 distinct values by quarters.
 
@@ -322,7 +335,7 @@ def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[st
     """
     if name not in users.column_names:
         raise ValueError(f"users have no column {name!r}; they have {', '.join(users.column_names)}")
-    values = users.column(name)
+    values = known(users.column(name))
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if not is_single(values.type):
@@ -332,10 +345,12 @@ def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[st
     distinct = pc.count_distinct(values).as_py()
     number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     if distinct > 20 and any(test(values.type) for test in number):
-        numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan))
-        cuts = np.nanquantile(numbers, (0.25, 0.5, 0.75))
+        there = values.drop_null()
+        exact = not pa.types.is_floating(values.type)
+        cuts = _quarters(there.to_pylist()) if exact else np.quantile(np.asarray(there), (0.25, 0.5, 0.75)).tolist()
         bands = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
-        return [None if np.isnan(x) else bands[np.searchsorted(cuts, x, side="left")] for x in numbers[rows].tolist()]
+        of_rows = values.take(pa.array(rows)).to_pylist()
+        return [None if x is None else bands[bisect.bisect_left(cuts, x)] for x in of_rows]
     if distinct > 20:
         raise ValueError(f"users.{name} has {distinct} distinct values; groups need at most 20, so band them first")
     return values.take(pa.array(rows)).cast(pa.string()).to_pylist()

@@ -9,6 +9,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int32
 
 from fused_rec.config import GraphConfig
+from fused_rec.data.arrow import known as known_values
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import NodeTexts
@@ -227,7 +228,7 @@ def _attribute(items: pa.Table, name: str) -> tuple[np.ndarray, pa.DictionaryArr
     """Each value, and the row of its item."""
     if name not in items.column_names:
         raise ValueError(f"graph.attributes names {name!r}; the items have {items.column_names}")
-    values = items.column(name).combine_chunks()
+    values = known_values(items.column(name)).combine_chunks()
     rows = np.arange(len(values))
     if pa.types.is_list(values.type):
         rows, values = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values)
