@@ -208,7 +208,7 @@ def test_what_is_no_rule_is_refused(text, said):
     [
         ({"require": ["user.old", "at_least", 3]}, "one of the users' columns: user_id, age, tolerance"),
         ({"require": ["user.tolerance", "at_least", 3]}, 'user.tolerance is "string"; it must be numbers; for words'),
-        ({"require": ["user.tolerance", "at_least", 3]}, "(the first that is no number: 'low' of 'ann')"),
+        ({"require": ["user.tolerance", "at_least", 3]}, "(\"low\" of user 'ann', row 2 of the users)"),
         (
             {"require": ["item.risk", "at_most", "user.tolerance"], "order": ["low", "high"]},
             'user.tolerance is ["medium"]; it must be of the words in `order`: low, high',

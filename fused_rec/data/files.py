@@ -42,9 +42,7 @@ def read_parquet(file: Path) -> pa.Table:
                 raise OSError(f"it claims {rows:,} rows in {file.stat().st_size:,} bytes")
             table = parquet.read()
         table.validate(full=True)  # Parquet does not promise that its text is UTF-8
-        return plain_table(periods_as_times(table, file.name))
-    except DataError:
-        raise
+        return plain_table(periods_as_times(table))
     except pa.ArrowNotImplementedError as error:
         raise DataError([_fault(file, error, "write that column with another type")]) from error
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

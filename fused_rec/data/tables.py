@@ -142,9 +142,7 @@ def _arrow(frame: Any, name: str) -> pa.Table:
         table = pa.table(frame)
         if not isinstance(frame, Mapping | pa.Table):
             table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
-        return plain_table(periods_as_times(table, name))
-    except DataError:
-        raise
+        return plain_table(periods_as_times(table))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(_unreadable(frame, name) or [_fault(name, "", error)]) from error
 
