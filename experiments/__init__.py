@@ -71,8 +71,8 @@ def absolute(path: str) -> Path:
 def _parse(argv: list[str]) -> list[str]:
     try:
         left = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
-            flags.FLAGS["config"].value.to_dict()  # raises where the file could not be read
+        if "config" in flags.FLAGS and (given := flags.FLAGS["config"].value) is not None:
+            given.to_dict()  # raises where the file could not be read
         return left
     except SystemExit:  # --help has been answered
         sys.stdout.flush()

@@ -11,6 +11,7 @@ Deletes all text vectors of the cache, also those that trainings left there, and
 """
 
 import time
+from pathlib import Path
 
 from absl import app, flags
 
@@ -26,7 +27,7 @@ from fused_rec.text.vectors import read_lines, save_vectors
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
-INPUT = place("input", existing_file, "UTF-8 file, a text a line.")
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
 OUTPUT = place("output", written_file_anywhere, "safetensors file to write.")
 CACHE = place(
     "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
@@ -51,10 +52,13 @@ def main(argv: list[str]) -> None:
         return
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
+    source = Path(INPUT.value)
+    if problem := existing_file(source):
+        raise app.UsageError(f"flag --input={source}: {problem}")
     check_devices()
     if CACHE.value:
         open_cache(CACHE.value)
-    texts = read_lines(INPUT.value)
+    texts = read_lines(source)
     model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
     began = time.perf_counter()
     vectors = embed(texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value)

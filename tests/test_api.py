@@ -1,10 +1,13 @@
 """The public names: what they cost, what they are called, and one whole story on a small market in memory."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -17,6 +20,7 @@ from tiny import quick_compilation  # noqa: F401
 import fused_rec as fr
 from fused_rec.data.dataset import digest
 from fused_rec.data.synthetic import make_market
+from fused_rec.train.loop import TablesChangedError
 from fused_rec.train.serve import user_rows
 
 PACKAGE = Path(fr.__file__).parent
@@ -53,6 +57,48 @@ def config(folder) -> fr.Config:
 @pytest.fixture(scope="module")
 def run(config, folder, market) -> fr.Run:
     return fr.fit(config, folder / "run", market)
+
+
+def test_a_setting_outside_of_its_section_is_named_with_it():
+    with pytest.raises(ValueError, match=r'dim is no section of the config but a setting; write model=\{"dim": 3\}$'):
+        fr.configure(dim=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r'write data=\{"seed": 1\} or split=\{"seed": 1\} or train=\{"seed": 1\}$'):
+        fr.configure(seed=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ValueError, match="modle is .*; give a dictionary of settings by section.*; the sections are data,"
+    ):
+        fr.configure(modle={"dim": 3})
+
+
+def test_a_finished_run_of_other_tables_is_not_opened(config, run, market, folder, tmp_path):
+    fewer = dataclasses.replace(market, ties=market.ties.slice(1))
+    with pytest.raises(TablesChangedError, match=f"ties had {market.ties.num_rows} rows and has"):
+        fr.fit(config, folder / "run", fewer)
+
+
+def test_a_workdir_that_moved_takes_its_tables_along(run, folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "moved")
+    (folder / "run").rename(folder / "away")
+    try:
+        assert fr.load(tmp_path / "moved").config.data.path == str(tmp_path / "moved" / "tables")
+        elsewhere = fr.load(tmp_path / "moved", data_path=folder / "away" / "tables")
+        assert elsewhere.config.data.path == str(folder / "away" / "tables")
+        assert fr.measure(elsewhere, "test") == fr.measure(run, "test")
+    finally:
+        (folder / "away").rename(folder / "run")
+
+
+@pytest.fixture
+def wide():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_64_bit_types_of_jax_change_nothing(run, wide):
+    assert fr.recommend(run, ["C0001"], k=3)["score"].type == pa.float32()
+    assert fr.measure(run, "test")[run.config.model.variant]["ndcg@10"] == pytest.approx(run.results["test"]["ndcg@10"])
+    assert jax.numpy.arange(1).dtype == np.int64, "it stays on for the caller"
 
 
 # --- names ---------------------------------------------------------------------------------------------------------

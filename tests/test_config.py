@@ -6,6 +6,7 @@ import runpy
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fused_rec import config as C  # noqa: N812
@@ -17,6 +18,7 @@ from fused_rec.config import (
     SplitConfig,
     TextConfig,
     TrainConfig,
+    differing,
     from_dict,
     to_dict,
 )
@@ -66,6 +68,36 @@ def test_a_least_value_is_a_number_or_none():
 def test_an_int_will_do_for_a_float():
     temperature = from_dict({"train": {"temperature": 1}}).train.temperature
     assert (temperature, type(temperature)) == (1.0, float)
+
+
+@pytest.mark.parametrize("number", [np.int64(64), np.int32(64), np.uint8(64)])
+def test_numpy_numbers_are_numbers(number):
+    config = from_dict({"model": {"dim": number}})
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    for section in (config.model, UNCHECKED["ModelConfig"](dim=number)):
+        assert (section.dim, type(section.dim)) == (64, int)
+    loose = {"train": {"temperature": np.float32(0.5), "refit": np.bool_(True)}, "data": {"name": np.str_("lastfm")}}
+    found = from_dict(loose)
+    assert [type(value) for value in (found.train.temperature, found.train.refit, found.data.name)] == [
+        float,
+        bool,
+        str,
+    ]
+    with pytest.raises(ValueError, match=r"model\.dim is 3\.0; it must be of type int"):
+        from_dict({"model": {"dim": np.float64(3)}})
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    there = json.loads(json.dumps(to_dict(Config())))
+    assert differing(Config(), there) == {}
+    found = differing(CHANGED, there)
+    assert found["data.name"] == ("synthetic", "lastfm") and found["graph.attributes"] == ([], ["sector", "issuer"])
+    assert "text.model" not in found
+
+
+def test_neutral_settings_are_settings():
+    values = to_dict(Config())
+    assert all(name in values[section] for section, name in C.NEUTRAL) and set(C.PLACES) <= set(C.NEUTRAL)
 
 
 def test_a_config_cannot_be_changed_and_can_be_a_key():

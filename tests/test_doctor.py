@@ -68,6 +68,21 @@ def test_the_cache(tmp_path):
     assert doctor.check_cache(str(tmp_path)).remedy == f"chmod -R go= {folder}"
 
 
+def test_a_cache_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    line = doctor.check_cache(str(tmp_path / "file" / "new"))
+    assert line.verdict == "FAIL" and line.found == f"{tmp_path}/file is a file" and "text.cache" in line.remedy
+
+
+def test_a_check_that_breaks_is_a_finding():
+    def broken() -> Line:
+        raise RuntimeError("two\nlines")
+
+    line = doctor.checked("cache", broken)
+    assert (line.verdict, line.what) == ("FAIL", "cache")
+    assert line.found == "could not be checked: RuntimeError: two lines"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)

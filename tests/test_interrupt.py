@@ -1,5 +1,6 @@
 """Real signals to real processes: a request to stop is answered where nothing is lost, and a second one at once."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -118,6 +119,34 @@ def test_outside_the_main_thread_nothing_changes():
     assert seen == [before]
 
 
+class Finalized:
+    """Where an exception cannot be passed on."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_request_that_a_finalizer_swallowed_is_asked_again(capfd):
+    hook = sys.unraisablehook
+    with pytest.raises(Stopped), handled():
+        Finalized()
+        time.sleep(10)
+        pytest.fail("went on")
+    assert sys.unraisablehook is hook
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_is_asked_again_waits_for_a_held_block():
+    done = []
+    with pytest.raises(Stopped), handled():
+        with contextlib.suppress(Stopped):
+            interrupt._repeat(signal.SIGTERM)
+            time.sleep(0.1)
+        with held():
+            pytest.fail("went on")
+    assert done == []
+
+
 BUSY = """
 import hashlib
 from fused_rec.train.interrupt import handled
@@ -133,10 +162,10 @@ def test_a_second_request_ends_the_process_even_in_a_long_call():
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # within ONE_REQUEST: still the first
     process.stderr.readline()
     assert "SIGTERM: stopping as soon as nothing is lost by it; again stops at once" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)  # within ONE_REQUEST: still the first
-    time.sleep(2 * ONE_REQUEST)
+    time.sleep(2 * ONE_REQUEST)  # no longer than a person takes to press a key twice
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)

@@ -21,14 +21,25 @@ import yaml
 from market import differences, write_tables
 from webpage import Page
 
-from fused_rec.config import METRICS, Config, DataConfig, SplitConfig, TextConfig, TrainConfig, from_dict, to_dict
+from fused_rec.config import (
+    METRICS,
+    NEUTRAL,
+    Config,
+    DataConfig,
+    SplitConfig,
+    TextConfig,
+    TrainConfig,
+    differing,
+    from_dict,
+    to_dict,
+)
 from fused_rec.explain.ledger import ledger, scores
 from fused_rec.explain.without import effect, without_holding
 from fused_rec.graph.build import HELD_BY, HOLDS
 from fused_rec.train import interrupt, loop
 from fused_rec.train.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.train.export import read_rules
-from fused_rec.train.loop import NonFiniteLossError, Progress, claim, judge, train
+from fused_rec.train.loop import NonFiniteLossError, Progress, TablesChangedError, claim, judge, train
 from fused_rec.train.measure import measure, scorer
 from fused_rec.train.prepare import prepare, read
 from fused_rec.train.serve import eligible, load, model_digest, parts, user_rows
@@ -362,12 +373,27 @@ def test_a_finished_run_is_not_trained_again(tables, cache, finished):
 
 
 def test_a_workdir_is_one_config_only(tmp_path):
-    claim(Config(), "digest", tmp_path)
-    claim(Config(), "digest", tmp_path)
+    tables = "digest"
+    claim(Config(), tables, tmp_path)
+    claim(Config(), tables, tmp_path)
     with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
-        claim(Config(train=TrainConfig(seed=1)), "digest", tmp_path)
-    with pytest.raises(ValueError, match="the tables have changed"):
+        claim(Config(train=TrainConfig(seed=1)), tables, tmp_path)
+    with pytest.raises(TablesChangedError, match="the tables have changed"):
         claim(Config(), "another", tmp_path)
+
+
+def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
+    """Settings that change no result are no other config; the last ones given are those by which a run is opened."""
+    tables = "digest"
+    claim(Config(), tables, tmp_path)
+    moved = Config(
+        data=DataConfig(path="elsewhere"),
+        text=TextConfig(cache="other", offline=False, batch_tokens=512),
+        train=TrainConfig(wandb="project"),
+    )
+    assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
+    claim(moved, tables, tmp_path)
+    assert from_dict(loop.read_run(tmp_path)["config"]) == moved
 
 
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
@@ -439,7 +465,8 @@ def test_changed_tables_are_refused(tables, cache, tmp_path):
     train(small(folder, cache, model__variant="graph", train__max_steps=5), tmp_path / "run")
     load(tmp_path / "run")
     (folder / "interactions.csv").write_text("".join([lines[0], *lines[:0:-1]]))
-    with pytest.raises(ValueError, match="the tables have changed"):
+    told = r"the tables have changed .* \(interactions has its \d+ rows with changed columns \(other values: user, item"
+    with pytest.raises(TablesChangedError, match=told):
         load(tmp_path / "run")
 
 

@@ -107,8 +107,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for name in TABLES:
-        there, here = before.get(name), after[name]
-        if not isinstance(there, Mapping) or there == here:
+        there, here = before.get(name), after.get(name)
+        if not isinstance(there, Mapping) or here is None or there == here:
             continue
         old, new = there.get("columns"), here["columns"]
         if there.get("rows") != here["rows"]:

@@ -130,7 +130,7 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 def _repeat(signum: int) -> None:
     _REQUEST.signum = None
     _REQUEST.repeats += 1
-    _thread.interrupt_main(signum)
+    _thread.interrupt_main(signal.Signals(signum))
 
 
 def _listen(reader: int) -> None:

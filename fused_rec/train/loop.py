@@ -111,7 +111,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     if hosts.leads():
         check_config(config, workdir)
         if (workdir / RESULTS).exists():
-            results = finished_results(config, _read_again(config, workdir), workdir)
+            results = finished_results(config, *_read_again(config, workdir), workdir)
     if (results := hosts.said_by_first(results)) is not None:
         return results
     if config.train.wandb and hosts.leads():
@@ -122,12 +122,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def _train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset, parts_of = read(config)
-    tables = fingerprint(dataset)
-    hosts.check_alike("the digest of the tables", tables["tables"])
+    tables = digest(dataset)
+    hosts.check_alike("the digest of the tables", tables)
     prepared = prepare(config, dataset, parts_of)
     # Only now: faults of the input leave the folder free for the command that mends them.
     if hosts.leads():
-        claim(config, tables, workdir)
+        claim(config, tables, workdir, contents(dataset))
     with board(config, workdir) if hosts.leads() else contextlib.nullcontext() as shown:
         results = _chosen_and_tested(config, workdir, dataset, parts_of, prepared, tables, shown)
         if shown is not None:
@@ -141,7 +141,7 @@ def _chosen_and_tested(
     dataset: Dataset,
     parts_of: Split,
     prepared: Prepared,
-    tables: Mapping[str, Any],
+    tables: str,
     shown: Board | None,
 ) -> dict[str, Any]:
     state, progress = fit(config, prepared, workdir / "choose", shown=shown)
@@ -179,7 +179,7 @@ def _chosen_and_tested(
         checkpoints = Path("refit" if config.train.refit else "choose") / "checkpoints"
         model = Checkpoints(workdir / checkpoints).digest(progress.best_step)
         amounts, chosen = counts(dataset, parts_of), checkpoints / str(progress.best_step)
-        digests = {"tables": tables["tables"], "model": model}
+        digests = {"tables": tables, "model": model}
         write_card(workdir / CARD, card(results, amounts, digests, chosen.as_posix()))
         write_json(workdir / RESULTS, results)
     return results
@@ -376,30 +376,33 @@ def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, f
     )
 
 
-def _read_again(config: Config, workdir: Path) -> dict[str, Any]:
+def _read_again(config: Config, workdir: Path) -> tuple[str, dict[str, Any]]:
     try:
-        return fingerprint(read_dataset(config))
+        dataset = read_dataset(config)
     except (OSError, ValueError) as error:  # ValueError: faults of the tables, or nothing left of them
         raise TablesNotReadError(
             f"{_when_finished(workdir)}, and its tables cannot be read now; its results are not shown as if they were "
             f"those of today's tables, and stand in {workdir / RESULTS}. {error}"
         ) from error
+    return digest(dataset), contents(dataset)
 
 
-def finished_results(config: Config, tables: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """What `results.json` of a finished run holds, when config and tables (a `fingerprint`) are the run's.
+def finished_results(config: Config, tables: str, made_of: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """What `results.json` of a finished run holds, when config and tables are the run's.
+
+    tables, made_of: `digest` and `contents` of the tables that there are now.
 
     Raises ValueError where it is another config's, and TablesChangedError where the tables have changed.
     """
     check_config(config, workdir)
     try:
-        check_tables(tables, workdir)
+        check_tables(tables, workdir, made_of)
     except TablesChangedError as error:
         raise TablesChangedError(f"{_when_finished(workdir)}; {error}") from None
     if differing(config, read_run(workdir)["config"]):
         try:
             with owned(workdir):
-                claim(config, tables, workdir)
+                claim(config, tables, workdir, made_of)
         except OSError as error:
             LOG.warning("%s still names the tables' former place: %s", workdir / RUN, error)
     LOG.info("%s, and its tables are the same; its results are shown again", _when_finished(workdir))
@@ -434,8 +437,8 @@ def check_config(config: Config, workdir: Path) -> None:
         )
 
 
-def claim(config: Config, tables: Mapping[str, Any], workdir: Path) -> None:
-    """Makes `workdir` this run's, of tables with this `fingerprint`.
+def claim(config: Config, tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
+    """Makes `workdir` this run's, of tables with this `digest` and, by which later changes are named, these `contents`.
 
     Where it is already, what has changed of the settings of `config.NEUTRAL`, such as the tables' place, is kept.
 
@@ -443,26 +446,21 @@ def claim(config: Config, tables: Mapping[str, Any], workdir: Path) -> None:
     """
     check_config(config, workdir)
     if (workdir / RUN).exists():
-        check_tables(tables, workdir)
+        check_tables(tables, workdir, made_of)
         if not differing(config, read_run(workdir)["config"]):
             return
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / RUN, {"config": to_dict(config), **tables})
+    write_json(workdir / RUN, {"config": to_dict(config), "tables": tables, "contents": dict(made_of or {})})
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """What `run.json` holds of the tables: `tables`, the digest of all, and `contents`, by table and column."""
-    return {"tables": digest(dataset), "contents": contents(dataset)}
-
-
-def check_tables(tables: Mapping[str, Any], workdir: Path) -> None:
+def check_tables(tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
     """Raises TablesChangedError where the run was made of other tables: its rows would be other users and items.
 
-    tables: the `fingerprint` of those that there are now.
+    tables, made_of: `digest` and `contents` of those that there are now.
     """
     there = read_run(workdir)
-    if there["tables"] != tables["tables"]:
-        told = "; ".join(changes(there.get("contents", {}), tables["contents"]))
+    if there["tables"] != tables:
+        told = "; ".join(changes(there.get("contents", {}), made_of or {}))
         raise TablesChangedError(
             f"the tables have changed since {workdir} was begun{f' ({told})' if told else ''}; train on them in a new "
             "workdir"
@@ -470,7 +468,7 @@ def check_tables(tables: Mapping[str, Any], workdir: Path) -> None:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """What `run.json` holds: config, and `fingerprint` of the tables. Raises ValueError where it is damaged."""
+    """What `run.json` holds: config, `digest` and `contents` of the tables. Raises ValueError where it is damaged."""
     found = _read_json(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())

@@ -11,14 +11,14 @@ from jaxtyping import Int64
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.arrow import pc
-from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.devices import computes, used
 from fused_rec.evaluate.ranking import Eligible, Scorer, item_sets, together
 from fused_rec.evaluate.rules import HELD, Refuse, Rule, apply
 from fused_rec.evaluate.suitability import Screened, screen
 from fused_rec.memory import require_memory
 from fused_rec.train.checkpoint import Checkpoints
-from fused_rec.train.loop import TABLES, check_tables, fingerprint, finished
+from fused_rec.train.loop import TABLES, check_tables, finished
 from fused_rec.train.measure import scorer
 from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
 from fused_rec.train.step import TrainState
@@ -66,7 +66,7 @@ def load(
     known = ("train", "valid") if config.train.refit and part != "valid" else ("train",)
     config = _placed(config, workdir, data_path, cache)
     dataset, parts_of = read(config)
-    check_tables(fingerprint(dataset), workdir)
+    check_tables(digest(dataset), workdir, contents(dataset))
     prepared = prepare(config, dataset, parts_of, known)
     state, _ = checkpoints.restore(step, like=fresh(config, prepared))
     return config, spoken(config, prepared, state), state

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from fused_rec.config import Config, to_dict
-from fused_rec.data.dataset import Dataset
+from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
 from fused_rec.devices import computes
@@ -135,7 +135,7 @@ def _study(
     untrained = [name for name in kept if name in BASELINES]
     left = len(learned) * len(seeds) + len(untrained)
     outcomes = _Outcomes(f"{dataset.name}, {parts_of.kind} split", out, left, trials, skipped)
-    tables = loop.fingerprint(dataset)
+    tables = digest(dataset), contents(dataset)
     for name in untrained:
         _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
     for name, of_variant in learned.items():
@@ -167,7 +167,7 @@ def _study(
         for seed in seeds:
             with outcomes.run(name, seed) as folder:
                 if (folder / loop.RESULTS).exists():
-                    loop.finished_results(_seeded(of_variant, seed), tables, folder)
+                    loop.finished_results(_seeded(of_variant, seed), *tables, folder)
                 else:
                     loop.train(_seeded(of_variant, seed), folder)
 
@@ -229,7 +229,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
     seconds = time.monotonic() - began
     valid = measure(alone, score if seen is alone else baseline(name, alone, settings), "valid")
     per_user = measure_users(seen, score, "test")
-    loop.claim(config, loop.fingerprint(seen.dataset), folder)
+    loop.claim(config, digest(seen.dataset), folder, contents(seen.dataset))
     loop.write_users(folder / loop.TEST_USERS, per_user)
     results = {
         "dataset": seen.dataset.name,
@@ -275,9 +275,9 @@ def _seeded(config: Config, seed: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
-def _check_folder(folder: Path, config: Config | None, tables: Mapping[str, Any]) -> None:
+def _check_folder(folder: Path, config: Config | None, tables: tuple[str, Mapping[str, Any]]) -> None:
     if (folder / loop.RUN).exists():
-        loop.check_tables(tables, folder)
+        loop.check_tables(tables[0], folder, tables[1])
         if config is not None:
             loop.check_config(config, folder)
 

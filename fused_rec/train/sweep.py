@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fused_rec.config import Config, from_dict, to_dict
+from fused_rec.data.dataset import contents, digest
 from fused_rec.devices import computes
 from fused_rec.evaluate import plots
 from fused_rec.train import interrupt
@@ -31,7 +32,6 @@ from fused_rec.train.loop import (
     NonFiniteLossError,
     check_config,
     claim,
-    fingerprint,
     fit,
     write_json,
 )
@@ -87,12 +87,12 @@ def sweep(config: Config, folder: str | Path, trials: int) -> Config:
     folder = Path(folder)
     check_config(config, folder)
     dataset, parts_of = read(config)
-    tables = fingerprint(dataset)
+    tables, made_of = digest(dataset), contents(dataset)
     if begun := (folder / RUN).exists():  # told before texts are encoded, and of a sweep that is over too
-        claim(config, tables, folder)
+        claim(config, tables, folder, made_of)
     if not begun or not (folder / JOURNAL).exists() or len(over(open_study(folder))) < trials:
         prepared = prepare(config, dataset, parts_of)
-        claim(config, tables, folder)
+        claim(config, tables, folder, made_of)
         work(config, prepared, folder, trials)
     return write_best(config, folder)
 
