@@ -304,9 +304,7 @@ def test_attributes_that_connect_nothing_are_refused_or_logged(caplog):
     def check(values):
         check_relations(pa.table({"isin": values}), TIES, GraphConfig(attributes=("isin",)))
 
-    with pytest.raises(
-        ValueError, match="'isin', whose 1,001 distinct values for 1,001 items would .* connect nothing"
-    ):
+    with pytest.raises(ValueError, match="'isin', whose 1,001 distinct values for 1,001 items would .* nothing"):
         check([f"x{number}" for number in range(1001)] + [None])
     with pytest.raises(ValueError, match="1,001 distinct values"):
         check(list(range(1001)))
@@ -321,7 +319,7 @@ def test_attributes_that_connect_nothing_are_refused_or_logged(caplog):
 
 
 def test_continuous_attributes_are_refused():
-    for values in (pa.array([0.5, 1.5]), pa.array([1, 2]).cast(pa.decimal128(21, 2))):
+    for values in (pa.array([0.5, 1.5]), pa.array([1, 2]).cast(pa.decimal128(30, 2))):
         with pytest.raises(ValueError, match="'price', which is continuous"):
             check_relations(pa.table({"price": values}), TIES, GraphConfig(attributes=("price",)))
 

@@ -177,6 +177,64 @@ def test_a_comparison_leaves_out_what_does_not_fit(tmp_path):
     assert not report["failures"]
 
 
+@LINUX
+def test_other_steps_are_refused_before_they_begin():
+    """What each says stands in the order of the calls; none of them takes memory that it has not got."""
+    said = limited(
+        """
+        import numpy as np
+        from fused_rec.config import Config, ModelConfig
+        from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
+        from fused_rec.evaluate import ranking
+        from fused_rec.evaluate.compare import paired_bootstrap
+        from fused_rec.graph.build import HELD_BY, HOLDS, both_ways, nearest_texts
+        from fused_rec.graph.hetero import hetero_graph
+        from fused_rec.train.footprint import require_embedding, require_step
+        from fused_rec.train.serve import require_table
+        from fused_rec.train.step import Task
+        import pyarrow as pa
+        import jax.numpy as jnp
+
+        def refused(call):
+            began = time.monotonic()
+            try:
+                call()
+            except InsufficientMemoryError as error:
+                print(error)
+            assert time.monotonic() - began < 2
+
+        counts = {"user": 400_000, "item": 100_000}
+        one = np.zeros(1, np.int64)
+        graph = hetero_graph(counts, both_ways(HOLDS, HELD_BY, one, one, counts), np.zeros((500_000, 1), np.float32))
+        task = Task(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
+        config = Config(model=ModelConfig(variant="graph", dim=1024))
+        words = np.broadcast_to(np.float32(1), (3_000_000, 2))
+        nobody = ranking.item_sets(one[:0], one[:0], 3_000_000)
+        scorer = jax.tree_util.Partial(lambda users: jnp.zeros((len(users), 10)))
+        ids = pa.table({"user_id": ["u"] * 10, "item_id": ["i"] * 10})
+        data = Dataset("x", ids, pa.table({"item_id": [str(n) for n in range(1000)]}), ids, empty_reviews(), empty_ties())
+        limit(1_500_000_000)
+        refused(lambda: require_step(config, task))
+        refused(lambda: require_embedding(config, task))
+        refused(lambda: nearest_texts(words, 100))
+        refused(lambda: ranking.top_k(scorer, np.arange(3_000_000), seen=nobody, n_items=10, k=100))
+        refused(lambda: ranking.top_k(scorer, np.arange(3), seen=nobody, n_items=100_000_000, k=1, batch=16))
+        refused(lambda: paired_bootstrap(*[np.broadcast_to(np.float32(1), (20, 3_000_000))] * 2))
+        refused(lambda: require_table(data, 10_000_000, 1000))
+        """
+    ).splitlines()
+    begin = (
+        "training over 500,000 nodes with 1024",
+        "the vectors of 400,000 users",
+        "graph.similar_text, 100 neighbours",
+    )
+    begin += ("what is kept of the rankings of 3,000,000 users", "a ranking of 100,000,000 items for 3 users at a time")
+    begin += ("a bootstrap of 40 runs over 3,000,000 users", "a table of 1,000 products for 10,000,000 customers")
+    assert len(said) == len(begin), said
+    for line, first in zip(said, begin, strict=True):
+        assert line.startswith(first) and " are available; " in line, line
+
+
 def test_blocks_of_neighbours_change_nothing(monkeypatch):
     from fused_rec.model import baselines
 

@@ -71,7 +71,7 @@ def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> Non
 
     Raises:
       ValueError: more than `MOST_RELATIONS` attributes or kinds of ties; an attribute that is no column of the items,
-        names nodes that there are already, is continuous, or has more than `MANY_VALUES` values, no two items of which
+        names nodes that there are already, is continuous, or has more than `MANY_VALUES` values of which no two items
         share one.
     """
     kinds = ties.column("kind").unique()

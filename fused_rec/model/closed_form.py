@@ -144,6 +144,7 @@ def gf_cf(seen: Seen, *, rank: int, alpha: float) -> Partial:
     )
     low_pass = _right_singular(normal, rank)
     left, right = (alpha / of_item)[:, None] * low_pass, (low_pass * of_item[:, None]).T
+    rows: Any  # SciPy's annotations take a slice of rows for None
     rows, linear = (history, normal.T) if seen.n_users < seen.n_items else (normal.T.tocsr(), None)
     dense = np.empty((rows.shape[0], seen.n_items), np.float32)
     for block in _blocks(*dense.shape):  # of float64, which as a whole would take twice as much and more
@@ -246,8 +247,8 @@ def _drawn(
     return dense
 
 
-def _regularised_inverse(rows: scipy.sparse.csr_array, l2: float) -> Float32[np.ndarray, "n n"]:
-    """(rows @ rows' + l2 I)^-1, in the memory of the one matrix."""
+def _regularised_inverse(rows: Any, l2: float) -> Float32[np.ndarray, "n n"]:
+    """(rows @ rows' + l2 I)^-1 of a sparse matrix, in the memory of the one dense matrix."""
     n, columns = rows.shape[0], rows.T.tocsr()
     matrix = np.empty((n, n), np.float32, order="F")
     for block in _blocks(n, n):  # as a whole, the sparse product may take three times as much as the matrix
