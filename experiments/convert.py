@@ -7,12 +7,15 @@
 --data is any dataset that can be read (fused_rec/data/readers.py). What the other layout has no room for is counted.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from experiments import start
 from fused_rec.config import DataConfig
 from fused_rec.data.readers import READERS, load
 from fused_rec.data.writers import LAYOUTS, save_dataset
+from fused_rec.storage import check_new
 
 DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
 PATH = flags.DEFINE_string("path", "", "Its folder; without this flag its own under $FUSED_REC_DATA.")
@@ -24,6 +27,7 @@ CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many intera
 
 def main(argv: list[str]) -> None:
     """Reads, writes, tells what was mended and what found no room."""
+    check_new(Path(OUT.value))
     dataset = load(DataConfig(DATA.value, PATH.value, REPAIR.value, CORE.value))
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")

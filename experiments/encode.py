@@ -20,13 +20,13 @@ from fused_rec.config import TextConfig
 from fused_rec.text.cache import purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
-from fused_rec.text.vectors import read_lines, save_vectors
+from fused_rec.text.vectors import check_name, read_lines, save_vectors
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
 INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write, .safetensors.")
 CACHE = flags.DEFINE_string("cache", DEFAULTS.cache, "Folder that keeps vectors between runs; empty = none.")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
         return
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
+    check_name(Path(OUTPUT.value))
     texts = read_lines(Path(INPUT.value))
     model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
     began = time.perf_counter()

@@ -23,6 +23,7 @@ from fused_rec.explain.ledger import ledger
 from fused_rec.explain.reasons import record
 from fused_rec.explain.report import page
 from fused_rec.explain.without import Change, effect
+from fused_rec.storage import write_file
 from fused_rec.text.embed import embed
 from fused_rec.text.pretrained import open_model
 from fused_rec.train import hub, serve
@@ -36,7 +37,6 @@ from fused_rec.train.serve import eligible, model_digest, user_rows
 from fused_rec.train.step import TrainState
 from fused_rec.train.study import study
 from fused_rec.train.variants import VARIANTS
-from fused_rec.train.workdir import write_file
 
 TABLES = "tables"  # in the workdir of a run: the tables that it was given in memory
 

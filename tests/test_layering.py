@@ -17,6 +17,7 @@ PACKAGE = "fused_rec"
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
 LAYERS = (
     "config",
+    "storage",
     "devices",
     "kernels",
     "hosts",
@@ -32,6 +33,7 @@ LAYERS = (
 
 # The only places that touch files, the network, other processes or the terminal.
 IO_ALLOWED = (
+    "storage.py",  # the one place where files and folders are written beside their targets and renamed
     "data/files.py",
     "data/download.py",
     "data/fetch.py",
@@ -46,7 +48,6 @@ IO_ALLOWED = (
     "train/hub.py",  # writes the folder of an exported run
     "train/interrupt.py",  # says that a signal was heard
     "train/loop.py",
-    "train/study.py",  # writes the report of the runs that train/loop.py left
     "train/sweep.py",
     "train/workdir.py",
 )

@@ -35,6 +35,7 @@ from fused_rec.data.batches import Batch, Holdings, batch, holdings, steps_per_e
 from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.splits import Split
 from fused_rec.evaluate.ranking import PerUser, mean
+from fused_rec.storage import write_file
 from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
@@ -44,7 +45,7 @@ from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, fresh, prepare, read, spoken
 from fused_rec.train.step import TrainState
-from fused_rec.train.workdir import owned, write_file
+from fused_rec.train.workdir import owned
 
 LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_USERS, CARD = "run.json", "results.json", "test_users.npz", "README.md"
