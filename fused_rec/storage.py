@@ -26,23 +26,9 @@ class SaveError(OSError):
     """A file, folder or checkpoint could not be written; what was there before is as it was."""
 
 
-def write_file(file: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Writes all or nothing, and twice if need be.
-
-    Args:
-      file: in a folder that is there.
-      content: all of it.
-      mode: the permissions of a new file, before the umask of the process.
-
-    Raises:
-      SaveError: it cannot be written; `file` is as it was before.
-    """
-
-    def fill(partial: Path) -> None:
-        with open(partial, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
-            stream.write(content)
-
-    fill_file(file, fill, need=len(content))
+def write_file(file: Path, content: bytes) -> None:
+    """Writes all or nothing, and twice if need be. Raises SaveError where it cannot; `file` is as it was before."""
+    fill_file(file, lambda partial: partial.write_bytes(content), need=len(content))
 
 
 def write_figure(file: Path, figure: Any) -> None:
@@ -163,7 +149,6 @@ def _placed(target: Path, fill: Callable[[Path], T], kept: Callable[[], str], ne
             written = max(written, _size(partial))
             _remove(partial)
             raise
-        _flush(target.parent)  # the new name too has to outlive a power cut
         return result
 
     return persist(attempt, target, kept, errors=OSError, need=lambda: written)

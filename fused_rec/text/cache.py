@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import stat
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,12 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float32, UInt8
 
-from fused_rec.storage import PARTIAL, write_file
-
 KEY_BYTES = 32
 DAMAGED = ".damaged"
 TOP = "text_vectors"
 SHARD_BYTES = 1 << 31  # a larger file is none of ours: `embed` writes some 65,536 vectors a shard
 _FOLDER = re.compile("[0-9a-f]{32}")  # of one model and its settings
-_FILE = re.compile(rf"[0-9a-f]{{32}}\.(safetensors|damaged|tmp)|\.[0-9a-f]{{32}}\.safetensors\.[0-9]+\{PARTIAL}")
+_FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +91,21 @@ def write_vectors(folder: Path, keys: UInt8[np.ndarray, "T 32"], vectors: Float3
         if stat.S_IMODE(private.stat().st_mode) != 0o700:
             private.chmod(0o700)
     checksum = _checksum(keys, vectors)
-    content = safetensors.numpy.save({"keys": keys, "vectors": vectors}, {"sha256": checksum})
-    write_file(folder / f"{checksum[:32]}.safetensors", content, mode=0o600)
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "xb", opener=_private) as file:
+            file.write(safetensors.numpy.save({"keys": keys, "vectors": vectors}, {"sha256": checksum}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / f"{checksum[:32]}.safetensors")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name too has to outlive a power cut
+    finally:
+        os.close(directory)
 
 
 def purge(cache: str | Path) -> tuple[int, int]:
@@ -129,6 +141,10 @@ def purge(cache: str | Path) -> tuple[int, int]:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _check_file(shard: Path) -> None:
