@@ -24,11 +24,18 @@ OUT = flags.DEFINE_string("out", None, "New folder; RecBole's files get its name
 REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
 CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
 
+DELIMITER = flags.DEFINE_string("delimiter", "", "Of your own tables as text; empty = found from the header.")
+ENCODING = flags.DEFINE_string("encoding", "", "Of own tables that are not UTF-8, such as cp1252.")
+
 
 def main(argv: list[str]) -> None:
     """Reads, writes, tells what was mended and what found no room."""
     check_new(Path(OUT.value))
-    dataset = load(DataConfig(DATA.value, PATH.value, REPAIR.value, CORE.value))
+    dataset = load(
+        DataConfig(
+            *(DATA.value, PATH.value, REPAIR.value, CORE.value), delimiter=DELIMITER.value, encoding=ENCODING.value
+        )
+    )
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")
     for what, count in dataset.repairs.items():

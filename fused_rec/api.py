@@ -77,21 +77,25 @@ def load_dataset(
     path: str | os.PathLike[str] = "",
     repair: bool = False,
     core: int = 1,
+    delimiter: str = "",
+    encoding: str = "",
 ) -> Dataset:
     """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
 
-    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core: as in `DataConfig`.
+    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, and for your
+    own tables delimiter and encoding: as in `DataConfig`.
 
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
+    settings = {"repair": repair, "core": core, "delimiter": delimiter, "encoding": encoding}
     if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, os.fspath(path), repair, core))
+        return readers.load(DataConfig(source, os.fspath(path), **settings))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
             f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
         )
-    return readers.load(DataConfig("tables", os.fspath(source), repair, core))
+    return readers.load(DataConfig("tables", os.fspath(source), **settings))
 
 
 def encode(

@@ -5,6 +5,7 @@ would leave it, so that every check runs and one report names every fault.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -144,7 +145,13 @@ def check_values(table: pa.Table, report: Report) -> pa.Table:
     numbers, readable = _as_numbers(given)
     remedy = "give finite numbers, with a point for decimals, or leave the cell empty"
     unreadable = flags(pc.is_valid(given)) & ~readable
-    report.add("unreadable value", table, unreadable, lambda r: f"value {_shown(given, r)!r} is not a number", remedy)
+    report.add(
+        "unreadable value",
+        table,
+        unreadable,
+        lambda r: f"value {_shown(given, r)!r} is not a number{_comma(_shown(given, r))}",
+        remedy,
+    )
     with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and is reported as that
         values = numbers.astype(np.float32)
     infinite = readable & ~np.isfinite(values)
@@ -233,6 +240,10 @@ def _is_id(kind: pa.DataType) -> bool:
 
 def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+
+
+def _comma(value: str) -> str:
+    return " (a decimal comma?)" if re.fullmatch(r"\s*[+-]?[0-9]*,[0-9]+\s*", value) else ""
 
 
 def _as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, Bool[np.ndarray, "R"]]:

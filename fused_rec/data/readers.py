@@ -24,15 +24,16 @@ from fused_rec.data.tables import read_tables
 class Reader:
     """How a named dataset is read. folder: its place under $FUSED_REC_DATA; download: its name there, if it has one."""
 
-    read: Callable[[Path, bool], Dataset] | None  # None: generated
+    read: Callable[..., Dataset] | None  # of a path and `repair`, with texts as given of own tables; None: generated
     folder: str
     description: str
     download: str = ""
 
 
+TABLES = "tables"
 READERS: dict[str, Reader] = {
     "synthetic": Reader(None, "", "a seeded market of made-up products, reviews and referrals; needs no files"),
-    "tables": Reader(lambda path, repair: read_tables(path, repair=repair), "", "your own CSV or Parquet tables"),
+    TABLES: Reader(lambda path, repair, **given: read_tables(path, repair=repair, **given), "", "your own tables"),
     "lastfm": Reader(lastfm, "lastfm", "Last.fm listens, tags and friends (HetRec 2011)", "lastfm"),
     "lastfm_sociallgn": Reader(lastfm_sociallgn, "lastfm", "Last.fm in the SocialLGN split", "lastfm_sociallgn"),
     "lastfm_lightgcn": Reader(lastfm_lightgcn, "lastfm", "Last.fm in the LightGCN split", "lastfm_lightgcn"),
@@ -55,6 +56,10 @@ def load(config: DataConfig) -> Dataset:
     if config.name not in READERS:
         raise ValueError(f"data.name is {config.name!r}; it must be one of {', '.join(READERS)}")
     reader = READERS[config.name]
+    given = {name: value for name in ("delimiter", "encoding") if (value := getattr(config, name))}
+    if given and config.name != TABLES:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"data.{name} is {value!r}, but {config.name!r} has a format of its own; leave it empty")
     if reader.read is None:
         from fused_rec.data.synthetic import make_market
 
@@ -62,7 +67,7 @@ def load(config: DataConfig) -> Dataset:
             raise ValueError(f"data.path is {config.path!r}, but {config.name!r} is generated and reads no files")
         dataset = make_market(config.seed)
     else:
-        dataset = reader.read(_folder(config, reader), config.repair)
+        dataset = reader.read(_folder(config, reader), config.repair, **given)
     return k_core(dataset, config.core) if config.core > 1 else dataset
 
 
