@@ -71,6 +71,16 @@ def test_a_table_of_one_column_needs_no_delimiter(tmp_path):
     assert read_tables(tmp_path).repairs == {}
 
 
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_empty_lines_before_the_header(tmp_path, delimiter):
+    held = "\n\r\nuser_id,item_id\n007,x\nb,y\n".replace(",", delimiter)
+    assert read_tables(write(tmp_path, held.encode())).users["user_id"].to_pylist() == ["007", "b"]
+
+
+def test_a_header_with_other_names_is_shown_as_its_delimiter_divides_it(tmp_path):
+    assert "column user_id is missing (there: User_ID, Item_ID)" in refused(write(tmp_path, b"User_ID;Item_ID\na;b\n"))
+
+
 def test_a_delimiter_that_is_named(tmp_path):
     write(tmp_path, HELD.replace(",", "^").encode())
     assert "header 'user_id^item_id^value' is one cell" in refused(tmp_path)

@@ -95,9 +95,9 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
     if file.suffixes[:1] and ".tsv" in file.name.lower():  # where two do as well
         cells = {"\t": cells["\t"], **cells}
 
-    def fit(candidate: str) -> tuple[bool, int]:
-        there = set(cells[candidate])
-        return there >= set(required), len(there & {*required, *known})
+    def fit(candidate: str) -> tuple[bool, int, int]:
+        there = set(cells[candidate])  # without the columns that are due it is refused, and shows them best like this
+        return there >= set(required), len(there & {*required, *known}), len(there)
 
     best = max(cells, key=fit)
     [first, *more] = cells[best] or [""]
@@ -109,7 +109,7 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
 
 def _cells(head: str, delimiter: str) -> list[str]:
     try:
-        return next(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter), [])
+        return next(filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), [])  # as Arrow does
     except (csv.Error, TypeError, ValueError):  # a delimiter that Python refuses, or a header that it cannot take apart
         return []
 

@@ -347,7 +347,8 @@ def _shown(value: Any) -> str:
 def _header(file: Path, dialect: Dialect, quoted: bool) -> tuple[str, ...]:
     with open_text(file, dialect) as lines:
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        return tuple(next(csv.reader(lines, delimiter=dialect.delimiter, quoting=style), ()))
+        rows = csv.reader(lines, delimiter=dialect.delimiter, quoting=style)
+        return tuple(next(filter(None, rows), ()))  # Arrow leaves out empty lines as well
 
 
 def _unclosed(file: Path, dialect: Dialect) -> Iterator[Problem]:
