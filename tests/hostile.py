@@ -383,10 +383,10 @@ TARGETS: dict[str, Target] = {
     "tables_text": Target(
         _tables_text,
         (
-            b"\xff"
+            b"\x83"  # cp1252, ^ and a repair
             + files(
                 "sep=\t\r\nuser_id\titem_id\tvalue\nü\ti\t1\nv\tj\t2\n".encode("utf-16"),
-                'item_id;name;price\ni;"Ö;ne";1,5\nj;;2\n'.encode(),
+                'item_id;name;price\ni;"Ö;ne";1.5\nj;;2\n'.encode(),
                 "user_id|age\nü|30\nv|\n".encode("cp1252"),
                 b"source_id^target_id\nv^v\n",
                 b'user_id,item_id,text\nv,j,"' + b"long " * 300_000 + b'"\n',

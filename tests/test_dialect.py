@@ -120,6 +120,8 @@ def test_lines_that_are_not_utf8_are_counted(tmp_path):
 def test_bytes_that_the_named_encoding_does_not_have(tmp_path):
     write(tmp_path, b"user_id,item_id\nJos\xe9,x\n\x81,y\n")
     assert "interactions.csv, row 3: not cp1252: b'\\x81,y\\n'." in refused(tmp_path, encoding="cp1252")
+    write(tmp_path, b"user_id,item_id\na,x\nb,y\n")
+    assert "interactions.csv: cannot be read: UTF-16 stream does not start" in refused(tmp_path, encoding="utf-16")
     write(tmp_path, HELD.encode("utf-16")[:-1])
     assert "interactions.csv: cannot be read: " in refused(tmp_path)
 

@@ -81,7 +81,7 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
 
     Raises:
       DataError: no delimiter divides the header.
-      OSError, EOFError, zlib.error: it cannot be read.
+      OSError, EOFError, zlib.error, UnicodeError: it cannot be read.
     """
     encoding = _encoding(file, encoding)
     with open_text(file, Dialect(",", encoding), "replace") as lines:  # wrong bytes are named by who reads it all

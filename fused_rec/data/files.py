@@ -75,7 +75,7 @@ def read_delimited(
         columns = names or _header(file, dialect, quoted)
         kinds = {name: ID if name in _CODED else pa.string() for name in (*columns, *needed)}
         table, torn = _rows(file, dialect, names, kinds, quoted, size)
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, MemoryError) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error, MemoryError) as error:
         faults = list(_undecodable(file, encoding)) if isinstance(error, UnicodeDecodeError | pa.ArrowException) else []
         raise DataError(faults or [_fault(file, error, "write it again or download it again")]) from error
     if quoted:
@@ -154,7 +154,7 @@ def read_cells(
     try:
         dialect = find_dialect(file, required, known, delimiter, encoding)
         table = read_delimited(file, dialect.delimiter, encoding=dialect.encoding, quoted=True, skip=dialect.skip)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # of UTF-16 without its mark, for one
         raise DataError([_fault(file, error, "write it again")]) from error
     except DataError as error:
         raise DataError(_with_encodings(error.problems)) from error
