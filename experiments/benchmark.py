@@ -26,6 +26,7 @@ from absl import flags
 from experiments import peers, start
 from experiments.peers import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
 from experiments.places import existing_folder, place, written_file_anywhere
+from fused_rec.storage import write_figure, write_file
 
 SUITES = ("train", "encode", "evaluate", "scale")
 DATA = {
@@ -434,7 +435,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     else:
         from fused_rec.evaluate import plots
 
-        plots.by_ratio(rows, rows[0]["hardware"]).savefig(file)
+        write_figure(file, plots.by_ratio(rows, rows[0]["hardware"]))
         print(f"figure: {file}")
 
 
@@ -449,7 +450,7 @@ def main(argv: list[str]) -> None:
     rows: list[dict[str, Any]] = []
     for row in suite(NAMES.value or DATA[SUITE.value]):
         rows.append(row)
-        out.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")  # what is there is kept
+        write_file(out, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())  # what is there is kept
     print(f"\n{shown(rows)}\n\nrows:   {out}")
     draw(rows, out.with_suffix(".png"))
 

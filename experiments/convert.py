@@ -14,6 +14,7 @@ from experiments.places import existing_folder, place, written_folder
 from fused_rec.config import DataConfig
 from fused_rec.data.readers import READERS, load
 from fused_rec.data.writers import LAYOUTS, save_dataset
+from fused_rec.storage import check_new
 
 DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
 PATH = place("path", existing_folder, "Its folder; without this flag its own under $FUSED_REC_DATA.")
@@ -23,11 +24,23 @@ REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the file
 CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
 MIN_VALUE = flags.DEFINE_float("min_value", None, "Rows whose value is below it are no interactions.")
 
+DELIMITER = flags.DEFINE_string("delimiter", "", "Of your own tables as text; empty = found from the header.")
+ENCODING = flags.DEFINE_string("encoding", "", "Of own tables that are not UTF-8, such as cp1252.")
+
 
 def main(argv: list[str]) -> None:
     """Reads, writes, prints what was mended, what is worth knowing and what found no room."""
-    path = str(PATH.value or "")
-    dataset = load(DataConfig(DATA.value, path, REPAIR.value, CORE.value, min_value=MIN_VALUE.value))
+    check_new(OUT.value)
+    config = DataConfig(
+        DATA.value,
+        str(PATH.value or ""),
+        REPAIR.value,
+        CORE.value,
+        min_value=MIN_VALUE.value,
+        delimiter=DELIMITER.value,
+        encoding=ENCODING.value,
+    )
+    dataset = load(config)
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")
     for what, count in dataset.repairs.items():

@@ -16,12 +16,12 @@ from fused_rec.evaluate.compare import table
 from fused_rec.evaluate.ranking import PerUser, mean
 from fused_rec.explain.facts import Customer, Facts, compared, passages, recommended, sample, sliced
 from fused_rec.explain.report import page
+from fused_rec.storage import write_file
 from fused_rec.train.card import counts
 from fused_rec.train.curves import read_curves
 from fused_rec.train.loop import TEST_USERS, read_results, read_run, read_users, train
 from fused_rec.train.measure import baseline, choose_settings, measure_users
 from fused_rec.train.serve import eligible, load, model_digest, user_rows
-from fused_rec.train.workdir import write_file
 
 WORKDIR = place("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}

@@ -22,13 +22,13 @@ from fused_rec.devices import check_devices
 from fused_rec.text.cache import open_cache, purge
 from fused_rec.text.embed import count_tokens, embed
 from fused_rec.text.pretrained import open_model
-from fused_rec.text.vectors import read_lines, save_vectors
+from fused_rec.text.vectors import check_name, read_lines, save_vectors
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
 INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = place("output", written_file_anywhere, "safetensors file to write.")
+OUTPUT = place("output", written_file_anywhere, "File to write, .safetensors.")
 CACHE = place(
     "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
 )
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         return
     if not INPUT.value or not OUTPUT.value:
         raise app.UsageError(f"flag --{OUTPUT.name if INPUT.value else INPUT.name} must have a value")
+    check_name(OUTPUT.value)
     source = Path(INPUT.value)
     if problem := existing_file(source):
         raise app.UsageError(f"flag --input={source}: {problem}")

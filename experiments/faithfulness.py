@@ -22,6 +22,7 @@ from experiments.places import cache_flag, data_path_flag, place, workdir_flag, 
 from fused_rec.evaluate.plots import by_share
 from fused_rec.explain.faithfulness import SHARES, curves, summary
 from fused_rec.explain.ledger import ledger, scores
+from fused_rec.storage import write_figure
 from fused_rec.train.loop import write_json
 from fused_rec.train.serve import load
 
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         print('the figure needs Matplotlib: pip install -e ".[plots]", then the same again')
         return
     figure = out.with_suffix(".png")
-    by_share(report).savefig(figure)
+    write_figure(figure, by_share(report))
     print(f"figure:  {figure}")
 
 

@@ -35,6 +35,7 @@ from fused_rec.data.spreadsheet import exact
 from fused_rec.evaluate.suitability import account
 from fused_rec.explain.ledger import Ledger, ledger
 from fused_rec.explain.reasons import record
+from fused_rec.storage import fill_file
 from fused_rec.train.export import WRITERS, export, read_rules
 from fused_rec.train.loop import read_run
 from fused_rec.train.measure import scorer
@@ -69,12 +70,12 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
 def write_reasons(book: Ledger, dataset: Dataset, out: Path, rows: int) -> Path:
     """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
     file = out.with_name(REASONS)
-    partial = file.with_name(f".{file.name}.partial")
     ids = {
         name: table.column(name).combine_chunks()
         for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
     }
-    try:
+
+    def fill(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as stream, tqdm(total=rows, desc="explain", unit="row") as bar:
             for table in read_ranked(out):
                 user, item = (
@@ -85,10 +86,8 @@ def write_reasons(book: Ledger, dataset: Dataset, out: Path, rows: int) -> Path:
                     for row in record(book, dataset, int(user[start]), item[start:end].tolist()):
                         stream.write(json.dumps(row, ensure_ascii=True) + "\n")
                     bar.update(int(end - start))
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+    fill_file(file, fill)
     return file
 
 

@@ -24,6 +24,7 @@ from fused_rec.explain.ledger import ledger
 from fused_rec.explain.reasons import record
 from fused_rec.explain.report import page
 from fused_rec.explain.without import Change, effect
+from fused_rec.storage import write_file
 from fused_rec.text.embed import embed
 from fused_rec.text.pretrained import open_model
 from fused_rec.train import hub, serve
@@ -37,7 +38,6 @@ from fused_rec.train.serve import SCHEMA, as_texts, eligible, model_digest, user
 from fused_rec.train.step import TrainState
 from fused_rec.train.study import study
 from fused_rec.train.variants import VARIANTS
-from fused_rec.train.workdir import write_file
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -88,22 +88,26 @@ def load_dataset(
     repair: bool = False,
     core: int = 1,
     min_value: int | float | None = None,
+    delimiter: str = "",
+    encoding: str = "",
 ) -> Dataset:
     """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
 
-    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, min_value: as in `DataConfig`.
+    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, min_value, and for your own
+    tables delimiter and encoding: as in `DataConfig`.
 
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
-    least = None if min_value is None else float(min_value)
+    settings: dict[str, Any] = {"repair": repair, "core": core, "delimiter": delimiter, "encoding": encoding}
+    settings["min_value"] = None if min_value is None else float(min_value)
     if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, os.fspath(path), repair, core, min_value=least))
+        return readers.load(DataConfig(source, os.fspath(path), **settings))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
             f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
         )
-    return readers.load(DataConfig("tables", os.fspath(source), repair, core, min_value=least))
+    return readers.load(DataConfig("tables", os.fspath(source), **settings))
 
 
 @computes

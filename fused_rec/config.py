@@ -1,5 +1,6 @@
 """Every setting and its default, once. Frozen, validated on construction, to and from JSON."""
 
+import codecs
 import dataclasses
 import math
 import re
@@ -54,6 +55,13 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _is_encoding(name: str) -> bool:
+    try:
+        return not name or codecs.lookup(name).incrementaldecoder is not None and b"a".decode(name) is not None
+    except (LookupError, ValueError):
+        return name.lower().startswith(("utf", "u1", "u3"))  # of two or four bytes a character
+
+
 def _shown(value: object) -> str:
     return repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}..."
 
@@ -68,11 +76,16 @@ class DataConfig:
     core: int = 1  # keep users and items with at least this many interactions, repeated until stable
     seed: int = 0  # of the synthetic market
     min_value: float | None = None  # rows whose `value` is below it are no interactions; None = all are
+    delimiter: str = ""  # of your own tables as text; empty = comma, semicolon, tab or pipe, found from the header
+    encoding: str = ""  # of those that are not UTF-8 and do not say theirs: cp1252 in Western Europe's Windows
 
     def __post_init__(self):
         _require_sane("data", self)
         fits = self.min_value is None or not math.isnan(self.min_value)
         _require(fits, "data.min_value", self.min_value, "a number, or None")
+        fits = re.fullmatch(r'(?a:[^\w"\r\n\x80-\U0010ffff])?', self.delimiter) is not None
+        _require(fits, "data.delimiter", self.delimiter, "empty or one ASCII character, no letter, digit or quote")
+        _require(_is_encoding(self.encoding), "data.encoding", self.encoding, "empty or an encoding, such as cp1252")
         _require(self.core >= 1, "data.core", self.core, "at least 1")
         _require(self.seed >= 0, "data.seed", self.seed, "0 or more")
 

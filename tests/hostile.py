@@ -74,7 +74,7 @@ def _lay_out(folder: Path, data: bytes, names: tuple[str, ...]) -> None:
     """The parts of the input as files; one that is missing or empty is not written, one named *.gz is packed."""
     for name, part in zip(names, data.split(BETWEEN), strict=False):
         if part:
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(gzip.compress(part, 1) if name.endswith(".gz") else part)
 
 
@@ -84,6 +84,23 @@ def _folder_of(names: tuple[str, ...], reader: Callable[[Path, bool], object]) -
         return reader(folder, data[:1] > b"\x80")
 
     return read
+
+
+TEXT_TABLES = ("interactions.tsv", "ITEMS.CSV", "users.txt", "ties.csv.gz", "reviews.csv")
+ENCODINGS = ("", "cp1252", "utf-16", "utf-7", "shift_jis")
+PARTS_OF_TABLES = (
+    *("interactions.csv/part-0.csv", "interactions.csv/part-1.csv.gz", "interactions.csv/part-2.CSV"),
+    *("items/sector=a%20b/0.csv", "items/sector=__HIVE_DEFAULT_PARTITION__/1.csv"),
+    *("users.parquet/part-0.snappy.parquet", "users.parquet/part-1.parquet"),
+)
+
+
+def _tables_text(folder: Path, data: bytes) -> object:
+    """The first byte chooses the settings; spreadsheets' formats, each file as it finds itself."""
+    _lay_out(folder, data[1:], TEXT_TABLES)
+    chosen = data[0] if data else 0
+    encoding, delimiter = ENCODINGS[chosen % len(ENCODINGS)], "^"[: chosen % 2]
+    return read_tables(folder, repair=chosen > 128, encoding=encoding, delimiter=delimiter)
 
 
 def _parquet(table: dict, **settings) -> bytes:
@@ -362,6 +379,36 @@ TARGETS: dict[str, Target] = {
         ),
         (DataError,),
         (*DELIMITED, b"user_id", b"row in the file", b"timestamp", b"text"),
+    ),
+    "tables_text": Target(
+        _tables_text,
+        (
+            b"\x83"  # cp1252, ^ and a repair
+            + files(
+                "sep=\t\r\nuser_id\titem_id\tvalue\nü\ti\t1\nv\tj\t2\n".encode("utf-16"),
+                'item_id;name;price\ni;"Ö;ne";1.5\nj;;2\n'.encode(),
+                "user_id|age\nü|30\nv|\n".encode("cp1252"),
+                b"source_id^target_id\nv^v\n",
+                b'user_id,item_id,text\nv,j,"' + b"long " * 300_000 + b'"\n',
+            ),
+            b"\1user_id;item_id\n1;2\n",
+        ),
+        (DataError,),
+        (*DELIMITED, b"sep=;\n", b"\xff\xfe", b"\0", b"user_id", b"item_id", b"^", b";", b"|", b"+AGE-", b"1,5"),
+    ),
+    "tables_parts": Target(
+        _folder_of(PARTS_OF_TABLES, lambda path, repair: read_tables(path, repair=repair)),
+        (
+            b"\xff"
+            + files(
+                *(b"user_id,item_id\nu,i\n", b"item_id,user_id\nj,v\n", b"user_id;item_id\nw;i\n"),
+                *(b"item_id,price\ni,1\n", b"item_id,price\nj,2.5\n"),
+                _parquet({"user_id": ["u", "v"], "age": [30, None]}),
+                _parquet({"user_id": ["w"], "age": [1.5]}, compression="none"),
+            ),
+        ),
+        (DataError,),
+        (*DELIMITED, b"user_id", b"item_id", b"sector", b"PAR1"),
     ),
     "tables_parquet": Target(
         _tables_parquet,

@@ -21,8 +21,8 @@ import pytest
 from campaigns import corrupt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fused_rec.storage import SaveError
 from fused_rec.train.checkpoint import MANIFEST, RECORD, CheckpointError, Checkpoints
-from fused_rec.train.workdir import SaveError
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,12 +21,13 @@ from market import write_tables
 from fused_rec.config import Config, DataConfig, ModelConfig, TrainConfig
 from fused_rec.data.synthetic import make_market
 from fused_rec.evaluate.rules import parse
+from fused_rec.storage import SaveError
 from fused_rec.train import export as exporting
 from fused_rec.train.export import export, read_rules
 from fused_rec.train.interrupt import Stopped, handled
 from fused_rec.train.loop import train
 from fused_rec.train.serve import SCHEMA, eligible
-from fused_rec.train.workdir import BusyError, SaveError, owned
+from fused_rec.train.workdir import BusyError, owned
 
 PARTS = 4
 MADE_OF = {"model": "m", "k": 2}

@@ -14,11 +14,12 @@ import pytest
 
 from fused_rec.config import Config
 from fused_rec.evaluate.ranking import PerUser
+from fused_rec.storage import SaveError, persist, write_file
 from fused_rec.train import workdir
 from fused_rec.train.checkpoint import Checkpoints
 from fused_rec.train.curves import Curves
 from fused_rec.train.loop import claim, write_json, write_users
-from fused_rec.train.workdir import LOCK, BusyError, SaveError, owned, persist, write_file
+from fused_rec.train.workdir import LOCK, BusyError, owned
 
 HOLDER = """
 import sys, time
@@ -121,20 +122,6 @@ def test_what_fails_once_is_tried_again_and_seen(tmp_path, caplog):
     assert "could not be written, and is tried once more: first" in caplog.text
 
 
-@pytest.fixture
-def full_disk(tmp_path):
-    """A file system of 2 MB of which 0.1 MB are free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
 def fill(folder: Path, left: int = 0) -> Path:
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize
     (folder / "filler").write_bytes(bytes(max(free - left, 0)))
@@ -206,7 +193,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fused_rec.train.checkpoint import Checkpoints
-from fused_rec.train.workdir import SaveError, write_file
+from fused_rec.storage import SaveError, write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 checkpoints, big = Checkpoints(Path(sys.argv[1], "run")), Path(sys.argv[1], "big")
 small, large = {"x": np.arange(9)}, {"x": np.random.default_rng(0).normal(size=99_999)}

@@ -9,13 +9,13 @@ import dataclasses
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from absl import app, flags
 
 from fused_rec.data.fetch import DownloadError, digest, fetch, unpack, verify
+from fused_rec.storage import scratch
 
 LOG = logging.getLogger(__name__)
 
@@ -184,18 +184,18 @@ def _install(source: Source, out: Path) -> None:
     """The wanted members of an archive, all of them verified before the first is moved into place."""
     archive = out / PurePosixPath(source.url).name
     fetch(source.url, archive)
-    with tempfile.TemporaryDirectory(dir=out) as unpacked:
+    with scratch(archive) as unpacked:
         try:
-            unpack(archive, Path(unpacked))
+            unpack(archive, unpacked)
             for name, sha256 in source.members.items():
-                if not (Path(unpacked) / name).is_file():
+                if not (unpacked / name).is_file():
                     raise DownloadError(f"{archive.name} holds no {name}")
-                verify(Path(unpacked) / name, name, sha256)
+                verify(unpacked / name, name, sha256)
         finally:
             archive.unlink()
         for name in source.members:
             (out / source.path / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(unpacked) / name, out / source.path / name)
+            os.replace(unpacked / name, out / source.path / name)
 
 
 def main(argv: list[str]) -> None:

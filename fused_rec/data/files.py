@@ -2,10 +2,11 @@
 
 import codecs
 import csv
-import gzip
+import dataclasses
+import itertools
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxtyping import Int64
 from fused_rec.data.arrow import ID, flags, pc
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Problem
+from fused_rec.data.dialect import UTF8, Dialect, find_dialect, open_bytes, open_text
+from fused_rec.data.folder import Part, name_in
 from fused_rec.data.plain import plain_table
 from fused_rec.data.times import periods_as_times
 
@@ -25,6 +28,9 @@ _CODED = ("user_id", "item_id", "source_id", "target_id", "kind", "part")
 PACKED, UNPACKED = 100, 1 << 28  # times its size; bytes
 # A Parquet file can claim any number of rows in a few bytes; what a table is for takes more than one bit of each.
 ROWS_A_BYTE, ROWS = 8, 1 << 20
+ROW_BYTES = 1 << 28  # of a row of text; a block of so many is in memory at a time, and no more than one
+BLOCKS = (1 << 20, 1 << 24, ROW_BYTES)
+_SAVE = "save the file as UTF-8"
 JSON_ROWS = 65_536  # of JSON lines, held as Python's objects at a time
 
 
@@ -55,57 +61,28 @@ def read_delimited(
     *,
     names: tuple[str, ...] = (),
     needed: tuple[str, ...] = (),
-    encoding: str = "utf8",
+    encoding: str = UTF8,
     quoted: bool = False,
+    skip: int = 0,
 ) -> pa.Table:
     """A text file of rows, plain or .gz, every cell a string (ids as dictionaries of strings), an empty one null.
 
     names: the columns of a file without a header. needed: those that a header must name, each once. quoted: "..."
-    protects delimiters and line breaks. Raises DataError for other columns, rows of another width, bytes that are not
-    `encoding`, a file cut short and a .gz file that is a bomb.
+    protects delimiters and line breaks. skip: lines before the header, which is row 1 all the same. Raises DataError
+    for other columns, rows of another width or of more than `ROW_BYTES`, bytes that are not `encoding`, a file cut
+    short and a .gz file that is a bomb.
     """
-    import pyarrow.csv as pacsv
-
-    torn: list[Problem] = []
-    count = 0
-
-    def note(row: pacsv.InvalidRow) -> str:
-        nonlocal count
-        count += 1
-        if len(torn) < EXAMPLES:
-            found = f"{row.actual_columns} cells where {row.expected_columns} are due: {row.text[:60]!r}"
-            torn.append(Problem(file.name, row.number, found, "write the row again, cells with delimiters in quotes"))
-        return "skip"
-
+    dialect = Dialect(delimiter, encoding, skip)
     try:
-        _check_bytes(file, encoding)
-        columns = names or _header(file, delimiter, encoding, quoted)
-        table = pacsv.read_csv(
-            file,
-            # A single thread numbers the torn rows; 5 million rows take it about 3 seconds.
-            pacsv.ReadOptions(use_threads=False, column_names=names or None, encoding=encoding),
-            pacsv.ParseOptions(
-                delimiter=delimiter,
-                quote_char='"' if quoted else False,
-                newlines_in_values=quoted,
-                invalid_row_handler=note,
-            ),
-            pacsv.ConvertOptions(
-                column_types={name: ID if name in _CODED else pa.string() for name in (*columns, *needed)},
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            ),
-        )
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        faults = list(_not_utf8(file)) if encoding == "utf8" else []
+        size = _check_bytes(file, encoding)
+        columns = names or _header(file, dialect, quoted)
+        kinds = {name: ID if name in _CODED else pa.string() for name in (*columns, *needed)}
+        table, torn = _rows(file, dialect, names, kinds, quoted, size)
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error, MemoryError) as error:
+        faults = list(_undecodable(file, encoding)) if isinstance(error, UnicodeDecodeError | pa.ArrowException) else []
         raise DataError(faults or [_fault(file, error, "write it again or download it again")]) from error
-    if count > len(torn):
-        torn.append(
-            Problem(file.name, None, f"{count:,} rows of another width in all", "write them again", count - len(torn))
-        )
     if quoted:
-        torn += _unclosed(file)
+        torn += _unclosed(file, dialect)
     if torn:
         raise DataError(torn)
     there = table.column_names
@@ -113,6 +90,150 @@ def read_delimited(
         faults = [f"column {name} is there {there.count(name)} times (there: {', '.join(there)})" for name in wrong]
         raise DataError([Problem(file.name, None, fault, "write the header as its publisher does") for fault in faults])
     return table
+
+
+def _rows(
+    file: Path, dialect: Dialect, names: tuple[str, ...], kinds: Mapping[str, pa.DataType], quoted: bool, size: int
+) -> tuple[pa.Table, list[Problem]]:
+    """The rows and the faults of those of another width. size: bytes of the file, unpacked.
+
+    Arrow reads in blocks and takes no row that is longer than one; they grow as far as a row needs it, up to ROW_BYTES.
+    """
+    import pyarrow.csv as pacsv
+
+    for block in BLOCKS:
+        torn: list[Problem] = []
+        count = itertools.count(1)
+
+        def note(row: pacsv.InvalidRow, torn: list[Problem] = torn, count: Iterator[int] = count) -> str:
+            if next(count) <= EXAMPLES:
+                found = f"{row.actual_columns} cells where {row.expected_columns} are due: {row.text[:60]!r}"
+                number = row.number and row.number - dialect.skip
+                torn.append(Problem(file.name, number, found, "write the row again, cells with delimiters in quotes"))
+            return "skip"
+
+        try:
+            table = pacsv.read_csv(
+                pa.input_stream(file, compression="gzip" if file.suffix.lower() == ".gz" else None),
+                # A single thread numbers the torn rows; 5 million rows take it about 3 seconds.
+                pacsv.ReadOptions(
+                    use_threads=False,
+                    column_names=names or None,
+                    encoding=dialect.encoding,
+                    skip_rows=dialect.skip,
+                    block_size=min(block, max(2 * size, 1024)),  # UTF-16 may grow by half when it becomes UTF-8
+                ),
+                pacsv.ParseOptions(
+                    delimiter=dialect.delimiter,
+                    quote_char='"' if quoted else False,
+                    newlines_in_values=quoted,
+                    invalid_row_handler=note,
+                ),
+                pacsv.ConvertOptions(
+                    column_types=kinds, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            if "straddl" not in str(error):
+                raise
+            continue
+        if (total := next(count) - 1) > len(torn):
+            rest = total - len(torn)
+            torn.append(Problem(file.name, None, f"{total:,} rows of another width in all", "write them again", rest))
+        return table, torn
+    faults = list(_unclosed(file, dialect)) if quoted else []
+    message = f"a row takes more than {ROW_BYTES:,} bytes"
+    remedy = "shorten its texts, write the table as Parquet, or close the quote that swallows the rows after it"
+    raise DataError(faults or [Problem(file.name, None, message, remedy)])
+
+
+def read_cells(
+    file: Path, required: tuple[str, ...], known: tuple[str, ...], delimiter: str = "", encoding: str = ""
+) -> tuple[pa.Table, str]:
+    """A table as people write it, found out by `find_dialect`, and a note on it, empty where it is as expected.
+
+    Raises DataError as `read_delimited` does, for text that is in no encoding known here, and for columns of numbers
+    with decimal commas, which would be read as words.
+    """
+    try:
+        dialect = find_dialect(file, required, known, delimiter, encoding)
+        table = read_delimited(file, dialect.delimiter, encoding=dialect.encoding, quoted=True, skip=dialect.skip)
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # of UTF-16 without its mark, for one
+        raise DataError([_fault(file, error, "write it again")]) from error
+    except DataError as error:
+        raise DataError(_with_encodings(error.problems)) from error
+    if dialect.delimiter != ",":
+        columns = [
+            name for name in dict.fromkeys(table.column_names) if name not in (*required, *known, "name", "text")
+        ]
+        if faults := [fault for name in columns for fault in _decimal_commas(table, name, file.name)]:
+            raise DataError(faults)
+    return table, dialect.note(file.name)
+
+
+def _with_encodings(problems: Sequence[Problem]) -> list[Problem]:
+    named = f"{_SAVE}, or name its encoding: data.encoding=cp1252 is that of Windows in Western Europe"
+    return [dataclasses.replace(problem, remedy=named) if problem.remedy == _SAVE else problem for problem in problems]
+
+
+def _decimal_commas(table: pa.Table, name: str, file: str) -> Iterator[Problem]:
+    """The first cell of a column in which all are numbers, some with a comma."""
+    if table.column_names.count(name) > 1:
+        return
+    words = table[name].cast(pa.string())
+    number = pc.match_substring_regex(words, r"\A\s*[+-]?[0-9]+([. '\x{a0}\x{202f}][0-9]{3})*(,[0-9]+)?\s*\z")
+    comma = flags(pc.match_substring(words, ","))
+    if comma.any() and pc.all(number).as_py():
+        row = int(np.flatnonzero(comma)[0])
+        message = f"{name} {_shown(words[row].as_py())} has a decimal comma ({int(comma.sum()):,} rows in all)"
+        yield Problem(file, row + 2, message, "write numbers with a decimal point, as 1234.5")
+
+
+def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Table]) -> pa.Table:
+    """The parts of a folder as one table, in their order; the columns of its `column=value` folders are text.
+
+    Raises DataError where a part cannot be read, or has other columns or types than the first.
+    """
+    problems: list[Problem] = []
+    tables: list[pa.Table] = []
+    for part in parts:
+        name = name_in(table, part.file)
+        try:
+            rows = read(part.file)
+            for column, value in part.values.items():
+                rows = rows.append_column(column, pa.array([value] * len(rows), pa.string()))
+        except DataError as error:
+            problems += [dataclasses.replace(problem, file=name) for problem in error.problems]
+            continue
+        if fault := _unlike(rows, tables[0] if tables else rows, name_in(table, parts[0].file)):
+            problems.append(Problem(name, None, fault, "give all parts the same columns and types, each column once"))
+        else:
+            tables.append(rows.select(tables[0].column_names) if tables else rows)
+    if problems:
+        raise DataError(problems)
+    if any(rows.schema != tables[0].schema for rows in tables):  # dictionaries differ in the width of their indices
+        tables = [rows.cast(pa.schema([(field.name, _kind(field.type)) for field in rows.schema])) for rows in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _unlike(rows: pa.Table, first: pa.Table, name_of_first: str) -> str:
+    """What keeps a part from being one table with the first; empty where nothing does."""
+    names = rows.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        return f"has column {twice[0]} twice (there: {', '.join(names)})"
+    if set(names) != set(first.column_names):
+        return f"has the columns {', '.join(names)}, and not {', '.join(first.column_names)} as {name_of_first}"
+    for name in names:
+        one, other = (_kind(part.schema.field(name).type) for part in (first, rows))
+        try:
+            pa.unify_schemas([pa.schema([(name, one)]), pa.schema([(name, other)])], promote_options="permissive")
+        except pa.ArrowException:
+            return f"holds {other} values as {name}, and not {one} as {name_of_first}"
+    return ""
+
+
+def _kind(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def integers(rows: pa.Table, name: str, file: Path, *, header: bool = True) -> Int64[np.ndarray, "R"]:
@@ -151,7 +272,7 @@ def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
 
     try:
         _check_bytes(file)
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
+        with open_bytes(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -204,67 +325,78 @@ def read_lines(file: Path) -> Iterator[str]:
         raise DataError([_fault(file, error, "download it again")]) from error
 
 
-def _check_bytes(file: Path, encoding: str = "") -> None:
-    """Raises OSError where a .gz file is a bomb, and UnicodeDecodeError where a file that should be is not UTF-8.
+def _check_bytes(file: Path, encoding: str = "") -> int:
+    """The number of bytes, unpacked. Raises OSError for a .gz that is a bomb, UnicodeDecodeError for another encoding.
 
     Arrow reads on after a row that is of another width and not UTF-8 as well, and tells nobody.
     """
-    packed = file.suffix == ".gz"
+    packed = file.suffix.lower() == ".gz"
     held, limit = 0, max(UNPACKED, PACKED * file.stat().st_size)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with gzip.open(file) if packed else open(file, "rb") as source:
+    decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
+    with open_bytes(file) as source:
         while chunk := source.read(1 << 20):
             held += len(chunk)
             if packed and held > limit:
                 raise OSError(f"it unpacks to more than {limit:,} bytes, {PACKED} times its size or more")
-            if encoding == "utf8":
+            if decoder:
                 decoder.decode(chunk)
-        decoder.decode(b"", final=True)
+        if decoder:
+            decoder.decode(b"", final=True)
+    return held
 
 
 def _shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
 
 
-def _header(file: Path, delimiter: str, encoding: str, quoted: bool) -> tuple[str, ...]:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8-sig" if encoding == "utf8" else encoding, newline="") as lines:
+def _header(file: Path, dialect: Dialect, quoted: bool) -> tuple[str, ...]:
+    with open_text(file, dialect) as lines:
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        return tuple(next(csv.reader(lines, delimiter=delimiter, quoting=style), ()))
+        rows = csv.reader(lines, delimiter=dialect.delimiter, quoting=style)
+        return tuple(next(filter(None, rows), ()))  # Arrow leaves out empty lines as well
 
 
-def _unclosed(file: Path) -> Iterator[Problem]:
+def _unclosed(file: Path, dialect: Dialect) -> Iterator[Problem]:
     """A quote that the file ends in, which Arrow takes for closed: the file is cut short, or rows were swallowed."""
-    with open(file, "rb") as source:
+    with open_bytes(file) as source:
         if sum(chunk.count(b'"') for chunk in iter(lambda: source.read(1 << 20), b"")) % 2 == 0:
             return
-    with open(file, encoding="utf-8-sig", newline="") as lines:
+    with open_text(file, dialect) as lines:
         row = 1
         try:
-            for _ in csv.reader(lines, strict=True):
+            for _ in csv.reader(lines, delimiter=dialect.delimiter, strict=True):
                 row += 1
         except csv.Error as error:
             yield Problem(file.name, row, f"a quote is not closed as it should be ({error})", "write the file again")
 
 
-def _not_utf8(file: Path) -> Iterator[Problem]:
-    remedy = "save the file as UTF-8"
+def _undecodable(file: Path, encoding: str) -> Iterator[Problem]:
+    """The lines that are not `encoding`; none where lines cannot be told apart before they are decoded."""
+    shown = "UTF-8" if encoding == UTF8 else encoding
     count = 0
-    if file.is_file() and file.suffix != ".gz":
-        with open(file, "rb") as lines:
+    if not file.is_file() or encoding.startswith(("utf-16", "utf-32")):
+        return
+    try:
+        with open_bytes(file) as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    line.decode("utf-8")
+                    line.decode(encoding)
                 except UnicodeDecodeError as error:
                     count += 1
                     around = line[max(0, error.start - 20) : error.start + 20]
                     if count <= EXAMPLES:
-                        yield Problem(file.name, number, f"not UTF-8: {around!r}", remedy)
+                        yield Problem(file.name, number, f"not {shown}: {around!r}", _SAVE)
+    except (OSError, EOFError, zlib.error):  # a .gz that is broken as well, which is told elsewhere
+        return
     if count > EXAMPLES:
-        yield Problem(file.name, None, f"{count:,} lines are not UTF-8", remedy, count - EXAMPLES)
+        yield Problem(file.name, None, f"{count:,} lines are not {shown}", _SAVE, count - EXAMPLES)
 
 
 def _fault(file: Path, error: Exception, remedy: str) -> Problem:
+    if file.is_symlink() and not file.exists():
+        return Problem(
+            file.name, None, f"is a link to {file.readlink()}, which is not there", "mount or copy its target"
+        )
     if not file.is_file():
         there = sorted(other.name for other in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
         return Problem(file.name, None, f"no such file in {file.parent} (there: {there})", "add it or name its folder")

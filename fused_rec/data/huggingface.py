@@ -12,6 +12,7 @@ shards of a table, train before validation before test, with the header as row 1
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow as pa
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import read_parquet
+from fused_rec.data.folder import FORMATS
 from fused_rec.data.tables import COLUMNS, select
 from fused_rec.data.validate import Tables, assemble
 
@@ -35,7 +37,7 @@ def shard(split: str) -> str:
 def huggingface(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
     """The dataset in such a folder, checked as own tables are.
 
-    Raises DataError with every problem, among them a shard that is missing and a Parquet file that would go unread.
+    Raises DataError with every problem, among them a missing shard and a file of a table format that would go unread.
     """
     problems: list[Problem] = []
     tables: dict[str, pa.Table] = {}
@@ -44,8 +46,8 @@ def huggingface(path: Path, repair: bool, min_value: int | float | None = None) 
     folders = {name: path / name for name in COLUMNS if (path / name).is_dir()}
     if "interactions" not in folders:
         folders["interactions"] = path / "data"
-    for stray in sorted(file for file in path.rglob("*.parquet") if file.parent not in folders.values()):
-        remedy = f"put it into one of the folders {', '.join(COLUMNS)}, or take it out"
+    for stray in sorted(file for file in path.rglob("*") if _is_stray(file, folders.values())):
+        remedy = f"write it as Parquet into one of the folders {', '.join(COLUMNS)}, or take it out"
         problems.append(Problem(stray.relative_to(path).as_posix(), None, "would not be read", remedy))
     for name, folder in folders.items():
         files[name] = f"{folder.name}/*.parquet"
@@ -64,6 +66,12 @@ def huggingface(path: Path, repair: bool, min_value: int | float | None = None) 
         problems=problems,
         files=files,
     )
+
+
+def _is_stray(file: Path, folders: Collection[Path]) -> bool:
+    """Whether a file has the ending of a table format, and would not be read; hidden ones are caches and leftovers."""
+    table = not FORMATS.isdisjoint(file.name.lower().split(".")[1:]) and not file.name.startswith(".")
+    return table and file.is_file() and not (file.suffix == ".parquet" and file.parent in folders)
 
 
 def _read(name: str, folder: Path) -> pa.Table:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ class Reader:
     """How a named dataset is read.
 
     folder: its place under $FUSED_REC_DATA. download: its name there, if it has one. values: it may have a column
-    `value`, and takes `data.min_value` as a third argument.
+    `value`, and takes `data.min_value` by name; own tables take `data.delimiter` and `data.encoding` too.
     """
 
     read: Callable[..., Dataset] | None  # of the folder and data.repair; None: generated
@@ -38,13 +39,12 @@ class Reader:
 AMAZON = "amazon_musical_instruments"  # its folder, and its name as a download
 
 
-def _tables(path: Path, repair: bool, min_value: int | float | None) -> Dataset:
-    return read_tables(path, repair=repair, min_value=min_value)
-
-
+TABLES = "tables"
 READERS: dict[str, Reader] = {
     "synthetic": Reader(None, "", "a seeded market of made-up products, reviews and referrals; needs no files"),
-    "tables": Reader(_tables, "", "your own CSV or Parquet tables", values=True),
+    TABLES: Reader(
+        lambda path, repair, **given: read_tables(path, repair=repair, **given), "", "your own tables", values=True
+    ),
     "lastfm": Reader(lastfm, "lastfm", "Last.fm listens, tags and friends (HetRec 2011)", "lastfm"),
     "lastfm_sociallgn": Reader(lastfm_sociallgn, "lastfm", "Last.fm in the SocialLGN split", "lastfm_sociallgn"),
     "lastfm_lightgcn": Reader(lastfm_lightgcn, "lastfm", "Last.fm in the LightGCN split", "lastfm_lightgcn"),
@@ -73,9 +73,15 @@ def load(config: DataConfig) -> Dataset:
     if config.name not in READERS:
         raise ValueError(f"data.name is {config.name!r}; it must be one of {', '.join(READERS)}")
     reader = READERS[config.name]
+    given: dict[str, Any] = {n: value for n in ("delimiter", "encoding") if (value := getattr(config, n))}
     if config.min_value is not None and not reader.values:
         values = ", ".join(name for name, other in READERS.items() if other.values)
         raise ValueError(f"data.min_value is {config.min_value}; it can be given for {values}, not for {config.name!r}")
+    if given and config.name != TABLES:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"data.{name} is {value!r}, but {config.name!r} has a format of its own; leave it empty")
+    if reader.values:
+        given["min_value"] = config.min_value
     if reader.read is None:
         from fused_rec.data.synthetic import make_market
 
@@ -83,8 +89,7 @@ def load(config: DataConfig) -> Dataset:
             raise ValueError(f"data.path is {config.path!r}, but {config.name!r} is generated and reads no files")
         dataset = make_market(config.seed)
     else:
-        least = (config.min_value,) if reader.values else ()
-        dataset = reader.read(_folder(config, reader), config.repair, *least)
+        dataset = reader.read(_folder(config, reader), config.repair, **given)
     return k_core(dataset, config.core) if config.core > 1 else dataset
 
 

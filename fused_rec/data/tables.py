@@ -1,7 +1,14 @@
 """Your own tables -> Dataset: a folder of files, or tables in memory.
 
-The folder holds `interactions` and, where you have them, `items`, `users`, `ties` and `reviews`, each one file: Parquet
-(`items.parquet`) or CSV with a header, commas and UTF-8 (`items.csv`). Columns, those in brackets optional:
+The folder holds `interactions` and, where you have them, `items`, `users`, `ties` and `reviews`, each one file, Parquet
+(`items.parquet`, `.pq`) or text with a header (`items.csv`, `.tsv`, `.txt`, each also `.gz`), or a folder of such files
+(`items.parquet/part-0.parquet`, ...), which are one table. `folder` says which names are tables: whatever is named
+after one, or has the ending of a table format, is read or refused by name.
+
+Texts are UTF-8, or UTF-16 by its mark; cells are divided by comma, semicolon, tab or pipe, found from the header. The
+settings `delimiter` and `encoding` name others (`dialect`). A row of text may take 256 MiB.
+
+Columns, those in brackets optional:
 
   interactions  user_id, item_id [timestamp, value, text, part]   text: the user's own words about the item;
                                                                   part: train, valid or test of a published split
@@ -38,9 +45,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from fused_rec.config import DataConfig
 from fused_rec.data.arrow import replace
 from fused_rec.data.dataset import DataError, Dataset, Problem
-from fused_rec.data.files import read_delimited, read_parquet
+from fused_rec.data.files import join_parts, read_cells, read_parquet
+from fused_rec.data.folder import find_tables, is_parquet, parts_of
 from fused_rec.data.numbers import typed as typed_from_text
 from fused_rec.data.plain import plain_table
 from fused_rec.data.times import periods_as_times
@@ -60,28 +69,37 @@ _INDEX = re.compile("__index_level_[0-9]+__")  # what pandas calls an index with
 
 
 def read_tables(
-    path: str | os.PathLike[str], *, name: str = "tables", repair: bool = False, min_value: int | float | None = None
+    path: str | os.PathLike[str],
+    *,
+    name: str = "tables",
+    repair: bool = False,
+    min_value: int | float | None = None,
+    delimiter: str = "",
+    encoding: str = "",
 ) -> Dataset:
     """The dataset in folder `path`, checked.
 
     repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
     min_value: what `value` must reach for a row to be an interaction, as in `fused_rec.config.DataConfig`.
-    Raises DataError with every problem found in any of the files.
+    delimiter, encoding: of text files, as in `DataConfig`; how a file is read is noted where it is not as expected.
+
+    Raises DataError with every problem found in any of the files, and ValueError for settings out of their bounds.
     """
-    folder = Path(path)
+    DataConfig(delimiter=delimiter, encoding=encoding)
+    folder = Path(path).expanduser()
     tables: dict[str, pa.Table] = {}
     files: dict[str, str] = {}
     notes: dict[str, int] = {}
-    problems: list[Problem] = []
-    for file in _strays(folder):
-        remedy = f"name it {' or '.join(f'{table}.csv' for table in COLUMNS)} (or .parquet), or take it out"
-        problems.append(Problem(file.name, None, "is no table of the format and would not be read", remedy))
-    for table in COLUMNS:
+    found, problems = find_tables(folder, tuple(COLUMNS))
+    if "interactions" not in found and not any(fault.file.startswith("interactions") for fault in problems):
+        there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
+        message = f"{folder} holds no interactions.csv or interactions.parquet (there: {there})"
+        problems.append(Problem("interactions", None, message, "add one of them, or name the folder that has it"))
+    for table, file in found.items():
         try:
-            if file := _find(folder, table):
-                files[table] = file.name
-                read = read_parquet(file) if file.suffix == ".parquet" else read_delimited(file, ",", quoted=True)
-                tables[table] = select(read, table, file.name, notes, typed=file.suffix == ".parquet")
+            files[table] = file.name
+            read, typed = _read(table, file, notes, delimiter, encoding)
+            tables[table] = select(read, table, file.name, notes, typed=typed)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -164,24 +182,25 @@ def _fault(name: str, what: str, error: Exception) -> Problem:
     return Problem(name, None, f"{what}cannot be made an Arrow table: {error}", remedy)
 
 
-def _strays(folder: Path) -> list[Path]:
-    """Files that look like tables and would go unread: a misspelt or compressed table must not vanish in silence."""
-    known = {f"{table}{ending}" for table in COLUMNS for ending in (".csv", ".parquet")}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in files if {".csv", ".tsv", ".parquet"} & set(file.suffixes) and file.name not in known]
+def _read(table: str, path: Path, notes: dict[str, int], delimiter: str, encoding: str) -> tuple[pa.Table, bool]:
+    """The table as its file or folder holds it, and whether its columns have types.
 
+    notes: gets how its texts are written where that is not as expected, counted by files.
+    """
+    required, optional = COLUMNS[table]
 
-def _find(folder: Path, table: str) -> Path | None:
-    found = [file for file in (folder / f"{table}.csv", folder / f"{table}.parquet") if file.is_file()]
-    if len(found) == 2:
-        raise DataError(
-            [Problem(table, None, f"both {found[0].name} and {found[1].name} are there", "keep one of them")]
-        )
-    if not found and table == "interactions":
-        there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
-        message = f"{folder} holds no interactions.csv or interactions.parquet (there: {there})"
-        raise DataError([Problem(table, None, message, "add one of them, or name the folder that has it")])
-    return found[0] if found else None
+    def cells(file: Path) -> pa.Table:
+        read, note = read_cells(file, required, optional or ("name", "text"), delimiter, encoding)
+        if note:
+            note = note.replace(file.name, path.name, 1)
+            notes[note] = notes.get(note, 0) + 1
+        return read
+
+    if not path.is_dir():
+        return (read_parquet(path), True) if is_parquet(path) else (cells(path), False)
+    parts = parts_of(path)
+    typed = is_parquet(parts[0].file)
+    return join_parts(path, parts, read_parquet if typed else cells), typed
 
 
 def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from fused_rec.data.arrow import pc, replace
 from fused_rec.data.dataset import Dataset, column, printable
 from fused_rec.data.huggingface import ROW, SPLITS, shard
+from fused_rec.storage import fill_folder
 
 EXACT = 2**53  # integers up to here are 64-bit floats
 # What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
@@ -22,7 +23,7 @@ _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
 
 
 def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str = "tables") -> dict[str, int]:
-    """Writes the dataset into a new or empty folder; returns what the layout has no room for, with its count.
+    """Writes the dataset into a new or empty folder, all or nothing; returns what the layout has no room for, counted.
 
     layout: "tables", Parquet files that `fused_rec.data.tables.read_tables` makes the same dataset of (with `repair`
       where users hold nothing); "recbole", atomic files named after the folder, with the types in their headers; or
@@ -30,15 +31,12 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str =
       "interactions")` and `fused_rec.data.huggingface` read. Interactions with a `part` are divided by it.
 
     Raises ValueError for another layout or an id that the layout cannot hold, FileExistsError where the folder holds
-    anything.
+    anything, SaveError where it cannot be written.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files already; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return LAYOUTS[layout](dataset, folder.resolve())
+    name = Path(folder).resolve().name
+    return fill_folder(Path(folder), lambda partial: LAYOUTS[layout](dataset, partial, name))
 
 
 def named(dataset: Dataset) -> dict[str, pa.Table]:
@@ -56,28 +54,28 @@ def named(dataset: Dataset) -> dict[str, pa.Table]:
     return {name: table for name, table in tables.items() if len(table)}
 
 
-def _write_tables(dataset: Dataset, folder: Path) -> dict[str, int]:
+def _write_tables(dataset: Dataset, folder: Path, _: str) -> dict[str, int]:
     for name, table in named(dataset).items():
         pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
     return {}
 
 
-def _write_recbole(dataset: Dataset, folder: Path) -> dict[str, int]:
+def _write_recbole(dataset: Dataset, folder: Path, name: str) -> dict[str, int]:
     """A pair's reviews become one text; ids, tokens and words are what stands between tabs."""
     tables, lost = named(dataset), {}
     events, reviews = tables.pop("interactions"), tables.pop("reviews", None)
     if reviews is not None:
         text, lost = _texts_of_pairs(dataset)
         events = events.append_column("text", text)
-    events = events.rename_columns([{"value": "rating"}.get(name, name) for name in events.column_names])
+    events = events.rename_columns([{"value": "rating"}.get(column, column) for column in events.column_names])
     for ending, table in (("inter", events), ("item", tables["items"]), ("user", tables["users"])):
-        _write_atomic(folder / f"{folder.name}.{ending}", table, lost)
+        _write_atomic(folder / f"{name}.{ending}", table, lost)
     if "ties" in tables:
-        _write_atomic(folder / f"{folder.name}.net", tables["ties"], lost)
+        _write_atomic(folder / f"{name}.net", tables["ties"], lost)
     return lost
 
 
-def _write_huggingface(dataset: Dataset, folder: Path) -> dict[str, int]:
+def _write_huggingface(dataset: Dataset, folder: Path, _: str) -> dict[str, int]:
     from huggingface_hub import DatasetCardData  # takes a second
 
     configs, listed = [], []
@@ -121,7 +119,7 @@ Ids are text. `timestamp` is in unix seconds. `row`, where it is there, is the p
 divided into splits, and `part` its split. The tables keep the licence of their source.
 """
 
-LAYOUTS: dict[str, Callable[[Dataset, Path], dict[str, int]]] = {
+LAYOUTS: dict[str, Callable[[Dataset, Path, str], dict[str, int]]] = {
     "tables": _write_tables,
     "recbole": _write_recbole,
     "huggingface": _write_huggingface,

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,9 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float32
 
+from fused_rec.storage import write_file
+
+ENDING = ".safetensors"
 IDS = "ids"  # in the file's metadata: the ids of the rows, JSON
 
 
@@ -25,13 +27,23 @@ def read_lines(file: Path) -> list[str]:
     return texts
 
 
+def check_name(file: Path) -> None:
+    """Raises ValueError where the name of a file of vectors would say that it is of another format."""
+    if file.suffix != ENDING:
+        raise ValueError(
+            f"the file is {file.name}; vectors are written as safetensors, so its name must end in {ENDING}"
+        )
+
+
 def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[str] = ()) -> None:
     """The tensor `vectors` as a safetensors file, the whole of it or, where this fails, none; the folder is made.
 
     ids: of the rows, kept as JSON under `ids` of the file's metadata; none = rows are known by their position.
 
-    Raises ValueError where there are ids and not one a row, the same twice, or more than a header holds (100 MB).
+    Raises ValueError where the name does not end in .safetensors, and where there are ids and not one a row, the same
+    twice, or more than a header holds (100 MB); SaveError where it cannot be written.
     """
+    check_name(file)
     if len(ids) and len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors; give one a row")
     if len(set(ids)) != len(ids):
@@ -46,12 +58,7 @@ def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[
             "write the rows into several files"
         ) from error
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file(file, content)
 
 
 def load_vectors(file: Path) -> tuple[Float32[np.ndarray, "N D"], list[str]]:

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import PyTree
 
-from fused_rec.train.workdir import persist
+from fused_rec.storage import persist
 
 STATE, RECORD, MANIFEST = "state", "checkpoint.json", "manifest.sha256"
 PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders that a killed process leaves behind

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from fused_rec.config import Config, portable
-from fused_rec.train.workdir import persist, write_file
+from fused_rec.storage import persist, write_file
 
 LINES, TENSORBOARD, WANDB = "curves.jsonl", "tensorboard", "wandb.json"
 

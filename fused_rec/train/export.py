@@ -24,10 +24,11 @@ from fused_rec.data.arrow import pc, replace
 from fused_rec.data.spreadsheet import harmless
 from fused_rec.evaluate.rules import Rule, parse
 from fused_rec.evaluate.suitability import add
+from fused_rec.storage import fill_file, write_file
 from fused_rec.train.interrupt import Stopped
 from fused_rec.train.loop import versions, write_json
 from fused_rec.train.serve import SCHEMA
-from fused_rec.train.workdir import LOCK, owned, persist, write_file
+from fused_rec.train.workdir import LOCK, owned
 
 LOG = logging.getLogger(__name__)
 BEGUN, AUDIT = "begun.json", "audit.json"
@@ -160,21 +161,13 @@ def _read_part(file: Path) -> pa.Table:
 
 def _assemble(files: list[Path], out: Path) -> str:
     """Writes `out`, a part in memory at a time, and returns its SHA-256."""
-    partial = out.with_name(f".{out.name}.partial")
 
-    def attempt() -> str:
-        try:
-            WRITERS[out.suffix](map(_read_part, files), partial)
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            partial.replace(out)
-            return sha256
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    def fill(partial: Path) -> str:
+        WRITERS[out.suffix](map(_read_part, files), partial)
+        with partial.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    return persist(attempt, out, lambda: f"All parts are in {files[0].parent}.")
+    return fill_file(out, fill, kept=lambda: f"All parts are in {files[0].parent}.")
 
 
 def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:

@@ -13,7 +13,6 @@ Vectors tell of the people in the tables, and the ids are theirs: keep the folde
 """
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from jaxtyping import Array, Float32, Int32
 
 from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
+from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.train.card import counts, export_card
 from fused_rec.train.checkpoint import named_leaves
@@ -33,7 +33,6 @@ from fused_rec.train.loop import versions, write_json
 from fused_rec.train.measure import product_vectors
 from fused_rec.train.prepare import Prepared
 from fused_rec.train.step import TrainState
-from fused_rec.train.workdir import write_file
 
 USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
 PROGRAM, CARD, INDEX = "score.stablehlo", "README.md", "items.faiss"
@@ -52,13 +51,10 @@ def check(out: Path, *, faiss: bool = False) -> None:
     """What can be known before a run is opened.
 
     Raises:
-      FileExistsError: `out` is a file, or a folder that holds anything.
+      FileExistsError: `out` is a file, a folder that holds anything, or where a disk is mounted.
       ImportError: an index is asked for and Faiss is not installed.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files already; name a new folder")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a new folder")
+    check_new(out)
     if faiss:
         _faiss()
 
@@ -74,18 +70,15 @@ def publish(
       FileExistsError, ImportError: as `check` does.
       ValueError: the run was refitted, and the model is the one before; a vector is not finite; there are more ids than
         a safetensors file holds.
-      SaveError: a file cannot be written.
+      SaveError: the folder cannot be written; names it, the reason, and need and free space of a full disk.
     """
     check(out, faiss=faiss)
     if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
         raise ValueError("this model chose the step and was then trained anew; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = product_vectors(config, prepared, state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
+
+    def fill(partial: Path) -> None:
         save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())
         save_vectors(partial / ITEMS, items, dataset.items["item_id"].to_pylist())
         write_file(partial / PROGRAM, score_program(users.shape[1]))
@@ -98,10 +91,8 @@ def publish(
         digests = {name: _sha256(partial / name) for name in there}
         made = export_card(results, counts(dataset, prepared.split), {"tables": digest(dataset), **digests}, there)
         write_file(partial / CARD, made.encode())
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+    fill_folder(out, fill)
 
 
 def score_program(width: int) -> bytes:

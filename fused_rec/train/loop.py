@@ -39,6 +39,7 @@ from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.splits import Split
 from fused_rec.devices import computes
 from fused_rec.evaluate.ranking import PerUser, mean
+from fused_rec.storage import write_file
 from fused_rec.train import interrupt, joint
 from fused_rec.train.card import LIBRARY, card, counts
 from fused_rec.train.checkpoint import CheckpointError, Checkpoints
@@ -49,7 +50,7 @@ from fused_rec.train.neighbours import PILOTS, sampler, whole_graph
 from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
 from fused_rec.train.prepare import Prepared, fresh, prepare, read, read_dataset, spoken
 from fused_rec.train.step import TrainState
-from fused_rec.train.workdir import owned, write_file
+from fused_rec.train.workdir import owned
 
 LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_USERS, CARD = "run.json", "results.json", "test_users.npz", "README.md"

@@ -33,11 +33,12 @@ from fused_rec.evaluate.ranking import mean
 from fused_rec.evaluate.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
 from fused_rec.model.baselines import NotApplicableError
+from fused_rec.storage import write_figure, write_file
 from fused_rec.train import loop
 from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_slices, measure_users
 from fused_rec.train.prepare import Prepared, prepare, read
 from fused_rec.train.variants import VARIANTS, variant
-from fused_rec.train.workdir import owned, write_file
+from fused_rec.train.workdir import owned
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
@@ -322,5 +323,5 @@ def _write(report: dict[str, Any], out: Path) -> None:
     controls = [name for name, described in VARIANTS.items() if described.control]
     failed = {failure["variant"] for failure in report["failures"]}
     shown = [entry["variant"] for entry in report["summary"] if entry["variant"] not in {*controls, *failed}]
-    plots.by_variant(report["summary"], METRICS[0], report["task"], controls).savefig(out / "compare.png")
-    plots.by_slice(report["rows"], METRICS[0], report["task"], shown).savefig(out / "slices.png")
+    write_figure(out / "compare.png", plots.by_variant(report["summary"], METRICS[0], report["task"], controls))
+    write_figure(out / "slices.png", plots.by_slice(report["rows"], METRICS[0], report["task"], shown))

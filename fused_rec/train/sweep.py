@@ -26,6 +26,7 @@ from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import contents, digest
 from fused_rec.devices import computes
 from fused_rec.evaluate import plots
+from fused_rec.storage import write_figure, write_file
 from fused_rec.train import interrupt
 from fused_rec.train.loop import (
     RUN,
@@ -36,7 +37,6 @@ from fused_rec.train.loop import (
     write_json,
 )
 from fused_rec.train.prepare import Prepared, prepare, read
-from fused_rec.train.workdir import write_file
 
 try:
     import optuna
@@ -260,7 +260,7 @@ def write_best(config: Config, folder: Path) -> Config:
     write_file(folder / f"{BEST}.py", as_source(chosen, said).encode())
     write_json(folder / f"{BEST}.json", record | {"config": to_dict(chosen)})
     if importlib.util.find_spec("matplotlib") is not None:
-        plots.by_setting(history(folder), config.train.metric).savefig(folder / "trials.png")
+        write_figure(folder / "trials.png", plots.by_setting(history(folder), config.train.metric))
     return chosen
 
 

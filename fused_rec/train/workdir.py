@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time writes there, whole files or none, and no failed write goes unseen."""
+"""A run's folder: one process at a time writes there."""
 
 import contextlib
 import datetime
@@ -8,23 +8,17 @@ import json
 import logging
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 LOG = logging.getLogger(__name__)
 LOCK = "run.lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
-T = TypeVar("T")
 
 
 class BusyError(OSError):
     """Another process writes in the folder; the message says which, where and since when."""
-
-
-class SaveError(OSError):
-    """A file or checkpoint could not be written in two attempts; what was there before is as it was."""
 
 
 @contextlib.contextmanager
@@ -91,53 +85,3 @@ def _who_holds(file: Path, stream: TextIO) -> str:
     except (ValueError, KeyError, TypeError):  # caught between locking and writing
         who = "another process"
     return f"{file.parent} is in use by {who}; wait for it, stop it, or give this run a workdir of its own"
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Writes all or nothing, and twice if need be: to a name of its own, onto the disk, then renamed.
-
-    Raises:
-      SaveError: it cannot be written; `file` is as it was before.
-    """
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-
-    def attempt() -> None:
-        try:
-            with partial.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-
-    persist(attempt, file)
-
-
-def persist(attempt: Callable[[], T], target: Path, kept: Callable[[], str] = lambda: "") -> T:
-    """What `attempt` returns, which writes `target` or cleans up and raises; tried once more where it fails.
-
-    kept: a sentence on what is left all the same, for the error.
-
-    Raises:
-      SaveError: both attempts failed; names the target, the reason, and the free space where the disk is full.
-    """
-    try:
-        return attempt()
-    except Exception as error:  # TensorStore tells of a full disk by a ValueError
-        LOG.warning("%s could not be written, and is tried once more: %s", target, error)
-    try:
-        return attempt()
-    except Exception as error:
-        parts = [f"{target} could not be written: {error}{_free_space(error, target.parent)}.", kept()]
-        raise SaveError(" ".join(filter(None, parts)) + " Once it can be written, the same command goes on.") from error
-
-
-def _free_space(error: Exception, folder: Path) -> str:
-    if os.strerror(errno.ENOSPC) not in str(error):
-        return ""
-    while not folder.exists():
-        folder = folder.parent
-    return f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}"
