@@ -60,7 +60,7 @@ class Run:
         return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
 
 
-def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> Config:
+def configure(base: Config | None = None, /, **sections: Any) -> Config:
     """A config with some settings changed: `configure(model={"dim": 32}, train={"max_steps": 200})`.
 
     base: the config that is changed; None = all defaults. Raises ValueError for an unknown section or setting, for one
@@ -68,9 +68,9 @@ def configure(base: Config | None = None, /, **sections: Mapping[str, Any]) -> C
     """
     values = to_dict(base or Config())
     for name, given in sections.items():
-        if isinstance(given, Mapping) and name in values:
-            continue
         homes = [section for section, settings in values.items() if name in settings and name not in values]
+        if isinstance(given, Mapping) and not homes:
+            continue  # an unknown section is told below
         if homes:
             right = " or ".join(f'{section}={{"{name}": {given!r:.60}}}' for section in homes)
             raise ValueError(f"{name} is no section of the config but a setting; write {right}")

@@ -61,13 +61,13 @@ def run(config, folder, market) -> fr.Run:
 
 def test_a_setting_outside_of_its_section_is_named_with_it():
     with pytest.raises(ValueError, match=r'dim is no section of the config but a setting; write model=\{"dim": 3\}$'):
-        fr.configure(dim=3)  # pyright: ignore[reportArgumentType]
+        fr.configure(dim=3)
     with pytest.raises(ValueError, match=r'write data=\{"seed": 1\} or split=\{"seed": 1\} or train=\{"seed": 1\}$'):
-        fr.configure(seed=1)  # pyright: ignore[reportArgumentType]
+        fr.configure(seed=1)
     with pytest.raises(
-        ValueError, match="modle is .*; give a dictionary of settings by section.*; the sections are data,"
+        ValueError, match="model is 3; give a dictionary of settings by section.*; the sections are data,"
     ):
-        fr.configure(modle={"dim": 3})
+        fr.configure(model=3)
 
 
 def test_a_finished_run_of_other_tables_is_not_opened(config, run, market, folder, tmp_path):

@@ -144,6 +144,20 @@ def test_a_finished_study_trains_nothing_again(tables, compared):
     assert rows_of(out) == rows
 
 
+def test_a_finished_study_of_other_tables_is_refused(tables, cache, compared, tmp_path):
+    """Also where nothing is left to be trained, and by the tables of the same runs elsewhere where they moved."""
+    out = shutil.copytree(compared[0], tmp_path / "out")
+    moved = shutil.copytree(tables, tmp_path / "moved")
+    done = run(moved, out, cache, *WHOLE)
+    assert done.returncode == 0, done.stderr
+    for folder in out.glob("runs/*/*"):
+        assert json.loads((folder / "run.json").read_text())["config"]["data"]["path"] in (str(moved), str(tables))
+    ties = (moved / "ties.csv").read_text().splitlines(keepends=True)
+    (moved / "ties.csv").write_text("".join(ties[:-1]))
+    done = run(moved, out, cache, *WHOLE)
+    assert done.returncode == 3 and "ties had" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_another_config_is_refused_before_any_work(tables, compared):
     out, _ = compared
     other = variant(small(tables), "no_ties")

@@ -1,5 +1,6 @@
 """Sweeps as they are run: processes that share a folder, are killed, and are given the command again."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -19,7 +20,7 @@ from experiments.configs import config_dict
 from fused_rec.config import Config, DataConfig, ModelConfig, TextConfig, TrainConfig, from_dict, to_dict
 from fused_rec.train import interrupt, loop, measure
 from fused_rec.train import sweep as sweeping
-from fused_rec.train.loop import NonFiniteLossError
+from fused_rec.train.loop import NonFiniteLossError, TablesChangedError
 from fused_rec.train.sweep import as_source, changed, history, importances, open_study, space, sweep
 
 COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
@@ -109,9 +110,14 @@ def test_a_finished_sweep_returns_at_once_and_a_longer_one_goes_on(config, tmp_p
     best = sweep(config, tmp_path, 3)
     trials = history(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sweeping, "read", lambda *_: pytest.fail("the tables were read"))
+        patch.setattr(sweeping, "prepare", lambda *_: pytest.fail("texts were encoded"))
         assert sweep(config, tmp_path, 3) == best
         assert sweep(config, tmp_path, 2) == best
+        dataset, parts_of = sweeping.read(config)
+        fewer = dataclasses.replace(dataset, ties=dataset.ties.slice(1))
+        patch.setattr(sweeping, "read", lambda *_: (fewer, parts_of))
+        with pytest.raises(TablesChangedError, match=f"ties had {dataset.ties.num_rows} rows and has"):
+            sweep(config, tmp_path, 3)
     sweep(config, tmp_path, 4)
     assert history(tmp_path)[:3] == trials
     assert len(history(tmp_path)) == 4
