@@ -23,7 +23,12 @@ T = TypeVar("T")
 
 
 class SaveError(OSError):
-    """A file, folder or checkpoint could not be written; what was there before is as it was."""
+    """A file, folder or checkpoint could not be written; what was there before is as it was.
+
+    need: bytes that it takes at least, 0 where they are not known.
+    """
+
+    need: int = 0
 
 
 def write_file(file: Path, content: bytes) -> None:
@@ -129,7 +134,9 @@ def persist(
                 failed = second
     reason = failed.__cause__ if isinstance(failed, SaveError) and failed.__cause__ else failed
     parts = [f"{target} could not be written: {reason}{_space(reason, target.parent, need())}.", kept()]
-    raise SaveError(" ".join(filter(None, parts)) + " Once it can be written, the same command goes on.") from reason
+    raised = SaveError(" ".join(filter(None, parts)) + " Once it can be written, the same command goes on.")
+    raised.need = need()
+    raise raised from reason
 
 
 def _placed(target: Path, fill: Callable[[Path], T], kept: Callable[[], str], need: int) -> T:
@@ -145,8 +152,9 @@ def _placed(target: Path, fill: Callable[[Path], T], kept: Callable[[], str], ne
             for path in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
                 _flush(path)
             partial.replace(target)
-        except BaseException:
-            written = max(written, _size(partial))
+        except BaseException as error:
+            of_part = error.need if isinstance(error, SaveError) else 0
+            written = max(written, _size(partial) + of_part)
             _remove(partial)
             raise
         return result

@@ -83,6 +83,17 @@ def test_an_output_is_whole_or_as_before(tmp_path, monkeypatch):
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["vectors.npy", "vectors", "vectors.parquet", "vectors.safetensors.gz"])
+def test_an_output_of_another_format_is_refused_before_anything_is_encoded(tmp_path, name):
+    (tmp_path / "texts.txt").write_text("good\n")
+    command = [sys.executable, "-m", "experiments.encode", f"--input={tmp_path}/texts.txt", "--model=nothing"]
+    done = subprocess.run([*command, f"--output={tmp_path}/{name}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"the file is {name}; vectors are written as safetensors" in done.stderr
+    with pytest.raises(ValueError, match="its name must end in .safetensors"):
+        save_vectors(tmp_path / name, np.zeros((1, 3), np.float32))
+    assert os.listdir(tmp_path) == ["texts.txt"]
+
+
 def test_vectors_keep_the_ids_of_their_rows(tmp_path):
     file, vectors = tmp_path / "vectors.safetensors", np.arange(6, dtype=np.float32).reshape(2, 3)
     for ids in ([], ["DE000", 'a "quoted" \u00e9\n id']):

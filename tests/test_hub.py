@@ -19,6 +19,7 @@ from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.config import from_dict, portable, to_dict
+from fused_rec.storage import SaveError
 from fused_rec.text.vectors import load_vectors, save_vectors
 from fused_rec.train import hub
 from fused_rec.train.checkpoint import named_leaves
@@ -220,6 +221,16 @@ def test_what_fails_leaves_nothing(run, tmp_path):
     with pytest.raises(ValueError, match="this model chose the step and was then trained anew"):
         fr.export(dataclasses.replace(run, config=fr.configure(run.config, train={"refit": True})), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_names_path_need_and_free_space(run, full_disk):
+    (full_disk / "filler").write_bytes(bytes(2_097_152 - 20_480))
+    said = (
+        rf"{full_disk}/out could not be written: .*No space left.*; at least 0\.\d MB are needed; 0\.0 MB are free in"
+    )
+    with pytest.raises(SaveError, match=said):
+        fr.export(run, full_disk / "out")
+    assert os.listdir(full_disk) == ["filler"]
 
 
 def test_without_faiss_the_error_names_the_extra(run, tmp_path, monkeypatch):

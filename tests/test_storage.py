@@ -147,7 +147,20 @@ def test_a_full_disk_names_path_need_and_free_space(full_disk, layout):
         write_file(full_disk / "x", bytes(5_000_000))
 
 
-def test_a_table_of_text_is_as_it_was_after_a_failed_write(full_disk):
+def test_of_a_folder_what_its_file_needs_is_told(full_disk):
+    def fill(partial: Path) -> None:
+        write_file(partial / "small", bytes(1_000_000))
+        write_file(partial / "large", bytes(3_000_000))
+
+    said = (
+        rf"{full_disk}/out could not be written: \[Errno 28\] No space left.*; at least 4\.0 MB are needed; 2\.1 MB are"
+    )
+    with pytest.raises(SaveError, match=said):
+        fill_folder(full_disk / "out", fill)
+    assert os.listdir(full_disk) == []
+
+
+def test_a_file_is_as_it_was_after_a_failed_write(full_disk):
     write_file(full_disk / "x", b"before")
     with pytest.raises(SaveError):
         fill_file(full_disk / "x", lambda partial: partial.write_bytes(bytes(5_000_000)))
