@@ -20,6 +20,7 @@ from fused_rec.evaluate.suitability import (
     DAY,
     account,
     add,
+    check_groups,
     group_gaps,
     groups_of,
     period_returns,
@@ -283,6 +284,9 @@ def test_groups_of_an_attribute():
         groups_of(users, "user_id", np.array([0]))
     with pytest.raises(ValueError, match="no column 'sex'; they have user_id, age"):
         groups_of(users, "sex", np.array([0]))
+    check_groups(users, ["age", "kind"])
+    with pytest.raises(ValueError, match="user_id has 40 distinct values"):
+        check_groups(users, ["kind", "user_id"])
 
 
 # --- all of it together

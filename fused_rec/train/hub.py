@@ -26,6 +26,7 @@ from jaxtyping import Array, Float32, Int32
 
 from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
+from fused_rec.memory import require_memory
 from fused_rec.text.vectors import save_vectors
 from fused_rec.train.card import counts, export_card
 from fused_rec.train.checkpoint import named_leaves
@@ -74,6 +75,7 @@ def publish(
       FileExistsError, ImportError: as `check` does.
       ValueError: the run was refitted, and the model is the one before; a vector is not finite; there are more ids than
         a safetensors file holds.
+      InsufficientMemoryError: vectors or a file do not fit.
       SaveError: a file cannot be written.
     """
     check(out, faiss=faiss)
@@ -81,6 +83,9 @@ def publish(
         raise ValueError("this model chose the step and was then trained anew; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = product_vectors(config, prepared, state)
+    # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.
+    need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
+    require_memory(need, "the folder's largest file", "lower model.dim or model.spectrum_rank, or leave out --faiss")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
