@@ -212,7 +212,8 @@ def test_other_steps_are_refused_before_they_begin():
         nobody = ranking.item_sets(one[:0], one[:0], 3_000_000)
         scorer = jax.tree_util.Partial(lambda users: jnp.zeros((len(users), 10)))
         ids = pa.table({"user_id": ["u"] * 10, "item_id": ["i"] * 10})
-        data = Dataset("x", ids, pa.table({"item_id": [str(n) for n in range(1000)]}), ids, empty_reviews(), empty_ties())
+        items = pa.table({"item_id": [str(number) for number in range(1000)]})
+        data = Dataset("x", ids, items, ids, empty_reviews(), empty_ties())
         limit(1_500_000_000)
         refused(lambda: require_step(config, task))
         refused(lambda: require_embedding(config, task))
@@ -223,13 +224,15 @@ def test_other_steps_are_refused_before_they_begin():
         refused(lambda: require_table(data, 10_000_000, 1000))
         """
     ).splitlines()
-    begin = (
-        "training over 500,000 nodes with 1024",
-        "the vectors of 400,000 users",
-        "graph.similar_text, 100 neighbours",
-    )
-    begin += ("what is kept of the rankings of 3,000,000 users", "a ranking of 100,000,000 items for 3 users at a time")
-    begin += ("a bootstrap of 40 runs over 3,000,000 users", "a table of 1,000 products for 10,000,000 customers")
+    begin = [
+        "training over 500,000 nodes with 1024 dimensions needs",
+        "the vectors of 400,000 users and 100,000 items needs",
+        "graph.similar_text, 100 neighbours of each of 3,000,000 nodes, needs",
+        "what is kept of the rankings of 3,000,000 users needs",
+        "a ranking of 100,000,000 items for 3 users at a time needs",
+        "a bootstrap of 40 runs over 3,000,000 users needs",
+        "a table of 1,000 products for 10,000,000 customers needs",
+    ]
     assert len(said) == len(begin), said
     for line, first in zip(said, begin, strict=True):
         assert line.startswith(first) and " are available; " in line, line

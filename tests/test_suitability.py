@@ -20,6 +20,7 @@ from fused_rec.evaluate.suitability import (
     DAY,
     account,
     add,
+    check_groups,
     group_gaps,
     groups_of,
     period_returns,
@@ -302,6 +303,9 @@ def test_groups_of_an_attribute():
     with pytest.raises(ValueError, match="users.born holds struct<year: int64> values"):
         groups_of(more, "born", np.array([0]))
     assert groups_of(more, "empty", np.array([1, 0])) == [None, None]
+    check_groups(users, ["age", "kind"])
+    with pytest.raises(ValueError, match="user_id has 40 distinct values"):
+        check_groups(users, ["kind", "user_id"])
 
 
 # --- all of it together

@@ -4,11 +4,14 @@ N nodes, U users, I items, E directed edges over all relations, W columns of wor
 T towers. Numbers are float32 or int32: 4 bytes.
 """
 
+import jax
+
 from fused_rec.config import Config
 from fused_rec.devices import used
 from fused_rec.graph.build import ITEM, USER, WORDLESS
 from fused_rec.graph.hetero import HeteroGraph
 from fused_rec.memory import require_device_memory
+from fused_rec.train.joint import Words
 from fused_rec.train.step import Task
 
 NUMBER = 4  # bytes
@@ -60,13 +63,33 @@ def vector_bytes(config: Config, graph: HeteroGraph) -> int:
     return NUMBER * (graph.count(USER) + graph.count(ITEM)) * columns
 
 
-def require_step(config: Config, task: Task) -> None:
-    """Raises InsufficientMemoryError where a training step over the whole graph does not fit on each device."""
+def encoder_bytes(config: Config, words: Words, devices: int) -> int:
+    """Of the language model where it is trained: weights, with gradient and moments if all are, and one chunk of texts.
+
+    Of each layer and token of a chunk the way back needs some eight rows, the inner ones twice, and attention twice.
+    """
+    model, length = words.model.config, int(words.length.max())
+    weights = sum(leaf.size for leaf in jax.tree.leaves(words.model.params))
+    tokens = length * min(max(1, config.text.batch_tokens // length), -(-config.text.texts_per_step // devices))
+    of_token = 8 * model.hidden_size + 2 * model.intermediate_size + 2 * model.num_attention_heads * length
+    copies = 4 if config.text.train == "full" else 1
+    return NUMBER * (copies * weights + model.num_hidden_layers * tokens * of_token)
+
+
+def require_step(config: Config, task: Task, words: Words | None = None) -> None:
+    """Raises InsufficientMemoryError where a training step over the whole graph does not fit on each device.
+
+    words: where the language model is trained too.
+    """
     graph, devices = task.graph, len(used(None))
     parts = (state_bytes(config, graph, devices), rounds_bytes(config, graph, devices))
     need = task_bytes(graph, devices) + 2 * parts[1] + parts[0] + loss_bytes(config, graph, devices)
+    remedy = REMEDY
+    if words is not None:
+        need += encoder_bytes(config, words, devices)
+        remedy = f"lower text.batch_tokens or text.texts_per_step, set text.train to lora or frozen, {REMEDY}"
     what = f"training over {sum(count for _, count in graph.node_types):,} nodes with {config.model.dim} dimensions"
-    require_device_memory(need, what, REMEDY)
+    require_device_memory(need, what, remedy)
 
 
 def require_embedding(config: Config, task: Task, remedy: str = REMEDY) -> None:

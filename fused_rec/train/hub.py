@@ -25,6 +25,7 @@ from jaxtyping import Array, Float32, Int32
 
 from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
+from fused_rec.memory import require_memory
 from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.train.card import counts, export_card
@@ -70,6 +71,7 @@ def publish(
       FileExistsError, ImportError: as `check` does.
       ValueError: the run was refitted, and the model is the one before; a vector is not finite; there are more ids than
         a safetensors file holds.
+      InsufficientMemoryError: vectors or a file do not fit.
       SaveError: the folder cannot be written; names it, the reason, and need and free space of a full disk.
     """
     check(out, faiss=faiss)
@@ -77,6 +79,9 @@ def publish(
         raise ValueError("this model chose the step and was then trained anew; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = product_vectors(config, prepared, state)
+    # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.
+    need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
+    require_memory(need, "the folder's largest file", "lower model.dim or model.spectrum_rank, or leave out --faiss")
 
     def fill(partial: Path) -> None:
         save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())

@@ -212,7 +212,7 @@ def fit(
     if settings.neighbours:  # the whole graph is embedded to be measured
         require_embedding(config, prepared.task)
     else:
-        require_step(config, prepared.task)
+        require_step(config, prepared.task, prepared.words)
     held = holdings(observed.user, observed.item, dataset.n_users, np.asarray(prepared.task.present))
     checkpoints = Checkpoints(folder / "checkpoints")
     drawn = functools.partial(batch_of, settings, held)
