@@ -25,7 +25,7 @@ from absl import flags
 
 from experiments import peers, start
 from experiments.peers import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
-from experiments.places import existing_folder, place, written_file_anywhere
+from experiments.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
 
 SUITES = ("train", "encode", "evaluate", "scale")
@@ -36,13 +36,13 @@ DATA = {
     "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
 }
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What is measured.", required=True)
-OUT = place("out", written_file_anywhere, "JSON file of the rows; a plot comes beside it.", required=True)
+OUT = DEFINE_path("out", written_file_anywhere, "JSON file of the rows; a plot comes beside it.", required=True)
 NAMES = flags.DEFINE_list(
     "data",
     None,
     "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet. None: those of the suite.",
 )
-PEERS = place("peers", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on.")
+PEERS = DEFINE_path("peers", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on.")
 REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Measured calls in each visit; each side is visited twice.", lower_bound=1
 )

@@ -14,14 +14,14 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import config_of, start
-from experiments.places import place, written_folder
+from experiments.places import DEFINE_path, written_folder
 from fused_rec.train.measure import BASELINES
 from fused_rec.train.study import check_names, study
 from fused_rec.train.variants import VARIANTS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
-OUT = place("out", written_folder, "Folder of the runs, tables and figures.", required=True)
+OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figures.", required=True)
 NAMES = flags.DEFINE_list(
     "variants",
     [name for name in (*VARIANTS, *BASELINES) if name != "lora"],  # which takes as long as all others together

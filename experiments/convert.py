@@ -10,16 +10,16 @@
 from absl import flags
 
 from experiments import start
-from experiments.places import existing_folder, place, written_folder
+from experiments.places import DEFINE_path, existing_folder, written_folder
 from fused_rec.config import DataConfig
 from fused_rec.data.readers import READERS, load
 from fused_rec.data.writers import LAYOUTS, save_dataset
 from fused_rec.storage import check_new
 
 DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
-PATH = place("path", existing_folder, "Its folder; without this flag its own under $FUSED_REC_DATA.")
+PATH = DEFINE_path("path", existing_folder, "Its folder; without this flag its own under $FUSED_REC_DATA.")
 TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "What is written.", required=True)
-OUT = place("out", written_folder, "New folder; RecBole's files get its name.", required=True)
+OUT = DEFINE_path("out", written_folder, "New folder; RecBole's files get its name.", required=True)
 REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
 CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
 MIN_VALUE = flags.DEFINE_float("min_value", None, "Rows whose value is below it are no interactions.")

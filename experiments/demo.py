@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import start
 from experiments.configs.synthetic import get_config
-from experiments.places import place, written_folder
+from experiments.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluate.compare import table
 from fused_rec.evaluate.ranking import PerUser, mean
@@ -23,7 +23,7 @@ from fused_rec.train.loop import TEST_USERS, read_results, read_run, read_users,
 from fused_rec.train.measure import baseline, choose_settings, measure_users
 from fused_rec.train.serve import eligible, load, model_digest, user_rows
 
-WORKDIR = place("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
+WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
 BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"

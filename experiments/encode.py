@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import start
-from experiments.places import existing_file, new_folder, place, written_file_anywhere
+from experiments.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
 from fused_rec.config import TextConfig
 from fused_rec.devices import check_devices
 from fused_rec.text.cache import open_cache, purge
@@ -28,8 +28,8 @@ DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
 INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = place("output", written_file_anywhere, "File to write, .safetensors.")
-CACHE = place(
+OUTPUT = DEFINE_path("output", written_file_anywhere, "File to write, .safetensors.")
+CACHE = DEFINE_path(
     "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
 )
 MAX_TOKENS = flags.DEFINE_integer(

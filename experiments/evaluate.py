@@ -14,12 +14,14 @@ from absl import app, flags
 
 from experiments import start
 from experiments.places import (
-    cache_flag,
-    data_path_flag,
+    FINISHED,
+    KEPT,
+    MOVED,
+    RULES_FILE,
+    DEFINE_path,
     existing_file,
-    place,
-    rules_flag,
-    workdir_flag,
+    existing_folder,
+    new_folder,
     written_file,
 )
 from fused_rec.config import METRICS
@@ -32,15 +34,17 @@ from fused_rec.train.measure import BASELINES, baseline, choose_settings, measur
 from fused_rec.train.prepare import prepare, published
 from fused_rec.train.serve import load
 
-WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
+WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
+DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
+CACHE = DEFINE_path("cache", new_folder, KEPT)
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
 METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], f"Columns, of {', '.join(METRICS)}.")
-RULES = rules_flag()
+RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 GROUPS = flags.DEFINE_list("groups", [], "With --rules: attributes of customers whose groups are compared.")
-PRICES = place("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
+PRICES = DEFINE_path("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
 DAYS = flags.DEFINE_integer("days", 180, "With --prices: days over which a return is counted.", lower_bound=1)
-OUT = place("out", written_file, "With --rules: file for what they do, JSON.")
+OUT = DEFINE_path("out", written_file, "With --rules: file for what they do, JSON.")
 
 
 def main(argv: list[str]) -> None:

@@ -13,11 +13,13 @@ from absl import flags
 
 import fused_rec as fr
 from experiments import start
-from experiments.places import cache_flag, data_path_flag, place, workdir_flag, written_folder
+from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_folder
 from fused_rec.train import hub
 
-WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
-OUT = place("out", written_folder, "Folder to write, new or empty.", required=True)
+WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
+DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
+CACHE = DEFINE_path("cache", new_folder, KEPT)
+OUT = DEFINE_path("out", written_folder, "Folder to write, new or empty.", required=True)
 FAISS = flags.DEFINE_bool("faiss", False, "Write items.faiss too; needs the extra faiss.")
 
 

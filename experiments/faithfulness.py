@@ -18,7 +18,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import command, start
-from experiments.places import cache_flag, data_path_flag, place, workdir_flag, written_file
+from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_file
 from fused_rec.evaluate.plots import by_share
 from fused_rec.explain.faithfulness import SHARES, curves, summary
 from fused_rec.explain.ledger import ledger, scores
@@ -26,10 +26,12 @@ from fused_rec.storage import write_figure
 from fused_rec.train.loop import write_json
 from fused_rec.train.serve import load
 
-WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
+WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
+DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
+CACHE = DEFINE_path("cache", new_folder, KEPT)
 USERS = flags.DEFINE_integer("users", 200, "Customers, fewer where too few qualify.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Draws the customers, the random order and the bootstrap.", lower_bound=0)
-OUT = place("out", written_file, "File of the figures' numbers, .json.", required=True)
+OUT = DEFINE_path("out", written_file, "File of the figures' numbers, .json.", required=True)
 
 
 def main(argv: list[str]) -> None:

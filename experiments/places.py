@@ -8,6 +8,10 @@ from typing import Any
 from absl import flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
+FINISHED = "Folder of a finished run."
+MOVED = "Folder of the run's tables, where they were moved since; other tables are refused."
+KEPT = "Folder that keeps text vectors; that of the training without this flag."
+RULES_FILE = "File of rules, JSON; see docs/SUITABILITY.md."
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 LONGEST = 200  # bytes of a name that is made: file systems take 255, and names of files half written are longer
 
@@ -41,7 +45,7 @@ class _Place(flags.ArgumentParser):
         return path
 
 
-def place(
+def DEFINE_path(  # noqa: N802 - as absl names what defines a flag
     name: str, check: Check, about: str, *, default: str | None = None, required: bool = False, optional: bool = False
 ) -> flags.FlagHolder:
     """Defines a flag whose value is the Path of a place that passes the check, or None.
@@ -50,27 +54,6 @@ def place(
     """
     given = None if default is None else Path(default)
     return flags.DEFINE(_Place(check, optional), name, given, about, required=required)
-
-
-def workdir_flag() -> flags.FlagHolder:
-    """Defines --workdir, of a finished run."""
-    return place("workdir", existing_folder, "Folder of a finished run.", required=True)
-
-
-def data_path_flag() -> flags.FlagHolder:
-    """Defines --data_path, where the tables of a finished run lie now."""
-    about = "Folder of the run's tables, where they were moved since; other tables are refused."
-    return place("data_path", existing_folder, about)
-
-
-def cache_flag() -> flags.FlagHolder:
-    """Defines --cache, the folder of text vectors in place of that of the training."""
-    return place("cache", new_folder, "Folder that keeps text vectors; that of the training without this flag.")
-
-
-def rules_flag() -> flags.FlagHolder:
-    """Defines --rules, the file of rules of who may be recommended what."""
-    return place("rules", existing_file, "File of rules, JSON; see docs/SUITABILITY.md.")
 
 
 def existing_folder(path: Path) -> str:

@@ -28,7 +28,17 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments import command, start
-from experiments.places import cache_flag, data_path_flag, place, rules_flag, workdir_flag, written_file
+from experiments.places import (
+    FINISHED,
+    KEPT,
+    MOVED,
+    RULES_FILE,
+    DEFINE_path,
+    existing_file,
+    existing_folder,
+    new_folder,
+    written_file,
+)
 from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.spreadsheet import exact
@@ -41,11 +51,13 @@ from fused_rec.train.loop import read_run
 from fused_rec.train.measure import scorer
 from fused_rec.train.serve import PART, count_parts, eligible, load, model_digest, parts, user_rows
 
-WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
+WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
+DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
+CACHE = DEFINE_path("cache", new_folder, KEPT)
 USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without this flag.")
 K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
-OUT = place("out", written_file, "File to write, .csv or .parquet.", required=True)
-RULES = rules_flag()
+OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
+RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
 

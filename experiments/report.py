@@ -11,12 +11,24 @@ what is on the page.
 from absl import app, flags
 
 from experiments import start
-from experiments.places import cache_flag, data_path_flag, place, rules_flag, workdir_flag, written_file
+from experiments.places import (
+    FINISHED,
+    KEPT,
+    MOVED,
+    RULES_FILE,
+    DEFINE_path,
+    existing_file,
+    existing_folder,
+    new_folder,
+    written_file,
+)
 from fused_rec.api import report
 from fused_rec.train.measure import BASELINES
 
-WORKDIR, DATA_PATH, CACHE = workdir_flag(), data_path_flag(), cache_flag()
-OUT = place("out", written_file, "File to write; report.html in the workdir without this flag.")
+WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
+DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
+CACHE = DEFINE_path("cache", new_folder, KEPT)
+OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir without this flag.")
 PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list(
     "baselines", ["popularity", "item_knn"], f"Recommenders to measure beside it, of {', '.join(BASELINES)}."
@@ -24,7 +36,7 @@ BASELINE = flags.DEFINE_list(
 USERS = flags.DEFINE_list("users", None, "Ids of the customers who are shown; some drawn at random without this flag.")
 SAMPLE = flags.DEFINE_integer("sample", 5, "Customers to draw.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Products a customer.", lower_bound=1)
-RULES = rules_flag()
+RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 GROUPS = flags.DEFINE_list("groups", [], "Attributes of customers whose groups are compared.")
 
 SHOWN = 500  # recommendations: of the names of real tables they take less than the page may have

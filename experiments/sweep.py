@@ -13,12 +13,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import config_of, start
-from experiments.places import place, written_folder
+from experiments.places import DEFINE_path, written_folder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
 TRIALS = flags.DEFINE_integer("trials", 30, "Trials that are over, in all processes together.", lower_bound=1)
-OUT = place("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
+OUT = DEFINE_path("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
 
 
 def main(argv: list[str]) -> None:

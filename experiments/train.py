@@ -15,13 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import config_of, start
-from experiments.places import new_folder, place
+from experiments.places import DEFINE_path, new_folder
 from fused_rec import hosts
 from fused_rec.train.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
-WORKDIR = place("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
+WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
