@@ -25,7 +25,7 @@ class InsufficientMemoryError(MemoryError):
 def require_memory(need: int, what: str, remedy: str) -> None:
     """Returns where `need` bytes are available in this process, or where nobody can tell.
 
-    what: the step, as the beginning of a sentence. remedy: what to do instead, as its end.
+    what: the step, before a colon. remedy: what to do instead, at the end.
 
     Raises:
       InsufficientMemoryError: less is available. Swap space does not count.
@@ -57,7 +57,7 @@ def require_device_memory(need: int, what: str, remedy: str) -> None:
         return
     free = [stats["bytes_limit"] - stats["bytes_in_use"] for stats in map(_stats, devices) if "bytes_limit" in stats]
     if free and need > min(free):
-        raise InsufficientMemoryError(_told(need, min(free), f"{what}, on each device,", remedy))
+        raise InsufficientMemoryError(_told(need, min(free), f"{what}, on each device", remedy))
 
 
 def _stats(device: Any) -> dict[str, int]:
@@ -65,7 +65,7 @@ def _stats(device: Any) -> dict[str, int]:
 
 
 def _told(need: int, there: int, what: str, remedy: str) -> str:
-    return f"{what} needs {size(need)} of memory, and {size(there)} are available; {remedy}"
+    return f"{what}: needs {size(need)} of memory, {size(there)} available; {remedy}"
 
 
 def size(count: int) -> str:

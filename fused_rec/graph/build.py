@@ -258,7 +258,7 @@ def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges
     # Vectors; cosines with their negatives and order; the edges in parts and joined.
     need = 4 * len(named) * vectors.shape[1] + 24 * max(BLOCK_SCORES, len(named)) + 40 * len(named) * max(k, 0)
     if len(named) > 1:
-        require_memory(need, f"graph.similar_text, {k} neighbours of each of {len(named):,} nodes,", instead)
+        require_memory(need, f"graph.similar_text, {k} neighbours of each of {len(named):,} nodes", instead)
     if len(named) ** 2 * vectors.shape[1] > LONG:
         LOG.warning("graph.similar_text compares %s nodes with each other, which takes hours; %s", len(named), instead)
     words = vectors[named]

@@ -172,7 +172,7 @@ def als(seen: Seen, *, factors: int, regularisation: float, alpha: float, seed: 
     except ImportError as error:
         raise ImportError("als needs the library implicit: pip install -e '.[als]'") from error
     need = 8 * factors * (seen.n_users + seen.n_items)  # float32, and the device's copy
-    require_memory(need, f"als, with {factors} factors of each user and item,", "raise data.core, or leave als out")
+    require_memory(need, f"als, with {factors} factors of each user and item", "raise data.core, or leave als out")
     history = seen.history()
     # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
     with threadpool_limits(1, "blas"):

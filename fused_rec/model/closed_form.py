@@ -174,7 +174,7 @@ def _require_subspace(name: str, seen: Seen, rank: int, remedy: str) -> None:
     """Raises where directions of users and items in float64 do not fit, of which there are three copies."""
     columns = rank + OVERSAMPLES
     need = 24 * columns * (seen.n_users + seen.n_items)
-    require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes,", remedy)
+    require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes", remedy)
 
 
 def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:

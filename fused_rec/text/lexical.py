@@ -69,7 +69,7 @@ def lexicon(texts: Sequence[str], dims: int) -> Lexicon | None:
         return None
     # In float64, of random projections onto both sides, three copies.
     need = 24 * (min(dims, *weights.shape) + OVERSAMPLES) * sum(weights.shape)
-    what = f"text.lexical, {dims} directions of {weights.shape[0]:,} texts and {weights.shape[1]:,} terms,"
+    what = f"text.lexical, {dims} directions of {weights.shape[0]:,} texts and {weights.shape[1]:,} terms"
     require_memory(need, what, "lower text.lexical, or set it to 0 to go without")
     # All of the directions where they are few: of two that weigh the same, either could be the one left out.
     first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
