@@ -96,7 +96,7 @@ def test_what_the_heap_keeps_counts_as_available():
         keep_memory()
         limit(1_200_000_000)
         blocks = [np.ones(100_000_000, np.uint8) for _ in range(8)]
-        last = np.ones(1000)  # on top of the heap, which cannot shrink below
+        last = np.ones(50_000_000, np.uint8)  # on top of the heap, which cannot shrink below
         try:
             require_memory(800_000_000, "it", "wait")
         except InsufficientMemoryError as error:
