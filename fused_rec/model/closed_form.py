@@ -25,7 +25,7 @@ from fused_rec.model.baselines import Entries, Seen, entries, has_users, unknown
 EXACT = 4096  # beyond, eigenvectors of a Gram matrix take minutes and subspace iteration seconds
 LEAST_REST = 1e-4  # of 1: rows in float32 then still give weights three digits
 # Rows of a matrix that LAPACK factorises as a whole. OpenBLAS 0.3.30 (SciPy 1.17) with 2 threads crashes on 46,300, of
-# 8.6 GB with 20 GB to spare: each thread packs its share of the rows into a buffer of fixed size.
+# 8.6 GB with 20 GB to spare; 20,000 rows work. The cause is likely its packing buffer, of fixed size, and not memory.
 WHOLE = 16_384
 BLOCK = 1 << 24  # elements of a dense matrix that are made at once from sparse ones
 OVERSAMPLES = 64  # directions beyond those asked for, of a subspace iteration
