@@ -803,3 +803,23 @@ def test_longer_periods_are_refused():
     )
     with pytest.raises(DataError, match="timestamp holds extension<pandas.period.* values"):
         dataset_from_tables(frame)
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "kept"),
+    [
+        ([2**24, 2**24 + 1], 2**24 + 1, [False, True]),  # one number in 32 bits
+        ([decimal.Decimal("2.99999999"), decimal.Decimal(3)], 3, [False, True]),
+        (["3.0999999", "3.1"], 3.1, [False, True]),
+        (pa.array([0.7, 0.6], pa.float32()), 0.7, [True, False]),  # given in 32 bits, where 0.7 is 0.69999999
+    ],
+)
+def test_values_are_compared_before_they_are_rounded(values, least, kept):
+    dataset = dataset_from_tables({"user_id": ["a", "b"], "item_id": ["x", "x"], "value": values}, min_value=least)
+    assert dataset.interactions["user"].to_pylist() == [row for row in range(2) if kept[row]]
+    assert dataset.interactions["value"].type == pa.float32()
+
+
+def test_an_integer_of_more_than_64_bits_in_a_dictionary_is_named():
+    with pytest.raises(DataError, match="items: column lot cannot be made an Arrow table"):
+        dataset_from_tables({"user_id": ["a"], "item_id": ["x"]}, items={"item_id": ["x"], "lot": [2**70]})

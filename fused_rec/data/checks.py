@@ -165,7 +165,9 @@ def check_texts(table: pa.Table, report: Report) -> pa.Table:
 
 
 def check_values(table: pa.Table, report: Report, least: int | float | None = None) -> pa.Table:
-    """`value` as float32, null where there is none.
+    """`value` as floats, null where it is missing or no finite 32-bit float.
+
+    They are of 64 bits unless given in 32, so that `least` is compared with values that are not rounded.
 
     least: what a value must reach for its row to be an interaction. Only then is a value that cannot be read a fault;
     else nothing depends on it, and it is left empty, with a note.
@@ -185,8 +187,7 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
         return replace(table, "value", pa.nulls(len(table), pa.float32()))
     numbers, readable = _as_numbers(given)
     with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and is reported as that
-        values = numbers.astype(np.float32)
-    infinite = readable & np.isinf(values)
+        infinite = readable & np.isinf(numbers.astype(np.float32))
     faults = (
         ("unreadable value", flags(pc.is_valid(given)) & ~readable, lambda r: f"is not a number{_why(given, r)}"),
         ("value not finite", infinite, lambda r: "is not a finite 32-bit number"),
@@ -198,7 +199,8 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
             row = int(np.flatnonzero(bad)[0])
             first = f"the first in row {table[ROW][row]}: {_shown(given, row)!r} {why(row)}"
             report.note(f"{kind} left empty, {first}", int(bad.sum()))
-    return replace(table, "value", pa.array(values, mask=~readable | ~np.isfinite(values)))
+    kind = np.float32 if pa.types.is_float32(given.type) else np.float64
+    return replace(table, "value", pa.array(numbers.astype(kind), mask=~readable | infinite | np.isnan(numbers)))
 
 
 def _why(column: pa.ChunkedArray, row: int) -> str:
