@@ -823,3 +823,16 @@ def test_values_are_compared_before_they_are_rounded(values, least, kept):
 def test_an_integer_of_more_than_64_bits_in_a_dictionary_is_named():
     with pytest.raises(DataError, match="items: column lot cannot be made an Arrow table"):
         dataset_from_tables({"user_id": ["a"], "item_id": ["x"]}, items={"item_id": ["x"], "lot": [2**70]})
+
+
+def test_texts_that_blanks_alone_tell_apart_are_noted():
+    dataset = dataset_from_tables(
+        {"user_id": ["a", "b"], "item_id": ["x", "y"]},
+        items={"item_id": ["x", "y"], "sector": ["oil ", "oil"], "code": ["a ", "b"]},
+        ties={"source_id": ["a", "b"], "target_id": ["b", "a"], "kind": ["trust", " trust"]},
+    )
+    assert {
+        "items: values of sector that only blanks around them tell from others, such as 'oil ', kept apart": 1,
+        "ties: values of kind that only blanks around them tell from others, such as ' trust', kept apart": 1,
+    }.items() <= dataset.notes.items()
+    assert not any("code" in note for note in dataset.notes)

@@ -227,7 +227,23 @@ def check_kinds(table: pa.Table, report: Report) -> pa.Table:
     """`kind` as strings, null where there is none."""
     if "kind" not in table.column_names:
         return table
-    return replace(table, "kind", _strings(table, "kind", report))
+    table = replace(table, "kind", _strings(table, "kind", report))
+    _note_padded(table, "kind", report)
+    return table
+
+
+def _note_padded(table: pa.Table, name: str, report: Report) -> None:
+    """Notes texts that are others than those without the blanks around them: two kinds, or two nodes."""
+    column = table[name]
+    if not _is_text(column.type):
+        return
+    values = pc.unique(column.cast(pa.string()))
+    bare = pc.utf8_trim_whitespace(values)
+    twins = values.filter(pc.and_(pc.not_equal(bare, values), pc.is_in(bare, value_set=values)))
+    if len(twins):
+        rows = int(flags(pc.is_in(column.cast(pa.string()), value_set=twins)).sum())
+        found = f"values of {name} that only blanks around them tell from others, such as {twins[0].as_py()[:SHOWN]!r}"
+        report.note(f"{found}, kept apart", rows)
 
 
 def check_acts(table: pa.Table, report: Report) -> pa.Table:
@@ -240,6 +256,8 @@ def check_acts(table: pa.Table, report: Report) -> pa.Table:
 
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
     """Floating-point attributes with null in place of infinity."""
+    for name in [name for name in table.column_names if name not in ("text", "name", "user_id", "item_id", ROW)]:
+        _note_padded(table, name, report)
     for name in [field.name for field in table.schema if pa.types.is_floating(field.type)]:
         numbers = table[name]
         bad = flags(pc.is_inf(numbers))

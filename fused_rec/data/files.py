@@ -169,7 +169,11 @@ def read_cells(
         ]
         if faults := [fault for name in columns for fault in _decimal_commas(table, name, file.name)]:
             raise DataError(faults)
-    return table, dialect.note(file.name)
+    points = [
+        said for name in table.column_names if name not in (*required, "name", "text") for said in _points(table, name)
+    ]
+    said = [dialect.note(file.name), *(points if dialect.delimiter != "," else [])]
+    return table, "; ".join(filter(None, said))
 
 
 def _with_encodings(problems: Sequence[Problem]) -> list[Problem]:
@@ -188,6 +192,20 @@ def _decimal_commas(table: pa.Table, name: str, file: str) -> Iterator[Problem]:
         row = int(np.flatnonzero(comma)[0])
         message = f"{name} {_shown(words[row].as_py())} has a decimal comma ({int(comma.sum()):,} rows in all)"
         yield Problem(file, row + 2, message, "write numbers with a decimal point, as 1234.5")
+
+
+def _points(table: pa.Table, name: str) -> Iterator[str]:
+    """Says how a column is read whose numbers have a point before three digits, each of them: 1.234, or 1234."""
+    words = table[name].cast(pa.string()) if table.column_names.count(name) == 1 else pa.chunked_array([], pa.string())
+    point = flags(pc.match_substring(words, "."))
+    if point.any():
+        read = r"\A\s*[+-]?([0-9]+|[1-9][0-9]{0,2}\.[0-9]{3})\s*\z"  # of 0.125 and 1234.125 nobody doubts what they are
+        if pc.all(pc.match_substring_regex(words, read)).as_py():
+            row = int(np.flatnonzero(point)[0])
+            yield (
+                f"{name} {_shown(words[row].as_py())} in row {row + 2} is read with a decimal point; if points divide "
+                "thousands, write numbers without them"
+            )
 
 
 def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Table]) -> tuple[pa.Table, dict[str, int]]:
