@@ -45,6 +45,7 @@ def start(main: Callable[[list[str]], None]) -> None:
     SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
     """
     keep_memory()
+    _open_closed()
     try:
         app.run(functools.partial(_reported, main), flags_parser=_parse)
     except BrokenPipeError:
@@ -149,6 +150,13 @@ def _log() -> None:
     logging.getLogger("fused_rec").setLevel(logging.INFO)
     # JAX tells at INFO which accelerators it looked for in vain.
     logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def _open_closed() -> None:
+    """Gives a process that was started without an output, as by `>&-`, one that nobody reads."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def _end_unread() -> None:

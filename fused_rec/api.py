@@ -149,7 +149,10 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
     folder = (workdir / TABLES).resolve()
     if not folder.exists():
         if (workdir / RUN).exists():
-            raise ValueError(f"{workdir} holds a run of other tables; give this run a workdir of its own")
+            raise ValueError(
+                f"{workdir} holds a run, and {folder}, where the tables of a dataset in memory are kept, is not there; "
+                "put it back, or give this run a workdir of its own"
+            )
         save_dataset(dataset, folder)
     kept = read_tables(folder, repair=True)
     if digest(kept) != digest(dataset):

@@ -215,6 +215,13 @@ def test_a_run_is_kept_whole(run, config, folder, market):
     assert fr.fit(config, folder / "run", market).results == run.results  # finished: opened, not trained
 
 
+def test_a_run_whose_tables_are_gone_says_where_they_were(config, market, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="run holds a run, and .*run/tables, .* is not there; put it back"):
+        fr.fit(config, tmp_path / "run", market)
+
+
 def test_a_workdir_takes_no_other_tables(config, folder, run):
     with pytest.raises(ValueError, match="holds other tables than these"):
         fr.fit(config, folder / "run", make_market(1, 30, 20))

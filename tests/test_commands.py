@@ -174,6 +174,14 @@ def test_help_is_no_fault(place):
 # --- output that nobody reads, and requests to stop ------------------------------------------------------------------
 
 
+def test_a_command_that_was_started_without_an_output(place, tmp_path):
+    command = [sys.executable, "-m", "experiments.recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
+    script = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(script, env=environment(place), stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert pyarrow.csv.read_csv(tmp_path / "r.csv").num_rows > 80
+
+
 @pytest.mark.parametrize("also_errors", [False, True])
 def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
     command = [sys.executable, "-m", "experiments.recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]

@@ -205,3 +205,12 @@ def test_a_row_beyond_the_bound_names_it(tmp_path, monkeypatch):
     assert "items.csv: a row takes more than 4,096 bytes. shorten its texts, write the" in refused(tmp_path)
     write(tmp_path, HELD.encode(), f'item_id,text\nx,"{"fund " * 40_000}\ny,\n'.encode())
     assert "items.csv, row 2: a quote is not closed as it should be (unexpected end of data)" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("numbers", "said"), [("1.234;12", True), ("0.125;1.234", False), ("1.234;1.5", False)])
+def test_points_that_may_divide_thousands_are_noted(tmp_path, numbers, said):
+    one, other = numbers.split(";")
+    dataset = read_tables(write(tmp_path, f"user_id;item_id;value\na;x;{one}\nb;x;{other}\n".encode()))
+    assert dataset.interactions["value"].to_pylist() == [pytest.approx(float(one)), pytest.approx(float(other))]
+    noted = f"value {one!r} in row 2 is read with a decimal point; if points divide thousands, write numbers without"
+    assert any(noted in note for note in dataset.notes) == said

@@ -1,5 +1,6 @@
 """Every file that may be a table is read or refused by name, and a folder of parts is one table."""
 
+import decimal
 import gzip
 import os
 from pathlib import Path
@@ -181,9 +182,61 @@ def part(folder: Path, rows: dict, name: str = "part-00009.parquet") -> str:
 def test_parts_of_another_schema_are_named(folder):
     report = part(folder, {"item_id": [7], "text": ["fund"]})
     assert (
-        "items.parquet/part-00009.parquet: holds int64 values as item_id, and not string as "
-        "items.parquet/part-00000-c4f1.c000.snappy.parquet. give all parts the same columns" in report
+        "items.parquet/part-00009.parquet: holds int64 values as item_id, and the parts before it string values. "
+        "give all parts the same columns" in report
     )
+
+
+def of_parts(folder: Path, *columns: pa.Array) -> Path:
+    """Items of one row a part, which has this column `code`."""
+    made = folder / "items.parquet"
+    made.mkdir()
+    for number, column in enumerate(columns):
+        pq.write_table(pa.table({"item_id": ["xy"[number]], "code": column}), made / f"{number}.parquet")
+    return folder
+
+
+BIG = 2**53 + 1  # the first integer that a 64-bit float rounds
+
+
+@pytest.mark.parametrize(
+    ("columns", "at_fault"),
+    [
+        ([pa.array([BIG]), pa.array([1.5])], 0),
+        ([pa.array([[BIG]]), pa.array([[1.5]])], 0),
+        ([pa.array([-1]), pa.array([2**63], pa.uint64())], 1),
+        ([pa.array([0.1], pa.float32()), pa.array([0.1])], 1),
+        ([pa.array([BIG]), pa.array([0.1], pa.float32())], 1),
+        ([pa.array([decimal.Decimal("12345678901234567890.5")]), pa.array([1.5])], 1),
+        ([pa.array([1], pa.timestamp("ns")), pa.array([2**62], pa.timestamp("us"))], 1),
+        ([pa.array([None]), pa.array(["a"]), pa.array([1])][1:], 1),
+    ],
+)
+def test_parts_whose_values_no_type_holds_unchanged_are_refused_by_name(folder, columns, at_fault):
+    report = refused(of_parts(folder, *columns))
+    assert f"items.parquet/{at_fault}.parquet: " in report
+    assert "code" in report
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ([pa.array([BIG - 1]), pa.array([1.5])], [float(BIG - 1), 1.5]),
+        ([pa.array([BIG]), pa.array([decimal.Decimal("1.5")])], [decimal.Decimal(BIG), decimal.Decimal("1.5")]),
+        ([pa.array([0.1], pa.float32()), pa.nulls(1)], [pytest.approx(0.1), None]),
+        ([pa.array([[]], pa.list_(pa.null())), pa.array([["a"]])], [[], ["a"]]),
+    ],
+)
+def test_parts_of_types_that_one_holds_unchanged_are_joined(folder, columns, values):
+    assert read_tables(of_parts(folder, *columns)).items["code"].to_pylist()[:2] == values
+
+
+def test_a_fault_in_a_part_names_the_part_and_its_row(folder):
+    made = folder / "items"
+    made.mkdir()
+    (made / "0.csv").write_text("item_id,text\nx,bond\n")
+    (made / "1.csv").write_text("item_id,text\ny,equity\nx,fund\n")
+    assert "items, row 4: item_id 'x' is already in row 2 (row 3 of items/1.csv)." in refused(folder)
 
 
 def test_parts_of_other_columns_are_named(folder):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -326,7 +327,7 @@ def test_fartrans(tmp_path):
         ("transactions.csv", "Buy", "Gift", "transactions.csv, row 2: transactionType is 'Gift'. write Buy or Sell"),
         ("transactions.csv", "customerID,", "customer,", "column customerID is there 0 times"),
         ("customer_information.csv", "2018-01-03", "soon", "row 2: timestamp is 'soon'"),
-        ("asset_information.csv", "I1,", ",", "row 2: ISIN is 'None'"),
+        ("asset_information.csv", "I1,", ",", "row 2: ISIN is missing"),
         ("close_prices.csv", "10.5", "-1", "close_prices.csv, row 2: closePrice is '-1'"),
         ("close_prices.csv", "10.5", "nan", "closePrice is 'nan'"),
         ("close_prices.csv", "2018-01-01", "01.01.18", "row 2: timestamp"),
@@ -339,6 +340,20 @@ def test_fartrans_refuses_what_it_cannot_read(tmp_path, name, old, new, said):
     with pytest.raises(DataError, match=said):
         fartrans(tmp_path, True)
         read_prices(tmp_path / "close_prices.csv")
+
+
+def test_prices_as_a_spreadsheet_writes_them(tmp_path, caplog):
+    file = tmp_path / "prices.csv"
+    file.write_bytes("ISIN;timestamp;closePrice\r\nI1;20181201;1.234\r\n".encode("utf-16"))
+    with caplog.at_level(logging.INFO):
+        assert read_prices(file).to_pylist() == [{"item_id": "I1", "timestamp": 1543622400, "price": 1.234}]
+    assert "semicolon-separated, UTF-16; closePrice '1.234' in row 2 is read with a decimal point" in caplog.text
+    file.write_text("ISIN;timestamp;closePrice\nI1;2018-12-01;1,5\n")
+    with pytest.raises(DataError, match="row 2: closePrice is '1,5'. give a price as 12.5"):
+        read_prices(file)
+    file.write_text("ISIN;date;closePrice\nI1;2018-12-01;1.5\n")
+    with pytest.raises(DataError, match="column timestamp is there 0 times .there: ISIN, date, closePrice."):
+        read_prices(file)
 
 
 def test_amazon_texts(tmp_path):

@@ -571,7 +571,9 @@ def test_a_column_of_csv_is_numbers_only_where_no_value_changes(tmp_path, cells,
         return
     value, row = odd
     note = f"items.csv: code read as text because of {value!r} in row {row}, which is not a plain number"
-    assert dataset.notes == {note: 1} and dataset.repairs == {}
+    twins = [cell for cell in cells if cell != cell.strip() and cell.strip() in cells]
+    apart = "items: values of code that only blanks around them tell from others, such as {!r}, kept apart"
+    assert dataset.notes == {note: 1, **{apart.format(twin): 1 for twin in twins}} and dataset.repairs == {}
     assert dataset.items["code"].to_pylist() == [cell.strip('"') or None for cell in cells]
 
 
@@ -803,3 +805,36 @@ def test_longer_periods_are_refused():
     )
     with pytest.raises(DataError, match="timestamp holds extension<pandas.period.* values"):
         dataset_from_tables(frame)
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "kept"),
+    [
+        ([2**24, 2**24 + 1], 2**24 + 1, [False, True]),  # one number in 32 bits
+        ([decimal.Decimal("2.99999999"), decimal.Decimal(3)], 3, [False, True]),
+        (["3.0999999", "3.1"], 3.1, [False, True]),
+        (pa.array([0.7, 0.6], pa.float32()), 0.7, [True, False]),  # given in 32 bits, where 0.7 is 0.69999999
+    ],
+)
+def test_values_are_compared_before_they_are_rounded(values, least, kept):
+    dataset = dataset_from_tables({"user_id": ["a", "b"], "item_id": ["x", "x"], "value": values}, min_value=least)
+    assert dataset.interactions["user"].to_pylist() == [row for row in range(2) if kept[row]]
+    assert dataset.interactions["value"].type == pa.float32()
+
+
+def test_an_integer_of_more_than_64_bits_in_a_dictionary_is_named():
+    with pytest.raises(DataError, match="items: column lot cannot be made an Arrow table"):
+        dataset_from_tables({"user_id": ["a"], "item_id": ["x"]}, items={"item_id": ["x"], "lot": [2**70]})
+
+
+def test_texts_that_blanks_alone_tell_apart_are_noted():
+    dataset = dataset_from_tables(
+        {"user_id": ["a", "b"], "item_id": ["x", "y"]},
+        items={"item_id": ["x", "y"], "sector": ["oil ", "oil"], "code": ["a ", "b"]},
+        ties={"source_id": ["a", "b"], "target_id": ["b", "a"], "kind": ["trust", " trust"]},
+    )
+    assert {
+        "items: values of sector that only blanks around them tell from others, such as 'oil ', kept apart": 1,
+        "ties: values of kind that only blanks around them tell from others, such as ' trust', kept apart": 1,
+    }.items() <= dataset.notes.items()
+    assert not any("code" in note for note in dataset.notes)

@@ -165,7 +165,9 @@ def check_texts(table: pa.Table, report: Report) -> pa.Table:
 
 
 def check_values(table: pa.Table, report: Report, least: int | float | None = None) -> pa.Table:
-    """`value` as float32, null where there is none.
+    """`value` as floats, null where it is missing or no finite 32-bit float.
+
+    They are of 64 bits unless given in 32, so that `least` is compared with values that are not rounded.
 
     least: what a value must reach for its row to be an interaction. Only then is a value that cannot be read a fault;
     else nothing depends on it, and it is left empty, with a note.
@@ -185,8 +187,7 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
         return replace(table, "value", pa.nulls(len(table), pa.float32()))
     numbers, readable = _as_numbers(given)
     with np.errstate(over="ignore"):  # a number too large for float32 turns infinite, and is reported as that
-        values = numbers.astype(np.float32)
-    infinite = readable & np.isinf(values)
+        infinite = readable & np.isinf(numbers.astype(np.float32))
     faults = (
         ("unreadable value", flags(pc.is_valid(given)) & ~readable, lambda r: f"is not a number{_why(given, r)}"),
         ("value not finite", infinite, lambda r: "is not a finite 32-bit number"),
@@ -198,7 +199,8 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
             row = int(np.flatnonzero(bad)[0])
             first = f"the first in row {table[ROW][row]}: {_shown(given, row)!r} {why(row)}"
             report.note(f"{kind} left empty, {first}", int(bad.sum()))
-    return replace(table, "value", pa.array(values, mask=~readable | ~np.isfinite(values)))
+    kind = np.float32 if pa.types.is_float32(given.type) else np.float64
+    return replace(table, "value", pa.array(numbers.astype(kind), mask=~readable | infinite | np.isnan(numbers)))
 
 
 def _why(column: pa.ChunkedArray, row: int) -> str:
@@ -225,7 +227,23 @@ def check_kinds(table: pa.Table, report: Report) -> pa.Table:
     """`kind` as strings, null where there is none."""
     if "kind" not in table.column_names:
         return table
-    return replace(table, "kind", _strings(table, "kind", report))
+    table = replace(table, "kind", _strings(table, "kind", report))
+    _note_padded(table, "kind", report)
+    return table
+
+
+def _note_padded(table: pa.Table, name: str, report: Report) -> None:
+    """Notes texts that are others than those without the blanks around them: two kinds, or two nodes."""
+    column = table[name]
+    if not _is_text(column.type):
+        return
+    values = pc.unique(column.cast(pa.string()))
+    bare = pc.utf8_trim_whitespace(values)
+    twins = values.filter(pc.and_(pc.not_equal(bare, values), pc.is_in(bare, value_set=values)))
+    if len(twins):
+        rows = int(flags(pc.is_in(column.cast(pa.string()), value_set=twins)).sum())
+        found = f"values of {name} that only blanks around them tell from others, such as {twins[0].as_py()[:SHOWN]!r}"
+        report.note(f"{found}, kept apart", rows)
 
 
 def check_acts(table: pa.Table, report: Report) -> pa.Table:
@@ -238,6 +256,8 @@ def check_acts(table: pa.Table, report: Report) -> pa.Table:
 
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
     """Floating-point attributes with null in place of infinity."""
+    for name in [name for name in table.column_names if name not in ("text", "name", "user_id", "item_id", ROW)]:
+        _note_padded(table, name, report)
     for name in [field.name for field in table.schema if pa.types.is_floating(field.type)]:
         numbers = table[name]
         bad = flags(pc.is_inf(numbers))

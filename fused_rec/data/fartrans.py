@@ -7,6 +7,7 @@ last one is read, which the publisher made at its own time, so what follows from
 group) is as of then and not as of the trade.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +19,11 @@ from jaxtyping import Int64
 from fused_rec.data.arrow import flags, join_texts, known, pc, replace
 from fused_rec.data.checks import EXAMPLES
 from fused_rec.data.dataset import DataError, Dataset, Problem
-from fused_rec.data.files import read_delimited
+from fused_rec.data.files import read_cells, read_delimited
 from fused_rec.data.times import read_times
 from fused_rec.data.validate import Tables, assemble
 
+LOG = logging.getLogger(__name__)
 CUSTOMERS = ("customerType", "riskLevel", "investmentCapacity", "lastQuestionnaireDate")
 ASSETS = ("assetCategory", "assetSubCategory", "marketID", "sector", "industry")
 UNKNOWN = ("Not_Available",)  # how the publisher writes that a customer's answer is not there
@@ -73,7 +75,16 @@ def read_prices(file: Path) -> pa.Table:
 
     Raises DataError for times that cannot be read and prices that are no numbers of 0 or more.
     """
-    rows = _read(file.parent, file.name, ("ISIN", "timestamp", "closePrice"))
+    needed = ("ISIN", "timestamp", "closePrice")
+    rows, note = read_cells(file, needed[:2], needed[2:])  # the user's own file, as a spreadsheet writes it
+    if note:
+        LOG.info("%s", note)
+    there = rows.column_names
+    if wrong := [name for name in needed if there.count(name) != 1]:
+        faults = [f"column {name} is there {there.count(name)} times (there: {', '.join(there)})" for name in wrong]
+        raise DataError([Problem(file.name, None, fault, f"name the columns {', '.join(needed)}") for fault in faults])
+    rows = _known(rows.select(needed))
+    _refuse(file.name, np.asarray(rows["ISIN"].is_null()), rows["ISIN"], "ISIN", "give each row its id")
     times = _times(rows, file.name)
     sound = flags(pc.match_substring_regex(rows["closePrice"], r"\A[0-9]{1,18}(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"))
     _refuse(file.name, ~sound, rows["closePrice"], "closePrice", "give a price as 12.5")
@@ -81,7 +92,10 @@ def read_prices(file: Path) -> pa.Table:
 
 
 def _read(path: Path, name: str, needed: tuple[str, ...]) -> pa.Table:
-    table = read_delimited(path / name, ",", needed=needed, quoted=True)
+    return _known(read_delimited(path / name, ",", needed=needed, quoted=True))
+
+
+def _known(table: pa.Table) -> pa.Table:
     return pa.Table.from_arrays([known(column) for column in table.columns], table.column_names)
 
 
@@ -120,7 +134,8 @@ def _refuse(
         Problem(
             file,
             row + 2,
-            f"{name} is {str(column[row].as_py())[:60]!r}" + (f", which {faults[row]}" if row in faults else ""),
+            (f"{name} is {str(column[row])[:60]!r}" if column[row].is_valid else f"{name} is missing")
+            + (f", which {faults[row]}" if row in faults else ""),
             remedy,
         )
         for row in found[:EXAMPLES].tolist()

@@ -31,6 +31,7 @@ ROWS_A_BYTE, ROWS = 8, 1 << 20
 ROW_BYTES = 1 << 28  # of a row of text; a block of so many is in memory at a time, and no more than one
 BLOCKS = (1 << 20, 1 << 24, ROW_BYTES)
 _SAVE = "save the file as UTF-8"
+INTEGER_DIGITS = 20  # of integers of 64 bits
 JSON_ROWS = 65_536  # of JSON lines, held as Python's objects at a time
 
 
@@ -168,7 +169,11 @@ def read_cells(
         ]
         if faults := [fault for name in columns for fault in _decimal_commas(table, name, file.name)]:
             raise DataError(faults)
-    return table, dialect.note(file.name)
+    points = [
+        said for name in table.column_names if name not in (*required, "name", "text") for said in _points(table, name)
+    ]
+    said = [dialect.note(file.name), *(points if dialect.delimiter != "," else [])]
+    return table, "; ".join(filter(None, said))
 
 
 def _with_encodings(problems: Sequence[Problem]) -> list[Problem]:
@@ -189,13 +194,31 @@ def _decimal_commas(table: pa.Table, name: str, file: str) -> Iterator[Problem]:
         yield Problem(file, row + 2, message, "write numbers with a decimal point, as 1234.5")
 
 
-def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Table]) -> pa.Table:
-    """The parts of a folder as one table, in their order; the columns of its `column=value` folders are text.
+def _points(table: pa.Table, name: str) -> Iterator[str]:
+    """Says how a column is read whose numbers have a point before three digits, each of them: 1.234, or 1234."""
+    words = table[name].cast(pa.string()) if table.column_names.count(name) == 1 else pa.chunked_array([], pa.string())
+    point = flags(pc.match_substring(words, "."))
+    if point.any():
+        read = r"\A\s*[+-]?([0-9]+|[1-9][0-9]{0,2}\.[0-9]{3})\s*\z"  # of 0.125 and 1234.125 nobody doubts what they are
+        if pc.all(pc.match_substring_regex(words, read)).as_py():
+            row = int(np.flatnonzero(point)[0])
+            yield (
+                f"{name} {_shown(words[row].as_py())} in row {row + 2} is read with a decimal point; if points divide "
+                "thousands, write numbers without them"
+            )
 
-    Raises DataError where a part cannot be read, or has other columns or types than the first.
+
+def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Table]) -> tuple[pa.Table, dict[str, int]]:
+    """The parts of a folder as one table, in their order, and how many rows each part has, by its name.
+
+    The columns of `column=value` folders are text. Raises DataError where a part cannot be read, has other columns than
+    the first, or types that have no type in common which holds the values of both unchanged.
     """
     problems: list[Problem] = []
-    tables: list[pa.Table] = []
+    tables: dict[str, pa.Table] = {}
+    kinds: dict[str, pa.DataType] = {}
+    first = name_in(table, parts[0].file)
+    remedy = "give all parts the same columns and types, each column once"
     for part in parts:
         name = name_in(table, part.file)
         try:
@@ -205,31 +228,73 @@ def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Tab
         except DataError as error:
             problems += [dataclasses.replace(problem, file=name) for problem in error.problems]
             continue
-        if fault := _unlike(rows, tables[0] if tables else rows, name_in(table, parts[0].file)):
-            problems.append(Problem(name, None, fault, "give all parts the same columns and types, each column once"))
-        else:
-            tables.append(rows.select(tables[0].column_names) if tables else rows)
+        if fault := _unlike(rows, kinds, first):
+            problems.append(Problem(name, None, fault, remedy))
+            continue
+        for field in rows.schema:
+            kinds[field.name] = _common(kinds.get(field.name, pa.null()), _kind(field.type)) or pa.null()
+        tables[name] = rows.select(list(kinds))
+    schemas = [rows.schema for rows in tables.values()]
+    if any(schema != schemas[0] for schema in schemas):  # dictionaries differ in the width of their indices
+        for name, rows in tables.items():
+            cast = {column: _cast(rows, column, kind, name, problems) for column, kind in kinds.items()}
+            tables[name] = pa.table(cast)
     if problems:
         raise DataError(problems)
-    if any(rows.schema != tables[0].schema for rows in tables):  # dictionaries differ in the width of their indices
-        tables = [rows.cast(pa.schema([(field.name, _kind(field.type)) for field in rows.schema])) for rows in tables]
-    return pa.concat_tables(tables, promote_options="permissive")
+    return pa.concat_tables(tables.values()), {name: len(rows) for name, rows in tables.items()}
 
 
-def _unlike(rows: pa.Table, first: pa.Table, name_of_first: str) -> str:
-    """What keeps a part from being one table with the first; empty where nothing does."""
+def _unlike(rows: pa.Table, kinds: Mapping[str, pa.DataType], first: str) -> str:
+    """What keeps a part from being one table with those before it, of these types; empty where nothing does."""
     names = rows.column_names
     if twice := [name for name in names if names.count(name) > 1]:
         return f"has column {twice[0]} twice (there: {', '.join(names)})"
-    if set(names) != set(first.column_names):
-        return f"has the columns {', '.join(names)}, and not {', '.join(first.column_names)} as {name_of_first}"
-    for name in names:
-        one, other = (_kind(part.schema.field(name).type) for part in (first, rows))
-        try:
-            pa.unify_schemas([pa.schema([(name, one)]), pa.schema([(name, other)])], promote_options="permissive")
-        except pa.ArrowException:
-            return f"holds {other} values as {name}, and not {one} as {name_of_first}"
+    if kinds and set(names) != set(kinds):
+        return f"has the columns {', '.join(names)}, and not {', '.join(kinds)} as {first}"
+    for name in kinds:
+        own = _kind(rows.schema.field(name).type)
+        if _common(kinds[name], own) is None:
+            return f"holds {own} values as {name}, and the parts before it {kinds[name]} values"
     return ""
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that can hold values of both as they are; None where there is none.
+
+    A 32-bit float stands for the few digits that are written for it (0.1), and is another number as a 64-bit float.
+    """
+    types = pa.types
+    if one == other or types.is_null(other):
+        return one
+    if types.is_null(one):
+        return other
+    if types.is_list(one) and types.is_list(other):
+        inner = _common(one.value_type, other.value_type)
+        return inner and pa.list_(inner)
+    kinds = (one, other)
+    if any(map(types.is_float32, kinds)) or (any(map(types.is_decimal, kinds)) and any(map(types.is_floating, kinds))):
+        return None
+    if types.is_decimal(one) != types.is_decimal(other):
+        one, other = kinds if types.is_decimal(one) else (other, one)
+        whole = max(one.precision - one.scale, INTEGER_DIGITS)
+        fits = types.is_integer(other) and whole + one.scale <= pa.decimal128(38).precision
+        return pa.decimal128(whole + one.scale, one.scale) if fits else None
+    try:
+        schemas = [pa.schema([("", kind)]) for kind in kinds]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return None
+
+
+def _cast(rows: pa.Table, column: str, kind: pa.DataType, name: str, problems: list[Problem]) -> pa.ChunkedArray:
+    """The column in the type that all parts have in common; nulls, and a problem, where that would change a value."""
+    try:
+        return rows[column].cast(kind)
+    except pa.ArrowException as error:
+        message = f"{column} holds {_kind(rows[column].type)} values that do not fit into {kind}, which all parts need"
+        remedy = "write the column with one type in all parts, codes and ids as text"
+        problems.append(Problem(name, None, f"{message}: {error}", remedy))
+        return pa.chunked_array([pa.nulls(len(rows), kind)])
 
 
 def _kind(kind: pa.DataType) -> pa.DataType:

@@ -35,8 +35,10 @@ attribute may be a list of values.
 
 What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
 tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.
+Rows of a folder are counted over all its parts, with one header, and the report adds the part and the row in it.
 """
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -89,6 +91,7 @@ def read_tables(
     folder = Path(path).expanduser()
     tables: dict[str, pa.Table] = {}
     files: dict[str, str] = {}
+    parts: dict[str, Mapping[str, int]] = {}
     notes: dict[str, int] = {}
     found, problems = find_tables(folder, tuple(COLUMNS))
     if "interactions" not in found and not any(fault.file.startswith("interactions") for fault in problems):
@@ -98,21 +101,25 @@ def read_tables(
     for table, file in found.items():
         try:
             files[table] = file.name
-            read, typed = _read(table, file, notes, delimiter, encoding)
+            read, typed, counts = _read(table, file, notes, delimiter, encoding)
+            parts[file.name] = counts
             tables[table] = select(read, table, file.name, notes, typed=typed)
         except DataError as error:
             problems += error.problems
     if problems:
         tables.setdefault("interactions", _NONE)
-    return assemble(
-        name,
-        Tables(**tables),
-        repair=repair,
-        min_value=min_value,
-        notes=notes,
-        problems=problems,
-        files=files,
-    )
+    try:
+        return assemble(
+            name,
+            Tables(**tables),
+            repair=repair,
+            min_value=min_value,
+            notes=notes,
+            problems=problems,
+            files=files,
+        )
+    except DataError as error:
+        raise DataError([_located(problem, parts.get(problem.file, {})) for problem in error.problems]) from error
 
 
 def dataset_from_tables(
@@ -161,7 +168,7 @@ def _arrow(frame: Any, name: str) -> pa.Table:
         if not isinstance(frame, Mapping | pa.Table):
             table = table.drop_columns([index for index in table.column_names if _INDEX.fullmatch(index)])
         return plain_table(periods_as_times(table))
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         raise DataError(_unreadable(frame, name) or [_fault(name, "", error)]) from error
 
 
@@ -172,7 +179,7 @@ def _unreadable(frame: Any, name: str) -> list[Problem]:
     for column in columns:
         try:
             plain_table(pa.table({column: frame[column]} if isinstance(frame, Mapping) else frame[[column]]))
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
             problems.append(_fault(name, f"column {column} ", error))
     return problems
 
@@ -182,8 +189,22 @@ def _fault(name: str, what: str, error: Exception) -> Problem:
     return Problem(name, None, f"{what}cannot be made an Arrow table: {error}", remedy)
 
 
-def _read(table: str, path: Path, notes: dict[str, int], delimiter: str, encoding: str) -> tuple[pa.Table, bool]:
-    """The table as its file or folder holds it, and whether its columns have types.
+def _located(problem: Problem, parts: Mapping[str, int]) -> Problem:
+    """The problem, with the part that its row is in. parts: how many rows each has, by name, in their order."""
+    if problem.row is None:
+        return problem
+    row = problem.row
+    for name, count in parts.items():
+        if row <= count + 1:
+            return dataclasses.replace(problem, message=f"{problem.message} (row {row} of {name})")
+        row -= count
+    return problem
+
+
+def _read(
+    table: str, path: Path, notes: dict[str, int], delimiter: str, encoding: str
+) -> tuple[pa.Table, bool, dict[str, int]]:
+    """The table as its file or folder holds it, whether its columns have types, and the rows of each part of a folder.
 
     notes: gets how its texts are written where that is not as expected, counted by files.
     """
@@ -197,10 +218,11 @@ def _read(table: str, path: Path, notes: dict[str, int], delimiter: str, encodin
         return read
 
     if not path.is_dir():
-        return (read_parquet(path), True) if is_parquet(path) else (cells(path), False)
+        return (read_parquet(path), True, {}) if is_parquet(path) else (cells(path), False, {})
     parts = parts_of(path)
     typed = is_parquet(parts[0].file)
-    return join_parts(path, parts, read_parquet if typed else cells), typed
+    rows, counts = join_parts(path, parts, read_parquet if typed else cells)
+    return rows, typed, counts
 
 
 def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:

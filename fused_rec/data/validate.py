@@ -120,7 +120,8 @@ def _enough(events: pa.Table, report: Report, min_value: int | float | None) -> 
     if min_value is None:
         report.note("values kept, which the model does not use (data.min_value makes use of them)", int(given.sum()))
         return np.ones(len(events), bool)
-    below = given & (np.asarray(pc.fill_null(events["value"], 0)) < np.float32(min_value))
+    values = np.asarray(pc.fill_null(events["value"], 0))
+    below = given & (values < values.dtype.type(min_value))
     report.note(f"rows of a value below {min_value}, which are no interactions", int(below.sum()))
     report.note("rows without a value, which stay interactions", int((~given).sum()))
     return ~below
@@ -174,6 +175,8 @@ def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarra
     remedy, mended = "keep one row for each pair", "rows that repeat a pair merged into its earliest"
     report.add("repeated interaction", events, repeated, message, remedy, mended)
     kept = {name: events[name] for name in ("timestamp", "value", "part") if name in events.column_names}
+    if "value" in kept:
+        kept["value"] = kept["value"].cast(pa.float32(), safe=False)
     return pa.table({"user": user, "item": item, **kept}).filter(pa.array(~repeated))
 
 
