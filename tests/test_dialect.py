@@ -26,6 +26,9 @@ def write(folder: Path, interactions: bytes, items: bytes = ITEMS.encode()) -> P
     return folder
 
 
+VALUES = "interactions: values kept, which the model does not use (data.min_value makes use of them)"
+
+
 def refused(folder: Path, **settings: Any) -> str:
     with pytest.raises(DataError) as error:
         read_tables(folder, **settings)
@@ -50,7 +53,7 @@ def test_semicolons_in_any_unicode(tmp_path, before, encoding, mark, said):
     dataset = read_tables(write(tmp_path, mark + text.encode(encoding)))
     assert dataset.users["user_id"].to_pylist() == ["José", "b"]
     assert dataset.interactions["value"].to_pylist() == [1.5, 2.0]
-    assert dataset.repairs == {f"interactions.csv: read as semicolon-separated{said}": 1}
+    assert dataset.notes == {f"interactions.csv: read as semicolon-separated{said}": 1, VALUES: 2}
 
 
 @pytest.mark.parametrize(("delimiter", "word"), [("\t", "tab"), ("|", "pipe"), (";", "semicolon")])
@@ -62,13 +65,13 @@ def test_delimiters_are_found_from_the_header(tmp_path, delimiter, word, quoted)
     dataset = read_tables(write(tmp_path, HELD.encode(), items.encode()))
     assert dataset.items["text"].to_pylist() == [f"Für, alle{delimiter} x\n| y", None]
     assert dataset.items["price"].to_pylist() == [1.5, 2.0]
-    assert dataset.repairs == {f"items.csv: read as {word}-separated": 1}
+    assert dataset.notes == {f"items.csv: read as {word}-separated": 1, VALUES: 2}
 
 
 def test_a_table_of_one_column_needs_no_delimiter(tmp_path):
-    assert read_tables(write(tmp_path, HELD.encode(), b"item_id\nx\ny\n")).repairs == {}
+    assert read_tables(write(tmp_path, HELD.encode(), b"item_id\nx\ny\n")).notes == {VALUES: 2}
     (tmp_path / "items.csv").rename(tmp_path / "items.tsv")
-    assert read_tables(tmp_path).repairs == {}
+    assert read_tables(tmp_path).notes == {VALUES: 2}
 
 
 @pytest.mark.parametrize("delimiter", [",", ";"])
@@ -87,7 +90,10 @@ def test_a_delimiter_that_is_named(tmp_path):
     assert "name the delimiter by data.delimiter" in refused(tmp_path)
     dataset = fr.load_dataset(tmp_path, delimiter="^")
     assert dataset.interactions["value"].to_pylist() == [1.5, 2.0]
-    assert dataset.repairs == {"interactions.csv: read as '^'-separated": 1}  # and items.csv by its commas, as expected
+    assert dataset.notes == {
+        "interactions.csv: read as '^'-separated": 1,
+        VALUES: 2,
+    }
 
 
 def test_rows_of_another_width_are_numbered_from_the_header(tmp_path):
@@ -105,7 +111,7 @@ def test_windows_1252_is_named_by_the_user(tmp_path):
     dataset = load(DataConfig("tables", str(tmp_path), encoding="cp1252"))
     assert dataset.users["user_id"].to_pylist() == ["José", "b"]
     assert dataset.items["text"].to_pylist() == ["Für alle", None]  # items.csv is UTF-8, and read as that
-    assert dataset.repairs == {"interactions.csv: read as Windows-1252": 1}
+    assert dataset.notes == {"interactions.csv: read as Windows-1252": 1, VALUES: 2}
 
 
 def test_lines_that_are_not_utf8_are_counted(tmp_path):
@@ -153,10 +159,11 @@ def test_formats_of_publishers_have_a_delimiter_of_their_own(tmp_path):
 def test_decimal_commas_are_refused(tmp_path):
     items = "item_id;price;codes;text\nx;1.234,5;1,2;1,5\ny;2;1,2,3;\n"
     report = refused(write(tmp_path, HELD.encode(), items.encode()))
-    assert "1 problem(s)" in report
+    assert "1 fault in the input" in report
     assert "items.csv, row 2: price '1.234,5' has a decimal comma (1 rows in all). write numbers" in report
     held = HELD.replace(",", ";").replace("1.5", "1,5")
-    assert "row 2: value '1,5' is not a number (a decimal comma?)" in refused(write(tmp_path, held.encode()))
+    report = refused(write(tmp_path, held.encode()), min_value=1.0)
+    assert "row 2: value '1,5' is not a number (a decimal comma is in it)" in report
 
 
 def test_the_command_and_the_config(tmp_path):

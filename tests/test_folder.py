@@ -72,7 +72,7 @@ def test_parquet_in_any_case(folder, name):
 def test_what_cannot_be_read_is_refused_by_name_with_a_remedy(folder, name):
     (folder / name).write_text(ITEMS)
     report = refused(folder)
-    assert report.startswith(f"1 problem(s) in the input:\n  {name}: is no ")
+    assert report.startswith(f"1 fault in the input:\n  {name}: is no ")
     assert "or take it out." in report
     if name.startswith("items."):
         assert "export it as CSV or Parquet (items.csv, items.parquet)" in report
@@ -102,7 +102,7 @@ def test_two_files_of_one_table_are_refused_naming_both(folder):
 def test_only_a_spreadsheet_of_the_interactions(tmp_path):
     (tmp_path / "interactions.xlsx").write_text("")
     report = refused(tmp_path)
-    assert "1 problem(s)" in report and "interactions.xlsx: is no file of a form that is read" in report
+    assert "1 fault in the input" in report and "interactions.xlsx: is no file of a form that is read" in report
 
 
 def test_links(folder):
