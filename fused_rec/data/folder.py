@@ -87,7 +87,7 @@ def find_tables(folder: Path, names: Sequence[str]) -> tuple[dict[str, Path], li
     return {name: entries[0] for name, entries in found.items() if len(entries) == 1}, problems
 
 
-def parts_of(table: Path) -> list[Part]:
+def list_parts(table: Path) -> list[Part]:
     """The parts of a folder that is one table, in the order of their numbers. Raises DataError naming what is no part.
 
     As in Spark and Hive, names that begin with `_` or `.` are no parts, and a folder `column=value` gives a column.

@@ -51,7 +51,7 @@ from fused_rec.config import DataConfig
 from fused_rec.data.arrow import replace
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.files import join_parts, read_cells, read_parquet
-from fused_rec.data.folder import find_tables, is_parquet, parts_of
+from fused_rec.data.folder import find_tables, is_parquet, list_parts
 from fused_rec.data.numbers import typed as typed_from_text
 from fused_rec.data.plain import plain_table
 from fused_rec.data.times import periods_as_times
@@ -219,7 +219,7 @@ def _read(
 
     if not path.is_dir():
         return (read_parquet(path), True, {}) if is_parquet(path) else (cells(path), False, {})
-    parts = parts_of(path)
+    parts = list_parts(path)
     typed = is_parquet(parts[0].file)
     rows, counts = join_parts(path, parts, read_parquet if typed else cells)
     return rows, typed, counts
