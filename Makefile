@@ -30,11 +30,11 @@ REPOSITORY := $(shell sed -n 's|^repository-code: https://github.com/||p' CITATI
 notebooks: $(VENV)/.installed-tests
 	sed -E -i.bak 's#(github(\.com)?)/[[:alnum:]_.-]+/[[:alnum:]_.-]+#\1/$(REPOSITORY)#g' notebooks/*.py && rm notebooks/*.bak
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
-	$(BIN)/python tests/campaigns/notebooks.py
+	$(BIN)/python tests/stress/notebooks.py
 
 # Builds sdist and wheel, and uses the wheel from outside the checkout.
 package: $(VENV)/.installed-tests
-	$(BIN)/python tests/campaigns/package.py
+	$(BIN)/python tests/stress/package.py
 
 # A stamp is written last, so an interrupted step is done again; it is older than what it depends on when stale.
 $(VENV)/.created:

@@ -27,10 +27,9 @@ import jax
 import ml_collections
 from absl import app, flags
 
-from fused_rec import hosts
 from fused_rec.config import Config, from_dict
-from fused_rec.devices import DeviceError, keep_memory
-from fused_rec.train import interrupt
+from fused_rec.distributed import processes, signals
+from fused_rec.distributed.devices import DeviceError, keep_memory
 
 BROKEN_PIPE = 141  # as shells report SIGPIPE
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
@@ -95,22 +94,25 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
     _log()
-    # Everything here is float32 or int32; fused_rec.devices.computes does the same for the Python interface.
+    # Everything here is float32 or int32; fused_rec.distributed.devices.computes does the same for the Python
+    # interface.
     jax.config.update("jax_enable_x64", False)
     try:
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag")
-        with interrupt.handled():
+        with signals.handle_signals():
             main(argv)
             sys.stdout.flush()
-    except interrupt.Stopped as stopped:
-        said = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
-        print(f"\n{said}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
+    except signals.Stopped as stopped:
+        message = "; ".join([str(stopped), *getattr(stopped, "__notes__", [])])
+        print(f"\n{message}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
         sys.exit(stopped.exit_status)
     except BrokenPipeError:
         _end_unread()
     except Exception as error:
-        if not isinstance(error, DeviceError) and hosts.broke_off(error):  # without devices there are no hosts either
+        if not isinstance(error, DeviceError) and processes.is_collective_failure(
+            error
+        ):  # without devices there are no hosts either
             print(
                 f"\nAnother process of this run has ended or cannot be reached: {str(error).splitlines()[0]}\n"
                 f"To go on from the last checkpoint, start all processes again:\n  {command()}",

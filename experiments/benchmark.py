@@ -1,11 +1,11 @@
 """Measure fused_rec beside the packages that people would otherwise use, in one run.
 
-    FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --peers=ENVIRONMENTS --out=train.json
+    FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --competitors=ENVIRONMENTS --out=train.json
 
 Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking the whole catalogue), encode (texts a
 language model reads), scale (a step from 1e5 to 1e7 edges). Each side is a process of its own, peers in environments
-of their own (experiments/peers/*.txt); sides take turns, forth and back, and medians are told. Be alone on the machine.
-docs/SPEED.md says what is measured and how.
+of their own (experiments/competitors/*.txt); sides take turns, forth and back, and medians are told. Be alone on the
+machine. docs/SPEED.md says what is measured and how.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import peers, start
-from experiments.peers import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
+from experiments import competitors, start
+from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
 from experiments.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
 
@@ -42,7 +42,9 @@ NAMES = flags.DEFINE_list(
     None,
     "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet. None: those of the suite.",
 )
-PEERS = DEFINE_path("peers", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on.")
+PEERS = DEFINE_path(
+    "competitors", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on."
+)
 REPEATS = flags.DEFINE_integer(
     "repeats", 10, "Measured calls in each visit; each side is visited twice.", lower_bound=1
 )
@@ -96,10 +98,10 @@ def read_pairs(name: str) -> Pairs:
         raise ValueError(f"--data names {name!r}; it must be one of {', '.join(readers)} or generated:EDGES")
     from fused_rec.config import DataConfig
     from fused_rec.data.dataset import column
-    from fused_rec.data.readers import load
+    from fused_rec.data.sources.registry import load
 
     dataset = load(DataConfig(name=readers[name]))
-    held_out = np.array(dataset.interactions.column("part").to_pylist()) == "test"
+    held_out = np.array(dataset.interactions.column("split").to_pylist()) == "test"
     user, item = (column(dataset.interactions, end) for end in ("user", "item"))
     order = np.lexsort((item[~held_out], user[~held_out]))
     train = user[~held_out][order], item[~held_out][order]
@@ -159,7 +161,9 @@ def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
-    """The job's arrays, as `experiments/peers/protocol.py` describes them. final: rows to rank with, not to train."""
+    """The job's arrays, as `experiments/competitors/protocol.py` describes them. final: rows to rank with, not to
+    train.
+    """
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((pairs.n_users + pairs.n_items, DIM), np.float32)
     file = folder / "arrays.npz"
@@ -188,12 +192,12 @@ def workplace() -> Iterator[Path]:
         yield Path(folder)
 
 
-def job_of(folder: Path, task: str, arrays: Path, **settings: Any) -> dict[str, Any]:
+def job_of(folder: Path, graph_inputs: str, arrays: Path, **settings: Any) -> dict[str, Any]:
     """A job with the flags' and the task's settings."""
     return {
-        **{"task": task, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
+        **{"task": graph_inputs, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
         **{"repeats": REPEATS.value, "warmup": WARMUP.value, "threads": THREADS.value},
-        **{"rounds": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
+        **{"num_layers": ROUNDS, "learning_rate": LEARNING_RATE, "k": K, "batch": RANKED},
         **settings,
     }
 
@@ -214,15 +218,15 @@ def compared(
     check: of (our result, a side's): what the two have in common, in words.
     """
     folder = None if PEERS.value is None else Path(PEERS.value)
-    found = {side: peers.python_of(side, folder) for side in (OURS, *sides)}
+    found = {side: competitors.python_of(side, folder) for side in (OURS, *sides)}
     left_out = {
-        side: f"left out: its environment is not there; {peers.remedy(side, folder)}"
+        side: f"left out: its environment is not there; {competitors.remedy(side, folder)}"
         for side, python in found.items()
         if python is None
     }
     there = {side: python for side, python in found.items() if python is not None}
     print(f"{name}: {', '.join(side.name for side in there)}", flush=True)
-    answers, failed = peers.alternate(there, job, variables or {}, visits)
+    answers, failed = competitors.alternate(there, job, variables or {}, visits)
     left_out |= {side: f"left out: {why}" for side, why in failed.items()}
     for side, why in left_out.items():
         print(f"  {side.name} {why}", flush=True)
@@ -232,13 +236,15 @@ def compared(
         if side in answers
     }
     checks = {side: check(results[OURS], result) for side, result in results.items() if side != OURS}
-    return Measured(name, {side: peers.figures(of) for side, of in answers.items()}, left_out, checks, setting, **shown)
+    return Measured(
+        name, {side: competitors.figures(of) for side, of in answers.items()}, left_out, checks, setting, **shown
+    )
 
 
 def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, higher: bool = False) -> Iterator[dict]:
     """A row a peer (one without, where there is no peer at all) of one figure; ratio: how many times ours is ahead."""
     figures, convert = measured.figures, of_sample or (lambda value: value)
-    ours = peers.spread([convert(sample) for sample in figures[OURS][what]])
+    ours = competitors.spread([convert(sample) for sample in figures[OURS][what]])
     common = {
         "name": measured.name + SUFFIXES[what],
         "ours": ours[1],
@@ -248,11 +254,11 @@ def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, hi
     }
     own = {"ours_range": [ours[0], ours[2]], "samples": len(figures[OURS][what]), **machine()}
     for side in [side for side in figures if side != OURS]:
-        theirs = peers.spread([convert(sample) for sample in figures[side][what]])
+        theirs = competitors.spread([convert(sample) for sample in figures[side][what]])
         ratio = ours[1] / theirs[1] if higher else theirs[1] / ours[1] if ours[1] else None
         versions = {"ours": figures[OURS]["versions"], "peer": figures[side]["versions"]}
-        told = {"peer_range": [theirs[0], theirs[2]], "note": measured.checks[side], "versions": versions}
-        yield {**common, "peer": theirs[1], "peer_name": side.name, "ratio": ratio, **own, **told}
+        details = {"peer_range": [theirs[0], theirs[2]], "note": measured.checks[side], "versions": versions}
+        yield {**common, "peer": theirs[1], "peer_name": side.name, "ratio": ratio, **own, **details}
     for side in measured.left_out if what == "seconds" else ():
         absent = {"note": measured.left_out[side], "versions": {"ours": figures[OURS]["versions"]}}
         yield {**common, "peer": None, "peer_name": side.name, "ratio": None, **own, **absent}
@@ -321,7 +327,7 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
             once = {**job, "repeats": 1, "warmup": 0}
             warm = {CACHE: str(folder / "cache"), **EVERYTHING}
-            peers.visit(OURS, Path(sys.executable), {**once, "result": str(folder / "warm.npy")}, warm)
+            competitors.visit(OURS, Path(sys.executable), {**once, "result": str(folder / "warm.npy")}, warm)
             visits = -(-REPEATS.value // 2)
             first = compared(
                 f"import to first step, {name}", sides, once, same_loss, STEP, variables=warm, visits=visits
@@ -357,8 +363,8 @@ def evaluate(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Tokens a second of real texts through MiniLM, its tokenizer included; special tokens counted, padding not."""
     from fused_rec.config import DataConfig, TextConfig
-    from fused_rec.data.readers import load
-    from fused_rec.text.embed import count_tokens
+    from fused_rec.data.sources.registry import load
+    from fused_rec.text.encode import count_tokens
     from fused_rec.text.pretrained import MINILM_PACKAGE, open_model
 
     spec = importlib.util.find_spec(MINILM_PACKAGE)
@@ -367,8 +373,8 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     folder_of_model = str(Path(spec.submodule_search_locations[0]) / "model") if spec else ""  # pyright: ignore
     for name in names:
         with workplace() as folder:
-            said = load(DataConfig(name=name)).reviews.column("text").to_pylist()
-            texts = sorted(set(said))
+            review_texts = load(DataConfig(name=name)).reviews.column("text").to_pylist()
+            texts = sorted(set(review_texts))
             texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: TEXTS.value]]
             (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
             np.savez(folder / "arrays.npz")
@@ -429,11 +435,11 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     # A peer that compiles nothing has no time to be divided by; the table has both.
     rows = [row for row in rows if row["ratio"] and not row["name"].endswith(SUFFIXES["compile_s"])]
     if not rows:
-        print("figure: none, there is no peer to compare with (--peers)")
+        print("figure: none, there is no peer to compare with (--competitors)")
     elif importlib.util.find_spec("matplotlib") is None:
         print('figure: needs Matplotlib: pip install -e ".[plots]"')
     else:
-        from fused_rec.evaluate import plots
+        from fused_rec.evaluation import plots
 
         write_figure(file, plots.by_ratio(rows, rows[0]["hardware"]))
         print(f"figure: {file}")

@@ -15,9 +15,9 @@ from ml_collections import config_flags
 
 from experiments import config_of, start
 from experiments.places import DEFINE_path, written_folder
-from fused_rec.train.measure import BASELINES
-from fused_rec.train.study import check_names, study
-from fused_rec.train.variants import VARIANTS
+from fused_rec.studies.compare import check_names, compare_variants
+from fused_rec.studies.variants import VARIANTS
+from fused_rec.training.evaluate import BASELINES
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
@@ -27,7 +27,7 @@ NAMES = flags.DEFINE_list(
     [name for name in (*VARIANTS, *BASELINES) if name != "lora"],  # which takes as long as all others together
     f"What is compared, of {', '.join((*VARIANTS, *BASELINES))}.",
 )
-SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
 TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned variant on validation.", lower_bound=0)
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(str(error)) from error
     config = config_of(CONFIG.value)
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    report = study(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
+    report = compare_variants(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
     print(f"\n{report['task']}; intervals 95 %, p adjusted after Holm\n")
     if SEEDS.value == 1:
         print("With one seed the intervals cover the choice of users only, not the noise of training.\n")

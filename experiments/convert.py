@@ -4,7 +4,8 @@
     python -m experiments.convert --data=recbole --path=dataset/ml-100k --to=tables --out=ml_100k
     python -m experiments.convert --data=lastfm --to=huggingface --out=lastfm_hub
 
---data is any dataset that can be read (fused_rec/data/readers.py). What the other layout has no room for is counted.
+--data is any dataset that can be read (fused_rec/data/sources/registry.py). What the other layout has no room for is
+counted.
 """
 
 from absl import flags
@@ -12,8 +13,8 @@ from absl import flags
 from experiments import start
 from experiments.places import DEFINE_path, existing_folder, written_folder
 from fused_rec.config import DataConfig
-from fused_rec.data.readers import READERS, load
-from fused_rec.data.writers import LAYOUTS, save_dataset
+from fused_rec.data.io.writers import LAYOUTS, save_dataset
+from fused_rec.data.sources.registry import READERS, load
 from fused_rec.storage import check_new
 
 DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
@@ -21,7 +22,7 @@ PATH = DEFINE_path("path", existing_folder, "Its folder; without this flag its o
 TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "What is written.", required=True)
 OUT = DEFINE_path("out", written_folder, "New folder; RecBole's files get its name.", required=True)
 REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
-CORE = flags.DEFINE_integer("core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
+CORE = flags.DEFINE_integer("k_core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
 MIN_VALUE = flags.DEFINE_float("min_value", None, "Rows whose value is below it are no interactions.")
 
 DELIMITER = flags.DEFINE_string("delimiter", "", "Of your own tables as text; empty = found from the header.")

@@ -12,16 +12,24 @@ from experiments import start
 from experiments.configs.synthetic import get_config
 from experiments.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
-from fused_rec.evaluate.compare import table
-from fused_rec.evaluate.ranking import PerUser, mean
-from fused_rec.explain.facts import Customer, Facts, compared, passages, recommended, sample, sliced
-from fused_rec.explain.report import page
+from fused_rec.evaluation.ranking import UserMetrics, mean
+from fused_rec.evaluation.significance import table
+from fused_rec.reporting.data import (
+    Customer,
+    ReportData,
+    compared,
+    passages,
+    recommended,
+    sample,
+    sliced,
+)
+from fused_rec.reporting.page import render_page
+from fused_rec.runs.loggers import read_curves
+from fused_rec.runs.model_card import counts
+from fused_rec.serving.recommender import candidate_filter, load, model_digest, user_rows
 from fused_rec.storage import write_file
-from fused_rec.train.card import counts
-from fused_rec.train.curves import read_curves
-from fused_rec.train.loop import TEST_USERS, read_results, read_run, read_users, train
-from fused_rec.train.measure import baseline, choose_settings, measure_users
-from fused_rec.train.serve import eligible, load, model_digest, user_rows
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
+from fused_rec.training.trainer import TEST_METRICS_PER_USER, read_results, read_run, read_users, run_training
 
 WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
@@ -29,7 +37,7 @@ BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"
 DRAWN = 4  # more customers, shown on the page
 GROUPS = ("age_band",)
-SHOWN = ["recall@10", "ndcg@10", "accuracy"]
+SHOWN = ["recall@10", "ndcg@10", "auc"]
 
 
 def variant_config(variant: str) -> Config:
@@ -44,36 +52,36 @@ def main(argv: list[str]) -> None:
     trained = {}
     for variant, name in VARIANTS.items():
         print(f"\n== {name}")
-        train(variant_config(variant), workdir / variant)
-        trained[name] = read_users(workdir / variant / TEST_USERS)
+        run_training(variant_config(variant), workdir / variant)
+        trained[name] = read_users(workdir / variant / TEST_METRICS_PER_USER)
     config, prepared, state = load(workdir / "fused")
-    measured: dict[str, PerUser] = {}
+    measured: dict[str, UserMetrics] = {}
     for key, name in BASELINES.items():
-        measured[name] = measure_users(prepared, baseline(key, prepared, choose_settings(key, prepared)), "test")
+        measured[name] = evaluate_users(prepared, baseline(key, prepared, choose_settings(key, prepared)), "test")
     measured |= trained
 
     print("\nHeld-out purchases, the whole catalogue ranked for every customer:\n")
     print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
-    said = passages(config, prepared, state)
-    customers = recommended(config, prepared, state, eligible(prepared.dataset), users, 5, said)
+    token_passages = passages(config, prepared, state)
+    customers = recommended(config, prepared, state, candidate_filter(prepared.dataset), users, 5, token_passages)
     show_customer(customers[0])
 
-    facts = Facts(
+    facts = ReportData(
         read_results(workdir / "fused"),
         counts=counts(prepared.dataset, prepared.split),
         digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
-        part="test",
+        split="test",
         models=compared(measured, VARIANTS["fused"]),
-        curve=tuple(read_curves(workdir / "fused" / "choose")),
+        curve=tuple(read_curves(workdir / "fused" / "select")),
         slices=sliced(prepared, measured[VARIANTS["fused"]], GROUPS),
         rules=None,
         customers=customers,
-        chosen=f"{CUSTOMER} and others drawn at random",
+        selection=f"{CUSTOMER} and others drawn at random",
     )
-    write_file(workdir / "report.html", page(facts).encode())
-    print(f"\ncheckpoints: {workdir}/fused/choose/checkpoints")
+    write_file(workdir / "report.html", render_page(facts).encode())
+    print(f"\ncheckpoints: {workdir}/fused/select/checkpoints")
     print(f"results:     {workdir}/fused/results.json")
     print(f"page:        {workdir}/report.html")
 

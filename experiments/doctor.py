@@ -28,7 +28,7 @@ from packaging.version import Version
 
 from experiments import start
 from fused_rec.config import TextConfig
-from fused_rec.data.readers import READERS
+from fused_rec.data.sources.registry import READERS
 from fused_rec.text.cache import CacheError, top_folder
 
 CACHE = flags.DEFINE_string("cache", TextConfig.cache, "Folder that keeps text vectors between runs.")
@@ -85,7 +85,7 @@ def check_there() -> Line:
     """The devices that JAX has."""
     import jax
 
-    from fused_rec import devices
+    from fused_rec.distributed import devices
 
     try:
         devices.check_devices()
@@ -108,7 +108,7 @@ def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Li
 
 def check_data(environment: Mapping[str, str]) -> Line:
     """The folder of the public datasets. Own tables and the synthetic market need none."""
-    get = "python -m fused_rec.data.download lastfm"
+    get = "python -m fused_rec.data.sources.download lastfm"
     if not (root := environment.get("FUSED_REC_DATA", "")):
         return Line("note", "data", "FUSED_REC_DATA is not set", f"export FUSED_REC_DATA=DIR, then: {get}")
     if not Path(root).is_dir():
@@ -181,27 +181,33 @@ def check_end_to_end() -> Line:
     import jax
 
     import fused_rec as fr
-    from fused_rec.data.batches import batch, holdings
+    from fused_rec.data.batches import batch, user_items
     from fused_rec.data.splits import split
-    from fused_rec.data.synthetic import make_market
-    from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
-    from fused_rec.train.prepare import prepare
-    from fused_rec.train.step import init
+    from fused_rec.data.synthetic import make_synthetic
+    from fused_rec.training.inputs import prepare
+    from fused_rec.training.sharding import gather_state, parallel_train_step, shard_graph_inputs, shard_state
+    from fused_rec.training.train_step import init
 
     began = time.perf_counter()
-    config = fr.configure(model={"variant": "graph", "dim": 8, "rounds": 1}, train={"batch_users": 64, "positives": 8})
+    config = fr.configure(
+        model={"variant": "graph", "dim": 8, "num_layers": 1}, train={"batch_size": 64, "positives_per_user": 8}
+    )
     # Compiled for one call each: what would make the program faster takes longer than it saves.
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        market = make_market(0, 60, 30)
+        market = make_synthetic(0, 60, 30)
         prepared = prepare(config, market, split(market, config.split))
-        held = holdings(prepared.observed.user, prepared.observed.item, 60, np.asarray(prepared.task.present))
-        users = batch(held, 0, seed=0, batch_users=64, positives=8, negatives=8)
-        state = init(config, prepared.task)
-        stepped, loss = parallel_step(config)(divide_state(state), divide_task(prepared.task), users)
-        run = fr.Run(Path(), config, prepared, whole_state(stepped, state), {})
+        held = user_items(
+            prepared.observed.user, prepared.observed.item, 60, np.asarray(prepared.graph_inputs.trained_items)
+        )
+        users = batch(held, 0, seed=0, batch_size=64, positives_per_user=8, num_negatives=8)
+        state = init(config, prepared.graph_inputs)
+        stepped, loss = parallel_train_step(config)(
+            shard_state(state), shard_graph_inputs(prepared.graph_inputs), users
+        )
+        run = fr.Run(Path(), config, prepared, gather_state(stepped, state), {})
         with contextlib.redirect_stderr(io.StringIO()):  # findings only, no progress bars
-            [row] = fr.reasons(run, "C0001", k=1)
+            [row] = fr.explain(run, "C0001", k=1)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     total, score = sum(part["value"] for part in row["parts"]), row["score"]

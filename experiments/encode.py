@@ -1,7 +1,7 @@
 """Text vectors of a file, one a line.
 
-python -m experiments.encode --input=texts.txt --output=vectors.safetensors
-python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --output=vectors.safetensors
+python -m experiments.encode --input=texts.txt --out=vectors.safetensors
+python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --out=vectors.safetensors
 
 Writes `vectors`, float32, a row for each line of the input. Vectors already in the cache are not computed again.
 
@@ -18,9 +18,9 @@ from absl import app, flags
 from experiments import start
 from experiments.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
 from fused_rec.config import TextConfig
-from fused_rec.devices import check_devices
+from fused_rec.distributed.devices import check_devices
 from fused_rec.text.cache import open_cache, purge
-from fused_rec.text.embed import count_tokens, embed
+from fused_rec.text.encode import count_tokens, encode_texts
 from fused_rec.text.pretrained import open_model
 from fused_rec.text.vectors import check_name, read_lines, save_vectors
 
@@ -28,7 +28,7 @@ DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
 PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
 INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
-OUTPUT = DEFINE_path("output", written_file_anywhere, "File to write, .safetensors.")
+OUTPUT = DEFINE_path("out", written_file_anywhere, "File to write, .safetensors.")
 CACHE = DEFINE_path(
     "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
 )
@@ -62,7 +62,9 @@ def main(argv: list[str]) -> None:
     texts = read_lines(source)
     model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
     began = time.perf_counter()
-    vectors = embed(texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value)
+    vectors = encode_texts(
+        texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value
+    )
     seconds = time.perf_counter() - began
     tokens = int(count_tokens(texts, model, max_tokens=MAX_TOKENS.value).sum())
     save_vectors(OUTPUT.value, vectors)

@@ -1,7 +1,7 @@
 """Measure a finished run again, beside recommenders that need no training, or under rules of who may get what.
 
-    python -m experiments.evaluate --workdir=runs/lastfm --part=valid --baselines=popularity,item_knn,ease
-    python -m experiments.evaluate --workdir=runs/mine --part=test --rules=rules.json --groups=age_band --out=rules.out
+    python -m experiments.evaluate --workdir=runs/lastfm --split=valid --baselines=popularity,item_knn,ease
+    python -m experiments.evaluate --workdir=runs/mine --split=test --rules=rules.json --groups=age_band --out=rules.out
 
 With --rules, --out gets as JSON how much of the lists is suitable, what each rule excludes and costs, what was earned
 where --prices are given, and how far groups of customers are apart; docs/SUITABILITY.md explains each number.
@@ -25,21 +25,28 @@ from experiments.places import (
     written_file,
 )
 from fused_rec.config import METRICS
-from fused_rec.data.fartrans import read_prices
-from fused_rec.evaluate.compare import table
-from fused_rec.evaluate.suitability import check_groups
-from fused_rec.train.export import read_rules
-from fused_rec.train.loop import write_json
-from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure, measure_rules, scorer
-from fused_rec.train.prepare import prepare, published
-from fused_rec.train.serve import load
+from fused_rec.data.sources.fartrans import read_prices
+from fused_rec.evaluation.significance import table
+from fused_rec.evaluation.suitability import check_groups
+from fused_rec.serving.recommender import load
+from fused_rec.serving.write_rankings import read_rules
+from fused_rec.training.evaluate import (
+    BASELINES,
+    baseline,
+    choose_settings,
+    evaluate_mean,
+    evaluate_rules,
+    scorer,
+)
+from fused_rec.training.inputs import prepare, with_pretrained_text
+from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
-PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
+SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
-METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "accuracy"], f"Columns, of {', '.join(METRICS)}.")
+METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "auc"], f"Columns, of {', '.join(METRICS)}.")
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 GROUPS = flags.DEFINE_list("groups", [], "With --rules: attributes of customers whose groups are compared.")
 PRICES = DEFINE_path("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
@@ -60,22 +67,22 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--groups and --prices say more of --rules; give these too")
     rules, _ = read_rules(RULES.value) if RULES.value else ((), "")
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
-    config, prepared, state = load(WORKDIR.value, PART.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    config, prepared, state = load(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
-    seen = published(prepared)
+    seen = with_pretrained_text(prepared)
     alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen
     rows = {}
     for name in BASELINE.value:
         made = baseline(name, seen, choose_settings(name, alone))
-        rows[name] = measure(prepared, made, PART.value)
-    rows[config.model.variant] = measure(prepared, scorer(config, prepared, state), PART.value)
-    print(f"{prepared.dataset.name}, {prepared.split.kind} split, {PART.value} part")
+        rows[name] = evaluate_mean(prepared, made, SPLIT.value)
+    rows[config.model.variant] = evaluate_mean(prepared, scorer(config, prepared, state), SPLIT.value)
+    print(f"{prepared.dataset.name}, {prepared.split.kind} split, {SPLIT.value} part")
     print(table(rows, METRIC.value))
     if RULES.value and OUT.value:
         trained = scorer(config, prepared, state)
         about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}
-        report = measure_rules(prepared, trained, PART.value, rules, **about)
+        report = evaluate_rules(prepared, trained, SPLIT.value, rules, **about)
         write_json(Path(OUT.value), report)
         print(f"suitable among the first 10: {json.dumps(report['suitable'])}")
         for name, cost in report["costs"].items():

@@ -14,7 +14,7 @@ from absl import flags
 import fused_rec as fr
 from experiments import start
 from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_folder
-from fused_rec.train import hub
+from fused_rec.serving import export_bundle
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
@@ -25,7 +25,7 @@ FAISS = flags.DEFINE_bool("faiss", False, "Write items.faiss too; needs the extr
 
 def main(argv: list[str]) -> None:
     """Opens the run, writes the folder, lists it."""
-    hub.check(Path(OUT.value), faiss=FAISS.value)
+    export_bundle.check(Path(OUT.value), faiss=FAISS.value)
     run = fr.load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     out = fr.export(run, OUT.value, faiss=FAISS.value)
     for file in sorted(out.iterdir()):

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from experiments import command, start
 from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_file
-from fused_rec.evaluate.plots import by_share
-from fused_rec.explain.faithfulness import SHARES, curves, summary
-from fused_rec.explain.ledger import ledger, scores
+from fused_rec.evaluation.plots import by_share
+from fused_rec.explanation.decomposition import decompose, scores
+from fused_rec.explanation.faithfulness import SHARES, curves, summary
+from fused_rec.serving.recommender import load
 from fused_rec.storage import write_figure
-from fused_rec.train.loop import write_json
-from fused_rec.train.serve import load
+from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
     config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
-    book = ledger(config, state.params, prepared.task)
+    decomposition = decompose(config, state.params, prepared.graph_inputs)
     params = jax.device_put(state.params)
-    task = dataclasses.replace(prepared.task, graph=jax.device_put(prepared.task.graph))
-    prepared = dataclasses.replace(prepared, task=task)
+    graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=jax.device_put(prepared.graph_inputs.graph))
+    prepared = dataclasses.replace(prepared, graph_inputs=graph_inputs)
     rng = np.random.default_rng(SEED.value)
     found, asked = [], 0
     with tqdm(total=USERS.value, desc="faithfulness", unit="customer") as bar:
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
             asked += 1
             bar.set_postfix_str(f"{asked} asked")
             own = prepared.observed.item[prepared.observed.user == user]
-            given = scores(book, user).copy()
+            given = scores(decomposition, user).copy()
             given[own] = -np.inf
-            one = curves(config, params, prepared, book, user, int(given.argmax()), rng)
+            one = curves(config, params, prepared, decomposition, user, int(given.argmax()), rng)
             if one is not None:
                 found.append(one)
                 bar.update()

@@ -5,13 +5,13 @@
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
 hashes of model, tables and rules, and what each rule excluded. docs/SUITABILITY.md describes rules. What a customer
-already holds, in whichever part of the split, is left out unless --include_held. Customers are ranked and written in
+already holds, in whichever part of the split, is left out unless --include_seen. Customers are ranked and written in
 parts: memory does not grow with the number of rankings, and after a stop the same command goes on. Parquet has the ids
 as they are; in CSV an id that a spreadsheet would take for a formula, or that begins with ', has one ' in front
-(fused_rec/data/spreadsheet.py).
+(fused_rec/data/io/csv_safety.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the parts that sum to the score and
-the reasons in words (fused_rec/explain/reasons.py). They are made when the file is whole, and not in parts.
+the reasons in words (fused_rec/explanation/reasons.py). They are made when the file is whole, and not in parts.
 """
 
 import hashlib
@@ -39,17 +39,25 @@ from experiments.places import (
     new_folder,
     written_file,
 )
-from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset
-from fused_rec.data.spreadsheet import exact
-from fused_rec.evaluate.suitability import account
-from fused_rec.explain.ledger import Ledger, ledger
-from fused_rec.explain.reasons import record
+from fused_rec.data.io.arrow import pc
+from fused_rec.data.io.csv_safety import unescape_csv
+from fused_rec.evaluation.suitability import exclusion_counts
+from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
+from fused_rec.explanation.reasons import record
+from fused_rec.serving.recommender import (
+    CHUNK_USERS,
+    candidate_filter,
+    count_chunks,
+    load,
+    model_digest,
+    rank_chunks,
+    user_rows,
+)
+from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
 from fused_rec.storage import fill_file
-from fused_rec.train.export import WRITERS, export, read_rules
-from fused_rec.train.loop import read_run
-from fused_rec.train.measure import scorer
-from fused_rec.train.serve import PART, count_parts, eligible, load, model_digest, parts, user_rows
+from fused_rec.training.evaluate import scorer
+from fused_rec.training.trainer import read_run
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
@@ -59,7 +67,7 @@ K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
-INCLUDE_HELD = flags.DEFINE_bool("include_held", False, "Rank products that the customer holds as well.")
+INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Rank products that the customer holds as well.")
 
 REASONS = "reasons.jsonl"  # one folder has the reasons of the file that was last written there
 
@@ -76,10 +84,12 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
     layout = pyarrow.csv.ParseOptions(newlines_in_values=True)
     with pyarrow.csv.open_csv(out, parse_options=layout, convert_options=text) as file:
         for batch in file:
-            yield pa.table({name: [exact(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")})
+            yield pa.table(
+                {name: [unescape_csv(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")}
+            )
 
 
-def write_reasons(book: Ledger, dataset: Dataset, out: Path, rows: int) -> Path:
+def write_reasons(decomposition: ScoreDecomposition, dataset: Dataset, out: Path, rows: int) -> Path:
     """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
     file = out.with_name(REASONS)
     ids = {
@@ -95,7 +105,7 @@ def write_reasons(book: Ledger, dataset: Dataset, out: Path, rows: int) -> Path:
                 )
                 starts = np.flatnonzero(np.diff(user, prepend=-1))
                 for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
-                    for row in record(book, dataset, int(user[start]), item[start:end].tolist()):
+                    for row in record(decomposition, dataset, int(user[start]), item[start:end].tolist()):
                         stream.write(json.dumps(row, ensure_ascii=True) + "\n")
                     bar.update(int(end - start))
 
@@ -113,34 +123,41 @@ def main(argv: list[str]) -> None:
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
     config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     dataset = prepared.dataset
-    may = eligible(dataset, rules, include_held=INCLUDE_HELD.value)
+    may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value)
     users = user_rows(dataset, USERS.value)
-    made_of = {
+    inputs = {
         "model": model_digest(WORKDIR.value),
         "tables": read_run(Path(WORKDIR.value))["tables"],
         "rules": rules_digest,
         "customers": hashlib.sha256(users.tobytes()).hexdigest(),
         "k": K.value,
-        "include_held": INCLUDE_HELD.value,
-        "part": PART,
+        "include_seen": INCLUDE_HELD.value,
+        "part": CHUNK_USERS,
     }
 
     def ranked(first: int) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
-        found = parts(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
-        return ((part.table, account(part.screened, may.names)) for part in found)
+        found = rank_chunks(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
+        return ((part.table, exclusion_counts(part.ranking, may.names)) for part in found)
 
     out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
-    told = export(out, made_of, count_parts(len(users)), ranked, command())["account"]
-    for name, counts in told["rules"].items():
+    exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["account"]
+    for name, counts in exclusions["rules"].items():
         print(
-            f"rule {name}: excludes {counts['excluded']} pairs, {counts['alone']} of them alone, "
-            f"and {counts['of_top']} of the {told['top']} products ranked without rules"
+            f"rule {name}: excludes {counts['excluded']} pairs, {counts['excluded_only_by_rule']} of them alone, "
+            f"and {counts['excluded_from_topk']} of the {exclusions['top']} products ranked without rules"
         )
-    print(f"{told['ranked']} recommendations for {told['users'] - told['without_any']} customers in {out}")
+    print(
+        f"{exclusions['recommendations']} recommendations for "
+        f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"
+    )
     if EXPLAIN.value:
-        print(f"reasons: {write_reasons(ledger(config, state.params, prepared.task), dataset, out, told['ranked'])}")
-    if told["fewer"]:
-        print(f"{told['fewer']} customers have fewer than {K.value}, {told['without_any']} of them none")
+        decomposition = decompose(config, state.params, prepared.graph_inputs)
+        print(f"reasons: {write_reasons(decomposition, dataset, out, exclusions['recommendations'])}")
+    if exclusions["users_with_short_list"]:
+        print(
+            f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "
+            f"{exclusions['users_without_recommendations']} of them none"
+        )
 
 
 if __name__ == "__main__":

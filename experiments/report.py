@@ -1,9 +1,9 @@
 """One HTML page about a finished run: what it was trained on, how well it ranks, for whom, and what it recommends why.
 
     python -m experiments.report --workdir=runs/mine
-    python -m experiments.report --workdir=runs/mine --part=test --users=2,3 --rules=rules.json --groups=age_band
+    python -m experiments.report --workdir=runs/mine --split=test --users=2,3 --rules=rules.json --groups=age_band
 
-The file needs no network and no script. --part is measured anew, beside recommenders that need no training; the other
+The file needs no network and no script. --split is measured anew, beside recommenders that need no training; the other
 numbers are those of results.json. Products are recommended as by experiments.recommend. docs/EXPLANATIONS.md tells
 what is on the page.
 """
@@ -23,18 +23,18 @@ from experiments.places import (
     written_file,
 )
 from fused_rec.api import report
-from fused_rec.train.measure import BASELINES
+from fused_rec.training.evaluate import BASELINES
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
 OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir without this flag.")
-PART = flags.DEFINE_enum("part", "valid", ["valid", "test"], "Held-out part that is ranked.")
+SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out part that is ranked.")
 BASELINE = flags.DEFINE_list(
     "baselines", ["popularity", "item_knn"], f"Recommenders to measure beside it, of {', '.join(BASELINES)}."
 )
 USERS = flags.DEFINE_list("users", None, "Ids of the customers who are shown; some drawn at random without this flag.")
-SAMPLE = flags.DEFINE_integer("sample", 5, "Customers to draw.", lower_bound=0)
+NUM_USERS = flags.DEFINE_integer("num_users", 5, "Customers to draw.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Products a customer.", lower_bound=1)
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 GROUPS = flags.DEFINE_list("groups", [], "Attributes of customers whose groups are compared.")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--baselines has {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to draw customers at random")
-    count = len(USERS.value or range(SAMPLE.value))
+    count = len(USERS.value or range(NUM_USERS.value))
     if count * K.value > SHOWN:
         raise app.UsageError(f"{count} customers with {K.value} products each; the page has room for {SHOWN} products")
     workdir = WORKDIR.value
@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
     made = report(
         workdir,
         out,
-        part=PART.value,
+        split=SPLIT.value,
         baselines=BASELINE.value,
         users=USERS.value,
-        drawn=SAMPLE.value,
+        num_users=NUM_USERS.value,
         k=K.value,
         rules=RULES.value,
         groups=GROUPS.value,

@@ -8,7 +8,7 @@ Of a finished run it reads the tables and, where they are those of the run, show
 end it with status 3, tables that cannot be read with status 4; what changed is named, and nothing is trained.
 
 Over several processes, each with its own devices: the same command in each, with --distributed where the cluster says
-who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --processes and --process.
+who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --num_processes and --process_id.
 """
 
 from absl import flags
@@ -16,17 +16,17 @@ from ml_collections import config_flags
 
 from experiments import config_of, start
 from experiments.places import DEFINE_path, new_folder
-from fused_rec import hosts
-from fused_rec.train.loop import train
+from fused_rec.distributed import processes
+from fused_rec.training.trainer import run_training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
 WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
-SHOWN = ("recall@10", "ndcg@10", "accuracy")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+SHOWN = ("recall@10", "ndcg@10", "auc")
 
 
 def main(argv: list[str]) -> None:
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     config = config_of(CONFIG.value)
     given = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or any(part is not None for part in given):
-        hosts.connect(*given)
-    results = train(config, WORKDIR.value)
-    if not hosts.leads():
+        processes.connect(*given)
+    results = run_training(config, WORKDIR.value)
+    if not processes.is_primary():
         return
     for part in ("valid", "test"):
         print(

@@ -2,10 +2,10 @@
 
     import fused_rec as fr
 
-    run = fr.fit(fr.configure(data={"name": "synthetic"}), "runs/first")
-    fr.measure(run, "test")
+    run = fr.train(fr.configure(data={"name": "synthetic"}), "runs/first")
+    fr.evaluate(run, "test")
     fr.recommend(run, ["C0001"], k=5)
-    fr.reasons(run, "C0001")
+    fr.explain(run, "C0001")
 
 The names below are the whole public interface; each is imported when it is first asked for, so that `import fused_rec`
 costs nothing.
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
         Run,
         compare,
         configure,
+        counterfactual,
         encode,
+        evaluate,
+        explain,
         export,
-        fit,
         load,
         load_dataset,
-        measure,
-        reasons,
         recommend,
         report,
-        sweep,
-        what_if,
+        train,
+        tune,
     )
     from fused_rec.config import Config
     from fused_rec.data.dataset import DataError, Dataset
-    from fused_rec.data.download import fetch_dataset
-    from fused_rec.data.tables import dataset_from_tables
-    from fused_rec.data.writers import save_dataset
+    from fused_rec.data.io.tables import dataset_from_tables
+    from fused_rec.data.io.writers import save_dataset
+    from fused_rec.data.sources.download import fetch_dataset
 
 __all__ = [
     "Config",
@@ -44,20 +44,20 @@ __all__ = [
     "Run",
     "compare",
     "configure",
+    "counterfactual",
     "dataset_from_tables",
     "encode",
+    "evaluate",
+    "explain",
     "export",
     "fetch_dataset",
-    "fit",
     "load",
     "load_dataset",
-    "measure",
-    "reasons",
     "recommend",
     "report",
     "save_dataset",
-    "sweep",
-    "what_if",
+    "train",
+    "tune",
 ]
 
 # Where a name does not live in `fused_rec.api`.
@@ -65,9 +65,9 @@ _HOMES = {
     "Config": "config",
     "DataError": "data.dataset",
     "Dataset": "data.dataset",
-    "dataset_from_tables": "data.tables",
-    "fetch_dataset": "data.download",
-    "save_dataset": "data.writers",
+    "dataset_from_tables": "data.io.tables",
+    "fetch_dataset": "data.sources.download",
+    "save_dataset": "data.io.writers",
 }
 
 

@@ -11,33 +11,48 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
-from fused_rec.data import readers
-from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, changes, contents, digest
-from fused_rec.data.tables import read_tables
-from fused_rec.data.writers import save_dataset
-from fused_rec.devices import computes
-from fused_rec.evaluate.ranking import mean
-from fused_rec.evaluate.suitability import check_groups, suitable
-from fused_rec.explain.facts import Facts, compared, measure_models, passages, recommended, sample, sliced
-from fused_rec.explain.ledger import ledger
-from fused_rec.explain.reasons import record
-from fused_rec.explain.report import page
-from fused_rec.explain.without import Change, effect
+from fused_rec.data.io.arrow import pc
+from fused_rec.data.io.tables import read_tables
+from fused_rec.data.io.writers import save_dataset
+from fused_rec.data.sources import registry
+from fused_rec.distributed.devices import computes
+from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.suitability import check_groups, suitable
+from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
+from fused_rec.explanation.decomposition import decompose
+from fused_rec.explanation.reasons import record
+from fused_rec.reporting.data import (
+    ReportData,
+    compared,
+    evaluate_models,
+    passages,
+    recommended,
+    sample,
+    sliced,
+)
+from fused_rec.reporting.page import render_page
+from fused_rec.runs.loggers import read_curves
+from fused_rec.runs.model_card import counts
+from fused_rec.serving import export_bundle, recommender
+from fused_rec.serving.recommender import SCHEMA, as_texts, candidate_filter, model_digest, user_rows
+from fused_rec.serving.write_rankings import read_rules
 from fused_rec.storage import write_file
-from fused_rec.text.embed import embed
+from fused_rec.studies.compare import compare_variants
+from fused_rec.studies.variants import VARIANTS
+from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
-from fused_rec.train import hub, serve
-from fused_rec.train.card import counts
-from fused_rec.train.curves import read_curves
-from fused_rec.train.export import read_rules
-from fused_rec.train.loop import RUN, TABLES, TablesChangedError, read_results, read_run, train
-from fused_rec.train.measure import BASELINES, measure_rules, scorer
-from fused_rec.train.prepare import Prepared
-from fused_rec.train.serve import SCHEMA, as_texts, eligible, model_digest, user_rows
-from fused_rec.train.step import TrainState
-from fused_rec.train.study import study
-from fused_rec.train.variants import VARIANTS
+from fused_rec.training.evaluate import BASELINES, evaluate_rules, scorer
+from fused_rec.training.inputs import Prepared
+from fused_rec.training.train_step import TrainState
+from fused_rec.training.trainer import (
+    RUN,
+    TABLES,
+    TablesChangedError,
+    read_results,
+    read_run,
+    run_training,
+)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -86,12 +101,12 @@ def load_dataset(
     *,
     path: str | os.PathLike[str] = "",
     repair: bool = False,
-    core: int = 1,
+    k_core: int = 1,
     min_value: int | float | None = None,
     delimiter: str = "",
     encoding: str = "",
 ) -> Dataset:
-    """The dataset of a name (`fused_rec.data.readers.READERS`), or of a folder of your own tables.
+    """The dataset of a name (`fused_rec.data.sources.registry.READERS`), or of a folder of your own tables.
 
     path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, min_value, and for your own
     tables delimiter and encoding: as in `DataConfig`.
@@ -99,15 +114,15 @@ def load_dataset(
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
-    settings: dict[str, Any] = {"repair": repair, "core": core, "delimiter": delimiter, "encoding": encoding}
+    settings: dict[str, Any] = {"repair": repair, "core": k_core, "delimiter": delimiter, "encoding": encoding}
     settings["min_value"] = None if min_value is None else float(min_value)
-    if isinstance(source, str) and source in readers.READERS:
-        return readers.load(DataConfig(source, os.fspath(path), **settings))
+    if isinstance(source, str) and source in registry.READERS:
+        return registry.load(DataConfig(source, os.fspath(path), **settings))
     if not Path(source).expanduser().is_dir():
         raise ValueError(
-            f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(readers.READERS)}"
+            f"{str(source)!r} is no folder, and no dataset of that name; there are {', '.join(registry.READERS)}"
         )
-    return readers.load(DataConfig("tables", os.fspath(source), **settings))
+    return registry.load(DataConfig("tables", os.fspath(source), **settings))
 
 
 @computes
@@ -118,23 +133,23 @@ def encode(
 
     model, offline: as in `TextConfig`. Raises as `fused_rec.text.pretrained.open_model` and `embed` do.
     """
-    return embed(texts, open_model(model, offline=offline), cache=cache)
+    return encode_texts(texts, open_model(model, offline=offline), cache=cache)
 
 
 @computes
-def fit(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
+def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
     """Trains, or goes on where the same call was stopped; of a finished run, opens it.
 
     dataset: tables in memory, in place of those that config.data names. They are kept as Parquet in the workdir, so
-    that `load` and the commands find them again; config.data.core and config.data.min_value apply to them.
+    that `load` and the commands find them again; config.data.k_core and config.data.min_value apply to them.
 
     A finished run is opened only when the tables are still its own. Those that moved are found by `config.data.path`.
 
     Raises ValueError where the workdir holds a run of another config, TablesChangedError (a ValueError, which says what
-    changed) where it holds one of other tables, and as `fused_rec.train.loop.train` does.
+    changed) where it holds one of other tables, and as `fused_rec.training.trainer.run_training` does.
     """
     config = _reading(config, dataset, Path(workdir))
-    train(config, Path(workdir))
+    run_training(config, Path(workdir))
     return load(workdir, data_path=config.data.path or None, cache=config.text.cache)
 
 
@@ -164,24 +179,24 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
 @computes
 def load(
     workdir: str | os.PathLike[str],
-    part: str = "test",
+    split: str = "test",
     *,
     data_path: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Opens a finished run. part: "valid" for the model that chose its step, where the run was refitted.
+    """Opens a finished run. split: "valid" for the model that chose its step, where the run was refitted.
 
     data_path: where its tables lie now, if not where they were at training; others than those are refused. cache: the
     folder of text vectors, if it is another one now.
 
-    Raises as `fused_rec.train.serve.load` does.
+    Raises as `fused_rec.serving.recommender.load` does.
     """
     workdir = Path(workdir)
     places = {
         "data_path": None if data_path is None else Path(data_path),
         "cache": None if cache is None else Path(cache),
     }
-    return Run(workdir, *serve.load(workdir, part, **places), read_results(workdir))
+    return Run(workdir, *recommender.load(workdir, split, **places), read_results(workdir))
 
 
 def _reload(run: Run, part: str) -> Run:
@@ -189,20 +204,20 @@ def _reload(run: Run, part: str) -> Run:
 
 
 @computes
-def measure(run: Run, part: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Metrics of the run on a held-out part, the whole catalogue ranked, beside recommenders that need no training.
 
-    baselines: of `fused_rec.train.measure.BASELINES`, each tuned on validation. Keep the test part for the end.
+    baselines: of `fused_rec.training.evaluate.BASELINES`, each tuned on validation. Keep the test part for the end.
     Returns metric by name of the recommender, the run's own under its variant.
 
     Raises ValueError for an unknown part or baseline, NotApplicableError where the tables lack what one needs.
     """
-    if part not in ("valid", "test"):
-        raise ValueError(f"part is {part!r}; it must be valid or test")
-    if part == "valid" and run.config.train.refit:
-        run = _reload(run, part)
+    if split not in ("valid", "test"):
+        raise ValueError(f"part is {split!r}; it must be valid or test")
+    if split == "valid" and run.config.train.refit:
+        run = _reload(run, split)
     own = run.config.model.variant
-    found = measure_models(run.config, run.prepared, run.state, part, baselines, own)
+    found = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
     return {name: mean(per_user) for name, per_user in found.items()}
 
 
@@ -213,7 +228,7 @@ def recommend(
     k: int = 10,
     *,
     rules: str | os.PathLike[str] | None = None,
-    include_held: bool = False,
+    include_seen: bool = False,
 ) -> pa.Table:
     """The k best products of each customer: user_id, rank (from 1), item_id, score, and `name` where items have one.
 
@@ -222,14 +237,14 @@ def recommend(
     customer holds is left out unless include_held.
 
     Raises ValueError naming an id that is unknown, empty or no id, for no list but one id, and as
-    `fused_rec.train.export.read_rules` does.
+    `fused_rec.serving.write_rankings.read_rules` does.
     """
     dataset = run.prepared.dataset
     given = read_rules(rules)[0] if rules is not None else ()
-    may = eligible(dataset, given, include_held=include_held)
+    may = candidate_filter(dataset, given, include_seen=include_seen)
     rows = user_rows(dataset, users)
-    serve.require_table(dataset, len(rows), k)
-    found = serve.parts(scorer(run.config, run.prepared, run.state), dataset, may, rows, k)
+    recommender.require_table(dataset, len(rows), k)
+    found = recommender.rank_chunks(scorer(run.config, run.prepared, run.state), dataset, may, rows, k)
     table = pa.concat_tables([SCHEMA.empty_table(), *(part.table for part in found)])
     if "name" not in dataset.items.column_names:
         return table
@@ -244,14 +259,14 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
     Vectors whose inner products are the scores, the program that scores, parameters, settings, and a card that tells
     how to load them (docs/INTEROP.md). out: new, or empty. faiss: a Faiss index of the products too (extra `faiss`).
 
-    Raises as `fused_rec.train.hub.publish` does.
+    Raises as `fused_rec.serving.export_bundle.export_bundle` does.
     """
-    hub.publish(Path(out), *_model(run), run.results, faiss=faiss)
+    export_bundle.export_bundle(Path(out), *_model(run), run.results, faiss=faiss)
     return Path(out)
 
 
 @computes
-def reasons(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
+def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
     """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
 
     items: ids, as text or integers; None = the k that are recommended. docs/EXPLANATIONS.md says what the parts are.
@@ -262,12 +277,12 @@ def reasons(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str
     wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
     if not wanted:
         return []
-    book = ledger(run.config, run.state.params, run.prepared.task)
-    return record(book, dataset, row, [_item_row(dataset, item) for item in wanted])
+    decomposition = decompose(run.config, run.state.params, run.prepared.graph_inputs)
+    return record(decomposition, dataset, row, [_item_row(dataset, item) for item in wanted])
 
 
 @computes
-def what_if(run: Run, user: Any, item: Any, without: Any) -> Change:
+def counterfactual(run: Run, user: Any, item: Any, without: Any) -> CounterfactualEffect:
     """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
 
     Ranks are among what the customer does not hold. Raises ValueError naming an unknown id or a holding that the model
@@ -275,10 +290,10 @@ def what_if(run: Run, user: Any, item: Any, without: Any) -> Change:
     """
     dataset = run.prepared.dataset
     row, holding = int(user_rows(dataset, [user])[0]), _item_row(dataset, without)
-    open_to = suitable(eligible(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+    open_to = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
     of = _item_row(dataset, item)
     open_to[of] = True
-    return effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
+    return counterfactual_effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
 
 
 def _item_row(dataset: Dataset, item: Any) -> int:
@@ -301,21 +316,21 @@ def compare(
 ) -> dict[str, Any]:
     """Variants, controls and baselines over seeds: what `compare.json` holds; tables and figures come to lie in `out`.
 
-    Resumes; more variants or seeds add to what is there. dataset: as for `fit`. trials: of tuning each learned variant
-    on validation. Raises as `fused_rec.train.study.study` does.
+    Resumes; more variants or seeds add to what is there. dataset: as for `train`. trials: of tuning each learned
+    variant on validation. Raises as `fused_rec.studies.compare.study` does.
     """
     out = Path(out)
-    return study(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
+    return compare_variants(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
 
 
 @computes
-def sweep(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
+def tune(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
     """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
 
-    Any number of processes may work on the same folder. dataset: as for `fit`. Raises as
-    `fused_rec.train.sweep.sweep` does.
+    Any number of processes may work on the same folder. dataset: as for `train`. Raises as
+    `fused_rec.studies.tune.tune` does.
     """
-    from fused_rec.train.sweep import sweep as search  # needs Optuna
+    from fused_rec.studies.tune import tune as search  # needs Optuna
 
     return search(_reading(config, dataset, Path(out)), Path(out), trials)
 
@@ -325,10 +340,10 @@ def report(
     workdir: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    part: str = "valid",
+    split: str = "valid",
     baselines: Sequence[str] = ("popularity", "item_knn"),
     users: Any = None,
-    drawn: int = 5,
+    num_users: int = 5,
     k: int = 5,
     rules: str | os.PathLike[str] | None = None,
     groups: Sequence[str] = (),
@@ -337,9 +352,10 @@ def report(
 ) -> Path:
     """Writes one HTML page about a finished run and returns where: how well it ranks, for whom, and why.
 
-    out: report.html in the workdir unless given. part: the held-out part that is ranked anew, beside `baselines`.
-    users: ids of the customers who are shown, as text or integers, with `k` products each; None = so many `drawn` at
-    random. rules: a file of rules (docs/SUITABILITY.md). groups: attributes of customers whose groups are compared.
+    out: report.html in the workdir unless given. split: the held-out part that is ranked anew, beside `baselines`.
+    users: ids of the customers who are shown, as text or integers, with `k` products each; None = so many
+    `sample_in_edges` at random. rules: a file of rules (docs/SUITABILITY.md). groups: attributes of customers whose
+    groups are compared.
     data_path, cache: as for `load`.
 
     Raises ValueError for unknown ids, baselines and attributes, and as `load` does.
@@ -347,32 +363,32 @@ def report(
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
     given, rules_digest = read_rules(rules) if rules is not None else ((), None)
-    run = load(workdir, part, data_path=data_path, cache=cache)
+    run = load(workdir, split, data_path=data_path, cache=cache)
     check_groups(run.prepared.dataset.users, groups)
     own = run.config.model.variant
-    measured = measure_models(run.config, run.prepared, run.state, part, baselines, own)
+    measured = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
     found = None
     if rules is not None:
-        found = measure_rules(run.prepared, scorer(*_model(run)), part, given, groups=groups)
+        found = evaluate_rules(run.prepared, scorer(*_model(run)), split, given, groups=groups)
     slices = sliced(run.prepared, measured[own], groups)
-    if run.config.train.refit and part == "valid":  # what is recommended comes from the model that saw more
+    if run.config.train.refit and split == "valid":  # what is recommended comes from the model that saw more
         run = _reload(run, "test")
     dataset = run.prepared.dataset
-    rows = sample(run.prepared, drawn) if users is None else user_rows(dataset, users)
+    rows = sample(run.prepared, num_users) if users is None else user_rows(dataset, users)
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
-    facts = Facts(
+    facts = ReportData(
         run.results,
         counts=counts(dataset, run.prepared.split),
         digests=digests | ({"rules": rules_digest} if rules_digest else {}),
-        part=part,
+        split=split,
         models=compared(measured, own),
-        curve=tuple(read_curves(workdir / "choose")),
+        curve=tuple(read_curves(workdir / "select")),
         slices=slices,
         rules=found,
-        customers=recommended(*_model(run), eligible(dataset, given), rows, k, passages(*_model(run))),
-        chosen="drawn at random" if users is None else "as named",
+        customers=recommended(*_model(run), candidate_filter(dataset, given), rows, k, passages(*_model(run))),
+        selection="drawn at random" if users is None else "as named",
     )
-    write_file(out, page(facts).encode())
+    write_file(out, render_page(facts).encode())
     return out
 
 

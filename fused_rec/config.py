@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "published"]
+SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "predefined"]
 Variant = Literal["fused", "graph", "text"]
 KS = (5, 10, 20, 50)  # ranks at which lists are cut
 METRICS = (
-    "accuracy",
+    "auc",
     *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS),
 )
 Score = Literal["cosine", "dot"]
-Readout = Literal["learned", "even", "heard"]
+LayerCombination = Literal["learned", "mean", "mean_without_input"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
-Compute = Literal["float32", "bfloat16"]
-TextControl = Literal["true", "shuffled", "random"]
-TextTraining = Literal["frozen", "lora", "full"]
-Ties = Literal["true", "rewired", "none"]
+ComputeDtype = Literal["float32", "bfloat16"]
+TextFeatureSource = Literal["real", "shuffled", "random"]
+Finetuning = Literal["frozen", "lora", "full"]
+SocialEdges = Literal["observed", "rewired", "none"]
 PLACES = (("data", "path"), ("text", "cache"))  # settings that are folders of this machine
 # Settings that say where or how fast, and change no result (`text.batch_tokens`: but for rounding). Tables that moved
 # are known by their digest. A run goes on with any of these changed; README.md, "Commands", lists them for users.
@@ -70,10 +70,10 @@ def _shown(value: object) -> str:
 class DataConfig:
     """Which tables are read. `path` empty means the reader's own folder under $FUSED_REC_DATA."""
 
-    name: str = "synthetic"  # a key of fused_rec.data.readers.READERS
+    name: str = "synthetic"  # a key of fused_rec.data.sources.registry.READERS
     path: str = ""
     repair: bool = False  # mend what can be mended (each repair counted and printed) instead of refusing
-    core: int = 1  # keep users and items with at least this many interactions, repeated until stable
+    k_core: int = 1  # keep users and items with at least this many interactions, repeated until stable
     seed: int = 0  # of the synthetic market
     min_value: float | None = None  # rows whose `value` is below it are no interactions; None = all are
     delimiter: str = ""  # of your own tables as text; empty = comma, semicolon, tab or pipe, found from the header
@@ -86,7 +86,7 @@ class DataConfig:
         fits = re.fullmatch(r'(?a:[^\w"\r\n\x80-\U0010ffff])?', self.delimiter) is not None
         _require(fits, "data.delimiter", self.delimiter, "empty or one ASCII character, no letter, digit or quote")
         _require(_is_encoding(self.encoding), "data.encoding", self.encoding, "empty or an encoding, such as cp1252")
-        _require(self.core >= 1, "data.core", self.core, "at least 1")
+        _require(self.k_core >= 1, "data.k_core", self.k_core, "at least 1")
         _require(self.seed >= 0, "data.seed", self.seed, "0 or more")
 
 
@@ -122,26 +122,34 @@ class TextConfig:
         2048  # padded tokens a device encodes at once; more is slower on a CPU, faster on an accelerator
     )
     offline: bool = True  # False lets a hub revision be downloaded
-    lexical: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
-    control: TextControl = "true"  # or words that say nothing: another node's, or a random vector (train.seed draws)
+    tfidf_dim: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
+    # or words that say nothing: another node's, or a random vector (train.seed draws)
+    features: TextFeatureSource = "real"
     attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
-    train: TextTraining = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
-    rank: int = 8  # of the adapters
-    learning_rate: float = 1e-4  # of the language model where it is trained (docs/JOINT.md); 2e-5 is usual for full
-    texts_per_step: int = 64  # so many are encoded with gradient; the others' vectors date from the last evaluation
+    finetune: Finetuning = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
+    lora_rank: int = 8  # of the adapters
+    # of the language model where it is trained (docs/JOINT.md); 2e-5 is usual for full
+    finetune_learning_rate: float = 1e-4
+    # so many are encoded with gradient; the others' vectors date from the last evaluation
+    finetune_texts_per_step: int = 64
 
     def __post_init__(self):
         _require_sane("text", self)
-        controls = typing.get_args(TextControl)
-        _require(self.control in controls, "text.control", self.control, f"one of {controls}")
-        _require(self.lexical >= 0, "text.lexical", self.lexical, "0 or more")
+        controls = typing.get_args(TextFeatureSource)
+        _require(self.features in controls, "text.features", self.features, f"one of {controls}")
+        _require(self.tfidf_dim >= 0, "text.tfidf_dim", self.tfidf_dim, "0 or more")
         _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
         _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
-        trainings = typing.get_args(TextTraining)
-        _require(self.train in trainings, "text.train", self.train, f"one of {trainings}")
-        _require(self.rank >= 1, "text.rank", self.rank, "at least 1")
-        _require(self.learning_rate > 0, "text.learning_rate", self.learning_rate, "above 0")
-        _require(self.texts_per_step >= 1, "text.texts_per_step", self.texts_per_step, "at least 1")
+        trainings = typing.get_args(Finetuning)
+        _require(self.finetune in trainings, "text.finetune", self.finetune, f"one of {trainings}")
+        _require(self.lora_rank >= 1, "text.lora_rank", self.lora_rank, "at least 1")
+        _require(self.finetune_learning_rate > 0, "text.finetune_learning_rate", self.finetune_learning_rate, "above 0")
+        _require(
+            self.finetune_texts_per_step >= 1,
+            "text.finetune_texts_per_step",
+            self.finetune_texts_per_step,
+            "at least 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +157,19 @@ class GraphConfig:
     """Which relations are derived besides the holdings and the ties that the tables give."""
 
     attributes: tuple[str, ...] = ()  # item columns whose values become nodes of their own, such as "sector"
-    similar_text: int = 10  # each user and item hears so many others of its type with the nearest words; 0 = none
-    ties: Ties = "true"  # or ties that say nothing: others of the same degrees (train.seed draws), or none
+    text_knn: int = 10  # each user and item hears so many others of its type with the nearest words; 0 = none
+    # or ties that say nothing: others of the same degrees (train.seed draws), or none
+    social_edges: SocialEdges = "observed"
 
     def __post_init__(self):
         _require_sane("graph", self)
-        _require(self.ties in typing.get_args(Ties), "graph.ties", self.ties, f"one of {typing.get_args(Ties)}")
-        _require(self.similar_text >= 0, "graph.similar_text", self.similar_text, "0 or more")
+        _require(
+            self.social_edges in typing.get_args(SocialEdges),
+            "graph.social_edges",
+            self.social_edges,
+            f"one of {typing.get_args(SocialEdges)}",
+        )
+        _require(self.text_knn >= 0, "graph.text_knn", self.text_knn, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,22 +178,25 @@ class ModelConfig:
 
     variant: Variant = "fused"
     dim: int = 64
-    rounds: int = 3
+    num_layers: int = 3
     score: Score = "cosine"
-    gates: bool = True  # words and degree of a node open and close each relation for it
-    readout: Readout = "learned"  # factors of rounds and relations; even: all the same; heard: inputs count for nothing
-    noise: float = 0.0  # length of a random step that every row takes in each round of a training step
-    popularity: float = 0.5  # weight of log(1 + holders) in the logits: 0 = none, 1 = their share of all holdings
-    half_life: float = 0.0  # days after which a holding counts half towards popularity; 0 = it always counts in full
-    spectrum: float = 0.0  # weight of the closed-form part in what is ranked, beside the towers; 0 = none
-    spectrum_rank: int = 1024  # singular directions of the holdings that it keeps
-    spectrum_l2: float = 100.0  # its ridge, as of EASE
+    relation_gates: bool = True  # words and degree of a node open and close each relation for it
+    # factors of rounds and relations; even: all the same; heard: inputs count for nothing
+    layer_combination: LayerCombination = "learned"
+    embedding_noise: float = 0.0  # length of a random step that every row takes in each round of a training step
+    # weight of log(1 + holders) in the logits: 0 = none, 1 = their share of all holdings
+    popularity_weight: float = 0.5
+    # days after which a holding counts half towards popularity; 0 = it always counts in full
+    popularity_half_life: float = 0.0
+    ease_weight: float = 0.0  # weight of the closed-form part in what is ranked, beside the towers; 0 = none
+    ease_rank: int = 1024  # singular directions of the holdings that it keeps
+    ease_l2: float = 100.0  # its ridge, as of EASE
     affinity: bool = False  # words at both ends of an edge scale its message
-    user_ids: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
-    user_words: bool = True  # False: what a user says only opens gates and finds those who say the like
-    holding_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
-    id_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
-    id_scale: float = 0.1  # standard deviation of the initial id rows
+    user_id_embedding: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
+    user_text_input: bool = True  # False: what a user says only opens gates and finds those who say the like
+    edge_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
+    id_embedding_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
+    id_init_std: float = 0.1  # standard deviation of the initial id rows
 
     def __post_init__(self):
         _require_sane("model", self)
@@ -191,39 +208,45 @@ class ModelConfig:
         )
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
-        _require(self.rounds >= 0, "model.rounds", self.rounds, "0 or more")
-        readouts = typing.get_args(Readout)
-        _require(self.readout in readouts, "model.readout", self.readout, f"one of {readouts}")
-        fits = self.readout == "learned" or not self.gates
-        _require(fits, "model.readout", self.readout, "learned where model.gates is True")
-        fits = self.readout != "heard" or self.rounds > 0
-        _require(fits, "model.readout", self.readout, "learned or even where model.rounds is 0")
-        _require(self.noise >= 0, "model.noise", self.noise, "0 or more")
-        for name in ("holding_dropout", "id_dropout"):
+        _require(self.num_layers >= 0, "model.num_layers", self.num_layers, "0 or more")
+        readouts = typing.get_args(LayerCombination)
+        _require(
+            self.layer_combination in readouts, "model.layer_combination", self.layer_combination, f"one of {readouts}"
+        )
+        fits = self.layer_combination == "learned" or not self.relation_gates
+        _require(fits, "model.layer_combination", self.layer_combination, "learned where model.relation_gates is True")
+        fits = self.layer_combination != "mean_without_input" or self.num_layers > 0
+        _require(fits, "model.layer_combination", self.layer_combination, "learned or mean where model.num_layers is 0")
+        _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
+        for name in ("edge_dropout", "id_embedding_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity", "half_life", "spectrum"):
+        for name in ("popularity_weight", "popularity_half_life", "ease_weight"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
-        fits = not self.spectrum or self.variant != "text"
-        _require(fits, "model.spectrum", self.spectrum, "0 where model.variant is text, which knows words alone")
-        _require(self.spectrum_rank >= 1, "model.spectrum_rank", self.spectrum_rank, "at least 1")
-        _require(self.spectrum_l2 > 0, "model.spectrum_l2", self.spectrum_l2, "above 0")
-        _require(self.id_scale > 0, "model.id_scale", self.id_scale, "above 0")
+        fits = not self.ease_weight or self.variant != "text"
+        _require(fits, "model.ease_weight", self.ease_weight, "0 where model.variant is text, which knows words alone")
+        _require(self.ease_rank >= 1, "model.ease_rank", self.ease_rank, "at least 1")
+        _require(self.ease_l2 > 0, "model.ease_l2", self.ease_l2, "above 0")
+        _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Loss, optimiser and when to stop. A step sees `batch_users` users with up to `positives` of their items."""
+    """Loss, optimiser and when to stop. A step sees `batch_size` users with up to `positives_per_user` of their
+    items.
+    """
 
     loss: Loss = "softmax"
     temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
-    batch_users: int = 512
-    positives: int = 64
-    negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
-    neighbours: int = 0  # a node hears at most so many of a relation, drawn for each step; 0 = all (docs/SCALE.md)
-    contrast: float = 0.0  # weight of an InfoNCE between the readout and the first round, both with model.noise
+    batch_size: int = 512
+    positives_per_user: int = 64
+    num_negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
+    num_neighbors: int = 0  # a node hears at most so many of a relation, drawn for each step; 0 = all (docs/SCALE.md)
+    # weight of an InfoNCE between the readout and the first round, both with model.embedding_noise
+    contrastive_weight: float = 0.0
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled, of AdamW
-    compute: Compute = "float32"  # what a step multiplies and sends; parameters, sums and all that is ranked: float32
+    # what a step multiplies and sends; parameters, sums and all that is ranked: float32
+    compute_dtype: ComputeDtype = "float32"
     max_steps: int = 2000
     eval_every: int = 50
     patience: int = 5  # evaluations without a better validation value before training stops
@@ -235,17 +258,19 @@ class TrainConfig:
     def __post_init__(self):
         _require_sane("train", self)
         _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
-        computes = typing.get_args(Compute)
-        _require(self.compute in computes, "train.compute", self.compute, f"one of {computes}")
+        computes = typing.get_args(ComputeDtype)
+        _require(self.compute_dtype in computes, "train.compute_dtype", self.compute_dtype, f"one of {computes}")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
-        for name in ("batch_users", "positives", "negatives", "max_steps", "eval_every", "patience"):
+        for name in ("batch_size", "positives_per_user", "num_negatives", "max_steps", "eval_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(self.neighbours >= 0, "train.neighbours", self.neighbours, "0 or more")
-        fits = self.loss != "softmax" or not self.neighbours
-        bound = "sampled_softmax or bpr where train.neighbours is above 0: softmax takes every item for an alternative"
+        _require(self.num_neighbors >= 0, "train.num_neighbors", self.num_neighbors, "0 or more")
+        fits = self.loss != "softmax" or not self.num_neighbors
+        bound = (
+            "sampled_softmax or bpr where train.num_neighbors is above 0: softmax takes every item for an alternative"
+        )
         _require(fits, "train.loss", self.loss, bound)
         _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
-        _require(self.contrast >= 0, "train.contrast", self.contrast, "0 or more")
+        _require(self.contrastive_weight >= 0, "train.contrastive_weight", self.contrastive_weight, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         fits = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
@@ -265,16 +290,21 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self):
-        fits = not self.train.contrast or self.model.rounds > 0
-        _require(fits, "train.contrast", self.train.contrast, "0 where model.rounds is 0")
-        fits = self.text.train == "frozen" or self.model.variant != "graph"
-        _require(fits, "text.train", self.text.train, "frozen where model.variant is graph, which reads no words")
-        fits = self.text.train == "frozen" or not self.train.neighbours
+        fits = not self.train.contrastive_weight or self.model.num_layers > 0
+        _require(fits, "train.contrastive_weight", self.train.contrastive_weight, "0 where model.num_layers is 0")
+        fits = self.text.finetune == "frozen" or self.model.variant != "graph"
+        _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which reads no words")
+        fits = self.text.finetune == "frozen" or not self.train.num_neighbors
         _require(
-            fits, "text.train", self.text.train, "frozen where train.neighbours is above 0: texts of a sample stay"
+            fits,
+            "text.finetune",
+            self.text.finetune,
+            "frozen where train.num_neighbors is above 0: texts of a sample stay",
         )
-        fits = self.text.train == "frozen" or self.text.control != "random"
-        _require(fits, "text.train", self.text.train, "frozen where text.control is random, which encodes nothing")
+        fits = self.text.finetune == "frozen" or self.text.features != "random"
+        _require(
+            fits, "text.finetune", self.text.finetune, "frozen where text.features is random, which encodes nothing"
+        )
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

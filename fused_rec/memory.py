@@ -144,7 +144,7 @@ def _libc(function: str) -> Any:
 
 
 def _give_back() -> None:
-    """Hands freed memory back to the system: `fused_rec.devices.keep_memory` lets the process keep it."""
+    """Hands freed memory back to the system: `fused_rec.distributed.devices.keep_memory` lets the process keep it."""
     gc.collect()
     if (trim := _libc("malloc_trim")) is not None:
         trim(0)

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # From a market to explained recommendations
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/01_quickstart.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/01_quickstart.ipynb)
 #
 # A small market of made-up products, reviews and referrals: train text and graph together, measure the result on
 # purchases that were held out, recommend to one customer, and see why. A minute on a CPU.
@@ -69,14 +70,14 @@ for ax, counts, title in zip(axes, (held, tied), ("products held", "referrals go
 
 # %%
 config = fr.configure(
-    model={"dim": 64, "user_ids": False, "holding_dropout": 0.5},
+    model={"dim": 64, "user_id_embedding": False, "edge_dropout": 0.5},
     train={"learning_rate": 0.005, "max_steps": 60, "eval_every": 10},
 )
-run = fr.fit(config, "runs/quickstart", market)
+run = fr.train(config, "runs/quickstart", market)
 run
 
 # %%
-curve = pd.read_json("runs/quickstart/choose/curves.jsonl", lines=True).set_index("step")
+curve = pd.read_json("runs/quickstart/select/curves.jsonl", lines=True).set_index("step")
 axes = curve[["loss", "valid/ndcg@10"]].plot(subplots=True, layout=(1, 2), figsize=(9, 2.6), marker="o", legend=False)
 for ax, title in zip(axes.flat, ("training loss", "NDCG@10 on validation"), strict=True):
     ax.set(title=title)
@@ -87,8 +88,8 @@ for ax, title in zip(axes.flat, ("training loss", "NDCG@10 on validation"), stri
 # The whole catalogue is ranked for every customer with held-out products. Read the test part once, at the end.
 
 # %%
-found = pd.DataFrame(fr.measure(run, "test", baselines=["popularity", "item_knn"])).T
-found[["ndcg@10", "recall@10", "accuracy"]].style.format("{:.3f}").highlight_max()
+found = pd.DataFrame(fr.evaluate(run, "test", baselines=["popularity", "item_knn"])).T
+found[["ndcg@10", "recall@10", "auc"]].style.format("{:.3f}").highlight_max()
 
 # %%
 ax = found[["ndcg@10", "recall@10"]].plot.barh(figsize=(7, 2.6))
@@ -106,7 +107,7 @@ fr.recommend(run, [customer], k=5).to_pandas()
 # product is. The reasons say the weightiest in words.
 
 # %%
-best = fr.reasons(run, customer, k=1)[0]
+best = fr.explain(run, customer, k=1)[0]
 [reason["text"] for reason in best["reasons"]]
 
 # %%
@@ -120,7 +121,7 @@ _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score
 
 # %%
 holdings = parts[(parts["kind"] == "holding") & (parts["source"] != "")]
-fr.what_if(run, customer, best["item_id"], without=holdings["source"].iloc[0])
+fr.counterfactual(run, customer, best["item_id"], without=holdings["source"].iloc[0])
 
 # %% [markdown]
 # ## Later

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Your own tables: from CSV to a report
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/02_your_own_tables.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/02_your_own_tables.ipynb)
 #
 # Four tables, of which one is required. Faults are told with their row and remedy before anything is trained; the
 # result is a page to look at. Replace the first cells by your own files.
@@ -39,8 +40,8 @@ import pandas as pd
 from IPython.display import HTML
 
 import fused_rec as fr
+from fused_rec.data.io.writers import named
 from fused_rec.data.synthetic import make_market
-from fused_rec.data.writers import named
 
 # %% [markdown]
 # ## The files
@@ -101,10 +102,10 @@ config = fr.configure(
     data={"name": "tables", "path": str(folder)},
     split={"kind": "time"},
     graph={"attributes": ["sector"]},
-    model={"dim": 64, "user_ids": False, "holding_dropout": 0.5},
+    model={"dim": 64, "user_id_embedding": False, "edge_dropout": 0.5},
     train={"learning_rate": 0.005, "max_steps": 40, "eval_every": 10},
 )
-run = fr.fit(config, "runs/bank")
+run = fr.train(config, "runs/bank")
 run
 
 # %% [markdown]

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Does fusing help? Variants, controls, evidence
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/03_fusion_and_evidence.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/03_fusion_and_evidence.ipynb)
 #
 # Text alone, graph alone and both; the same with texts that say nothing; and recommenders that need no training. Each
 # variant is trained with several seeds, and differences come with intervals. Two or three minutes on a CPU.
@@ -37,7 +38,7 @@ from IPython.display import Image, Markdown, display
 
 import fused_rec as fr
 from fused_rec.data.synthetic import make_market
-from fused_rec.train.variants import VARIANTS
+from fused_rec.studies.variants import VARIANTS
 
 market = make_market(seed=0, n_users=400, n_items=80)
 market
@@ -58,7 +59,7 @@ pd.Series({name: variant.description for name, variant in VARIANTS.items()}).to_
 
 # %%
 config = fr.configure(
-    model={"dim": 32, "user_ids": False, "holding_dropout": 0.5},
+    model={"dim": 32, "user_id_embedding": False, "edge_dropout": 0.5},
     train={"learning_rate": 0.005, "max_steps": 40, "eval_every": 10},
 )
 names = ["fused", "graph", "text", "shuffled_text", "popularity", "item_knn"]
@@ -87,7 +88,7 @@ display(Image("runs/evidence/slices.png"))
 # ## Everything in numbers
 #
 # `compare.json` has every mean, deviation, interval and setting, versions and hardware; `compare.tex` is the table for
-# a paper. On a machine of your own: `python -m experiments.compare --config=FILE --seeds=5 --out=DIR`.
+# a paper. On a machine of your own: `python -m experiments.compare --config=FILE --num_seeds=5 --out=DIR`.
 
 # %%
 sorted(study)

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Accelerators, several hosts, and settings by Optuna
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/04_accelerators_and_sweeps.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/04_accelerators_and_sweeps.ipynb)
 #
 # The same code runs on one CPU, on all GPUs or TPU cores of a host, and on several hosts. What changes is how long it
 # takes. Then settings are searched for, on validation alone.
@@ -40,7 +41,7 @@ import pandas as pd
 
 import fused_rec as fr
 from fused_rec.data.synthetic import make_market
-from fused_rec.train.sweep import history
+from fused_rec.studies.tune import history
 
 jax.devices()
 
@@ -57,14 +58,14 @@ jax.devices()
 # %%
 market = make_market(seed=0, n_users=400, n_items=80)
 base = fr.configure(
-    model={"dim": 32, "user_ids": False, "holding_dropout": 0.5},
+    model={"dim": 32, "user_id_embedding": False, "edge_dropout": 0.5},
     train={"learning_rate": 0.005, "max_steps": 30, "eval_every": 10},
 )
 
 # %%
 rows = {}
 for compute in ("float32", "bfloat16"):
-    run = fr.fit(fr.configure(base, train={"compute": compute}), f"runs/{compute}", market)
+    run = fr.train(fr.configure(base, train={"compute_dtype": compute}), f"runs/{compute}", market)
     rows[compute] = {"seconds of training": run.results["seconds"], **run.results["valid"]}
 pd.DataFrame(rows).T[["seconds of training", "ndcg@10", "recall@10"]]
 
@@ -84,7 +85,7 @@ pd.DataFrame(rows).T[["seconds of training", "ndcg@10", "recall@10"]]
 # where they fall behind. Any number of processes may be given the same folder. The test part is never read.
 
 # %%
-best = fr.sweep(base, "runs/sweep", trials=4, dataset=market)
+best = fr.tune(base, "runs/sweep", trials=4, dataset=market)
 best.model, best.train
 
 # %%
@@ -99,5 +100,5 @@ ax.set(xlabel="trial", ylabel=f"validation {base.train.metric}")
 _ = ax.legend()
 
 # %% [markdown]
-# Real sweeps take thirty trials or more. By command: `python -m experiments.sweep --config=FILE --trials=30 --out=DIR`,
+# Real sweeps take thirty trials or more. By command: `python -m experiments.tune --config=FILE --trials=30 --out=DIR`,
 # started as often as there are machines. `DIR/best.py` is the best config, to train with.

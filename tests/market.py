@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from fused_rec.data.synthetic import make_market
-from fused_rec.train.checkpoint import RECORD, Checkpoints
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.training.checkpoint import RECORD, Checkpoints
 
 
 def write_tables(folder: Path, n_users: int = 80, n_items: int = 30) -> Path:
     """Writes interactions, items, users and ties as CSV and returns the folder."""
-    market = make_market(0, n_users=n_users, n_items=n_items)
+    market = make_synthetic(0, n_users=n_users, n_items=n_items)
     users, items = market.users.column("user_id"), market.items.column("item_id")
 
     def named(table: pa.Table, **ids: tuple[str, pa.ChunkedArray]) -> dict:
@@ -39,8 +39,8 @@ def differences(workdir: Path, other: Path) -> list[str]:
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (workdir, other))
     times = ("seconds", "finished")
     found += [f"results.json, {name}" for name in one | two if name not in times and one.get(name) != two.get(name)]
-    one, two = (dict(np.load(folder / "test_users.npz")) for folder in (workdir, other))
-    found += [f"test_users.npz, {name}" for name in one | two if not _same(one.get(name), two.get(name))]
+    one, two = (dict(np.load(folder / "test_metrics_per_user.npz")) for folder in (workdir, other))
+    found += [f"test_metrics_per_user.npz, {name}" for name in one | two if not _same(one.get(name), two.get(name))]
     for phase in sorted(path.parent.name for path in other.glob("*/checkpoints")):
         curves = [(folder / phase / "curves.jsonl").read_text() for folder in (workdir, other)]
         found += [f"{phase}/curves.jsonl"] if curves[0] != curves[1] else []

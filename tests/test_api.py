@@ -19,14 +19,14 @@ from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.data.dataset import digest
-from fused_rec.data.synthetic import make_market
-from fused_rec.train.loop import TablesChangedError
-from fused_rec.train.serve import user_rows
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.serving.recommender import user_rows
+from fused_rec.training.trainer import TablesChangedError
 
 PACKAGE = Path(fr.__file__).parent
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {
-    "train": {"batch_users": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02},
+    "train": {"batch_size": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02},
     "model": {"dim": 8},
 }
 
@@ -56,7 +56,7 @@ def config(folder) -> fr.Config:
 
 @pytest.fixture(scope="module")
 def run(config, folder, market) -> fr.Run:
-    return fr.fit(config, folder / "run", market)
+    return fr.train(config, folder / "run", market)
 
 
 def test_a_setting_outside_of_its_section_is_named_with_it():
@@ -73,7 +73,7 @@ def test_a_setting_outside_of_its_section_is_named_with_it():
 def test_a_finished_run_of_other_tables_is_not_opened(config, run, market, folder, tmp_path):
     fewer = dataclasses.replace(market, ties=market.ties.slice(1))
     with pytest.raises(TablesChangedError, match=f"ties had {market.ties.num_rows} rows and has"):
-        fr.fit(config, folder / "run", fewer)
+        fr.train(config, folder / "run", fewer)
 
 
 def test_a_workdir_that_moved_takes_its_tables_along(run, folder, tmp_path):
@@ -83,7 +83,7 @@ def test_a_workdir_that_moved_takes_its_tables_along(run, folder, tmp_path):
         assert fr.load(tmp_path / "moved").config.data.path == str(tmp_path / "moved" / "tables")
         elsewhere = fr.load(tmp_path / "moved", data_path=folder / "away" / "tables")
         assert elsewhere.config.data.path == str(folder / "away" / "tables")
-        assert fr.measure(elsewhere, "test") == fr.measure(run, "test")
+        assert fr.evaluate(elsewhere, "test") == fr.evaluate(run, "test")
     finally:
         (folder / "away").rename(folder / "run")
 
@@ -97,7 +97,9 @@ def wide():
 
 def test_64_bit_types_of_jax_change_nothing(run, wide):
     assert fr.recommend(run, ["C0001"], k=3)["score"].type == pa.float32()
-    assert fr.measure(run, "test")[run.config.model.variant]["ndcg@10"] == pytest.approx(run.results["test"]["ndcg@10"])
+    assert fr.evaluate(run, "test")[run.config.model.variant]["ndcg@10"] == pytest.approx(
+        run.results["test"]["ndcg@10"]
+    )
     assert jax.numpy.arange(1).dtype == np.int64, "it stays on for the caller"
 
 
@@ -114,7 +116,7 @@ def test_every_name_is_there_and_documented():
 
 
 def test_no_name_is_that_of_a_subpackage():
-    """Importing `fused_rec.train.loop` sets `fused_rec.train`: a function of that name would come and go."""
+    """Importing `fused_rec.training.trainer` sets `fused_rec.training`: a function of that name would come and go."""
     modules = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/*.py")}
     assert not modules & set(fr.__all__)
 
@@ -151,10 +153,10 @@ def test_every_fault_of_frames_is_in_one_report(frames):
     spoiled = pd.DataFrame({"user_id": ["C0001", None], "item_id": ["P001", "nobody"]})
     with pytest.raises(fr.DataError) as error:
         fr.dataset_from_tables(spoiled, items=frames["items"], users={"id": ["C0001"]}, ties={"source_id": [[], 1]})
-    told = str(error.value)
-    assert "interactions, row 3: user_id is empty" in told
-    assert "users: column user_id is missing (there: id)" in told
-    assert "ties: column source_id cannot be made an Arrow table" in told
+    reported = str(error.value)
+    assert "interactions, row 3: user_id is empty" in reported
+    assert "users: column user_id is missing (there: id)" in reported
+    assert "ties: column source_id cannot be made an Arrow table" in reported
     with pytest.raises(TypeError, match="items is a list; give a data frame"):
         fr.dataset_from_tables(frames["interactions"], items=[1, 2])
 
@@ -162,9 +164,9 @@ def test_every_fault_of_frames_is_in_one_report(frames):
 def test_reviews_and_acts_have_their_place(tmp_path):
     """Words about what is not held, several about one pair, and ties seen in an act: in memory, and back from disk."""
     held = {"user_id": ["u", "v"], "item_id": ["i", "j"]}
-    said = {"user_id": ["u", "u", "v"], "item_id": ["i", "i", "i"], "text": ["good", "very good", "bad"]}
+    texts_given = {"user_id": ["u", "u", "v"], "item_id": ["i", "i", "i"], "text": ["good", "very good", "bad"]}
     ties = {"source_id": ["u", "v"], "target_id": ["v", "u"], "item_id": ["j", None]}
-    dataset = fr.dataset_from_tables(held, reviews=said, ties=ties)
+    dataset = fr.dataset_from_tables(held, reviews=texts_given, ties=ties)
     assert dataset.reviews.to_pydict() == {"user": [0, 0, 1], "item": [0, 0, 0], "text": ["good", "very good", "bad"]}
     assert dataset.ties["item"].to_pylist() == [1, None]
     assert fr.save_dataset(dataset, tmp_path / "saved") == {}
@@ -172,7 +174,7 @@ def test_reviews_and_acts_have_their_place(tmp_path):
 
 
 def test_a_saved_market_comes_back_as_it_was(tmp_path):
-    market = make_market(3, 60, 25)
+    market = make_synthetic(3, 60, 25)
     fr.save_dataset(market, tmp_path / "saved")
     assert digest(fr.load_dataset(tmp_path / "saved", repair=True)) == digest(market)
     with pytest.raises(FileExistsError, match="holds files already"):
@@ -212,37 +214,37 @@ def test_a_run_is_kept_whole(run, config, folder, market):
     again = fr.load(folder / "run")
     assert again.results == run.results
     assert fr.recommend(again, k=3).equals(fr.recommend(run, k=3))
-    assert fr.fit(config, folder / "run", market).results == run.results  # finished: opened, not trained
+    assert fr.train(config, folder / "run", market).results == run.results  # finished: opened, not trained
 
 
 def test_a_run_whose_tables_are_gone_says_where_they_were(config, market, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="run holds a run, and .*run/tables, .* is not there; put it back"):
-        fr.fit(config, tmp_path / "run", market)
+        fr.train(config, tmp_path / "run", market)
 
 
 def test_a_workdir_takes_no_other_tables(config, folder, run):
     with pytest.raises(ValueError, match="holds other tables than these"):
-        fr.fit(config, folder / "run", make_market(1, 30, 20))
+        fr.train(config, folder / "run", make_synthetic(1, 30, 20))
 
 
 def test_fit_reads_what_the_config_names(config, folder, run, monkeypatch):
     monkeypatch.chdir(folder)
     named = fr.configure(config, data={"name": "tables", "path": "mine"})
-    other = fr.fit(named, "named")
+    other = fr.train(named, "named")
     assert other.config.data.path == str(folder / "mine")
     assert other.results["test"] == run.results["test"]
 
 
 def test_measure(run):
-    found = fr.measure(run, "test", ["popularity"])
+    found = fr.evaluate(run, "test", ["popularity"])
     assert list(found) == ["popularity", "fused"]
     assert found["fused"] == pytest.approx(run.results["test"], nan_ok=True)
     with pytest.raises(ValueError, match="part is 'train'; it must be valid or test"):
-        fr.measure(run, "train")
+        fr.evaluate(run, "train")
     with pytest.raises(ValueError, match=r"baselines are \['popular'\]"):
-        fr.measure(run, "valid", ["popular"])
+        fr.evaluate(run, "valid", ["popular"])
 
 
 def test_recommend_and_reasons(run, market):
@@ -251,22 +253,22 @@ def test_recommend_and_reasons(run, market):
     assert ranked["user_id"].to_pylist() == ["C0003"] * 4 + ["C0001"] * 4
     names = dict(zip(market.items["item_id"].to_pylist(), market.items["name"].to_pylist(), strict=True))
     assert ranked["name"].to_pylist() == [names[item] for item in ranked["item_id"].to_pylist()]
-    told = fr.reasons(run, "C0003", k=4)
-    assert [row["item_id"] for row in told] == ranked["item_id"].to_pylist()[:4]
-    for row, score in zip(told, ranked["score"].to_pylist()[:4], strict=True):
+    reported = fr.explain(run, "C0003", k=4)
+    assert [row["item_id"] for row in reported] == ranked["item_id"].to_pylist()[:4]
+    for row, score in zip(reported, ranked["score"].to_pylist()[:4], strict=True):
         assert row["score"] == pytest.approx(score, rel=1e-4)
         assert sum(part["value"] for part in row["parts"]) == pytest.approx(score, rel=1e-4)
         assert row["reasons"]
     with pytest.raises(ValueError, match="users is 'C0001', one string; give a list"):
         fr.recommend(run, "C0001")
     with pytest.raises(ValueError, match="unknown product id 'P999'; tables has 30"):
-        fr.reasons(run, "C0001", ["P999"])
+        fr.explain(run, "C0001", ["P999"])
 
 
 def test_an_empty_list_of_users_is_nobody(run, folder):
     none = fr.recommend(run, [])
     assert len(none) == 0 and none.schema == fr.recommend(run, ["C0001"], k=1).schema
-    assert fr.reasons(run, "C0001", []) == []
+    assert fr.explain(run, "C0001", []) == []
     page = fr.report(folder / "run", folder / "nobody.html", baselines=["popularity"], users=[])
     assert "C0001" not in page.read_text()
 
@@ -302,17 +304,17 @@ def test_a_run_of_integer_ids_is_asked_for_them(folder, config):
     rng = np.random.default_rng(0)
     pairs = np.unique(rng.integers(0, 20, (150, 2)), axis=0)
     dataset = fr.dataset_from_tables({"user_id": pairs[:, 0], "item_id": pairs[:, 1]})
-    run = fr.fit(fr.configure(config, model={"variant": "graph"}), folder / "integers", dataset)
+    run = fr.train(fr.configure(config, model={"variant": "graph"}), folder / "integers", dataset)
     user, item = (int(value) for value in pairs[run.prepared.split.train[0]])
     best = fr.recommend(run, [user], k=1)
     assert best["user_id"].to_pylist() == [str(user)]
     other = int(best["item_id"][0].as_py())
-    assert fr.reasons(run, user, [other])[0]["item_id"] == str(other)
-    assert fr.what_if(run, user, other, without=item).rank == 1
+    assert fr.explain(run, user, [other])[0]["item_id"] == str(other)
+    assert fr.counterfactual(run, user, other, without=item).rank == 1
     page = fr.report(folder / "integers", folder / "integers.html", baselines=["popularity"], users=[user], k=1)
     assert f">{user}<" in page.read_text() or str(user) in page.read_text()
     with pytest.raises(ValueError, match="items has 1.0 of type float"):
-        fr.reasons(run, user, [1.0])  # pyright: ignore[reportArgumentType]
+        fr.explain(run, user, [1.0])  # pyright: ignore[reportArgumentType]
 
 
 def test_what_if(run, market):
@@ -320,7 +322,7 @@ def test_what_if(run, market):
     item = run.prepared.observed.item[user == 0]
     ids = market.items["item_id"].to_pylist()
     best = fr.recommend(run, ["C0001"], k=1)
-    changed = fr.what_if(run, "C0001", best["item_id"][0].as_py(), without=ids[item[0]])
+    changed = fr.counterfactual(run, "C0001", best["item_id"][0].as_py(), without=ids[item[0]])
     assert changed.rank == 1 and changed.score == pytest.approx(best["score"][0].as_py(), rel=1e-4)
     assert changed.score_after != changed.score
 

@@ -8,11 +8,11 @@ import pytest
 
 from fused_rec.config import Config, TextConfig
 from fused_rec.data.attributes import describe
-from fused_rec.data.audit import audit
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
+from fused_rec.data.leakage import audit
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import observe
-from fused_rec.train import prepare as preparing
+from fused_rec.training import inputs as preparing
 
 
 def dataset(users: dict, items: dict) -> Dataset:
@@ -20,7 +20,7 @@ def dataset(users: dict, items: dict) -> Dataset:
     return Dataset("tiny", *tables, pa.table({}), empty_reviews(), empty_ties())
 
 
-def told(values: pa.Array, name: str = "sector") -> list[str | None]:
+def reported(values: pa.Array, name: str = "sector") -> list[str | None]:
     """What becomes of two values of one column."""
     return describe(dataset({}, {name: values}), (name,)).items.column("text").to_pylist()
 
@@ -50,7 +50,7 @@ def told(values: pa.Array, name: str = "sector") -> list[str | None]:
     ],
 )
 def test_every_kind_of_value(values, expected):
-    assert told(pa.array(values) if isinstance(values, list) else values) == expected
+    assert reported(pa.array(values) if isinstance(values, list) else values) == expected
 
 
 def test_the_template():
@@ -84,14 +84,14 @@ def test_a_name_that_is_no_attribute_is_refused(name, says):
 
 def test_a_type_without_words_is_refused():
     with pytest.raises(ValueError, match=r"'sector', whose values \(binary\) have no words"):
-        told(pa.array([b"a", None]))
+        reported(pa.array([b"a", None]))
 
 
 def test_silent_users_of_the_market_get_words():
     """From the setting to the texts of nodes, with the leave of the audit."""
     config = Config(text=TextConfig(attributes=("risk_tolerance", "age_band")))
     before, _ = preparing.read(Config())
-    market, parts_of = preparing.read(config)
+    market, data_split = preparing.read(config)
     own, made = (tables.users.column("text").to_pylist() for tables in (before, market))
     rows = market.users.select(["risk_tolerance", "age_band"]).to_pylist()
     expected = [
@@ -99,7 +99,7 @@ def test_silent_users_of_the_market_get_words():
         for text, row in zip(own, rows, strict=True)
     ]
     assert made == expected and own.count(None) > 100
-    observed = observe(market, parts_of)
+    observed = observe(market, data_split)
     texts = node_texts(market, observed)
     assert set(texts.user_rows) == set(range(market.n_users))
-    assert audit(market, parts_of, observed, texts)["texts of nodes"] > market.n_users
+    assert audit(market, data_split, observed, texts)["texts of nodes"] > market.n_users

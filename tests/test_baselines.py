@@ -13,12 +13,10 @@ import pytest
 import scipy.sparse
 from market import write_tables
 
-from fused_rec.config import Config, DataConfig, ModelConfig
-from fused_rec.evaluate import ranking
-from fused_rec.evaluate.ranking import evaluate, item_sets, mean
-from fused_rec.model.baselines import (
+from fused_rec.baselines.linear import ease
+from fused_rec.baselines.neighbors import (
+    Interactions,
     NotApplicableError,
-    Seen,
     als,
     friends_mean,
     item_knn,
@@ -26,13 +24,15 @@ from fused_rec.model.baselines import (
     text_mean,
     user_knn,
 )
-from fused_rec.model.closed_form import ease
-from fused_rec.train.measure import BASELINES, baseline, choose_settings, measure
-from fused_rec.train.prepare import prepare, read
+from fused_rec.config import Config, DataConfig, ModelConfig
+from fused_rec.evaluation import ranking
+from fused_rec.evaluation.ranking import evaluate, item_sets, mean
+from fused_rec.training.evaluate import BASELINES, baseline, choose_settings, evaluate_mean
+from fused_rec.training.inputs import prepare, read
 
 # user 0: items 0 1    user 1: items 1 2    user 2: items 1 2 3    user 3: none; one pair given twice
 USER, ITEM = np.array([0, 0, 1, 1, 2, 2, 2, 0]), np.array([0, 1, 1, 2, 1, 2, 3, 0])
-TINY = Seen(USER, ITEM, 4, 4)
+TINY = Interactions(USER, ITEM, 4, 4)
 
 
 def scores(scorer, n_users):
@@ -48,7 +48,7 @@ def test_popularity_by_hand():
 def test_older_interactions_count_less():
     """Half-life of ten days: ages 0, 10 and 20 days weigh as 4 : 2 : 1, and add up to three as they do without one."""
     age = np.array([20, 0, 10], np.float32)
-    seen = Seen(np.array([0, 1, 2]), np.array([0, 1, 1]), 3, 3, age=age)
+    seen = Interactions(np.array([0, 1, 2]), np.array([0, 1, 1]), 3, 3, age=age)
     np.testing.assert_allclose(scores(popularity(seen, half_life=10.0), 3), [[3 / 7, 18 / 7, 0]] * 3, rtol=1e-6)
     later = seen._replace(age=age + 30)
     np.testing.assert_allclose(scores(popularity(later, half_life=10.0), 3), [[3 / 7, 18 / 7, 0]] * 3, rtol=1e-6)
@@ -62,19 +62,19 @@ A, B, C = 1 / 3**0.5, 2 / 6**0.5, 1 / 2**0.5
 
 
 @pytest.mark.parametrize(
-    ("neighbours", "expected"),
+    ("num_neighbors", "expected"),
     [
         (4, [[A, A, B, A], [A, B, B, A + C], [A, B + A, B + C, A + C], [0, 0, 0, 0]]),
         # The nearest: of 0 it is 1, of 1 it is 2, of 2 it is 1, of 3 it is 2.
         (1, [[0, A, B, 0], [0, B, B, 0], [0, B, B + C, 0], [0, 0, 0, 0]]),
     ],
 )
-def test_item_knn_by_hand(neighbours, expected):
-    np.testing.assert_allclose(scores(item_knn(TINY, neighbours=neighbours, shrink=0.0), 4), expected, rtol=1e-6)
+def test_item_knn_by_hand(num_neighbors, expected):
+    np.testing.assert_allclose(scores(item_knn(TINY, num_neighbors=num_neighbors, shrink=0.0), 4), expected, rtol=1e-6)
 
 
 def test_shrinking_by_hand():
-    got = scores(item_knn(TINY, neighbours=4, shrink=2.0), 4)[0]
+    got = scores(item_knn(TINY, num_neighbors=4, shrink=2.0), 4)[0]
     expected = [1 / (3**0.5 + 2), 1 / (3**0.5 + 2), 2 / (6**0.5 + 2), 1 / (3**0.5 + 2)]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -82,17 +82,20 @@ def test_shrinking_by_hand():
 def test_equally_near_neighbours_go_by_their_position():
     # Items 0, 1 and 2 are alike in every way: with one neighbour, 0 takes 1, and 1 and 2 take 0.
     got = scores(
-        item_knn(Seen(np.array([0, 0, 0, 1, 2, 3]), np.array([0, 1, 2, 0, 1, 2]), 4, 3), neighbours=1, shrink=0.0), 4
+        item_knn(
+            Interactions(np.array([0, 0, 0, 1, 2, 3]), np.array([0, 1, 2, 0, 1, 2]), 4, 3), num_neighbors=1, shrink=0.0
+        ),
+        4,
     )
     np.testing.assert_allclose(got[1:], [[0, 0.5, 0], [0.5, 0, 0], [0.5, 0, 0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("neighbours", "user_0"),
+    ("num_neighbors", "user_0"),
     [(1, [0, 1 / 2, 1 / 2, 0]), (4, [0, 1 / 2 + 1 / 6**0.5, 1 / 2 + 1 / 6**0.5, 1 / 6**0.5])],
 )
-def test_user_knn_by_hand(neighbours, user_0):
-    got = scores(user_knn(TINY, neighbours=neighbours, shrink=0.0), 4)
+def test_user_knn_by_hand(num_neighbors, user_0):
+    got = scores(user_knn(TINY, num_neighbors=num_neighbors, shrink=0.0), 4)
     np.testing.assert_allclose(got[0], user_0, rtol=1e-6)
     assert (got[3] == 0).all()
 
@@ -106,7 +109,7 @@ def test_friends_mean_by_hand():
 def _random(n_users, n_items, share, seed=0):
     matrix = np.random.default_rng(seed).random((n_users, n_items)) < share * np.linspace(0.2, 2, n_items)
     user, item = np.nonzero(matrix)
-    return matrix.astype(np.float64), Seen(user, item, n_users, n_items)
+    return matrix.astype(np.float64), Interactions(user, item, n_users, n_items)
 
 
 def _cosine(matrix):
@@ -120,9 +123,9 @@ def test_long_rows_add_up():
     """Histories and neighbourhoods of hundreds of entries, and more than one block of rows."""
     history, seen = _random(60, 1100, 0.5)
     expected = history @ _cosine(history.T)
-    np.testing.assert_allclose(scores(item_knn(seen, neighbours=1100, shrink=0.0), 60), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores(item_knn(seen, num_neighbors=1100, shrink=0.0), 60), expected, rtol=1e-5)
     expected = _cosine(history) @ history
-    np.testing.assert_allclose(scores(user_knn(seen, neighbours=60, shrink=0.0), 60), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores(user_knn(seen, num_neighbors=60, shrink=0.0), 60), expected, rtol=1e-5)
 
 
 # Items 0 and 1 are at right angles, 2 is half way, 3 opposite to 0, and 4 without words.
@@ -139,17 +142,17 @@ WORDS = np.array([[1, 0], [0, 1], [C, C], [-1, 0], [0, 0]], np.float32)
 )
 def test_text_mean_by_hand(own, expected):
     user_text = np.array([[0, 1], [0, 0], [0, 1], [0, 0]], np.float32)
-    seen = Seen(np.array([0, 1, 1]), np.array([0, 0, 1]), 4, 5, user_text, WORDS)
+    seen = Interactions(np.array([0, 1, 1]), np.array([0, 0, 1]), 4, 5, user_text, WORDS)
     np.testing.assert_allclose(scores(text_mean(seen, own=own), 4), expected, atol=1e-6)
 
 
 def test_new_items_rank_by_their_words():
     """Item 2 is nobody's; its words are those of item 0. Item 3 has other words, item 4 none."""
-    seen = Seen(np.array([0, 1]), np.array([0, 1]), 2, 5, None, WORDS[[0, 1, 0, 1, 4]])
+    seen = Interactions(np.array([0, 1]), np.array([0, 1]), 2, 5, None, WORDS[[0, 1, 0, 1, 4]])
     np.testing.assert_allclose(scores(text_mean(seen, own=1.0), 2), [[1, 0, 1, 0, 0], [0, 1, 0, 1, 0]], atol=1e-6)
 
 
-ALS: dict[str, Any] = {"factors": 4, "regularisation": 5.0, "alpha": 10.0, "seed": 3}
+ALS: dict[str, Any] = {"factors": 4, "regularization": 5.0, "alpha": 10.0, "seed": 3}
 
 
 def test_als_scores_as_the_library_does():
@@ -201,11 +204,11 @@ NONE = np.array([], int)
 
 
 def test_without_interactions_all_score_alike():
-    nothing = Seen(NONE, NONE, 3, 5, np.zeros((3, 2), np.float32), WORDS, np.array([0]), np.array([1]))
+    nothing = Interactions(NONE, NONE, 3, 5, np.zeros((3, 2), np.float32), WORDS, np.array([0]), np.array([1]))
     for scorer in (
         popularity(nothing),
-        item_knn(nothing, neighbours=2, shrink=0.0),
-        user_knn(nothing, neighbours=2, shrink=0.0),
+        item_knn(nothing, num_neighbors=2, shrink=0.0),
+        user_knn(nothing, num_neighbors=2, shrink=0.0),
         friends_mean(nothing),
         text_mean(nothing, own=1.0),
     ):
@@ -222,16 +225,16 @@ def test_what_is_not_told_is_asked_for():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: popularity(Seen(np.array([4]), np.array([0]), 4, 4)), "user ids span 4..4"),
-        (lambda: popularity(Seen(np.array([0]), np.array([-1]), 4, 4)), "item ids span -1..-1"),
+        (lambda: popularity(Interactions(np.array([4]), np.array([0]), 4, 4)), "user ids span 4..4"),
+        (lambda: popularity(Interactions(np.array([0]), np.array([-1]), 4, 4)), "item ids span -1..-1"),
         (lambda: friends_mean(TINY._replace(source=np.array([9]), target=np.array([0]))), "source ids span 9..9"),
         (lambda: friends_mean(TINY._replace(source=np.array([0]), target=np.array([9]))), "target ids span 9..9"),
         (lambda: text_mean(TINY, own=-1.0), "own is -1.0"),
         (lambda: als(TINY, **dict(ALS, factors=0)), "factors is 0"),
-        (lambda: als(TINY, **dict(ALS, regularisation=-1.0)), "regularisation is -1.0"),
+        (lambda: als(TINY, **dict(ALS, regularization=-1.0)), "regularization is -1.0"),
         (lambda: als(TINY, **dict(ALS, alpha=0.5)), "alpha is 0.5; it must be at least 1"),
-        (lambda: item_knn(TINY, neighbours=0, shrink=0.0), "neighbours is 0"),
-        (lambda: user_knn(TINY, neighbours=1, shrink=-1.0), "shrink is -1.0"),
+        (lambda: item_knn(TINY, num_neighbors=0, shrink=0.0), "num_neighbors is 0"),
+        (lambda: user_knn(TINY, num_neighbors=1, shrink=-1.0), "shrink is -1.0"),
     ],
 )
 def test_refusals(call, message):
@@ -254,7 +257,7 @@ LASTFM = (1892, 17632)  # users, items
     ("make", "recall", "ndcg"),
     [
         (popularity, 0.0712, 0.0828),
-        (functools.partial(item_knn, neighbours=LASTFM[1], shrink=0.0), 0.1761, 0.2281),
+        (functools.partial(item_knn, num_neighbors=LASTFM[1], shrink=0.0), 0.1761, 0.2281),
         (functools.partial(ease, l2=100.0), 0.1951, 0.2475),
     ],
     ids=["popularity", "item_knn", "ease"],
@@ -271,7 +274,7 @@ def test_lastfm_figures_of_equal_scores(lastfm, monkeypatch):
     """A few friends leave many scores equal. The notes' .1112 and .1431 and ours lie between the orders by number."""
     ours, by_number = measured(lastfm, friends_mean), []
     for columns in (np.arange(LASTFM[1]), np.arange(LASTFM[1])[::-1].copy()):
-        order = ranking.Order(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
+        order = ranking.TieBreak(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
         monkeypatch.setattr(ranking, "catalogue", lambda n, *_, order=order: (jnp.ones(n, bool), order))
         by_number.append(measured(lastfm, friends_mean))
     first, last = by_number
@@ -285,7 +288,7 @@ def measured(lastfm, make):
     n_users, n_items = LASTFM
     return mean(
         evaluate(
-            make(Seen(train[0], train[1], *LASTFM, source=ties[0], target=ties[1])),
+            make(Interactions(train[0], train[1], *LASTFM, source=ties[0], target=ties[1])),
             truth=item_sets(test[0], test[1], n_users),
             seen=item_sets(train[0], train[1], n_users),
             n_items=n_items,
@@ -314,12 +317,14 @@ def test_validation_chooses_the_settings(market):
     alone, seen = market
     users, items = alone.observed.user, alone.observed.item
     values = [
-        measure(alone, item_knn(Seen(users, items, alone.dataset.n_users, alone.dataset.n_items), **tried), "valid")
+        evaluate_mean(
+            alone, item_knn(Interactions(users, items, alone.dataset.n_users, alone.dataset.n_items), **tried), "valid"
+        )
         for tried in BASELINES["item_knn"][1]
     ]
     chosen = choose_settings("item_knn", alone)
     assert chosen == max(zip(values, BASELINES["item_knn"][1], strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
-    expected = item_knn(Seen(seen.observed.user, seen.observed.item, 80, 30), **chosen)
+    expected = item_knn(Interactions(seen.observed.user, seen.observed.item, 80, 30), **chosen)
     np.testing.assert_array_equal(scores(baseline("item_knn", seen, chosen), 80), scores(expected, 80))
 
 
@@ -331,10 +336,10 @@ def test_settings_are_not_chosen_where_the_answers_are_seen(market):
 def test_ties_reach_their_baseline_and_missing_words_are_told(market):
     alone, seen = market
     ties = seen.observed.ties
-    hears = {(s, t) for s, t in zip(*(ties.column(name).to_pylist() for name in ("source", "target")), strict=True)}
+    adjacency = {(s, t) for s, t in zip(*(ties.column(name).to_pylist() for name in ("source", "target")), strict=True)}
     expected = np.zeros((80, 30))
     for u in range(80):
-        friends = [t for s, t in hears if s == u]
+        friends = [t for s, t in adjacency if s == u]
         for t in friends:
             expected[u, seen.observed.item[seen.observed.user == t]] += 1 / len(friends)
     popular = np.bincount(seen.observed.item, minlength=30)

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import benchmark, peers
-from experiments.peers import OURS, Side
-from fused_rec.evaluate import plots
+from experiments import benchmark, competitors
+from experiments.competitors import OURS, Side
+from fused_rec.evaluation import plots
 
 ROOT = Path(__file__).parents[1]
-NUMPY = Side("NumPy", ROOT / "tests" / "numpy_peer.py", "numpy")
+NUMPY = Side("NumPy", ROOT / "tests" / "numpy_reference.py", "numpy")
 PYTHONS = {OURS: Path(sys.executable), NUMPY: Path(sys.executable)}
 COLUMNS = {"name", "ours", "peer", "peer_name", "ratio", "unit", "hardware", "versions"}
 
@@ -25,10 +25,10 @@ def pairs():
     return benchmark.generated(2_000)
 
 
-def job(folder, pairs, task, **settings):
-    arrays = benchmark.write_arrays(pairs, folder, final=task == "rank")
+def job(folder, pairs, graph_inputs, **settings):
+    arrays = benchmark.write_arrays(pairs, folder, final=graph_inputs == "rank")
     common = {"arrays": str(arrays), "folder": str(folder), "repeats": 1, "warmup": 0, "threads": 1}
-    return {**common, "task": task, "rounds": 3, "learning_rate": 1e-3, "k": 20, "batch": 50, **settings}
+    return {**common, "task": graph_inputs, "num_layers": 3, "learning_rate": 1e-3, "k": 20, "batch": 50, **settings}
 
 
 def results(folder):
@@ -48,27 +48,29 @@ def test_the_command_without_any_peer(tmp_path):
     assert all(row["ours"] > 0 and row["peer"] is None and row["ratio"] is None for row in rows)
     assert {row["peer_name"] for row in rows} == {"PyTorch, tuned", "implicit ALS", "RecBole", None}
     assert all(row["versions"]["ours"]["jax"] for row in rows)
-    [told] = [line for line in done.stdout.splitlines() if "RecBole left out" in line]
-    assert "python3 -m venv DIR/recbole && DIR/recbole/bin/pip install -r experiments/peers/recbole.txt" in told
+    [reported] = [line for line in done.stdout.splitlines() if "RecBole left out" in line]
+    assert (
+        "python3 -m venv DIR/recbole && DIR/recbole/bin/pip install -r experiments/competitors/recbole.txt" in reported
+    )
     assert "figure: none" in done.stdout and not out.with_suffix(".png").exists()
 
 
 def test_both_sides_take_the_same_step(tmp_path, pairs):
     """Ours and the published equations, written out over dense matrices, start from the same loss."""
-    answers, failed = peers.alternate(PYTHONS, job(tmp_path, pairs, "step", repeats=2), {})
+    answers, failed = competitors.alternate(PYTHONS, job(tmp_path, pairs, "step", repeats=2), {})
     assert not failed and [len(of) for of in answers.values()] == [2, 2]
     ours, theirs = results(tmp_path)
     assert ours == pytest.approx(float(theirs), rel=1e-4) and abs(ours - np.log(2)) > 0.02
     for side in PYTHONS:
-        told = peers.figures(answers[side])
-        assert len(told["seconds"]) == 4 and min(told["seconds"]) > 0
-        assert told["first_s"][0] > told["load_s"][0] > 0 and told["peak_mb"][0] > 10
-        assert told["versions"]["numpy"] == np.__version__
+        reported = competitors.figures(answers[side])
+        assert len(reported["seconds"]) == 4 and min(reported["seconds"]) > 0
+        assert reported["first_s"][0] > reported["load_s"][0] > 0 and reported["peak_mb"][0] > 10
+        assert reported["versions"]["numpy"] == np.__version__
     assert min(answers[OURS][0]["compile_s"], answers[OURS][1]["compile_s"]) > 0.1
 
 
 def test_both_sides_rank_the_same(tmp_path, pairs):
-    answers, failed = peers.alternate(PYTHONS, job(tmp_path, pairs, "rank"), {})
+    answers, failed = competitors.alternate(PYTHONS, job(tmp_path, pairs, "rank"), {})
     assert not failed and len(answers[NUMPY]) == 2
     ours, theirs = results(tmp_path)
     assert ours.shape == theirs.shape == (pairs.n_users, 20)
@@ -83,29 +85,29 @@ def test_both_sides_rank_the_same(tmp_path, pairs):
 def test_a_visit_there_and_back(tmp_path, pairs, monkeypatch):
     """A B C C B A: the order in which the processes were started, by what they were told of the clock."""
     order = []
-    visit = peers.visit
+    visit = competitors.visit
 
     def watched(side, *arguments):
         order.append(side.name)
         return visit(side, *arguments)
 
-    monkeypatch.setattr(peers, "visit", watched)
+    monkeypatch.setattr(competitors, "visit", watched)
     sides = {Side(name, NUMPY.script, "numpy"): Path(sys.executable) for name in "ABC"}
-    peers.alternate(sides, job(tmp_path, pairs, "rank"), {}, rounds=2)
+    competitors.alternate(sides, job(tmp_path, pairs, "rank"), {}, rounds=2)
     assert "".join(order) == "ABCCBA" * 2
 
 
 def test_a_peer_that_fails_is_left_out_and_ours_is_not(tmp_path, pairs):
     settings = job(tmp_path, pairs, "fails")
-    with pytest.raises(peers.PeerError, match="KeyError: 'fails'"):
-        peers.alternate({OURS: Path(sys.executable)}, settings, {})
-    answers, failed = peers.alternate({NUMPY: Path(sys.executable)}, settings, {})
+    with pytest.raises(competitors.PeerError, match="KeyError: 'fails'"):
+        competitors.alternate({OURS: Path(sys.executable)}, settings, {})
+    answers, failed = competitors.alternate({NUMPY: Path(sys.executable)}, settings, {})
     assert answers == {} and "it does not take the data" in failed[NUMPY]
 
 
 def test_the_clock_runs_from_the_start_of_the_process(tmp_path, pairs):
     began = time.time()
-    answer = peers.visit(
+    answer = competitors.visit(
         NUMPY, Path(sys.executable), {**job(tmp_path, pairs, "rank"), "result": str(tmp_path / "r.npy")}, {}
     )
     assert answer["load_s"] < answer["first_s"] < time.time() - began
@@ -145,9 +147,11 @@ def test_the_figure_shows_what_is_behind_in_another_colour():
     assert behind.get_facecolor() != ahead.get_facecolor()
 
 
-@pytest.mark.parametrize("side", [peers.PYG, peers.TORCH, peers.RECBOLE, peers.ALS, peers.SENTENCES])
+@pytest.mark.parametrize(
+    "side", [competitors.PYG, competitors.TORCH, competitors.RECBOLE, competitors.ALS, competitors.SENTENCES]
+)
 def test_every_peer_has_a_script_and_pinned_requirements(side):
     assert side.script.exists()
-    lines = (peers.HERE / f"{side.environment}.txt").read_text(encoding="utf-8").splitlines()
+    lines = (competitors.HERE / f"{side.environment}.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert pins and all("==" in line for line in pins)

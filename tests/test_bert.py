@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fused_rec.text import pretrained
-from fused_rec.text.bert import BertConfig, BertEncoder
-from fused_rec.text.families import FAMILIES, convert_weights, encode
-from fused_rec.text.pooling import Pooling, pool
+from fused_rec.text.encoders.bert import BertConfig, BertEncoder
+from fused_rec.text.encoders.pooling import Pooling, pool
+from fused_rec.text.encoders.registry import FAMILIES, apply_encoder, convert_weights
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,7 +60,7 @@ def test_padding_and_neighbours_change_nothing(tiny, outputs):
     mask = np.arange(45) < lengths[:, None]
 
     def means(ids, mask):
-        return encode(tiny.params, ids, mask, tiny.config, "mean", False)
+        return apply_encoder(tiny.params, ids, mask, tiny.config, "mean", False)
 
     together = means(ids, mask)
     np.testing.assert_allclose(means(np.where(mask, ids, 5), mask), together, atol=1e-5)

@@ -8,18 +8,18 @@ import pytest
 
 from fused_rec.config import GraphConfig
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
+from fused_rec.data.io.tables import dataset_from_tables
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
-from fused_rec.data.tables import dataset_from_tables
 from fused_rec.graph.build import (
-    HELD_BY,
-    HOLDS,
+    INTERACTED_BY,
+    INTERACTS,
     attribute_edges,
     build,
     check_relations,
-    nearest_texts,
     node_vectors,
-    tie_relations,
+    social_relations,
+    text_knn_edges,
 )
 from fused_rec.graph.hetero import Relation
 
@@ -56,7 +56,7 @@ def observed(ties: pa.Table = TIES) -> Observed:
     return Observed(USER, ITEM, empty_reviews(), ties, np.zeros(len(USER), np.float32))
 
 
-def said(rows, texts, weights=None):
+def texts_given(rows, texts, weights=None):
     return (
         np.array(rows, np.int32),
         np.array(texts, np.int32),
@@ -65,7 +65,7 @@ def said(rows, texts, weights=None):
 
 
 def no_words() -> NodeTexts:
-    return NodeTexts([], *said([], []), *said([], []))
+    return NodeTexts([], *texts_given([], []), *texts_given([], []))
 
 
 NO_VECTORS = np.zeros((0, 4), np.float32)
@@ -85,14 +85,16 @@ def test_holdings_by_hand():
     graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig())
     assert graph.node_types == (("user", 4), ("item", 5))
     # 1 / sqrt(degree of user * degree of item)
-    assert rows(graph.edges(HOLDS)) == approx(
+    assert rows(graph.edges(INTERACTS)) == approx(
         {(0, 0): 2**-0.5, (0, 1): 6**-0.5, (1, 1): 3**-0.5, (2, 1): 6**-0.5, (2, 2): 2**-0.5}
     )
-    assert rows(graph.edges(HELD_BY)) == approx({pair[::-1]: w for pair, w in rows(graph.edges(HOLDS)).items()})
+    assert rows(graph.edges(INTERACTED_BY)) == approx(
+        {pair[::-1]: w for pair, w in rows(graph.edges(INTERACTS)).items()}
+    )
 
 
 def test_ties_by_hand():
-    relations = tie_relations(TIES, FOUR)
+    relations = social_relations(TIES, FOUR)
     # Friends are mutual, so one relation says it all; who follows hears, and who is followed hears the other way.
     assert [str(relation) for relation in relations] == ["user-follow-user", "user-follow_of-user", "user-friend-user"]
     assert rows(relations[Relation("user", "friend", "user")]) == {(0, 1): 1, (1, 0): 1}
@@ -102,14 +104,14 @@ def test_ties_by_hand():
 
 def test_one_way_among_mutual_ties_gives_both_relations():
     ties = pa.concat_tables([TIES, pa.table({"source": [3], "target": [1], "kind": ["friend"]}, schema=TIES.schema)])
-    names = [relation.name for relation in tie_relations(ties, FOUR)]
+    names = [relation.name for relation in social_relations(ties, FOUR)]
     assert names == ["follow", "follow_of", "friend", "friend_of"]
 
 
 def test_no_ties_no_relation():
-    assert tie_relations(empty_ties(), FOUR) == {}
+    assert social_relations(empty_ties(), FOUR) == {}
     graph = build(dataset(ties=empty_ties()), observed(empty_ties()), no_words(), NO_VECTORS, GraphConfig())
-    assert [relation for relation, _ in graph.relations] == [HOLDS, HELD_BY]
+    assert [relation for relation, _ in graph.relations] == [INTERACTS, INTERACTED_BY]
 
 
 def test_attributes_by_hand():
@@ -170,7 +172,7 @@ def test_attributes_that_cannot_be(changes, message):
 def test_names_that_collide_are_refused():
     ties = pa.table({"source": [0, 1], "target": [1, 2], "kind": ["follow", "follow_of"]}, schema=TIES.schema)
     with pytest.raises(ValueError, match="two relations are named user-follow_of-user; rename that kind of tie"):
-        tie_relations(ties, FOUR)
+        social_relations(ties, FOUR)
 
 
 def test_vectors_of_another_split_are_refused():
@@ -185,16 +187,16 @@ def test_nearest_texts_by_hand():
     #                 0       1         2        3 (no words)  4
     words = np.array([[1, 0], [0.8, 0.6], [0, 1], [0, 0], [-1, 0]], np.float32)
     # Cosines: 0-1 .8, 1-2 .6, 0-2 and 2-4 0, 0-4 -1, 1-4 -.8; only positive ones count.
-    assert rows(nearest_texts(words, 1)) == approx({(1, 0): 1, (0, 1): 1, (1, 2): 1})
-    assert rows(nearest_texts(words, 2)) == approx({(1, 0): 1, (0, 1): 0.8 / 1.4, (2, 1): 0.6 / 1.4, (1, 2): 1})
-    assert rows(nearest_texts(words, 50)) == rows(nearest_texts(words, 2))
+    assert rows(text_knn_edges(words, 1)) == approx({(1, 0): 1, (0, 1): 1, (1, 2): 1})
+    assert rows(text_knn_edges(words, 2)) == approx({(1, 0): 1, (0, 1): 0.8 / 1.4, (2, 1): 0.6 / 1.4, (1, 2): 1})
+    assert rows(text_knn_edges(words, 50)) == rows(text_knn_edges(words, 2))
 
 
 @pytest.mark.parametrize(
     "words", [np.zeros((3, 2)), np.eye(3)[:, :2], np.array([[1, 0]])], ids=["none", "apart", "one"]
 )
 def test_nearest_texts_of_nobody(words):
-    edges = nearest_texts(words.astype(np.float32), 2)
+    edges = text_knn_edges(words.astype(np.float32), 2)
     assert [len(part) for part in edges] == [0, 0, 0]
 
 
@@ -202,9 +204,9 @@ def test_nearest_texts_in_blocks(monkeypatch):
     words = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     words[5] = 0
     words /= np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-9)
-    whole = rows(nearest_texts(words, 3))
+    whole = rows(text_knn_edges(words, 3))
     monkeypatch.setattr("fused_rec.graph.build.BLOCK_SCORES", 7 * len(words))
-    assert rows(nearest_texts(words, 3)) == approx(whole)
+    assert rows(text_knn_edges(words, 3)) == approx(whole)
     for node in range(30):
         cosine = words @ words[node]
         cosine[[node, 5]] = -1
@@ -216,7 +218,7 @@ def test_nearest_texts_in_blocks(monkeypatch):
 def test_node_vectors_by_hand():
     # One direction: nodes 0, 1, 3 stand at 0, 2 and 4 (the mean of 2 and 6), so around 2 they are at -2, 0, 2.
     vectors = np.array([[0], [2], [6]], np.float32)
-    rows, texts, weights = said([0, 1, 3, 3], [0, 1, 1, 2], [1, 1, 0.5, 0.5])
+    rows, texts, weights = texts_given([0, 1, 3, 3], [0, 1, 1, 2], [1, 1, 0.5, 0.5])
     assert node_vectors(rows, texts, weights, vectors, 5).tolist() == [[-1], [0], [0], [1], [0]]
 
 
@@ -225,32 +227,32 @@ def test_whitening_evens_out_the_directions():
     vectors = 5 + np.array([[2, 1], [-2, 1], [2, -1], [-2, -1]], np.float32)
     step = np.array([2 / np.sqrt(16 / 3 + 10 / 3), 1 / np.sqrt(4 / 3 + 10 / 3)])
     expected = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]]) * step / np.linalg.norm(step)
-    every = said(range(4), range(4))
+    every = texts_given(range(4), range(4))
     np.testing.assert_allclose(node_vectors(*every, vectors, 4), expected, rtol=1e-5)
 
 
 def test_rows_are_unit_and_wordless_nodes_zero():
     vectors = np.random.default_rng(0).normal(2, 1, size=(6, 3)).astype(np.float32)
-    out = node_vectors(*said([0, 2, 3, 4, 4], [0, 1, 2, 3, 5], [1, 1, 1, 0.3, 0.7]), vectors, 6)
+    out = node_vectors(*texts_given([0, 2, 3, 4, 4], [0, 1, 2, 3, 5], [1, 1, 1, 0.3, 0.7]), vectors, 6)
     assert out.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(out, axis=1), [1, 0, 1, 1, 1, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [[], [2]])
 def test_too_few_words_to_compare_are_none(rows):
-    assert not node_vectors(*said(rows, rows), np.ones((3, 2), np.float32), 4).any()
+    assert not node_vectors(*texts_given(rows, rows), np.ones((3, 2), np.float32), 4).any()
 
 
 def test_words_that_all_nodes_share_say_nothing():
     vector = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
     for nodes in (2, 3, 7, 100):
-        assert not node_vectors(*said(range(nodes), [0] * nodes), vector, nodes).any()
+        assert not node_vectors(*texts_given(range(nodes), [0] * nodes), vector, nodes).any()
 
 
 def test_vectors_do_not_depend_on_the_signs_of_the_directions(monkeypatch):
     """LAPACK may turn an eigenvector round; the parameters of a checkpoint must meet the same words again."""
     vectors = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
-    every = said(range(8), range(8))
+    every = texts_given(range(8), range(8))
     here = node_vectors(*every, vectors, 8)
     eigh = np.linalg.eigh
 
@@ -270,8 +272,8 @@ def test_permuting_the_users_permutes_the_graph():
     rng = np.random.default_rng(0)
     at = np.array([2, 0, 3, 1])
     vectors = rng.normal(size=(9, 3)).astype(np.float32)
-    users, items = said(range(4), [0, 1, 2, 3]), said(range(5), [4, 5, 6, 7, 8])
-    config = GraphConfig(attributes=("sector",), similar_text=2)
+    users, items = texts_given(range(4), [0, 1, 2, 3]), texts_given(range(5), [4, 5, 6, 7, 8])
+    config = GraphConfig(attributes=("sector",), text_knn=2)
 
     before = build(dataset(), observed(), NodeTexts(list("abcdefghi"), *users, *items), vectors, config)
     order = np.argsort(at)

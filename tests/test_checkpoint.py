@@ -18,11 +18,11 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from campaigns import corrupt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from stress import corrupt
 
 from fused_rec.storage import SaveError
-from fused_rec.train.checkpoint import MANIFEST, RECORD, CheckpointError, Checkpoints
+from fused_rec.training.checkpoint import MANIFEST, RECORD, CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def make_state(step=0):
     return {
         "step": jnp.int32(step),
         "params": params,
-        "optimiser": optax.adamw(0.1).init(params),
+        "opt_state": optax.adamw(0.1).init(params),
         "no_edges": jnp.zeros((0, 4)),
         "seen": np.array([True, step % 2 == 0]),
     }
@@ -272,7 +272,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import jax
 from test_checkpoint import make_state
-from fused_rec.train.checkpoint import Checkpoints
+from fused_rec.training.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 """
 
@@ -354,7 +354,7 @@ def to_damage(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", corrupt.KINDS, ids=lambda damage: damage.__name__)
 def test_nothing_that_was_not_saved_comes_back(to_damage, damage):
-    """A dozen of each kind; tests/campaigns/corrupt.py makes more."""
+    """A dozen of each kind; tests/stress/corrupt.py makes more."""
     for number in range(12):
         corrupt.trial(to_damage, damage, random.Random(number))
 

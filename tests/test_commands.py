@@ -15,8 +15,8 @@ from market import write_tables
 
 CONFIG = "--config=experiments/configs/tables.py"
 SMALL = (
-    *("--config.model.variant=graph", "--config.model.dim=4", "--config.model.rounds=1"),
-    *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_users=32"),
+    *("--config.model.variant=graph", "--config.model.dim=4", "--config.model.num_layers=1"),
+    *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
 )
 COMMANDS = ("compare", "convert", "demo", "doctor", "encode", "evaluate", "export", "faithfulness", "recommend")
 
@@ -118,7 +118,7 @@ def test_tables_that_moved_are_found_again(place, copied):
 
 @pytest.mark.parametrize(
     "command",
-    [("evaluate",), ("report", "--sample=1", "--k=1"), ("export", "--out={}/exported")],
+    [("evaluate",), ("report", "--num_users=1", "--k=1"), ("export", "--out={}/exported")],
     ids=lambda command: command[0],
 )
 def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, command):
@@ -152,7 +152,7 @@ def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, com
         (("recommend", "--workdir={}/run", f"--out={{}}/{'x' * 250}.csv"), "has 254 bytes; give one of 200 at most"),
         (("export", "--workdir={}/run", "--out={}/tables/ties.csv/new"), "ties.csv is a file, and a folder is due"),
         (("faithfulness", "--workdir={}/run", "--out={}/none/f.json"), "which is no folder; make it first"),
-        (("encode", "--input={}/none", "--output={}/v"), "there is no such file"),
+        (("encode", "--input={}/none", "--out={}/v"), "there is no such file"),
         (("compare", CONFIG, "--out="), "flag --out=: it is empty"),
         (("convert", "--to=tables", "--out={}/new", "--path={}/none"), "there is no such folder"),
     ],
@@ -244,7 +244,7 @@ def homeless(tmp_path) -> dict[str, str | None]:
 
 def test_without_a_home_directory_the_cache_has_to_be_named(place, tmp_path, homeless):
     (tmp_path / "texts.txt").write_text("hello\n")
-    asked = (f"--input={tmp_path}/texts.txt", f"--output={tmp_path}/v.safetensors")
+    asked = (f"--input={tmp_path}/texts.txt", f"--out={tmp_path}/v.safetensors")
     done = ended(place, "encode", *asked, **homeless)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the home directory is not known" in done.stderr and "--cache=DIR" in done.stderr
@@ -277,7 +277,7 @@ def test_a_platform_that_is_not_there_is_named(place, tmp_path, command):
     asked = {
         "train": (CONFIG, f"--config.data.path={place}/tables", f"--workdir={tmp_path}/run"),
         "recommend": (f"--workdir={place}/run", f"--out={tmp_path}/r.csv"),
-        "encode": (f"--input={place}/tables/items.csv", f"--output={tmp_path}/v.safetensors"),
+        "encode": (f"--input={place}/tables/items.csv", f"--out={tmp_path}/v.safetensors"),
     }[command]
     done = ended(place, command, *asked, JAX_PLATFORMS="nonsense")
     assert done.returncode == 1 and "JAX_PLATFORMS is 'nonsense'; unset it" in done.stderr

@@ -1,266 +1,297 @@
-"""Differences against closed forms and SciPy, adjusted p values and slices by hand, tables cell by cell."""
+"""Studies in real processes: complete, resumed, killed, with failures; and what is left out of them."""
 
-import csv
 import dataclasses
-import io
-import math
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from market import write_tables
 
-from fused_rec.evaluate.compare import csv_text, differences, holm, latex, markdown, paired_bootstrap, summarise
-from fused_rec.evaluate.ranking import PerUser, item_sets
-from fused_rec.evaluate.slices import bands, item_slices, user_slices
+from experiments.configs.tables import get_config
+from fused_rec.config import Config, DataConfig, GraphConfig, ModelConfig, from_dict
+from fused_rec.evaluation.significance import paired_bootstrap
+from fused_rec.runs.run_dir import BusyError, lock_run_dir
+from fused_rec.studies import compare as module
+from fused_rec.studies.compare import applicable, check_names, compare_variants
+from fused_rec.studies.variants import VARIANTS, variant
+from fused_rec.training.evaluate import BASELINES
+from fused_rec.training.inputs import read
+from fused_rec.training.trainer import read_users
 
-
-def noise(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0.5, scale, shape)
-
-
-def test_a_constant_difference_has_no_interval():
-    base = noise(3, 40)
-    found = paired_bootstrap(base + 0.25, base, draws=500)
-    assert (found.difference, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-12)
-    assert found.p == 1 / 501
-    assert found.relative == pytest.approx(0.25 / base.mean())
-
-
-def test_equal_models_differ_by_chance_only():
-    base = noise(2, 30)
-    found = paired_bootstrap(base, base, draws=200)
-    assert (found.difference, found.low, found.high, found.relative, found.p) == (0, 0, 0, 0, 1)
-
-
-def test_a_multiple_has_an_exact_relative_difference():
-    """a = 1.2 b whatever is drawn, as pairs stay pairs and seeds are drawn together."""
-    base = np.abs(noise(4, 50))
-    found = paired_bootstrap(1.2 * base, base, draws=300)
-    assert (found.relative, found.relative_low, found.relative_high) == pytest.approx((0.2, 0.2, 0.2))
-    assert found.low < found.difference < found.high
+# No words, so that no language model is opened: "fused" is a graph without them.
+SETTINGS = {
+    "model.variant": "graph",
+    "model.dim": 4,
+    "model.num_layers": 1,
+    "train.batch_size": 32,
+    "train.max_steps": 4,
+    "train.eval_every": 2,
+}
+RUNS = [("fused", 0), ("fused", 1), ("no_ties", 0), ("no_ties", 1), ("popularity", 0)]
 
 
-def test_one_seed_agrees_with_scipy():
-    a, b = noise(1, 400, seed=1), noise(1, 400, seed=2) - 0.1
-    found = paired_bootstrap(a, b)
-    expected = scipy.stats.bootstrap((a[0] - b[0],), np.mean, method="percentile", rng=np.random.default_rng(3))
-    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
-    assert found.p == pytest.approx(scipy.stats.ttest_rel(a[0], b[0]).pvalue, abs=0.02)
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("tables"))
 
 
-def test_noise_of_training_widens_the_interval():
-    """Users alike, seeds apart: nothing but the seeds varies, (S - 1) / S of their variance over S is seen."""
-    of_seeds = np.array([0.1, 0.2, 0.3, 0.6])
-    a = np.repeat(of_seeds[:, None], 30, axis=1)
-    found = paired_bootstrap(a, np.zeros((1, 30)), draws=20_000)
-    assert found.difference == pytest.approx(0.3)
-    picks = np.array(np.meshgrid(*[of_seeds] * 4)).reshape(4, -1).mean(0)  # all 256 equally likely draws
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(picks, (0.025, 0.975))), abs=0.026)
-    assert math.isnan(found.relative) and math.isnan(found.relative_low)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
-def test_intervals_cover_the_truth():
-    """True difference 0.1 over fresh users and seeds, 200 studies: nominal 95 %."""
-    rng = np.random.default_rng(5)
-    covered = 0
-    for _ in range(200):
-        b = rng.normal(0, 1, (5, 100))
-        a = b + 0.1 + rng.normal(0, 0.5, 100) + rng.normal(0, 0.05, (5, 1))
-        found = paired_bootstrap(a, b, draws=300)
-        covered += found.low <= 0.1 <= found.high
-    assert 180 <= covered <= 198
+def small(tables: Path) -> Config:
+    """What `command` runs."""
+    values = get_config().to_dict()
+    for name, value in {**SETTINGS, "data.path": str(tables)}.items():
+        section, setting = name.split(".")
+        values[section][setting] = value
+    return from_dict(values)
 
 
-def test_users_without_a_value_are_left_out_of_both():
-    a, b = np.array([[1.0, np.nan, 3.0, 9.0]]), np.array([[0.0, 1.0, 2.0, np.nan]])
-    assert paired_bootstrap(a, b, draws=10).difference == 1.0
-    with pytest.raises(ValueError, match="no user has a value"):
-        paired_bootstrap(np.array([[np.nan]]), np.array([[1.0]]))
-    with pytest.raises(ValueError, match="a has 4 users and b 3"):
-        paired_bootstrap(a, b[:, :3])
-    with pytest.raises(ValueError, match="draws is 0"):
-        paired_bootstrap(a, b, draws=0)
+def command(tables: Path, out: Path, *flags: str) -> list[str]:
+    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    start = [sys.executable, "-m", "experiments.compare", "--config=experiments/configs/tables.py", f"--out={out}"]
+    return [*start, f"--config.data.path={tables}", *settings, *flags]
 
 
-def test_blocks_of_draws_change_nothing(monkeypatch):
-    a, b = noise(2, 50, seed=1), noise(2, 50, seed=2)
-    whole = paired_bootstrap(a, b, draws=100)
-    monkeypatch.setattr("fused_rec.evaluate.compare.BLOCK", 350)
-    assert dataclasses.astuple(paired_bootstrap(a, b, draws=100)) == pytest.approx(dataclasses.astuple(whole))
+def run(tables: Path, out: Path, cache: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(tables, out, *flags), env=environment(cache), capture_output=True, text=True, check=False
+    )
 
 
-def test_holm_by_hand():
-    """Sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, and never falling: .06 for the last."""
-    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert holm([0.6, 0.5]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-def test_bands_by_hand():
-    found = {name: np.flatnonzero(mask).tolist() for name, mask in bands(np.array([0, 1, 4, 5, 19, 20, 999])).items()}
-    assert found == {"0": [0], "1-4": [1, 2], "5-19": [3, 4], "20+": [5, 6]}
-
-
-def test_user_slices_by_hand():
-    metrics = {
-        "ndcg@10": np.array([1.0, 0.0, 0.5], np.float32),
-        "recall@10": np.array([1.0, 0.5, 0.0], np.float32),
-        "accuracy": np.array([np.nan, 0.5, 1.0], np.float32),
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "XLA_FLAGS": "",  # one device: four, as tests/conftest.py has them, take longer to compile for
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    per_user = PerUser(np.array([1, 3, 4], np.int32), metrics, {})
-    members = {"odd": np.array([0, 1, 0, 1, 0], bool), "none": np.array([1, 0, 1, 0, 0], bool)}
-    assert user_slices(per_user, members) == {"odd": {"users": 2, "ndcg@10": 0.5, "recall@10": 0.75, "accuracy": 0.5}}
 
 
-@pytest.mark.parametrize("partial", [False, True])
-def test_item_slices_rank_against_everything(partial):
-    """User 0 ranks items 3 1 2 0 and has seen 4; held out are 3 (warm) and 1 (cold). User 1 ranks 4 2 ...; held out 2.
-
-    Cold: item 1 stands at rank 2, below 3, which stays in the list; it beats 2 and 0, not 3.
-    Warm: item 3 leads; item 2 of user 1 stands behind 4. Item 0 is in the slice that nobody holds out.
-    """
-    scores = jnp.array([[1, 8, 4, 9, 99], [1, 2, 4, 3, 9]], jnp.float32)
-
-    def scorer(users):
-        return scores[users]
-
-    found = item_slices(
-        jax.tree_util.Partial(scorer) if partial else scorer,
-        {
-            "none": np.array([1, 0, 0, 0, 0], bool),
-            "cold": np.array([0, 1, 0, 0, 1], bool),
-            "warm": np.array([0, 0, 1, 1, 0], bool),
-        },
-        truth=item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
-        seen=item_sets(np.array([0]), np.array([4]), 2),
-        n_items=5,
-    )
-    second = 1 / math.log2(3)
-    assert list(found) == ["cold", "warm"]
-    assert found["cold"] == pytest.approx(
-        {"items": 1, "users": 1, "ndcg@10": second, "recall@10": 1.0, "accuracy": 2 / 3}, abs=1e-6
-    )
-    assert found["warm"] == pytest.approx(
-        {"items": 2, "users": 2, "ndcg@10": (1 + second) / 2, "recall@10": 1.0, "accuracy": (1 + 3 / 4) / 2}, abs=1e-6
-    )
+WHOLE = ("--variants=fused,no_ties,popularity", "--num_seeds=2")
 
 
-def test_item_slices_leave_out_what_is_no_candidate():
-    scores = jnp.array([[1.0, 2.0, 3.0]])
-    found = item_slices(
-        lambda users: scores[users],
-        {"a": np.array([1, 0, 0], bool), "b": np.array([0, 1, 0], bool)},
-        truth=item_sets(np.array([0, 0]), np.array([0, 1]), 1),
-        seen=item_sets(np.array([], int), np.array([], int), 1),
-        n_items=3,
-        candidates=np.array([1, 2]),
-    )
-    assert list(found) == ["b"]
-    assert found["b"]["ndcg@10"] == pytest.approx(1 / math.log2(3))
+@pytest.fixture(scope="module")
+def compared(tables, cache, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The folder of a study that nothing stopped, and what it printed."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    done = run(tables, out, cache, *WHOLE)
+    assert done.returncode == 0, done.stderr
+    return out, done
 
 
-@pytest.fixture
-def report() -> dict:
-    values = {
-        "fused": {"ndcg@10": np.array([[0.5, 0.6], [0.7, 0.8]])},
-        "no_ties": {"ndcg@10": np.array([[0.4, 0.5], [0.6, 0.7]])},
-        "popularity": {"ndcg@10": np.array([[0.0, 0.0]])},
-    }
-    rows = [
-        {"variant": name, "seed": seed, "test": {"ndcg@10": mean}, "seconds": 10.0 + seed, "parameters": parameters}
-        for name, seed, mean, parameters in [
-            *[("fused", 0, 0.55, 1200), ("fused", 1, 0.75, 1200)],
-            *[("no_ties", 0, 0.45, 1000), ("no_ties", 1, 0.65, 1000)],
-            *[("popularity", 0, 0.0, None), ("bad", 1, 0.3, 7)],
-        ]
+def rows_of(out: Path) -> list[dict]:
+    """Rows without times, in one order: another study of the same folder may have written them in its own."""
+    rows = json.loads((out / "compare.json").read_text())["rows"]
+    rows.sort(key=lambda row: (row["variant"], row["seed"]))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_the_report_is_what_the_runs_left(compared):
+    out, done = compared
+    report = json.loads((out / "compare.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in report["rows"]] == RUNS
+    assert (report["task"], report["reference"], report["failures"]) == ("tables, random split", "fused", [])
+    assert "experiments.compare --config=" in report["command"]
+    values = {}
+    for row in report["rows"]:
+        folder = out / "runs" / row["variant"] / str(row["seed"])
+        results = json.loads((folder / "results.json").read_text())
+        assert all(row[name] == results[name] for name in ("test", "valid", "slices", "seconds", "parameters"))
+        users = read_users(folder / "test_metrics_per_user.npz")
+        assert np.nanmean(users.metrics["recall@20"], dtype=np.float64) == pytest.approx(row["test"]["recall@20"])
+        for kind in ("user_interactions", "user_social_degree"):
+            parts = row["slices"][kind].values()
+            assert sum(part["users"] for part in parts) == len(users.users)
+            total = sum(part["users"] * part["ndcg@10"] for part in parts)
+            assert total / len(users.users) == pytest.approx(row["test"]["ndcg@10"])
+        assert {"items", "users", "ndcg@10", "recall@10"} <= set(row["slices"]["item_interactions"]["20+"])
+        values.setdefault(row["variant"], []).append(users.metrics["ndcg@10"])
+    assert report["rows"][0]["parameters"] > 4 * 30  # a row of 4 for each of 30 products, and more
+    found = [row for row in report["differences"] if (row["variant"], row["metric"]) == ("no_ties", "ndcg@10")]
+    expected = paired_bootstrap(np.stack(values["fused"]), np.stack(values["no_ties"]))
+    assert [(row["difference"], row["low"], row["p"]) for row in found] == [
+        (expected.difference, expected.low, expected.p)
     ]
-    failures = [{"variant": "bad", "seed": 0, "message": "NonFiniteLossError: 100 % | of_it is\nnan & <worse>"}]
-    return {
-        "reference": "fused",
-        "summary": summarise(["fused", "no_ties", "bad", "popularity"], rows, failures, values),
-        "differences": differences(values, "fused"),
-        "failures": failures,
-    }
+    for name in ("md", "csv", "tex"):
+        assert "no" in (out / f"compare.{name}").read_text()
+    assert (out / "compare.md").read_text().strip() in done.stdout
+    assert "no_ties, seed 1: ndcg@10" in done.stderr
+    assert "0 runs left" in done.stderr
 
 
-def test_a_summary_by_hand(report):
-    fused, _, bad, popularity = report["summary"]
-    assert fused["metrics"]["ndcg@10"]["mean"] == pytest.approx(0.65)
-    assert fused["metrics"]["ndcg@10"]["sd"] == pytest.approx(0.2 / math.sqrt(2))
-    assert (fused["seeds"], fused["seconds"], fused["parameters"]) == (2, 10.5, 1200)
-    assert popularity["metrics"]["ndcg@10"] == {"mean": 0, "sd": None, "low": 0, "high": 0}
-    assert (bad["failed"], bad["metrics"]) == (True, {})  # though one seed went well
-    no_ties, against_popularity = report["differences"]
-    assert no_ties["difference"] == pytest.approx(0.1)
-    assert no_ties["p_holm"] == pytest.approx(2 * no_ties["p"])
-    assert math.isnan(against_popularity["relative"])
+def test_figures_are_drawn_where_they_can_be(compared):
+    pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
+    for name in ("compare.png", "slices.png"):
+        assert (compared[0] / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_markdown_cell_by_cell(report):
-    lines = markdown(report, ["ndcg@10"]).splitlines()
-    assert lines[0] == "| variant | seeds | ndcg@10 | fused less it | seconds | parameters |"
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| fused | 2 | 0.6500 ± 0.1414 | – | 10 | 1,200 |"
-    assert lines[3].startswith("| no_ties | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
-    assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
-    assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
-    assert lines[5].endswith("| 10 | – |")
-    assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % \\| of_it is nan &amp; &lt;worse&gt;"
+def test_a_finished_study_trains_nothing_again(tables, compared):
+    out, _ = compared
+    before = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
+    rows = rows_of(out)
+    report = compare_variants(small(tables), ["no_ties", "popularity", "fused"], [0, 1], out)
+    assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")} == before
+    assert report["reference"] == "fused"
+    assert rows_of(out) == rows
 
 
-def test_latex_is_escaped(report):
-    text = latex(report, ["ndcg@10"])
-    assert r"\begin{tabular}{lrrrrr}" in text
-    assert r"no\_ties & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
-    assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
-    assert text.count("\\\\\n") == 5
-    report["failures"][0]["message"] = r"a\b~c^d{e}#$"
-    assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$" in latex(report, ["ndcg@10"])
+def test_a_finished_study_of_other_tables_is_refused(tables, cache, compared, tmp_path):
+    """Also where nothing is left to be trained, and by the tables of the same runs elsewhere where they moved."""
+    out = shutil.copytree(compared[0], tmp_path / "out")
+    moved = shutil.copytree(tables, tmp_path / "moved")
+    done = run(moved, out, cache, *WHOLE)
+    assert done.returncode == 0, done.stderr
+    for folder in out.glob("runs/*/*"):
+        assert json.loads((folder / "run.json").read_text())["config"]["data"]["path"] in (str(moved), str(tables))
+    ties = (moved / "ties.csv").read_text().splitlines(keepends=True)
+    (moved / "ties.csv").write_text("".join(ties[:-1]))
+    done = run(moved, out, cache, *WHOLE)
+    assert done.returncode == 3 and "ties had" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_csv_keeps_every_number(report):
-    rows = list(csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))))
-    assert [row["variant"] for row in rows] == ["fused", "no_ties", "bad", "popularity"]
-    assert float(rows[1]["ndcg@10 fused less it: difference"]) == report["differences"][0]["difference"]
-    assert rows[0]["ndcg@10 fused less it: p_holm"] == ""
-    assert rows[2]["failed"].startswith("bad, seed 0: NonFiniteLossError")
-    assert rows[3]["parameters"] == ""
+def test_another_config_is_refused_before_any_work(tables, compared):
+    out, _ = compared
+    other = variant(small(tables), "no_ties")
+    with pytest.raises(ValueError, match=r"graph\.social_edges is 'observed' there and 'none' here"):
+        compare_variants(other, ["fused", "popularity"], [5, 1], out)
+    assert not (out / "runs" / "fused" / "5").exists()
 
 
-HOSTILE = "a|b`c*_d_<i>&\\e${f}$ [x](y)\n=1\x1b[31m\u202e"
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_path, signum):
+    """A signal when the second run has its first checkpoint; the same command then gives the same rows."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(tables, out, *WHOLE),
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    milestone = out / "runs" / "fused" / "1" / "select" / "checkpoints" / "2"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline and not milestone.exists():
+        time.sleep(0.005)
+    process.send_signal(signum)
+    _, stderr = process.communicate()
+    assert milestone.exists() and not (out / "compare.json").exists()
+    if signum == signal.SIGTERM:  # which is no failure of that run, and no other one is begun
+        assert process.returncode == 143
+        assert "give the same command again" in stderr and "failed" not in stderr and "Traceback" not in stderr
+        assert not (out / "runs" / "no_ties").exists()
+    kept = (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns
+    report = run(tables, out, cache, *WHOLE)
+    assert report.returncode == 0, report.stderr
+    assert rows_of(out) == rows_of(compared[0])
+    assert (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns == kept
 
 
-def test_hostile_names_are_text_in_every_table(report):
-    """A name may come from a folder or a table: no cell, markup, command or formula comes of it."""
-    for entry in (report["summary"][1], *report["differences"][:1], report["failures"][0]):
-        entry["variant"] = HOSTILE
-    cell = r"a\|b\`c\*\_d\_&lt;i&gt;&amp;\\e\$\{f\}\$ \[x\](y) =1\\x1b\[31m\\u202e"
-    lines = markdown(report, ["ndcg@10"]).splitlines()
-    assert lines[3].startswith(f"| {cell} | 2 | 0.5500")
-    assert lines[-1].startswith(f"Failed: {cell}, seed 0: ") and len(lines) == 8
-
-    tex = r"a\textbar{}b{`}c*\_d\_$<$i$>$\&\textbackslash{}e\$\{f\}\$ [x](y) =1\textbackslash{}x1b[31m"
-    assert f"{tex}\\textbackslash{{}}u202e & 2 & 0.5500" in latex(report, ["ndcg@10"])
-
-    [row] = [row for row in csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))) if row["variant"] == HOSTILE]
-    assert row["seeds"] == "2" and row["failed"].startswith("a|b`c*_d_<i>")
+def test_a_folder_is_one_study_at_a_time(tables, compared):
+    out, _ = compared
+    before = (out / "compare.json").read_bytes()
+    with lock_run_dir(out), pytest.raises(BusyError, match=f"{out} is in use by process {os.getpid()}"):
+        compare_variants(small(tables), ["popularity"], [0], out)
+    assert (out / "compare.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["[3pt] x", "*x"])
-def test_a_row_of_latex_begins_with_no_argument(report, name):
-    report["summary"][1]["variant"] = report["summary"][0]["variant"] = name
-    rows = latex(report, ["ndcg@10"]).splitlines()
-    assert sum(row.startswith(("{}[3pt] x &", "{}*x &")) for row in rows) == 2
+def test_a_failing_run_is_told_and_takes_no_other_down(tables, cache, tmp_path):
+    flags = ("--config.train.learning_rate=1e38", "--variants=fused,popularity", "--num_seeds=1")
+    done = run(tables, tmp_path, cache, *flags)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    report = json.loads((tmp_path / "compare.json").read_text())
+    [failure] = report["failures"]
+    assert (failure["variant"], failure["seed"]) == ("fused", 0)
+    assert failure["message"].startswith("NonFiniteLossError: the loss of step")
+    assert [row["variant"] for row in report["rows"]] == ["popularity"]
+    assert report["differences"] == []
+    for name in ("md", "csv", "tex"):
+        assert "NonFiniteLossError: the loss of step" in (tmp_path / f"compare.{name}").read_text()
+    assert "| fused | 0 | failed |" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", " @SUM(1)", "+1", "-1"])
-def test_csv_computes_no_name(report, name):
-    for entry in (report["summary"][1], report["failures"][0]):
-        entry["variant"] = name
-    report["reference"] = name
-    cells = [cell for row in csv.reader(io.StringIO(csv_text(report, ["ndcg@10"]))) for cell in row]
-    assert f"'{name}" in cells
-    texts = [cell for cell in cells if cell and not cell.lstrip("-").replace(".", "").replace("e-", "").isdigit()]
-    assert not [cell for cell in texts if cell.lstrip()[0] in "=+-@"]
+def test_a_baseline_whose_library_is_missing_is_left_out(tables, compared, tmp_path, monkeypatch):
+    def without_library(name: str, *_: object) -> dict:
+        raise ImportError(f"{name} needs the library implicit")
+
+    shutil.copytree(compared[0], tmp_path / "out")
+    monkeypatch.setattr(module, "choose_settings", without_library)
+    report = compare_variants(small(tables), ["popularity", "als"], [0], tmp_path / "out")
+    assert report["skipped"] == {"als": "als needs the library implicit"}
+    assert (report["failures"], report["reference"]) == ([], "popularity")
+    assert [entry["variant"] for entry in report["summary"]] == ["popularity"]
+
+
+def test_tuned_settings_are_those_trained(tables, tmp_path, monkeypatch):
+    asked, trained = [], []
+
+    def tuned(config: Config, folder: Path, trials: int) -> Config:
+        asked.append((folder.relative_to(tmp_path).as_posix(), trials))
+        if config.graph.social_edges == "none":
+            raise ValueError("no trial was completed")
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, temperature=0.5))
+
+    def train(config: Config, workdir: Path) -> None:
+        trained.append((config.train.temperature, config.train.seed, workdir.relative_to(tmp_path).as_posix()))
+        raise ArithmeticError("enough")
+
+    monkeypatch.setattr(module, "_tuned", tuned)
+    monkeypatch.setattr(module.trainer, "run_training", train)
+    report = compare_variants(small(tables), ["fused", "no_ties"], [3, 4], tmp_path, trials=7)
+    assert asked == [("sweeps/fused", 7), ("sweeps/no_ties", 7)]
+    assert trained == [(0.5, 3, "runs-tuned-7/fused/3"), (0.5, 4, "runs-tuned-7/fused/4")]
+    assert report["configs"]["fused"]["train"]["temperature"] == 0.5
+    assert report["failures"] == [
+        {"variant": "fused", "seed": 3, "message": "ArithmeticError: enough"},
+        {"variant": "fused", "seed": 4, "message": "ArithmeticError: enough"},
+        {"variant": "no_ties", "seed": None, "message": "ValueError: no trial was completed"},
+    ]
+    assert "Failed: no_ties, tuning: ValueError" in (tmp_path / "compare.md").read_text()
+
+
+def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
+    (tmp_path / "interactions.csv").write_bytes((tables / "interactions.csv").read_bytes())
+    config = Config(data=DataConfig(name="tables", path=str(tmp_path)), graph=GraphConfig(text_knn=0))
+    kept, skipped = applicable(config, [*VARIANTS, "popularity"], *read(config))
+    assert {"fused", "no_gates", "popularity"} <= set(kept)
+    assert skipped["rewired_ties"] == skipped["no_ties"] == "tables has no ties"
+    assert skipped["shuffled_text"] == skipped["random_text"] == skipped["text"] == "tables has no text"
+    config = Config(data=DataConfig(name="tables", path=str(tables)), graph=GraphConfig(text_knn=0))
+    kept, skipped = applicable(config, list(VARIANTS), *read(config))
+    assert skipped["no_text_knn"] == "its settings are those of fused"
+    assert {"rewired_ties", "shuffled_text", "text", "graph"} <= set(kept)
+    no_text = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="graph"))
+    _, skipped = applicable(no_text, list(VARIANTS), *read(no_text))
+    assert skipped["shuffled_text"] == skipped["random_text"] == "the config reads no words"
+    with pytest.raises(ValueError, match="nothing is left to compare"):
+        applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
+
+
+def test_unknown_names_are_told_with_those_known(cache, tables, tmp_path):
+    done = run(tables, tmp_path / "out", cache, "--variants=fused,fuzed")
+    assert done.returncode != 0
+    assert "fuzed" in done.stderr and "no_ties" in done.stderr and "popularity" in done.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="each once"):
+        check_names(["fused", "fused"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_changes_settings_that_are_there(name):
+    whole = Config(model=ModelConfig(ease_weight=1.0))  # of all parts: an ablation takes one away
+    assert (variant(whole, name) == whole) == (name == "fused")
+    assert name not in BASELINES
+
+
+def test_an_unknown_variant_names_those_known():
+    with pytest.raises(ValueError, match="variant is 'fuzed'; it must be one of fused, graph"):
+        variant(Config(), "fuzed")

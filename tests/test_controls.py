@@ -10,9 +10,9 @@ from fused_rec.config import SplitConfig, from_dict
 from fused_rec.data.controls import random_texts, rewire, shuffle_texts
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.splits import observe, split
-from fused_rec.data.synthetic import make_market
+from fused_rec.data.synthetic import make_synthetic
 from fused_rec.graph.hetero import Relation
-from fused_rec.train import prepare as preparing
+from fused_rec.training import inputs as preparing
 
 
 def ties_table(pairs: list[tuple[int, int]], kinds: list[str] | None = None) -> pa.Table:
@@ -118,7 +118,7 @@ def spoken() -> NodeTexts:
     )  # fmt: skip
 
 
-def said(texts: NodeTexts, node: str) -> dict[int, list[tuple[int, float]]]:
+def texts_given(texts: NodeTexts, node: str) -> dict[int, list[tuple[int, float]]]:
     out: dict[int, list[tuple[int, float]]] = {}
     parts = (getattr(texts, f"{node}_{part}").tolist() for part in ("rows", "texts", "weights"))
     for row, text, weight in zip(*parts, strict=True):
@@ -128,25 +128,25 @@ def said(texts: NodeTexts, node: str) -> dict[int, list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("node", ["user", "item"])
 def test_shuffled_words_are_the_same_words_in_other_mouths(node):
-    before = said(spoken(), node)
+    before = texts_given(spoken(), node)
     seen = set()
     for seed in range(20):
         texts = shuffle_texts(spoken(), seed)
-        after = said(texts, node)
+        after = texts_given(texts, node)
         assert texts.texts == spoken().texts
         assert after.keys() == before.keys()
         assert sorted(after.values()) == sorted(before.values())
         assert all(after[row] != before[row] for row in before)
         assert list(after) == sorted(after)
         seen.add(str(after))
-        assert said(shuffle_texts(spoken(), seed), node) == after
+        assert texts_given(shuffle_texts(spoken(), seed), node) == after
     assert len(seen) == {"user": 6, "item": 1}[node]  # the cycles through four nodes, and through two
 
 
 def test_random_words_are_unit_vectors_of_their_own():
     texts, vectors = random_texts(spoken(), 384, 0)
-    assert said(texts, "user") == {row: [(place, 1)] for place, row in enumerate((1, 2, 5, 7))}
-    assert said(texts, "item") == {0: [(4, 1)], 3: [(5, 1)]}
+    assert texts_given(texts, "user") == {row: [(place, 1)] for place, row in enumerate((1, 2, 5, 7))}
+    assert texts_given(texts, "item") == {0: [(4, 1)], 3: [(5, 1)]}
     assert len(texts.texts) == len(vectors) == 6
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
@@ -162,7 +162,7 @@ def test_random_words_are_unit_vectors_of_their_own():
 @pytest.fixture
 def market(monkeypatch):
     """A small market, its split, and an encoder that says how often it was asked; words are told by length."""
-    dataset = make_market(0, n_users=60, n_items=25)
+    dataset = make_synthetic(0, n_users=60, n_items=25)
 
     class Model:
         class config:  # noqa: N801
@@ -172,19 +172,19 @@ def market(monkeypatch):
         return np.stack([np.random.default_rng(len(text)).standard_normal(6) for text in texts]).astype(np.float32)
 
     monkeypatch.setattr(preparing, "open_model", lambda name, **_: Model)
-    monkeypatch.setattr(preparing, "embed", embed)
+    monkeypatch.setattr(preparing, "encode_texts", embed)
     return dataset, split(dataset, SplitConfig())
 
 
-def prepared(market, *, text="true", ties="true", seed=0, **model):
-    settings = {"text": {"control": text}, "graph": {"ties": ties, "similar_text": 2}, "train": {"seed": seed}}
+def prepared(market, *, text="real", ties="observed", seed=0, **model):
+    settings = {"text": {"features": text}, "graph": {"social_edges": ties, "text_knn": 2}, "train": {"seed": seed}}
     config = from_dict({**settings, "model": model})
     return preparing.prepare(config, *market)
 
 
 def test_controls_come_after_the_audit(market, monkeypatch):
     """The audit sees the true ties and texts; made-up ones it would refuse, as they are rows of no table."""
-    dataset, parts_of = market
+    dataset, data_split = market
     audited = []
 
     def spy(*arguments):
@@ -193,14 +193,14 @@ def test_controls_come_after_the_audit(market, monkeypatch):
 
     real = preparing.audit
     monkeypatch.setattr(preparing, "audit", spy)
-    true = observe(dataset, parts_of)
+    true = observe(dataset, data_split)
     done = prepared(market, text="shuffled", ties="rewired")
     [(_, _, seen, texts, _)] = audited
     assert seen.ties.equals(true.ties)
     assert texts.texts == node_texts(dataset, true).texts
     assert rows(done.observed.ties) != rows(true.ties)
     with pytest.raises(ValueError, match="tie"):
-        real(dataset, parts_of, done.observed, texts, ("train",))
+        real(dataset, data_split, done.observed, texts, ("train",))
 
 
 def tie_edges(done) -> set[tuple[int, int]]:
@@ -213,18 +213,21 @@ def test_the_graph_is_built_of_rewired_ties(market):
     )
     kind = true.observed.ties.column("kind")[0].as_py()
     relation = Relation("user", kind, "user")
-    assert dict(drawn.task.graph.relations)[relation] == dict(true.task.graph.relations)[relation]
-    edges = drawn.task.adjacencies[relation]  # the source of a tie hears its target
-    heard = zip(np.asarray(edges.receivers).tolist(), np.asarray(edges.senders).tolist(), strict=True)
-    assert set(heard) == tie_edges(drawn)
+    assert dict(drawn.graph_inputs.graph.relations)[relation] == dict(true.graph_inputs.graph.relations)[relation]
+    edges = drawn.graph_inputs.adjacencies[relation]  # the source of a tie hears its target
+    received = zip(np.asarray(edges.receivers).tolist(), np.asarray(edges.senders).tolist(), strict=True)
+    assert set(received) == tie_edges(drawn)
     assert tie_edges(again) == tie_edges(drawn) != tie_edges(other)
     assert len(tie_edges(drawn) & tie_edges(true)) < len(tie_edges(true)) / 2
 
 
 def test_the_graph_is_built_without_ties(market):
-    relations = dict(prepared(market, ties="none").task.graph.relations)
+    relations = dict(prepared(market, ties="none").graph_inputs.graph.relations)
     assert {relation.name for relation in relations} == {"holds", "held_by", "similar_text"}
-    assert {relation.name for relation in dict(prepared(market).task.graph.relations)} > {"similar_text", "held_by"}
+    assert {relation.name for relation in dict(prepared(market).graph_inputs.graph.relations)} > {
+        "similar_text",
+        "held_by",
+    }
 
 
 @pytest.mark.parametrize("node", ["user", "item"])
@@ -232,16 +235,16 @@ def test_the_graph_has_shuffled_words_and_nearest_texts_of_them(market, node):
     true, shuffled, again, other = (
         prepared(market, **change) for change in ({}, *({"text": "shuffled", "seed": seed} for seed in (1, 1, 2)))
     )
-    before, after = (np.asarray(done.task.graph.text(node)) for done in (true, shuffled))
+    before, after = (np.asarray(done.graph_inputs.graph.text(node)) for done in (true, shuffled))
 
     def in_order(vectors):
         return vectors[np.lexsort(vectors.round(4).T)]
 
     np.testing.assert_allclose(in_order(before), in_order(after), atol=1e-4)
     assert not np.allclose(before, after, atol=1e-3)
-    np.testing.assert_array_equal(after, again.task.graph.text(node))
-    assert not np.allclose(after, other.task.graph.text(node), atol=1e-3)
-    nearest = shuffled.task.adjacencies[Relation(node, "similar_text", node)]
+    np.testing.assert_array_equal(after, again.graph_inputs.graph.text(node))
+    assert not np.allclose(after, other.graph_inputs.graph.text(node), atol=1e-3)
+    nearest = shuffled.graph_inputs.adjacencies[Relation(node, "similar_text", node)]
     first = np.asarray(nearest.senders)[: int(nearest.receiver_start[1])]
     cosines = after @ after[0]
     cosines[0] = -1
@@ -253,17 +256,17 @@ def test_random_words_need_the_encoder_for_its_width_only(market, monkeypatch):
         raise AssertionError("encoded")
 
     true = prepared(market)
-    monkeypatch.setattr(preparing, "embed", refuse)
+    monkeypatch.setattr(preparing, "encode_texts", refuse)
     drawn = prepared(market, text="random")
     for node in ("user", "item"):
-        before, after = (np.asarray(done.task.graph.text(node)) for done in (true, drawn))
+        before, after = (np.asarray(done.graph_inputs.graph.text(node)) for done in (true, drawn))
         assert before.shape == after.shape
         np.testing.assert_array_equal(before.any(1), after.any(1))
-    again, other = (prepared(market, text="random", seed=seed).task.graph.text("item") for seed in (0, 1))
+    again, other = (prepared(market, text="random", seed=seed).graph_inputs.graph.text("item") for seed in (0, 1))
     np.testing.assert_array_equal(again, after)
     assert not np.allclose(other, after)
 
 
 def test_a_variant_without_words_has_none_to_shuffle(market):
-    for control in ("true", "shuffled", "random"):
-        assert not np.asarray(prepared(market, text=control, variant="graph").task.graph.text("user")).any()
+    for control in ("real", "shuffled", "random"):
+        assert not np.asarray(prepared(market, text=control, variant="graph").graph_inputs.graph.text("user")).any()

@@ -11,10 +11,10 @@ import pytest
 
 import fused_rec as fr
 from fused_rec.config import DataConfig
-from fused_rec.data import files
 from fused_rec.data.dataset import DataError
-from fused_rec.data.readers import load
-from fused_rec.data.tables import read_tables
+from fused_rec.data.io import files
+from fused_rec.data.io.tables import read_tables
+from fused_rec.data.sources.registry import load
 
 HELD = "user_id,item_id,value\nJosé,x,1.5\nb,y,2\n"
 ITEMS = "item_id,name,text,price\nx,Anleihe,Für alle,1.5\ny,Aktie,,2\n"

@@ -48,7 +48,7 @@ def test_an_accelerator_that_jax_does_not_use_is_told():
 def test_the_data_folder(tmp_path):
     assert doctor.check_data({}).verdict == "note"
     assert doctor.check_data({"FUSED_REC_DATA": str(tmp_path / "none")}).verdict == "FAIL"
-    assert "fused_rec.data.download" in doctor.check_data({"FUSED_REC_DATA": str(tmp_path)}).remedy
+    assert "fused_rec.data.sources.download" in doctor.check_data({"FUSED_REC_DATA": str(tmp_path)}).remedy
     (tmp_path / "lastfm").mkdir()
     assert doctor.check_data({"FUSED_REC_DATA": str(tmp_path)}) == Line("ok", "data", f"{tmp_path}: lastfm")
 
@@ -95,8 +95,8 @@ def test_the_command_ends_by_what_it_found(tmp_path):
     sound = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert sound.returncode == 1, sound.stdout + sound.stderr  # the data folder alone
     assert sound.stdout.count("FAIL") == 1 and "-> make it, or unset the variable" in sound.stdout
-    told = [line[6:21].strip() for line in sound.stdout.splitlines() if not line.startswith(" ")]
+    reported = [line[6:21].strip() for line in sound.stdout.splitlines() if not line.startswith(" ")]
     for name in ("python", "libraries", "devices", "kernels", "data", "language model", "cache", "self-test"):
-        assert told.count(name) == 1, sound.stdout
+        assert reported.count(name) == 1, sound.stdout
     assert "trained, ranked and explained in" in sound.stdout
     assert "Traceback" not in sound.stderr

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from fused_rec.data import fetch as fetching
-from fused_rec.data.download import PUBLICATIONS, Publication, Source, download
-from fused_rec.data.fetch import DownloadError, digest, fetch, unpack
-from fused_rec.data.readers import READERS
+from fused_rec.data.sources import fetch as fetching
+from fused_rec.data.sources.download import PUBLICATIONS, Publication, Source, download
+from fused_rec.data.sources.fetch import DownloadError, digest, fetch, unpack
+from fused_rec.data.sources.registry import READERS
 
 BODY = bytes(range(256)) * 1500  # 384,000 bytes, six chunks
 
@@ -392,6 +392,6 @@ def test_sums_are_those_of_the_files_the_readers_are_tested_on():
 
 
 def test_the_command_lists_what_there_is():
-    command = [sys.executable, "-m", "fused_rec.data.download", "netflix"]
+    command = [sys.executable, "-m", "fused_rec.data.sources.download", "netflix"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1 and "gowalla" in run.stdout + run.stderr

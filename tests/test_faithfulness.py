@@ -10,11 +10,14 @@ import pyarrow as pa
 import pytest
 from tiny import quick_compilation  # noqa: F401
 
+from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config, GraphConfig, ModelConfig, TextConfig
 from fused_rec.data.splits import split
-from fused_rec.data.synthetic import make_market
-from fused_rec.explain import faithfulness as subject
-from fused_rec.explain.faithfulness import (
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.explanation import faithfulness as subject
+from fused_rec.explanation.counterfactual import without_interaction
+from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, contributions, decompose
+from fused_rec.explanation.faithfulness import (
     SHARES,
     SIMILAR,
     Curves,
@@ -23,22 +26,19 @@ from fused_rec.explain.faithfulness import (
     curves,
     sources,
     summary,
-    without,
+    without_sources,
 )
-from fused_rec.explain.ledger import HOLDING, LIKE_MINDED, ledger, parts
-from fused_rec.explain.without import without_holding
-from fused_rec.graph.build import HELD_BY, HOLDS, build
-from fused_rec.graph.propagate import adjacencies
-from fused_rec.model.baselines import counted
-from fused_rec.train import prepare as preparing
-from fused_rec.train.prepare import prepare
-from fused_rec.train.step import Task, embed, init
+from fused_rec.graph.adjacency import build_adjacencies
+from fused_rec.graph.build import INTERACTED_BY, INTERACTS, build
+from fused_rec.training import inputs as preparing
+from fused_rec.training.inputs import prepare
+from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
 CONFIG = Config(
-    model=ModelConfig(dim=6, rounds=2, affinity=True, half_life=90.0),
-    text=TextConfig(model=TINY, lexical=0),
-    graph=GraphConfig(attributes=("sector",), similar_text=3),
+    model=ModelConfig(dim=6, num_layers=2, affinity=True, popularity_half_life=90.0),
+    text=TextConfig(model=TINY, tfidf_dim=0),
+    graph=GraphConfig(attributes=("sector",), text_knn=3),
 )
 
 
@@ -47,17 +47,17 @@ def opened(tmp_path_factory):
     """(config, prepared, params, texts, vectors) of a model with parameters as after some training."""
     text = dataclasses.replace(CONFIG.text, cache=str(tmp_path_factory.mktemp("cache")))
     config = dataclasses.replace(CONFIG, text=text)
-    market = make_market(0, n_users=40, n_items=24)
+    market = make_synthetic(0, n_users=40, n_items=24)
     prepared = prepare(config, market, split(market, config.split))
-    leaves, tree = jax.tree.flatten(init(config, prepared.task).params)
+    leaves, tree = jax.tree.flatten(init(config, prepared.graph_inputs).params)
     rng = np.random.default_rng(0)
     params = jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) / 3 for x in leaves])
     texts = preparing.node_texts(prepared.dataset, prepared.observed)
-    return config, prepared, params, *preparing.encode(config, texts)
+    return config, prepared, params, *preparing.encode_node_texts(config, texts)
 
 
-def given(config, params, task, user) -> np.ndarray:
-    users, items = jax.jit(embed, static_argnums=0)(config, params, task)
+def given(config, params, graph_inputs, user) -> np.ndarray:
+    users, items = jax.jit(embed_nodes, static_argnums=0)(config, params, graph_inputs)
     return np.asarray(users[user] @ items.T)
 
 
@@ -65,44 +65,46 @@ def a_user(prepared) -> int:
     """One who holds, is tied both ways and hears others of similar words."""
     ties = prepared.observed.ties
     source, target = (set(ties.column(name).to_pylist()) for name in ("source", "target"))
-    heard = set(prepared.task.adjacencies[SIMILAR].receivers.tolist())
-    return next(user for user in sorted(source & target & heard & set(prepared.observed.user.tolist())))
+    user_sources = set(prepared.graph_inputs.adjacencies[SIMILAR].receivers.tolist())
+    return next(user for user in sorted(source & target & user_sources & set(prepared.observed.user.tolist())))
 
 
 def test_sources_are_those_of_the_parts(opened):
     config, prepared, params, *_ = opened
-    book = ledger(config, params, prepared.task)
+    decomposition = decompose(config, params, prepared.graph_inputs)
     for user in range(prepared.dataset.n_users):
-        split_up = parts(book, user, [0])
+        split_up = contributions(decomposition, user, [0])
         named = {(kind, row) for kind, row in zip(split_up.kind, split_up.source.tolist(), strict=True) if row >= 0}
-        heard = sources(prepared.task, user)
-        assert {(source.kind, source.row) for source in heard} == named
-        assert len(heard) == len(named)
-        for source in heard:
+        user_sources = sources(prepared.graph_inputs, user)
+        assert {(source.kind, source.row) for source in user_sources} == named
+        assert len(user_sources) == len(named)
+        for source in user_sources:
             for relation, edge in source.edges:
-                hears = prepared.task.adjacencies[relation]
-                assert {int(hears.senders[edge]), int(hears.receivers[edge])} >= (
-                    {user} if relation in (HELD_BY, HOLDS) else {user, source.row}
+                adjacency = prepared.graph_inputs.adjacencies[relation]
+                assert {int(adjacency.senders[edge]), int(adjacency.receivers[edge])} >= (
+                    {user} if relation in (INTERACTED_BY, INTERACTS) else {user, source.row}
                 )
 
 
 def test_without_one_holding_as_computed_anew(opened):
     config, prepared, params, *_ = opened
     user = a_user(prepared)
-    for source in sources(prepared.task, user):
-        if source.kind == HOLDING:
-            found = given(config, params, without(config, prepared.observed, prepared.task, user, [source]), user)
-            expected = given(config, params, without_holding(config, prepared, user, source.row), user)
+    for source in sources(prepared.graph_inputs, user):
+        if source.kind == INTERACTION:
+            found = given(
+                config, params, without_sources(config, prepared.observed, prepared.graph_inputs, user, [source]), user
+            )
+            expected = given(config, params, without_interaction(config, prepared, user, source.row), user)
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-            assert np.abs(found - given(config, params, prepared.task, user)).max() > 1e-4
+            assert np.abs(found - given(config, params, prepared.graph_inputs, user)).max() > 1e-4
 
 
 def test_without_holdings_and_ties_as_built_anew(opened):
     """All that a user holds and whom they are tied to, taken out of the tables before the graph is built."""
     config, prepared, params, texts, vectors = opened
     user, observed = a_user(prepared), prepared.observed
-    gone = [source for source in sources(prepared.task, user) if source.kind != LIKE_MINDED]
-    assert {source.kind for source in gone} == {HOLDING, "tie:referral", "tie:referral_of"}
+    gone = [source for source in sources(prepared.graph_inputs, user) if source.kind != SIMILAR_USERS]
+    assert {source.kind for source in gone} == {INTERACTION, "tie:referral", "tie:referral_of"}
     kept = observed.user != user
     tied = (observed.ties.column("source").to_numpy() == user) | (observed.ties.column("target").to_numpy() == user)
     less = dataclasses.replace(
@@ -111,21 +113,21 @@ def test_without_holdings_and_ties_as_built_anew(opened):
         ties=observed.ties.filter(pa.array(~tied)),
     )
     graph = build(prepared.dataset, less, texts, vectors, config.graph)
-    popularity = counted(less.item, less.age, config.model.half_life, prepared.dataset.n_items)
-    anew = Task(graph, adjacencies(graph), prepared.task.present, popularity)
-    task = without(config, observed, prepared.task, user, gone)
+    popularity = item_counts(less.item, less.age, config.model.popularity_half_life, prepared.dataset.n_items)
+    anew = GraphInputs(graph, build_adjacencies(graph), prepared.graph_inputs.trained_items, popularity)
+    graph_inputs = without_sources(config, observed, prepared.graph_inputs, user, gone)
     for other in (user, (user + 1) % prepared.dataset.n_users):
         expected = given(config, params, anew, other)
-        np.testing.assert_allclose(given(config, params, task, other), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(given(config, params, graph_inputs, other), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_who_is_left_of_those_with_similar_words_is_heard_more(opened):
     config, prepared, *_ = opened
-    user, full = a_user(prepared), prepared.task.adjacencies[SIMILAR]
-    like = [source for source in sources(prepared.task, user) if source.kind == LIKE_MINDED]
+    user, full = a_user(prepared), prepared.graph_inputs.adjacencies[SIMILAR]
+    like = [source for source in sources(prepared.graph_inputs, user) if source.kind == SIMILAR_USERS]
     assert len(like) == 3
-    left = without(config, prepared.observed, prepared.task, user, like[:1]).adjacencies[SIMILAR]
-    before, after = (slice(*hears.receiver_start[user : user + 2].tolist()) for hears in (full, left))
+    left = without_sources(config, prepared.observed, prepared.graph_inputs, user, like[:1]).adjacencies[SIMILAR]
+    before, after = (slice(*adjacency.receiver_start[user : user + 2].tolist()) for adjacency in (full, left))
     assert left.senders[after].tolist() == full.senders[before].tolist()[1:]
     expected = full.weight[before][1:] / full.weight[before][1:].sum()
     np.testing.assert_allclose(left.weight[after], expected, rtol=1e-6)
@@ -140,31 +142,31 @@ def test_mutual_ties_are_their_own_way_back(opened):
     kinds = pa.array(["friend"] * len(pairs))
     ties = pa.table({"source": pairs[:, 0], "target": pairs[:, 1], "kind": kinds})
     graph = build(prepared.dataset, dataclasses.replace(prepared.observed, ties=ties), texts, vectors, config.graph)
-    task = dataclasses.replace(prepared.task, graph=graph, adjacencies=adjacencies(graph))
+    graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=graph, adjacencies=build_adjacencies(graph))
     user = int(pairs[0, 0])
-    friends = [source for source in sources(task, user) if source.kind == "tie:friend"]
+    friends = [source for source in sources(graph_inputs, user) if source.kind == "tie:friend"]
     for friend in friends:
-        [(heard, edge), (told, back)] = friend.edges
-        assert heard == told
-        hears = task.adjacencies[heard]
-        assert (hears.senders[edge], hears.receivers[edge]) == (friend.row, user)
-        assert (hears.senders[back], hears.receivers[back]) == (user, friend.row)
+        [(user_sources, edge), (reverse, back)] = friend.edges
+        assert user_sources == reverse
+        adjacency = graph_inputs.adjacencies[user_sources]
+        assert (adjacency.senders[edge], adjacency.receivers[edge]) == (friend.row, user)
+        assert (adjacency.senders[back], adjacency.receivers[back]) == (user, friend.row)
 
 
 def test_gradients_are_differences(opened):
     config, prepared, params, *_ = opened
-    user, item, task = a_user(prepared), 5, prepared.task
-    heard, book = sources(task, user), ledger(config, params, task)
-    found = attributions(config, params, task, book, user, item, heard)
-    for number in range(0, len(heard), 3):
+    user, item, graph_inputs = a_user(prepared), 5, prepared.graph_inputs
+    user_sources, decomposition = sources(graph_inputs, user), decompose(config, params, graph_inputs)
+    found = attributions(config, params, graph_inputs, decomposition, user, item, user_sources)
+    for number in range(0, len(user_sources), 3):
         scored = []
         for factor in (0.9, 1.1):
             changed = {}
-            for relation, edge in heard[number].edges:
-                weight = np.array((changed.get(relation) or task.adjacencies[relation]).weight)
+            for relation, edge in user_sources[number].edges:
+                weight = np.array((changed.get(relation) or graph_inputs.adjacencies[relation]).weight)
                 weight[edge] *= factor
-                changed[relation] = dataclasses.replace(task.adjacencies[relation], weight=weight)
-            there = dataclasses.replace(task, adjacencies={**task.adjacencies, **changed})
+                changed[relation] = dataclasses.replace(graph_inputs.adjacencies[relation], weight=weight)
+            there = dataclasses.replace(graph_inputs, adjacencies={**graph_inputs.adjacencies, **changed})
             scored.append(given(config, params, there, user)[item])
         assert found["gradient"][number] == pytest.approx((scored[1] - scored[0]) / 0.2, rel=0.02, abs=1e-5)
 
@@ -172,16 +174,16 @@ def test_gradients_are_differences(opened):
 def test_attention_is_the_part_without_its_direction(opened):
     """After one round a message is the sender's own input: its part is attention x length x cosine."""
     config, prepared, *_ = opened
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, rounds=1, variant="graph"))
-    params = init(config, prepared.task).params
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1, variant="graph"))
+    params = init(config, prepared.graph_inputs).params
     user, item = a_user(prepared), 5
-    heard, book = sources(prepared.task, user), ledger(config, params, prepared.task)
-    found = attributions(config, params, prepared.task, book, user, item, heard)
-    [tower] = book.towers
-    for source, part, weight in zip(heard, found["parts"], found["attention"], strict=True):
+    user_sources, decomposition = sources(prepared.graph_inputs, user), decompose(config, params, prepared.graph_inputs)
+    found = attributions(config, params, prepared.graph_inputs, decomposition, user, item, user_sources)
+    [branch] = decomposition.branches
+    for source, part, weight in zip(user_sources, found["parts"], found["attention"], strict=True):
         relation = source.edges[0][0]
-        if relation in tower.coefficients.edge:
-            said, wanted = tower.ids[0][relation.source][source.row], tower.items[item]
+        if relation in branch.weights.edge:
+            said, wanted = branch.ids[0][relation.source][source.row], branch.items[item]
             assert weight > 0
             assert part == pytest.approx(weight * (said @ wanted) / np.linalg.norm(wanted), rel=1e-4, abs=1e-7)
         else:
@@ -194,27 +196,27 @@ def test_curves_are_scores_without_the_first(opened, monkeypatch):
     user, item = a_user(prepared), 5
     monkeypatch.setattr(subject, "LEAST_SOURCES", 1)
     draw = functools.partial(np.random.default_rng, 3)
-    book, heard = ledger(config, params, prepared.task), sources(prepared.task, user)
-    found = curves(config, params, prepared, book, user, item, draw())
+    decomposition, user_sources = decompose(config, params, prepared.graph_inputs), sources(prepared.graph_inputs, user)
+    found = curves(config, params, prepared, decomposition, user, item, draw())
     assert found is not None
-    order = attributions(config, params, prepared.task, book, user, item, heard)
-    order["random"] = draw().random(len(heard))
+    order = attributions(config, params, prepared.graph_inputs, decomposition, user, item, user_sources)
+    order["random"] = draw().random(len(user_sources))
 
     def score(gone) -> float:
-        task = without(config, prepared.observed, prepared.task, user, gone)
-        return float(given(config, params, task, user)[item])
+        graph_inputs = without_sources(config, prepared.observed, prepared.graph_inputs, user, gone)
+        return float(given(config, params, graph_inputs, user)[item])
 
-    everything, nothing = score([]), score(heard)
+    everything, nothing = score([]), score(user_sources)
     assert found.rise == pytest.approx(everything - nothing, rel=1e-5)
     for name, values in order.items():
-        first = [heard[n] for n in np.argsort(-values)[: round(0.4 * len(heard))]]
-        rest = [source for source in heard if source not in first]
+        first = [user_sources[n] for n in np.argsort(-values)[: round(0.4 * len(user_sources))]]
+        rest = [source for source in user_sources if source not in first]
         assert found.deletion[name][[0, -1]].tolist() == pytest.approx([1, 0])
         assert found.insertion[name][[0, -1]].tolist() == pytest.approx([0, 1])
         assert found.deletion[name][2] == pytest.approx((score(first) - nothing) / found.rise, rel=1e-4, abs=1e-5)
         assert found.insertion[name][2] == pytest.approx((score(rest) - nothing) / found.rise, rel=1e-4, abs=1e-5)
     monkeypatch.setattr(subject, "LEAST_RISE", 1e6)
-    assert curves(config, params, prepared, book, user, item, draw()) is None
+    assert curves(config, params, prepared, decomposition, user, item, draw()) is None
 
 
 def test_a_summary_by_hand():

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fused_rec.data.dataset import DataError, Dataset
-from fused_rec.data.tables import read_tables
+from fused_rec.data.io.tables import read_tables
 
 HELD = "user_id,item_id\na,x\nb,y\n"
 ITEMS = "item_id,text\nx,bond\ny,equity\n"

@@ -13,11 +13,11 @@ from test_writers import small
 
 from fused_rec.config import DataConfig
 from fused_rec.data.dataset import DataError, digest
-from fused_rec.data.huggingface import huggingface
-from fused_rec.data.readers import load
-from fused_rec.data.synthetic import make_market
-from fused_rec.data.tables import dataset_from_tables
-from fused_rec.data.writers import save_dataset
+from fused_rec.data.io.tables import dataset_from_tables
+from fused_rec.data.io.writers import save_dataset
+from fused_rec.data.sources.huggingface import huggingface
+from fused_rec.data.sources.registry import load
+from fused_rec.data.synthetic import make_synthetic
 
 
 def written(folder: Path, **files: dict | pa.Table) -> Path:
@@ -54,7 +54,7 @@ def test_the_card_names_every_table_and_split(tmp_path):
     assert files == set(found.values())
     test = pq.read_table(tmp_path / "mine" / found["interactions", "test"])
     assert test.to_pylist() == [
-        {"user_id": "v", "item_id": "i", "timestamp": None, "value": 2.0, "part": "test", "row": 1}
+        {"user_id": "v", "item_id": "i", "timestamp": None, "value": 2.0, "split": "test", "row": 1}
     ]
     assert "| `interactions` | train | 2 |" in below
 
@@ -68,7 +68,7 @@ def test_it_comes_back_the_same(tmp_path, changes):
 
 
 def test_one_part_alone_comes_back_too(tmp_path):
-    dataset = dataset_from_tables(PAIR | {"part": ["train"]})
+    dataset = dataset_from_tables(PAIR | {"split": ["train"]})
     save_dataset(dataset, tmp_path / "mine", "huggingface")
     assert digest(huggingface(tmp_path / "mine", False)) == digest(dataset)
 
@@ -81,14 +81,14 @@ parts = st.sampled_from(["train", "valid", "test"])
 @given(st.lists(st.tuples(words, words, parts), min_size=1, max_size=8, unique_by=lambda row: row[:2]))
 def test_order_and_parts_come_back(tmp_path_factory, rows):
     user, item, part = (list(column) for column in zip(*rows, strict=True))
-    dataset = dataset_from_tables({"user_id": user, "item_id": item, "part": part})
+    dataset = dataset_from_tables({"user_id": user, "item_id": item, "split": part})
     folder = tmp_path_factory.mktemp("saved") / "x"
     save_dataset(dataset, folder, "huggingface")
     assert digest(huggingface(folder, False)) == digest(dataset)
 
 
 def test_users_without_an_interaction_come_back(tmp_path):
-    market = make_market(3, 60, 25)
+    market = make_synthetic(3, 60, 25)
     save_dataset(market, tmp_path / "market", "huggingface")
     again = load(DataConfig("huggingface", str(tmp_path / "market")))
     assert digest(again) == digest(market)
@@ -115,7 +115,7 @@ def test_a_plain_folder_of_shards(tmp_path):
     )
     dataset = huggingface(tmp_path, False)
     assert dataset.users["user_id"].to_pylist() == ["7", "8", "9"]
-    assert dataset.interactions["part"].to_pylist() == ["train", "train", "train", "valid", "test"]
+    assert dataset.interactions["split"].to_pylist() == ["train", "train", "train", "valid", "test"]
     assert dataset.notes == {"interactions: column 'stars', which the format does not have, not read": 1}
 
 
@@ -143,7 +143,7 @@ TRAIN = "data__train_00000_of_00001"
         ({TRAIN: PAIR, "more": PAIR}, "more.parquet: would not be read"),
         ({TRAIN: PAIR, "interactions__train_00000_of_00001": PAIR}, "data/train-00000-of-00001.parquet: would not be"),
         (
-            {TRAIN: PAIR, "data__test_00000_of_00001": PAIR | {"part": ["train"]}},
+            {TRAIN: PAIR, "data__test_00000_of_00001": PAIR | {"split": ["train"]}},
             "data/test-*.parquet: 1 rows have another part than test",
         ),
         ({TRAIN: PAIR, "data__test_00000_of_00001": {"user_id": [1], "item_id": ["i"]}}, "shards differ"),

@@ -19,16 +19,20 @@ LAYERS = (
     "config",
     "memory",
     "storage",
-    "devices",
+    "distributed",
     "kernels",
-    "hosts",
     "data",
     "text",
     "graph",
+    "baselines",
     "model",
-    "evaluate",
-    "train",
-    "explain",
+    "evaluation",
+    "runs",
+    "training",
+    "studies",
+    "serving",
+    "explanation",
+    "reporting",
     "api",
 )
 
@@ -36,23 +40,23 @@ LAYERS = (
 IO_ALLOWED = (
     "memory.py",  # asks the system how much there is
     "storage.py",  # the one place where files and folders are written beside their targets and renamed
-    "data/files.py",
-    "data/dialect.py",  # looks into text files for their encoding and delimiter
-    "data/download.py",
-    "data/fetch.py",
-    "data/writers.py",
+    "data/io/files.py",
+    "data/io/dialect.py",  # looks into text files for their encoding and delimiter
+    "data/sources/download.py",
+    "data/sources/fetch.py",
+    "data/io/writers.py",
     "text/pretrained.py",
-    "text/weights.py",
+    "text/encoders/weights.py",
     "text/cache.py",
     "text/vectors.py",
-    "train/checkpoint.py",
-    "train/curves.py",
-    "train/export.py",  # rankings of all customers, part by part
-    "train/hub.py",  # writes the folder of an exported run
-    "train/interrupt.py",  # says that a signal was heard
-    "train/loop.py",
-    "train/sweep.py",
-    "train/workdir.py",
+    "training/checkpoint.py",
+    "runs/loggers.py",
+    "serving/write_rankings.py",  # rankings of all customers, part by part
+    "serving/export_bundle.py",  # writes the folder of an exported run
+    "distributed/signals.py",  # says that a signal was heard
+    "training/trainer.py",
+    "studies/tune.py",
+    "runs/run_dir.py",
 )
 IO_BUILTINS = {"open", "print", "input"}
 IO_METHODS = {
@@ -79,20 +83,20 @@ IO_IMPORTS = {
 # A library with traps, and the one file that knows them; an empty tuple means nowhere.
 ONLY_IN = {
     "jraph": ("graph/hetero.py",),
-    "orbax": ("train/checkpoint.py",),
+    "orbax": ("training/checkpoint.py",),
     "transformers": ("text/pretrained.py",),
-    "optuna": ("train/sweep.py",),
+    "optuna": ("studies/tune.py",),
     # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
-    "implicit": ("model/baselines.py", "experiments/peers/*"),
-    "sklearn": ("text/lexical.py", "model/closed_form.py"),  # imported where used: it takes a second
-    "faiss": ("train/hub.py",),  # an extra, imported where used
-    "wandb": ("train/curves.py",),  # an extra, imported where used: it may speak to the network
-    "matplotlib": ("evaluate/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
-    **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/peers/*",)),
+    "implicit": ("baselines/neighbors.py", "experiments/competitors/*"),
+    "sklearn": ("text/tfidf.py", "baselines/linear.py"),  # imported where used: it takes a second
+    "faiss": ("serving/export_bundle.py",),  # an extra, imported where used
+    "wandb": ("runs/loggers.py",),  # an extra, imported where used: it may speak to the network
+    "matplotlib": ("evaluation/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
+    **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/competitors/*",)),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),
     "experiments": ("experiments/*",),
 }
-PMAP_ONLY_IN = ("devices.py",)
+PMAP_ONLY_IN = ("distributed/devices.py",)
 FORBIDDEN_BUILTINS = {"eval", "exec"}
 # Arguments by which a library runs what a file holds, and the values that keep it from it.
 SAFE_ARGUMENTS = {"allow_pickle": False, "trust_remote_code": False, "weights_only": True}
@@ -229,40 +233,44 @@ CLEAN = '"""Doc."""\n'
 @pytest.mark.parametrize(
     ("source", "path", "expected"),
     [
-        ("import fused_rec.train.loop", "model/losses.py", "imports fused_rec.train; model may import only from"),
-        ("from fused_rec import explain", "evaluate/metrics.py", "imports fused_rec.explain"),
-        ("from ..train import step", "graph/build.py", "imports fused_rec.train"),
-        ("def f():\n    'd'\n    import fused_rec.text.embed", "data/tables.py", "imports fused_rec.text"),
+        (
+            "import fused_rec.training.trainer",
+            "model/losses.py",
+            "imports fused_rec.training; model may import only from",
+        ),
+        ("from fused_rec import explanation", "evaluation/metrics.py", "imports fused_rec.explanation"),
+        ("from ..training import train_step", "graph/build.py", "imports fused_rec.training"),
+        ("def f():\n    'd'\n    import fused_rec.text.encode", "data/io/tables.py", "imports fused_rec.text"),
         ("import fused_rec.data", "shared/x.py", "shared is no layer"),
         ("open('x')", "model/losses.py", "calls open()"),
-        ("print('x')", "explain/report.py", "calls print()"),
-        ("path.write_text('x')", "explain/report.py", "calls .write_text()"),
-        ("path.open()", "explain/report.py", "calls .open()"),
+        ("print('x')", "reporting/page.py", "calls print()"),
+        ("path.write_text('x')", "reporting/page.py", "calls .write_text()"),
+        ("path.open()", "reporting/page.py", "calls .open()"),
         ("np.save('x', y)", "graph/build.py", "calls np.save()"),
         ("from pyarrow import csv", "data/splits.py", "imports pyarrow.csv"),
-        ("import safetensors.flax", "model/fused.py", "imports safetensors.flax"),
-        ("import subprocess", "train/step.py", "imports subprocess"),
-        ("from os import replace", "train/step.py", "imports os.replace"),
-        ("import jax\njax.pmap(f)", "train/step.py", "uses pmap"),
-        ("from jax import pmap", "train/step.py", "imports jax.pmap"),
-        ("import orbax.checkpoint as ocp", "train/loop.py", "imports orbax.checkpoint"),
+        ("import safetensors.flax", "model/model.py", "imports safetensors.flax"),
+        ("import subprocess", "training/train_step.py", "imports subprocess"),
+        ("from os import replace", "training/train_step.py", "imports os.replace"),
+        ("import jax\njax.pmap(f)", "training/train_step.py", "uses pmap"),
+        ("from jax import pmap", "training/train_step.py", "imports jax.pmap"),
+        ("import orbax.checkpoint as ocp", "training/trainer.py", "imports orbax.checkpoint"),
         ("import jraph", "graph/build.py", "imports jraph"),
-        ("from transformers import AutoTokenizer", "text/embed.py", "transformers belongs in text/pretrained.py"),
-        ("from implicit.als import x", "model/closed_form.py", "implicit belongs in model/baselines.py"),
+        ("from transformers import AutoTokenizer", "text/encode.py", "transformers belongs in text/pretrained.py"),
+        ("from implicit.als import x", "baselines/linear.py", "implicit belongs in baselines/neighbors.py"),
         (
             "import sklearn.decomposition",
-            "model/baselines.py",
-            "sklearn belongs in text/lexical.py, model/closed_form.py",
+            "baselines/neighbors.py",
+            "sklearn belongs in text/tfidf.py, baselines/linear.py",
         ),
-        ("import torch", "text/pretrained.py", "torch belongs in experiments/peers/*"),
-        ("import pickle", "train/checkpoint.py", "pickle belongs nowhere"),
-        ("import experiments.train", "train/loop.py", "experiments belongs in experiments/*"),
+        ("import torch", "text/pretrained.py", "torch belongs in experiments/competitors/*"),
+        ("import pickle", "training/checkpoint.py", "pickle belongs nowhere"),
+        ("import experiments.train", "training/trainer.py", "experiments belongs in experiments/*"),
         ("eval('1')", "config.py", "calls eval()"),
-        ("np.load('x')", "train/loop.py", "calls without allow_pickle=False"),
-        ("np.load('x', allow_pickle=True)", "train/loop.py", "calls without allow_pickle=False"),
-        ("np.load('x', allow_pickle=y)", "train/loop.py", "calls without allow_pickle=False"),
+        ("np.load('x')", "training/trainer.py", "calls without allow_pickle=False"),
+        ("np.load('x', allow_pickle=True)", "training/trainer.py", "calls without allow_pickle=False"),
+        ("np.load('x', allow_pickle=y)", "training/trainer.py", "calls without allow_pickle=False"),
         ("f('x', trust_remote_code=True)", "text/pretrained.py", "calls without trust_remote_code=False"),
-        ("import pickle", "experiments/sweep.py", "pickle belongs nowhere"),
+        ("import pickle", "experiments/tune.py", "pickle belongs nowhere"),
         ("", "text/utils.py", "utils names no subject"),
         ("def f(): pass", "graph/build.py", "f has no docstring"),
         ("class C: pass", "graph/build.py", "C has no docstring"),
@@ -276,16 +284,16 @@ def test_each_rule_can_fail(source, path, expected):
 @pytest.mark.parametrize(
     ("source", "path"),
     [
-        ("from fused_rec.data import dataset", "train/loop.py"),
-        ("from fused_rec.graph.build import x", "graph/propagate.py"),
-        ("open('x')", "train/curves.py"),
-        ("import pyarrow.parquet", "data/files.py"),
+        ("from fused_rec.data import dataset", "training/trainer.py"),
+        ("from fused_rec.graph.build import x", "graph/adjacency.py"),
+        ("open('x')", "runs/loggers.py"),
+        ("import pyarrow.parquet", "data/io/files.py"),
         ("import jraph", "graph/hetero.py"),
-        ("np.load('x', allow_pickle=False); f(trust_remote_code=False)", "train/loop.py"),
+        ("np.load('x', allow_pickle=False); f(trust_remote_code=False)", "training/trainer.py"),
         ("def _private(): pass", "graph/build.py"),
         ("table.load(x); replace(y); text.replace('a', 'b')", "graph/build.py"),
         ("import orbaxlike", "graph/build.py"),
-        ("import experiments.train; print(open('x'))", "experiments/sweep.py"),
+        ("import experiments.train; print(open('x'))", "experiments/tune.py"),
     ],
 )
 def test_what_is_allowed_passes(source, path):

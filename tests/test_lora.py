@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from fused_rec.text.families import encode
-from fused_rec.text.lora import adapted, start
+from fused_rec.text.encoders.lora import init_trainable, with_adapters
+from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.text.pretrained import open_model
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
@@ -22,13 +22,13 @@ def tiny():
 
 
 def vectors(model, params):
-    return np.asarray(encode(params, IDS, MASK, model.config, model.pooling, model.normalize))
+    return np.asarray(apply_encoder(params, IDS, MASK, model.config, model.pooling, model.normalize))
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_it_starts_at_the_published_model(tiny, training):
     """Weight for weight, and so vector for vector, bit for bit."""
-    params = adapted(training, tiny.params, start(training, tiny.params, rank=2, seed=0))
+    params = with_adapters(training, tiny.params, init_trainable(training, tiny.params, rank=2, seed=0))
     jax.tree.map(np.testing.assert_array_equal, params, tiny.params)
     np.testing.assert_array_equal(vectors(tiny, params), vectors(tiny, tiny.params))
 
@@ -41,7 +41,7 @@ def test_by_hand():
         "layers": {"up": {"kernel": np.stack([kernel, -kernel])}},
         "word": {"embedding": np.ones((5, 4), np.float32)},
     }
-    adapters = start("lora", params, rank=2, seed=0)
+    adapters = init_trainable("lora", params, rank=2, seed=0)
     leaves: dict[Any, Any] = flatten_dict(adapters)
     assert {path: leaf.shape for path, leaf in leaves.items()} == {
         ("dense", "kernel", "down"): (4, 2),
@@ -54,7 +54,7 @@ def test_by_hand():
         "down": np.stack([np.zeros((4, 2)), np.eye(4, 2)]).astype(np.float32),
         "up": np.stack([np.full((2, 3), 9), [[1, 2, 3], [4, 5, 6]]]).astype(np.float32),
     }
-    merged = adapted("lora", params, adapters)
+    merged = with_adapters("lora", params, adapters)
     added = np.asarray(merged["layers"]["up"]["kernel"]) - params["layers"]["up"]["kernel"]
     assert added.tolist() == [[[0] * 3] * 4, [[2, 4, 6], [8, 10, 12], [0] * 3, [0] * 3]]  # twice down @ up
     for name in ("dense", "word"):
@@ -62,7 +62,7 @@ def test_by_hand():
 
 
 def test_adapters_are_small_and_a_function_of_the_seed(tiny):
-    one, same, other = (start("lora", tiny.params, rank=2, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (init_trainable("lora", tiny.params, rank=2, seed=seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
     down = one["layers"]["up"]["kernel"]["down"]
     assert not np.array_equal(down, other["layers"]["up"]["kernel"]["down"])
@@ -76,10 +76,10 @@ def test_the_first_gradient_reaches_up_alone(tiny):
     """As `up` is zero, `down` waits for it."""
 
     def first(adapters):
-        params = adapted("lora", tiny.params, adapters)
-        return encode(params, IDS, MASK, tiny.config, tiny.pooling, tiny.normalize)[0, 0]
+        params = with_adapters("lora", tiny.params, adapters)
+        return apply_encoder(params, IDS, MASK, tiny.config, tiny.pooling, tiny.normalize)[0, 0]
 
-    slopes = jax.grad(first)(start("lora", tiny.params, rank=2, seed=0))
+    slopes = jax.grad(first)(init_trainable("lora", tiny.params, rank=2, seed=0))
     found: dict[Any, Any] = flatten_dict(slopes)
     for path, slope in found.items():
         assert np.isfinite(slope).all()
@@ -91,7 +91,7 @@ def test_the_first_gradient_reaches_up_alone(tiny):
 
 
 def test_what_cannot_be_adapted_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"text\.rank is 32; it must be below 32, the smaller side"):
-        start("lora", tiny.params, rank=32, seed=0)
-    with pytest.raises(ValueError, match=r"no weight .* is named kernel; text\.train must be frozen or full"):
-        start("lora", {"word": {"embedding": np.ones((5, 4), np.float32)}}, rank=1, seed=0)
+    with pytest.raises(ValueError, match=r"text\.lora_rank is 32; it must be below 32, the smaller side"):
+        init_trainable("lora", tiny.params, rank=32, seed=0)
+    with pytest.raises(ValueError, match=r"no weight .* is named kernel; text\.finetune must be frozen or full"):
+        init_trainable("lora", {"word": {"embedding": np.ones((5, 4), np.float32)}}, rank=1, seed=0)

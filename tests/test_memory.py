@@ -17,8 +17,8 @@ LIMITED = """
 import re, resource, sys, time
 import numpy as np
 from fused_rec.memory import InsufficientMemoryError
-from fused_rec.model import baselines, closed_form
-from fused_rec.model.baselines import Seen
+from fused_rec.baselines import neighbors, linear
+from fused_rec.baselines.neighbors import Interactions
 import jax; jax.devices()
 
 def limit(more):
@@ -28,7 +28,7 @@ def limit(more):
 def seen(n_users, n_items, n=1000):
     rng = np.random.default_rng(0)
     words = np.ones((n_items, 2), np.float32)
-    return Seen(rng.integers(0, n_users, n), rng.integers(0, n_items, n), n_users, n_items, None, words)
+    return Interactions(rng.integers(0, n_users, n), rng.integers(0, n_items, n), n_users, n_items, None, words)
 """
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits as Linux has them")
 
@@ -91,7 +91,7 @@ def test_what_fits_is_computed_under_the_same_limit():
 def test_what_the_heap_keeps_counts_as_available():
     said = limited(
         """
-        from fused_rec.devices import keep_memory
+        from fused_rec.distributed.devices import keep_memory
         from fused_rec.memory import require_memory
         keep_memory()
         limit(1_200_000_000)
@@ -166,14 +166,19 @@ def test_a_comparison_leaves_out_what_does_not_fit(tmp_path):
     compare.start(compare.main)
     """
     out = tmp_path / "out"
-    flags = [f"--config.data.path={tables}", "--config.model.variant=graph", "--variants=popularity,ease", "--seeds=1"]
+    flags = [
+        f"--config.data.path={tables}",
+        "--config.model.variant=graph",
+        "--variants=popularity,ease",
+        "--num_seeds=1",
+    ]
     command = [sys.executable, "-c", LIMITED + textwrap.dedent(program), "compare"]
-    command += ["--config=experiments/configs/tables.py", f"--out={out}", "--config.graph.similar_text=0", *flags]
+    command += ["--config=experiments/configs/tables.py", f"--out={out}", "--config.graph.text_knn=0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((out / "compare.json").read_text())
     assert [entry["variant"] for entry in report["summary"]] == ["popularity"]
-    assert "GB of memory" in report["skipped"]["ease"] and "data.core" in report["skipped"]["ease"]
+    assert "GB of memory" in report["skipped"]["ease"] and "data.k_core" in report["skipped"]["ease"]
     assert not report["failures"]
 
 
@@ -185,13 +190,13 @@ def test_other_steps_are_refused_before_they_begin():
         import numpy as np
         from fused_rec.config import Config, ModelConfig
         from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
-        from fused_rec.evaluate import ranking
-        from fused_rec.evaluate.compare import paired_bootstrap
-        from fused_rec.graph.build import HELD_BY, HOLDS, both_ways, nearest_texts
+        from fused_rec.evaluation import ranking
+        from fused_rec.evaluation.significance import paired_bootstrap
+        from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges, text_knn_edges
         from fused_rec.graph.hetero import hetero_graph
-        from fused_rec.train.footprint import require_embedding, require_step
-        from fused_rec.train.serve import require_table
-        from fused_rec.train.step import Task
+        from fused_rec.training.footprint import require_embedding, require_step
+        from fused_rec.serving.recommender import require_table
+        from fused_rec.training.train_step import GraphInputs
         import pyarrow as pa
         import jax.numpy as jnp
 
@@ -205,8 +210,8 @@ def test_other_steps_are_refused_before_they_begin():
 
         counts = {"user": 400_000, "item": 100_000}
         one = np.zeros(1, np.int64)
-        graph = hetero_graph(counts, both_ways(HOLDS, HELD_BY, one, one, counts), np.zeros((500_000, 1), np.float32))
-        task = Task(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
+        graph = hetero_graph(counts, bidirectional_edges(INTERACTS, INTERACTED_BY, one, one, counts), np.zeros((500_000,
+        1), np.float32)) task = GraphInputs(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
         config = Config(model=ModelConfig(variant="graph", dim=1024))
         words = np.broadcast_to(np.float32(1), (3_000_000, 2))
         nobody = ranking.item_sets(one[:0], one[:0], 3_000_000)
@@ -217,7 +222,7 @@ def test_other_steps_are_refused_before_they_begin():
         limit(1_500_000_000)
         refused(lambda: require_step(config, task))
         refused(lambda: require_embedding(config, task))
-        refused(lambda: nearest_texts(words, 100))
+        refused(lambda: text_knn_edges(words, 100))
         refused(lambda: ranking.top_k(scorer, np.arange(3_000_000), seen=nobody, n_items=10, k=100))
         refused(lambda: ranking.top_k(scorer, np.arange(3), seen=nobody, n_items=100_000_000, k=1, batch=16))
         refused(lambda: paired_bootstrap(*[np.broadcast_to(np.float32(1), (20, 3_000_000))] * 2))
@@ -227,7 +232,7 @@ def test_other_steps_are_refused_before_they_begin():
     begin = [
         "training over 500,000 nodes with 1024 dimensions",
         "the vectors of 400,000 users and 100,000 items",
-        "graph.similar_text, 100 neighbours of each of 3,000,000 nodes",
+        "graph.text_knn, 100 neighbours of each of 3,000,000 nodes",
         "what is kept of the rankings of 3,000,000 users",
         "a ranking of 100,000,000 items for 3 users at a time",
         "a bootstrap of 40 runs over 3,000,000 users",
@@ -239,11 +244,11 @@ def test_other_steps_are_refused_before_they_begin():
 
 
 def test_blocks_of_neighbours_change_nothing(monkeypatch):
-    from fused_rec.model import baselines
+    from fused_rec.baselines import neighbors
 
     rng = np.random.default_rng(0)
-    seen = baselines.Seen(rng.integers(0, 40, 400), rng.integers(0, 30, 400), 40, 30)
+    seen = neighbors.Interactions(rng.integers(0, 40, 400), rng.integers(0, 30, 400), 40, 30)
     users = jax.numpy.arange(40, dtype=np.int32)
-    whole = np.asarray(baselines.item_knn(seen, neighbours=5, shrink=1.0)(users))
-    monkeypatch.setattr(baselines, "SIMILARITIES", 50)
-    assert np.array_equal(whole, baselines.item_knn(seen, neighbours=5, shrink=1.0)(users))
+    whole = np.asarray(neighbors.item_knn(seen, num_neighbors=5, shrink=1.0)(users))
+    monkeypatch.setattr(neighbors, "SIMILARITIES", 50)
+    assert np.array_equal(whole, neighbors.item_knn(seen, num_neighbors=5, shrink=1.0)(users))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fused_rec.evaluate import metrics
+from fused_rec.evaluation import metrics
 
 # Three users, five ranks. x = hit:   user 0: . x . . x (2 of 2 held out found)
 #                                     user 1: x . . . . (1 of 4)
@@ -57,23 +57,23 @@ def _mask(lists, n_items):
 
 
 # With the kernel, where it is built, and in plain JAX.
-ACCURACIES = pytest.mark.parametrize("accuracy", [metrics.pairwise_accuracy, metrics._pairwise_accuracy])
+ACCURACIES = pytest.mark.parametrize("auc", [metrics.pairwise_auc, metrics._pairwise_auc])
 
 
 @ACCURACIES
-def test_accuracy_by_hand(accuracy):
+def test_accuracy_by_hand(auc):
     # User 0 holds out items 0 and 3 (scores 3 and 1) against items 1, 2, 4 (scores 2, 1, 0):
     # item 0 beats all three; item 3 ties with 2 and beats 4: (3 + 1.5) / 6.
     # User 1 holds out item 4, the lowest of all. User 2 holds out item 1 and has nothing to compare it with.
     scores = jnp.array([[3, 2, 1, 1, 0], [3, 2, 1, 1, 0], [0, 0, 0, 0, 0]], jnp.float32)
     truth = [[0, 3], [4], [1]]
     negative = _mask([[1, 2, 4], [0, 1, 2, 3], []], 5)
-    got = jax.jit(accuracy)(scores, negative, *_csr(truth))
+    got = jax.jit(auc)(scores, negative, *_csr(truth))
     np.testing.assert_allclose(got, [4.5 / 6, 0, np.nan], rtol=1e-6)
 
 
 @ACCURACIES
-def test_accuracy_equals_counting_every_pair(accuracy):
+def test_accuracy_equals_counting_every_pair(auc):
     rng = np.random.default_rng(1)
     n_users, n_items = 37, 211
     scores = rng.integers(-6, 6, (n_users, n_items)).astype(np.float32)  # ties everywhere
@@ -86,7 +86,7 @@ def test_accuracy_equals_counting_every_pair(accuracy):
         expected.append(sum(pairs) / len(pairs))
     lists = [list(np.flatnonzero(kind[user] == 0)) for user in range(n_users)]
     args = (jnp.asarray(scores), jnp.asarray(kind == 1), *_csr(lists))
-    np.testing.assert_allclose(accuracy(*args), expected, rtol=1e-6)
+    np.testing.assert_allclose(auc(*args), expected, rtol=1e-6)
 
 
 def test_accuracy_is_the_same_with_all_rows_at_once(monkeypatch):
@@ -94,9 +94,9 @@ def test_accuracy_is_the_same_with_all_rows_at_once(monkeypatch):
     truth = [[0, 3], [4], [1, 2, 3, 4]]
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
     args = (scores, ~_mask(truth, 5), *_csr(truth))
-    by_row = metrics._pairwise_accuracy(*args)
+    by_row = metrics._pairwise_auc(*args)
     monkeypatch.setattr(metrics, "map_rows", lambda function, *arrays: jax.vmap(function)(*arrays))
-    np.testing.assert_array_equal(metrics._pairwise_accuracy(*args), by_row)
+    np.testing.assert_array_equal(metrics._pairwise_auc(*args), by_row)
 
 
 def test_novelty_by_hand():

@@ -15,7 +15,7 @@ def reviews(rows: list[tuple[int, int, str | None]]) -> pa.Table:
     )
 
 
-def words(users: list[str | None] | None, items: list[str | None] | None, said: pa.Table) -> NodeTexts:
+def words(users: list[str | None] | None, items: list[str | None] | None, texts_given: pa.Table) -> NodeTexts:
     """Three users and three items, described or, where None, from tables without the column."""
 
     def nodes(texts: list[str | None] | None) -> pa.Table:
@@ -23,8 +23,8 @@ def words(users: list[str | None] | None, items: list[str | None] | None, said: 
         return ids if texts is None else ids.append_column("text", pa.array(texts, pa.string()))
 
     pairs = np.zeros(1, np.int32)
-    data = Dataset("tiny", nodes(users), nodes(items), pa.table({}), said, empty_ties())
-    return node_texts(data, Observed(pairs, pairs, said, empty_ties(), np.zeros(len(pairs), np.float32)))
+    data = Dataset("tiny", nodes(users), nodes(items), pa.table({}), texts_given, empty_ties())
+    return node_texts(data, Observed(pairs, pairs, texts_given, empty_ties(), np.zeros(len(pairs), np.float32)))
 
 
 def by_node(texts: NodeTexts, side: str) -> dict[int, dict[str, float]]:
@@ -37,8 +37,8 @@ def by_node(texts: NodeTexts, side: str) -> dict[int, dict[str, float]]:
 
 
 def test_description_has_half_and_reviews_share_half():
-    said = reviews([(0, 0, " good "), (0, 1, "good"), (0, 2, "bad"), (1, 2, "bad"), (0, 2, "so so")])
-    texts = words(["saver", None, "  "], ["fund", "\t", None], said)
+    texts_given = reviews([(0, 0, " good "), (0, 1, "good"), (0, 2, "bad"), (1, 2, "bad"), (0, 2, "so so")])
+    texts = words(["saver", None, "  "], ["fund", "\t", None], texts_given)
     assert texts.texts == ["saver", "fund", "good", "bad", "so so"]
     assert by_node(texts, "user") == {0: {"saver": 0.5, "good": 0.25, "bad": 0.125, "so so": 0.125}, 1: {"bad": 1}}
     third = float(np.float32(1 / 3))
@@ -70,8 +70,8 @@ def test_without_any_words():
 
 def test_weights_sum_to_one_and_keep_first_appearance_order():
     rng = np.random.default_rng(0)
-    said = reviews([(int(u), int(i), f"text {t}") for u, i, t in rng.integers(0, 3, (500, 3))])
-    texts = words([None, "text 1", "zebra"], ["apple", None, "text 1"], said)
+    texts_given = reviews([(int(u), int(i), f"text {t}") for u, i, t in rng.integers(0, 3, (500, 3))])
+    texts = words([None, "text 1", "zebra"], ["apple", None, "text 1"], texts_given)
     assert texts.texts[:3] == ["text 1", "zebra", "apple"]
     for rows, weights in ((texts.user_rows, texts.user_weights), (texts.item_rows, texts.item_weights)):
         np.testing.assert_allclose(np.bincount(rows, weights), 1, atol=1e-6)

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
 # What one file alone needs is an extra.
 EXTRAS = {
-    "train/sweep.py": "sweeps",
-    "model/baselines.py": "als",
-    "evaluate/plots.py": "plots",
-    "train/hub.py": "faiss",
-    "train/curves.py": "wandb",
+    "studies/tune.py": "sweeps",
+    "baselines/neighbors.py": "als",
+    "evaluation/plots.py": "plots",
+    "serving/export_bundle.py": "faiss",
+    "runs/loggers.py": "wandb",
 }
 
 

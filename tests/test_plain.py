@@ -18,11 +18,11 @@ import pytest
 from fused_rec.config import DataConfig
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import DataError, Dataset, digest
-from fused_rec.data.plain import plain, plain_table
-from fused_rec.data.readers import load
-from fused_rec.data.tables import dataset_from_tables, read_tables
-from fused_rec.data.writers import save_dataset
-from fused_rec.evaluate.suitability import groups_of
+from fused_rec.data.io.plain import plain, plain_table
+from fused_rec.data.io.tables import dataset_from_tables, read_tables
+from fused_rec.data.io.writers import save_dataset
+from fused_rec.data.sources.registry import load
+from fused_rec.evaluation.suitability import groups_of
 from fused_rec.graph.build import attribute_edges
 
 HELD = {"user_id": ["u", "u", "v"], "item_id": ["i", "j", "k"]}

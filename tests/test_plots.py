@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fused_rec.evaluate import plots
+from fused_rec.evaluation import plots
 
 pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
 
@@ -28,7 +28,7 @@ def test_variants_are_sorted_and_controls_grey():
 def test_slices_show_means_and_extremes(tmp_path):
     def row(name: str, seed: int, value: float) -> dict:
         found = {"users": 7, "ndcg@10": value}
-        return {"variant": name, "seed": seed, "slices": {"user_ties": {"with": found, "without": found}}}
+        return {"variant": name, "seed": seed, "slices": {"user_social_degree": {"with": found, "without": found}}}
 
     rows = [row("fused", 0, 0.4), row("fused", 1, 0.6), row("graph", 0, 0.3), row("shuffled_text", 0, 0.1)]
     figure = plots.by_slice(rows, "ndcg@10", "market", ["fused", "graph"])

@@ -11,8 +11,8 @@ from ir_measures import AP, RR, P, R, Success, nDCG
 from jax.tree_util import Partial
 
 from fused_rec import kernels
-from fused_rec.evaluate import ranking
-from fused_rec.evaluate.ranking import Sets, catalogue, evaluate, item_sets, mean, top_k
+from fused_rec.evaluation import ranking
+from fused_rec.evaluation.ranking import UserItemSets, catalogue, evaluate, item_sets, mean, top_k
 
 
 def _lookup(table, users):
@@ -33,7 +33,7 @@ def sets_where(mask):
     return item_sets(user, item, len(mask))
 
 
-def lists_of(sets: Sets):
+def lists_of(sets: UserItemSets):
     return [list(sets.items[sets.indptr[u] : sets.indptr[u + 1]]) for u in range(sets.n_users)]
 
 
@@ -91,7 +91,7 @@ def test_evaluate_by_hand():
         "mrr@4": [1 / 2, 1],
         "map@4": [(1 / 2 + 2 / 4) / 2, 1],
         # User 0: 2 and 4 against 1 and 3: 2 beats 3. User 1: 2 against 0 and 1.
-        "accuracy": [1 / 4, 1],
+        "auc": [1 / 4, 1],
         # log2(3 users / count), item 1 as if one user had it: items 1 2 3 4, and 2 1 0.
         "novelty@10": [(2 * np.log2(3) + np.log2(3 / 2)) / 4, np.log2(3)],
     }
@@ -110,15 +110,15 @@ def test_evaluate_among_candidates():
     assert per_user.users.tolist() == [0]
     assert per_user.metrics["recall@2"] == [1]
     assert per_user.metrics["mrr@2"] == [1 / 2]
-    assert per_user.metrics["accuracy"] == [0]
+    assert per_user.metrics["auc"] == [0]
     assert per_user.aggregate == {"coverage@10": pytest.approx(2 / 3)}
 
 
 def test_mean_leaves_out_users_without_pairs():
     # User 1 has seen all but its held-out item: every metric is 1, and there is nothing to compare it with.
     per_user = _by_hand(seen=sets_of([[0], [0, 1, 3, 4], []]))
-    np.testing.assert_allclose(per_user.metrics["accuracy"], [1 / 4, np.nan])
-    assert mean(per_user)["accuracy"] == 1 / 4
+    np.testing.assert_allclose(per_user.metrics["auc"], [1 / 4, np.nan])
+    assert mean(per_user)["auc"] == 1 / 4
     assert per_user.metrics["recall@2"].tolist() == [1 / 2, 1]
 
 
@@ -250,8 +250,8 @@ def test_the_kernel_finds_what_plain_jax_finds(rows, n_items, k, kind):
     eligible[0] = False
     _, order = catalogue(n_items, None, 0)
     for got, expected in zip(
-        jax.jit(ranking.best, static_argnums=3)(scores, eligible, order, k),
-        (*jax.jit(ranking._best, static_argnums=3)(scores, eligible, order, k), np.ones(rows, bool)),
+        jax.jit(ranking.top_k_filtered, static_argnums=3)(scores, eligible, order, k),
+        (*jax.jit(ranking._top_k_filtered, static_argnums=3)(scores, eligible, order, k), np.ones(rows, bool)),
         strict=True,
     ):
         np.testing.assert_array_equal(got, expected)
@@ -263,7 +263,11 @@ def test_rows_that_are_not_finite_are_told(strange):
     scores = np.zeros((3, 130), np.float32)
     scores[1, 128] = strange
     _, order = catalogue(130, None, 0)
-    assert ranking.best(jnp.asarray(scores), jnp.zeros((3, 130), bool), order, 4)[2].tolist() == [True, False, True]
+    assert ranking.top_k_filtered(jnp.asarray(scores), jnp.zeros((3, 130), bool), order, 4)[2].tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_places_are_the_order():
@@ -282,7 +286,7 @@ def test_a_constant_scorer_is_chance():
     scorer = scorer_of(np.ones((n_users, n_items)))
     counts = np.ones(n_items, int)
     recalls = [mean(evaluate(scorer, **arguments, ks=(10,), item_counts=counts, seed=seed)) for seed in range(60)]
-    assert all(r["accuracy"] == 0.5 for r in recalls)
+    assert all(r["auc"] == 0.5 for r in recalls)
     # Hypergeometric: mean 10 * 20 / 40 / 20 = 1/4, deviation of the mean of 60 draws .0088.
     assert np.mean([r["recall@10"] for r in recalls]) == pytest.approx(1 / 4, abs=0.03)
 

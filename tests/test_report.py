@@ -11,20 +11,31 @@ from hypothesis import strategies as st
 from webpage import BROWSER, DARK, LIGHT, Page, browse, console, needs_browser
 
 from fused_rec.config import Config, to_dict
-from fused_rec.evaluate.compare import Difference
-from fused_rec.evaluate.ranking import PerUser
-from fused_rec.evaluate.suitability import Gaps, Group
-from fused_rec.explain import facts as finding
-from fused_rec.explain import report
-from fused_rec.explain.facts import Customer, Facts, Hop, Model, Passage, Recommended, Route, Sliced, Span, compared
-from fused_rec.explain.figures import Bar, Step, Way, bars, curve, in_words, interval, ways
-from fused_rec.explain.markup import cut, document, element, visible
-from fused_rec.explain.reasons import Reason
-from fused_rec.explain.report import page
-from fused_rec.explain.style import DARK as DARK_PALETTE
-from fused_rec.explain.style import LIGHT as LIGHT_PALETTE
-from fused_rec.explain.style import READ, SEEN, contrast, stylesheet
-from fused_rec.explain.without import Change
+from fused_rec.evaluation.ranking import UserMetrics
+from fused_rec.evaluation.significance import Difference
+from fused_rec.evaluation.suitability import Gaps, Group
+from fused_rec.explanation.counterfactual import CounterfactualEffect
+from fused_rec.explanation.reasons import Reason
+from fused_rec.reporting import data as finding
+from fused_rec.reporting import page as page_module
+from fused_rec.reporting.data import (
+    Customer,
+    Hop,
+    Model,
+    Passage,
+    Recommended,
+    ReportData,
+    Route,
+    Sliced,
+    Span,
+    compared,
+)
+from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
+from fused_rec.reporting.markup import cut, document, element, visible
+from fused_rec.reporting.page import render_page
+from fused_rec.reporting.style import DARK as DARK_PALETTE
+from fused_rec.reporting.style import LIGHT as LIGHT_PALETTE
+from fused_rec.reporting.style import READ, SEEN, contrast, stylesheet
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='taken'\">",
@@ -36,11 +47,11 @@ HOSTILE = (
 )
 
 
-def hostile_facts() -> Facts:
+def hostile_facts() -> ReportData:
     """Made by hand; every text that tables could hold is one of `HOSTILE`."""
     img, svg, attribute, title, mixed, long = HOSTILE
-    metrics = {"ndcg@10": (0.25, 0.2, 0.3), "recall@10": (0.5, 0.4, 0.6), "accuracy": (0.875, 0.8, 0.9)}
-    lower = {"ndcg@10": (0.125, 0.1, 0.15), "recall@10": (0.3, 0.2, 0.4), "accuracy": (math.nan, math.nan, math.nan)}
+    metrics = {"ndcg@10": (0.25, 0.2, 0.3), "recall@10": (0.5, 0.4, 0.6), "auc": (0.875, 0.8, 0.9)}
+    lower = {"ndcg@10": (0.125, 0.1, 0.15), "recall@10": (0.3, 0.2, 0.4), "auc": (math.nan, math.nan, math.nan)}
     gain = Difference(0.125, 0.1, 0.15, 1.0, 0.8, 1.2, 0.001)
     groups = {svg: Group(12, 0.2, 0.1, 0.3), long: Group(20, 0.3, 0.25, 0.35), "unknown": Group(2, 0.0, 0.0, 0.0)}
     routes = (
@@ -62,14 +73,14 @@ def hostile_facts() -> Facts:
         *(1, attribute, img, 0.75),
         (Reason("HOLDINGS", f"The customer holds {svg} (60% of what speaks for it).", 0.6),),
         routes,
-        (mixed, Change(0.75, 1, 0.5, 4)),
+        (mixed, CounterfactualEffect(0.75, 1, 0.5, 4)),
         (Passage(title, mixed, (Span(0, 4, 0.5), Span(7, 9, -0.25))), Passage("Long", "word " * 2000)),
     )
     second = item._replace(rank=2, name=long, routes=(), effect=None, passages=())
     config = to_dict(Config())
     config["data"]["path"] = img
     config["text"]["model"] = svg
-    return Facts(
+    return ReportData(
         results={
             "dataset": title,
             "split": "random",
@@ -89,9 +100,9 @@ def hostile_facts() -> Facts:
             **{"in the training part": 66, "in the validation part": 11, "in the test part": 22},
         },
         digests={"tables": "ab" * 32, "model": "cd" * 32},
-        part="valid",
+        split="valid",
         models=(
-            Model(svg, lower, {"ndcg@10": gain, "recall@10": gain, "accuracy": gain}),
+            Model(svg, lower, {"ndcg@10": gain, "recall@10": gain, "auc": gain}),
             Model("fused", metrics, None),
         ),
         curve=(
@@ -104,7 +115,10 @@ def hostile_facts() -> Facts:
             "users": 34,
             "k": 10,
             "suitable": {"without": 0.5, "under": 1.0},
-            "account": {"without_any": 2, "rules": {img: {"excluded": 40, "alone": 3, "of_top": 1}}},
+            "account": {
+                "users_without_recommendations": 2,
+                "rules": {img: {"excluded": 40, "excluded_only_by_rule": 3, "excluded_from_topk": 1}},
+            },
             "costs": {
                 "": {"difference": 0.01, "low": -0.005, "high": 0.02},
                 img: {"difference": -0.01, "low": -0.02, "high": 0.0},
@@ -119,13 +133,13 @@ def hostile_facts() -> Facts:
             },
         },
         customers=(Customer(title, img, (svg, *("one",) * 20), 2, (item, second)), Customer("7", "7", (), 0, ())),
-        chosen="drawn at random",
+        selection="drawn at random",
     )
 
 
 @pytest.fixture(scope="module")
 def made() -> str:
-    return page(hostile_facts())
+    return render_page(hostile_facts())
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +172,16 @@ def test_nothing_to_show_is_a_page_as_well():
     facts = dataclasses.replace(
         hostile_facts(), models=hostile_facts().models[1:], curve=(), slices=(), rules=None, customers=()
     )
-    read = Page(page(facts))
+    read = Page(render_page(facts))
     assert read.faults == []
     shown = " ".join(read.texts)
     assert "No rules were given" in shown and "No customer was asked for." in shown and "No curves were kept." in shown
 
 
 def test_a_page_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(report, "LARGEST", 10_000)
+    monkeypatch.setattr(page_module, "LARGEST", 10_000)
     with pytest.raises(ValueError, match="bytes, at most 10,000; ask for fewer customers or products"):
-        page(hostile_facts())
+        render_page(hostile_facts())
 
 
 TEXT = st.text(max_size=40) | st.sampled_from(HOSTILE)
@@ -306,11 +320,11 @@ def test_a_curve_has_a_gap_where_a_value_is_missing():
 def test_paths_share_the_nodes_with_which_they_begin():
     start, bond = Step("u", "The customer"), Step("i1", "Bond", "holds")
     found = [
-        Way([start, bond], "alike in words", True, 0.2),
-        Way([start, Step("t", "another customer", "tie: friend")], "holds", False, 0.1),
-        Way([start, bond, Step("u2", "another customer", "held by")], "holds", False, 0.05),
+        PathDiagram([start, bond], "alike in words", True, 0.2),
+        PathDiagram([start, Step("t", "another customer", "tie: friend")], "holds", False, 0.1),
+        PathDiagram([start, bond, Step("u2", "another customer", "held by")], "holds", False, 0.05),
     ]
-    parts = drawn(ways("w", "T", found, "Gold"))
+    parts = drawn(path_diagrams("w", "T", found, "Gold"))
     nodes = [given for tag, given, _ in parts if tag == "circle"]
     assert len(nodes) == 5  # customer, bond, two others, gold
     assert [node["cx"] for node in nodes if node["class"] == "node goal"] == ["168"]
@@ -318,8 +332,8 @@ def test_paths_share_the_nodes_with_which_they_begin():
     assert {line["class"] for line in lines} == {"way", "way alike"}
     widths = sorted({float(line["stroke-width"]) for line in lines})
     assert len(widths) > 2 and widths[-1] == 6
-    told = [text for tag, _, text in parts if tag == "text"]
-    assert {"alike in words+0.200", "holds+0.100", "holds+0.050"} <= set(told)
+    reported = [text for tag, _, text in parts if tag == "text"]
+    assert {"alike in words+0.200", "holds+0.100", "holds+0.050"} <= set(reported)
     assert (
         in_words(found[2])
         == "The customer → holds: Bond → held by: another customer → holds → the product: adds 0.050 to the score."
@@ -341,9 +355,9 @@ def test_numbers_as_they_are_written():
 # --- what is found -------------------------------------------------------------------------------------------------
 
 
-def per_user(values: list[float]) -> PerUser:
+def per_user(values: list[float]) -> UserMetrics:
     array = np.array(values, np.float32)
-    return PerUser(np.arange(len(values), dtype=np.int32), dict.fromkeys(finding.METRICS, array), {})
+    return UserMetrics(np.arange(len(values), dtype=np.int32), dict.fromkeys(finding.METRICS, array), {})
 
 
 def test_models_are_compared_on_the_same_users():

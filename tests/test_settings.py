@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fused_rec.text import settings
-from fused_rec.text.decoder import DecoderConfig
-from fused_rec.text.embed import _identity, embed, tokens
-from fused_rec.text.families import FAMILIES
+from fused_rec.text.encode import _identity, encode_texts, tokens
+from fused_rec.text.encoders.decoder import DecoderConfig
+from fused_rec.text.encoders.registry import FAMILIES
 from fused_rec.text.pretrained import open_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,7 +68,7 @@ def copy_of(family, tmp_path, **files):
 @pytest.mark.parametrize("case", CASES)
 def test_vectors_are_those_of_sentence_transformers(case, expected, tmp_path):
     model = open_model(str(copy_of(case.split("/")[0], tmp_path, **CASES[case])))
-    np.testing.assert_allclose(embed(TEXTS, model, cache=None, progress=False), expected[case], atol=1e-5)
+    np.testing.assert_allclose(encode_texts(TEXTS, model, cache=None, progress=False), expected[case], atol=1e-5)
 
 
 def test_each_setting_matters(expected):
@@ -88,7 +88,7 @@ def test_the_end_that_is_cut_is_part_of_the_cache_key(tmp_path):
     assert _identity(dataclasses.replace(right, cut="left"), 9) != _identity(right, 9)
     [kept] = tokens([words], left)
     assert words[kept.spans[-2][0] : kept.spans[-2][1]].strip() in "eight" and len(kept.ids) == 9
-    vectors = [embed([words], model, cache=tmp_path / "cache", progress=False) for model in (right, left, right)]
+    vectors = [encode_texts([words], model, cache=tmp_path / "cache", progress=False) for model in (right, left, right)]
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01
     np.testing.assert_array_equal(vectors[0], vectors[2])
 
@@ -318,7 +318,7 @@ def test_a_window_that_a_mistral_leaves_out():
     for given in ({}, {"sliding_window": None}):
         config = FAMILIES["mistral"].read({key: v for key, v in stored.items() if key != "sliding_window"} | given)
         assert isinstance(config, DecoderConfig)
-        reaches.append(config.reaches[0])
+        reaches.append(config.windows[0])
     assert reaches[0] == 4096 < reaches[1]
 
 

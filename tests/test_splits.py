@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from fused_rec.config import DataConfig, SplitConfig, SplitKind
 from fused_rec.data.dataset import Dataset, column, empty_reviews, empty_ties
-from fused_rec.data.readers import load
-from fused_rec.data.splits import PARTS, Split, observe, split
+from fused_rec.data.sources.registry import load
+from fused_rec.data.splits import SPLIT_NAMES, Split, observe, split
 
 
 def table(**columns) -> pa.Table:
     """Integer columns become int32 (timestamps int64), as in a Dataset."""
-    types = {"timestamp": pa.int64(), "text": pa.string(), "kind": pa.string(), "part": pa.string()}
+    types = {"timestamp": pa.int64(), "text": pa.string(), "kind": pa.string(), "split": pa.string()}
     return pa.table({name: pa.array(values, types.get(name, pa.int32())) for name, values in columns.items()})
 
 
@@ -142,20 +142,20 @@ def test_new_users_go_with_all_their_interactions():
 
 
 def test_published_parts_stay_as_given():
-    data = dataset(table(user=[0, 0, 1, 1], item=[0, 1, 0, 1], part=["test", "train", "valid", "train"]))
-    parts = split(data, SplitConfig(kind="published"))
+    data = dataset(table(user=[0, 0, 1, 1], item=[0, 1, 0, 1], split=["test", "train", "valid", "train"]))
+    parts = split(data, SplitConfig(kind="predefined"))
     assert (parts.train.tolist(), parts.valid.tolist(), parts.test.tolist()) == ([1, 3], [2], [0])
 
 
 def test_published_without_valid_carves_it_from_train_and_spares_each_users_last_row():
     user = [0, 1, 2, 3, 3, 3, 3, 3, 3, 0]
-    data = dataset(table(user=user, item=range(10), part=["train"] * 9 + ["test"]))
-    parts = split(data, SplitConfig(kind="published", valid=0.5))
+    data = dataset(table(user=user, item=range(10), split=["train"] * 9 + ["test"]))
+    parts = split(data, SplitConfig(kind="predefined", valid=0.5))
     assert parts.test.tolist() == [9]
     assert len(parts.valid) == 4  # round(.5 * 9), to even
     assert set(np.array(user)[parts.train].tolist()) == {0, 1, 2, 3}
     # only five rows can go without emptying a user: the sixth takes a user's only row, and no more than that
-    emptied = split(data, SplitConfig(kind="published", valid=0.67))
+    emptied = split(data, SplitConfig(kind="predefined", valid=0.67))
     assert len(emptied.valid) == 6 and len(set(np.array(user)[emptied.train].tolist())) == 3
 
 
@@ -163,8 +163,8 @@ def test_published_without_valid_carves_it_from_train_and_spares_each_users_last
 @pytest.mark.parametrize("seed", [0, 2**40])
 def test_laws(kind: SplitKind, seed: int):
     interactions = grid(9, 11)
-    if kind == "published":
-        interactions = interactions.append_column("part", pa.array(["train"] * 90 + ["test"] * 9))
+    if kind == "predefined":
+        interactions = interactions.append_column("split", pa.array(["train"] * 90 + ["test"] * 9))
     data = dataset(interactions)
     parts = split(data, SplitConfig(kind=kind, seed=seed))
     rows = [parts.train, parts.valid, parts.test]
@@ -172,7 +172,7 @@ def test_laws(kind: SplitKind, seed: int):
     assert all(len(r) and (np.diff(r) > 0).all() and r.dtype == np.int64 for r in rows)
     shuffled = dataset(interactions.take(np.random.default_rng(seed).permutation(99)))
     again = split(shuffled, SplitConfig(kind=kind, seed=seed))
-    for name in PARTS:
+    for name in SPLIT_NAMES:
         assert pairs_of(data, getattr(parts, name)) == pairs_of(shuffled, getattr(again, name))
 
 
@@ -207,9 +207,9 @@ def test_time_never_straddles_and_per_user_never_empties(times, test, valid):
         ("time", {"timestamp": [4, 4, 5]}, "cannot place the valid part: the 2 interactions before it share 1 instant"),
         ("random", {}, "leaves the valid part without interactions: split.test is 0.2 and split.valid 0.1 of 3"),
         ("new_users", {}, "leaves the valid part without interactions"),
-        ("published", {}, "needs a part column, and tiny has none"),
-        ("published", {"part": ["train", None, "dev"]}, "2 interactions name no known part, first row 1 with None"),
-        ("published", {"part": ["train", "train", "valid"]}, "the published split of tiny has no test part"),
+        ("predefined", {}, "needs a split column, and tiny has none"),
+        ("predefined", {"split": ["train", None, "dev"]}, "2 interactions name no known split, first row 1 with None"),
+        ("predefined", {"split": ["train", "train", "valid"]}, "the predefined split of tiny has no test part"),
     ],
 )
 def test_impossible_requests_say_what_to_do(kind, columns, words):
@@ -247,7 +247,7 @@ def test_observed_pairs_are_the_known_rows():
     data = dataset(table(**PAIRS))
     assert observe(data, six("random")).item.tolist() == [0, 1, 1, 3]
     assert observe(data, six("random"), ("train", "valid")).item.tolist() == [0, 1, 1, 3, 2]
-    everything = observe(data, six("random"), PARTS)
+    everything = observe(data, six("random"), SPLIT_NAMES)
     assert (everything.user.tolist(), everything.item.tolist()) == (PAIRS["user"], PAIRS["item"])
     assert everything.user.dtype == everything.item.dtype == np.int32
 
@@ -262,7 +262,7 @@ def test_reviews_of_held_out_pairs_are_withheld():
     rows = [(0, 0, "known", 10), (0, 2, "valid", 20), (1, 3, "test", 30), (2, 2, "no interaction", 99), (1, 3, "", 0)]
     assert seen_reviews("random", rows) == [0, 3]
     assert seen_reviews("random", rows, ("train", "valid")) == [0, 1, 3]
-    assert seen_reviews("random", rows, PARTS) == [0, 1, 2, 3, 4]
+    assert seen_reviews("random", rows, SPLIT_NAMES) == [0, 1, 2, 3, 4]
 
 
 def test_a_post_that_names_a_held_out_item_too_is_withheld():
@@ -275,7 +275,7 @@ def test_a_post_that_names_a_held_out_item_too_is_withheld():
         (0, 2, "rock", 7),
     ]
     assert seen_reviews("random", rows) == [2, 3, 4]
-    assert seen_reviews("random", rows, PARTS) == [0, 1, 2, 3, 4, 5]
+    assert seen_reviews("random", rows, SPLIT_NAMES) == [0, 1, 2, 3, 4, 5]
 
 
 def test_new_items_hear_nothing_said_about_them_by_anyone():
@@ -307,7 +307,7 @@ def test_time_refuses_what_has_no_date():
         observe(dataset(table(**PAIRS), undated), six("time"))
     with pytest.raises(ValueError, match="1 of 2 ties have no timestamp"):
         seen_ties("time", [(0, 1, "follows", 1, None), (0, 2, "follows", None, None)])
-    assert observe(dataset(table(**PAIRS), undated), six("time"), PARTS).reviews.num_rows == 1
+    assert observe(dataset(table(**PAIRS), undated), six("time"), SPLIT_NAMES).reviews.num_rows == 1
     assert observe(dataset(table(**PAIRS)), six("time")).reviews.num_rows == 0
 
 
@@ -323,7 +323,7 @@ def test_ties_from_acts_on_held_out_items_are_withheld():
     ]
     assert seen_ties("random", ties) == [(2, 1, "mention"), (2, 0, "retweet"), (1, 2, "friend")]
     assert seen_ties("random", ties, ("train", "valid"))[0] == (0, 1, "retweet")
-    assert len(seen_ties("random", ties, PARTS)) == 5
+    assert len(seen_ties("random", ties, SPLIT_NAMES)) == 5
 
 
 def test_an_act_without_time_is_all_acts_of_its_pair_and_kind():
@@ -349,7 +349,7 @@ needs_data = pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set 
 @needs_data
 def test_sociallgn_split_of_lastfm():
     data = load(DataConfig("lastfm_sociallgn"))
-    parts = split(data, SplitConfig("published"))
+    parts = split(data, SplitConfig("predefined"))
     assert (len(parts.train), len(parts.valid), len(parts.test)) == (
         66_840,
         7_427,
@@ -390,4 +390,4 @@ def test_stocknet_sees_no_tie_of_the_future():
     assert parts.valid_from is not None and parts.test_from is not None
     assert column(seen.reviews, "timestamp").max() < parts.valid_from
     assert parts.valid_from <= column(known.reviews, "timestamp").max() < parts.test_from
-    assert 0 < seen.ties.num_rows < known.ties.num_rows < observe(data, parts, PARTS).ties.num_rows
+    assert 0 < seen.ties.num_rows < known.ties.num_rows < observe(data, parts, SPLIT_NAMES).ties.num_rows

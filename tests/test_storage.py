@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fused_rec.data.dataset import Dataset, digest
-from fused_rec.data.tables import dataset_from_tables, read_tables
-from fused_rec.data.writers import LAYOUTS, save_dataset
+from fused_rec.data.io.tables import dataset_from_tables, read_tables
+from fused_rec.data.io.writers import LAYOUTS, save_dataset
 from fused_rec.storage import SaveError, check_new, fill_file, fill_folder, scratch, write_file
 
 ROOT = Path(__file__).parents[1]
@@ -113,8 +113,8 @@ def test_a_folder_is_new_or_empty(tmp_path):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from fused_rec.data.tables import read_tables
-from fused_rec.data.writers import save_dataset
+from fused_rec.data.io.tables import read_tables
+from fused_rec.data.io.writers import save_dataset
 dataset = read_tables(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:

@@ -13,25 +13,25 @@ from hypothesis import strategies as st
 from fused_rec.config import Config, ModelConfig, SplitConfig
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import split
-from fused_rec.data.synthetic import make_market
-from fused_rec.evaluate.ranking import Eligible, Sets, evaluate, item_sets, top_k
-from fused_rec.evaluate.rules import apply, parse
-from fused_rec.evaluate.suitability import (
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.evaluation.filters import apply, parse
+from fused_rec.evaluation.ranking import CandidateFilter, UserItemSets, evaluate, item_sets, top_k
+from fused_rec.evaluation.suitability import (
     DAY,
-    account,
-    add,
     check_groups,
+    exclusion_counts,
     group_gaps,
     groups_of,
     period_returns,
+    rank_with_filters,
     realised_return,
     rule_costs,
-    screen,
     suitable,
     suitable_share,
+    sum_counts,
 )
-from fused_rec.train.measure import measure_rules
-from fused_rec.train.prepare import prepare
+from fused_rec.training.evaluate import evaluate_rules
+from fused_rec.training.inputs import prepare
 
 N_USERS, N_ITEMS, K = 9, 12, 3
 
@@ -52,7 +52,7 @@ def given_scores(scores: np.ndarray) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_look_up, jnp.asarray(scores, jnp.float32))
 
 
-def none_held(n_users: int = N_USERS) -> Sets:
+def none_held(n_users: int = N_USERS) -> UserItemSets:
     return item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), n_users)
 
 
@@ -110,7 +110,7 @@ def test_nothing_unsuitable_is_ever_recommended_and_every_exclusion_is_counted(m
     pairs = np.array(sorted(held), np.int64).reshape(-1, 2)
     eligible = apply(parse(json.dumps({"rules": RULES})), users, items, item_sets(pairs[:, 0], pairs[:, 1], N_USERS))
     asked = rng.permutation(N_USERS)[:7]
-    found = screen(
+    found = rank_with_filters(
         given_scores(scores), eligible, asked, seen=none_held(), n_items=N_ITEMS, k=K, batch=2, devices=devices
     )
 
@@ -123,27 +123,34 @@ def test_nothing_unsuitable_is_ever_recommended_and_every_exclusion_is_counted(m
         assert found.scores[row, : len(best)].tolist() == scores[user][best].tolist()
         assert found.before[row].tolist() == ranked[:K].tolist()
 
-    told = account(found, eligible.names)
+    reported = exclusion_counts(found, eligible.names)
     top = np.take_along_axis(passes, found.before[None], axis=2)
     for name, own in zip((rule["name"] for rule in RULES), range(len(RULES)), strict=True):
         refused = ~passes[own]
         others = np.delete(passes, own, axis=0).all(0)
-        assert told["rules"][name] == {
+        assert reported["rules"][name] == {
             "excluded": refused.sum(),
-            "alone": (refused & others).sum(),
-            "of_top": (~top[own]).sum(),
+            "excluded_only_by_rule": (refused & others).sum(),
+            "excluded_from_topk": (~top[own]).sum(),
         }
-    assert told["ranked"] == np.minimum(fine.sum(1), K).sum()
-    assert (told["users"], told["without_any"], told["fewer"]) == (7, (fine.sum(1) == 0).sum(), (fine.sum(1) < K).sum())
-    assert (told["top"], told["top_suitable"]) == (7 * K, top.all(0).sum())
+    assert reported["recommendations"] == np.minimum(fine.sum(1), K).sum()
+    assert (reported["users"], reported["users_without_recommendations"], reported["users_with_short_list"]) == (
+        7,
+        (fine.sum(1) == 0).sum(),
+        (fine.sum(1) < K).sum(),
+    )
+    assert (reported["top"], reported["top_suitable"]) == (7 * K, top.all(0).sum())
 
     assert suitable(eligible, asked, found.before, batch=2).tolist() == top.all(0).tolist()
     assert suitable(eligible, asked, found.items).tolist() == (found.items >= 0).tolist()
 
 
 def test_accounts_add_up():
-    one = {"users": 2, "rules": {"a": {"alone": 1}}}
-    assert add(one, {"users": 3, "rules": {"a": {"alone": 5}}}) == {"users": 5, "rules": {"a": {"alone": 6}}}
+    one = {"users": 2, "rules": {"a": {"excluded_only_by_rule": 1}}}
+    assert sum_counts(one, {"users": 3, "rules": {"a": {"excluded_only_by_rule": 5}}}) == {
+        "users": 5,
+        "rules": {"a": {"excluded_only_by_rule": 6}},
+    }
 
 
 # Four users by four items: user u scores item i by 10 - i, so that everybody's list is 0, 1, 2, 3.
@@ -152,7 +159,7 @@ PRODUCTS = pa.table({"item_id": list("wxyz"), "risk": [3, 1, 2, 1]})
 SCORES = np.tile(10.0 - np.arange(4), (4, 1))
 
 
-def risk_and_list(*withdrawn: str) -> Eligible:
+def risk_and_list(*withdrawn: str) -> CandidateFilter:
     rules = [
         {"name": "risk", "require": ["item.risk", "at_most", "user.risk"]},
         {"name": "withdrawn", "refuse": {"items": withdrawn}},
@@ -194,14 +201,14 @@ def test_shares_by_hand():
 
 
 def test_without_rules_a_screen_is_a_ranking():
-    found = screen(given_scores(SCORES), Eligible(), np.arange(4), seen=none_held(4), n_items=4, k=2)
+    found = rank_with_filters(given_scores(SCORES), CandidateFilter(), np.arange(4), seen=none_held(4), n_items=4, k=2)
     assert found.items.tolist() == found.before.tolist() == [[0, 1]] * 4
-    assert account(found, ())["top_suitable"] == 8
+    assert exclusion_counts(found, ())["top_suitable"] == 8
     for users in (np.array([4]), np.array([-1])):
         with pytest.raises(ValueError, match=r"they must lie in 0\.\.3, those of seen"):
-            screen(given_scores(SCORES), Eligible(), users, seen=none_held(4), n_items=4, k=2)
+            rank_with_filters(given_scores(SCORES), CandidateFilter(), users, seen=none_held(4), n_items=4, k=2)
     with pytest.raises(ValueError, match="k is 0"):
-        screen(given_scores(SCORES), Eligible(), np.arange(4), seen=none_held(4), n_items=4, k=0)
+        rank_with_filters(given_scores(SCORES), CandidateFilter(), np.arange(4), seen=none_held(4), n_items=4, k=0)
 
 
 # --- returns
@@ -314,7 +321,7 @@ def test_groups_of_an_attribute():
 def test_what_rules_do_to_a_market():
     """Scores that rank risky products first, a rule against them, and prices that double."""
     config = Config(model=ModelConfig(variant="graph"), split=SplitConfig(kind="random"))
-    market = make_market(0, n_users=60, n_items=25)
+    market = make_synthetic(0, n_users=60, n_items=25)
     prepared = prepare(config, market, split(market, config.split))
     risk = column(market.items, "risk_band")
     scores = np.tile(risk + np.linspace(0, 0.5, 25), (60, 1))
@@ -334,18 +341,19 @@ def test_what_rules_do_to_a_market():
         }
     )
     parsed = parse(json.dumps({"rules": rules}))
-    report = measure_rules(
+    report = evaluate_rules(
         prepared, given_scores(scores), "test", parsed, k=5, groups=["risk_tolerance"], prices=prices, days=100
     )
     assert report["suitable"]["under"] == 1.0
     assert report["suitable"]["without"] == report["account"]["top_suitable"] / report["account"]["top"] < 0.6
-    assert report["account"]["rules"]["mine"] == {"excluded": 0, "alone": 0, "of_top": 0}  # seen, and so no candidate
+    # seen, and so no candidate
+    assert report["account"]["rules"]["mine"] == {"excluded": 0, "excluded_only_by_rule": 0, "excluded_from_topk": 0}
     assert list(report["costs"]) == ["", "risk", "mine"]
     assert report["costs"][""] == report["costs"]["risk"] and report["costs"]["mine"]["difference"] == 0
     assert report["returns"]["under"]["mean"] == 1.0 and 0.9 < report["returns"]["under"]["priced"] < 1.0
-    told = report["groups"]["risk_tolerance"]
-    assert set(told) == {"ndcg@10", "suitable@5 without", "return under"}
-    shares = told["suitable@5 without"]
+    reported = report["groups"]["risk_tolerance"]
+    assert set(reported) == {"ndcg@10", "suitable@5 without", "return under"}
+    shares = reported["suitable@5 without"]
     # Who bears most risk loses nothing by a rule about risk.
     assert shares["best"] == "5" and shares["groups"]["5"]["mean"] == 1.0 and shares["gap"] > 0.5 and shares["p"] < 0.01
     json.dumps(report, allow_nan=False)

@@ -12,12 +12,12 @@ import pytest
 from fused_rec.config import SplitConfig
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.splits import observe, split
-from fused_rec.data.synthetic import SECONDS, START, draw_tastes, make_market
+from fused_rec.data.synthetic import SECONDS, START, make_synthetic, sample_latent_factors
 
 
 @pytest.fixture(scope="module")
 def market() -> Dataset:
-    return make_market()
+    return make_synthetic()
 
 
 def digest(data: Dataset) -> str:
@@ -29,7 +29,7 @@ def test_equal_arguments_give_equal_bytes(market):
     # Every figure published for the synthetic market rests on these bytes. If the generator changes on purpose, or
     # NumPy changes its streams, put the new digest here and say in CHANGELOG.md that such figures changed.
     assert digest(market) == "6877997f81cd9db2e3d31a750480c753f9cfa97f8cec271a8507a2b4e25829dc"
-    assert digest(make_market(1, 50, 30)) == digest(make_market(1, 50, 30)) != digest(make_market(2, 50, 30))
+    assert digest(make_synthetic(1, 50, 30)) == digest(make_synthetic(1, 50, 30)) != digest(make_synthetic(2, 50, 30))
 
 
 def test_tables_are_a_dataset(market):
@@ -75,14 +75,14 @@ def test_reviews_follow_holdings(market):
 
 
 def test_small_markets_and_their_bound():
-    small = make_market(3, 20, 20)
+    small = make_synthetic(3, 20, 20)
     assert (small.n_users, small.n_items) == (20, 20) and small.interactions.num_rows == 100
     with pytest.raises(ValueError, match="n_users is 500 and n_items 19; a market needs at least 20 of each"):
-        make_market(0, 500, 19)
+        make_synthetic(0, 500, 19)
 
 
 def test_facets_show_where_they_should(market):
-    users, items = draw_tastes(0, 2000, 400)
+    users, items = sample_latent_factors(0, 2000, 400)
     alike = users.concern[column(market.ties, "source")] == users.concern[column(market.ties, "target")]
     assert alike.mean() > 0.8  # a twelfth by chance
     assert (items.risk + 1 == column(market.items, "risk_band")).all()
@@ -100,7 +100,7 @@ def test_facets_show_where_they_should(market):
 
 def test_generation_is_quick():
     start = time.process_time()
-    make_market(5)
+    make_synthetic(5)
     assert time.process_time() - start < 5  # 0.5 s here
 
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rec.data.arrow import join_texts
 from fused_rec.data.dataset import DataError, Dataset
-from fused_rec.data.numbers import typed
-from fused_rec.data.tables import dataset_from_tables, read_tables
-from fused_rec.data.times import parse_times, read_times
+from fused_rec.data.io.arrow import join_texts
+from fused_rec.data.io.numbers import typed
+from fused_rec.data.io.tables import dataset_from_tables, read_tables
+from fused_rec.data.io.times import parse_times, read_times
 
 SOUND = {
     "interactions": "user_id,item_id,timestamp,value\nu1,i1,100,1.5\nu2,i1,200,\nu1,i2,,2\n",
@@ -33,7 +33,7 @@ def write(folder: Path, **tables: str) -> Path:
     return folder
 
 
-def told(folder: Path, **arguments) -> str:
+def reported(folder: Path, **arguments) -> str:
     with pytest.raises(DataError) as error:
         read_tables(folder, **arguments)
     return str(error.value)
@@ -74,12 +74,12 @@ def test_sound_tables_are_read_as_they_are(tmp_path):
 
 
 def test_without_users_and_items_ids_come_in_order_of_first_appearance(tmp_path):
-    rows = "user_id,item_id,text,part\nŻółw,007,a new product,train\nNA,7,,valid\nŻółw,7,good,test\n"
+    rows = "user_id,item_id,text,split\nŻółw,007,a new product,train\nNA,7,,valid\nŻółw,7,good,test\n"
     dataset = read_tables(write(tmp_path, interactions=rows))
 
     assert dataset.users.to_pydict() == {"user_id": ["Żółw", "NA"]}
     assert dataset.items.to_pydict() == {"item_id": ["007", "7"]}
-    assert dataset.interactions["part"].to_pylist() == ["train", "valid", "test"]
+    assert dataset.interactions["split"].to_pylist() == ["train", "valid", "test"]
     assert dataset.reviews.to_pydict() == {"user": [0, 0], "item": [0, 1], "text": ["a new product", "good"]}
 
 
@@ -115,7 +115,7 @@ def test_an_odd_time_among_many_does_not_change_the_others():
 def test_every_fault_of_every_file_is_told_at_once(tmp_path):
     write(
         tmp_path,
-        interactions="user_id,item_id,timestamp,value,text,part\n"
+        interactions="user_id,item_id,timestamp,value,text,split\n"
         "u1,i1,1400000000,inf,fine,train\n"  # row 2
         'u1,i1,1300000000,1," ",train\n'  # repeats row 2, says nothing
         ",i1,1400000000,inf,,train\n"
@@ -129,7 +129,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         users="user_id,score\nu1,1.5\nu2,inf\nu3,2\nu4,3\n",
         ties="source_id,target_id\nu1,u2\nu1,u1\nu1,u2\nu1,nobody\n",
     )
-    report = told(tmp_path, min_value=0.5)  # else no value is needed, and none a fault
+    report = reported(tmp_path, min_value=0.5)  # else no value is needed, and none a fault
 
     for line in (
         "interactions.csv, row 2: value 'inf' is not a finite 32-bit number.",
@@ -153,7 +153,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
     head = "16 faults in the input, 10 of which a repair would mend (--config.data.repair=True; in Python repair=True):"
     assert report.splitlines()[0] == head
     # What cannot be mended is refused even where a repair is asked for, and it alone is told.
-    assert told(tmp_path, min_value=0.5, repair=True).startswith("6 faults in the input:")
+    assert reported(tmp_path, min_value=0.5, repair=True).startswith("6 faults in the input:")
 
 
 def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
@@ -215,12 +215,12 @@ def test_a_repair_of_sound_tables_changes_nothing(tmp_path):
 
 def test_a_column_of_mostly_bad_times_is_not_emptied(tmp_path):
     write(tmp_path, interactions="user_id,item_id,timestamp\nu,a,1400000000000\nu,b,1400000000001\nu,c,5\n")
-    assert "milliseconds?" in told(tmp_path, repair=True)
+    assert "milliseconds?" in reported(tmp_path, repair=True)
 
 
 def test_examples_are_capped_and_the_total_is_said(tmp_path):
     rows = "".join(f"u,i{n},bad\n" for n in range(12)) + "".join(f"u,j{n},5\n" for n in range(12))
-    report = told(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
+    report = reported(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
     assert report.count("is not a time") == 5
     assert "interactions.csv: bad time: 12 rows in all, the first 5 listed." in report
 
@@ -240,12 +240,12 @@ def test_examples_are_capped_and_the_total_is_said(tmp_path):
     ],
 )
 def test_files_of_the_wrong_form(tmp_path, tables, message):
-    assert message in told(write(tmp_path, **tables))
+    assert message in reported(write(tmp_path, **tables))
 
 
 def test_a_fault_in_one_file_does_not_hide_those_of_the_others(tmp_path):
     write(tmp_path, interactions="user_id\nu\n", items="item_id\ni\ni\n", users="user_id\nu\n", ties="source_id\nu\n")
-    report = told(tmp_path)
+    report = reported(tmp_path)
     assert "3 faults" in report  # and not that every user is without an interaction
     assert "interactions.csv: column item_id is missing" in report
     assert "items.csv, row 3: item_id 'i' is already in row 2" in report
@@ -254,7 +254,9 @@ def test_a_fault_in_one_file_does_not_hide_those_of_the_others(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     (tmp_path / "interactions.csv").write_bytes("user_id,item_id\nu,i\nJosé,i\n".encode("latin-1"))
-    assert "interactions.csv, row 3: not UTF-8: b'Jos\\xe9,i\\n'. save the file as UTF-8, or name its" in told(tmp_path)
+    assert "interactions.csv, row 3: not UTF-8: b'Jos\\xe9,i\\n'. save the file as UTF-8, or name its" in reported(
+        tmp_path
+    )
     (tmp_path / "interactions.csv").write_bytes("user_id,item_id\nJosé,i\n".encode("utf-8-sig"))
     assert read_tables(tmp_path).users["user_id"].to_pylist() == ["José"]
 
@@ -262,7 +264,7 @@ def test_text_that_is_not_utf8(tmp_path):
 def test_both_forms_of_a_table(tmp_path):
     write(tmp_path, interactions="user_id,item_id\nu,i\n")
     pq.write_table(pa.table({"user_id": ["u"], "item_id": ["i"]}), tmp_path / "interactions.parquet")
-    assert "both interactions.csv and interactions.parquet are there. keep one of them" in told(tmp_path)
+    assert "both interactions.csv and interactions.parquet are there. keep one of them" in reported(tmp_path)
 
 
 def test_broken_parquet(tmp_path):
@@ -271,15 +273,15 @@ def test_broken_parquet(tmp_path):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"user_id,item_id\nu,i\n", b""):
         file.write_bytes(content)
-        assert "interactions.parquet: cannot be read" in told(tmp_path)
+        assert "interactions.parquet: cannot be read" in reported(tmp_path)
     pq.write_table(
         pa.table({"user_id": ["abcd"], "item_id": ["i"]}), file, write_page_checksum=True, compression="none"
     )
     file.write_bytes(file.read_bytes().replace(b"abcd", b"abce", 1))
-    assert "cannot be read: could not verify page integrity, CRC checksum verification failed" in told(tmp_path)
+    assert "cannot be read: could not verify page integrity, CRC checksum verification failed" in reported(tmp_path)
     bad = pa.array([b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"user_id": bad, "item_id": ["i"]}), file)
-    assert "Invalid UTF8" in told(tmp_path)
+    assert "Invalid UTF8" in reported(tmp_path)
 
 
 def test_ids_in_parquet_may_be_integers_or_categories_but_not_floats(tmp_path):
@@ -287,7 +289,7 @@ def test_ids_in_parquet_may_be_integers_or_categories_but_not_floats(tmp_path):
     pq.write_table(pa.table({"user_id": [7, 8], "item_id": pa.array(["a", "b"]).dictionary_encode()}), file)
     assert read_tables(tmp_path).users["user_id"].to_pylist() == ["7", "8"]
     pq.write_table(pa.table({"user_id": [7.0, None], "item_id": ["a", "b"]}), file)
-    assert "row 2: user_id holds double values such as 7.0. write ids as text or integers" in told(tmp_path)
+    assert "row 2: user_id holds double values such as 7.0. write ids as text or integers" in reported(tmp_path)
 
 
 def test_a_column_outside_the_format_is_named(tmp_path):
@@ -356,7 +358,7 @@ def test_a_file_that_would_go_unread_is_told(tmp_path):
     read_tables(tmp_path)
     (tmp_path / "item.csv").write_text("item_id\ni1\n")
     (tmp_path / "users.csv.zip").write_bytes(b"")
-    report = told(tmp_path)
+    report = reported(tmp_path)
     assert "item.csv: is no table of the format" in report and "users.csv.zip: is no file of a form that" in report
 
 
@@ -364,9 +366,9 @@ def test_acts_of_ties_are_ids(tmp_path):
     ties = {"source_id": ["u1"], "target_id": ["u2"], "item_id": [[1]]}
     pq.write_table(pa.table(ties), write(tmp_path, **{**SOUND, "ties": ""}) / "ties.parquet")
     (tmp_path / "ties.csv").unlink()
-    assert "ties.parquet, row 2: item_id holds list<item: int64> values" in told(tmp_path)
+    assert "ties.parquet, row 2: item_id holds list<item: int64> values" in reported(tmp_path)
     pq.write_table(pa.table({**ties, "item_id": ["i9"]}), tmp_path / "ties.parquet")
-    assert "the tie from 'u1' to 'u2' names an unknown user or item" in told(tmp_path)
+    assert "the tie from 'u1' to 'u2' names an unknown user or item" in reported(tmp_path)
     pq.write_table(pa.table({**ties, "item_id": [None]}), tmp_path / "ties.parquet")
     assert read_tables(tmp_path).ties.column_names == ["source", "target", "kind"]
 
@@ -375,7 +377,7 @@ def test_blanks_around_ids_are_a_fault_that_a_repair_mends(tmp_path):
     """Such an id would be a customer of its own."""
     events = "user_id,item_id\nK1,a\nK1 ,b\n K1,a\nK2\u00a0,b\n"
     write(tmp_path, interactions=events, users="user_id\nK1\nK2\n", ties="source_id,target_id\nK1, K2\n")
-    report = told(tmp_path)
+    report = reported(tmp_path)
     assert (
         "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would be another than 'K1'. write" in report
     )
@@ -390,7 +392,7 @@ def test_blanks_around_ids_are_a_fault_that_a_repair_mends(tmp_path):
         "ties: blanks around target_id taken off": 1,
     }
     write(tmp_path, users="user_id\nK1\nK2\nK1 \n")  # two rows of one customer: which one counts, nobody can know
-    assert "users.csv, row 4: user_id 'K1' is already in row 2" in told(tmp_path, repair=True)
+    assert "users.csv, row 4: user_id 'K1' is already in row 2" in reported(tmp_path, repair=True)
 
 
 VALUED = "user_id,item_id,value,text\nu,a,1,bad\nu,a,5,better\nu,b,4,\nv,a,,\nv,b,3.99,poor\nw,c,-2,sold\n"
@@ -409,11 +411,11 @@ def test_rows_below_the_least_value_are_no_interactions(tmp_path):
         "users: customers without an interaction, kept as new customers": 1,
     }
     assert repr(dataset).endswith("0 ties, 3 notes)")
-    assert "there is no usable interaction of a value of 9 or more" in told(
+    assert "there is no usable interaction of a value of 9 or more" in reported(
         write(tmp_path, interactions="user_id,item_id,value\nu,a,1\n"), min_value=9
     )
     write(tmp_path, interactions="user_id,item_id\nu,a\n")
-    assert "interactions.csv: there is no column value that can be read, and data.min_value is 4" in told(
+    assert "interactions.csv: there is no column value that can be read, and data.min_value is 4" in reported(
         tmp_path, min_value=4
     )
 
@@ -434,7 +436,7 @@ def test_rows_below_the_least_value_are_no_interactions(tmp_path):
 def test_values_matter_only_where_they_are_needed(tmp_path, written, said):
     write(tmp_path, interactions=f"user_id,item_id,value\nu,a,1\nu,b,{written}\nv,b,{written}\n")
     for repair in (False, True):  # to guess would change an amount
-        report = told(tmp_path, min_value=1, repair=repair)
+        report = reported(tmp_path, min_value=1, repair=repair)
         assert (
             report.startswith("2 faults in the input:") and f"row 3: value {written.strip(chr(34))!r} {said}" in report
         )
@@ -447,7 +449,7 @@ def test_values_matter_only_where_they_are_needed(tmp_path, written, said):
 
 def test_faults_are_counted_by_rows_and_not_by_lines(tmp_path):
     rows = "".join(f"u,i{n},bad\n" for n in range(12)) + "".join(f"u,j{n},5\n" for n in range(12)) + ",i,5\n"
-    report = told(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
+    report = reported(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
     assert report.startswith("13 faults in the input, 12 of which a repair would mend (")
     assert len(report.splitlines()) == 1 + 5 + 1 + 1
 
@@ -601,7 +603,7 @@ def test_different_texts_stay_different_values(cells):
 
 def test_value_is_no_number_with_underscores(tmp_path):
     write(tmp_path, interactions="user_id,item_id,value\nu,i,1_000\nu,j,\u0662\n")
-    report = told(tmp_path, min_value=1)
+    report = reported(tmp_path, min_value=1)
     assert "row 2: value '1_000' is not a number" in report and "row 3" in report
 
 

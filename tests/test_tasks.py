@@ -15,35 +15,35 @@ from experiments import configs
 from fused_rec.config import Config, SplitConfig, from_dict
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.node_texts import node_texts
-from fused_rec.data.readers import load
-from fused_rec.data.splits import PARTS, Split, observe, split
-from fused_rec.data.synthetic import make_market
-from fused_rec.train import loop
-from fused_rec.train import prepare as preparing
-from fused_rec.train.measure import measure, scorer
-from fused_rec.train.prepare import Prepared
-from fused_rec.train.step import TrainState
-from fused_rec.train.sweep import changed
+from fused_rec.data.sources.registry import load
+from fused_rec.data.splits import SPLIT_NAMES, Split, observe, split
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.studies.tune import with_settings
+from fused_rec.training import inputs as preparing
+from fused_rec.training import trainer
+from fused_rec.training.evaluate import evaluate_mean, scorer
+from fused_rec.training.inputs import Prepared
+from fused_rec.training.train_step import TrainState
 
 TASKS = sorted(file.stem for file in Path(configs.__file__).parent.glob("*.py") if file.stem != "__init__")
 
 
-def config_of(task: str) -> Config:
-    return from_dict(importlib.import_module(f"experiments.configs.{task}").get_config().to_dict())
+def config_of(config_name: str) -> Config:
+    return from_dict(importlib.import_module(f"experiments.configs.{config_name}").get_config().to_dict())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_says_how_to_run_it(task):
-    said = importlib.import_module(f"experiments.configs.{task}").__doc__
-    assert said is not None
-    assert task == "tables" or f"--config=experiments/configs/{task}.py" in said
-    config_of(task)
+@pytest.mark.parametrize("config_name", TASKS)
+def test_a_task_says_how_to_run_it(config_name):
+    texts_given = importlib.import_module(f"experiments.configs.{config_name}").__doc__
+    assert texts_given is not None
+    assert config_name == "tables" or f"--config=experiments/configs/{config_name}.py" in texts_given
+    config_of(config_name)
 
 
-def new_items(parts_of: Split) -> np.ndarray:
+def new_items(data_split: Split) -> np.ndarray:
     """The items that a new-items split holds back."""
-    assert parts_of.valid_candidates is not None and parts_of.test_candidates is not None
-    return np.concatenate([parts_of.valid_candidates, parts_of.test_candidates])
+    assert data_split.valid_candidates is not None and data_split.test_candidates is not None
+    return np.concatenate([data_split.valid_candidates, data_split.test_candidates])
 
 
 # Rows of train, valid and test; users of the test part, and those of them who hold nothing that may be seen; items of
@@ -64,38 +64,38 @@ COUNTS = {
 
 
 def test_every_task_is_counted():
-    assert sorted(COUNTS) == [task for task in TASKS if task != "tables"]
+    assert sorted(COUNTS) == [config_name for config_name in TASKS if config_name != "tables"]
 
 
-@pytest.mark.parametrize("task", COUNTS)
-def test_a_task_splits_as_it_says(task):
-    config = config_of(task)
+@pytest.mark.parametrize("config_name", COUNTS)
+def test_a_task_splits_as_it_says(config_name):
+    config = config_of(config_name)
     if config.data.name != "synthetic" and "FUSED_REC_DATA" not in os.environ:
         pytest.skip("set FUSED_REC_DATA to the folder of the real datasets")
     dataset = load(config.data)
-    parts_of = split(dataset, config.split)
+    data_split = split(dataset, config.split)
     user, item = (column(dataset.interactions, name) for name in ("user", "item"))
-    known = observe(dataset, parts_of)
-    users, items = (np.unique(of_row[parts_of.test]) for of_row in (user, item))
+    known = observe(dataset, data_split)
+    users, items = (np.unique(of_row[data_split.test]) for of_row in (user, item))
     counted = (
-        *(len(getattr(parts_of, part)) for part in PARTS),
+        *(len(getattr(data_split, part)) for part in SPLIT_NAMES),
         *(len(users), len(np.setdiff1d(users, known.user)), len(items), len(np.setdiff1d(items, known.item))),
     )
-    assert counted == COUNTS[task]
+    assert counted == COUNTS[config_name]
     if config.split.kind == "new_items":  # their words are all that is known
-        said = node_texts(dataset, known)
-        assert np.isin(new_items(parts_of), said.item_rows).all()
+        texts_given = node_texts(dataset, known)
+        assert np.isin(new_items(data_split), texts_given.item_rows).all()
 
 
 @pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the folder of the real datasets")
 def test_douban_book_takes_steps(tmp_path):
-    config = changed(config_of("douban_book"), {"model.dim": 4, "model.rounds": 1, "train.batch_users": 32})
-    dataset, parts_of = preparing.read(config)
-    prepared = preparing.prepare(config, dataset, parts_of)
-    assert {relation.name for relation, count in prepared.task.graph.relations if count} == {
+    config = with_settings(config_of("douban_book"), {"model.dim": 4, "model.num_layers": 1, "train.batch_size": 32})
+    dataset, data_split = preparing.read(config)
+    prepared = preparing.prepare(config, dataset, data_split)
+    assert {relation.name for relation, count in prepared.graph_inputs.graph.relations if count} == {
         *("holds", "held_by", "trust")  # mutual, every one
     }
-    state, _ = loop.fit(config, prepared, tmp_path, steps=2)
+    state, _ = trainer.fit(config, prepared, tmp_path, steps=2)
     assert int(state.step) == 2
 
 
@@ -120,13 +120,13 @@ def encoder():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "open_model", lambda name, **_: None)
-        patch.setattr(preparing, "embed", embed)
+        patch.setattr(preparing, "encode_texts", embed)
         yield
 
 
 SMALL = {
-    **{"model.dim": 8, "model.rounds": 2, "graph.similar_text": 0},
-    **{"train.batch_users": 32, "train.max_steps": 4, "train.eval_every": 4, "train.learning_rate": 0.05},
+    **{"model.dim": 8, "model.num_layers": 2, "graph.text_knn": 0},
+    **{"train.batch_size": 32, "train.max_steps": 4, "train.eval_every": 4, "train.learning_rate": 0.05},
 }
 
 
@@ -139,8 +139,8 @@ def without(dataset: Dataset, users: np.ndarray, *, words: bool, ties: bool) -> 
     """The dataset in which these users have no words of their own, or no ties."""
     if words:
         texts = dataset.users.column("text").to_pylist()
-        said = [None if row in users else text for row, text in enumerate(texts)]
-        dataset = dataclasses.replace(dataset, users=replaced(dataset.users, "text", said))
+        texts_given = [None if row in users else text for row, text in enumerate(texts)]
+        dataset = dataclasses.replace(dataset, users=replaced(dataset.users, "text", texts_given))
     if ties:
         tied = np.isin(column(dataset.ties, "source"), users) | np.isin(column(dataset.ties, "target"), users)
         dataset = dataclasses.replace(dataset, ties=dataset.ties.filter(pa.array(~tied)))
@@ -150,49 +150,49 @@ def without(dataset: Dataset, users: np.ndarray, *, words: bool, ties: bool) -> 
 @pytest.fixture(scope="module")
 def new_users() -> tuple[Dataset, Split, np.ndarray]:
     """Four users of the test part: 0 has words and ties, 1 words alone, 2 ties alone, 3 nothing at all."""
-    market = make_market(0, n_users=120, n_items=25)
-    parts_of = split(market, SplitConfig(kind="new_users"))
-    held = np.setdiff1d(column(market.interactions, "user")[parts_of.train], [])
+    market = make_synthetic(0, n_users=120, n_items=25)
+    data_split = split(market, SplitConfig(kind="new_users"))
+    held = np.setdiff1d(column(market.interactions, "user")[data_split.train], [])
     source, target = (column(market.ties, name) for name in ("source", "target"))
     asked = source[np.isin(target, held)]  # they hear somebody who holds something
     told = np.flatnonzero(np.array(market.users.column("text").is_valid()))
-    test = np.unique(column(market.interactions, "user")[parts_of.test])
+    test = np.unique(column(market.interactions, "user")[data_split.test])
     four = np.intersect1d(np.intersect1d(test, asked), told)[:4]
     assert len(four) == 4
     market = without(market, four[[1]], words=False, ties=True)
     market = without(market, four[[2]], words=True, ties=False)
     market = without(market, four[[3]], words=True, ties=True)
-    return market, parts_of, four
+    return market, data_split, four
 
 
-def trained(config: Config, dataset: Dataset, parts_of: Split, folder: Path) -> tuple[Prepared, TrainState]:
-    prepared = preparing.prepare(config, dataset, parts_of)
-    return prepared, loop.fit(config, prepared, folder)[0]
+def trained(config: Config, dataset: Dataset, data_split: Split, folder: Path) -> tuple[Prepared, TrainState]:
+    prepared = preparing.prepare(config, dataset, data_split)
+    return prepared, trainer.fit(config, prepared, folder)[0]
 
 
-@pytest.mark.parametrize("user_ids", [False, True])
-def test_new_users_are_scored_by_their_words_and_ties(new_users, tmp_path, user_ids):
-    dataset, parts_of, four = new_users
-    config = changed(Config(), SMALL | {"model.user_ids": user_ids})
-    prepared, state = trained(config, dataset, parts_of, tmp_path)
+@pytest.mark.parametrize("user_id_embedding", [False, True])
+def test_new_users_are_scored_by_their_words_and_ties(new_users, tmp_path, user_id_embedding):
+    dataset, data_split, four = new_users
+    config = with_settings(Config(), SMALL | {"model.user_id_embedding": user_id_embedding})
+    prepared, state = trained(config, dataset, data_split, tmp_path)
     assert not np.isin(four, prepared.observed.user).any()
     scores = np.asarray(scorer(config, prepared, state)(jnp.asarray(four, jnp.int32)))
     assert np.isfinite(scores).all()
     # Nothing but how many hold them tells products apart for a user of whom nothing is known, id row or not.
     held = np.bincount(prepared.observed.item, minlength=dataset.n_items)
-    popularity = config.model.popularity * config.train.temperature * np.log1p(held)
+    popularity = config.model.popularity_weight * config.train.temperature * np.log1p(held)
     spread = (scores - popularity).std(axis=1)
     assert (spread[:3] > 1e-3).all()
     np.testing.assert_allclose(scores[3], popularity, rtol=1e-5, atol=1e-6)
-    assert 0 < measure(prepared, scorer(config, prepared, state), "test")["accuracy"] < 1
+    assert 0 < evaluate_mean(prepared, scorer(config, prepared, state), "test")["auc"] < 1
 
 
 def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_users, tmp_path):
     """What it gives is the draw it started from, shrunk by weight decay; friends train the row of one who is tied."""
-    dataset, parts_of, four = new_users
-    config = changed(Config(), SMALL | {"model.user_ids": True, "train.weight_decay": 0.0})
-    prepared, state = trained(config, dataset, parts_of, tmp_path)
-    before = np.asarray(loop.fresh(config, prepared).params["main"]["id_user"])[four]
+    dataset, data_split, four = new_users
+    config = with_settings(Config(), SMALL | {"model.user_id_embedding": True, "train.weight_decay": 0.0})
+    prepared, state = trained(config, dataset, data_split, tmp_path)
+    before = np.asarray(trainer.init_state(config, prepared).params["main"]["id_user"])[four]
     after = np.asarray(state.params["main"]["id_user"])[four]
     np.testing.assert_array_equal(after[[1, 3]], before[[1, 3]])
     assert (np.abs(after - before)[[0, 2]].max(1) > 1e-3).all()
@@ -200,32 +200,32 @@ def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_user
 
 def test_new_items_are_ranked_by_their_words_alone(tmp_path):
     """Two new items that exchange their words exchange their scores, which the tower of words gives alone."""
-    market = make_market(0, n_users=120, n_items=25)
-    parts_of = split(market, SplitConfig(kind="new_items"))
-    assert parts_of.test_candidates is not None
-    one, other = parts_of.test_candidates[:2].tolist()
+    market = make_synthetic(0, n_users=120, n_items=25)
+    data_split = split(market, SplitConfig(kind="new_items"))
+    assert data_split.test_candidates is not None
+    one, other = data_split.test_candidates[:2].tolist()
     texts = market.items.column("text").to_pylist()
     texts[one], texts[other] = texts[other], texts[one]
     swapped = dataclasses.replace(market, items=replaced(market.items, "text", texts))
 
-    config = changed(Config(), SMALL | {"train.weight_decay": 0.0})
-    prepared, state = trained(config, market, parts_of, tmp_path)
-    new = new_items(parts_of)
+    config = with_settings(Config(), SMALL | {"train.weight_decay": 0.0})
+    prepared, state = trained(config, market, data_split, tmp_path)
+    new = new_items(data_split)
     assert not np.isin(new, prepared.observed.item).any()
-    assert not np.asarray(prepared.task.present)[new].any()
-    start = np.asarray(loop.fresh(config, prepared).params["main"]["id_item"])
+    assert not np.asarray(prepared.graph_inputs.trained_items)[new].any()
+    start = np.asarray(trainer.init_state(config, prepared).params["main"]["id_item"])
     np.testing.assert_array_equal(np.asarray(state.params["main"]["id_item"])[new], start[new])
 
     users = jnp.arange(120, dtype=jnp.int32)
     scores = np.asarray(scorer(config, prepared, state)(users))
-    again = np.asarray(scorer(config, preparing.prepare(config, swapped, parts_of), state)(users))
+    again = np.asarray(scorer(config, preparing.prepare(config, swapped, data_split), state)(users))
     assert (scores[:, [one, other]].std(axis=0) > 1e-3).all()
     assert np.abs(scores[:, one] - scores[:, other]).max() > 1e-3
     np.testing.assert_allclose(scores[:, [one, other]], again[:, [other, one]], atol=1e-5)
 
-    by_words = changed(config, {"model.variant": "text"})
-    tower = dataclasses.replace(state, params={"main": state.params["words"]})
-    alone = np.asarray(scorer(by_words, prepared, tower)(users))
+    by_words = with_settings(config, {"model.variant": "text"})
+    branch = dataclasses.replace(state, params={"main": state.params["words"]})
+    alone = np.asarray(scorer(by_words, prepared, branch)(users))
     np.testing.assert_allclose(scores[:, new], alone[:, new], atol=1e-5)
     held = np.setdiff1d(np.arange(25), new)
     assert (np.abs(scores - alone)[:, held].max(axis=0) > 1e-3).all()
@@ -233,18 +233,18 @@ def test_new_items_are_ranked_by_their_words_alone(tmp_path):
 
 def test_items_that_nobody_is_seen_to_hold_are_no_alternatives_in_training():
     """Held back by the split or held by nobody at all; with the validation part seen, its items are there."""
-    market = make_market(0, n_users=40, n_items=25)
+    market = make_synthetic(0, n_users=40, n_items=25)
     kept = np.isin(column(market.interactions, "item"), [3, 7], invert=True)
     market = dataclasses.replace(market, interactions=market.interactions.filter(pa.array(kept)))
-    parts_of = split(market, SplitConfig(kind="new_items"))
-    assert parts_of.valid_candidates is not None and parts_of.test_candidates is not None
+    data_split = split(market, SplitConfig(kind="new_items"))
+    assert data_split.valid_candidates is not None and data_split.test_candidates is not None
     item = column(market.interactions, "item")
     for parts, rows in (
-        (("train",), parts_of.train),
-        (("train", "valid"), np.concatenate([parts_of.train, parts_of.valid])),
+        (("train",), data_split.train),
+        (("train", "valid"), np.concatenate([data_split.train, data_split.valid])),
     ):
-        there = preparing.present(market, observe(market, parts_of, parts))
+        there = preparing.trained_item_mask(market, observe(market, data_split, parts))
         assert there.dtype == bool
         assert np.flatnonzero(there).tolist() == sorted(set(item[rows].tolist()))
-        assert not there[[3, 7]].any() and not there[parts_of.test_candidates].any()
-        assert there[np.setdiff1d(parts_of.valid_candidates, [3, 7])].any() == ("valid" in parts)
+        assert not there[[3, 7]].any() and not there[data_split.test_candidates].any()
+        assert there[np.setdiff1d(data_split.valid_candidates, [3, 7])].any() == ("valid" in parts)

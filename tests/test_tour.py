@@ -75,8 +75,8 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def test_sizes_are_those_of_the_pages():
-    told = TOUR.read_text(encoding="utf-8")
-    assert [size for size in SIZES if size not in told] == []
+    reported = TOUR.read_text(encoding="utf-8")
+    assert [size for size in SIZES if size not in reported] == []
 
 
 def test_a_block_keeps_its_line(tmp_path):

@@ -11,43 +11,45 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TrainConfig
-from fused_rec.data.batches import Batch, batch, holdings
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER
+from fused_rec.data.batches import Batch, batch, user_items
+from fused_rec.graph.adjacency import build_adjacencies
+from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.graph.hetero import hetero_graph
-from fused_rec.graph.propagate import adjacencies
-from fused_rec.model.fused import FIRST_ROUND, Towers, holders
-from fused_rec.train import step as step_module
-from fused_rec.train.measure import divided_scorer
-from fused_rec.train.parallel import divide_state, divide_task, parallel_step, whole_state
-from fused_rec.train.step import Task, embed, init
-from fused_rec.train.variants import variant
+from fused_rec.model.model import FIRST_LAYER, FusedModel, item_degree
+from fused_rec.studies.variants import variant
+from fused_rec.training import train_step as step_module
+from fused_rec.training.evaluate import sharded_scorer
+from fused_rec.training.sharding import gather_state, parallel_train_step, shard_graph_inputs, shard_state
+from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
 PRESENT = np.array([True] * 5 + [False])  # item 5 is held by nobody
-HELD = holdings(tiny.HOLDER, tiny.HELD, tiny.COUNTS[USER], PRESENT)
+HELD = user_items(tiny.HOLDER, tiny.HELD, tiny.COUNTS[USER], PRESENT)
 USERS, ITEMS = tiny.COUNTS[USER], tiny.COUNTS[ITEM]
 
 
 def config_of(name: str, **train) -> Config:
     """A variant of a config whose own settings are all others, small and with long rows."""
     others = Config(
-        model=ModelConfig(popularity=0.7, affinity=True, user_ids=False, holding_dropout=0.3, id_dropout=0.3),
-        train=TrainConfig(batch_users=5, positives=2),
+        model=ModelConfig(
+            popularity_weight=0.7, affinity=True, user_id_embedding=False, edge_dropout=0.3, id_embedding_dropout=0.3
+        ),
+        train=TrainConfig(batch_size=5, positives_per_user=2),
     )
     config = variant(others, name)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dim=3, id_scale=1.0),
+        model=dataclasses.replace(config.model, dim=3, id_init_std=1.0),
         train=dataclasses.replace(config.train, **train),
     )
 
 
-def task_of(name: str) -> Task:
+def task_of(name: str) -> GraphInputs:
     """The tiny market as the variant's graph settings leave it."""
-    heard = {HOLDS, HELD_BY} | ({tiny.TRUSTS} if name == "social_lightgcn" else set())
-    relations = {relation: edges for relation, edges in tiny.relations(tiny.words()).items() if relation in heard}
+    received = {INTERACTS, INTERACTED_BY} | ({tiny.TRUSTS} if name == "social_lightgcn" else set())
+    relations = {relation: edges for relation, edges in tiny.relations(tiny.words()).items() if relation in received}
     graph = hetero_graph({USER: USERS, ITEM: ITEMS}, relations, tiny.words()[:13])
-    hears = adjacencies(graph)
-    return Task(graph, hears, jnp.asarray(PRESENT), holders(hears))
+    adjacency = build_adjacencies(graph)
+    return GraphInputs(graph, adjacency, jnp.asarray(PRESENT), item_degree(adjacency))
 
 
 def rows_of(params) -> np.ndarray:
@@ -61,10 +63,10 @@ def matrix(ties: bool = False) -> np.ndarray:
     held = np.zeros((USERS, ITEMS))
     held[tiny.HOLDER, tiny.HELD] = 1
     degree = np.maximum(held.sum(1, keepdims=True), 1) * np.maximum(held.sum(0, keepdims=True), 1)
-    heard = np.zeros((USERS, USERS))
+    received = np.zeros((USERS, USERS))
     if ties:  # as drawn in tiny.relations: 1 -> 0 and 2 -> 0 at a half, 0 -> 4 at one
-        heard[[0, 0, 4], [1, 2, 0]] = 0.5, 0.5, 1
-    return np.block([[heard, held / np.sqrt(degree)], [(held / np.sqrt(degree)).T, np.zeros((ITEMS, ITEMS))]])
+        received[[0, 0, 4], [1, 2, 0]] = 0.5, 0.5, 1
+    return np.block([[received, held / np.sqrt(degree)], [(held / np.sqrt(degree)).T, np.zeros((ITEMS, ITEMS))]])
 
 
 def rounds_of(params, ties: bool = False) -> list[np.ndarray]:
@@ -76,8 +78,8 @@ def rounds_of(params, ties: bool = False) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "social_lightgcn", "xsimgcl"])
 def test_scores_are_those_of_the_publication(name):
-    config, task = config_of(name), task_of(name)
-    params = init(config, task).params
+    config, graph_inputs = config_of(name), task_of(name)
+    params = init(config, graph_inputs).params
     assert set(params["main"]) == {"id_user", "id_item"}  # nothing else is learned
     h = rounds_of(params, ties=name == "social_lightgcn")
     expected = {
@@ -86,55 +88,57 @@ def test_scores_are_those_of_the_publication(name):
         "social_lightgcn": sum(h) / 4,
         "xsimgcl": sum(h[1:]) / 3,  # inputs are no part of it, and noise only of training
     }[name]
-    users, items = embed(config, params, task)
+    users, items = embed_nodes(config, params, graph_inputs)
     np.testing.assert_allclose(users @ items.T, expected[:USERS] @ expected[USERS:].T, rtol=1e-5, atol=1e-5)
 
 
 def test_noise_is_of_training():
     """Where a step gives its key, the first round is .2 from what it is without; the first round is what is sown."""
-    config, task = config_of("xsimgcl"), task_of("xsimgcl")
-    params = init(config, task).params
-    _, seen = Towers(config.model).apply(
-        {"params": params}, task.graph, task.adjacencies, jax.random.key(0), mutable=["intermediates"]
+    config, graph_inputs = config_of("xsimgcl"), task_of("xsimgcl")
+    params = init(config, graph_inputs).params
+    _, seen = FusedModel(config.model).apply(
+        {"params": params}, graph_inputs.graph, graph_inputs.adjacencies, jax.random.key(0), mutable=["intermediates"]
     )
-    [first_round] = seen["intermediates"]["main"][FIRST_ROUND]
+    [first_round] = seen["intermediates"]["main"][FIRST_LAYER]
     distance = np.linalg.norm(np.concatenate(first_round) - rounds_of(params)[1], axis=1)
-    heard = matrix().any(axis=1)
-    np.testing.assert_allclose(distance, 0.2 * heard, rtol=1e-4, atol=1e-6)
+    received = matrix().any(axis=1)
+    np.testing.assert_allclose(distance, 0.2 * received, rtol=1e-4, atol=1e-6)
 
 
 def test_only_social_lightgcn_keeps_ties():
     kept = {name: config_of(name).graph for name in ("bpr_mf", "lightgcn", "xsimgcl", "social_lightgcn")}
-    assert [graph.ties for graph in kept.values()] == ["none", "none", "none", "true"]
-    assert {(graph.similar_text, graph.attributes) for graph in kept.values()} == {(0, ())}
+    assert [graph.social_edges for graph in kept.values()] == ["none", "none", "none", "observed"]
+    assert {(graph.text_knn, graph.attributes) for graph in kept.values()} == {(0, ())}
 
 
 def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
-    config, task = config_of("lightgcn"), task_of("lightgcn")
-    state = init(config, task)
-    scores = np.asarray(divided_scorer(config, divide_task(task), divide_state(state.params))(jnp.array([0, 6])))
-    users, items = embed(config, state.params, task)
+    config, graph_inputs = config_of("lightgcn"), task_of("lightgcn")
+    state = init(config, graph_inputs)
+    scores = np.asarray(
+        sharded_scorer(config, shard_graph_inputs(graph_inputs), shard_state(state.params))(jnp.array([0, 6]))
+    )
+    users, items = embed_nodes(config, state.params, graph_inputs)
     np.testing.assert_allclose(scores[0], users[0] @ items.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(scores[1], task.popularity)  # user 6 holds nothing and hears nobody
-    assert len(set(task.popularity.tolist())) > 1
+    np.testing.assert_array_equal(scores[1], graph_inputs.popularity)  # user 6 holds nothing and hears nobody
+    assert len(set(graph_inputs.popularity.tolist())) > 1
 
 
 # --- the step with contrast ----------------------------------------------------------------------------------------
 
 
 def batch_of(number: int) -> Batch:
-    return batch(HELD, number, seed=0, batch_users=5, positives=2, negatives=2)
+    return batch(HELD, number, seed=0, batch_size=5, positives_per_user=2, num_negatives=2)
 
 
 def steps(config: Config, devices: int, count: int):
-    task = task_of("xsimgcl")
-    whole = init(config, task)
-    task, state = divide_task(task, devices), divide_state(whole, devices)
-    step, losses = parallel_step(config, devices), []
+    graph_inputs = task_of("xsimgcl")
+    whole = init(config, graph_inputs)
+    graph_inputs, state = shard_graph_inputs(graph_inputs, devices), shard_state(whole, devices)
+    step, losses = parallel_train_step(config, devices), []
     for number in range(count):
-        state, loss = step(state, task, batch_of(number))
+        state, loss = step(state, graph_inputs, batch_of(number))
         losses.append(float(loss))
-    return losses, whole_state(state, whole, devices).params
+    return losses, gather_state(state, whole, devices).params
 
 
 def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> float:
@@ -145,8 +149,8 @@ def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> fl
 
 def test_the_contrast_by_hand():
     """Each user and each item of the batch once, though items repeat and the last place is padding on 2 devices."""
-    config = config_of("xsimgcl", contrast=0.5)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, noise=0.0))
+    config = config_of("xsimgcl", contrastive_weight=0.5)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, embedding_noise=0.0))
     h = rounds_of(init(config, task_of("xsimgcl")).params)
     out = np.mean(h[1:], axis=0)
     users, items = batch_of(0).users, batch_of(0).items[:, 0]
@@ -154,14 +158,14 @@ def test_the_contrast_by_hand():
     contrast = sum(cosine_contrast(out, h[1], np.unique(nodes)) for nodes in (users, USERS + items))
     for devices in (1, 2):
         with_it = steps(config, devices, 1)[0][0]
-        plain = dataclasses.replace(config, train=dataclasses.replace(config.train, contrast=0.0))
+        plain = dataclasses.replace(config, train=dataclasses.replace(config.train, contrastive_weight=0.0))
         assert with_it - steps(plain, devices, 1)[0][0] == pytest.approx(0.5 * contrast, rel=1e-5)
 
 
 def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatch):
     """Plain gradient descent: Adam would hide a gradient that is twice too large."""
-    monkeypatch.setattr(step_module, "optimiser", lambda config: optax.sgd(config.learning_rate))
-    config = config_of("xsimgcl", contrast=0.5, learning_rate=0.02)
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config: optax.sgd(config.learning_rate))
+    config = config_of("xsimgcl", contrastive_weight=0.5, learning_rate=0.02)
     start = init(config, task_of("xsimgcl")).params
     (alone, params), (losses, others) = (steps(config, devices, 20) for devices in (1, 2))
     assert np.abs(params["main"]["id_user"] - start["main"]["id_user"]).max() > 0.003
@@ -174,12 +178,19 @@ def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatc
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"model\.readout is 'even'; it must be learned where model\.gates is True"):
-        ModelConfig(readout="even")
-    with pytest.raises(ValueError, match=r"model\.readout is 'heard'; it must be learned or even where model\.rounds"):
-        ModelConfig(readout="heard", gates=False, rounds=0)
-    with pytest.raises(ValueError, match=r"train\.contrast is 0\.1; it must be 0 where model\.rounds is 0"):
-        Config(model=ModelConfig(rounds=0), train=TrainConfig(contrast=0.1))
+    with pytest.raises(
+        ValueError, match=r"model\.layer_combination is 'mean'; it must be learned where model\.relation_gates is True"
+    ):
+        ModelConfig(layer_combination="mean")
+    with pytest.raises(
+        ValueError,
+        match=r"model\.layer_combination is 'mean_without_input'; it must be learned or even where model\.num_layers",
+    ):
+        ModelConfig(layer_combination="mean_without_input", relation_gates=False, num_layers=0)
+    with pytest.raises(
+        ValueError, match=r"train\.contrastive_weight is 0\.1; it must be 0 where model\.num_layers is 0"
+    ):
+        Config(model=ModelConfig(num_layers=0), train=TrainConfig(contrastive_weight=0.1))
 
 
 @pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl"])
@@ -187,9 +198,16 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
     plain = variant(Config(), name)
     noisy = dataclasses.replace(
         Config(),
-        model=ModelConfig(popularity=1.0, half_life=90.0, noise=0.3, dim=256, id_dropout=0.4, score="cosine"),
-        train=dataclasses.replace(Config().train, contrast=0.5, temperature=0.05, learning_rate=0.5),
+        model=ModelConfig(
+            popularity_weight=1.0,
+            popularity_half_life=90.0,
+            embedding_noise=0.3,
+            dim=256,
+            id_embedding_dropout=0.4,
+            score="cosine",
+        ),
+        train=dataclasses.replace(Config().train, contrastive_weight=0.5, temperature=0.05, learning_rate=0.5),
     )
     beside = variant(noisy, name)
     assert beside.train == plain.train
-    assert dataclasses.replace(beside.model, half_life=0.0) == plain.model  # of no use without popularity
+    assert dataclasses.replace(beside.model, popularity_half_life=0.0) == plain.model  # of no use without popularity

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import fused_rec as fr
-from fused_rec.train.curves import board
-from fused_rec.train.loop import train
+from fused_rec.runs.loggers import metric_writer
+from fused_rec.training.trainer import run_training
 
 pytest.importorskip("wandb", reason="the extra wandb is not installed")
 
 BLOCK = 32_768  # of the log format of LevelDB, in which an offline run is kept
 SETTINGS = {
     "model": {"dim": 8, "variant": "graph"},
-    "train": {"batch_users": 32, "max_steps": 4, "eval_every": 2, "wandb": "market"},
+    "train": {"batch_size": 32, "max_steps": 4, "eval_every": 2, "wandb": "market"},
 }
 
 
@@ -70,16 +70,16 @@ def kept(workdir: Path) -> tuple[list[str], list[dict], dict, dict]:
 
 def test_a_run_sends_curves_results_and_settings(tmp_path):
     code = f"""
-from fused_rec.data.synthetic import make_market
-fr.fit(fr.configure(**{SETTINGS!r}), workdir, make_market(0, 60, 30))
+from fused_rec.data.synthetic import make_synthetic
+fr.train(fr.configure(**{SETTINGS!r}), workdir, make_market(0, 60, 30))
 """
     done = ran(code, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     ids, rows, summary, config = kept(tmp_path / "run")
     assert set(ids) == {json.loads((tmp_path / "run" / "wandb.json").read_text())["id"]}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "choose" / "curves.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "select" / "curves.jsonl").read_text().splitlines()]
     assert len(lines) == 2
-    expected = [{f"choose/{name}": value for name, value in line.items() if value is not None} for line in lines]
+    expected = [{f"select/{name}": value for name, value in line.items() if value is not None} for line in lines]
     assert [{name: row.get(name) for name in line} for row, line in zip(rows, expected, strict=True)] == expected
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert summary["test/ndcg@10"] == results["test"]["ndcg@10"] and summary["best_step"] == results["best_step"]
@@ -89,9 +89,9 @@ fr.fit(fr.configure(**{SETTINGS!r}), workdir, make_market(0, 60, 30))
 
 def test_a_resumed_run_goes_on_with_the_same_one(tmp_path):
     code = f"""
-from fused_rec.train.curves import Curves, board
+from fused_rec.runs.loggers import CurveLogger, metric_writer
 workdir.mkdir(exist_ok=True)
-with board(fr.configure(**{SETTINGS!r}), workdir) as shown, Curves(workdir / "choose", shown) as curves:
+with metric_writer(fr.configure(**{SETTINGS!r}), workdir) as shown, Curves(workdir / "choose", shown) as curves:
     curves.rewind(FIRST)
     for step in (FIRST + 5, FIRST + 10):
         curves.write(step, {{"loss": 100.0 - step}})
@@ -104,11 +104,11 @@ with board(fr.configure(**{SETTINGS!r}), workdir) as shown, Curves(workdir / "ch
     assert done.returncode == 0, done.stderr
     ids, rows, _, _ = kept(tmp_path / "moved")
     assert len(ids) >= 2 and len(set(ids)) == 1
-    assert [(row["choose/step"], row["choose/loss"]) for row in rows] == [(5, 95), (10, 90), (10, 90), (15, 85)]
+    assert [(row["select/step"], row["select/loss"]) for row in rows] == [(5, 95), (10, 90), (10, 90), (15, 85)]
 
 
 def test_without_a_project_nothing_is_sent(tmp_path):
-    with board(fr.Config(), tmp_path) as shown:
+    with metric_writer(fr.Config(), tmp_path) as shown:
         assert shown is None
     assert os.listdir(tmp_path) == []
 
@@ -116,7 +116,7 @@ def test_without_a_project_nothing_is_sent(tmp_path):
 def test_without_the_library_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"train.wandb needs the library wandb: pip install -e '.\[wandb\]'"):
-        train(fr.configure(**SETTINGS), tmp_path / "run")
+        run_training(fr.configure(**SETTINGS), tmp_path / "run")
     assert os.listdir(tmp_path) == []
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_id_is_named(tmp_path, damage):
     (tmp_path / "wandb.json").write_text(damage)
     with (
         pytest.raises(ValueError, match="wandb.json is damaged"),
-        board(fr.configure(train={"wandb": "market"}), tmp_path),
+        metric_writer(fr.configure(train={"wandb": "market"}), tmp_path),
     ):
         pass
 

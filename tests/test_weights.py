@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fused_rec.text import families
+from fused_rec.text.encoders import registry
+from fused_rec.text.encoders.weights import stored_weights
 from fused_rec.text.pretrained import open_model
-from fused_rec.text.weights import stored_weights
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "golden" / "families"
 
 CHILD = """
 import sys
-from fused_rec.text.embed import embed
+from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
 
 def memory(kind):
@@ -29,11 +29,11 @@ def memory(kind):
     return int(line.split()[1]) * 1024
 
 small, large = sys.argv[1:]
-embed(["rate"], open_model(small), cache=None, progress=False)  # imports, and the compiler's own memory
+encode_texts(["rate"], open_model(small), cache=None, progress=False)  # imports, and the compiler's own memory
 before = memory("VmRSS")
 model = open_model(large)
 loaded = memory("VmHWM") - before
-embed(["rate", "fund"], model, cache=None, progress=False)
+encode_texts(["rate", "fund"], model, cache=None, progress=False)
 print(loaded, memory("VmHWM") - before)
 """
 
@@ -95,7 +95,7 @@ def test_rows_are_read_where_they_are(tmp_path, monkeypatch):
         for rows in (slice(None), slice(1, 3), slice(3, 99)):
             np.testing.assert_array_equal(stored[name][rows], array[rows])
     whole = open_model(str(FOLDER / "roberta")).params
-    monkeypatch.setattr(families, "SLAB", 100)  # a row or two
+    monkeypatch.setattr(registry, "SLAB", 100)  # a row or two
     np.testing.assert_equal(open_model(str(FOLDER / "roberta")).params, whole)
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fused_rec.config import DataConfig
 from fused_rec.data.dataset import Dataset, digest
-from fused_rec.data.formats import recbole
-from fused_rec.data.readers import load
-from fused_rec.data.synthetic import make_market
-from fused_rec.data.tables import dataset_from_tables, read_tables
-from fused_rec.data.writers import save_dataset
+from fused_rec.data.io.tables import dataset_from_tables, read_tables
+from fused_rec.data.io.writers import save_dataset
+from fused_rec.data.sources.formats import recbole
+from fused_rec.data.sources.registry import load
+from fused_rec.data.synthetic import make_synthetic
 
 
 def small(**changes) -> Dataset:
@@ -26,7 +26,7 @@ def small(**changes) -> Dataset:
             "item_id": ["i", "i", "j"],
             "timestamp": [5, None, 7],
             "value": [1.5, 2.0, None],
-            "part": ["train", "test", "train"],
+            "split": ["train", "test", "train"],
         },
         "items": {
             "item_id": ["i", "j", "k"],
@@ -48,7 +48,7 @@ def test_atomic_files_are_as_recbole_lays_them_out(tmp_path):
         f"mine.{ending}" for ending in ("inter", "item", "net", "user")
     ]
     assert (tmp_path / "mine" / "mine.inter").read_text() == (
-        "user_id:token\titem_id:token\ttimestamp:float\trating:float\tpart:token\ttext:token_seq\n"
+        "user_id:token\titem_id:token\ttimestamp:float\trating:float\tsplit:token\ttext:token_seq\n"
         "u\ti\t5\t1.5\ttrain\t\n"
         "v\ti\t\t2\ttest\t\n"
         "v\tj\t7\t\ttrain\tgood no, bad\n"
@@ -69,8 +69,8 @@ def test_atomic_files_are_as_recbole_lays_them_out(tmp_path):
 def test_words_go_to_their_pair_in_whatever_order_pairs_stand(tmp_path):
     held = {"user_id": ["v", "u", "v"], "item_id": ["j", "i", "i"]}
     users, items = {"user_id": ["u", "v"]}, {"item_id": ["i", "j"]}
-    said = {"user_id": ["u", "v", "v"], "item_id": ["i", "i", "j"], "text": ["one", "two", "three"]}
-    dataset = dataset_from_tables(held, users=users, items=items, reviews=said)
+    texts_given = {"user_id": ["u", "v", "v"], "item_id": ["i", "i", "j"], "text": ["one", "two", "three"]}
+    dataset = dataset_from_tables(held, users=users, items=items, reviews=texts_given)
     assert save_dataset(dataset, tmp_path / "mine", "recbole") == {}
     assert (tmp_path / "mine" / "mine.inter").read_text().splitlines()[1:] == ["v\tj\tthree", "u\ti\tone", "v\ti\ttwo"]
 
@@ -128,8 +128,8 @@ words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 )
 def test_tables_give_the_same_dataset_again(tmp_path_factory, rows):
     user, item, text = (list(column) for column in zip(*rows, strict=True))
-    said = pa.array(text, pa.string())
-    dataset = dataset_from_tables({"user_id": user, "item_id": item, "text": said}, repair=True)
+    texts_given = pa.array(text, pa.string())
+    dataset = dataset_from_tables({"user_id": user, "item_id": item, "text": texts_given}, repair=True)
     folder = tmp_path_factory.mktemp("saved") / "x"
     assert save_dataset(dataset, folder) == {}
     assert digest(read_tables(folder)) == digest(dataset)
@@ -144,7 +144,7 @@ def test_real_data_come_back(tmp_path, name):
 
 
 def test_the_command(tmp_path):
-    save_dataset(make_market(0, 40, 20), tmp_path / "market")
+    save_dataset(make_synthetic(0, 40, 20), tmp_path / "market")
     command = [sys.executable, "-m", "experiments.convert", f"--path={tmp_path}/market", "--to=recbole"]
     done = subprocess.run([*command, f"--out={tmp_path}/atomic"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

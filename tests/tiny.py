@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from fused_rec.graph.build import HELD_BY, HOLDS, ITEM, USER, both_ways, nearest_texts
+from fused_rec.baselines import linear
+from fused_rec.baselines.neighbors import Interactions
+from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
-from fused_rec.model import closed_form
-from fused_rec.model.baselines import Seen
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -34,10 +34,10 @@ def words(seed: int = 0) -> np.ndarray:
 def relations(text: np.ndarray) -> dict[Relation, Edges]:
     """Holdings and sectors both ways, three ties, the two items of nearest words."""
     return {
-        **both_ways(HOLDS, HELD_BY, HOLDER, HELD, COUNTS),
+        **bidirectional_edges(INTERACTS, INTERACTED_BY, HOLDER, HELD, COUNTS),
         TRUSTS: Edges(np.array([1, 2, 0]), np.array([0, 0, 4]), np.array([0.5, 0.5, 1], np.float32)),
-        SIMILAR: nearest_texts(text[7:13], 2),
-        **both_ways(*IN_SECTOR, np.array([0, 1, 3]), np.array([0, 0, 0]), COUNTS),
+        SIMILAR: text_knn_edges(text[7:13], 2),
+        **bidirectional_edges(*IN_SECTOR, np.array([0, 1, 3]), np.array([0, 0, 0]), COUNTS),
     }
 
 
@@ -46,9 +46,9 @@ def graph(text: np.ndarray | None = None) -> HeteroGraph:
     return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
 
 
-def spectrum() -> closed_form.Spectrum:
+def low_rank_ease() -> linear.LowRankEase:
     """Items as the closed form knows them, of the holdings' five directions."""
-    return closed_form.spectrum(Seen(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]), rank=5, l2=1.0)
+    return linear.low_rank_ease(Interactions(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]), rank=5, l2=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,6 +13,12 @@ def get_config():
     return config_dict(
         data={"name": "amazon"},
         split={"kind": "time"},
-        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5, "popularity": 1.0, "half_life": 365.0},
+        model={
+            "dim": 256,
+            "user_id_embedding": False,
+            "edge_dropout": 0.5,
+            "popularity_weight": 1.0,
+            "popularity_half_life": 365.0,
+        },
         train={"temperature": 0.5, "learning_rate": 0.002, "eval_every": 10, "refit": True},
     )

@@ -3,7 +3,7 @@
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/douban_book.py --workdir=runs/douban_book
 
 A tenth of the published training part chooses the step; the test part is read once. Without words a linear model is
-hard to beat here, so it is a part of the score (`model.spectrum`). About ten minutes on two CPU cores; test NDCG@10
+hard to beat here, so it is a part of the score (`model.ease_weight`). About ten minutes on two CPU cores; test NDCG@10
 .1985, mean of three seeds (docs/RESULTS.md).
 """
 
@@ -14,10 +14,10 @@ def get_config():
     """Settings chosen on validation."""
     return config_dict(
         data={"name": "edges"},
-        split={"kind": "published"},
-        model={"variant": "graph", "dim": 128, "spectrum": 4.0, "spectrum_rank": 1536, "spectrum_l2": 135.0},
+        split={"kind": "predefined"},
+        model={"variant": "graph", "dim": 128, "ease_weight": 4.0, "ease_rank": 1536, "ease_l2": 135.0},
         train={
-            "positives": 256,
+            "positives_per_user": 256,
             "learning_rate": 0.02,
             "eval_every": 40,
             "patience": 2,

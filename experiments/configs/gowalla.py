@@ -14,18 +14,18 @@ def get_config():
     """Settings chosen on validation."""
     return config_dict(
         data={"name": "lightgcn_text"},
-        split={"kind": "published"},
-        graph={"similar_text": 0, "ties": "none"},
+        split={"kind": "predefined"},
+        graph={"text_knn": 0, "social_edges": "none"},
         model={
             "variant": "graph",
-            "gates": False,
-            "readout": "even",
-            "popularity": 0.5,
-            "id_dropout": 0.0,
+            "relation_gates": False,
+            "layer_combination": "mean",
+            "popularity_weight": 0.5,
+            "id_embedding_dropout": 0.0,
         },
         train={
             "temperature": 0.1,
-            "batch_users": 2048,
+            "batch_size": 2048,
             "learning_rate": 0.05,
             "weight_decay": 0.0,
             "eval_every": 50,

@@ -12,8 +12,8 @@ def get_config():
     """Settings chosen on validation."""
     return config_dict(
         data={"name": "lastfm_sociallgn"},
-        split={"kind": "published"},
-        text={"lexical": 0},
-        model={"holding_dropout": 0.3},
+        split={"kind": "predefined"},
+        text={"tfidf_dim": 0},
+        model={"edge_dropout": 0.3},
         train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": True},
     )

@@ -13,12 +13,12 @@ def get_config():
     """Settings chosen on validation, among those that take seconds."""
     return config_dict(
         data={"name": "lastfm_lightgcn"},
-        split={"kind": "published"},
-        graph={"similar_text": 0, "ties": "none"},
-        model={"variant": "graph", "id_dropout": 0.0},
+        split={"kind": "predefined"},
+        graph={"text_knn": 0, "social_edges": "none"},
+        model={"variant": "graph", "id_embedding_dropout": 0.0},
         train={
             "temperature": 0.15,
-            "positives": 256,
+            "positives_per_user": 256,
             "learning_rate": 0.03,
             "weight_decay": 0.1,
             "eval_every": 80,

@@ -13,8 +13,8 @@ def get_config():
     return config_dict(
         data={"name": "lastfm"},
         split={"kind": "new_items"},
-        text={"lexical": 0},
+        text={"tfidf_dim": 0},
         # What a user says are the tags they gave to what they hold, which new artists do not have.
-        model={"dim": 384, "user_words": False, "holding_dropout": 0.5},
+        model={"dim": 384, "user_text_input": False, "edge_dropout": 0.5},
         train={"temperature": 1.0, "learning_rate": 0.0003, "eval_every": 10, "patience": 3, "max_steps": 200},
     )

@@ -11,10 +11,10 @@ from experiments.configs import config_dict
 def get_config():
     """Settings chosen on validation."""
     return config_dict(
-        data={"name": "stocknet", "core": 5},
+        data={"name": "stocknet", "k_core": 5},
         split={"kind": "time"},
         graph={"attributes": ("sector",)},
         # Most interactions are with the few tickers of the season.
-        model={"user_ids": False, "holding_dropout": 0.5, "popularity": 1.0, "half_life": 90.0},
+        model={"user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 1.0, "popularity_half_life": 90.0},
         train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10},
     )

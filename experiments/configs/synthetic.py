@@ -12,7 +12,7 @@ def get_config():
     """Settings chosen on validation."""
     return config_dict(
         data={"name": "synthetic"},
-        graph={"similar_text": 0},
-        model={"dim": 256, "user_ids": False, "holding_dropout": 0.5, "popularity": 0.7},
+        graph={"text_knn": 0},
+        model={"dim": 256, "user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 0.7},
         train={"learning_rate": 0.002, "eval_every": 10},
     )

@@ -13,7 +13,7 @@ def get_config():
     return config_dict(
         data={"name": "synthetic"},
         split={"kind": "new_users", "seed": 1},
-        graph={"similar_text": 0},
-        model={"dim": 256, "holding_dropout": 0.5, "popularity": 0.7},
+        graph={"text_knn": 0},
+        model={"dim": 256, "edge_dropout": 0.5, "popularity_weight": 0.7},
         train={"learning_rate": 0.002, "eval_every": 10},
     )

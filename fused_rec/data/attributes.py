@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.dataset import Dataset
-from fused_rec.data.plain import is_single
+from fused_rec.data.io.plain import is_single
 
 _PLAIN = 1e-4, 1e16  # magnitudes written without an exponent
 
@@ -48,7 +48,7 @@ def describe(dataset: Dataset, names: Sequence[str]) -> Dataset:
 def _described(table: pa.Table, names: Sequence[str]) -> pa.Table:
     if not (here := [name for name in names if name in table.column_names]):
         return table
-    cells = [_told(name, table.column(name)) for name in here]
+    cells = [_attribute_text(name, table.column(name)) for name in here]
     made = [" ".join(filter(None, row)) or None for row in zip(*cells, strict=True)]
     if "text" not in table.column_names:
         return table.append_column("text", pa.array(made, pa.string()))
@@ -57,7 +57,7 @@ def _described(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return table.set_column(table.column_names.index("text"), "text", pa.array(words, pa.string()))
 
 
-def _told(name: str, values: pa.ChunkedArray) -> list[str]:
+def _attribute_text(name: str, values: pa.ChunkedArray) -> list[str]:
     """A sentence a row, empty where there is nothing to say."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     _check(name, kind)
@@ -65,8 +65,8 @@ def _told(name: str, values: pa.ChunkedArray) -> list[str]:
     label = label[:1].upper() + label[1:]
     if pa.types.is_timestamp(kind) and kind.unit == "ns":  # Python's datetimes have microseconds
         values = values.cast(pa.timestamp("us", kind.tz), safe=False)
-    said = (_words(value, kind) for value in values.to_pylist())
-    return [f"{label}: {words}{'' if words.endswith('.') else '.'}" if words else "" for words in said]
+    described = (_words(value, kind) for value in values.to_pylist())
+    return [f"{label}: {words}{'' if words.endswith('.') else '.'}" if words else "" for words in described]
 
 
 def _check(name: str, kind: pa.DataType) -> None:

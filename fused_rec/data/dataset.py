@@ -2,7 +2,7 @@
 
 Words about a (user, item) pair and ties keep the pair and the time they come from, so that what a split
 holds out can be taken away from them too (`fused_rec.data.splits.observe`) and the audit can prove it
-(`fused_rec.data.audit`).
+(`fused_rec.data.leakage`).
 """
 
 import dataclasses

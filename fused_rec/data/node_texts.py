@@ -30,10 +30,10 @@ class NodeTexts:
 
 def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
     """Half of a node's weight goes to its `text`, half to its observed reviews in equal shares; all to the only one."""
-    said = [_texts(dataset.users), _texts(dataset.items), _texts(observed.reviews)]
-    encoded = pa.array([text for texts in said for text in texts], pa.string()).dictionary_encode()
+    texts_of_tables = [_texts(dataset.users), _texts(dataset.items), _texts(observed.reviews)]
+    encoded = pa.array([text for texts in texts_of_tables for text in texts], pa.string()).dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy()
-    users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in said])[:-1])
+    users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in texts_of_tables])[:-1])
     writer, about = column(observed.reviews, "user"), column(observed.reviews, "item")
     return NodeTexts(
         encoded.dictionary.to_pylist(), *_weighed(users, writer, reviews), *_weighed(items, about, reviews)

@@ -17,7 +17,7 @@ from fused_rec.config import SplitConfig
 from fused_rec.data.dataset import Dataset, column
 
 SECONDS_A_DAY = 86_400
-PARTS = ("train", "valid", "test")
+SPLIT_NAMES = ("train", "valid", "test")
 ACT_WORDS = 5  # a text of so many words, by one user at one time about several items, is one post and not chance
 SHOWN = 3  # rows named where a time is missing
 
@@ -92,9 +92,9 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
         if config.kind == "new_items":
             valid_candidates, test_candidates = (nodes[part_of_node == p].astype(np.int32) for p in (1, 2))
     else:
-        part = _published(dataset, config, hashes)
+        part = _predefined(dataset, config, hashes)
     train, valid, test = (np.flatnonzero(part == p) for p in range(3))
-    for name, rows in zip(PARTS, (train, valid, test), strict=True):
+    for name, rows in zip(SPLIT_NAMES, (train, valid, test), strict=True):
         if not len(rows):
             raise ValueError(
                 f"split.kind {config.kind} leaves the {name} part without interactions: split.test is {config.test} "
@@ -103,8 +103,8 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
     return Split(config.kind, train, valid, test, valid_from, test_from, valid_candidates, test_candidates)
 
 
-def observe(dataset: Dataset, split: Split, parts: tuple[str, ...] = ("train",)) -> Observed:
-    """What may be seen when `parts` are known and the rest is held out; parts: train, then valid, then test.
+def observe(dataset: Dataset, split: Split, splits: tuple[str, ...] = ("train",)) -> Observed:
+    """What may be seen when `parts` are known and the rest is held out; splits: train, then valid, then test.
 
     A review or tie is seen unless it tells of something held out:
     - a held-out pair: a review of it; a tie whose `item` was held by its source or by its target (who is retweeted
@@ -117,11 +117,11 @@ def observe(dataset: Dataset, split: Split, parts: tuple[str, ...] = ("train",))
     Raises ValueError for other parts and, under a time split, for reviews or ties without a timestamp: they cannot
     be shown to come before the cut.
     """
-    if parts not in (PARTS[:1], PARTS[:2], PARTS):
-        raise ValueError(f"parts is {parts!r}; it must be ('train',), ('train', 'valid') or all of {PARTS}")
-    rows = np.sort(np.concatenate([getattr(split, name) for name in parts]))
+    if splits not in (SPLIT_NAMES[:1], SPLIT_NAMES[:2], SPLIT_NAMES):
+        raise ValueError(f"parts is {splits!r}; it must be ('train',), ('train', 'valid') or all of {SPLIT_NAMES}")
+    rows = np.sort(np.concatenate([getattr(split, name) for name in splits]))
     user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
-    hidden = _hidden(dataset, split, parts)
+    hidden = _hidden(dataset, split, splits)
     reviews = dataset.reviews.filter(pa.array(_review_is_seen(dataset, hidden)))
     ties = dataset.ties.filter(pa.array(_tie_is_seen(dataset, hidden))).select(["source", "target", "kind"])
     age = _age(dataset.interactions.take(rows))
@@ -212,19 +212,21 @@ def _per_user(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, 
     return part
 
 
-def _published(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
+def _predefined(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
     table = dataset.interactions
-    if "part" not in table.column_names:
-        raise ValueError(f"split.kind published needs a part column, and {dataset.name} has none; choose another kind")
-    part = np.array([PARTS.index(p) if p in PARTS else -1 for p in table.column("part").to_pylist()], np.int8)
+    if "split" not in table.column_names:
+        raise ValueError(f"split.kind published needs a split column, and {dataset.name} has none; choose another kind")
+    part = np.array(
+        [SPLIT_NAMES.index(p) if p in SPLIT_NAMES else -1 for p in table.column("split").to_pylist()], np.int8
+    )
     if (part < 0).any():
         row = int(np.flatnonzero(part < 0)[0])
         raise ValueError(
-            f"{(part < 0).sum()} interactions name no known part, first row {row} with "
-            f"{table.column('part')[row].as_py()!r}; write one of {PARTS}"
+            f"{(part < 0).sum()} interactions name no known split, first row {row} with "
+            f"{table.column('split')[row].as_py()!r}; write one of {SPLIT_NAMES}"
         )
     if not (part == 2).any():
-        raise ValueError(f"the published split of {dataset.name} has no test part; choose another split.kind")
+        raise ValueError(f"the predefined split of {dataset.name} has no test part; choose another split.kind")
     if not (part == 1).any():
         train = np.flatnonzero(part == 0)
         user = column(table, "user")[train]
@@ -244,19 +246,21 @@ class _Hidden:
     items: np.ndarray  # bool[I]
     cut: int | None
 
-    def told(self, user: np.ndarray, item: np.ndarray) -> Bool[np.ndarray, "_"]:
+    def leaks(self, user: np.ndarray, item: np.ndarray) -> Bool[np.ndarray, "_"]:
         """Whether (user, item) tells of something hidden; item -1 = none."""
         is_pair = np.isin(user.astype(np.int64) * len(self.items) + item, self.pairs)
         return (item >= 0) & (is_pair | self.users[user] | self.items[item])
 
 
-def _hidden(dataset: Dataset, split: Split, parts: tuple[str, ...]) -> _Hidden:
-    rows = np.concatenate([np.empty(0, np.int64), *(getattr(split, name) for name in PARTS if name not in parts)])
+def _hidden(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _Hidden:
+    rows = np.concatenate(
+        [np.empty(0, np.int64), *(getattr(split, name) for name in SPLIT_NAMES if name not in splits)]
+    )
     user, item = (column(dataset.interactions, name)[rows] for name in ("user", "item"))
     users, items = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
     users[user] = split.kind == "new_users"
     items[item] = split.kind == "new_items"
-    cut = (split.valid_from, split.test_from, None)[len(parts) - 1]
+    cut = (split.valid_from, split.test_from, None)[len(splits) - 1]
     return _Hidden(np.unique(user.astype(np.int64) * dataset.n_items + item), users, items, cut)
 
 
@@ -276,22 +280,22 @@ def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]
 
 def _review_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
     reviews = dataset.reviews
-    told = hidden.told(column(reviews, "user"), column(reviews, "item"))
+    leaking = hidden.leaks(column(reviews, "user"), column(reviews, "item"))
     acts = _groups(reviews, ("user", "timestamp", "text"))
-    words = [len((text or "").split()) for text in reviews.column("text").filter(pa.array(told)).to_pylist()]
-    told |= np.isin(acts, acts[told][np.array(words, np.int64) >= ACT_WORDS])
-    return ~told & ~_late(dataset, "reviews", hidden.cut)
+    words = [len((text or "").split()) for text in reviews.column("text").filter(pa.array(leaking)).to_pylist()]
+    leaking |= np.isin(acts, acts[leaking][np.array(words, np.int64) >= ACT_WORDS])
+    return ~leaking & ~_late(dataset, "reviews", hidden.cut)
 
 
 def _tie_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
     ties = dataset.ties
-    told = np.zeros(ties.num_rows, bool)
+    leaking = np.zeros(ties.num_rows, bool)
     if "item" in ties.column_names:
         item = pc.fill_null(ties.column("item"), -1).to_numpy()
-        told = hidden.told(column(ties, "source"), item) | hidden.told(column(ties, "target"), item)
+        leaking = hidden.leaks(column(ties, "source"), item) | hidden.leaks(column(ties, "target"), item)
         acts = _groups(ties, ("source", "target", "kind", "timestamp"))
-        told |= np.isin(acts, acts[told])
-    return ~told & ~_late(dataset, "ties", hidden.cut)
+        leaking |= np.isin(acts, acts[leaking])
+    return ~leaking & ~_late(dataset, "ties", hidden.cut)
 
 
 def _groups(table: pa.Table, names: tuple[str, ...]) -> Int64[np.ndarray, "_"]:

@@ -85,7 +85,7 @@ PRAISE = ("It suits me: {}.", "I chose it because {}.", "Very pleased that {}.")
 BLAME = ("I miss {} here.", "Fine otherwise, but nothing is done for {}.", "Others offer {}.")
 
 
-class Tastes(NamedTuple):
+class LatentFactors(NamedTuple):
     """The facets of n users or items, as positions in THEMES, REGIONS, RISKS, STYLES and CONCERNS."""
 
     theme: Int64[np.ndarray, "n"]
@@ -95,16 +95,18 @@ class Tastes(NamedTuple):
     concern: Int64[np.ndarray, "n"]
 
 
-def draw_tastes(seed: int, n_users: int, n_items: int) -> tuple[Tastes, Tastes]:
-    """The facets of the users and of the items of `make_market` with the same arguments: the truth to compare with."""
+def sample_latent_factors(seed: int, n_users: int, n_items: int) -> tuple[LatentFactors, LatentFactors]:
+    """The facets of the users and of the items of `make_synthetic` with the same arguments: the truth to compare
+    with.
+    """
     users, items = (
-        Tastes(*(rng.integers(0, len(facet), n) for facet in (THEMES, REGIONS, RISKS, STYLES, CONCERNS)))
+        LatentFactors(*(rng.integers(0, len(facet), n) for facet in (THEMES, REGIONS, RISKS, STYLES, CONCERNS)))
         for rng, n in ((_rng(seed, 0), n_users), (_rng(seed, 1), n_items))
     )
     return users, items
 
 
-def make_market(seed: int = 0, n_users: int = 2000, n_items: int = 400) -> Dataset:
+def make_synthetic(seed: int = 0, n_users: int = 2000, n_items: int = 400) -> Dataset:
     """A market with texts, holdings over three years, reviews and referral ties; equal for equal arguments.
 
     users: `user_id` C0001…, `text` (null for one in ten), `risk_tolerance` 1-5, `age_band`, `jurisdiction`.
@@ -114,7 +116,7 @@ def make_market(seed: int = 0, n_users: int = 2000, n_items: int = 400) -> Datas
     """
     if min(n_users, n_items) < 20:
         raise ValueError(f"n_users is {n_users} and n_items {n_items}; a market needs at least 20 of each")
-    users, items = draw_tastes(seed, n_users, n_items)
+    users, items = sample_latent_factors(seed, n_users, n_items)
     rng = _rng(seed, 2)
     source, target = _referrals(rng, users)
     user, item = _holdings(rng, users, items, source, target)
@@ -157,7 +159,7 @@ def _by_time(seconds: Int64[np.ndarray, "_"], **columns: pa.Array) -> pa.Table:
     return pa.table({**columns, "timestamp": START + seconds}).take(np.argsort(seconds, kind="stable"))
 
 
-def _referrals(rng: np.random.Generator, users: Tastes) -> tuple[np.ndarray, np.ndarray]:
+def _referrals(rng: np.random.Generator, users: LatentFactors) -> tuple[np.ndarray, np.ndarray]:
     """Distinct ties (source, target), 17 in 20 of them drawn among the users of one concern."""
     n = len(users.theme)
     source = np.repeat(np.arange(n), np.minimum(rng.poisson(3, n), 12))
@@ -171,7 +173,7 @@ def _referrals(rng: np.random.Generator, users: Tastes) -> tuple[np.ndarray, np.
 
 
 def _holdings(
-    rng: np.random.Generator, users: Tastes, items: Tastes, source: np.ndarray, target: np.ndarray
+    rng: np.random.Generator, users: LatentFactors, items: LatentFactors, source: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (user, item): those of highest utility, which a Gumbel term turns into a draw without replacement."""
     n_users, n_items = len(users.theme), len(items.theme)
@@ -186,10 +188,10 @@ def _holdings(
     )
     count = np.minimum(4 + rng.lognormal(1.65, 1.1, n_users).astype(np.int64), n_items // 4)
     wanted = np.argsort(np.argsort(-utility, axis=1), axis=1) < count[:, None]
-    heard = np.zeros((n_users, n_items))  # how many tied users want it too
-    np.add.at(heard, target, wanted[source])
-    np.add.at(heard, source, wanted[target])
-    ranked = np.argsort(-(utility + 1.2 * np.minimum(heard, 2)), axis=1)
+    n_tied = np.zeros((n_users, n_items))  # how many tied users want it too
+    np.add.at(n_tied, target, wanted[source])
+    np.add.at(n_tied, source, wanted[target])
+    ranked = np.argsort(-(utility + 1.2 * np.minimum(n_tied, 2)), axis=1)
     held = np.arange(n_items) < count[:, None]
     return np.nonzero(held)[0], ranked[held]
 
@@ -202,7 +204,7 @@ def _words(rng: np.random.Generator, n: int, columns: int) -> list[list[int]]:
     return rng.integers(0, 1 << 16, (n, columns)).tolist()
 
 
-def _user_table(rng: np.random.Generator, users: Tastes) -> pa.Table:
+def _user_table(rng: np.random.Generator, users: LatentFactors) -> pa.Table:
     n = len(users.theme)
     tells = rng.random((n, 6)) < (1, 0.8, 0.5, 0.5, 0.6, 0.1)
     texts = []
@@ -217,7 +219,7 @@ def _user_table(rng: np.random.Generator, users: Tastes) -> pa.Table:
             f"I want {STYLES[style][1]}",
             f"I look for {CONCERNS[concern][0]}",
         )
-        texts.append(" ".join(f"{sentence}." for sentence, told in zip(sentences, tell, strict=True) if told))
+        texts.append(" ".join(f"{sentence}." for sentence, included in zip(sentences, tell, strict=True) if included))
     return pa.table(
         {
             "user_id": [f"C{u + 1:04d}" for u in range(n)],
@@ -229,7 +231,7 @@ def _user_table(rng: np.random.Generator, users: Tastes) -> pa.Table:
     )
 
 
-def _item_table(rng: np.random.Generator, items: Tastes) -> pa.Table:
+def _item_table(rng: np.random.Generator, items: LatentFactors) -> pa.Table:
     n = len(items.theme)
     category = rng.integers(0, len(CATEGORIES), n)
     names, texts = [], []
@@ -254,7 +256,7 @@ def _item_table(rng: np.random.Generator, items: Tastes) -> pa.Table:
 
 
 def _reviews(
-    rng: np.random.Generator, users: Tastes, items: Tastes, user: np.ndarray, item: np.ndarray
+    rng: np.random.Generator, users: LatentFactors, items: LatentFactors, user: np.ndarray, item: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
     """Positions of the three in ten holdings that are reviewed and the words; two in five name the user's concern."""
     reviewed = np.flatnonzero(rng.random(len(user)) < 0.3)

@@ -9,11 +9,11 @@ import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, Int32
 
 from fused_rec.config import GraphConfig
-from fused_rec.data.arrow import known as known_values
-from fused_rec.data.arrow import pc
 from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.io.arrow import known as known_values
+from fused_rec.data.io.arrow import pc
+from fused_rec.data.io.plain import is_single
 from fused_rec.data.node_texts import NodeTexts
-from fused_rec.data.plain import is_single
 from fused_rec.data.splits import Observed
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
 from fused_rec.memory import require_memory
@@ -24,9 +24,9 @@ LONG = 10**14  # multiplications: an hour of two CPU cores
 MOST_RELATIONS = 64  # kinds of ties, and attributes: each is compiled as two relations of every round of every tower
 MANY_VALUES = 1000  # of an attribute: so many nodes that no two items share are a mistake, and no small table
 USER, ITEM = "user", "item"
-WORDLESS = 1  # width of the text vectors where nothing is said: dense layers need a column
-HOLDS = Relation(USER, "holds", ITEM)
-HELD_BY = Relation(ITEM, "held_by", USER)
+NO_TEXT_DIM = 1  # width of the text vectors where nothing is said: dense layers need a column
+INTERACTS = Relation(USER, "holds", ITEM)
+INTERACTED_BY = Relation(ITEM, "held_by", USER)
 
 
 def build(
@@ -46,22 +46,25 @@ def build(
     if len(vectors) != len(texts.texts):
         raise ValueError(f"{len(vectors)} vectors for {len(texts.texts)} texts; encode the texts of this very split")
     counts = {USER: dataset.n_users, ITEM: dataset.n_items}
-    words = {
+    text = {
         USER: node_vectors(texts.user_rows, texts.user_texts, texts.user_weights, vectors, dataset.n_users),
         ITEM: node_vectors(texts.item_rows, texts.item_texts, texts.item_weights, vectors, dataset.n_items),
     }
-    parts = [both_ways(HOLDS, HELD_BY, observed.user, observed.item, counts), tie_relations(observed.ties, counts)]
+    parts = [
+        bidirectional_edges(INTERACTS, INTERACTED_BY, observed.user, observed.item, counts),
+        social_relations(observed.ties, counts),
+    ]
     for name in config.attributes:
         values, edges = attribute_edges(dataset.items, name)
         counts[name] = values
-        words[name] = np.zeros((values, vectors.shape[1]), np.float32)
+        text[name] = np.zeros((values, vectors.shape[1]), np.float32)
         pair = Relation(ITEM, f"in_{name}", name), Relation(name, f"{name}_of", ITEM)
-        parts.append(both_ways(*pair, *edges, counts))
+        parts.append(bidirectional_edges(*pair, *edges, counts))
     for node_type in (USER, ITEM):
-        if config.similar_text and words[node_type].any():
+        if config.text_knn and text[node_type].any():
             relation = Relation(node_type, "similar_text", node_type)
-            parts.append({relation: nearest_texts(words[node_type], config.similar_text)})
-    return hetero_graph(counts, _joined(parts), np.concatenate(list(words.values())))
+            parts.append({relation: text_knn_edges(text[node_type], config.text_knn)})
+    return hetero_graph(counts, _merge_relations(parts), np.concatenate(list(text.values())))
 
 
 def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> None:
@@ -80,7 +83,7 @@ def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> Non
         raise ValueError(
             f"ties.kind has {len(kinds):,} distinct values ({shown}, ...); each becomes a relation with gates of its "
             f"own, compiled for every round, and a graph takes at most {MOST_RELATIONS}. Merge rare kinds into one, "
-            "give all ties one kind, or set graph.ties to none"
+            "give all ties one kind, or set graph.social_edges to none"
         )
     if len(config.attributes) > MOST_RELATIONS:
         raise ValueError(
@@ -101,7 +104,7 @@ def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> Non
             LOG.warning("%s become nodes of which most connect nothing; bands or groups would connect items", nodes)
 
 
-def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
+def _merge_relations(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
     relations: dict[Relation, Edges] = {}
     for part in parts:
         for relation, edges in part.items():
@@ -114,7 +117,7 @@ def _joined(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation, Edges]:
 class Whitening(NamedTuple):
     """What `whitening` found: x - centre, times matrix, has nearly equal variance in every direction."""
 
-    centre: Float64[np.ndarray, "D"]
+    center: Float64[np.ndarray, "D"]
     matrix: Float64[np.ndarray, "D D"]
 
 
@@ -176,14 +179,14 @@ def whitened(
     """
     out, lengths = np.zeros(means.shape, np.float32), np.zeros(len(means), np.float32)
     if by is not None:
-        scaled = (means[named] - by.centre) @ by.matrix
+        scaled = (means[named] - by.center) @ by.matrix
         length = np.linalg.norm(scaled, axis=1, keepdims=True)
         out[named] = scaled / np.maximum(length, 1e-12)
         lengths[named] = length[:, 0]
     return out, lengths
 
 
-def both_ways(
+def bidirectional_edges(
     forward: Relation, backward: Relation, sources: np.ndarray, targets: np.ndarray, counts: Mapping[str, int]
 ) -> dict[Relation, Edges]:
     """A relation and its reverse, messages weighted 1 / sqrt(degree of source * degree of target) (LightGCN, eq. 3)."""
@@ -193,18 +196,22 @@ def both_ways(
     return {forward: Edges(sources, targets, weight), backward: Edges(targets, sources, weight)}
 
 
-def tie_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, Edges]:
+def social_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, Edges]:
     """One relation a kind of tie; `source` hears `target`, and the reverse where not all ties are mutual."""
     kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
     sources, targets = (column(ties, name).astype(np.int64) for name in ("source", "target"))
     parts = []
     for kind in sorted(set(kinds)):
         at = kinds == kind
-        heard, hears = targets[at], sources[at]
-        pair = both_ways(Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), heard, hears, counts)
-        mutual = np.array_equal(np.sort(heard * counts[USER] + hears), np.sort(hears * counts[USER] + heard))
+        senders, receivers = targets[at], sources[at]
+        pair = bidirectional_edges(
+            Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), senders, receivers, counts
+        )
+        mutual = np.array_equal(
+            np.sort(senders * counts[USER] + receivers), np.sort(receivers * counts[USER] + senders)
+        )
         parts.append(dict(list(pair.items())[:1]) if mutual else pair)
-    return _joined(parts)
+    return _merge_relations(parts)
 
 
 def attribute_edges(items: pa.Table, name: str) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
@@ -243,8 +250,8 @@ def _attribute(items: pa.Table, name: str) -> tuple[np.ndarray, pa.DictionaryArr
     return rows, values.dictionary_encode()
 
 
-def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges:
-    """Each node hears the `neighbours` nodes of nearest words, weighted by their cosine over its sum.
+def text_knn_edges(vectors: Float32[np.ndarray, "n D"], num_neighbors: int) -> Edges:
+    """Each node hears the `num_neighbors` nodes of nearest words, weighted by their cosine over its sum.
 
     Only positive cosines count; nodes without words neither hear nor are heard. Time grows with the square of the
     nodes with words; where it takes long, that is logged first.
@@ -253,14 +260,14 @@ def nearest_texts(vectors: Float32[np.ndarray, "n D"], neighbours: int) -> Edges
       InsufficientMemoryError: vectors, a block of cosines, or the edges do not fit.
     """
     named = np.flatnonzero(vectors.any(1))
-    k = min(neighbours, len(named) - 1)
-    instead = "lower graph.similar_text, or set it to 0 to go without"
+    k = min(num_neighbors, len(named) - 1)
+    instead = "lower graph.text_knn, or set it to 0 to go without"
     # Vectors; cosines with their negatives and order; the edges in parts and joined.
     need = 4 * len(named) * vectors.shape[1] + 24 * max(BLOCK_SCORES, len(named)) + 40 * len(named) * max(k, 0)
     if len(named) > 1:
-        require_memory(need, f"graph.similar_text, {k} neighbours of each of {len(named):,} nodes", instead)
+        require_memory(need, f"graph.text_knn, {k} neighbours of each of {len(named):,} nodes", instead)
     if len(named) ** 2 * vectors.shape[1] > LONG:
-        LOG.warning("graph.similar_text compares %s nodes with each other, which takes hours; %s", len(named), instead)
+        LOG.warning("graph.text_knn compares %s nodes with each other, which takes hours; %s", len(named), instead)
     words = vectors[named]
     block = max(1, BLOCK_SCORES // max(len(named), 1))
     senders, receivers, weights = [], [], []

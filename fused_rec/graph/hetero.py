@@ -14,7 +14,7 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from fused_rec.devices import AnyArray, Shards
+from fused_rec.distributed.devices import AnyArray, Shards
 
 
 class Relation(NamedTuple):
@@ -42,10 +42,10 @@ class HeteroGraph:
 
     A node without words has a zero text row. The arrays are NumPy's, on the host; devices get what they work on.
 
-    Where `shards` are several this is what one device has (`fused_rec.train.parallel.divide_task`): of every type its
-    share of the rows, and no edges, which stand in its adjacencies. The counts remain those of all nodes.
+    Where `shards` are several this is what one device has (`fused_rec.training.sharding.shard_graph_inputs`): of every
+    type its share of the rows, and no edges, which stand in its adjacencies. The counts remain those of all nodes.
 
-    A sample of a larger graph (`fused_rec.graph.sample`) has graph.nodes["number"] too, int32 [N]: the numbers of its
+    A sample of a larger graph (`fused_rec.graph.sampling`) has graph.nodes["number"] too, int32 [N]: the numbers of its
     nodes there, inside their types. It counts rows, of which some are filled up with node 0, and has no edges either.
     """
 
@@ -66,9 +66,9 @@ class HeteroGraph:
         """Number of rows that a device has of the type."""
         return self.shards.rows(self.count(node_type))
 
-    def whole(self, node_type: str, x: Array) -> Array:
+    def all_gather(self, node_type: str, x: Array) -> Array:
         """[rows, ...] to one row a node of the type, on every device."""
-        return self.shards.whole(x)[: self.count(node_type)]
+        return self.shards.all_gather(x)[: self.count(node_type)]
 
     @property
     def sampled(self) -> bool:
@@ -76,13 +76,13 @@ class HeteroGraph:
         nodes: Any = self.graph.nodes
         return "number" in nodes
 
-    def numbers(self, node_type: str, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
+    def global_ids(self, node_type: str, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
         """The numbers, in the whole graph and inside their type, of some of this device's rows."""
-        return self._number(node_type)[rows] if self.sampled else self.shards.numbers(rows)
+        return self._number(node_type)[rows] if self.sampled else self.shards.global_ids(rows)
 
-    def numbers_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
+    def global_ids_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
         """The same of nodes that are counted over all devices, as senders are."""
-        return self.whole(node_type, self._number(node_type))[nodes] if self.sampled else jnp.asarray(nodes)
+        return self.all_gather(node_type, self._number(node_type))[nodes] if self.sampled else jnp.asarray(nodes)
 
     def _number(self, node_type: str) -> Int32[Array, "rows"]:
         nodes: Any = self.graph.nodes
@@ -93,7 +93,7 @@ class HeteroGraph:
         nodes: Any = self.graph.nodes  # to jraph any tree, or none
         return nodes["text"][self.node_slice(node_type)]
 
-    def saying(self, text: Float32[AnyArray, "rows D"]) -> "HeteroGraph":
+    def with_text(self, text: Float32[AnyArray, "rows D"]) -> "HeteroGraph":
         """The same nodes and edges with these text vectors, of all types in their order."""
         return self.replace(graph=self.graph._replace(nodes={"text": text}))  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -133,7 +133,7 @@ def hetero_graph(
     if max(total, longest) >= 2**31:
         raise ValueError(
             f"the graph has {total:,} nodes and up to {longest:,} edges a relation; both are numbered by int32, below "
-            "2,147,483,648: raise data.core"
+            "2,147,483,648: raise data.k_core"
         )
     if len(text) != total:
         raise ValueError(

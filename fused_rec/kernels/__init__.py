@@ -29,7 +29,7 @@ def usable() -> bool:
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(functions, target)), platform="cpu")
     except jax.errors.JaxRuntimeError as error:
-        told = "the kernels were built for a newer JAX than %s; slower ones take their place until pip install"
-        LOG.warning(f"{told} --no-build-isolation builds them anew: %s", jax.__version__, error)
+        message = "the kernels were built for a newer JAX than %s; slower ones take their place until pip install"
+        LOG.warning(f"{message} --no-build-isolation builds them anew: %s", jax.__version__, error)
         return False
     return True

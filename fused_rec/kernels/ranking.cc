@@ -1,5 +1,5 @@
 // Of each row of scores the k best, and how often held-out items lie above others, for XLA on CPUs;
-// fused_rec/evaluate/ranking.py and metrics.py call them.
+// fused_rec/evaluation/ranking.py and metrics.py call them.
 //
 // The greatest score of each column of items comes first: outside the k best columns is none of the k best scores.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from fused_rec.model.narrow import product
+from fused_rec.model.precision import matmul_f32
 
 Sum = tuple[Float32[Array, ""], Float32[Array, ""]]
 
@@ -20,7 +20,7 @@ def softmax(
     catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
-    present: Bool[Array, "I"],
+    trained_items: Bool[Array, "I"],
     temperature: float,
 ) -> Sum:
     """-log softmax over the whole catalogue at each positive (the multinomial likelihood of Liang et al., 2018).
@@ -28,10 +28,10 @@ def softmax(
     Items that are not `present` while training (nobody holds them yet) are no alternatives: to learn that nobody wants
     them would be to learn from the future.
     """
-    scores = product(user, catalogue.T) / temperature
+    scores = matmul_f32(user, catalogue.T) / temperature
     # Before the absent items are set to -inf: padding points at item 0, and 0 * inf is not a number.
     positive = jnp.take_along_axis(scores, items, axis=1)
-    everything = jax.nn.logsumexp(jnp.where(present[None, :], scores, -jnp.inf), axis=-1)
+    everything = jax.nn.logsumexp(jnp.where(trained_items[None, :], scores, -jnp.inf), axis=-1)
     return _over_users(everything[:, None] - positive, mask)
 
 
@@ -40,7 +40,7 @@ def sampled_softmax(
     catalogue: Float[Array, "C K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
-    present: Bool[Array, "I"],
+    trained_items: Bool[Array, "I"],
     negatives: Int32[Array, "S"],
     temperature: float,
 ) -> Sum:
@@ -52,8 +52,8 @@ def sampled_softmax(
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
     drawn = negatives >= 0
-    scores = jnp.where(drawn[None, :], product(user, catalogue[negatives].T) / temperature, -jnp.inf)
-    rest = jax.nn.logsumexp(scores, axis=-1) + jnp.log(present.sum() / drawn.sum())
+    scores = jnp.where(drawn[None, :], matmul_f32(user, catalogue[negatives].T) / temperature, -jnp.inf)
+    rest = jax.nn.logsumexp(scores, axis=-1) + jnp.log(trained_items.sum() / drawn.sum())
     return _over_users(jax.nn.softplus(rest[:, None] - positive), mask)
 
 

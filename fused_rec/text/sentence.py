@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_rec.text.fields import field, require
-from fused_rec.text.pooling import Pooling
+from fused_rec.text.encoders.config_fields import field, require
+from fused_rec.text.encoders.pooling import Pooling
 
 # The first that is there and not empty is read, as Sentence Transformers does.
 SENTENCE_FILES = tuple(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fused_rec.text.fields import require
+from fused_rec.text.encoders.config_fields import require
 
 _BERT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act") + (
     ("max_position_embeddings", "layer_norm_eps", "position_embedding_type", "is_decoder")

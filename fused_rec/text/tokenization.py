@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from fused_rec.text.fields import field, one_of
+from fused_rec.text.encoders.config_fields import field, one_of
 
 Side = Literal["left", "right"]
 SIDES = ("right", "left")

@@ -1,0 +1,124 @@
+"""fused_rec's side of the benchmark: the functions that training and serving call, nothing else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from protocol import Arrays, Job, answer
+
+from fused_rec.distributed.devices import keep_memory
+
+
+def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """A training step of the variant `lightgcn`; a row of the batch is a user with one positive and one negative."""
+    import dataclasses
+
+    import jax
+
+    from fused_rec.config import Config
+    from fused_rec.data.batches import Batch
+    from fused_rec.graph.adjacency import build_adjacencies
+    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+    from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.studies.variants import variant
+    from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
+    from fused_rec.training.train_step import GraphInputs, init
+
+    n_users, n_items = map(int, arrays["shape"])
+    counts = {USER: n_users, ITEM: n_items}
+    relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
+    graph = hetero_graph(counts, relations, np.zeros((n_users + n_items, NO_TEXT_DIM), np.float32))
+    held = np.bincount(arrays["item"], minlength=n_items)
+    graph_inputs = GraphInputs(graph, build_adjacencies(graph), held > 0, held.astype(np.float32))
+
+    config = variant(Config(), "lightgcn")
+    n_pairs = arrays["batch_user"].shape[1]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dim=arrays["rows"].shape[1], num_layers=job["num_layers"]),
+        train=dataclasses.replace(
+            config.train, batch_size=n_pairs, positives_per_user=1, learning_rate=job["learning_rate"]
+        ),
+    )
+    whole = init(config, graph_inputs)
+    rows = {"id_user": arrays["rows"][:n_users], "id_item": arrays["rows"][n_users:]}
+    state = shard_state(dataclasses.replace(whole, params={"main": {**whole.params["main"], **rows}}))
+    graph_inputs, once = shard_graph_inputs(graph_inputs), parallel_train_step(config)
+    parts = (arrays[f"batch_{name}"] for name in ("user", "item", "other"))
+    batches = [
+        Batch(user, item[:, None], np.ones((n_pairs, 1), np.float32), other[:, None])
+        for user, item, other in zip(*parts, strict=True)
+    ]
+
+    def call(number: int) -> float:
+        nonlocal state
+        state, loss = once(state, graph_inputs, batches[number % len(batches)])
+        jax.block_until_ready(state)
+        return float(loss)
+
+    return call
+
+
+def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
+    """The k best unseen items of every user."""
+    import jax
+
+    from fused_rec.evaluation.ranking import item_sets, top_k
+
+    n_users, n_items = map(int, arrays["shape"])
+    seen = item_sets(arrays["user"], arrays["item"], n_users)
+    scorer, everyone = jax.tree_util.Partial(_dot, *_vectors(arrays)), np.arange(n_users, dtype=np.int32)
+    return lambda number: top_k(scorer, everyone, seen=seen, n_items=n_items, k=job["k"])[0]
+
+
+def measure(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """Recall at k of every user with held-out items; all other metrics are computed with it."""
+    import jax
+
+    from fused_rec.evaluation.ranking import evaluate, item_sets, mean
+
+    n_users, n_items = map(int, arrays["shape"])
+    seen = item_sets(arrays["user"], arrays["item"], n_users)
+    truth = item_sets(arrays["test_user"], arrays["test_item"], n_users)
+    counts = np.bincount(arrays["item"], minlength=n_items)
+    scorer, k = jax.tree_util.Partial(_dot, *_vectors(arrays)), job["k"]
+
+    def call(number: int) -> float:
+        found = evaluate(scorer, truth=truth, seen=seen, n_items=n_items, item_counts=counts, ks=(k,))
+        return mean(found)[f"recall@{k}"]
+
+    return call
+
+
+def encode(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
+    """Vectors of all texts, none from a cache."""
+    from fused_rec.text.encode import encode_texts
+    from fused_rec.text.pretrained import open_model
+
+    texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
+    model = open_model(job["model"])
+    return lambda number: encode_texts(texts, model, cache=None, progress=False)
+
+
+def _vectors(arrays: Arrays):
+    import jax.numpy as jnp
+
+    n_users = int(arrays["shape"][0])
+    return jnp.asarray(arrays["rows"][:n_users]), jnp.asarray(arrays["rows"][n_users:])
+
+
+def _dot(users, items, batch):
+    return users[batch] @ items.T
+
+
+TASKS = {
+    "step": (("fused_rec.training.sharding", "fused_rec.studies.variants"), step),
+    "rank": (("fused_rec.evaluation.ranking",), rank),
+    "measure": (("fused_rec.evaluation.ranking",), measure),
+    "encode": (("fused_rec.text.encode",), encode),
+}
+
+if __name__ == "__main__":
+    keep_memory()  # as every command does
+    answer(TASKS, ("jax", "jaxlib", "flax", "optax", "numpy"))

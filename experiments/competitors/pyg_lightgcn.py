@@ -1,0 +1,44 @@
+"""PyTorch Geometric's LightGCN over a sparse CSR matrix, which is the fastest adjacency that it takes on a CPU.
+
+The matrix is normalised once: otherwise each of the three layers would do so in every step.
+"""
+# pyright: reportMissingImports=false
+
+from collections.abc import Callable
+
+import numpy as np
+from protocol import Arrays, Job, answer
+from torch_lightgcn import DECAY, NEEDS, normalised
+
+
+def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """A step of the package's own recommendation loss with Adam."""
+    import torch
+    from torch_geometric.nn import LightGCN
+
+    torch.set_num_threads(job["threads"])
+    matrix, n_users = normalised(arrays), int(arrays["shape"][0])
+    n_nodes, dim = arrays["rows"].shape
+    model = LightGCN(n_nodes, dim, job["num_layers"], normalize=False)
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.from_numpy(arrays["rows"]))
+    adam = torch.optim.Adam(model.parameters(), lr=job["learning_rate"])
+    user, item, other = (
+        torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)) for name in ("user", "item", "other")
+    )
+    labels = torch.stack([torch.cat([user, user], 1), torch.cat([item, other], 1) + n_users], dim=1)
+
+    def call(number: int) -> float:
+        label = labels[number % len(labels)]
+        liked, rest = model(matrix, label).chunk(2)
+        loss = model.recommendation_loss(liked, rest, node_id=label.unique(), lambda_reg=DECAY)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        return float(torch.nn.functional.softplus(rest - liked).mean().detach())
+
+    return call
+
+
+if __name__ == "__main__":
+    answer({"step": ((*NEEDS, "torch_geometric.nn"), step)}, ("torch_geometric", "torch", "numpy"))

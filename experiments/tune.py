@@ -1,0 +1,49 @@
+"""Choose the settings of a config on validation, by trials of which each trains one model.
+
+    python -m experiments.tune --config=experiments/configs/lastfm.py --trials=30 --out=runs/lastfm_sweep
+
+Any number of processes, on any hosts that see the folder, work on the same trials when given the same command, and a
+sweep that was stopped goes on. OUT/best.py is the best config; the test part is never read.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import config_of, start
+from experiments.places import DEFINE_path, written_folder
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
+flags.mark_flag_as_required("config")
+TRIALS = flags.DEFINE_integer("trials", 30, "Trials that are over, in all processes together.", lower_bound=1)
+OUT = DEFINE_path("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, sweeps, and prints what was found."""
+    from fused_rec.studies.tune import (  # needs Optuna: here, its absence is told in one line
+        history,
+        importances,
+        tune,
+    )
+
+    config = config_of(CONFIG.value)
+    folder = Path(OUT.value)
+    tune(config, folder, TRIALS.value)
+    best = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    trials = history(folder)
+    pruned = sum(trial["state"] == "pruned" for trial in trials)
+    print(f"{len(trials)} trials, {pruned} of them stopped early or diverged")
+    print(f"best: trial {best['trial']}, validation {best['metric']} {best['value']:.4f}")
+    for name in (name for name in trials[0] if "." in name):
+        section, setting = name.split(".")
+        print(f"  {name:22} {best['config'][section][setting]:.6g}")
+    if shares := importances(folder):
+        print("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    print(f"train it: python -m experiments.train --config={folder}/best.py --workdir={folder}/run")
+
+
+if __name__ == "__main__":
+    start(main)

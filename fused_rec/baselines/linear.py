@@ -1,0 +1,326 @@
+"""Item-item recommenders in closed form: EASE, EASE towards item words, graph filters; and EASE as rows of items.
+
+Arguments, scorers and errors as in `fused_rec.baselines.neighbors`. X is the history, float32 U x I of 0 and 1. Each
+inverts, or takes eigenvectors of, a matrix of min(U, I) squared numbers, a graph filter of more than `EXACT` squared
+approximately; its scorer holds I x I numbers, or U x I where U < I. `low_rank_ease` is no recommender but a part of one
+(`fused_rec.model.model.append_ease`), and needs I x rank numbers. What does not fit into memory is refused before it
+begins (`fused_rec.memory`, docs/SCALE.md).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Float32, Int32
+
+from fused_rec.baselines.neighbors import Entries, Interactions, entries, has_interactions, rank_unscorable_last
+from fused_rec.distributed.devices import AnyArray
+from fused_rec.memory import require_memory
+
+EXACT = 4096  # beyond, eigenvectors of a Gram matrix take minutes and subspace iteration seconds
+MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
+# Rows of a matrix that LAPACK factorises as a whole. OpenBLAS 0.3.30 (SciPy 1.17) with 2 threads crashes on 46,300, of
+# 8.6 GB with 20 GB to spare; 20,000 rows work. The cause is likely its packing buffer, of fixed size, and not memory.
+WHOLE = 16_384
+BLOCK = 1 << 24  # elements of a dense matrix that are made at once from sparse ones
+OVERSAMPLES = 64  # directions beyond those asked for, of a subspace iteration
+LESS = "raise data.k_core, take another recommender (item_knn keeps only the nearest), or a machine with more memory"
+
+
+def ease(interactions: Interactions, *, l2: float) -> Partial:
+    """Embarrassingly shallow autoencoder (Steck, WWW 2019): the item-item regression X B with a zero diagonal.
+
+    With P = (X'X + l2 I)^-1, B = I - P diag(1 / diag P) (the paper's closed form); `text_ease` where l2_text is 0.
+
+    Raises:
+      InsufficientMemoryError: the matrices do not fit.
+    """
+    _require_room("ease", interactions, words=False)
+    nothing = np.zeros((interactions.n_items, 0), np.float32)
+    return _regression(interactions.history(), l2, 0.0, nothing, nothing.T, has_interactions(interactions.history()))
+
+
+def text_ease(interactions: Interactions, *, l2: float, l2_text: float, l2_words: float) -> Partial:
+    """EASE whose weights are drawn towards those that item words alone would give (L3AE; Moon et al., CIKM 2025).
+
+    The words' weights S are EASE on the text vectors T (I x D), each dimension in the place of a user. With
+    N = (T'T + l2_words I)^-1, Woodbury's identity turns the I x I inverse into one of D x D:
+    S = T N T' diag(1 / d) off its zero diagonal, where d = 1 - diag(T N T').
+
+    Then minimise |X - X B|^2 + l2 |B|^2 + l2_text |B - S|^2 over B with a zero diagonal. A Lagrange multiplier m_j for
+    each B_jj makes the gradient (X'X + l I) B - X'X - l2_text S + diag(m) = 0, with l = l2 + l2_text. With
+    P = (X'X + l I)^-1 and P X'X = I - l P,
+    B = I + l2_text P S - P diag(l + m).
+    S may have any diagonal: it goes into m, so W = T N T' diag(1 / d) stands for it. B_jj = 0 gives
+    l + m_j = n_j = (1 + l2_text (P W)_jj) / P_jj.
+
+    Where users are fewer than items, the U x U inverse M = (X X' + l I)^-1 gives the same scores:
+    P = (I - X'M X) / l and X P = M X, so X B = X + l2_text (M X) W - (M X) diag(n).
+
+    An item j without interactions has P_jj = 1 / l and P_ij = 0, so B_ij = l2_text (P S)_ij: it is scored by its words'
+    weights with the user's items and with what is held beside them.
+
+    Raises:
+      InsufficientMemoryError: the matrices do not fit.
+      NotApplicableError: no item has words.
+    """
+    if not l2_text >= 0:
+        raise ValueError(f"l2_text is {l2_text}; it must be 0 or more")
+    if not l2_words > 0:
+        raise ValueError(f"l2_words is {l2_words}; it must be above 0")
+    words = interactions.require_item_text("text_ease")
+    _require_room("text_ease", interactions, words=True)
+    history = interactions.history()
+    wide = words.astype(np.float64)
+    smooth = np.linalg.solve(wide.T @ wide + l2_words * np.eye(wide.shape[1]), wide.T)  # N T'
+    d = 1 - (wide.T * smooth).sum(0)
+    known = has_interactions(history) | (words.any(1) & (l2_text > 0))
+    return _regression(history, l2, l2_text, words, (smooth / d).astype(np.float32), known)
+
+
+class LowRankEase(NamedTuple):
+    """EASE as rows of I items, B_ji = <rows_j, rows_i> / rest_i off the diagonal; rest is 1 - |rows|^2, above 0."""
+
+    rows: Float32[AnyArray, "I R"]
+    one_minus_norm: Float32[AnyArray, "I"]
+
+
+def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRankEase:
+    """The weights of EASE on the `rank` largest singular directions of X, found by subspace iteration.
+
+    With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
+    weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
+    most min(U, I). Where there are more, those next to the last one kept are blends of their neighbours.
+
+    The same on the same machine with as many threads; elsewhere rows may be turned, and products of two are the same.
+
+    Raises:
+      InsufficientMemoryError: the directions do not fit.
+      ValueError: l2 is too small beside the holders of some item for a quotient in float32.
+    """
+    rank = min(rank, interactions.n_users, interactions.n_items)
+    _require_subspace("model.ease_weight", interactions, rank, "lower model.ease_rank, or set model.ease_weight to 0")
+    # In float64: an item of n holders leaves about l2 / (l2 + n) of 1 - |S_i|^2.
+    history = interactions.history().astype(np.float64)
+    singular, right = _subspace(history, rank, iterations=4)
+    rows = right * np.sqrt(singular**2 / (singular**2 + l2))
+    one_minus_norm = 1 - (rows * rows).sum(1)
+    if one_minus_norm.min() < MIN_ONE_MINUS_NORM:
+        holders = f"{history.sum(0).max():.0f} holders"
+        raise ValueError(
+            f"model.ease_l2 is {l2}: it leaves {one_minus_norm.min():.2g} of an item with {holders}, and must leave "
+            f"{MIN_ONE_MINUS_NORM}; raise it"
+        )
+    return LowRankEase(rows.astype(np.float32), one_minus_norm.astype(np.float32))
+
+
+def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
+    """Graph filters (GF-CF; Shen et al., CIKM 2021): a linear one, and an ideal low-pass one weighted alpha.
+
+    With R = Du^-1/2 X Di^-1/2, Du and Di the degrees of users and items, and V the right singular vectors of R's
+    `rank` largest singular values (all that are not zero where there are fewer),
+    scores = X (R'R + alpha Di^-1/2 V V' Di^1/2).
+
+    Raises:
+      InsufficientMemoryError: the matrices do not fit.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; it must be at least 1")
+    if not alpha >= 0:
+        raise ValueError(f"alpha is {alpha}; it must be 0 or more")
+    # float32, and its device copy
+    require_memory(8 * min(interactions.n_users, interactions.n_items) * interactions.n_items, "gf_cf", LESS)
+    if min(interactions.n_users, interactions.n_items) > EXACT:
+        _require_subspace("gf_cf", interactions, rank, LESS)
+    history = interactions.history()
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1), dtype=np.float64) for axis in (1, 0))
+    user, item = history.nonzero()
+    normal = scipy.sparse.csr_array(
+        (1 / (of_user[user] * of_item[item]), (user, item)), shape=(interactions.n_users, interactions.n_items)
+    )
+    low_pass = _right_singular(normal, rank)
+    left, right = (alpha / of_item)[:, None] * low_pass, (low_pass * of_item[:, None]).T
+    rows: Any  # SciPy's annotations take a slice of rows for None
+    rows, linear = (history, normal.T) if interactions.n_users < interactions.n_items else (normal.T.tocsr(), None)
+    dense = np.empty((rows.shape[0], interactions.n_items), np.float32)
+    for block in _blocks(*dense.shape):  # of float64, which as a whole would take twice as much and more
+        if linear is None:
+            dense[block] = (rows[block] @ normal).toarray() + left[block] @ right
+        else:
+            dense[block] = ((rows[block] @ linear) @ normal).toarray() + (rows[block] @ left) @ right
+    return _scorer(history, dense, has_interactions(history))
+
+
+def _blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Rows of a matrix, so many at a time that they have about `BLOCK` elements."""
+    step = max(1, BLOCK // max(n_columns, 1))
+    return (slice(start, start + step) for start in range(0, n_rows, step))
+
+
+def _require_room(name: str, seen: Interactions, words: bool) -> None:
+    """Raises where `_regression` cannot be, which holds two of its largest matrices at a time."""
+    n_users, n_items = seen.n_users, seen.n_items
+    n = min(n_users, n_items)
+    inverse = 4 * n_users**2 if n_users < n_items else 0  # beside scores; weights are made in its place
+    need = max(8 * n * n_items, inverse + (8 if words else 4) * n * n_items)
+    require_memory(need, f"{name} of {n:,} x {n_items:,} {'scores' if inverse else 'weights'}", LESS)
+
+
+def _require_subspace(name: str, seen: Interactions, rank: int, remedy: str) -> None:
+    """Raises where directions of users and items in float64 do not fit, of which there are three copies."""
+    columns = rank + OVERSAMPLES
+    need = 24 * columns * (seen.n_users + seen.n_items)
+    require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes", remedy)
+
+
+def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
+    """The largest singular values, and right singular vectors, by subspace iteration (Halko et al., 2011)."""
+    from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.tfidf`
+
+    decompose: Any = randomized_svd  # its annotations know neither a number of iterations nor what it returns
+    _, singular, right = decompose(
+        matrix, rank, n_oversamples=OVERSAMPLES, n_iter=iterations, power_iteration_normalizer="QR", random_state=0
+    )
+    return singular, right.T
+
+
+def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
+    """From the smaller Gram matrix, exactly up to `EXACT`: each connected component of the history has a singular value
+    1, and Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3. Beyond, by subspace
+    iteration, whose block is wide enough for the copies.
+    """
+    n_rows, n_columns = matrix.shape
+    if min(matrix.shape) > EXACT:
+        singular, vectors = _subspace(matrix, rank, iterations=20)
+        return vectors[:, singular > 1e-5]
+    gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
+    squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
+    kept = squared > 1e-10  # the largest of all is 1
+    squared, vectors = squared[kept], vectors[:, kept]
+    return matrix.T @ vectors / np.sqrt(squared) if n_rows < n_columns else vectors
+
+
+def _regression(history, l2: float, l2_text: float, left, right, known) -> Partial:
+    """Scores X B of `text_ease`, W being `left` (I x D) @ `right` (D x I)."""
+    if not l2 > 0:
+        raise ValueError(f"l2 is {l2}; it must be above 0")
+    ridge = l2 + l2_text  # the docstring's l
+    own = (left * right.T).sum(1)  # diag W
+    if history.shape[0] < history.shape[1]:
+        inverse = _regularized_inverse(history, ridge)
+        scores, of_items = np.empty(history.shape, np.float32), history.T.tocsr()
+        for block in _blocks(*of_items.shape):
+            scores[:, block] = (of_items[block] @ inverse).T  # M X, M being symmetric
+        towards = (inverse @ (history @ left)) @ right if l2_text else None  # M X W
+        del inverse
+        p = 1 - np.asarray(history.multiply(scores).sum(0)).reshape(-1)  # l diag P
+        if towards is not None:
+            pw = own - np.asarray(history.multiply(towards).sum(0)).reshape(-1)  # l diag(P W)
+            ridge = ridge + l2_text * pw
+        scores *= -(ridge / p)[None, :].astype(np.float32)
+        scores = _drawn(scores, towards, l2_text)
+        del towards
+        rows, columns = history.nonzero()
+        scores[rows, columns] += 1
+        return _scorer(history, scores, known)
+    weights = _regularized_inverse(history.T.tocsr(), ridge)
+    towards = (weights @ left) @ right if l2_text else None  # P W
+    pull = 1.0 if towards is None else 1 + l2_text * np.diag(towards)
+    weights *= -(pull / np.diag(weights))[None, :].astype(np.float32)
+    weights = _drawn(weights, towards, l2_text)
+    del towards
+    np.fill_diagonal(weights, 0)
+    return _scorer(history, weights, known)
+
+
+def _drawn(
+    dense: Float32[np.ndarray, "n I"], towards: Float32[np.ndarray, "n I"] | None, l2_text: float
+) -> Float32[np.ndarray, "n I"]:
+    """`dense` plus what draws it towards words, in its own memory."""
+    if towards is not None:
+        towards *= np.float32(l2_text)
+        dense += towards
+    return dense
+
+
+def _regularized_inverse(rows: Any, l2: float) -> Float32[np.ndarray, "n n"]:
+    """(rows @ rows' + l2 I)^-1 of a sparse matrix, in the memory of the one dense matrix."""
+    n, columns = rows.shape[0], rows.T.tocsr()
+    matrix = np.empty((n, n), np.float32, order="F")
+    for block in _blocks(n, n):  # as a whole, the sparse product may take three times as much as the matrix
+        (rows[block] @ columns).toarray(out=matrix.T[block])  # symmetric
+    norm = matrix.sum(0).max()  # bounds the largest eigenvalue: no entry is negative
+    matrix[np.diag_indices_from(matrix)] += np.float32(l2)
+    if not _invert(matrix) or l2 < 1e-5 * norm:  # a condition number of 1e5 leaves float32 two digits
+        raise ValueError(f"l2 is {l2}, too small for an inverse in float32; it must be at least {1e-5 * norm:.2g}")
+    return matrix.T  # the same, and in rows, as the device takes it without one more copy
+
+
+def _invert(matrix: Float32[np.ndarray, "n n"]) -> bool:
+    """Puts the inverse of a symmetric matrix in its place; False, and nothing of use there, where it is not positive.
+
+    Of more than `WHOLE` rows by the inverses of a block A and of its Schur complement S = C - B' A^-1 B: with
+    W = A^-1 B, [[A, B], [B', C]] has the inverse [[A^-1 + W S^-1 W', -W S^-1], [-S^-1 W', S^-1]].
+    """
+    n, half = len(matrix), len(matrix) // 2
+    if n <= WHOLE:
+        return _invert_whole(matrix)
+    a, b, c = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not _invert(a):
+        return False
+    w = a @ b
+    for rows in _blocks(*c.shape):
+        c[rows] -= b[:, rows].T @ w
+    if not _invert(c):
+        return False
+    np.matmul(w, c, out=b)
+    for rows in _blocks(*a.shape):
+        a[rows] += b[rows] @ w.T
+    np.negative(b, out=b)
+    matrix[half:, :half] = b.T
+    return True
+
+
+def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
+    potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.float32)
+    # Cholesky in place: half the work and a third of the memory of a general inverse.
+    factor, failed = potrf(matrix, lower=1, overwrite_a=1)
+    if failed:
+        return False
+    inverse, _ = potri(factor, lower=1, overwrite_c=1)
+    for i in range(len(inverse)):  # LAPACK fills one triangle
+        inverse[i, i + 1 :] = inverse[i + 1 :, i]
+    if not np.shares_memory(inverse, matrix):  # a block of a larger matrix, of which LAPACK took a copy
+        matrix[:] = inverse
+    return True
+
+
+def _scorer(history, dense: Float32[np.ndarray, "n I"], known) -> Partial:
+    """Of scores U x I where users are fewer than items, else of item-item weights I x I."""
+    n_users, n_items = history.shape
+    on_device = jax.device_put(dense)  # jnp.asarray takes one more copy on the way
+    if n_users < n_items:
+        return rank_unscorable_last(Partial(_rows_of, on_device), known)
+    zeros = jnp.zeros(n_items, jnp.float32)
+    return rank_unscorable_last(Partial(_sum_dense_rows, entries(history), on_device, zeros), known)
+
+
+def _rows_of(scores: Float32[Array, "U I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    return scores[users]
+
+
+def _sum_dense_rows(
+    left: Entries, right: Float32[Array, "I I"], zeros: Float32[Array, "I"], users: Int32[Array, "B"]
+) -> Float32[Array, "B I"]:
+    def of_user(user):
+        def add_row(entry, scores):
+            return scores + left.values[entry] * right[left.columns[entry]]
+
+        return jax.lax.fori_loop(left.indptr[user], left.indptr[user + 1], add_row, zeros)
+
+    return jax.lax.map(of_user, users)

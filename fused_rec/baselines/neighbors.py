@@ -1,0 +1,314 @@
+"""Recommenders without gradient training: popularity, neighbours, friends, item words, alternating least squares.
+
+Each takes what may be `Interactions` and returns a scorer: user ids (B,) to scores of the whole catalogue, float32 (B,
+I), as `fused_rec.evaluation.ranking` takes them. The host prepares with SciPy; scorers are `jax.tree_util.Partial`s of
+their arrays. A user about whom nothing is seen (no history, friends or words) gets equal scores; items that a method
+knows nothing about, for most those without interactions, all get the user's lowest score. Settings have no
+defaults: validation chooses them. All raise ValueError for ids outside 0..n-1 and for settings outside their bounds.
+The item-item regressions and filters stand in `fused_rec.baselines.linear`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from fused_rec.memory import require_memory
+
+ITERATIONS = 15  # of ALS
+SIMILARITIES = 1 << 24  # between rows that are sorted at once; each takes some 64 bytes until only the nearest are left
+
+
+class NotApplicableError(ValueError):
+    """A recommender cannot be made of these tables: they lack what it needs (words, ties), or are too large to index.
+
+    Where memory lacks, it is `fused_rec.memory.InsufficientMemoryError`.
+    """
+
+
+class Interactions(NamedTuple):
+    """What may be seen of U users and I items.
+
+    user, item: [E], the interactions; a repeated pair counts once.
+    user_text, item_text: float32 [U, D] and [I, D], unit rows, zero where there are no words.
+    source, target: [F], users of whom the first is tied to the second; a repeated tie counts once.
+    age: [E], days by which each interaction is older than the newest one.
+    """
+
+    user: Int[np.ndarray, "E"]
+    item: Int[np.ndarray, "E"]
+    n_users: int
+    n_items: int
+    user_text: Float32[np.ndarray, "U D"] | None = None
+    item_text: Float32[np.ndarray, "I D"] | None = None
+    source: Int[np.ndarray, "F"] | None = None
+    target: Int[np.ndarray, "F"] | None = None
+    age: Float32[np.ndarray, "E"] | None = None
+
+    def history(self) -> scipy.sparse.csr_array:
+        """Float32 [U, I]: 1 where the user has the item."""
+        return _pairs(self.user, self.item, self.n_users, self.n_items, "user", "item")
+
+    def ties(self, asked_by: str) -> scipy.sparse.csr_array:
+        """Float32 [U, U]: 1 where the row's user is tied to the column's. Raises NotApplicableError without any."""
+        if self.source is None or self.target is None or not len(self.source):
+            raise NotApplicableError(f"{asked_by} needs ties and none are seen; leave it out for these tables")
+        return _pairs(self.source, self.target, self.n_users, self.n_users, "source", "target")
+
+    def require_item_text(self, asked_by: str) -> Float32[np.ndarray, "I D"]:
+        """`item_text`. Raises NotApplicableError where no item has words."""
+        if self.item_text is None or not self.item_text.any():
+            raise NotApplicableError(
+                f"{asked_by} needs item words and none are seen; leave it out for these tables, or for a variant "
+                "that reads no text"
+            )
+        return self.item_text
+
+
+def popularity(interactions: Interactions, *, half_life: float = 0) -> Partial:
+    """Every user gets the items most users have (TopPop of Cremonesi et al., RecSys 2010): score = the item's users.
+
+    half_life: days after which an interaction counts half; 0 = all count in full, a repeated pair once.
+    """
+    if not half_life:
+        return Partial(_same_for_all, jnp.asarray(interactions.history().sum(0), jnp.float32).reshape(-1))
+    age = np.zeros(len(interactions.item)) if interactions.age is None else interactions.age
+    return Partial(_same_for_all, jnp.asarray(item_counts(interactions.item, age, half_life, interactions.n_items)))
+
+
+def item_counts(
+    item: Int[np.ndarray, "E"], age: Float[np.ndarray, "E"], half_life: float, n_items: int
+) -> Float32[np.ndarray, "I"]:
+    """How many interactions each item has, one of `popularity_half_life` days counting half; of half_life 0 all in
+    full.
+
+    Aged counts are scaled so that they add up to E as full ones do: what log(1 + count) makes of them then depends on
+    the items' proportions and not on how long ago the tables ended.
+    """
+    weight = None
+    if half_life and len(item):
+        age = np.asarray(age, np.float64)
+        weight = np.exp2((age.min() - age) / half_life)  # the newest weighs 1, so the sum is at least that
+        weight *= len(item) / weight.sum()
+    return np.bincount(item, weight, minlength=n_items).astype(np.float32)
+
+
+def item_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:
+    """Items like those the user has (Deshpande and Karypis, ACM TOIS 2004).
+
+    Score of item j: sum of sim(i, j) over the user's items i that have j among their `num_neighbors` most similar;
+    sim(i, j) = (users of both) / (sqrt(users of i x users of j) + shrink), the cosine where shrink is 0.
+    """
+    history = interactions.history()
+    similar = _nearest("item_knn", history.T.tocsr(), num_neighbors, shrink)
+    return Partial(_sum_sparse_rows, entries(history), entries(similar), _zeros(interactions.n_items))
+
+
+def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:
+    """Items of users like this one (Sarwar et al., EC 2000, with cosine).
+
+    Score of item j: sum of sim(u, v) over those of u's `num_neighbors` most similar users v who have j, with the
+    sim of `item_knn`, items for users.
+    """
+    history = interactions.history()
+    similar = _nearest("user_knn", history, num_neighbors, shrink)
+    return Partial(_sum_sparse_rows, entries(similar), entries(history), _zeros(interactions.n_items))
+
+
+def friends_mean(interactions: Interactions) -> Partial:
+    """Items of the user's friends: score = share of the users u is tied to (u = `source`) who have the item.
+
+    The averaging over ties of Ma et al. (WSDM 2011), of histories instead of learned factors.
+
+    Raises:
+      NotApplicableError: there are no ties.
+    """
+    history, ties = interactions.history(), interactions.ties("friends_mean")
+    degree = np.diff(ties.indptr)
+    ties.data /= np.repeat(degree, degree)
+    return Partial(_sum_sparse_rows, entries(ties), entries(history), _zeros(interactions.n_items))
+
+
+def text_mean(interactions: Interactions, *, own: float) -> Partial:
+    """Items whose words are near those of the user's items: frozen text vectors, nothing learned.
+
+    Score: cosine of the item's words and of m / |m| + own * (the user's words), m being the mean of the words of the
+    user's items (the centroid profile of content-based recommenders, Lops et al., 2011). Items need no
+    interactions, only words.
+
+    Raises:
+      NotApplicableError: no item has words.
+    """
+    if not own >= 0:
+        raise ValueError(f"own is {own}; it must be 0 or more")
+    history, words = interactions.history(), interactions.require_item_text("text_mean")
+    users = _unit(history @ words)
+    if interactions.user_text is not None:
+        users = _unit(users + np.float32(own) * interactions.user_text)
+    return rank_unscorable_last(Partial(_dot, jnp.asarray(users), jnp.asarray(_unit(words))), np.abs(words).sum(1) > 0)
+
+
+def als(interactions: Interactions, *, factors: int, regularization: float, alpha: float, seed: int) -> Partial:
+    """Factors of weighted least squares (Hu, Koren and Volinsky, ICDM 2008), by the `implicit` library.
+
+    Minimises sum c (p - x y)^2 + regularisation * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
+    (Takacs et al., RecSys 2011); p is 1 with confidence c = alpha for a seen pair and 0 with c = 1 for any other, so
+    alpha is 1 + the paper's. The same seed gives the same factors, whatever the number of threads.
+
+    Raises:
+      ImportError: `implicit` is not installed.
+      InsufficientMemoryError: the factors do not fit.
+    """
+    for name, value, least in (("factors", factors, 1), ("regularisation", regularization, 0), ("alpha", alpha, 1)):
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    try:
+        from implicit.cpu.als import AlternatingLeastSquares
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise ImportError("als needs the library implicit: pip install -e '.[als]'") from error
+    need = 8 * factors * (interactions.n_users + interactions.n_items)  # float32, and the device's copy
+    require_memory(need, f"als, with {factors} factors of each user and item", "raise data.k_core, or leave als out")
+    history = interactions.history()
+    # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
+    with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors, regularization=regularization, alpha=alpha, iterations=ITERATIONS, random_state=seed
+        )
+        model.fit(scipy.sparse.csr_matrix(history), show_progress=False)
+    factorised = Partial(_dot, jnp.asarray(model.user_factors), jnp.asarray(model.item_factors))
+    return rank_unscorable_last(factorised, has_interactions(history))
+
+
+def has_interactions(history) -> Bool[np.ndarray, "I"]:
+    """Whether an item has interactions."""
+    return np.bincount(history.indices, minlength=history.shape[1]) > 0
+
+
+def rank_unscorable_last(scorer: Partial, known: Bool[np.ndarray, "I"]) -> Partial:
+    """`scorer`, items not `known` at each user's lowest score: what the formula gives them is no judgement."""
+    return scorer if known.all() else Partial(_rank_unscorable_last, scorer, jnp.asarray(known))
+
+
+def _rank_unscorable_last(scorer: Partial, known: Bool[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    scores = scorer(users)
+    return jnp.where(known[None, :], scores, scores.min(1, keepdims=True))
+
+
+def _unit(rows: Float32[np.ndarray, "n D"]) -> Float32[np.ndarray, "n D"]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def _pairs(row, column, n_rows: int, n_columns: int, row_name: str, column_name: str) -> scipy.sparse.csr_array:
+    for name, ids, n in ((row_name, row, n_rows), (column_name, column, n_columns)):
+        if len(ids) and not (0 <= ids.min() and ids.max() < n):
+            raise ValueError(f"{name} ids span {ids.min()}..{ids.max()}; they must lie in 0..{n - 1}")
+    ones = np.ones(len(row), np.float32)
+    pairs = scipy.sparse.coo_array((ones, (row, column)), shape=(n_rows, n_columns)).tocsr()
+    pairs.data[:] = 1  # repeated pairs were added up
+    return pairs
+
+
+def _nearest(name: str, vectors: scipy.sparse.csr_array, num_neighbors: int, shrink: float) -> scipy.sparse.csr_array:
+    """Each row's most similar other rows, ties by lower row; rows without anything in common are no neighbours."""
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors is {num_neighbors}; it must be at least 1")
+    if shrink < 0:
+        raise ValueError(f"shrink is {shrink}; it must be 0 or more")
+    norms = np.sqrt(np.diff(vectors.indptr))
+    transposed = vectors.T.tocsr()
+    n = len(norms)
+    # So many similarities a row has at most: one for each other holder of each of its columns.
+    most = np.minimum(abs(vectors) @ np.diff(transposed.indptr).astype(np.float64), n)
+    kept = int(np.minimum(most, num_neighbors).sum())
+    what = f"{name} with up to {num_neighbors} neighbours of each of {n:,} {'items' if name == 'item_knn' else 'users'}"
+    require_memory(24 * kept + 64 * SIMILARITIES, what, f"raise data.k_core, or leave {name} out")
+    blocks = []
+    for rows in _row_blocks(most):
+        common = (vectors[rows] @ transposed).tocoo()
+        row, column = common.coords
+        value = common.data / (norms[row + rows.start] * norms[column] + shrink)
+        other = row + rows.start != column
+        row, column, value = row[other], column[other], value[other]
+        order = np.lexsort((column, -value, row))
+        row, column, value = row[order], column[order], value[order]
+        rank = np.arange(len(row)) - np.searchsorted(row, row)
+        near = rank < num_neighbors
+        shape = (rows.stop - rows.start, n)
+        blocks.append(scipy.sparse.csr_array((value[near], (row[near], column[near])), shape=shape))
+    return scipy.sparse.csr_array(scipy.sparse.vstack(blocks))
+
+
+def _row_blocks(most: Float[np.ndarray, "n"]) -> Iterator[slice]:
+    """Up to 1,024 rows at a time, and no more than have `SIMILARITIES` together, but one at least."""
+    total, start = np.concatenate([[0], np.cumsum(most)]), 0
+    while start < len(most):
+        stop = int(np.searchsorted(total, total[start] + SIMILARITIES, side="right")) - 1
+        stop = min(max(stop, start + 1), start + 1024, len(most))
+        yield slice(start, stop)
+        start = stop
+
+
+CHUNK = 128  # entries of a row added in one step
+MOST_ENTRIES = 2**31 - 1 - CHUNK  # of a matrix on the device, which numbers them by int32
+
+
+class Entries(NamedTuple):
+    """A sparse matrix in compressed rows, on the device: row r has entries indptr[r] to indptr[r + 1] - 1."""
+
+    indptr: Int32[Array, "rows"]
+    columns: Int32[Array, "E"]
+    values: Float32[Array, "E"]
+
+
+def entries(matrix: scipy.sparse.csr_array) -> Entries:
+    """The matrix on the device. Raises NotApplicableError for more than `MOST_ENTRIES`, which would be misnumbered."""
+    if matrix.nnz > MOST_ENTRIES:
+        raise NotApplicableError(
+            f"a sparse matrix of {matrix.nnz:,} entries is needed, and at most {MOST_ENTRIES:,} are numbered on a "
+            "device; raise data.k_core, or leave this recommender out"
+        )
+    # One zero past the end, for what reads beyond a row (or an empty matrix) to find.
+    columns, values = np.append(matrix.indices, 0), np.append(matrix.data, 0)
+    return Entries(
+        jnp.asarray(matrix.indptr, jnp.int32), jnp.asarray(columns, jnp.int32), jnp.asarray(values, jnp.float32)
+    )
+
+
+def _zeros(n_items: int) -> Float32[Array, "I"]:
+    return jnp.zeros(n_items, jnp.float32)
+
+
+def _same_for_all(scores: Float32[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    return jnp.broadcast_to(scores[None, :], (users.shape[0], scores.shape[0]))
+
+
+def _dot(users: Float32[Array, "U K"], items: Float32[Array, "I K"], batch: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    return users[batch] @ items.T
+
+
+def _sum_sparse_rows(
+    left: Entries, right: Entries, zeros: Float32[Array, "I"], users: Int32[Array, "B"]
+) -> Float32[Array, "B I"]:
+    """left[users] @ right, in time of the entries it touches: rows differ too much in length to pad them."""
+
+    def of_user(user):
+        def add_row(entry, scores):
+            row, weight = left.columns[entry], left.values[entry]
+            begin, end = right.indptr[row], right.indptr[row + 1]
+
+            def add_chunk(chunk, scores):
+                slots = begin + chunk * CHUNK + jnp.arange(CHUNK)
+                slots = jnp.where(slots < end, slots, right.columns.shape[0] - 1)
+                return scores.at[right.columns[slots]].add(weight * right.values[slots])
+
+            return jax.lax.fori_loop(0, (end - begin + CHUNK - 1) // CHUNK, add_chunk, scores)
+
+        return jax.lax.fori_loop(left.indptr[user], left.indptr[user + 1], add_row, zeros)
+
+    return jax.lax.map(of_user, users)

@@ -1,0 +1,1 @@
+"""Files and columns to checked tables, and back."""

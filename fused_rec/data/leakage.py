@@ -1,0 +1,251 @@
+"""Proof, before training, that nothing observed tells of what is held out.
+
+Everything is derived again from the dataset and the rows of the split, row by row and without `splits.observe`, so
+that a mistake there, or in a table somebody built in its place, does not excuse itself.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.splits import SPLIT_NAMES, Observed, Split
+from fused_rec.memory import require_memory
+
+PASSAGE_WORDS = 5  # shorter texts recur by chance ("great product"); longer ones name their source
+PAIR = 160  # bytes of a pair of numbers in a set of Python's
+SHOWN = 5  # rows of each finding that the report spells out
+
+
+class LeakError(ValueError):
+    """Something held out can be seen. The message names the rows and the remedy."""
+
+
+def audit(
+    dataset: Dataset, split: Split, observed: Observed, texts: NodeTexts, splits: tuple[str, ...] = ("train",)
+) -> dict[str, int]:
+    """How much was checked, by what it was; raises LeakError with everything found.
+
+    Checked: the parts of the split are disjoint and complete and keep to its kind; every observed pair is an
+    interaction of `parts`; every observed review and tie is a row of the dataset that tells of no held-out pair
+    (nor item, nor user, for new_items and new_users) and is dated before the cut; every text of a node is its own
+    description or such a review of it; and no review of at least 5 words that must not be seen occurs word for
+    word, whatever its case and spacing, in the strings of its user's or its item's row in the dataset
+    (names apart).
+    Not found: paraphrases and excerpts, and numbers computed from held-out rows. Controls that rewire ties or
+    shuffle texts are applied after the audit.
+    """
+    rows = dataset.interactions.num_rows + len(observed.user) + dataset.reviews.num_rows + dataset.ties.num_rows
+    require_memory(PAIR * rows, f"the leak audit of {rows:,} rows", "raise data.k_core, or give fewer reviews and ties")
+    withheld = _withheld(dataset, split, splits)
+    review_faults = _review_faults(dataset, withheld)
+    tie_faults = _tie_faults(dataset, withheld)
+    passages = _passages(dataset, review_faults)
+    findings = [
+        *_in_split(dataset, split),
+        *_in_interactions(dataset, observed, withheld),
+        *_in_table("review", dataset.reviews, review_faults, observed.reviews),
+        *_in_table("tie", dataset.ties, tie_faults, observed.ties),
+        *_in_node_texts(dataset, texts, review_faults),
+        *_in_descriptions(dataset, passages),
+    ]
+    if findings:
+        raise LeakError("\n".join(["what is held out can be seen:", *(f"  {finding}" for finding in findings)]))
+    return {
+        "observed interactions": len(observed.user),
+        "held-out interactions": len(withheld.pairs),
+        "observed reviews": observed.reviews.num_rows,
+        "withheld reviews": sum(map(bool, review_faults)),
+        "observed ties": observed.ties.num_rows,
+        "withheld tie rows": sum(map(bool, tie_faults)),
+        "texts of nodes": len(texts.user_rows) + len(texts.item_rows),
+        "withheld passages searched for": sum(map(len, passages.values())),
+    }
+
+
+@dataclass(frozen=True)
+class _Withheld:
+    pairs: set[tuple[int, int]]
+    users: set[int]
+    items: set[int]
+    cut: int | None
+
+    def leaks(self, users: list[int], items: list[int | None]) -> list[str]:
+        """Why each (user, item) must not be known; empty = it may be, as where item is None."""
+
+        def why(user, item):
+            if item is None:
+                return ""
+            if (user, item) in self.pairs:
+                return "tells of a held-out interaction"
+            if item in self.items:
+                return "tells of a held-out item"
+            return "is an act of a held-out user" if user in self.users else ""
+
+        return list(map(why, users, items))
+
+    def late(self, times: list[int | None]) -> list[str]:
+        """Why each moment is too late; empty = it is not."""
+
+        def why(seconds):
+            if seconds is None:
+                return "has no timestamp, under a split by time"
+            return f"is dated {seconds}, not before the cut at {self.cut}" if seconds >= self.cut else ""
+
+        return [""] * len(times) if self.cut is None else list(map(why, times))
+
+
+def _withheld(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _Withheld:
+    known = {name: getattr(split, name) for name in splits}
+    mask = np.ones(dataset.interactions.num_rows, bool)
+    mask[np.concatenate(list(known.values()))] = False
+    users, items = (column(dataset.interactions, name)[mask].tolist() for name in ("user", "item"))
+    cut = split.valid_from if "valid" not in known else split.test_from if "test" not in known else None
+    return _Withheld(
+        set(zip(users, items, strict=True)),
+        set(users) if split.kind == "new_users" else set(),
+        set(items) if split.kind == "new_items" else set(),
+        cut,
+    )
+
+
+def _cells(table: pa.Table, name: str) -> list:
+    return table.column(name).to_pylist() if name in table.column_names else [None] * table.num_rows
+
+
+def _rows(table: pa.Table, names: Collection[str]) -> list[tuple]:
+    return list(zip(*(_cells(table, name) for name in names), strict=True))
+
+
+def _review_faults(dataset: Dataset, withheld: _Withheld) -> list[str]:
+    """Why each review must not be seen; empty = it may be."""
+    user, item, text, moment = (_cells(dataset.reviews, name) for name in ("user", "item", "text", "timestamp"))
+    leaking = withheld.leaks(user, item)
+    acts = list(zip(user, text, moment, strict=True))
+    posts = {
+        act for act, fault in zip(acts, leaking, strict=True) if fault and len((act[1] or "").split()) >= PASSAGE_WORDS
+    }
+    post = "is the same post as a review that tells of something held out"
+    late = withheld.late(moment)
+    return [leaking[k] or (post if act in posts else "") or late[k] for k, act in enumerate(acts)]
+
+
+def _tie_faults(dataset: Dataset, withheld: _Withheld) -> list[str]:
+    acts, item = _rows(dataset.ties, ("source", "target", "kind", "timestamp")), _cells(dataset.ties, "item")
+    by_source = withheld.leaks(_cells(dataset.ties, "source"), item)
+    by_target = withheld.leaks(_cells(dataset.ties, "target"), item)
+    leaking = [one or other for one, other in zip(by_source, by_target, strict=True)]
+    hidden = {act for act, fault in zip(acts, leaking, strict=True) if fault}
+    late = withheld.late(_cells(dataset.ties, "timestamp"))
+    sibling = "was seen in an act on something held out"
+    return [leaking[k] or (sibling if act in hidden else "") or late[k] for k, act in enumerate(acts)]
+
+
+def _report(what: str, faults: list[str], remedy: str) -> Iterator[str]:
+    if faults:
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        yield f"{len(faults)} {what}: {'; '.join(faults[:SHOWN])}{more}. {remedy}."
+
+
+def _in_split(dataset: Dataset, split: Split) -> Iterator[str]:
+    rows = [getattr(split, name) for name in SPLIT_NAMES]
+    if not np.array_equal(np.sort(np.concatenate(rows)), np.arange(dataset.interactions.num_rows)):
+        yield "the parts of the split overlap or miss interactions. Take them from fused_rec.data.splits.split."
+        return
+    faults = []
+    if split.kind == "time":
+        times = [column(dataset.interactions, "timestamp")[r] for r in rows]
+        for earlier, later, name in ((times[0], split.valid_from, "train"), (times[1], split.test_from, "valid")):
+            if later is None or (earlier >= later).any():
+                faults.append(f"the {name} part reaches beyond {later}")
+    if split.kind in ("new_items", "new_users"):
+        nodes = [set(column(dataset.interactions, split.kind[4:-1])[r].tolist()) for r in rows]
+        shared = (nodes[0] & nodes[1]) | (nodes[0] & nodes[2]) | (nodes[1] & nodes[2])
+        faults = [f"row {node} of {split.kind[4:]} is in more than one part" for node in sorted(shared)]
+    yield from _report(f"fault(s) in the {split.kind} split", faults, "Take the split from fused_rec.data.splits.split")
+
+
+def _in_interactions(dataset: Dataset, observed: Observed, withheld: _Withheld) -> Iterator[str]:
+    pairs = set(zip(*(column(dataset.interactions, name).tolist() for name in ("user", "item")), strict=True))
+    faults = []
+    for row, pair in enumerate(zip(observed.user.tolist(), observed.item.tolist(), strict=True)):
+        if pair in withheld.pairs or pair not in pairs:
+            why = "is held out" if pair in withheld.pairs else "is no interaction of the dataset"
+            faults.append(f"row {row} (user {pair[0]}, item {pair[1]}) {why}")
+    yield from _report("observed interaction(s) may not be seen", faults, "Take only rows of the known parts")
+
+
+def _in_table(what: str, table: pa.Table, faults: list[str], seen: pa.Table) -> Iterator[str]:
+    names = seen.column_names
+    rows = _rows(table, names)
+    allowed = {row for row, fault in zip(rows, faults, strict=True) if not fault}
+    why = {row: fault for row, fault in zip(rows, faults, strict=True) if fault}
+    leaks = [
+        f"row {k} ({', '.join(f'{n} {v!r:.60}' for n, v in zip(names, row, strict=True))}) "
+        f"{why.get(row, 'is no row of the dataset')}"
+        for k, row in enumerate(_rows(seen, names))
+        if row not in allowed
+    ]
+    remedy = "Build the table with fused_rec.data.splits.observe, which withholds them"
+    yield from _report(f"observed {what}(s) may not be seen", leaks, remedy)
+
+
+def _in_node_texts(dataset: Dataset, texts: NodeTexts, review_faults: list[str]) -> Iterator[str]:
+    node_strings = [text and text.strip() for text in _cells(dataset.reviews, "text")]
+    for what, table, nodes, of_node in (
+        ("user", dataset.users, texts.user_rows, texts.user_texts),
+        ("item", dataset.items, texts.item_rows, texts.item_texts),
+    ):
+        allowed = {(node, text and text.strip()) for node, text in enumerate(_cells(table, "text"))}
+        reviews = zip(_cells(dataset.reviews, what), node_strings, review_faults, strict=True)
+        allowed |= {(node, text) for node, text, fault in reviews if not fault}
+        leaks = [
+            f"{what} {node} has {texts.texts[text]!r:.60}"
+            for node, text in zip(nodes.tolist(), of_node.tolist(), strict=True)
+            if (node, texts.texts[text]) not in allowed
+        ]
+        remedy = "Build the texts with fused_rec.data.node_texts.node_texts from the observed reviews"
+        yield from _report(f"text(s) of {what}s are neither their own nor a review that may be seen", leaks, remedy)
+
+
+def _normal(texts: list[str | None]) -> list[str]:
+    return [" ".join((text or "").casefold().split()) for text in texts]
+
+
+def _passages(dataset: Dataset, review_faults: list[str]) -> dict[str, list[tuple[int, int, str]]]:
+    """By "user" and "item": (review row, node, normalised words that the node's description must not hold).
+
+    Words that the node also has in a review that may be seen tell nothing.
+    """
+    words = [text if text.count(" ") >= PASSAGE_WORDS - 1 else "" for text in _normal(_cells(dataset.reviews, "text"))]
+    found = {}
+    for what in ("user", "item"):
+        reviews = list(zip(_cells(dataset.reviews, what), words, review_faults, strict=True))
+        seen = {(node, text) for node, text, fault in reviews if not fault}
+        found[what] = [
+            (row, node, text)
+            for row, (node, text, fault) in enumerate(reviews)
+            if text and fault and (node, text) not in seen
+        ]
+    return found
+
+
+def _in_descriptions(dataset: Dataset, passages: dict[str, list[tuple[int, int, str]]]) -> Iterator[str]:
+    for what, table in (("user", dataset.users), ("item", dataset.items)):
+        is_text = [pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in table.schema.types]
+        strings = [c for c, text in zip(table.column_names, is_text, strict=True) if text and c != "name"]
+        node_strings = _normal([" ".join(filter(None, cells)) for cells in _rows(table, strings)])
+        names = _normal(_cells(table, "name"))
+        leaks = [
+            f"{what} {node} repeats review row {row} {text!r:.60}"
+            for row, node, text in passages[what]
+            if text in node_strings[node] and text not in names[node]  # a review may well name its item
+        ]
+        remedy = (
+            f"Leave reviews out of the {what}s table, since node_texts adds the observed ones; or, where it is the "
+            "review that quotes the description, leave out that review"
+        )
+        yield from _report(f"{what}(s) carry a review that may not be seen in their own row", leaks, remedy)

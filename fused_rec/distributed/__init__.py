@@ -1,0 +1,1 @@
+"""Devices, processes and signals: the only pmap, sharding, several hosts, requests to stop."""

@@ -1,0 +1,121 @@
+"""One run over several processes, each with devices of its own: how they find each other and what they agree on.
+
+Every process reads the same tables and takes the same decisions; what only one can know (files of the workdir, a
+request to stop) is told to the others here. The first process writes.
+"""
+
+import json
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Bool, Float, Int, PyTree
+
+START_SECONDS = 300  # how long the first processes wait for the last
+HEARTBEAT_SECONDS = 20  # without a sign of life a process counts as dead, and the others stop
+SHUTDOWN_SECONDS = 15  # how long an ending process waits for the others to end
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins this process to the others; before anything else is done with JAX.
+
+    coordinator: host and port of the first process; num_processes: how many; process_id: which one this is, from 0.
+    Where
+    none is given JAX asks the cluster: SLURM, Open MPI, Kubernetes (GKE), Cloud TPU.
+
+    Raises:
+      ValueError: only some are given, or out of bounds.
+      RuntimeError: not all processes came in `START_SECONDS`, or no cluster answers.
+    """
+    given = coordinator, num_processes, process_id
+    if any(part is None for part in given) and any(part is not None for part in given):
+        raise ValueError(
+            f"coordinator is {coordinator!r}, processes {num_processes!r} and process {process_id!r}; give all "
+            f"three, or none "
+            "where the cluster tells them"
+        )
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"process is {process_id}; it must be from 0 to {num_processes - 1}, one less than processes")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+
+
+def is_single_process() -> bool:
+    """Whether this is the run's only process."""
+    return jax.process_count() == 1
+
+
+def is_collective_failure(error: Exception) -> bool:
+    """Whether this is how JAX tells that the other processes of the run have ended or cannot be reached.
+
+    A broken collective comes as a RuntimeError, or, where it breaks while it is sent off, as a ValueError that begins
+    with its status.
+    """
+    broken = isinstance(error, RuntimeError) or _STATUS.match(str(error)) is not None
+    return broken and not is_single_process()
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def broadcast_arrays(tree: PyTree) -> PyTree:
+    """The first process's arrays in every process, on the host; shapes and dtypes are alike in all."""
+    if is_single_process():
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def broadcast_json(value: Any) -> Any:
+    """The first process's value, of what JSON can hold, in every process."""
+    if is_single_process():
+        return value
+    written = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(broadcast_arrays(np.int32(len(written))))
+    sent = np.resize(written, length) if is_primary() else np.zeros(length, np.uint8)
+    return json.loads(broadcast_arrays(sent).tobytes())
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so."""
+    return flag if is_single_process() else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def any_process_elementwise(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+    """Where any process says so; all have as many to say."""
+    return flags if is_single_process() else multihost_utils.process_allgather(flags).any(0)
+
+
+def local_shard(rows: Int[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """This process's part of work that all have the same list of."""
+    return rows[jax.process_index() :: jax.process_count()]
+
+
+def gather_shards(rows: Int[np.ndarray, "n"], done: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n D"]:
+    """What all processes made of their `local_shard` of the rows, in the order of the rows."""
+    if is_single_process():
+        return done
+    count = jax.process_count()
+    padded = np.pad(done, ((0, -(-len(rows) // count) - len(done)), (0, 0)))
+    return multihost_utils.process_allgather(padded).swapaxes(0, 1).reshape(-1, done.shape[1])[: len(rows)]
+
+
+def check_equal_across_processes(what: str, value: str) -> None:
+    """Raises ValueError in every process whose value is not the first one's."""
+    if value != (first := broadcast_json(value)):
+        raise ValueError(
+            f"{what} is {value} in process {jax.process_index()} and {first} in process 0; start all processes of a "
+            "run with the same command, on the same tables"
+        )

@@ -1,0 +1,362 @@
+"""Rankings under hard rules: who may get what, what each rule excludes and costs, and on whom that falls.
+
+Rules and their file: `fused_rec.evaluation.filters`. What a rule refuses is taken away before ranking.
+U users, I items, R rules; B users a batch, k ranks; V users that were asked for; N resamples ("draws"), G groups.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
+
+from fused_rec.data.io.arrow import known, pc
+from fused_rec.data.io.plain import is_single
+from fused_rec.evaluation.ranking import (
+    CandidateFilter,
+    Scorer,
+    UserItemSets,
+    as_argument,
+    catalogue,
+    check_finite,
+    check_sets,
+    evaluate,
+    over_batches,
+    passed,
+    require_room,
+    scored,
+    top_k_filtered,
+    users_per_batch,
+)
+from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
+
+DAY = 86_400  # seconds
+STALE = 30 * DAY  # an older price is none: the product was not traded any more
+SMALLEST = 10  # users of a group that a gap may be about
+
+
+class FilteredRanking(NamedTuple):
+    """Rankings of V users under R rules, and what the rules took away.
+
+    items, scores: the k best that pass every rule; -1 and -inf where fewer do.
+    before: the k best without any rule, likewise.
+    passes: which rules (in the order of `CandidateFilter.names`) each of `cached_vectors` passes; False at empty ranks.
+    excluded: candidates that each rule refuses. excluded_alone: those among them that no other rule refuses.
+    """
+
+    items: Int32[np.ndarray, "V k"]
+    scores: Float32[np.ndarray, "V k"]
+    before: Int32[np.ndarray, "V k"]
+    passes: Bool[np.ndarray, "V k R"]
+    excluded: Int32[np.ndarray, "V R"]
+    excluded_alone: Int32[np.ndarray, "V R"]
+
+
+def rank_with_filters(
+    scorer: Scorer,
+    eligible: CandidateFilter,
+    users: Int[np.ndarray, "V"],
+    *,
+    seen: UserItemSets,
+    n_items: int,
+    k: int,
+    candidates: Int[np.ndarray, "C"] | None = None,
+    batch: int | None = None,
+    progress: str = "",
+    devices: int | None = None,
+) -> FilteredRanking:
+    """Each user's best items with and without the rules, divided over devices; arguments as of `ranking.top_k`.
+
+    progress: what a bar says; no bar without it.
+
+    Raises ValueError and InsufficientMemoryError as `ranking.top_k` does.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    allowed, order = catalogue(n_items, candidates, seed=0)
+    check_sets(users, n_items, seen=seen, barred=eligible.excluded)
+    n, rules = len(users), len(eligible.names)
+    require_room(n, n_items, batch or users_per_batch(n_items), (12 + rules) * k + 8 * rules)
+    found = FilteredRanking(
+        np.full((n, k), -1, np.int32),
+        np.full((n, k), -np.inf, np.float32),
+        np.full((n, k), -1, np.int32),
+        np.zeros((n, k, rules), bool),
+        np.zeros((n, rules), np.int32),
+        np.zeros((n, rules), np.int32),
+    )
+    if n == 0:
+        return found
+    done = 0
+    for rows, (ranked, of_rules, finite) in over_batches(
+        _rank_batch,
+        (as_argument(scorer), eligible.tests, allowed, order),
+        users,
+        (seen, *eligible.excluded),
+        batch=users_per_batch(n_items) if batch is None else batch,
+        devices=devices,
+        progress=progress,
+        k=k,
+    ):
+        check_finite(rows, finite)
+        own = min(len(rows), n - done)
+        for whole, part in zip(found[:3], ranked, strict=True):
+            whole[done : done + own] = part[:own]
+        for rule, of_rule in enumerate(of_rules):
+            for whole, part in zip(found[3:], of_rule, strict=True):
+                whole[done : done + own, ..., rule] = part[:own]
+        done += own
+    return found
+
+
+def _rank_batch(scorer, tests, allowed, order, users, seen, *barred, k):
+    n_items = allowed.shape[0]
+    scores = scored(scorer, users, n_items)
+    unseen = allowed[None, :] & ~seen.mask(n_items)
+    masks = passed(tests, barred, users, n_items)
+    refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
+    items, top, finite = top_k_filtered(scores, unseen & (refused == 0), order, k)
+    before, _, _ = top_k_filtered(scores, unseen, order, k)
+
+    there = before >= 0
+    of_rules = tuple(
+        (
+            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & there,
+            (unseen & ~mask).sum(1, dtype=jnp.int32),
+            (unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32),
+        )
+        for mask in masks
+    )
+    return (items, top, before), of_rules, finite
+
+
+def exclusion_counts(screened: FilteredRanking, names: Sequence[str]) -> dict[str, Any]:
+    """The exclusions of these users, countable rule by rule, as integers that add up over parts (`sum_counts`).
+
+    users; ranked: recommendations made; without_any: users left with none; fewer: users with fewer than k.
+    top, top_suitable: products in the lists without rules, and those of them that pass every rule.
+    rules: by name, `excluded` (user, product) pairs, `excluded_alone`: those that no other rule excludes, and `of_top`:
+    how many of the products in the lists without rules it refuses.
+    """
+    filled, there = screened.items >= 0, screened.before >= 0
+    refused = (there[:, :, None] & ~screened.passes).sum((0, 1))
+    excluded, alone = (counts.sum(0, dtype=np.int64) for counts in (screened.excluded, screened.excluded_alone))
+    return {
+        "users": len(filled),
+        "recommendations": int(filled.sum()),
+        "users_without_recommendations": int((~filled.any(1)).sum()),
+        "users_with_short_list": int((~filled.all(1)).sum()),
+        "top": int(there.sum()),
+        "top_suitable": int((there & screened.passes.all(2)).sum()),
+        "rules": {
+            name: {
+                "excluded": int(excluded[n]),
+                "excluded_only_by_rule": int(alone[n]),
+                "excluded_from_topk": int(refused[n]),
+            }
+            for n, name in enumerate(names)
+        },
+    }
+
+
+def sum_counts(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The account of two parts together."""
+    return {
+        name: sum_counts(value, other[name]) if isinstance(value, Mapping) else value + other[name]
+        for name, value in one.items()
+    }
+
+
+def suitable(
+    eligible: CandidateFilter, users: Int[np.ndarray, "V"], items: Int[np.ndarray, "V k"], *, batch: int = 256
+) -> Bool[np.ndarray, "V k"]:
+    """Which products of anybody's lists pass every rule; False at empty ranks (-1)."""
+    fine = items >= 0
+    taken = np.maximum(items, 0)
+    for start in range(0, len(users), batch):
+        rows = slice(start, start + batch)
+        for test in eligible.tests:
+            passes = np.asarray(test(jnp.asarray(users[rows], jnp.int32)))
+            fine[rows] &= np.take_along_axis(passes, taken[rows], axis=1)
+    for excluded in eligible.excluded:
+        n_items = 1 + max(int(taken.max(initial=0)), int(excluded.items.max(initial=0)))
+        fine &= ~np.isin(users[:, None] * n_items + taken, excluded.users * n_items + excluded.items)
+    return fine
+
+
+def suitable_share(fine: Bool[np.ndarray, "V k"], items: Int[np.ndarray, "V k"]) -> Float64[np.ndarray, "V"]:
+    """Of each user, the share of suitable products among those in the list; NaN for an empty list."""
+    return _mean_of(fine.astype(np.float64), items >= 0)
+
+
+def rule_costs(
+    scorer: Scorer, eligible: CandidateFilter, metric: str = "ndcg@10", **held_out: Any
+) -> dict[str, Difference]:
+    """What each rule takes from a metric: without it less with all of them; under "" without any rule less with all.
+
+    Paired over users (`compare.paired_bootstrap`). Held-out products that a rule refuses count as missed with it.
+
+    held_out: arguments of `ranking.evaluate`.
+    """
+
+    def values(under: CandidateFilter) -> Float32[np.ndarray, "1 V"]:
+        return evaluate(scorer, eligible=under, **held_out).metrics[metric][None]
+
+    with_all = values(eligible)
+    others = {"": CandidateFilter()} | {name: eligible.without(name) for name in eligible.names}
+    return {name: paired_bootstrap(values(under), with_all) for name, under in others.items()}
+
+
+def period_returns(prices: pa.Table, item_ids: pa.ChunkedArray, start: int, days: int) -> Float64[np.ndarray, "I"]:
+    """What one unit of money in each item came to after `days`, less one: p(start + days) / p(start) - 1.
+
+    p is the last close at or before the time, no more than 30 days old; NaN where there is none at either time or the
+    first is not positive. Dividends, fees and currencies are not in it.
+
+    prices: `item_id` string, `timestamp` int64 unix seconds, `price` float64, in any order.
+    start: unix seconds. Raises ValueError for less than a day.
+    """
+    if days < 1:
+        raise ValueError(f"the horizon is {days} days; it must be at least 1")
+    item = np.asarray(pc.fill_null(pc.index_in(prices["item_id"], value_set=item_ids.combine_chunks()), -1))
+    time, price = np.asarray(prices["timestamp"]), np.asarray(prices["price"])
+
+    def last(until: int) -> Float64[np.ndarray, "I"]:
+        rows = np.flatnonzero((item >= 0) & (time <= until) & (time > until - STALE) & np.isfinite(price))
+        rows = rows[np.argsort(time[rows], kind="stable")]
+        found = np.full(len(item_ids), np.nan)
+        found[item[rows]] = price[rows]  # of several rows of an item NumPy keeps the last
+        return found
+
+    before, after = last(start), last(start + days * DAY)
+    return np.where(before > 0, after, np.nan) / np.where(before > 0, before, 1.0) - 1
+
+
+def realised_return(items: Int[np.ndarray, "V k"], returns: Float64[np.ndarray, "I"]) -> Float64[np.ndarray, "V"]:
+    """Each user's mean return over the recommended items that have one; NaN where none has."""
+    of_items = returns[np.maximum(items, 0)]
+    return _mean_of(of_items, (items >= 0) & ~np.isnan(of_items))
+
+
+def _mean_of(values: Float64[np.ndarray, "V k"], counted: Bool[np.ndarray, "V k"]) -> Float64[np.ndarray, "V"]:
+    n = counted.sum(1)
+    return np.where(n > 0, np.where(counted, values, 0.0).sum(1) / np.maximum(n, 1), np.nan)
+
+
+class Group(NamedTuple):
+    """Users alike in one attribute: how many have the metric, its mean, and that mean's 95 % interval."""
+
+    users: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaps:
+    """A metric by group, and the gap between the best and the worst of those with 10 users or more.
+
+    low, high: its 95 % interval, with the two groups taken as given. p: how often users dealt to the groups by chance
+    show a gap as wide between any two of them, which accounts for the choice of the widest.
+    The gap and its numbers are NaN, and best and worst empty, where fewer than two groups are large enough.
+    """
+
+    groups: Mapping[str, Group]
+    best: str = ""
+    worst: str = ""
+    gap: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+
+
+def group_gaps(
+    values: Float[np.ndarray, "V"], groups: Sequence[str | None], *, draws: int = 2000, seed: int = 0
+) -> Gaps:
+    """How unequally a metric falls on groups of users; NaN values are left out, None is the group "unknown".
+
+    Intervals: percentiles of `draws` resamples of each group's users on its own. p: as `Gaps` says, from as many
+    permutations, the observation counted as one (Davison and Hinkley, 1997, section 4.3).
+    """
+    if len(values) != len(groups):
+        raise ValueError(f"{len(values)} values and {len(groups)} users with a group; they must be the same users")
+    known = ~np.isnan(values)
+    values = values[known].astype(np.float64)
+    names, group = np.unique(
+        np.array(["unknown" if name is None else name for name in groups], np.str_)[known], return_inverse=True
+    )
+    found: dict[str, Group] = {}
+    drawn: dict[str, np.ndarray] = {}
+    for n, name in enumerate(names.tolist()):
+        own = values[group == n]
+        drawn[name] = resampled_means(own, draws, np.random.default_rng([seed, n]))
+        low, high = np.quantile(drawn[name], (0.025, 0.975))
+        found[name] = Group(len(own), float(own.mean()), float(low), float(high))
+    sizes = np.bincount(group, minlength=len(names))
+    large = np.flatnonzero(sizes >= SMALLEST)
+    if len(large) < 2:
+        return Gaps(found)
+    means = _means(values, group, sizes)[large]
+    best, worst = (names[large[place]].item() for place in (means.argmax(), means.argmin()))
+    gap = float(np.ptp(means))
+    low, high = np.quantile(drawn[best] - drawn[worst], (0.025, 0.975))
+    rng = np.random.default_rng([seed, len(names)])
+    by_chance = [np.ptp(_means(rng.permutation(values), group, sizes)[large]) for _ in range(draws)]
+    p = (1 + sum(wide >= gap * (1 - 1e-9) for wide in by_chance)) / (1 + draws)
+    return Gaps(found, best, worst, gap, float(low), float(high), float(p))
+
+
+def _means(values: Float64[np.ndarray, "V"], group: np.ndarray, sizes: np.ndarray) -> Float64[np.ndarray, "G"]:
+    return np.bincount(group, values, minlength=len(sizes)) / np.maximum(sizes, 1)
+
+
+def check_groups(users: pa.Table, names: Sequence[str]) -> None:
+    """Raises ValueError as `groups_of` does, for the first of the attributes that makes no groups."""
+    for name in names:
+        groups_of(users, name, np.zeros(0, np.int64))
+
+
+def _quarters(values: Sequence[int]) -> list[Fraction]:
+    """The three quartiles as `np.quantile` has them, but exact: integers may be larger than floats hold."""
+    ordered = sorted(values)
+    cuts = []
+    for quarter in (1, 2, 3):
+        place, rest = divmod(Fraction(quarter * (len(ordered) - 1), 4), 1)
+        low, high = (Fraction(ordered[min(place + step, len(ordered) - 1)]) for step in (0, 1))
+        cuts.append(low + (high - low) * rest)
+    return cuts
+
+
+def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[str | None]:
+    """Each user's value of an attribute as a group; numbers with more than 20 distinct values by quarters.
+
+    Raises ValueError for a column that is not there, for lists, since groups must not overlap, and for more than 20
+    distinct words.
+    """
+    if name not in users.column_names:
+        raise ValueError(f"users have no column {name!r}; they have {', '.join(users.column_names)}")
+    values = known(users.column(name))
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if not is_single(values.type):
+        raise ValueError(f"users.{name} holds {values.type} values; groups need a column of one word or number a user")
+    if pa.types.is_null(values.type):
+        return [None] * len(rows)
+    distinct = pc.count_distinct(values).as_py()
+    number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if distinct > 20 and any(test(values.type) for test in number):
+        there = values.drop_null()
+        exact = not pa.types.is_floating(values.type)
+        cuts = _quarters(there.to_pylist()) if exact else np.quantile(np.asarray(there), (0.25, 0.5, 0.75)).tolist()
+        bands = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
+        of_rows = values.take(pa.array(rows)).to_pylist()
+        return [None if x is None else bands[bisect.bisect_left(cuts, x)] for x in of_rows]
+    if distinct > 20:
+        raise ValueError(f"users.{name} has {distinct} distinct values; groups need at most 20, so band them first")
+    return values.take(pa.array(rows)).cast(pa.string()).to_pylist()

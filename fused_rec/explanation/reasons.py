@@ -1,0 +1,133 @@
+"""Parts of a score in plain words: stable codes for machines, sentences for people, and both as one record."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from fused_rec.data.dataset import Dataset
+from fused_rec.explanation.decomposition import (
+    INTERACTION,
+    OWN_ID,
+    OWN_TEXT,
+    POPULARITY,
+    SIMILAR_USERS,
+    TIE,
+    Contributions,
+    ScoreDecomposition,
+    contributions,
+    scores,
+)
+
+NAMED = 2  # holdings that a sentence names
+LISTED = 20  # parts that a record lists by their source; those of less weight are added up by kind
+LEAST_SHARE = 0.05  # of all that speaks for an item: what weighs less is no reason
+
+# Codes stay as they are once published: other systems count and filter by them. No sentence names another customer.
+OTHER_TIE = "TIES"
+CODES = {
+    INTERACTION: "HOLDINGS",
+    OWN_TEXT: "OWN_TEXT",
+    OWN_ID: "USER_EMBEDDING",
+    SIMILAR_USERS: "SIMILAR_USERS",
+    POPULARITY: "POPULAR",
+}
+NO_POSITIVE_CONTRIBUTION = "NO_POSITIVE_CONTRIBUTION"
+
+
+class Reason(NamedTuple):
+    """share: of the sum of all that speaks for the item, from 0 to 1."""
+
+    code: str
+    text: str
+    share: float
+
+
+def names(table: pa.Table, id_column: str) -> list[str]:
+    """What rows are called: their `name` where they have one, else their id."""
+    ids = table.column(id_column).to_pylist()
+    if "name" not in table.column_names:
+        return ids
+    return [name or own for name, own in zip(table.column("name").to_pylist(), ids, strict=True)]
+
+
+def reasons(dataset: Dataset, contributed: Contributions, column: int = 0) -> list[Reason]:
+    """Why, the weightiest first: kinds of parts that add at least `LEAST_SHARE` of all that speaks for the item."""
+    by_kind: dict[str, float] = {}
+    value = contributed.value[:, column]
+    for kind, part in zip(contributed.kind, value.tolist(), strict=True):
+        by_kind[kind] = by_kind.get(kind, 0.0) + part
+    in_favour = sum(part for part in by_kind.values() if part > 0)
+    found = []
+    for kind, part in sorted(by_kind.items(), key=lambda pair: -pair[1]):
+        if part > 0 and part >= LEAST_SHARE * in_favour:
+            mine = np.array([own == kind for own in contributed.kind]) & (value > 0)
+            sentence = _sentence(dataset, kind, contributed.source[mine], value[mine])
+            text = f"{sentence} ({part / in_favour:.0%} of what speaks for it)."
+            found.append(Reason(CODES.get(kind, OTHER_TIE), text, part / in_favour))
+    return found or [
+        Reason(
+            NO_POSITIVE_CONTRIBUTION,
+            "Nothing known of the customer speaks for it; it is ranked by what speaks least against it.",
+            0.0,
+        )
+    ]
+
+
+def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray) -> str:
+    if kind == INTERACTION:
+        best = names(dataset.items.take(source[np.argsort(-value, kind="stable")][:NAMED]), "item_id")
+        more = len(source) - len(best)
+        return f"The customer holds {' and '.join(best)}" + (f" and {more} more" if more else "")
+    if kind == OWN_TEXT:
+        return "It fits what the customer says and is described as"
+    if kind == OWN_ID:
+        return "It fits what the customer has chosen so far as a whole"
+    if kind == POPULARITY:
+        return "How many customers hold it"
+    if kind == SIMILAR_USERS:
+        return "Customers who say much the same lean towards it"
+    tie = kind.removeprefix(TIE)
+    if len(source) == 1:
+        return f"1 customer tied to this one ({tie}) leans towards it"
+    return f"{len(source)} customers tied to this one ({tie}) lean towards it"
+
+
+def record(decomposition: ScoreDecomposition, dataset: Dataset, user: int, items: list[int]) -> list[dict[str, Any]]:
+    """One row of reasons.jsonl an item: user_id, item_id, score, parts (kind, source, value), reasons (code, text).
+
+    The values of the parts sum to the score. source: the id of the product held or of the customer heard; None for the
+    customer's own, for popularity, and for the sum of a kind's parts beyond the `LISTED` of most weight.
+    """
+    contributed, given = contributions(decomposition, user, items), scores(decomposition, user)
+    ids = {INTERACTION: dataset.items.column("item_id")}
+    user_ids = dataset.users.column("user_id")
+    rows = []
+    for column, item in enumerate(items):
+        value = contributed.value[:, column]
+        order = np.argsort(-np.abs(value), kind="stable")
+        listed = [
+            {
+                "kind": contributed.kind[part],
+                "source": None
+                if contributed.source[part] < 0
+                else ids.get(contributed.kind[part], user_ids)[int(contributed.source[part])].as_py(),
+                "value": float(value[part]),
+            }
+            for part in order[:LISTED]
+        ]
+        rest: dict[str, float] = {}
+        for part in order[LISTED:]:
+            rest[contributed.kind[part]] = rest.get(contributed.kind[part], 0.0) + float(value[part])
+        rows.append(
+            {
+                "user_id": user_ids[user].as_py(),
+                "item_id": ids[INTERACTION][item].as_py(),
+                "score": float(given[item]),
+                "parts": listed + [{"kind": kind, "source": None, "value": part} for kind, part in rest.items()],
+                "reasons": [
+                    {"code": reason.code, "text": reason.text} for reason in reasons(dataset, contributed, column)
+                ],
+            }
+        )
+    return rows

@@ -1,0 +1,340 @@
+"""What a page about a finished run tells: found once, as plain values, for `fused_rec.reporting.page` to draw."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int64
+from tqdm import tqdm
+
+from fused_rec.config import Config
+from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.splits import observe
+from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
+from fused_rec.evaluation.significance import Difference, paired_bootstrap
+from fused_rec.evaluation.slices import bands
+from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
+from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
+from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions, contributions, decompose
+from fused_rec.explanation.paths import Path, best_paths
+from fused_rec.explanation.reasons import Reason, names, reasons
+from fused_rec.explanation.token_attribution import attribute_tokens, attributor
+from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, attribute_values
+from fused_rec.graph.hetero import Relation
+from fused_rec.serving.recommender import rank_chunks as ranked
+from fused_rec.training.evaluate import BASELINES, baseline, choose_settings, evaluate_users, scorer
+from fused_rec.training.inputs import Prepared, prepare
+from fused_rec.training.train_step import TrainState
+
+LOG = logging.getLogger(__name__)
+METRICS = ("ndcg@10", "recall@10", "auc")
+DRAWS = 2000  # resamples of an interval
+PATHS = 3  # drawn for a recommendation
+TEXTS = 2  # of the customer and of the product whose words are weighed
+TEXT_TITLES = {USER: "What the customer says", ITEM: "What is said of the product"}
+EDGES = 3_000_000  # of a graph in which a holding is taken away and everything computed anew
+
+
+class Model(NamedTuple):
+    """A recommender measured on a part: of each metric (mean, low, high), and by how much the run's own is better.
+
+    against: None for the run's own model.
+    """
+
+    name: str
+    metrics: Mapping[str, tuple[float, float, float]]
+    against: Mapping[str, Difference] | None
+
+
+class Sliced(NamedTuple):
+    """A metric by groups of customers."""
+
+    title: str
+    metric: str
+    gaps: Gaps
+
+
+class Span(NamedTuple):
+    """text[start:end] of a passage adds `value` to the score."""
+
+    start: int
+    end: int
+    value: float
+
+
+class Passage(NamedTuple):
+    """A text of the customer or of the product; its spans ascend and do not overlap."""
+
+    title: str
+    text: str
+    spans: tuple[Span, ...] = ()
+
+
+class Hop(NamedTuple):
+    """A node of a path: `node` tells it from others, `by` is how the one before hears it."""
+
+    node: tuple[str, int]
+    label: str
+    by: str
+
+
+class Route(NamedTuple):
+    """A path from the customer on. arrives: its last node is the product itself, reached by the last hop.
+
+    by_text: what stands at its start and is likest to the product are words, and not a learned row.
+    """
+
+    hops: tuple[Hop, ...]
+    arrives: bool
+    by_text: bool
+    value: float
+
+
+class Recommended(NamedTuple):
+    """One product for one customer. effect: (name of a holding, what changes without it)."""
+
+    rank: int
+    item_id: str
+    name: str
+    score: float
+    reasons: tuple[Reason, ...]
+    routes: tuple[Route, ...]
+    effect: tuple[str, CounterfactualEffect] | None = None
+    passages: tuple[Passage, ...] = ()
+
+
+class Customer(NamedTuple):
+    """A customer whose recommendations are shown. interactions: names of what the model has seen them hold."""
+
+    user_id: str
+    name: str
+    interactions: tuple[str, ...]
+    ties: int
+    items: tuple[Recommended, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+    """Everything on the page.
+
+    results: of `results.json`. curve: lines of `train.curves.read_curves`. rules: of `train.measure.measure_rules`,
+    None without rules. selection: how the customers were, as in "5 customers, drawn at random".
+    """
+
+    results: Mapping[str, Any]
+    counts: Mapping[str, int]
+    digests: Mapping[str, str]
+    split: str
+    models: tuple[Model, ...]
+    curve: tuple[Mapping[str, Any], ...]
+    slices: tuple[Sliced, ...]
+    rules: Mapping[str, Any] | None
+    customers: tuple[Customer, ...]
+    selection: str
+
+
+TokenPassages = Callable[[int, int], tuple[Passage, ...]]
+
+
+def evaluate_models(
+    config: Config, prepared: Prepared, state: TrainState, split: str, baselines: Sequence[str], own: str
+) -> dict[str, UserMetrics]:
+    """What `evaluate_users` finds of each of the `BASELINES` named, tuned on validation, and last of the run's model.
+
+    own: name of the run's model. Raises ValueError for an unknown baseline and NotApplicableError as `baseline` does.
+    """
+    if unknown := set(baselines) - set(BASELINES):
+        raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
+    # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
+    alone = prepared
+    if baselines and len(prepared.observed.user) != len(prepared.split.train):
+        alone = prepare(config, prepared.dataset, prepared.split)
+    found = {}
+    for name in tqdm(baselines, desc="baselines", disable=not baselines):
+        found[name] = evaluate_users(prepared, baseline(name, prepared, choose_settings(name, alone)), split)
+    return found | {own: evaluate_users(prepared, scorer(config, prepared, state), split)}
+
+
+def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
+    """Means with 95 % intervals over users, and the own model less each other one, paired; the own one last."""
+    found = []
+    for name in [*(other for other in measured if other != own), own]:
+        values = {metric: measured[name].metrics[metric][None] for metric in METRICS}
+        metrics = {metric: _interval(values[metric]) for metric in METRICS}
+        against = None
+        if name != own:
+            ours = measured[own].metrics
+            against = {m: paired_bootstrap(ours[m][None], values[m], draws=DRAWS) for m in METRICS}
+        found.append(Model(name, metrics, against))
+    return tuple(found)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    zero = paired_bootstrap(values, np.zeros_like(values), draws=DRAWS)
+    return zero.difference, zero.low, zero.high
+
+
+def sliced(prepared: Prepared, per_user: UserMetrics, groups: Sequence[str]) -> tuple[Sliced, ...]:
+    """NDCG@10 by how much customers hold, by whether they are tied to anyone, and by attributes of theirs."""
+    dataset = prepared.dataset
+    values, rows = per_user.metrics["ndcg@10"], per_user.users
+    held = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
+    ties = observe(dataset, prepared.split).ties
+    tied = np.zeros(dataset.n_users, bool)
+    tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
+    found = [Sliced("Products held", "ndcg@10", group_gaps(values, _named(held, rows)))]
+    if tied.any():
+        found.append(Sliced("Ties", "ndcg@10", group_gaps(values, _named({"with": tied, "without": ~tied}, rows))))
+    for name in groups:
+        found.append(Sliced(name, "ndcg@10", group_gaps(values, groups_of(dataset.users, name, rows))))
+    return tuple(found)
+
+
+def _named(members: Mapping[str, np.ndarray], rows: Int[np.ndarray, "V"]) -> list[str | None]:
+    out: list[str | None] = [None] * len(rows)
+    for name, mask in members.items():
+        for place in np.flatnonzero(mask[rows]):
+            out[place] = name
+    return out
+
+
+def sample(prepared: Prepared, count: int, seed: int = 0) -> Int64[np.ndarray, "_"]:
+    """Rows of so many customers of whom the model has seen a holding, drawn at random, ascending."""
+    known = np.unique(prepared.observed.user)
+    drawn = np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False)
+    return np.sort(drawn).astype(np.int64)
+
+
+def no_passages(user: int, item: int) -> tuple[Passage, ...]:
+    """For a model of whose words nothing is told."""
+    return ()
+
+
+def passages(config: Config, prepared: Prepared, state: TrainState) -> TokenPassages:
+    """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
+
+    A model that hears no words has none, and neither has a pair whose words do not add up, which is logged.
+    """
+    try:
+        read = attributor(config, state.params, prepared)
+    except ValueError:
+        return no_passages
+
+    def of_pair(user: int, item: int) -> tuple[Passage, ...]:
+        try:
+            found = attribute_tokens(read, user, item, limit=TEXTS)
+        except ArithmeticError as error:
+            LOG.warning("no words are shown of user %d and item %d: %s", user, item, error)
+            return ()
+        spans: list[list[Span]] = [[] for _ in found.texts]
+        for word in found.tokens:
+            spans[word.text].append(Span(word.start, word.end, word.value))
+        return tuple(
+            Passage(TEXT_TITLES[text.side], text.text, tuple(own)) for text, own in zip(found.texts, spans, strict=True)
+        )
+
+    return of_pair
+
+
+def recommended(
+    config: Config,
+    prepared: Prepared,
+    state: TrainState,
+    may: CandidateFilter,
+    users: Int64[np.ndarray, "V"],
+    k: int,
+    token_passages: TokenPassages = no_passages,
+) -> tuple[Customer, ...]:
+    """The k best products of each customer under `may`, with why.
+
+    Of each customer's first product: what is `said`, word by word, and what becomes of it without the holding that
+    speaks most for it, left out where the graph has more than `EDGES` edges.
+    """
+    if not len(users):
+        return ()
+    dataset = prepared.dataset
+    decomposition, names_of = decompose(config, state.params, prepared.graph_inputs), _Names(dataset)
+    [part] = ranked(scorer(config, prepared, state), dataset, may, users, k)
+    affordable = sum(count for _, count in prepared.graph_inputs.graph.relations) <= EDGES
+    found = []
+    for place, user in enumerate(tqdm(users.tolist(), desc="explain", unit="customer")):
+        items = [item for item in part.ranking.items[place].tolist() if item >= 0]
+        contributed = contributions(decomposition, user, items)
+        without = None
+        if affordable and items and (holding := _best_interaction(contributed)) is not None:
+            [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
+            changed = counterfactual_effect(config, state.params, prepared, user, items[0], holding, open_to)
+            without = names_of.items[holding], changed
+        shown = tuple(
+            Recommended(
+                rank + 1,
+                names_of.item_ids[item],
+                names_of.items[item],
+                float(part.ranking.scores[place, rank]),
+                tuple(reasons(dataset, contributed, rank)),
+                tuple(names_of.route(path, item) for path in best_paths(decomposition, user, item, PATHS)),
+                without if rank == 0 else None,
+                token_passages(user, item) if rank == 0 else (),
+            )
+            for rank, item in enumerate(items)
+        )
+        holds = tuple(names_of.items[item] for item in prepared.observed.item[prepared.observed.user == user].tolist())
+        found.append(Customer(names_of.user_ids[user], names_of.users[user], holds, _n_ties(prepared, user), shown))
+    return tuple(found)
+
+
+def _best_interaction(contributed: Contributions) -> int | None:
+    """The holding that speaks most for the first of the items, if one does."""
+    values = {
+        int(source): value
+        for kind, source, value in zip(
+            contributed.kind, contributed.source, contributed.value[:, 0].tolist(), strict=True
+        )
+        if kind == INTERACTION and value > 0
+    }
+    return max(values, key=lambda source: values[source]) if values else None
+
+
+def _n_ties(prepared: Prepared, user: int) -> int:
+    ties = prepared.observed.ties
+    source, target = (column(ties, name) for name in ("source", "target"))
+    return len({*target[source == user].tolist(), *source[target == user].tolist()} - {user})
+
+
+class _Names:
+    """What nodes and relations are called. Other customers stay unnamed, as in `reasons`."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.user_ids, self.users = dataset.users.column("user_id").to_pylist(), names(dataset.users, "user_id")
+        self.item_ids, self.items = dataset.items.column("item_id").to_pylist(), names(dataset.items, "item_id")
+
+    def route(self, path: Path, item: int) -> Route:
+        hops = [Hop(node, self.label(node, path.nodes[0]), "") for node in path.nodes]
+        for place, relation in enumerate(path.steps):
+            hops[place + 1] = hops[place + 1]._replace(by=relation_label(relation))
+        arrives = len(hops) > 1 and path.nodes[-1] == (ITEM, item)
+        return Route(tuple(hops), arrives, path.text >= path.ids, path.value)
+
+    def label(self, node: tuple[str, int], customer: tuple[str, int]) -> str:
+        node_type, row = node
+        if node_type == USER:
+            return "the customer" if node == customer else "another customer"
+        if node_type == ITEM:
+            return self.items[row]
+        return f"{node_type}: {attribute_values(self.dataset.items, node_type)[row]}"
+
+
+def relation_label(relation: Relation) -> str:
+    """How the node above is related to the one below, in the words of a path that goes down from the customer."""
+    if relation == INTERACTED_BY:
+        return "holds"
+    if relation == INTERACTS:
+        return "held by"
+    if relation.name == SIMILAR_USERS:
+        return "alike in words"
+    if relation.source == relation.target == USER:
+        return f"tie: {relation.name}"
+    return "also there" if relation.source == ITEM else "is in"

@@ -1,0 +1,456 @@
+"""A page about a finished run: one HTML file that needs nothing else, not even a script.
+
+`render_page` is pure: facts go in, HTML comes out. Every text of the tables passes through
+`fused_rec.reporting.markup`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fused_rec.evaluation.significance import Difference
+from fused_rec.evaluation.suitability import Gaps, Group
+from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData, Route, Sliced
+from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
+from fused_rec.reporting.markup import Element, append, cut, document, element
+from fused_rec.reporting.style import stylesheet
+
+LARGEST = 5_000_000  # bytes of a page; what has more is slow on a phone
+MEANING = {
+    "ndcg@10": "how high the held-out products stand among the first ten",
+    "recall@10": "the share of the held-out products found among the first ten",
+    "auc": "how often a held-out product is ranked above another one",
+}
+TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
+SPLIT_TITLES = {"valid": "validation part", "test": "test part"}
+NAME, SENTENCE, TEXT = 120, 600, 4000  # letters of a name, a reason and a passage that are shown
+HOLDINGS = 12  # of a customer, shown by name
+DEGREES = 4  # of highlighting
+FAINT = 0.1  # of the weightiest word of a passage: what weighs less is not marked
+
+
+def render_page(facts: ReportData) -> str:
+    """The whole page, light or dark as the reader's system asks for.
+
+    Raises ValueError where it would have more than `LARGEST` bytes.
+    """
+    name, variant = facts.results["dataset"], facts.results["variant"]
+    sections = [
+        ("quality", "How well it ranks", _quality(facts)),
+        ("training", "How it was trained", _training(facts)),
+        ("slices", "For whom it works", _slices(facts)),
+        ("suitability", "Suitability", _suitability(facts)),
+        ("customers", "Recommendations", _customers(facts)),
+    ]
+    links = [element("li", element("a", title, href=f"#{key}")) for key, title, _ in sections]
+    body = element(
+        "body",
+        element("a", "Skip to the content", class_="skip", href="#content"),
+        element(
+            "header",
+            element("h1", element("bdi", cut(name, NAME)), f": {variant} model"),
+            element("p", _lead(facts)),
+            element("nav", element("ul", *links), aria_label="Sections"),
+            _tiles(facts),
+        ),
+        element("main", *(_section(*section) for section in sections), id="content"),
+        element(
+            "footer",
+            element(
+                "p",
+                "The model ranks products. It does not judge whether one suits a person, and this is no investment "
+                "advice. The page may hold personal data; share it as you would share the tables.",
+            ),
+            element("p", "Made by fused_rec with ", ", ".join(_versions(facts.results)), "."),
+        ),
+    )
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"{cut(name, NAME)}: {variant} model"),
+        element("style", stylesheet()),
+    )
+    made = document(element("html", head, body, lang="en"))
+    if (size := len(made.encode())) > LARGEST:
+        raise ValueError(f"the page has {size:,} bytes, at most {LARGEST:,}; ask for fewer customers or products")
+    return made
+
+
+def _section(key: str, title: str, content: Sequence[Element]) -> Element:
+    return element("section", element("h2", title, id=f"{key}-title"), *content, id=key, aria_labelledby=f"{key}-title")
+
+
+def _versions(results: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {results['versions'][name]}" for name in ("python", "jax", "flax") if name in results["versions"]]
+
+
+def _lead(facts: ReportData) -> str:
+    there, kind = facts.counts, facts.results["split"]
+    return (
+        f"Trained on {there['in the training part']:,} holdings and purchases of {there['customers']:,} customers and "
+        f"{there['products']:,} products; the others are held out ({kind} split) and say how well it ranks."
+    )
+
+
+def _tiles(facts: ReportData) -> Element:
+    results = facts.results
+    shown = [
+        ("NDCG@10, test part", f"{results['test']['ndcg@10']:.3f}", "as trained"),
+        ("NDCG@10, validation part", f"{results['valid']['ndcg@10']:.3f}", f"step {results['best_step']} chosen by it"),
+    ]
+    others = [model for model in facts.models if model.against is not None]
+    if others:
+        best = max(others, key=lambda model: _order(model.metrics["ndcg@10"][0]))
+        assert best.against is not None
+        shown.append((f"Against {best.name}, the best other", *_gain(best.against["ndcg@10"])))
+    shown.append(("Training", f"{results['seconds']:,.0f} s", f"{results['parameters']:,} parameters"))
+    tiles = [
+        element(
+            "div",
+            element("dt", cut(title, NAME)),
+            element("dd", number, class_="number"),
+            element("dd", note, class_="note"),
+        )
+        for title, number, note in shown
+    ]
+    return element("dl", *tiles, class_="tiles", aria_label="At a glance")
+
+
+def _order(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _gain(found: Difference) -> tuple[str, str]:
+    """(the gain, its interval): relative where it can be."""
+    if math.isfinite(found.relative):
+        low, high = found.relative_low, found.relative_high
+        return f"{found.relative:+.1%}", f"95 % interval {low:+.1%} to {high:+.1%}"
+    return f"{found.difference:+.4f}", f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
+
+
+def _quality(facts: ReportData) -> list[Element]:
+    part = SPLIT_TITLES[facts.split]
+    figures = []
+    for metric in TITLES:
+        rows = [Bar(cut(model.name, NAME), *model.metrics[metric], own=model.against is None) for model in facts.models]
+        title = f"{TITLES[metric]} on the {part}"
+        figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, TITLES[metric]), title, metric))
+    header = ["Model", *(f"{TITLES[metric]} [95 %]" for metric in TITLES), "NDCG@10 gained by the run's model"]
+    body = []
+    for model in facts.models:
+        gain = "–"
+        if model.against is not None:
+            found = model.against["ndcg@10"]
+            gain = f"{_gain(found)[0]} ({_gain(found)[1].removeprefix('95 % interval ')})"
+        body.append([model.name, *(interval(*model.metrics[metric]) for metric in TITLES), gain])
+    own = [model.against is None for model in facts.models]
+    note = "Whole catalogue ranked, known products left out; intervals by a bootstrap over customers."
+    if facts.split == "valid":
+        note += " Validation chose the step and the settings, so these numbers flatter all models a little."
+    return [
+        element("p", note, class_="muted"),
+        element("div", *figures, class_="figures"),
+        _table(f"Each model on the {part}", header, body, own),
+    ]
+
+
+def _figure(svg: Element, title: str, metric: str) -> Element:
+    meaning = MEANING[metric]
+    return element("figure", element("h3", title), svg, element("figcaption", f"{TITLES[metric]}: {meaning}."))
+
+
+def _training(facts: ReportData) -> list[Element]:
+    results, counts = facts.results, facts.counts
+    metric = results["config"]["train"]["metric"]
+    rows = [
+        ["Dataset", results["dataset"]],
+        *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
+        ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
+        ["Model", f"{results['variant']}, {results['parameters']:,} parameters, seed {results['seed']}"],
+        *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
+    ]
+    drawn = []
+    shown = ((f"valid/{metric}", metric, f"{metric} on the validation part"), ("loss", "loss", "Training loss"))
+    for key, unit, title in shown:
+        points = [(float(line["step"] or 0), line.get(key)) for line in facts.curve]
+        if any(value is not None for _, value in points):
+            svg = curve(f"curve-{unit.replace('@', '-')}", title, points, unit, results["best_step"])
+            drawn.append(element("figure", element("h3", title), svg))
+    none = None if drawn else element("p", "No curves were kept.", class_="muted")
+    header = ["Step", "Training loss", f"{metric} on the validation part"]
+    body = [[f"{line['step']:g}", _cell(line.get("loss")), _cell(line.get(f"valid/{metric}"))] for line in facts.curve]
+    settings = [
+        [f"{section}.{name}", repr(value)]
+        for section, values in results["config"].items()
+        for name, value in values.items()
+    ]
+    content = [
+        element("div", *drawn, class_="figures wide") if drawn else none,
+        _closed("The curves in numbers", _table("Every evaluation", header, body)) if facts.curve else None,
+        _table("What it was trained on", None, rows),
+        _closed("All settings", _table("Settings of the run", None, settings)),
+    ]
+    return [part for part in content if part is not None]
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _closed(title: str, *content: Element) -> Element:
+    return element("details", element("summary", title), *content)
+
+
+def _slices(facts: ReportData) -> list[Element]:
+    found = [_sliced(f"slice-{place}", one, facts.split) for place, one in enumerate(facts.slices)]
+    by_item = facts.results.get("slices", {}).get("item_interactions", {})
+    if by_item:
+        rows = [Bar(f"{name} holders, {of['items']:,} products", of["ndcg@10"]) for name, of in by_item.items()]
+        title = "NDCG@10 by holders of the product, test part"
+        caption = "Only held-out products of the group count. As trained, without intervals."
+        drawn = bars("slice-items", title, rows, "NDCG@10")
+        found.append(element("figure", element("h3", title), drawn, element("figcaption", caption)))
+    note = "Groups of fewer than ten customers say little; their intervals are wide."
+    return [element("p", note, class_="muted"), element("div", *found, class_="figures")]
+
+
+def _sliced(key: str, one: Sliced, split: str) -> Element:
+    gaps, metric = one.gaps, TITLES.get(one.metric, one.metric)
+    groups = sorted(gaps.groups.items(), key=lambda group: _natural(group[0]))
+    rows = [
+        Bar(f"{cut(name, NAME)}: {group.users:,} customers", group.mean, group.low, group.high)
+        for name, group in groups
+    ]
+    title = f"{metric} by {one.title[:1].lower() + one.title[1:]}, {SPLIT_TITLES[split]}"
+    caption = "No two groups are large enough to compare."
+    if gaps.best:
+        caption = (
+            f"Widest gap between groups of ten or more: {interval(gaps.gap, gaps.low, gaps.high)}, from "
+            f"{cut(gaps.worst, NAME)} to {cut(gaps.best, NAME)}; as wide by chance alone with {_p(gaps.p)}."
+        )
+    return element(
+        "figure", element("h3", cut(title, NAME)), bars(key, title, rows, metric), element("figcaption", caption)
+    )
+
+
+def _p(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Bands of numbers by their first number, then words."""
+    digits = name.split("-")[0].rstrip("+")
+    return (0, int(digits), name) if digits.isdecimal() and len(digits) < 18 else (1, 0, name)
+
+
+def _suitability(facts: ReportData) -> list[Element]:
+    rules = facts.rules
+    if rules is None:
+        meaning = (
+            "No rules were given: nothing here says that a product suits a person. With a file of rules, what they "
+            "exclude and cost stands here."
+        )
+        return [element("p", meaning)]
+    suited, account, k = rules["suitable"], rules["account"], rules["k"]
+    rows = [Bar("without rules", _nan(suited["without"])), Bar("under the rules", _nan(suited["under"]), own=True)]
+    title = f"Suitable share of the first {k}"
+    caption = (
+        "Suitable: passes every rule of the file that was given. Whether the rules are right, the file must answer."
+    )
+    costs = []
+    for name, cost in rules["costs"].items():
+        costs.append(Bar(cut(name, NAME) or "all rules", cost["difference"], cost["low"], cost["high"], own=not name))
+    cost_title = "NDCG@10 that a rule costs"
+    figures = [
+        element("figure", element("h3", title), bars("suitable", title, rows, "share"), element("figcaption", caption)),
+        element(
+            "figure",
+            element("h3", cost_title),
+            bars("costs", cost_title, costs, "NDCG@10"),
+            element("figcaption", "What the metric gains without it. A held-out product that is refused is missed."),
+        ),
+    ]
+    header = ["Rule", "Excludes", "Alone", "Of the first without rules"]
+    body = [
+        [name, *(f"{of[key]:,}" for key in ("excluded", "excluded_only_by_rule", "excluded_from_topk"))]
+        for name, of in account["rules"].items()
+    ]
+    content = [
+        element("div", *figures, class_="figures"),
+        _table(f"(Customer, product) pairs of {rules['users']:,} customers that each rule excludes", header, body),
+    ]
+    if account["users_without_recommendations"]:
+        content.append(
+            element("p", f"{account['users_without_recommendations']:,} customers are left without any product.")
+        )
+    drawn = [
+        _sliced(f"rules-{place}-{number}", _under_rules(attribute, metric, found), facts.split)
+        for place, (attribute, metrics) in enumerate(rules["groups"].items())
+        for number, (metric, found) in enumerate(metrics.items())
+    ]
+    return [*content, element("div", *drawn, class_="figures")] if drawn else content
+
+
+def _under_rules(attribute: str, metric: str, found: Mapping[str, Any]) -> Sliced:
+    """What `evaluate_rules` tells of groups. Its names end in "under" or "without", but for NDCG@10, which is under."""
+    groups = {
+        name: Group(of["users"], *(_nan(of[key]) for key in Group._fields[1:])) for name, of in found["groups"].items()
+    }
+    gap = {name: _nan(found[name]) for name in ("gap", "low", "high", "p")}
+    caption = f"{TITLES[metric]} under the rules" if metric in TITLES else f"{metric} the rules"
+    return Sliced(attribute, caption, Gaps(groups, found["best"], found["worst"], **gap))
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _customers(facts: ReportData) -> list[Element]:
+    if not facts.customers:
+        return [element("p", "No customer was asked for.")]
+    note = (
+        f"{_count(len(facts.customers), 'customer')}, {facts.selection}. Of each product: why, split exactly; "
+        f"the three "
+        "paths that add most to its score, the wider the more; other customers stay unnamed."
+    )
+    shown = [_customer(place, customer) for place, customer in enumerate(facts.customers)]
+    return [element("p", note, class_="muted"), *shown]
+
+
+def _customer(place: int, customer: Customer) -> Element:
+    title = "Customer " + customer.user_id
+    known = (
+        element("span", " ", element("bdi", cut(customer.name, NAME))) if customer.name != customer.user_id else None
+    )
+    caption = f" holds {_count(len(customer.interactions), 'product')}, {_count(customer.ties, 'tie')}"
+    more = len(customer.interactions) - HOLDINGS
+    chips = [element("li", element("bdi", cut(name, NAME))) for name in customer.interactions[:HOLDINGS]]
+    if more > 0:
+        chips.append(element("li", f"and {more:,} more"))
+    items = [element("li", _recommended(f"c{place}-{item.rank}", item, item.rank == 1)) for item in customer.items]
+    summary = element(
+        "summary", element("h3", element("bdi", cut(title, NAME)), known), element("span", caption, class_="muted")
+    )
+    return element(
+        "details",
+        summary,
+        element("h4", "Holds") if chips else None,
+        element("ul", *chips, class_="chips") if chips else None,
+        element("h4", "Recommended"),
+        element("ol", *items, class_="recommendations") if items else element("p", "Nothing is left to recommend."),
+        class_="customer",
+        open=place == 0,
+    )
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}{'' if number == 1 else 's'}"
+
+
+def _recommended(key: str, item: Recommended, first: bool) -> Element:
+    summary = element(
+        "summary",
+        element("h4", element("span", f"{item.rank}. ", class_="rank"), element("bdi", cut(item.name, NAME))),
+        element("span", f" {item.item_id if item.item_id != item.name else ''} score {item.score:.3f}", class_="muted"),
+    )
+    why = []
+    for reason in item.reasons:
+        bar = element("span", class_="track", aria_hidden="true")
+        bar.append(element("span", style=f"width:{min(max(reason.share, 0.0), 1.0):.1%}"))
+        why.append(element("li", cut(reason.text, SENTENCE), bar))
+    left = element("div", element("h5", "Why"), element("ol", *why, class_="reasons"))
+    if item.effect is not None:
+        append(left, _without(*item.effect))
+    for passage in item.passages:
+        append(left, _passage(passage))
+    content = element("div", left, class_="because")
+    if item.routes:
+        found = [_path_diagram(route) for route in item.routes]
+        title = f"Paths by which the score of {cut(item.name, NAME)} comes about"
+        spoken = element("ul", *(element("li", in_words(way)) for way in found))
+        figure = element(
+            "figure",
+            element("h5", "The paths that add most"),
+            path_diagrams(f"ways-{key}", title, found, cut(item.name, NAME)),
+            element("figcaption", "Solid: over the graph. Dashed: by likeness to the product."),
+            _closed("The paths in words", spoken),
+        )
+        append(content, figure)
+    return element("details", summary, content, open=first)
+
+
+def _without(holding: str, change: Any) -> Element:
+    if change.rank_after > change.rank:
+        caption = f"it falls from rank {change.rank} to {change.rank_after}."
+    elif change.rank_after < change.rank:
+        caption = f"it rises from rank {change.rank} to {change.rank_after}."
+    else:
+        caption = (
+            f"it stays at rank {change.rank}; its score changes from {change.score:.3f} to {change.score_after:.3f}."
+        )
+    return element("p", "Without holding ", element("bdi", cut(holding, NAME)), ", ", caption, class_="if")
+
+
+def _path_diagram(route: Route) -> PathDiagram:
+    steps = [
+        Step("|".join(map(str, (hop.by, *hop.node))), cut(hop.label, NAME), cut(hop.by, NAME))
+        for hop in (route.hops[:-1] if route.arrives else route.hops)
+    ]
+    steps[0] = steps[0]._replace(label="The customer")
+    likeness = "alike in words" if route.by_text else "alike in tastes"
+    by = route.hops[-1].by if route.arrives else likeness
+    return PathDiagram(steps, by, not route.arrives, route.value)
+
+
+def _passage(passage: Passage) -> Element:
+    """The text with its spans marked: for the product solid, against it dotted, both stronger where they weigh more."""
+    most = max((abs(span.value) for span in passage.spans), default=0.0)
+    quote, end = element("blockquote"), 0
+    weighted = []
+    for span in passage.spans:
+        if span.end > TEXT or abs(span.value) <= FAINT * most:
+            continue
+        degree = min(DEGREES, math.ceil(DEGREES * abs(span.value) / most))
+        kind = "plus" if span.value > 0 else "minus"
+        append(quote, passage.text[end : span.start])
+        word = passage.text[span.start : span.end]
+        shade = f"{'mark' if span.value > 0 else 'minus'}-{degree}"
+        append(quote, element("mark", word, class_=f"{kind} {shade}", title=f"{span.value:+.4f}"))
+        end = span.end
+        weighted.append((abs(span.value), word, span.value))
+    append(quote, passage.text[end:TEXT] + ("…" if len(passage.text) > TEXT else ""))
+    weightiest = sorted(weighted, key=lambda word: -word[0])[:5]
+    spoken = "; ".join(f"{cut(word, NAME)} {value:+.3f}" for _, word, value in weightiest)
+    return element(
+        "div",
+        element("h5", passage.title),
+        quote,
+        element("p", f"Words that count most: {spoken}.", class_="muted") if spoken else None,
+        class_="passage",
+    )
+
+
+def _table(
+    caption: str, header: Sequence[str] | None, body: Sequence[Sequence[str]], own: Sequence[bool] | None = None
+) -> Element:
+    """A table that scrolls inside its own box; the first cell of a row heads it."""
+    rows = [
+        element(
+            "tr",
+            element("th", element("bdi", cut(row[0], NAME)), scope="row"),
+            *(element("td", cut(cell, SENTENCE)) for cell in row[1:]),
+            class_="own" if own and own[place] else None,
+        )
+        for place, row in enumerate(body)
+    ]
+    head = None
+    if header is not None:
+        head = element("thead", element("tr", *(element("th", title, scope="col") for title in header)))
+    table = element(
+        "table", element("caption", caption), head, element("tbody", *rows), class_=None if header else "facts"
+    )
+    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)

@@ -1,0 +1,1 @@
+"""Run folders: locks, atomic writes, loggers, model cards."""

@@ -1,0 +1,245 @@
+"""Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them.
+
+Where a run asks for it (train.wandb), Weights & Biases gets the same values, and its results in the end.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from fused_rec.config import Config, portable
+from fused_rec.storage import persist, write_file
+
+LINES, TENSORBOARD, WANDB = "curves.jsonl", "tensorboard", "wandb.json"
+
+
+def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of <folder>/curves.jsonl, each a step; none where the file is not there.
+
+    Raises ValueError naming a line that is no record of a step.
+    """
+    file, found = Path(folder) / LINES, []
+    if not file.exists():
+        return []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        _step(file, number, line)
+        found.append(json.loads(line))
+    return found
+
+
+def wandb_library() -> Any:
+    """The library of Weights & Biases. Raises ImportError naming the extra where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "train.wandb needs the library wandb: pip install -e '.[wandb]', or leave the setting empty"
+        ) from error
+    return wandb
+
+
+class MetricWriter:
+    """What one run shows at Weights & Biases."""
+
+    def __init__(self, run: Any):
+        self._run = run
+
+    def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step, under the name of the phase; a step that a resumed run repeats stands there twice."""
+        self._run.log({f"{phase}/step": step, **{f"{phase}/{name}": value for name, value in values.items()}})
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """The summary of the run: metrics of both parts and what else of `results.json` is one number."""
+        found = {f"{part}/{name}": value for part in ("valid", "test") for name, value in results[part].items()}
+        found |= {name: value for name, value in results.items() if isinstance(value, int | float)}
+        self._run.summary.update(found)
+
+
+@contextlib.contextmanager
+def metric_writer(config: Config, workdir: Path) -> Iterator[MetricWriter | None]:
+    """The run at Weights & Biases for a claimed workdir, ended with the block; None where train.wandb is empty.
+
+    Its id is made of host and folder, and kept in <workdir>/wandb.json, so that a resumed run goes on with it, wherever
+    its folder is then. Curves, results and settings are sent, folders of this machine left out; no code, no output,
+    nothing of the machine. WANDB_MODE=offline keeps it all in <workdir>/wandb.
+
+    Raises:
+      ImportError: the library is not installed.
+      ValueError: Weights & Biases refuses, for want of a key, say; or wandb.json is damaged.
+    """
+    if not config.train.wandb:
+        yield None
+        return
+    wandb = wandb_library()
+    options = wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+    )
+    name = workdir.resolve().name
+    of_run = {"project": config.train.wandb, "id": _wandb_id(workdir), "name": name, "dir": str(workdir)}
+    try:
+        run = wandb.init(**of_run, config=portable(config), resume="allow", settings=options)
+    except wandb.errors.Error as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or leave train.wandb empty"
+        raise ValueError(f"Weights & Biases does not begin a run: {error}; {remedy}") from error
+    failed = True
+    try:
+        for phase in ("select", "refit"):  # steps of its own: W&B's count would drop what a resumed run repeats
+            run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+        yield MetricWriter(run)
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
+
+
+def _wandb_id(workdir: Path) -> str:
+    file = workdir / WANDB
+    if not file.exists():
+        made = hashlib.sha256(f"{platform.node()}:{workdir.resolve()}".encode()).hexdigest()[:16]
+        write_file(file, json.dumps({"id": made}).encode())
+    try:
+        found = json.loads(file.read_bytes())["id"]
+    except (ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str) or not found.isalnum():
+        raise ValueError(f'{file} is damaged; it must hold {{"id": "..."}}. Remove it to begin another run there')
+    return found
+
+
+class CurveLogger:
+    """Appends to <workdir>/curves.jsonl and <workdir>/tensorboard. One process writes at a time.
+
+    board: also gets what is written, under the name of the folder.
+
+    A last line that a kill tore is dropped with a warning as the file is opened. In a `with` statement both files are
+    ended whatever happens.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], board: MetricWriter | None = None):
+        self._workdir = Path(workdir)
+        self._lines = self._workdir / LINES
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._file = self._lines.open("a+b", buffering=0)
+        self._mend()
+        self._board = self._open_board()
+        self._sent = board
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Adds one line {"step": step, name: value, ...}; whoever reads the files sees it at once.
+
+        A value that is not finite is null in JSON, which knows no other word for it, and itself in TensorBoard.
+
+        Raises:
+          ValueError: a value is named "step".
+          SaveError: the values could not be written; of the line nothing is there.
+        """
+        if "step" in values:
+            raise ValueError('a value is named "step", which names the step itself; rename it')
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step, **{name: number if math.isfinite(number) else None for name, number in numbers.items()}}
+        content = json.dumps(line).encode() + b"\n"
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()])
+        event = Event(step=step, wall_time=time.time(), summary=summary)
+        persist(lambda: self._append(content), self._lines)
+        persist(lambda: self._show(event), self._workdir / TENSORBOARD)
+        if self._sent is not None:
+            self._sent.write(self._workdir.name, step, numbers)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.
+
+        The JSON lines are replaced in one piece. TensorBoard's files only grow, and are told to hide later steps.
+
+        Raises:
+          ValueError: a line is no record of a step; names the line. Nothing is dropped then.
+          SaveError: the files could not be written; the lines are as they were.
+        """
+        lines = self._lines.read_bytes().splitlines(keepends=True)
+        kept = [line for number, line in enumerate(lines, 1) if _step(self._lines, number, line) <= step]
+        write_file(self._lines, b"".join(kept))
+        self.close()
+        self._file = self._lines.open("a+b", buffering=0)
+        self._board = self._open_board(hide_from=step + 1)
+
+    def __enter__(self) -> "CurveLogger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # What cannot be written cannot be written on closing either; the first error is the one to tell.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
+
+    def close(self) -> None:
+        """Ends both files; nothing can be written afterwards."""
+        try:
+            self._file.close()
+        finally:
+            self._board.close()
+
+    def _mend(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logging.warning("%s: the torn last line %r is dropped.", self._lines, content[whole:])
+            self._file.truncate(whole)
+
+    def _append(self, content: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(content):  # where the disk is nearly full, the system takes a part and then refuses
+                written += self._file.write(content[written:])
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _show(self, event: Event) -> None:
+        try:
+            self._board.write_event(event)
+            self._board.flush()
+        except OSError:
+            self._board = self._open_board()  # after half a record TensorBoard reads no further, but in the next file
+            raise
+
+    def _open_board(self, hide_from: int | None = None) -> EventsWriter:
+        # Not SummaryWriter: its queue to a thread outlives flush(), so a kill would lose values that were written.
+        # The suffix because file names count whole seconds: a second writer in one second would empty the first's file.
+        def attempt() -> EventsWriter:
+            (self._workdir / TENSORBOARD).mkdir(exist_ok=True)
+            board = EventsWriter(str(self._workdir / TENSORBOARD / "events"), f".{time.time_ns()}")
+            if hide_from is not None:
+                board.write_event(
+                    Event(step=hide_from, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+                )
+            board.flush()
+            return board
+
+        return persist(attempt, self._workdir / TENSORBOARD)
+
+
+def _step(file: Path, number: int, line: bytes) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        step = None
+    if not isinstance(step, int):
+        raise ValueError(f"{file}, line {number} is no record of a step: {line!r}; mend or remove it")
+    return step

@@ -1,0 +1,1 @@
+"""Trained models on any tables: recommendations, rankings on disk, bundles for others."""

@@ -1,0 +1,147 @@
+"""A finished run as a folder that others read without this package, as the Hugging Face Hub shows models.
+
+OUT/
+  users.safetensors    `vectors` float32 [U, D] and, in the metadata, `ids`: JSON, one a row
+  items.safetensors    the same of products; the inner product of a row here and one there is the score
+  score.stablehlo      `jax.export` of the program that scores: see `score_program`
+  model.safetensors    the parameters, by their path in the tree
+  config.json          `model_type`, the run's settings but for folders of this machine, versions
+  README.md            the model card, with its metadata and how to load all this
+  items.faiss          where asked for: an exact inner-product index of Faiss, its numbers the rows of the products
+
+Vectors tell of the people in the tables, and the ids are theirs: keep the folder as you keep the tables.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Array, Float32, Int32
+
+from fused_rec.config import Config, portable
+from fused_rec.data.dataset import digest
+from fused_rec.memory import require_memory
+from fused_rec.runs.model_card import counts, export_card
+from fused_rec.storage import check_new, fill_folder, write_file
+from fused_rec.text.vectors import save_vectors
+from fused_rec.training.checkpoint import named_leaves
+from fused_rec.training.evaluate import user_item_vectors
+from fused_rec.training.inputs import Prepared
+from fused_rec.training.train_step import TrainState
+from fused_rec.training.trainer import versions, write_json
+
+USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
+PROGRAM, CARD, INDEX = "score.stablehlo", "README.md", "items.faiss"
+PLATFORMS = ("cpu", "cuda", "tpu")
+FILES = {  # what each holds, for the card
+    USERS: "`vectors` float32, a row a customer; `ids` in the metadata",
+    ITEMS: "`vectors` float32, a row a product; `ids` in the metadata",
+    PROGRAM: "the program that scores, for CPU, CUDA and TPU (`jax.export`)",
+    PARAMETERS: "the parameters by their path",
+    SETTINGS: "settings and versions",
+    INDEX: "a Faiss index of the products, exact, by inner product",
+}
+
+
+def check(out: Path, *, faiss: bool = False) -> None:
+    """What can be known before a run is opened.
+
+    Raises:
+      FileExistsError: `out` is a file, a folder that holds anything, or where a disk is mounted.
+      ImportError: an index is asked for and Faiss is not installed.
+    """
+    check_new(out)
+    if faiss:
+        _faiss()
+
+
+def export_bundle(
+    out: Path, config: Config, prepared: Prepared, state: TrainState, results: Mapping[str, Any], *, faiss: bool = False
+) -> None:
+    """Writes the folder: the whole of it or, where this fails, nothing.
+
+    out: new, or empty. results: of the run, as in `results.json`. faiss: whether to write the index too.
+
+    Raises:
+      FileExistsError, ImportError: as `check` does.
+      ValueError: the run was refitted, and the model is the one before; a vector is not finite; there are more ids than
+        a safetensors file holds.
+      InsufficientMemoryError: vectors or a file do not fit.
+      SaveError: the folder cannot be written; names it, the reason, and need and free space of a full disk.
+    """
+    check(out, faiss=faiss)
+    if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
+        raise ValueError("this model chose the step and was then trained anew; open the run's final one, part='test'")
+    dataset = prepared.dataset
+    users, items = user_item_vectors(config, prepared, state)
+    # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.
+    need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
+    require_memory(need, "the folder's largest file", "lower model.dim or model.ease_rank, or leave out --faiss")
+
+    def fill(partial: Path) -> None:
+        save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())
+        save_vectors(partial / ITEMS, items, dataset.items["item_id"].to_pylist())
+        write_file(partial / PROGRAM, score_program(users.shape[1]))
+        parameters = {name: np.asarray(leaf) for name, leaf in named_leaves(state.params).items()}
+        write_file(partial / PARAMETERS, safetensors.numpy.save(parameters, {"format": "flax"}))
+        write_json(partial / SETTINGS, {"model_type": "fused_rec", **portable(config), "versions": versions()})
+        if faiss:
+            write_file(partial / INDEX, _index(items))
+        there = {name: what for name, what in FILES.items() if (partial / name).exists()}
+        digests = {name: _sha256(partial / name) for name in there}
+        made = export_card(results, counts(dataset, prepared.split), {"tables": digest(dataset), **digests}, there)
+        write_file(partial / CARD, made.encode())
+
+    fill_folder(out, fill)
+
+
+def score_program(width: int) -> bytes:
+    """`jax.export` of (users float32 [u, width], items float32 [i, width], rows int32 [b]) -> scores float32 [b, i].
+
+    u, i and b are free; a row that is not there gets NaN. The vectors are arguments: as constants they would lie in the
+    folder twice, and a program is limited to 2 GB. It runs on `PLATFORMS` with float32 products on all of them, and
+    needs `jax` and `flatbuffers`, nothing of this package.
+
+    JAX promises (docs.jax.dev, "Exporting and serializing", compatibility guarantees) that what a release exports runs
+    on those up to six months newer and up to three weeks older.
+    """
+    u, i, b = jax.export.symbolic_shape("u, i, b")
+    arguments = (
+        jax.ShapeDtypeStruct((u, width), jnp.float32),
+        jax.ShapeDtypeStruct((i, width), jnp.float32),
+        jax.ShapeDtypeStruct((b,), jnp.int32),
+    )
+    return bytes(jax.export.export(jax.jit(_score), platforms=PLATFORMS)(*arguments).serialize())
+
+
+def _score(
+    users: Float32[Array, "u D"], items: Float32[Array, "i D"], rows: Int32[Array, "b"]
+) -> Float32[Array, "b i"]:
+    scores = jnp.dot(users[rows], items.T, precision=jax.lax.Precision.HIGHEST)
+    there = (rows >= 0) & (rows < users.shape[0])  # JAX would give the scores of the last row for one beyond it
+    return jnp.where(there[:, None], scores, jnp.nan)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(f"{INDEX} needs the library faiss: pip install -e '.[faiss]'") from error
+    return faiss
+
+
+def _index(items: Float32[np.ndarray, "I D"]) -> bytes:
+    faiss = _faiss()
+    index = faiss.IndexFlatIP(items.shape[1])
+    index.add(items)
+    return faiss.serialize_index(index).tobytes()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

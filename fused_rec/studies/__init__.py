@@ -1,0 +1,1 @@
+"""Variants, comparisons over seeds, hyperparameter search."""

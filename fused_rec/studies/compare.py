@@ -1,0 +1,336 @@
+"""study(config, names, seeds, out): every variant with every seed, each in a run of its own, and one report of all.
+
+out/
+  runs/VARIANT/SEED/   as `fused_rec.training.trainer.run_training` leaves it; a baseline has seed 0 and no checkpoints
+  runs-tuned-N/        the same with settings chosen by N trials
+  sweeps/VARIANT/      trials that chose the variant's settings, where trials were asked for
+  compare.json         all numbers; compare.md, compare.csv, compare.tex: their table
+  compare.png, slices.png
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fused_rec.baselines.neighbors import NotApplicableError
+from fused_rec.config import Config, to_dict
+from fused_rec.data.dataset import Dataset, contents, digest
+from fused_rec.data.node_texts import node_texts
+from fused_rec.data.splits import Split, observe
+from fused_rec.distributed.devices import computes
+from fused_rec.evaluation import plots, significance
+from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.slices import METRICS
+from fused_rec.memory import InsufficientMemoryError
+from fused_rec.runs.run_dir import lock_run_dir
+from fused_rec.storage import write_figure, write_file
+from fused_rec.studies.variants import VARIANTS, variant
+from fused_rec.training import trainer
+from fused_rec.training.evaluate import (
+    BASELINES,
+    baseline,
+    choose_settings,
+    evaluate_mean,
+    evaluate_slices,
+    evaluate_users,
+)
+from fused_rec.training.inputs import Prepared, prepare, read
+
+LOG = logging.getLogger(__name__)
+REFERENCE = "fused"
+BASELINE_SEED = 0
+KEPT = ("test", "valid", "slices", "seconds", "parameters")  # of a run's results, in the report
+
+
+class MissingExtraError(Exception):
+    """A baseline's library is not installed; the message names the extra that brings it."""
+
+
+@dataclasses.dataclass
+class _Outcomes:
+    """What became of the runs so far."""
+
+    task: str
+    out: Path
+    left: int
+    trials: int
+    skipped: dict[str, str]
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / (f"runs-tuned-{self.trials}" if self.trials else "runs") / name / str(seed)
+
+    @contextlib.contextmanager
+    def run(self, name: str, seed: int) -> Iterator[Path]:
+        """The run's folder, in which the block leaves results or fails; either is told in one line."""
+        folder = self.folder(name, seed)
+        self.left -= 1
+        with self.caught(name, seed):
+            yield folder
+            results = trainer.read_results(folder)
+            self.rows.append({"task": self.task, "variant": name, "seed": seed} | {key: results[key] for key in KEPT})
+            shown = results["test"]["ndcg@10"], results["seconds"], self.left
+            LOG.info("%s, seed %d: ndcg@10 %.4f, %.1f s; %d runs left", name, seed, *shown)
+
+    @contextlib.contextmanager
+    def caught(self, name: str, seed: int | None) -> Iterator[None]:
+        try:
+            yield
+        except (NotApplicableError, MissingExtraError, InsufficientMemoryError) as error:
+            if any(row["variant"] == name for row in self.rows):  # memory was there for another of its seeds
+                self._failed(name, seed, error)
+                return
+            self.skipped[name] = str(error)
+            LOG.info("%s is left out: %s", name, error)
+        except BrokenPipeError:  # nobody reads what this process says, and all further runs would end so
+            raise
+        except Exception as error:  # whatever it is, the other runs go on; being asked to stop is no Exception
+            self._failed(name, seed, error)
+
+    def _failed(self, name: str, seed: int | None, error: Exception) -> None:
+        self.failures.append({"variant": name, "seed": seed, "message": f"{type(error).__name__}: {error}"})
+        LOG.error("%s, %s failed: %s", name, "tuning" if seed is None else f"seed {seed}", error)
+        LOG.debug("raised here:", exc_info=True)
+
+
+@computes
+def compare_variants(
+    config: Config, names: Sequence[str], seeds: Sequence[int], out: str | Path, *, trials: int = 0, command: str = ""
+) -> dict[str, Any]:
+    """Runs or resumes what is missing, compares, writes, and returns what `compare.json` holds.
+
+    names: of `VARIANTS`, trained with each of the seeds in train.seed's place, and of `BASELINES`, measured once. Those
+      that would say nothing on these tables are told and left out. "fused", else the first, is the reference.
+    trials: of tuning each learned variant on validation; 0 takes the settings as they are.
+    command: what started this, kept with the results.
+
+    A run that fails does not stop the others; it stands in the report's "failures" and in every table.
+
+    Raises:
+      ValueError: an unknown name, none that applies, no seed, or `out` holds runs of another config.
+      TablesChangedError: `out` holds runs of other tables, finished ones too.
+      DataError, LeakError: the input must not be used.
+      BusyError: another process works in `out`.
+      SaveError: the report could not be written.
+    """
+    check_names(names)
+    if trials:
+        importlib.import_module("fused_rec.studies.tune")  # tells at once where its library is missing
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {list(seeds)}; give one or more, each once")
+    with lock_run_dir(Path(out)):
+        return _compare_variants(config, names, seeds, Path(out), trials, command)
+
+
+def _compare_variants(
+    config: Config, names: Sequence[str], seeds: Sequence[int], out: Path, trials: int, command: str
+) -> dict[str, Any]:
+    dataset, data_split = read(config)
+    kept, skipped = applicable(config, names, dataset, data_split)
+    learned = {name: variant(config, name) for name in kept if name in VARIANTS}
+    untrained = [name for name in kept if name in BASELINES]
+    left = len(learned) * len(seeds) + len(untrained)
+    outcomes = _Outcomes(f"{dataset.name}, {data_split.kind} split", out, left, trials, skipped)
+    tables = digest(dataset), contents(dataset)
+    for name in untrained:
+        _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
+    for name, of_variant in learned.items():
+        for seed in seeds:  # tuned settings are not known yet
+            _check_folder(outcomes.folder(name, seed), None if trials else _seeded(of_variant, seed), tables)
+
+    # Baselines come first: they are quick, and a fault of the input is told before anything is trained.
+    missing = [name for name in untrained if not (outcomes.folder(name, BASELINE_SEED) / trainer.RESULTS).exists()]
+    prepared = _prepare_both(config, dataset, data_split) if missing else None
+    for name in untrained:
+        with outcomes.run(name, BASELINE_SEED) as folder:
+            if prepared and name in missing:
+                try:
+                    measure_baseline(config, name, *prepared, folder)
+                except ImportError as error:
+                    raise MissingExtraError(str(error)) from error
+    del prepared
+    configs = {}
+    for name, of_variant in learned.items():
+        if trials:
+            tuned = None
+            with outcomes.caught(name, None):
+                tuned = _tuned(of_variant, outcomes.out / "sweeps" / name, trials)
+            if tuned is None:
+                outcomes.left -= len(seeds)
+                continue
+            of_variant = tuned
+        configs[name] = to_dict(of_variant)
+        for seed in seeds:
+            with outcomes.run(name, seed) as folder:
+                if (folder / trainer.RESULTS).exists():
+                    trainer.finished_results(_seeded(of_variant, seed), *tables, folder)
+                else:
+                    trainer.run_training(_seeded(of_variant, seed), folder)
+
+    if not (names := [name for name in kept if name not in outcomes.skipped]):
+        raise ValueError(f"nothing is left to compare: {outcomes.skipped}")
+    made = _report(names, outcomes)
+    made |= {"config": to_dict(config), "configs": configs, "seeds": list(seeds), "trials": trials}
+    made |= {"versions": trainer.versions(), "hardware": hardware(), "command": command}
+    _write(made, outcomes.out)
+    return made
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for no name, a repeated one, or one that is neither of `VARIANTS` nor of `BASELINES`."""
+    known = [*VARIANTS, *BASELINES]
+    wrong = sorted({name for name in names if name not in known or names.count(name) > 1})
+    if wrong or not names:
+        raise ValueError(f"variants is {list(names)}, of which {wrong}; it must be one or more of {known}, each once")
+
+
+def applicable(
+    config: Config, names: Sequence[str], dataset: Dataset, data_split: Split
+) -> tuple[list[str], dict[str, str]]:
+    """Names to run, in their order, and why each other one is not. Raises ValueError where none is left."""
+    observed = observe(dataset, data_split)
+    there = {"text": bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
+    kept: list[str] = []
+    skipped: dict[str, str] = {}
+    configs: dict[Config, str] = {}
+    for name in names:
+        if name in BASELINES:
+            kept.append(name)
+            continue
+        absent = [what for what in VARIANTS[name].needs if not there[what]]
+        if absent:
+            skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
+        elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
+            skipped[name] = "the config reads no words"
+        elif (settings := variant(config, name)) in configs:
+            skipped[name] = f"its settings are those of {configs[settings]}"
+        else:
+            configs[settings] = name
+            kept.append(name)
+            continue
+        LOG.info("%s is left out: %s", name, skipped[name])
+    if not kept:
+        raise ValueError(f"nothing is left to compare: {skipped}")
+    return kept, skipped
+
+
+def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared, folder: Path) -> None:
+    """Chooses a baseline's settings on validation, measures it, and leaves what a trained run leaves.
+
+    alone: the training part; seen: what may be seen before the test part is read.
+    """
+    began = time.monotonic()
+    settings = choose_settings(name, alone, config.train.metric)
+    score = baseline(name, seen, settings)
+    seconds = time.monotonic() - began
+    valid = evaluate_mean(alone, score if seen is alone else baseline(name, alone, settings), "valid")
+    per_user = evaluate_users(seen, score, "test")
+    trainer.init_run_dir(config, digest(seen.dataset), folder, contents(seen.dataset))
+    trainer.write_users(folder / trainer.TEST_METRICS_PER_USER, per_user)
+    results = {
+        "dataset": seen.dataset.name,
+        "split": seen.split.kind,
+        "variant": name,
+        "seed": BASELINE_SEED,
+        "valid": valid,
+        "test": mean(per_user),
+        "slices": evaluate_slices(seen, score, per_user, trainer.seen_splits(config)),
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        "parameters": None,  # none is trained by gradients
+        "config": to_dict(config),
+        "versions": trainer.versions(),
+        "finished": trainer.now(),
+    }
+    trainer.write_json(folder / trainer.RESULTS, results)
+
+
+def hardware() -> dict[str, Any]:
+    """What the seconds depend on."""
+    devices = jax.local_devices()
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+    }
+
+
+def _tuned(config: Config, folder: Path, trials: int) -> Config:
+    from fused_rec.studies.tune import tune  # needs Optuna, an extra
+
+    return tune(config, folder, trials)
+
+
+def _prepare_both(config: Config, dataset: Dataset, data_split: Split) -> tuple[Prepared, Prepared]:
+    alone = prepare(config, dataset, data_split)
+    return alone, prepare(config, dataset, data_split, trainer.seen_splits(config)) if config.train.refit else alone
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def _check_folder(folder: Path, config: Config | None, tables: tuple[str, Mapping[str, Any]]) -> None:
+    if (folder / trainer.RUN).exists():
+        trainer.check_tables(tables[0], folder, tables[1])
+        if config is not None:
+            trainer.check_config(config, folder)
+
+
+def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
+    order = {name: place for place, name in enumerate(names)}
+    rows = sorted(outcomes.rows, key=lambda row: order[row["variant"]])
+    failed = {failure["variant"] for failure in outcomes.failures}
+    values, users = {}, None
+    for name in names:
+        own = [row for row in rows if row["variant"] == name]
+        if name in failed:
+            continue
+        measured = [
+            trainer.read_users(outcomes.folder(name, row["seed"]) / trainer.TEST_METRICS_PER_USER) for row in own
+        ]
+        users = measured[0].users if users is None else users
+        if not all(np.array_equal(users, per_user.users) for per_user in measured):
+            raise ValueError(f"the runs of {name} measured other users than those before it; begin anew in another out")
+        by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
+        # Who holds everything but the held-out items has nothing to compare them with; perhaps that is everyone.
+        values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}
+    reference = REFERENCE if REFERENCE in names else names[0]
+    return {
+        "task": outcomes.task,
+        "reference": reference,
+        "summary": significance.summarise(names, rows, outcomes.failures, values),
+        "differences": significance.differences(values, reference) if reference in values else [],
+        "failures": outcomes.failures,
+        "skipped": outcomes.skipped,
+        "rows": rows,
+    }
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    trainer.write_json(out / "compare.json", report)
+    for suffix, text in (("md", significance.markdown), ("csv", significance.csv_text), ("tex", significance.latex)):
+        write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
+    if importlib.util.find_spec("matplotlib") is None:
+        LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')
+        return
+    if not any(entry["metrics"] for entry in report["summary"]):
+        return
+    controls = [name for name, described in VARIANTS.items() if described.control]
+    failed = {failure["variant"] for failure in report["failures"]}
+    shown = [entry["variant"] for entry in report["summary"] if entry["variant"] not in {*controls, *failed}]
+    write_figure(out / "compare.png", plots.by_variant(report["summary"], METRICS[0], report["task"], controls))
+    write_figure(out / "slices.png", plots.by_slice(report["rows"], METRICS[0], report["task"], shown))

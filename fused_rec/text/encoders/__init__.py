@@ -1,0 +1,1 @@
+"""Pretrained encoder families in Flax: config, layers, pooling, weights, adapters."""

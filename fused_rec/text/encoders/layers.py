@@ -1,0 +1,236 @@
+"""What the encoder families share: exact dense layers, norms, rotary positions, attention in blocks.
+
+Weights may be float32, bfloat16 or float16; every sum and product is float32.
+Dimensions: B texts, L tokens, G key heads, R query heads a key head, K numbers a head, P = K / 2 pairs of them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+
+from fused_rec.text.encoders.config_fields import field, one_of
+
+Params = dict[str, Any]
+
+# Without this a GPU multiplies float32 in TF32 and a TPU in bfloat16, and vectors move by 1e-3.
+PRECISION = jax.lax.Precision.HIGHEST
+QUERY_BLOCK = 1024  # queries that are scored at once: L x L scores of a long text would not fit into memory
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+ROPES = ("default", "linear", "llama3", "yarn")
+ROPE_SETTINGS = frozenset(
+    ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
+    + ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+    + ("low_freq_factor", "high_freq_factor", "finetuned")  # the last of the first files with yarn, for their readers
+)
+
+
+def as_bits(params: Params) -> Params:
+    """The same parameters with bfloat16 matrices and tables as the bits they are, uint16.
+
+    XLA for CPUs has no slices of bfloat16: of stacked layers it would widen all before it computes the first. Of NumPy
+    arrays these are views; within a program they would be copies.
+    """
+
+    def bits(path: tuple[Any, ...], leaf: Any) -> Any:
+        narrow = leaf.dtype == jnp.bfloat16 and path[-1].key in ("kernel", "embedding")
+        return leaf.view(np.uint16) if narrow else leaf
+
+    return jax.tree_util.tree_map_with_path(bits, params)
+
+
+def widened(weight: Shaped[Array, "*W"]) -> Float32[Array, "*W"]:
+    """A weight as float32; of bfloat16 also from its bits, which are the upper half of float32's."""
+    if weight.dtype != jnp.uint16:
+        return weight.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
+
+
+class Dense(nn.Module):
+    """A linear layer whose products are float32's."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float32[Array, "*B D"]) -> Float32[Array, "*B {self.features}"]:
+        kernel: Any = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = jnp.dot(x, widened(jnp.asarray(kernel)), precision=PRECISION)
+        if not self.use_bias:
+            return x
+        bias: Any = self.param("bias", nn.initializers.zeros, (self.features,))
+        return x + widened(jnp.asarray(bias)).reshape(*[1] * (x.ndim - 1), -1)
+
+
+def layer_norm(epsilon: float, name: str, use_bias: bool = True) -> nn.LayerNorm:
+    """Layer normalisation, its variance taken in two passes."""
+    return nn.LayerNorm(epsilon, dtype=jnp.float32, use_bias=use_bias, use_fast_variance=False, name=name)
+
+
+def rms_norm(epsilon: float, name: str) -> nn.RMSNorm:
+    """Division by the root of the mean square (Zhang and Sennrich, 2019, arXiv 1910.07467), times a weight."""
+    return nn.RMSNorm(epsilon, dtype=jnp.float32, name=name)
+
+
+class Embedding(nn.Module):
+    """Rows of a table as float32; of a table in half precision only the rows that are asked for are widened."""
+
+    rows: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int32[Array, "*B"]) -> Float32[Array, "*B {self.features}"]:
+        table: Any = self.param("embedding", nn.initializers.normal(0.02), (self.rows, self.features))
+        return widened(jnp.asarray(table)[ids])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al., 2021, arXiv 2104.09864): radians a token for each pair of a head's numbers.
+
+    scale: of the rotated queries and keys, for yarn.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+
+def read_rope(stored: Mapping[str, Any], theta: float, dims: int, max_positions: int) -> Rope:
+    """The rotary positions that a config.json describes, for heads of `dims` numbers.
+
+    stored: the content of `rope_parameters` (transformers 5) or `rope_scaling` (before it). theta: the base where that
+    names none. linear: Chen et al. 2023, arXiv 2306.15595; llama3: Grattafiori et al. 2024, arXiv 2407.21783; yarn:
+    Peng et al. 2023, arXiv 2309.00071. Raises ValueError on other types, and on values that cannot be.
+    """
+    kind = stored.get("rope_type") or stored.get("type") or "default"
+    one_of("the RoPE scaling type", kind, ROPES)
+    theta = field(stored, "rope_theta", float, theta)
+    if not theta > 1:
+        raise ValueError(f"rope_theta is {theta}; it must be above 1")
+    if not 2 <= dims <= 4096 or dims % 2:
+        raise ValueError(f"a head has {dims} numbers; they must be even, for rotary positions turn pairs, and to 4,096")
+    if any(isinstance(value, dict) for value in stored.values()):
+        raise ValueError("rope_parameters differ by layer; supported is one set for all, except in modernbert")
+    if unknown := sorted(set(stored) - ROPE_SETTINGS):
+        raise ValueError(f"RoPE scaling sets {', '.join(unknown)[:100]}, unknown here, which may change vectors")
+    if field(stored, "partial_rotary_factor", float, 1.0) != 1:
+        raise ValueError(f"partial_rotary_factor is {stored['partial_rotary_factor']}; supported is 1")
+    # In float32 as the models were trained: at position 10,000 the last digit of a frequency is 1e-3 radians.
+    turns = np.float32(1) / np.float32(theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
+    scale = 1.0
+    if kind != "default":
+        factor = field(stored, "factor", float)
+        if not factor >= 1:
+            raise ValueError(f"the factor of RoPE scaling is {factor}; it must be at least 1")
+        if kind == "linear":
+            turns = turns / np.float32(factor)
+        else:
+            trained = field(stored, "original_max_position_embeddings", int, max_positions)
+            if trained < 1:
+                raise ValueError(f"original_max_position_embeddings is {trained}; it must be at least 1")
+            if kind == "llama3":
+                turns = _llama3(stored, turns, factor, trained)
+            else:
+                turns, scale = _yarn(stored, turns, factor, trained, theta)
+    return Rope(tuple(turns.astype(np.float32).tolist()), float(scale))
+
+
+def _llama3(
+    stored: Mapping[str, Any], turns: Float32[np.ndarray, "P"], factor: float, trained: int
+) -> Float[np.ndarray, "P"]:
+    """Long waves are stretched by the factor, short ones kept, those between interpolated."""
+    low, high = (field(stored, name, float) for name in ("low_freq_factor", "high_freq_factor"))
+    if not (low >= 1e-6 and high - low >= 1e-6):
+        raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}; they must be above 0 and ascend")
+    waves = trained * turns / (2 * math.pi)  # in the length that the model was trained on
+    kept = np.clip((waves - low) / (high - low), 0, 1)
+    return (1 - kept) * turns / factor + kept * turns
+
+
+def _yarn(
+    stored: Mapping[str, Any], turns: Float32[np.ndarray, "P"], factor: float, trained: int, theta: float
+) -> tuple[Float[np.ndarray, "P"], float]:
+    """Pairs that turn often enough in the trained length are kept, the slow ones stretched, a ramp between them."""
+    dims = 2 * len(turns)
+
+    def pair(rotations: float) -> float:
+        """The pair, as a real number, that turns so often over the trained length."""
+        if not 1e-6 <= rotations <= 1e6:
+            raise ValueError(f"beta_fast or beta_slow is {rotations}; it must be from 1e-6 to 1e6")
+        return dims * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(field(stored, "beta_fast", float, 32.0)), pair(field(stored, "beta_slow", float, 1.0))
+    if field(stored, "truncate", bool, True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    stretched = np.clip((np.arange(len(turns)) - first) / ((last - first) or 0.001), 0, 1)
+    scale = field(stored, "attention_factor", float, None)
+    if scale is None:
+        several, all_dims = (field(stored, name, float, 0.0) for name in ("mscale", "mscale_all_dim"))
+        both = several > 0 and all_dims > 0
+        scale = _yarn_scale(factor, several) / _yarn_scale(factor, all_dims) if both else _yarn_scale(factor, 1.0)
+    return turns / factor * stretched + turns * (1 - stretched), scale
+
+
+def _yarn_scale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+def rotate(
+    x: Float32[Array, "B L *H K"], frequencies: Float32[Array, "P"], scale: float | Float32[Array, ""]
+) -> Float32[Array, "B L *H K"]:
+    """Turns number i of each head against number i + K/2, by its frequency times the token's place."""
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None]
+    angles = angles.reshape(1, x.shape[1], *[1] * (x.ndim - 3), len(frequencies))
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(
+    query: Float32[Array, "B L G R K"],
+    key: Float32[Array, "B L G K"],
+    value: Float32[Array, "B L G K"],
+    mask: Bool[Array, "B L"],
+    window: Int32[Array, ""],
+    causal: bool,
+) -> Float32[Array, "B L G R K"]:
+    """Each token's mixture of the values of those it sees: tokens of its text less than `reach` away, if causal none
+    after it. Rows of padding hold numbers that mean nothing.
+
+    Long texts are taken a block of queries at a time.
+    """
+    length = query.shape[1]
+    places = jnp.arange(length)
+
+    def mix(block: Float32[Array, "B Q G R K"], at: Int32[Array, "Q"]) -> Float32[Array, "B Q G R K"]:
+        behind = at[:, None] - places[None]
+        seen = (abs(behind) < window) & (behind >= 0) if causal else abs(behind) < window
+        seen = seen[None, None, None] & mask[:, None, None, None]
+        scores = jnp.einsum("bqgrk,bsgk->bgrqs", block * block.shape[-1] ** -0.5, key, precision=PRECISION)
+        scores = jnp.where(seen, scores, -1e9)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed = jnp.einsum("bgrqs,bsgk->bgrqk", weights, value, precision=PRECISION)
+        return jnp.moveaxis(mixed / weights.sum(axis=-1, keepdims=True), 3, 1)
+
+    if length <= QUERY_BLOCK:
+        return mix(query, places)
+    blocks = -(-length // QUERY_BLOCK)
+    spare = blocks * QUERY_BLOCK - length
+    padded = jnp.pad(query, [(0, 0), (0, spare), (0, 0), (0, 0), (0, 0)])
+    padded = jnp.moveaxis(padded.reshape(query.shape[0], blocks, QUERY_BLOCK, *query.shape[2:]), 1, 0)
+    at = jnp.arange(blocks * QUERY_BLOCK).reshape(blocks, QUERY_BLOCK)
+    mixed = jnp.moveaxis(jax.lax.map(lambda block: mix(*block), (padded, at)), 0, 1)
+    return mixed.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]

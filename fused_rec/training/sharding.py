@@ -1,0 +1,177 @@
+"""States, tasks and batches on their way to all devices and back."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, PyTree
+
+from fused_rec.config import Config
+from fused_rec.data.batches import Batch
+from fused_rec.distributed.devices import (
+    SHARDED,
+    AnyArray,
+    PmappedFn,
+    Shards,
+    device_put,
+    local_indices,
+    map_with_axes,
+    pmap_over_devices,
+    select_devices,
+    shard_rows,
+)
+from fused_rec.graph.adjacency import shard_adjacency
+from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.model.model import Vectors
+from fused_rec.training.train_step import GraphInputs, TrainState, compile_key, embed_nodes, sharding_axes, train_step
+
+Step = Callable[[TrainState, GraphInputs, Batch], tuple[TrainState, Float32[Array, ""]]]
+Embed = Callable[[PyTree, GraphInputs], Vectors]
+
+
+def parallel_train_step(config: Config, devices: int | None = None) -> Step:
+    """`train_step` over the first `devices` (None: all, of every process): a divided state and task, a whole batch.
+
+    The state that goes in is given up (donated) to the state that comes out.
+    """
+    return functools.partial(_step, compile_key(config), devices)
+
+
+def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
+    """`embed` over the same devices: of divided parameters and task, the vectors of all nodes on every device."""
+    return functools.partial(_embed, compile_key(config), devices)
+
+
+def _step(
+    config: Config, devices: int | None, state: TrainState, graph_inputs: GraphInputs, batch: Batch
+) -> tuple[TrainState, Float32[Array, ""]]:
+    return mapped_step(config, devices, state, graph_inputs)(state, graph_inputs, shard_batch(batch, devices))
+
+
+def mapped_step(config: Config, devices: int | None, state: TrainState, graph_inputs: GraphInputs) -> PmappedFn:
+    """The compiled program behind `parallel_train_step`, of a batch that is split already."""
+    return _mapped_step(compile_key(config), devices, jax.tree.structure(state), jax.tree.structure(graph_inputs))
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> PmappedFn:
+    state, graph_inputs = sharding_axes(tree_of_structure(states)), graph_inputs_axes(tree_of_structure(tasks))
+    step = functools.partial(train_step, config)
+    return pmap_over_devices(step, devices, in_axes=(state, graph_inputs, SHARDED), out_axes=(state, None), donate=(0,))
+
+
+def _embed(config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
+    return _mapped_embed(config, devices, jax.tree.structure(params), jax.tree.structure(graph_inputs))(
+        params, graph_inputs
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: Hashable) -> PmappedFn:
+    in_axes = sharding_axes(tree_of_structure(params)), graph_inputs_axes(tree_of_structure(tasks))
+    return pmap_over_devices(functools.partial(embed_nodes, config), devices, in_axes=in_axes, out_axes=None)
+
+
+def tree_of_structure(structure: Any) -> PyTree:
+    """A tree of that structure, for what is asked of the paths alone."""
+    return jax.tree.unflatten(structure, range(structure.num_leaves))
+
+
+def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
+    """Where each array of a divided task has its devices; None: every device has it whole."""
+    absent: Any = None
+    graph, adjacencies = jax.tree.map(lambda _: SHARDED, (graph_inputs.graph, graph_inputs.adjacencies))
+    return GraphInputs(graph, adjacencies, absent, absent, absent)
+
+
+def shard_graph_inputs(
+    graph_inputs: GraphInputs, devices: int | None = None, capacity: Mapping[Relation, int] | None = None
+) -> GraphInputs:
+    """Gives each device its rows of the texts and the edges into them; counts of items go to all.
+
+    capacity: how many edges each device gets, filled up, so that tasks of unlike size have one shape; None: no more
+    than it takes.
+    """
+    count, capacity = len(select_devices(devices)), capacity or {}
+    divided = {
+        r: shard_adjacency(adjacency, count, capacity.get(r)) for r, adjacency in graph_inputs.adjacencies.items()
+    }
+    adjacencies = {
+        relation: jax.tree.map(
+            lambda *of_devices: np.stack(of_devices), *(parts[place] for place in local_indices(devices))
+        )
+        for relation, parts in divided.items()
+    }
+    shared = GraphInputs(
+        _shard_nodes(graph_inputs.graph, devices),
+        adjacencies,
+        graph_inputs.trained_items,
+        graph_inputs.popularity,
+        graph_inputs.ease,
+    )
+    return device_put(shared, graph_inputs_axes(shared), devices)
+
+
+def _shard_nodes(graph: HeteroGraph, devices: int | None) -> HeteroGraph:
+    def part(of_nodes: AnyArray) -> np.ndarray:
+        of_types = [np.asarray(of_nodes[graph.node_slice(node_type)]) for node_type, _ in graph.node_types]
+        return np.concatenate([shard_rows(rows, devices) for rows in of_types], axis=1)
+
+    nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
+    bare = graph.graph._replace(nodes=jax.tree.map(part, graph.graph.nodes), **nothing)
+    return dataclasses.replace(graph, graph=bare, shards=Shards(len(select_devices(devices))))
+
+
+def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
+    """Gives each device its id rows and the rest whole: of a state, or of its parameters, as `init` makes them."""
+    divided = sharding_axes(state)
+
+    def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
+        return np.asarray(leaf) if axis is None else shard_rows(np.asarray(leaf), devices)
+
+    return device_put(map_with_axes(part, divided, state), divided, devices)
+
+
+def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:
+    """The inverse of `shard_state` in every process, as NumPy arrays. like: arrays or shapes of the whole."""
+    places_of, structure = jax.tree.flatten(sharding_axes(state), is_leaf=lambda axis: axis is None)
+    leaves, shapes = jax.tree.leaves(state), jax.tree.leaves(like)
+    divided = [leaf for axis, leaf in zip(places_of, leaves, strict=True) if axis is not None]
+    gathered = iter(_gather(devices)(divided) if divided else ())
+    whole = [
+        leaf if axis is None else next(gathered)[: len(shape)]
+        for axis, leaf, shape in zip(places_of, leaves, shapes, strict=True)
+    ]
+    return jax.device_get(jax.tree.unflatten(structure, whole))
+
+
+@functools.lru_cache(maxsize=8)
+def _gather(devices: int | None) -> Callable:
+    shards = Shards(len(select_devices(devices)))
+    return pmap_over_devices(
+        functools.partial(jax.tree.map, shards.all_gather), devices, in_axes=(SHARDED,), out_axes=None
+    )
+
+
+def shard_batch(batch: Batch, devices: int | None = None) -> Batch:
+    """Adds the device axis: [B, ...] to this process's part of [devices, B / devices, ...].
+
+    Users added to fill up have an empty mask, and negatives of -1, so that those a device shares with others do not
+    depend on the number of devices.
+    """
+    count = len(select_devices(devices))
+    rows = -len(batch.users) % count
+    padded = Batch(
+        users=_pad(batch.users, rows),
+        items=_pad(batch.items, rows),
+        mask=_pad(batch.mask, rows),
+        negatives=_pad(batch.negatives, rows, fill=-1),
+    )
+    return Batch(*(part.reshape(count, -1, *part.shape[1:])[local_indices(devices)] for part in padded))
+
+
+def _pad(part: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:
+    return np.pad(part, [(0, rows)] + [(0, 0)] * (part.ndim - 1), constant_values=fill)

@@ -1,0 +1,204 @@
+"""Real processes on one machine, joined by JAX's own runtime: one run, and nothing lost when one of them ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from market import arrays, write_tables
+
+from fused_rec.distributed import processes as processes_module
+from fused_rec.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[1]
+STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
+SETTINGS = (
+    *("model.dim=8", "model.num_layers=1", "train.eval_every=5", "train.patience=100000"),
+    # Without rows of users a cosine does not see how long they are: some factors would have no gradient but rounding
+    # errors, which AdamW makes as large as any other.
+    "model.user_id_embedding=True",
+)
+ENDLESS = 100_000  # steps
+LATE = float(os.environ.get("FUSED_REC_LATE", "3"))  # seconds
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return write_tables(tmp_path_factory.mktemp("tables"))
+
+
+def launch(
+    tables: Path,
+    workdir: Path,
+    process: int,
+    processes: int,
+    port: int,
+    steps: int,
+    devices: int = 2,
+    variant: str = "graph",
+    ease_weight: float = 0,
+) -> subprocess.Popen:
+    """devices: of all processes together. Each process has a cache of text vectors of its own."""
+    own = f"model.variant={variant}", f"model.ease_weight={ease_weight}", f"train.max_steps={steps}"
+    settings = [f"--config.{setting}" for setting in (*SETTINGS, *own)]
+    several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={process}"]
+    with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
+            + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
+            cwd=ROOT,
+            env=os.environ
+            | {"HOME": str(workdir.with_name(f"{workdir.name}.{process}.home"))}
+            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
+            stdout=log,
+            stderr=log,
+        )
+
+
+def cached(workdir: Path, process: int = 0) -> set[bytes]:
+    """Keys of the text vectors that a process has kept, each once."""
+    home = workdir.with_name(f"{workdir.name}.{process}.home")
+    shards = list(home.rglob("*.safetensors"))
+    keys = [key.tobytes() for shard in shards for key in safetensors.numpy.load_file(shard)["keys"]]
+    assert len(keys) == len(set(keys))
+    return set(keys)
+
+
+def text_batch(workdir: Path, process: int = 0) -> str:
+    return workdir.with_name(f"{workdir.name}.{process}.log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def run(tables: Path, workdir: Path, processes: int, late: float = 0, **settings: Any) -> list[int]:
+    """Exit statuses; the last process starts `late` seconds after the others."""
+    port, started = free_port(), []
+    for process in range(processes):
+        if process == processes - 1:
+            time.sleep(late)
+        started.append(launch(tables, workdir, process, processes, port, steps=10, **settings))
+    return [process.wait(timeout=300) for process in started]
+
+
+def wait_for_step(workdir: Path, started: list[subprocess.Popen]) -> None:
+    """Until the first checkpoint is there."""
+    until = time.monotonic() + 200
+    while not Checkpoints(workdir / "select" / "checkpoints").steps():
+        assert all(process.poll() is None for process in started), text_batch(workdir)
+        assert time.monotonic() < until, text_batch(workdir)
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def alone(tables, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    assert run(tables, workdir, 1, variant="text") == [0], text_batch(workdir)
+    return workdir
+
+
+def check_metrics(workdir: Path, alone: Path) -> None:
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (alone, workdir))
+    assert other["best_step"] == one["best_step"]
+    for part in ("valid", "test"):
+        assert other[part] == pytest.approx(one[part], rel=1e-6, nan_ok=True)
+
+
+def check_parameters(workdir: Path, alone: Path) -> None:
+    mine, theirs = (arrays(folder / "select" / "checkpoints", 10) for folder in (workdir, alone))
+    assert mine.keys() == theirs.keys() != set()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(mine[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
+    """One of them comes late; only the first writes. Sums of two devices are the same in any order.
+
+    Each encodes half of the texts, and has the vectors of all in its cache afterwards.
+    """
+    workdir = tmp_path / "run"
+    assert run(tables, workdir, 2, late=LATE, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
+    check_metrics(workdir, alone)
+    check_parameters(workdir, alone)
+    assert "ndcg@10" in text_batch(workdir)
+    assert "results:" not in text_batch(workdir, 1)
+    caches = [cached(alone), cached(workdir), cached(workdir, 1)]
+    assert len(caches[0]) > 30
+    assert caches[0] == caches[1] == caches[2]
+    encoded = [int(re.findall(r" (\d+)/\1 texts, ", text_batch(workdir, process))[-1]) for process in range(2)]
+    assert sum(encoded) == len(caches[0])
+    assert abs(encoded[0] - encoded[1]) <= 1
+
+
+def test_four_processes_give_what_one_gives(tables, tmp_path):
+    """Of four devices each: sums of four depend on their order in the last digits."""
+    alone, workdir = tmp_path / "alone", tmp_path / "run"
+    assert run(tables, alone, 1, devices=4, ease_weight=1.0) == [0], text_batch(alone)
+    assert run(tables, workdir, 4, devices=4, ease_weight=1.0) == [0] * 4, text_batch(workdir)
+    check_metrics(workdir, alone)
+    check_parameters(workdir, alone)
+
+
+def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_path):
+    workdir, port = tmp_path / "run", free_port()
+    started = [launch(tables, workdir, process, 2, port, ENDLESS) for process in range(2)]
+    wait_for_step(workdir, started)
+    started[1].kill()
+    began = time.monotonic()
+    assert started[0].wait(timeout=STOP_SECONDS) not in (0, None)
+    print(f"the other ended after {time.monotonic() - began:.1f} s")
+    assert started[1].wait() == -signal.SIGKILL
+    assert "start all processes again" in text_batch(workdir)
+    step = Checkpoints(workdir / "select" / "checkpoints").last_good()
+    rerun = launch(tables, workdir, 0, 1, port, ENDLESS)
+    while f"goes on from the checkpoint of step {step}" not in text_batch(workdir):
+        assert rerun.poll() is None, text_batch(workdir)
+        time.sleep(0.1)
+    rerun.send_signal(signal.SIGTERM)
+    assert rerun.wait(timeout=STOP_SECONDS) == 143
+
+
+def test_what_tells_of_others_is_no_fault_of_the_input(monkeypatch):
+    """As heard of killed neighbours: which of the two it is depends on where the others were lost."""
+    lost = "Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
+    told = [RuntimeError(lost), ValueError(f"UNKNOWN: {lost}")]
+    own = [ValueError("train.seed is -1"), OSError("no space left on device"), ImportError("no module")]
+    assert not any(map(processes_module.is_collective_failure, told + own))  # a run of one process has no others
+    monkeypatch.setattr(processes_module, "is_single_process", lambda: False)
+    assert all(map(processes_module.is_collective_failure, told))
+    assert not any(map(processes_module.is_collective_failure, own))
+
+
+def test_a_request_to_one_stops_all_at_the_same_step(tables, tmp_path):
+    workdir, port = tmp_path / "run", free_port()
+    started = [launch(tables, workdir, process, 2, port, ENDLESS) for process in range(2)]
+    wait_for_step(workdir, started)
+    started[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=STOP_SECONDS) for process in started] == [143, 143]
+    for process in range(2):
+        assert "is saved in" in text_batch(workdir, process)
+        assert "same command again" in text_batch(workdir, process)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost:1", None, 0), "give all three"),
+        (("localhost:1", 2, 2), "it must be from 0 to 1"),
+    ],
+)
+def test_connect_refuses(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes_module.connect(*given)

@@ -1,0 +1,274 @@
+"""Differences against closed forms and SciPy, adjusted p values and slices by hand, tables cell by cell."""
+
+import csv
+import dataclasses
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.evaluation.significance import (
+    csv_text,
+    differences,
+    holm,
+    latex,
+    markdown,
+    paired_bootstrap,
+    summarise,
+)
+from fused_rec.evaluation.slices import bands, item_slices, user_slices
+
+
+def noise(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0.5, scale, shape)
+
+
+def test_a_constant_difference_has_no_interval():
+    base = noise(3, 40)
+    found = paired_bootstrap(base + 0.25, base, draws=500)
+    assert (found.difference, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-12)
+    assert found.p == 1 / 501
+    assert found.relative == pytest.approx(0.25 / base.mean())
+
+
+def test_equal_models_differ_by_chance_only():
+    base = noise(2, 30)
+    found = paired_bootstrap(base, base, draws=200)
+    assert (found.difference, found.low, found.high, found.relative, found.p) == (0, 0, 0, 0, 1)
+
+
+def test_a_multiple_has_an_exact_relative_difference():
+    """a = 1.2 b whatever is drawn, as pairs stay pairs and seeds are drawn together."""
+    base = np.abs(noise(4, 50))
+    found = paired_bootstrap(1.2 * base, base, draws=300)
+    assert (found.relative, found.relative_low, found.relative_high) == pytest.approx((0.2, 0.2, 0.2))
+    assert found.low < found.difference < found.high
+
+
+def test_one_seed_agrees_with_scipy():
+    a, b = noise(1, 400, seed=1), noise(1, 400, seed=2) - 0.1
+    found = paired_bootstrap(a, b)
+    expected = scipy.stats.bootstrap((a[0] - b[0],), np.mean, method="percentile", rng=np.random.default_rng(3))
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
+    assert found.p == pytest.approx(scipy.stats.ttest_rel(a[0], b[0]).pvalue, abs=0.02)
+
+
+def test_noise_of_training_widens_the_interval():
+    """Users alike, seeds apart: nothing but the seeds varies, (S - 1) / S of their variance over S is seen."""
+    of_seeds = np.array([0.1, 0.2, 0.3, 0.6])
+    a = np.repeat(of_seeds[:, None], 30, axis=1)
+    found = paired_bootstrap(a, np.zeros((1, 30)), draws=20_000)
+    assert found.difference == pytest.approx(0.3)
+    picks = np.array(np.meshgrid(*[of_seeds] * 4)).reshape(4, -1).mean(0)  # all 256 equally likely draws
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(picks, (0.025, 0.975))), abs=0.026)
+    assert math.isnan(found.relative) and math.isnan(found.relative_low)
+
+
+def test_intervals_cover_the_truth():
+    """True difference 0.1 over fresh users and seeds, 200 studies: nominal 95 %."""
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(200):
+        b = rng.normal(0, 1, (5, 100))
+        a = b + 0.1 + rng.normal(0, 0.5, 100) + rng.normal(0, 0.05, (5, 1))
+        found = paired_bootstrap(a, b, draws=300)
+        covered += found.low <= 0.1 <= found.high
+    assert 180 <= covered <= 198
+
+
+def test_users_without_a_value_are_left_out_of_both():
+    a, b = np.array([[1.0, np.nan, 3.0, 9.0]]), np.array([[0.0, 1.0, 2.0, np.nan]])
+    assert paired_bootstrap(a, b, draws=10).difference == 1.0
+    with pytest.raises(ValueError, match="no user has a value"):
+        paired_bootstrap(np.array([[np.nan]]), np.array([[1.0]]))
+    with pytest.raises(ValueError, match="a has 4 users and b 3"):
+        paired_bootstrap(a, b[:, :3])
+    with pytest.raises(ValueError, match="draws is 0"):
+        paired_bootstrap(a, b, draws=0)
+
+
+def test_blocks_of_draws_change_nothing(monkeypatch):
+    a, b = noise(2, 50, seed=1), noise(2, 50, seed=2)
+    whole = paired_bootstrap(a, b, draws=100)
+    monkeypatch.setattr("fused_rec.evaluation.significance.BLOCK", 350)
+    assert dataclasses.astuple(paired_bootstrap(a, b, draws=100)) == pytest.approx(dataclasses.astuple(whole))
+
+
+def test_holm_by_hand():
+    """Sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, and never falling: .06 for the last."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_bands_by_hand():
+    found = {name: np.flatnonzero(mask).tolist() for name, mask in bands(np.array([0, 1, 4, 5, 19, 20, 999])).items()}
+    assert found == {"0": [0], "1-4": [1, 2], "5-19": [3, 4], "20+": [5, 6]}
+
+
+def test_user_slices_by_hand():
+    metrics = {
+        "ndcg@10": np.array([1.0, 0.0, 0.5], np.float32),
+        "recall@10": np.array([1.0, 0.5, 0.0], np.float32),
+        "auc": np.array([np.nan, 0.5, 1.0], np.float32),
+    }
+    per_user = UserMetrics(np.array([1, 3, 4], np.int32), metrics, {})
+    members = {"odd": np.array([0, 1, 0, 1, 0], bool), "none": np.array([1, 0, 1, 0, 0], bool)}
+    assert user_slices(per_user, members) == {"odd": {"users": 2, "ndcg@10": 0.5, "recall@10": 0.75, "auc": 0.5}}
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_item_slices_rank_against_everything(partial):
+    """User 0 ranks items 3 1 2 0 and has seen 4; held out are 3 (warm) and 1 (cold). User 1 ranks 4 2 ...; held out 2.
+
+    Cold: item 1 stands at rank 2, below 3, which stays in the list; it beats 2 and 0, not 3.
+    Warm: item 3 leads; item 2 of user 1 stands behind 4. Item 0 is in the slice that nobody holds out.
+    """
+    scores = jnp.array([[1, 8, 4, 9, 99], [1, 2, 4, 3, 9]], jnp.float32)
+
+    def scorer(users):
+        return scores[users]
+
+    found = item_slices(
+        jax.tree_util.Partial(scorer) if partial else scorer,
+        {
+            "none": np.array([1, 0, 0, 0, 0], bool),
+            "cold": np.array([0, 1, 0, 0, 1], bool),
+            "warm": np.array([0, 0, 1, 1, 0], bool),
+        },
+        truth=item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
+        seen=item_sets(np.array([0]), np.array([4]), 2),
+        n_items=5,
+    )
+    second = 1 / math.log2(3)
+    assert list(found) == ["cold", "warm"]
+    assert found["cold"] == pytest.approx(
+        {"items": 1, "users": 1, "ndcg@10": second, "recall@10": 1.0, "auc": 2 / 3}, abs=1e-6
+    )
+    assert found["warm"] == pytest.approx(
+        {"items": 2, "users": 2, "ndcg@10": (1 + second) / 2, "recall@10": 1.0, "auc": (1 + 3 / 4) / 2}, abs=1e-6
+    )
+
+
+def test_item_slices_leave_out_what_is_no_candidate():
+    scores = jnp.array([[1.0, 2.0, 3.0]])
+    found = item_slices(
+        lambda users: scores[users],
+        {"a": np.array([1, 0, 0], bool), "b": np.array([0, 1, 0], bool)},
+        truth=item_sets(np.array([0, 0]), np.array([0, 1]), 1),
+        seen=item_sets(np.array([], int), np.array([], int), 1),
+        n_items=3,
+        candidates=np.array([1, 2]),
+    )
+    assert list(found) == ["b"]
+    assert found["b"]["ndcg@10"] == pytest.approx(1 / math.log2(3))
+
+
+@pytest.fixture
+def report() -> dict:
+    values = {
+        "fused": {"ndcg@10": np.array([[0.5, 0.6], [0.7, 0.8]])},
+        "no_ties": {"ndcg@10": np.array([[0.4, 0.5], [0.6, 0.7]])},
+        "popularity": {"ndcg@10": np.array([[0.0, 0.0]])},
+    }
+    rows = [
+        {"variant": name, "seed": seed, "test": {"ndcg@10": mean}, "seconds": 10.0 + seed, "parameters": parameters}
+        for name, seed, mean, parameters in [
+            *[("fused", 0, 0.55, 1200), ("fused", 1, 0.75, 1200)],
+            *[("no_ties", 0, 0.45, 1000), ("no_ties", 1, 0.65, 1000)],
+            *[("popularity", 0, 0.0, None), ("bad", 1, 0.3, 7)],
+        ]
+    ]
+    failures = [{"variant": "bad", "seed": 0, "message": "NonFiniteLossError: 100 % | of_it is\nnan & <worse>"}]
+    return {
+        "reference": "fused",
+        "summary": summarise(["fused", "no_ties", "bad", "popularity"], rows, failures, values),
+        "differences": differences(values, "fused"),
+        "failures": failures,
+    }
+
+
+def test_a_summary_by_hand(report):
+    fused, _, bad, popularity = report["summary"]
+    assert fused["metrics"]["ndcg@10"]["mean"] == pytest.approx(0.65)
+    assert fused["metrics"]["ndcg@10"]["sd"] == pytest.approx(0.2 / math.sqrt(2))
+    assert (fused["seeds"], fused["seconds"], fused["parameters"]) == (2, 10.5, 1200)
+    assert popularity["metrics"]["ndcg@10"] == {"mean": 0, "sd": None, "low": 0, "high": 0}
+    assert (bad["failed"], bad["metrics"]) == (True, {})  # though one seed went well
+    no_ties, against_popularity = report["differences"]
+    assert no_ties["difference"] == pytest.approx(0.1)
+    assert no_ties["p_holm"] == pytest.approx(2 * no_ties["p"])
+    assert math.isnan(against_popularity["relative"])
+
+
+def test_markdown_cell_by_cell(report):
+    lines = markdown(report, ["ndcg@10"]).splitlines()
+    assert lines[0] == "| variant | seeds | ndcg@10 | fused less it | seconds | parameters |"
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
+    assert lines[2] == "| fused | 2 | 0.6500 ± 0.1414 | – | 10 | 1,200 |"
+    assert lines[3].startswith("| no_ties | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
+    assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
+    assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
+    assert lines[5].endswith("| 10 | – |")
+    assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % \\| of_it is nan &amp; &lt;worse&gt;"
+
+
+def test_latex_is_escaped(report):
+    text = latex(report, ["ndcg@10"])
+    assert r"\begin{tabular}{lrrrrr}" in text
+    assert r"no\_ties & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
+    assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
+    assert text.count("\\\\\n") == 5
+    report["failures"][0]["message"] = r"a\b~c^d{e}#$"
+    assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$" in latex(report, ["ndcg@10"])
+
+
+def test_csv_keeps_every_number(report):
+    rows = list(csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))))
+    assert [row["variant"] for row in rows] == ["fused", "no_ties", "bad", "popularity"]
+    assert float(rows[1]["ndcg@10 fused less it: difference"]) == report["differences"][0]["difference"]
+    assert rows[0]["ndcg@10 fused less it: p_holm"] == ""
+    assert rows[2]["failed"].startswith("bad, seed 0: NonFiniteLossError")
+    assert rows[3]["parameters"] == ""
+
+
+HOSTILE = "a|b`c*_d_<i>&\\e${f}$ [x](y)\n=1\x1b[31m\u202e"
+
+
+def test_hostile_names_are_text_in_every_table(report):
+    """A name may come from a folder or a table: no cell, markup, command or formula comes of it."""
+    for entry in (report["summary"][1], *report["differences"][:1], report["failures"][0]):
+        entry["variant"] = HOSTILE
+    cell = r"a\|b\`c\*\_d\_&lt;i&gt;&amp;\\e\$\{f\}\$ \[x\](y) =1\\x1b\[31m\\u202e"
+    lines = markdown(report, ["ndcg@10"]).splitlines()
+    assert lines[3].startswith(f"| {cell} | 2 | 0.5500")
+    assert lines[-1].startswith(f"Failed: {cell}, seed 0: ") and len(lines) == 8
+
+    tex = r"a\textbar{}b{`}c*\_d\_$<$i$>$\&\textbackslash{}e\$\{f\}\$ [x](y) =1\textbackslash{}x1b[31m"
+    assert f"{tex}\\textbackslash{{}}u202e & 2 & 0.5500" in latex(report, ["ndcg@10"])
+
+    [row] = [row for row in csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))) if row["variant"] == HOSTILE]
+    assert row["seeds"] == "2" and row["failed"].startswith("a|b`c*_d_<i>")
+
+
+@pytest.mark.parametrize("name", ["[3pt] x", "*x"])
+def test_a_row_of_latex_begins_with_no_argument(report, name):
+    report["summary"][1]["variant"] = report["summary"][0]["variant"] = name
+    rows = latex(report, ["ndcg@10"]).splitlines()
+    assert sum(row.startswith(("{}[3pt] x &", "{}*x &")) for row in rows) == 2
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", " @SUM(1)", "+1", "-1"])
+def test_csv_computes_no_name(report, name):
+    for entry in (report["summary"][1], report["failures"][0]):
+        entry["variant"] = name
+    report["reference"] = name
+    cells = [cell for row in csv.reader(io.StringIO(csv_text(report, ["ndcg@10"]))) for cell in row]
+    assert f"'{name}" in cells
+    texts = [cell for cell in cells if cell and not cell.lstrip("-").replace(".", "").replace("e-", "").isdigit()]
+    assert not [cell for cell in texts if cell.lstrip()[0] in "=+-@"]

@@ -1,0 +1,576 @@
+"""The whole path in real processes: from tables on disk to results, stopped and taken up again."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import yaml
+from market import differences, write_tables
+from webpage import Page
+
+from fused_rec.config import (
+    METRICS,
+    NEUTRAL,
+    Config,
+    DataConfig,
+    SplitConfig,
+    TextConfig,
+    TrainConfig,
+    differing,
+    from_dict,
+    to_dict,
+)
+from fused_rec.distributed import signals
+from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
+from fused_rec.explanation.decomposition import decompose, scores
+from fused_rec.graph.build import INTERACTED_BY, INTERACTS
+from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
+from fused_rec.serving.write_rankings import read_rules
+from fused_rec.training import trainer
+from fused_rec.training.checkpoint import RECORD, CheckpointError, Checkpoints
+from fused_rec.training.evaluate import evaluate_mean, scorer
+from fused_rec.training.inputs import prepare, read
+from fused_rec.training.trainer import (
+    NonFiniteLossError,
+    Progress,
+    TablesChangedError,
+    init_run_dir,
+    run_training,
+    update_early_stopping,
+)
+
+SETTINGS = {
+    "train.batch_size": 32,
+    "train.max_steps": 20,
+    "train.eval_every": 5,
+    "train.patience": 100,
+    "train.learning_rate": 0.02,
+    "model.dim": 8,
+}
+CONFIG = "experiments/configs/tables.py"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    return write_tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One text cache and one compilation cache for all runs, so that the encoder and the step are paid once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def small(tables: Path, cache: Path, **changes: object) -> Config:
+    values = to_dict(Config(data=DataConfig(name="tables", path=str(tables)), text=TextConfig(cache=str(cache))))
+    for setting, value in (SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}).items():
+        section, name = setting.split(".")
+        values[section][name] = value
+    return from_dict(values)
+
+
+def command(module: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{module}", *flags]
+
+
+def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
+    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": True}
+    return command(
+        "train",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    )
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tables: Path, cache: Path, tmp_path_factory) -> Path:
+    """The workdir of a run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(
+        train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "results.json" in done.stdout
+    return workdir
+
+
+def test_results_hold_what_is_promised(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["dataset"] == "tables"
+    assert (results["split"], results["variant"], results["seed"]) == ("random", "fused", 0)
+    assert results["seconds"] > 0
+    assert results["config"]["model"]["dim"] == 8
+    assert {"jax", "python", "transformers"} <= set(results["versions"])
+    for part in ("valid", "test"):
+        assert set(METRICS) <= set(results[part])
+        assert all(0 <= results[part][name] <= 1 for name in METRICS)
+    assert results["best_step"] % SETTINGS["train.eval_every"] == 0
+    curve = [json.loads(line) for line in (finished / "select" / "curves.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [5, 10, 15, 20]
+    best = max(curve, key=lambda line: line["valid/ndcg@10"])
+    assert results["best_step"] == best["step"]
+    assert results["valid"]["ndcg@10"] == pytest.approx(best["valid/ndcg@10"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("signum", "milestone"),
+    [
+        (signal.SIGKILL, "select/checkpoints/10"),
+        (signal.SIGKILL, "refit/checkpoints/5"),
+        (signal.SIGTERM, "select/checkpoints/10"),
+    ],
+)
+def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished, signum, milestone):
+    """A signal soon after a checkpoint; the same command then finishes, bit for bit as the undisturbed run."""
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(tables, cache, workdir),
+        env=environment(cache),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline and not (workdir / milestone).exists():
+        time.sleep(0.005)
+    process.send_signal(signum)
+    _, stderr = process.communicate()
+    assert (workdir / milestone).exists()
+    assert not (workdir / "results.json").exists(), "the run was over before it could be killed"
+    if signum == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "stopped by SIGTERM; step " in stderr and "is saved in" in stderr and "Traceback" not in stderr
+        assert f"To go on, give the same command again:\n  python -m experiments.train --config={CONFIG}" in stderr
+    again = subprocess.run(
+        train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "goes on from the checkpoint" in again.stderr
+    assert differences(workdir, finished) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tables, cache, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_training(small(tables, cache, model__variant="graph", train__refit=True), workdir)
+    return workdir
+
+
+def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """A real SIGTERM as the loop calls one of its functions for the call-th time."""
+    real, calls = getattr(trainer, name), itertools.count(1)
+
+    def asking(*arguments, **settings):
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **settings)
+
+    patch.setattr(trainer, name, asking)
+
+
+@pytest.mark.parametrize(
+    ("stops", "kept"),
+    [
+        pytest.param([("prepare", 1)], [{}], id="before anything is kept"),
+        pytest.param([("batch", 1)], [{"select": 1}], id="in the first step, which compiles"),
+        pytest.param([("batch", 8)], [{"select": 8}], id="between two evaluations"),
+        pytest.param([("batch", 10)], [{"select": 10}], id="before an evaluation"),
+        pytest.param([("evaluate_mean", 2)], [{"select": 10}], id="in an evaluation"),
+        pytest.param([("evaluate_mean", 4)], [{"select": 20}], id="in the last evaluation"),
+        pytest.param(
+            [("evaluate_mean", 1), ("evaluate_mean", 1), ("batch", 2), ("batch", 1)],
+            [{"select": 5}, {"select": 5}, {"select": 7}, {"select": 8}],
+            id="four times",
+        ),
+        pytest.param([("batch", 23)], [{"select": 20, "refit": 3}], id="in the second phase"),
+        pytest.param([("measure_users", 1)], [None], id="in the test part's measurement"),
+        pytest.param([("write_json", 2)], [None], id="before the results are written"),
+    ],
+)
+def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
+    """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
+    config = small(tables, cache, model__variant="graph", train__refit=True)
+    for (name, call), expected in zip(stops, kept, strict=True):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped) as stopped, signals.handle_signals():
+            ask_to_stop(patch, name, call)
+            run_training(config, tmp_path / "run")
+        folders = (tmp_path / "run").glob("*/checkpoints")
+        newest = {folder.parent.name: Checkpoints(folder).last_good() for folder in folders}
+        assert expected is None or newest == expected
+        if expected:
+            [note] = stopped.value.__notes__
+            assert f"step {list(newest.values())[-1]} of " in note and list(newest)[-1] in note
+        assert not list((tmp_path / "run").rglob(".*")) and not (tmp_path / "run" / "run.lock").exists()
+    run_training(config, tmp_path / "run")
+    assert differences(tmp_path / "run", undisturbed) == []
+
+
+def test_a_damaged_best_state_is_told_at_once(tables, cache, tmp_path, undisturbed):
+    """Neither does training go on for nothing, nor does another state take its place when it is asked for."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    best = json.loads((workdir / "results.json").read_text())["best_step"]
+    for phase in ("select", "refit"):
+        record = workdir / phase / "checkpoints" / str(best) / RECORD
+        record.write_text(record.read_text().replace("1", "2", 1))
+    for part in ("valid", "test"):
+        with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
+            load(workdir, part)
+    (workdir / "results.json").unlink()
+    shutil.rmtree(workdir / "refit")
+    config = small(tables, cache, model__variant="graph", train__refit=True)
+    if best < 20:
+        with pytest.raises(CheckpointError, match=f"{best} is damaged.*remove the folder of the checkpoints"):
+            run_training(config, workdir)
+        shutil.rmtree(workdir / "select" / "checkpoints")
+    run_training(config, workdir)
+    assert differences(workdir, undisturbed) == []
+
+
+def test_recommend_writes_what_is_not_held(tables, cache, finished, tmp_path):
+    held = pyarrow.csv.read_csv(tables / "interactions.csv").to_pylist()
+    holds = {(row["user_id"], row["item_id"]) for row in held}
+    out = tmp_path / "ranked.parquet"
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ranked = pyarrow.parquet.read_table(out)
+    assert ranked.column_names == ["user_id", "rank", "item_id", "score"]
+    rows = ranked.to_pylist()
+    assert [(row["user_id"], row["rank"]) for row in rows] == [(u, r) for u in ("C0001", "C0002") for r in (1, 2, 3, 4)]
+    assert not holds & {(row["user_id"], row["item_id"]) for row in rows}
+    for user in ("C0001", "C0002"):
+        scores = [row["score"] for row in rows if row["user_id"] == user]
+        assert scores == sorted(scores, reverse=True)
+
+    out = tmp_path / "all.csv"
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001", "--k=30", "--include_seen", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert pyarrow.csv.read_csv(out).num_rows == 30
+
+    done = subprocess.run(
+        command("recommend", f"--workdir={finished}", "--users=C0001,nobody", f"--out={out}"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "'nobody'" in done.stderr
+
+
+def test_evaluate_repeats_the_results_and_shows_baselines(cache, finished):
+    done = subprocess.run(
+        command("evaluate", f"--workdir={finished}", "--split=test", "--baselines=popularity"),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((finished / "results.json").read_text())
+    line = next(line for line in done.stdout.splitlines() if line.startswith("fused"))
+    assert line.split()[1:] == [f"{results['test'][name]:.4f}" for name in ("recall@10", "ndcg@10", "auc")]
+    assert any(line.startswith("popularity") for line in done.stdout.splitlines())
+
+
+def test_a_run_has_a_model_card(finished):
+    results = json.loads((finished / "results.json").read_text())
+    card = (finished / "README.md").read_text()
+    _, matter, below = card.split("---\n", 2)
+    [entry] = yaml.safe_load(matter)["model-index"]
+    for result in entry["results"]:
+        part = {"validation": "valid", "test": "test"}[result["dataset"]["split"]]
+        assert {metric["type"]: metric["value"] for metric in result["metrics"]}.items() <= results[part].items()
+    folder = finished / re.findall("checkpoint is in `(.*?)`", below)[0]
+    assert folder == finished / "refit" / "checkpoints" / str(results["best_step"])
+    digests = {json.loads((finished / "run.json").read_text())["tables"], model_digest(finished)}
+    assert set(re.findall("`([0-9a-f]{64})`", below)) == digests
+    assert hashlib.sha256((folder / "manifest.sha256").read_bytes()).hexdigest() in digests
+    assert "| customers | 80 |" in below and "trained anew" in below
+
+
+def test_a_page_about_a_run(cache, tmp_path, finished):
+    """A real run's page has its numbers, its customers and its products, and recommends as `recommend` does."""
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"rules": [{"name": "calm", "require": ["item.risk_band", "at_most", 4]}]}')
+    out = tmp_path / "page.html"
+    asked = ["--users=C0001,C0002", "--k=3", f"--rules={rules}"]
+    done = subprocess.run(
+        command(
+            "report", f"--workdir={finished}", f"--out={out}", "--groups=age_band", "--baselines=popularity", *asked
+        ),
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"page: {out}"
+    page = Page(out.read_text(encoding="utf-8"))
+    assert page.faults == []
+    results, shown = json.loads((finished / "results.json").read_text()), " ".join(page.texts)
+    for part in ("valid", "test"):
+        assert f"{results[part]['ndcg@10']:.3f}" in page.texts
+    assert f"{results['valid']['ndcg@10']:.4f}" in shown  # among the evaluations
+    assert model_digest(finished) in page.texts
+    assert "popularity" in page.texts and "calm" in page.texts
+    assert "NDCG@10 under the rules by age_band, validation part" in page.texts
+    assert sum("it falls from rank 1" in text or "it stays at rank 1" in text for text in page.texts) == 2
+
+    config, prepared, state = load(finished)
+    may = candidate_filter(prepared.dataset, read_rules(rules)[0])
+    rows = user_rows(prepared.dataset, ["C0001", "C0002"])
+    [part] = rank_chunks(scorer(config, prepared, state), prepared.dataset, may, rows, 3)
+    names = dict(zip(*(prepared.dataset.items.column(name).to_pylist() for name in ("item_id", "name")), strict=True))
+    expected = [names[item] for item in part.table.column("item_id").to_pylist()]
+    assert page.inside("h4", "bdi") == expected
+
+
+@pytest.mark.parametrize("variant", ["text", "graph"])
+def test_every_variant_trains(tables, cache, tmp_path, variant):
+    results = run_training(small(tables, cache, model__variant=variant, train__max_steps=10), tmp_path)
+    assert results["variant"] == variant
+    assert results["test"]["auc"] > 0.5
+
+
+def test_a_split_by_time_needs_ties_with_times(tables, cache, tmp_path):
+    with pytest.raises(ValueError, match="ties have no timestamp"):
+        run_training(small(tables, cache, split__kind="time"), tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(tables, cache, finished):
+    before = (finished / "select" / "curves.jsonl").read_text()
+    again = subprocess.run(
+        train_command(tables, cache, finished), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert (finished / "select" / "curves.jsonl").read_text() == before
+
+
+def test_a_workdir_is_one_config_only(tmp_path):
+    tables = "digest"
+    init_run_dir(Config(), tables, tmp_path)
+    init_run_dir(Config(), tables, tmp_path)
+    with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
+        init_run_dir(Config(train=TrainConfig(seed=1)), tables, tmp_path)
+    with pytest.raises(TablesChangedError, match="the tables have changed"):
+        init_run_dir(Config(), "another", tmp_path)
+
+
+def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
+    """Settings that change no result are no other config; the last ones given are those by which a run is opened."""
+    tables = "digest"
+    init_run_dir(Config(), tables, tmp_path)
+    moved = Config(
+        data=DataConfig(path="elsewhere"),
+        text=TextConfig(cache="other", offline=False, batch_tokens=512),
+        train=TrainConfig(wandb="project"),
+    )
+    assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
+    init_run_dir(moved, tables, tmp_path)
+    assert from_dict(trainer.read_run(tmp_path)["config"]) == moved
+
+
+def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan; there is no checkpoint yet"):
+        run_training(small(tables, cache, model__variant="graph", train__learning_rate=1e38), tmp_path)
+
+
+def test_judge_keeps_the_first_of_equals():
+    progress = update_early_stopping(Progress(), 0.2, 10)
+    assert (progress.best, progress.best_step, progress.evals_since_best) == (0.2, 10, 0)
+    progress = update_early_stopping(progress, 0.2, 20)
+    assert (progress.best_step, progress.evals_since_best) == (10, 1)
+    progress = update_early_stopping(progress, 0.3, 30)
+    assert (progress.best_step, progress.evals_since_best) == (30, 0)
+
+
+def test_load_wants_a_finished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="finish the run there"):
+        load(tmp_path)
+
+
+@pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the public datasets")
+@pytest.mark.parametrize(
+    ("name", "split", "core"),
+    [("lastfm_sociallgn", "predefined", 1), ("amazon", "per_user", 1), ("stocknet", "time", 5)],
+)
+def test_real_tables_train(cache, tmp_path, name, split, core):
+    """From raw files; without words, whose encoding takes minutes."""
+    config = Config(
+        data=DataConfig(name=name, k_core=core),
+        split=SplitConfig(kind=split),
+        train=TrainConfig(max_steps=20, eval_every=20, batch_size=256, positives_per_user=16, learning_rate=0.05),
+    )
+    values = to_dict(config)
+    values["model"] |= {"variant": "graph", "dim": 8, "num_layers": 2}
+    results = run_training(from_dict(values), tmp_path)
+    assert results["test"]["auc"] > 0.5
+
+
+def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
+    """A fault of the tables ends the command with the file, the row and the remedy, and no traceback."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "interactions.csv").write_text("user_id,item_id,value\nA,X,1.0\nA,Y,nan\n,X,2.0\nB,X,1.0\n")
+    done = subprocess.run(
+        train_command(bad, cache, tmp_path / "run"), env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "interactions.csv, row 3" in done.stderr
+    assert "interactions.csv, row 4" in done.stderr
+    assert not (tmp_path / "run").exists()  # free for the command that mends it
+
+
+def test_evaluating_the_validation_part_of_a_refitted_run_shows_what_chose_it(cache, finished):
+    """The refitted model has learned from that part; the one that chose the step has not."""
+    config, prepared, state = load(finished, "valid")
+    assert config.train.refit
+    results = json.loads((finished / "results.json").read_text())
+    assert evaluate_mean(prepared, scorer(config, prepared, state), "valid") == pytest.approx(
+        results["valid"], abs=1e-12
+    )
+
+
+def test_changed_tables_are_refused(tables, cache, tmp_path):
+    """The same pairs in another order number users and items anew, and a checkpoint's rows would be others'."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    lines = (tables / "interactions.csv").read_text().splitlines(keepends=True)
+    (folder / "interactions.csv").write_text("".join(lines))
+    run_training(small(folder, cache, model__variant="graph", train__max_steps=5), tmp_path / "run")
+    load(tmp_path / "run")
+    (folder / "interactions.csv").write_text("".join([lines[0], *lines[:0:-1]]))
+    told = (
+        r"the tables have changed .* \(users has its 80 rows with changed columns \(other values: user_id\); items has"
+    )
+    with pytest.raises(TablesChangedError, match=told):
+        load(tmp_path / "run")
+
+
+def test_a_mistyped_setting_is_named(cache, tmp_path):
+    done = subprocess.run(
+        [
+            *command(
+                "train", "--config=experiments/configs/synthetic.py", "--config.model.dimm=8", f"--workdir={tmp_path}"
+            )
+        ],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "dimm" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_recommend_explains_every_row(cache, finished, tmp_path):
+    """The parts of each row sum to the score that is in the file, and the reasons are in words."""
+    for out in (tmp_path / "ranked.parquet", tmp_path / "ranked.csv"):
+        done = subprocess.run(
+            command("recommend", f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}", "--explain"),
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        read = pyarrow.parquet.read_table if out.suffix == ".parquet" else pyarrow.csv.read_csv
+        rows = [json.loads(line) for line in (tmp_path / "reasons.jsonl").read_text().splitlines()]
+        for row, explained in zip(read(out).to_pylist(), rows, strict=True):
+            assert (row["user_id"], row["item_id"]) == (explained["user_id"], explained["item_id"])
+            assert explained["score"] == pytest.approx(row["score"], rel=1e-4)
+            assert sum(part["value"] for part in explained["parts"]) == pytest.approx(row["score"], rel=1e-4)
+            assert {"holding", "own_words", "popularity"} <= {part["kind"] for part in explained["parts"]}
+            assert all(reason.keys() == {"code", "text"} for reason in explained["reasons"])
+            # Nobody is told of another customer.
+            assert not any("C0" in reason["text"].replace(row["user_id"], "") for reason in explained["reasons"])
+        (tmp_path / "reasons.jsonl").unlink()
+
+
+def test_without_a_holding_is_computed_anew(finished):
+    """As a model of the same parameters whose tables never had the holding would say."""
+    config, prepared, state = load(finished)
+    user, item = int(prepared.observed.user[0]), int(prepared.observed.item[0])
+    changed = without_interaction(config, prepared, user, item)
+    before = dict(prepared.graph_inputs.graph.relations)
+    after = dict(changed.graph.relations)
+    assert [before[relation] - after[relation] for relation in (INTERACTS, INTERACTED_BY)] == [1, 1]
+    assert changed.popularity[item] == prepared.graph_inputs.popularity[item] - 1
+    assert (np.delete(changed.popularity, item) == np.delete(prepared.graph_inputs.popularity, item)).all()
+    received = changed.graph.edges(INTERACTED_BY)
+    assert not ((received.receivers == user) & (received.senders == item)).any()
+    others = np.bincount(received.senders, minlength=prepared.dataset.n_items)[received.senders]
+    own = np.bincount(received.receivers, minlength=prepared.dataset.n_users)[received.receivers]
+    np.testing.assert_allclose(received.weight, 1 / np.sqrt(others * own), rtol=1e-6)
+
+    eligible = np.ones(prepared.dataset.n_items, bool)
+    ranked = np.argsort(-scores(decompose(config, state.params, prepared.graph_inputs), user), kind="stable")
+    best = int(ranked[ranked != item][0])
+    change = counterfactual_effect(config, state.params, prepared, user, best, item, eligible)
+    assert change.rank == 1
+    assert change.score == pytest.approx(
+        scores(decompose(config, state.params, prepared.graph_inputs), user)[best], rel=1e-5
+    )
+    assert change.score_after == pytest.approx(scores(decompose(config, state.params, changed), user)[best], rel=1e-5)
+    assert change.score_after != change.score
+    with pytest.raises(ValueError, match="is not seen to hold item"):
+        own = prepared.observed.item[prepared.observed.user == user]
+        without_interaction(config, prepared, user, int(np.setdiff1d(np.arange(prepared.dataset.n_items), own)[0]))
+
+
+class StopHereError(Exception):
+    """What a watcher of the evaluations raises in the test below."""
+
+
+def test_a_run_over_sampled_neighbours_resumes_bit_for_bit(tables, cache, tmp_path):
+    """Stopped at an evaluation and taken up from the checkpoint before it."""
+    changes = {"train__loss": "sampled_softmax", "train__neighbours": 2, "model__variant": "graph"}
+    config = small(tables, cache, train__negatives=2, model__holding_dropout=0.2, **changes)
+    prepared = prepare(config, *read(config))
+    straight, through = trainer.fit(config, prepared, tmp_path / "straight")
+
+    def stop(step, value):
+        if step == 15:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        trainer.fit(config, prepared, tmp_path / "resumed", on_evaluation=stop)
+    assert Checkpoints(tmp_path / "resumed" / "checkpoints").last_good() == 10
+    resumed, progress = trainer.fit(config, prepared, tmp_path / "resumed")
+    assert progress.best_step == through.best_step > 0
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
