@@ -82,7 +82,7 @@ IO_IMPORTS = {
 
 # A library with traps, and the one file that knows them; an empty tuple means nowhere.
 ONLY_IN = {
-    "jraph": ("graph/hetero.py",),
+    "jraph": ("graph/hetero.py", "model/reference.py"),  # the container, and the model in plain jraph
     "orbax": ("training/checkpoint.py",),
     "transformers": ("text/pretrained.py",),
     "optuna": ("studies/tune.py",),
