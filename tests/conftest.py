@@ -1,5 +1,7 @@
 """The environment every test runs in. JAX reads it once, so it is set before anything imports JAX."""
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -22,6 +24,17 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Frees the compiled programs of a file: no other file runs them, and a worker would grow to several GB."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc returns freed memory to the system only when asked
 
 
 @pytest.fixture
