@@ -128,7 +128,7 @@ class TextConfig:
     attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
     finetune: Finetuning = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
     lora_rank: int = 8  # of the adapters
-    # of the language model where it is trained (docs/JOINT.md); 2e-5 is usual for full
+    # of the language model where it is trained (docs/FINETUNING.md); 2e-5 is usual for full
     finetune_learning_rate: float = 1e-4
     # so many are encoded with gradient; the others' vectors date from the last evaluation
     finetune_texts_per_step: int = 64

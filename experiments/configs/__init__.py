@@ -1,4 +1,4 @@
-"""One file a dataset: what it is, how long it takes, what it gives."""
+"""Experiment configs, one file per dataset and split: data, command, time and metric."""
 
 import dataclasses
 
@@ -9,11 +9,18 @@ from fused_rec.config import Config, to_dict
 
 
 def config_dict(**sections: dict) -> ml_collections.ConfigDict:
-    """The defaults of `fused_rec.config` with some settings replaced, for `--config` to override further."""
+    """Replaces some defaults of `fused_rec.config`.
+
+    Args:
+      **sections: settings by section, such as `model={"dim": 256}`.
+
+    Returns:
+      All settings by section, for `--config` flags to override.
+    """
     config = Config()
     changed = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in sections.items()}
     values = to_dict(dataclasses.replace(config, **changed))
-    unset = placeholder(float)  # a flag gives a number to a setting that has none
+    unset = placeholder(float)  # lets a flag set a number where the default is None
     return ml_collections.ConfigDict(
         {
             section: {name: unset if value is None else value for name, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Amazon Musical Instruments, 5-core (McAuley et al., 2015): reviews; each customer's last 20 % are held out.
+"""Amazon Musical Instruments, 5-core (McAuley et al., 2015): reviews; the last 20 % of each user are held out.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/amazon.py --workdir=runs/amazon
 

@@ -1,10 +1,10 @@
-"""Douban-Book, the published GBSR split (Yang et al., 2024): books read and 169,142 ties of trust, no words.
+"""Douban-Book, predefined GBSR split (Yang et al., 2024): books read and 169,142 trust edges, no text.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/douban_book.py --workdir=runs/douban_book
 
-A tenth of the published training part chooses the step; the test part is read once. Without words a linear model is
-hard to beat here, so it is a part of the score (`model.ease_weight`). About ten minutes on two CPU cores; test NDCG@10
-.1985, mean of three seeds (docs/RESULTS.md).
+A tenth of the predefined training split selects the step; the test split is read once. Without text a linear model is a
+strong baseline here, so low-rank EASE is a term of the score (`model.ease_weight`). About ten minutes on two CPU cores;
+test NDCG@10 .1985, mean of three seeds (docs/RESULTS.md).
 """
 
 from experiments.configs import config_dict

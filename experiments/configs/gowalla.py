@@ -1,10 +1,9 @@
-"""Gowalla, the split of LightGCN (He et al., 2020): places visited, neither words nor ties; LightGCN's own propagation.
+"""Gowalla, split of LightGCN (He et al., 2020): check-ins without text or social edges; LightGCN's propagation.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/gowalla.py --workdir=runs/gowalla
 
-Three rounds of 64 dimensions, as published; a softmax over all places takes the place of BPR, and a cosine beside how
-popular a place is that of the dot product. A tenth of the published training part chooses the step; the test part is
-read once.
+Three layers of 64 dimensions, as published. A softmax over all items replaces BPR, and cosine plus popularity replaces
+the dot product. A tenth of the predefined training split selects the step; the test split is read once.
 """
 
 from experiments.configs import config_dict

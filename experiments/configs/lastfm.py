@@ -1,4 +1,4 @@
-"""Last.fm (HetRec 2011), the published SocialLGN split: artist names, tags, friends.
+"""Last.fm (HetRec 2011), predefined SocialLGN split: artist names, tags, friends.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
 

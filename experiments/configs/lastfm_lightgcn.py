@@ -1,16 +1,16 @@
-"""Last.fm in the split that came with LightGCN's code (He et al., 2020): listening alone, the graph variant in seconds.
+"""Last.fm, split of LightGCN's code (He et al., 2020): interactions only, the graph variant in seconds.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/lastfm_lightgcn.py --workdir=runs/lgn
 
-Few steps at a high rate, a softmax over all artists; as many steps again on train and valid before the test part is
-read. docs/SPEED.md has the seconds.
+Few steps at a high learning rate and a softmax over all items; a refit on train and valid precedes the test metrics.
+docs/SPEED.md has the seconds.
 """
 
 from experiments.configs import config_dict
 
 
 def get_config():
-    """Settings chosen on validation, among those that take seconds."""
+    """Settings chosen on validation among those that train in seconds."""
     return config_dict(
         data={"name": "lastfm_lightgcn"},
         split={"kind": "predefined"},

@@ -1,4 +1,4 @@
-"""StockNet (Xu and Cohen, 2018): who wrote about which ticker, company profiles, retweets; split by global time.
+"""StockNet (Xu and Cohen, 2018): tweets about tickers, company profiles, retweets; split by global time.
 
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/stocknet.py --workdir=runs/stocknet
 
@@ -14,7 +14,7 @@ def get_config():
         data={"name": "stocknet", "k_core": 5},
         split={"kind": "time"},
         graph={"attributes": ("sector",)},
-        # Most interactions are with the few tickers of the season.
+        # Most interactions are with the few tickers popular at the time.
         model={"user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 1.0, "popularity_half_life": 90.0},
         train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10},
     )

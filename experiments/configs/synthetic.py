@@ -1,4 +1,4 @@
-"""The built-in market, generated from a seed: descriptions, reviews, referrals.
+"""Synthetic market, generated from a seed: descriptions, reviews, referrals.
 
 python -m experiments.train --config=experiments/configs/synthetic.py --workdir=runs/synthetic
 

@@ -1,15 +1,15 @@
-"""The built-in market, products nobody holds yet: all holdings of a fifth of them are held out.
+"""Synthetic market, new items: all interactions of a fifth of the items are held out.
 
 python -m experiments.train --config=experiments/configs/synthetic_new_items.py --workdir=runs/synthetic_new_items
 
-The 80 new products are ranked among themselves, from their descriptions alone.
+The 80 new items are ranked among themselves by their descriptions only.
 """
 
 from experiments.configs import config_dict
 
 
 def get_config():
-    """Settings of synthetic.py, but for the relation of similar texts: it is what ties a new product to the others."""
+    """Settings of synthetic.py, with text-kNN edges: they are the only edges of a new item."""
     return config_dict(
         data={"name": "synthetic"},
         split={"kind": "new_items", "seed": 1},

@@ -1,15 +1,15 @@
-"""The built-in market, customers who hold nothing yet: all holdings of a fifth of them are held out.
+"""Synthetic market, new users: all interactions of a fifth of the users are held out.
 
 python -m experiments.train --config=experiments/configs/synthetic_new_users.py --workdir=runs/synthetic_new_users
 
-The 400 new customers are known by what they say of themselves (360 of them) and by their referrals.
+The 400 new users are known by their descriptions (360 of them) and by their referrals.
 """
 
 from experiments.configs import config_dict
 
 
 def get_config():
-    """Settings of synthetic.py, but with a row for each customer: friends train it before the first holding does."""
+    """Settings of synthetic.py, with user-ID embeddings, which social edges train before the first interaction."""
     return config_dict(
         data={"name": "synthetic"},
         split={"kind": "new_users", "seed": 1},

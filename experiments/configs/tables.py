@@ -1,10 +1,10 @@
-"""Your own tables: interactions, and where there are any items, users and ties, as CSV or Parquet (see README)."""
+"""Your own tables: interactions and optionally items, users and social edges, as CSV or Parquet (docs/tables.md)."""
 
 from experiments.configs import config_dict
 
 
 def get_config():
-    """Give the folder with --config.data.path=DIR; --config.split.kind=time where interactions have timestamps."""
+    """Set the folder with --config.data.path=DIR, and --config.split.kind=time if interactions have timestamps."""
     return config_dict(
         data={"name": "tables"},
         model={"dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
