@@ -52,8 +52,8 @@ jax.devices()
 # ## All devices of this host
 #
 # No setting is needed: graph, batches and rankings are sharded over the devices, and the result does not depend on
-# their number. `bfloat16` halves the bytes of products and messages; sums, parameters and rankings stay in float32. On a
-# dataset as small as this one, most of the time is compilation.
+# their number. `bfloat16` halves the bytes of products and messages; sums, parameters and rankings stay in float32. On
+# a dataset as small as this one, most of the time is compilation.
 
 # %%
 market = make_synthetic(seed=0, n_users=400, n_items=80)
