@@ -33,10 +33,11 @@ def setup(app):
 
 def _as_markup(app, what, name, obj, options, lines):
     """Makes reStructuredText of docstrings: indented blocks outside of sections are literal, names are escaped."""
-    converted, open_block, literal = [], False, False
+    converted, open_block, literal = [], True, False
     for line in lines:
         if line.strip() and not line.startswith(" "):
-            converted += [""] * literal
+            starts_list = bool(_LIST_ITEM.match(line)) and open_block
+            converted += [""] * (literal or starts_list)
             open_block, literal = not (_SECTION.match(line) or _LIST_ITEM.match(line)), False
         elif line.strip() and open_block and not literal:
             converted += ["", "::", ""]
