@@ -114,7 +114,7 @@ def load_dataset(
     Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
     problem) where they must not be used.
     """
-    settings: dict[str, Any] = {"repair": repair, "core": k_core, "delimiter": delimiter, "encoding": encoding}
+    settings: dict[str, Any] = {"repair": repair, "k_core": k_core, "delimiter": delimiter, "encoding": encoding}
     settings["min_value"] = None if min_value is None else float(min_value)
     if isinstance(source, str) and source in registry.READERS:
         return registry.load(DataConfig(source, os.fspath(path), **settings))

@@ -12,16 +12,17 @@
 # ---
 
 # %% [markdown]
-# # From a market to explained recommendations
+# # Quickstart: from tables to explained recommendations
 #
 # [![Open in
 # Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/01_quickstart.ipynb)
 #
-# A small market of made-up products, reviews and referrals: train text and graph together, measure the result on
-# purchases that were held out, recommend to one customer, and see why. A minute on a CPU.
+# A small synthetic dataset of products, reviews and referrals: train a model of text and graph, evaluate it on held-out
+# interactions, recommend to one user, and explain the result. A bank's users are its customers and its items its
+# products. A minute on a CPU.
 
 # %% [markdown]
-# On Colab the next cell installs what is missing; a CPU is enough for this notebook.
+# On Colab the next cell installs the missing packages; a CPU is enough for this notebook.
 
 # %%
 import importlib.util
@@ -37,15 +38,15 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import fused_rec as fr
-from fused_rec.data.synthetic import make_market
+from fused_rec.data.synthetic import make_synthetic
 
-market = make_market(seed=0, n_users=300, n_items=80)
+market = make_synthetic(seed=0, n_users=300, n_items=80)
 market
 
 # %% [markdown]
 # ## The tables
 #
-# Customers hold products, say what they look for, review what they hold and refer one another.
+# Users hold items, describe what they look for, review their items and refer other users.
 
 # %%
 pd.set_option("display.max_colwidth", 90)
@@ -65,8 +66,8 @@ for ax, counts, title in zip(axes, (held, tied), ("products held", "referrals go
 # %% [markdown]
 # ## Training
 #
-# Every setting has a default in `fused_rec/config.py`; name those you change. A fifth of the holdings is held out. If
-# you stop the cell and run it again, training goes on; once finished, it is only opened.
+# Every setting has a default in `fused_rec/config.py`; pass those you change. A fifth of the interactions is the test
+# split. If you stop the cell and run it again, training resumes; a finished run is only opened.
 
 # %%
 config = fr.configure(
@@ -83,9 +84,10 @@ for ax, title in zip(axes.flat, ("training loss", "NDCG@10 on validation"), stri
     ax.set(title=title)
 
 # %% [markdown]
-# ## How well does it rank?
+# ## Evaluation
 #
-# The whole catalogue is ranked for every customer with held-out products. Read the test part once, at the end.
+# The whole catalogue is ranked for every user with held-out items. `auc` is the share of pairs (held-out item, other
+# item) that are ordered correctly. Use the test split only once, at the end.
 
 # %%
 found = pd.DataFrame(fr.evaluate(run, "test", baselines=["popularity", "item_knn"])).T
@@ -96,15 +98,15 @@ ax = found[["ndcg@10", "recall@10"]].plot.barh(figsize=(7, 2.6))
 _ = ax.set(xlabel="on held-out holdings")
 
 # %% [markdown]
-# ## What does it recommend, and why?
+# ## Recommendations and explanations
 
 # %%
 customer = "C0001"
 fr.recommend(run, [customer], k=5).to_pandas()
 
 # %% [markdown]
-# A score is a sum of parts, exactly: what the customer holds, what they say, whom they know, and how popular the
-# product is. The reasons say the weightiest in words.
+# A score decomposes exactly into contributions of the user's items, their own text, their social edges, and the
+# popularity of the item. The reasons are sentences about the largest contributions.
 
 # %%
 best = fr.explain(run, customer, k=1)[0]
@@ -117,16 +119,16 @@ ax = parts["value"].head(12)[::-1].plot.barh(figsize=(7, 3.4))
 _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score']:.3f} in all")
 
 # %% [markdown]
-# And if the customer did not hold the product that speaks most for it? That is computed anew, not read off the parts.
+# A counterfactual recomputes score and rank without the interaction that contributes most.
 
 # %%
 holdings = parts[(parts["kind"] == "holding") & (parts["source"] != "")]
 fr.counterfactual(run, customer, best["item_id"], without=holdings["source"].iloc[0])
 
 # %% [markdown]
-# ## Later
+# ## Reopening a run
 #
-# The folder holds everything: tables, checkpoints, curves, results and a model card.
+# The run directory has the tables, checkpoints, curves, results and a model card.
 
 # %%
 fr.recommend(fr.load("runs/quickstart"), [customer], k=1).to_pandas()

@@ -17,11 +17,11 @@
 # [![Open in
 # Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/02_your_own_tables.ipynb)
 #
-# Four tables, of which one is required. Faults are told with their row and remedy before anything is trained; the
-# result is a page to look at. Replace the first cells by your own files.
+# Four tables, of which one is required. Faults are reported with row and remedy before training; the result is an HTML
+# report. Replace the first cells by your own files.
 
 # %% [markdown]
-# On Colab the next cell installs what is missing; a CPU is enough; with a GPU or TPU large tables are encoded faster.
+# On Colab the next cell installs the missing packages. A CPU is enough; a GPU or TPU encodes large tables faster.
 
 # %%
 import importlib.util
@@ -41,18 +41,18 @@ from IPython.display import HTML
 
 import fused_rec as fr
 from fused_rec.data.io.writers import named
-from fused_rec.data.synthetic import make_market
+from fused_rec.data.synthetic import make_synthetic
 
 # %% [markdown]
 # ## The files
 #
-# Here they come from the built-in market. Yours need these columns: `interactions` has `user_id` and `item_id`;
-# `items`, `users` and `ties` are optional, and so are `timestamp`, `text`, `name` and any attributes.
+# The files are written from the synthetic dataset. `interactions` needs the columns `user_id` and `item_id`; the tables
+# `items`, `users` and `ties` (social edges) are optional, and so are `timestamp`, `text`, `name` and attributes.
 
 # %%
 folder = Path("bank")
 folder.mkdir(exist_ok=True)
-for name, table in named(make_market(seed=1, n_users=250, n_items=60)).items():
+for name, table in named(make_synthetic(seed=1, n_users=250, n_items=60)).items():
     table.to_pandas().to_csv(folder / f"{name}.csv", index=False)
 sorted(file.name for file in folder.iterdir())
 
@@ -63,9 +63,9 @@ pd.read_csv(folder / "interactions.csv").head(3)
 pd.read_csv(folder / "ties.csv").head(3)
 
 # %% [markdown]
-# ## The checks
+# ## Validation
 #
-# Let us spoil a table: an id is lost, a time is no time, a row is there twice. One report tells everything.
+# Corrupt a table: a missing ID, an invalid time, a duplicate row. One report lists all faults.
 
 # %%
 interactions = pd.read_csv(folder / "interactions.csv", dtype={"timestamp": str})
@@ -78,14 +78,14 @@ except fr.DataError as error:
     print(error)
 
 # %% [markdown]
-# `repair=True` mends what can be mended and counts it; an id that is missing cannot be invented.
+# `repair=True` repairs what can be repaired and counts the repairs; a missing ID cannot be repaired.
 
 # %%
 mended = fr.dataset_from_tables(spoiled.dropna(subset="user_id"), repair=True)
 dict(mended.repairs)
 
 # %% [markdown]
-# The sound tables, straight from the folder. Data frames of pandas or polars do as well: `fr.dataset_from_tables`.
+# The valid tables, read from the folder. `fr.dataset_from_tables` takes data frames of pandas or polars.
 
 # %%
 bank = fr.load_dataset(folder)
@@ -94,8 +94,8 @@ bank
 # %% [markdown]
 # ## Training
 #
-# Holdings have times, so the last ones are held out: what the model is asked is what happened next. Sectors become
-# nodes of the graph. A leak audit refuses texts or ties that tell of what is held out.
+# Interactions have timestamps, so the latest are held out and the model predicts future interactions. Sectors become
+# nodes of the graph. A leak audit refuses texts and social edges that reveal held-out interactions.
 
 # %%
 config = fr.configure(
@@ -109,7 +109,7 @@ run = fr.train(config, "runs/bank")
 run
 
 # %% [markdown]
-# ## Recommendations for everybody, as a file
+# ## Recommendations for all users, as a file
 
 # %%
 ranked = fr.recommend(run, k=5).to_pandas()
@@ -121,10 +121,10 @@ top = ranked[ranked["rank"] == 1]["name"].value_counts().head(10)
 _ = top[::-1].plot.barh(figsize=(7, 3), title="first for how many customers")
 
 # %% [markdown]
-# ## The page
+# ## The report
 #
-# One HTML file without scripts: how well it ranks, for whom, and for some customers what and why. Share it as you would
-# share the tables.
+# One HTML file without scripts: metrics, slices, and recommendations with explanations for some users. It contains
+# personal data if the tables do.
 
 # %%
 page = fr.report("runs/bank", users=["C0001"], k=3, groups=["age_band"])

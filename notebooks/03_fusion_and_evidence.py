@@ -12,16 +12,16 @@
 # ---
 
 # %% [markdown]
-# # Does fusing help? Variants, controls, evidence
+# # Does fusion help? Variants, controls, significance
 #
 # [![Open in
 # Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/03_fusion_and_evidence.ipynb)
 #
-# Text alone, graph alone and both; the same with texts that say nothing; and recommenders that need no training. Each
-# variant is trained with several seeds, and differences come with intervals. Two or three minutes on a CPU.
+# Text only, graph only and both; controls with uninformative text; baselines without training. Each variant is trained
+# with several seeds, and differences have confidence intervals. Two or three minutes on a CPU.
 
 # %% [markdown]
-# On Colab the next cell installs what is missing; a GPU or TPU helps once the tables are larger than these.
+# On Colab the next cell installs the missing packages. A GPU or TPU helps with larger tables.
 
 # %%
 import importlib.util
@@ -37,16 +37,16 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 import fused_rec as fr
-from fused_rec.data.synthetic import make_market
+from fused_rec.data.synthetic import make_synthetic
 from fused_rec.studies.variants import VARIANTS
 
-market = make_market(seed=0, n_users=400, n_items=80)
+market = make_synthetic(seed=0, n_users=400, n_items=80)
 market
 
 # %% [markdown]
-# ## What can be compared
+# ## Variants
 #
-# Parts of the model switched off, controls that take the meaning out of texts or ties, published models.
+# Ablations, controls with shuffled or random text or rewired social edges, and published models.
 
 # %%
 pd.Series({name: variant.description for name, variant in VARIANTS.items()}).to_frame("what it is")
@@ -54,8 +54,9 @@ pd.Series({name: variant.description for name, variant in VARIANTS.items()}).to_
 # %% [markdown]
 # ## The comparison
 #
-# Shuffled texts keep everything but their meaning: a fusion that loses nothing by them is decoration. More seeds or
-# variants add to what lies in the folder; real comparisons take five seeds or more, and tuned settings (`trials=30`).
+# Shuffled text keeps the distribution of text features and breaks their link to the nodes: if it is as good as `fused`,
+# the text does not help. More seeds or variants extend the same folder; a full comparison takes five seeds or more and
+# tuned settings (`trials=30`).
 
 # %%
 config = fr.configure(
@@ -68,7 +69,7 @@ study = fr.compare(config, "runs/evidence", names, seeds=[0, 1], dataset=market)
 # %% [markdown]
 # ## The table
 #
-# Means over seeds; intervals of a paired bootstrap over customers and seeds; p adjusted after Holm for all comparisons.
+# Means over seeds; intervals of a paired bootstrap over users and seeds; p-values with Holm's correction.
 
 # %%
 display(Markdown("runs/evidence/compare.md"))
@@ -77,18 +78,18 @@ display(Markdown("runs/evidence/compare.md"))
 display(Image("runs/evidence/compare.png"))
 
 # %% [markdown]
-# ## For whom
+# ## Slices
 #
-# By what customers hold, whether they are tied to anyone, and how popular what they bought is.
+# By the number of a user's interactions, their social degree, and the popularity of the held-out items.
 
 # %%
 display(Image("runs/evidence/slices.png"))
 
 # %% [markdown]
-# ## Everything in numbers
+# ## Files
 #
 # `compare.json` has every mean, deviation, interval and setting, versions and hardware; `compare.tex` is the table for
-# a paper. On a machine of your own: `python -m experiments.compare --config=FILE --num_seeds=5 --out=DIR`.
+# a paper. By command: `python -m experiments.compare --config=FILE --num_seeds=5 --out=DIR`.
 
 # %%
 sorted(study)

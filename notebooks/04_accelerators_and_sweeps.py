@@ -12,16 +12,16 @@
 # ---
 
 # %% [markdown]
-# # Accelerators, several hosts, and settings by Optuna
+# # Accelerators, several hosts, and hyperparameter tuning
 #
 # [![Open in
 # Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/YOUR_ACCOUNT/fused_rec/blob/main/notebooks/04_accelerators_and_sweeps.ipynb)
 #
-# The same code runs on one CPU, on all GPUs or TPU cores of a host, and on several hosts. What changes is how long it
-# takes. Then settings are searched for, on validation alone.
+# The same code runs on one CPU, on all GPUs or TPU cores of a host, and on several hosts, with the same results. The
+# last section tunes hyperparameters with Optuna on the validation split.
 
 # %% [markdown]
-# On Colab the next cell installs what is missing; choose a GPU or TPU by Runtime, Change runtime type.
+# On Colab the next cell installs the missing packages; select a GPU or TPU under Runtime, Change runtime type.
 
 # %%
 import importlib.util
@@ -40,23 +40,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import fused_rec as fr
-from fused_rec.data.synthetic import make_market
+from fused_rec.data.synthetic import make_synthetic
 from fused_rec.studies.tune import history
 
 jax.devices()
 
 # %% [markdown]
 # A GPU or TPU that is not listed needs JAX's own build: `pip install -U "jax[cuda12]"` or `"jax[tpu]"`.
-# `python -m experiments.doctor` tells what is there and what is amiss.
+# `python -m experiments.doctor` checks the installation.
 #
 # ## All devices of this host
 #
-# Nothing to set: graph, batches and rankings are divided among the devices, and the result does not depend on how many
-# there are. `bfloat16` sends and multiplies half as many bytes where an accelerator is fast at it; sums, parameters and
-# rankings stay in float32. On a market as small as this one, most of the time is compilation.
+# No setting is needed: graph, batches and rankings are sharded over the devices, and the result does not depend on
+# their number. `bfloat16` halves the bytes of products and messages; sums, parameters and rankings stay in float32. On
+# a dataset as small as this one, most of the time is compilation.
 
 # %%
-market = make_market(seed=0, n_users=400, n_items=80)
+market = make_synthetic(seed=0, n_users=400, n_items=80)
 base = fr.configure(
     model={"dim": 32, "user_id_embedding": False, "edge_dropout": 0.5},
     train={"learning_rate": 0.005, "max_steps": 30, "eval_every": 10},
@@ -72,17 +72,17 @@ pd.DataFrame(rows).T[["seconds of training", "ndcg@10", "recall@10"]]
 # %% [markdown]
 # ## Several hosts
 #
-# The same command on each, on a folder that all of them see; a cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) says
-# who is who:
+# Run the same command on each host, with a shared folder. On a cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) the
+# processes find each other:
 #
 #     python -m experiments.train --config=experiments/configs/lastfm.py --workdir=/shared/run --distributed
 #
-# One that dies, or is asked to stop, stops all; any number of hosts goes on from the last checkpoint.
+# If one process fails or is stopped, all stop; any number of hosts can resume from the last checkpoint.
 #
-# ## Settings by Optuna
+# ## Tuning with Optuna
 #
-# The first trial is the config as it is; later ones are drawn by a tree-structured Parzen estimator and stopped early
-# where they fall behind. Any number of processes may be given the same folder. The test part is never read.
+# The first trial is the given config; later trials are sampled by a tree-structured Parzen estimator and pruned if they
+# fall behind. Any number of processes may share the folder. The test split is never used.
 
 # %%
 best = fr.tune(base, "runs/sweep", trials=4, dataset=market)
@@ -100,5 +100,5 @@ ax.set(xlabel="trial", ylabel=f"validation {base.train.metric}")
 _ = ax.legend()
 
 # %% [markdown]
-# Real sweeps take thirty trials or more. By command: `python -m experiments.tune --config=FILE --trials=30 --out=DIR`,
-# started as often as there are machines. `DIR/best.py` is the best config, to train with.
+# Use thirty trials or more in practice. By command: `python -m experiments.tune --config=FILE --trials=30 --out=DIR`,
+# in any number of processes. `DIR/best.py` is the best config.

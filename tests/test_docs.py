@@ -1,6 +1,9 @@
 """What the pages name is there: links, headings, files, commands and their flags."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,17 @@ def test_every_page_is_in_the_contents():
     contents = text_of(ROOT / "docs" / "index.md")
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
     assert [page for page in sorted(pages) if not re.search(rf"^{page}$", contents, re.MULTILINE)] == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    """As it stands, but on a smaller dataset and for two steps."""
+    [code] = re.findall(r"^```python\n(.*?)^```", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL)
+    smaller = "__import__('fused_rec.data.synthetic', fromlist=['_']).make_synthetic(0, 60, 25)"
+    for size, less in {'fr.load_dataset("synthetic")': smaller, '"max_steps": 100': '"max_steps": 2'}.items():
+        assert size in code
+        code = code.replace(size, less)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "item_id" in done.stdout and "'code'" in done.stdout
