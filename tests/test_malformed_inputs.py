@@ -169,7 +169,7 @@ def test_a_config_that_is_no_dictionary_of_dictionaries(values):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", "[]", "config.json holds a list where a dict is due"),
+        ("config.json", "[]", "config.json contains a list, not a dict"),
         ("config.json", "[" * 100_000, "config.json is not JSON"),
         ("modules.json", "[3]", "must be a list of objects with type and path"),
         ("modules.json", '[{"type": "a.Transformer", "path": "../other"}]', "folders outside of the model's"),

@@ -146,7 +146,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         "items.csv, row 4: item_id 'i1' is already in row 2. keep one row for each id.",
         "users.csv, row 3: score is inf.",
         "ties.csv, row 3: the tie from 'u1' to 'u1' joins a user to itself.",
-        "ties.csv, row 4: the tie from 'u1' to 'u2' is there already.",
+        "ties.csv, row 4: the tie from 'u1' to 'u2' is repeated.",
         "ties.csv, row 5: the tie from 'u1' to 'nobody' names an unknown user.",
     ):
         assert line in report, line
@@ -204,7 +204,7 @@ def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
     assert dataset.notes == {
         "interactions: value not finite left empty, the first in row 5: 'inf' is not a finite 32-bit number": 1,
         "interactions: values kept, which the model does not use (data.min_value makes use of them)": 5,
-        "users: customers without an interaction, kept as new customers": 1,  # u3
+        "users: users without an interaction, kept as new users": 1,  # u3
     }
 
 
@@ -228,14 +228,14 @@ def test_examples_are_capped_and_the_total_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"items": "item_id\ni\n"}, "holds no interactions.csv or interactions.parquet (there: ['items.csv'])"),
+        ({"items": "item_id\ni\n"}, "has no interactions.csv or interactions.parquet (there: ['items.csv'])"),
         ({"interactions": "user,item_id\nu,i\n"}, "column user_id is missing (there: user, item_id)"),
         ({"interactions": "user;item_id\nu;i\n"}, "column user_id is missing (there: user, item_id)"),
         ({"interactions": "user_id:item_id\nu:i\n"}, "row 1: its header 'user_id:item_id' is one cell"),
-        ({"interactions": "user_id,item_id,item_id\nu,i,i\n"}, "column item_id is there 2 times"),
+        ({"interactions": "user_id,item_id,item_id\nu,i,i\n"}, "column item_id occurs 2 times"),
         ({"interactions": "user_id,item_id\n"}, "there is no usable interaction"),
         ({"interactions": ""}, "interactions.csv: cannot be read: Empty CSV file"),
-        ({"interactions": "user_id,item_id\nu,i\nv"}, "row 3: 1 cells where 2 are due: 'v'"),
+        ({"interactions": "user_id,item_id\nu,i\nv"}, "row 3: 1 cells instead of 2: 'v'"),
         ({"interactions": 'user_id,item_id\nu,i\nv,"never closed\nw,i\n'}, "row 3: a quote is not closed"),
     ],
 )
@@ -406,7 +406,7 @@ def test_rows_below_the_least_value_are_no_interactions(tmp_path):
     assert dataset.notes == {
         "interactions: rows of a value below 4, which are no interactions": 3,
         "interactions: rows without a value, which stay interactions": 1,
-        "users: customers without an interaction, kept as new customers": 1,
+        "users: users without an interaction, kept as new users": 1,
     }
     assert repr(dataset).endswith("0 ties, 3 notes)")
     assert "there is no usable interaction of a value of 9 or more" in reported(
