@@ -83,7 +83,7 @@ def test_a_name_that_is_no_attribute_is_refused(name, says):
 
 
 def test_a_type_without_words_is_refused():
-    with pytest.raises(ValueError, match=r"'sector', whose values \(binary\) have no words"):
+    with pytest.raises(ValueError, match=r"'sector', whose values \(binary\) have no text form"):
         reported(pa.array([b"a", None]))
 
 

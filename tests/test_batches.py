@@ -39,7 +39,7 @@ def test_holdings_by_hand():
 
 
 def test_nothing_held_is_refused():
-    with pytest.raises(ValueError, match="no user holds an item in the training part"):
+    with pytest.raises(ValueError, match="the training split has no interactions"):
         held_of({})
 
 

@@ -98,7 +98,7 @@ def test_a_delimiter_that_is_named(tmp_path):
 
 def test_rows_of_another_width_are_numbered_from_the_header(tmp_path):
     write(tmp_path, b"sep=;\r\nuser_id;item_id\r\na;x\r\nb;y;z\r\n")
-    assert "interactions.csv, row 3: 3 cells where 2 are due: 'b;y;z'." in refused(tmp_path)
+    assert "interactions.csv, row 3: 3 cells instead of 2: 'b;y;z'." in refused(tmp_path)
     write(tmp_path, b'sep=;\nuser_id;item_id\na;x\nb;"never closed\n')
     assert "interactions.csv, row 3: a quote is not closed" in refused(tmp_path)
 

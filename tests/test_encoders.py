@@ -310,7 +310,7 @@ def test_the_default_prompt_and_names_that_are_none(tmp_path):
     folder = copy_of("qwen3", tmp_path)
     file = folder / "config_sentence_transformers.json"
     content = json.loads(file.read_text("utf-8"))
-    with pytest.raises(ValueError, match="the prompt 'title' is not there; those of .* are query, passage"):
+    with pytest.raises(ValueError, match="the prompt 'title' does not exist; those of .* are query, passage"):
         open_model(str(folder), prompt="title")
     file.write_text(json.dumps(content | {"default_prompt_name": "query"}))
     assert open_model(str(folder)).prompt == "Find funds: "
@@ -320,13 +320,13 @@ def test_the_default_prompt_and_names_that_are_none(tmp_path):
         open_model(str(folder))
     assert open_model(str(folder), prompt="passage").pooling == "mean"
     file.write_text(json.dumps(content | {"default_prompt_name": "title"}))
-    with pytest.raises(ValueError, match="default_prompt_name is 'title', of which prompts says nothing"):
+    with pytest.raises(ValueError, match="default_prompt_name is 'title', which is not in prompts"):
         open_model(str(folder))
     file.write_text('{"prompts": {"query": 3}}')
-    with pytest.raises(ValueError, match="prompts must map names to words"):
+    with pytest.raises(ValueError, match="prompts must map names to texts"):
         open_model(str(folder))
     file.unlink()
-    with pytest.raises(ValueError, match="the prompt 'query' is not there; .*qwen3 names none"):
+    with pytest.raises(ValueError, match="the prompt 'query' does not exist; .*qwen3 names none"):
         open_model(str(folder), prompt="query")
 
 

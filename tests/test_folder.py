@@ -111,7 +111,7 @@ def test_links(folder):
     (folder / "items.csv").symlink_to(folder / "elsewhere" / "i")
     assert texts(read_tables(folder)) == ["bond", "equity"]
     (folder / "elsewhere" / "i").unlink()
-    assert f"items.csv: is a link to {folder}/elsewhere/i, which is not there" in refused(folder)
+    assert f"items.csv: is a link to {folder}/elsewhere/i, which does not exist" in refused(folder)
     (folder / "items.csv").unlink()
     (folder / "users.xlsx").symlink_to(folder / "nowhere")
     assert "users.xlsx: is no file of a form that is read" in refused(folder)

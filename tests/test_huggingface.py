@@ -135,8 +135,8 @@ TRAIN = "data__train_00000_of_00001"
     ("files", "said"),
     [
         ({}, "data/*.parquet: no shards are in "),
-        ({"data__train_00001_of_00002": PAIR}, "1 shards are there where 2 are due"),
-        ({TRAIN: PAIR, "data__train_00000_of_00002": PAIR}, "1 shards are there where 2 are due"),
+        ({"data__train_00001_of_00002": PAIR}, "1 of 2 shards found"),
+        ({TRAIN: PAIR, "data__train_00000_of_00002": PAIR}, "1 of 2 shards found"),
         ({"data__train": PAIR}, "data/train.parquet: is not named as a shard"),
         ({TRAIN: PAIR, "data__extra_00000_of_00001": PAIR}, "data/extra-*.parquet: is no split of this table"),
         ({TRAIN: PAIR, "items__test_00000_of_00001": {"item_id": ["i"]}}, "items/test-*.parquet: is no split"),
@@ -144,7 +144,7 @@ TRAIN = "data__train_00000_of_00001"
         ({TRAIN: PAIR, "interactions__train_00000_of_00001": PAIR}, "data/train-00000-of-00001.parquet: would not be"),
         (
             {TRAIN: PAIR, "data__test_00000_of_00001": PAIR | {"split": ["train"]}},
-            "data/test-*.parquet: 1 rows have another part than test",
+            "data/test-*.parquet: 1 rows have another split than test",
         ),
         ({TRAIN: PAIR, "data__test_00000_of_00001": {"user_id": [1], "item_id": ["i"]}}, "shards differ"),
         ({TRAIN: {"user": ["u"], "item_id": ["i"]}}, "column user_id is missing"),

@@ -91,7 +91,7 @@ def test_held_out_interactions():
 def test_all_reviews_as_with_the_tags_of_lastfm():
     data, parts = market()
     leaky = dataclasses.replace(observe(data, parts), reviews=data.reviews)
-    with pytest.raises(LeakError, match="row 2 .user 0, item 3.*tells of a held-out interaction.*splits.observe"):
+    with pytest.raises(LeakError, match="row 2 .user 0, item 3.*leaks a held-out interaction.*splits.observe"):
         check(data, parts, leaky)
     short = dataclasses.replace(data, reviews=data.reviews.set_column(2, "text", pa.array(["x"] * 3)))
     leaky = dataclasses.replace(leaky, reviews=short.reviews)  # a tag is too short for the search, not for the rows
@@ -103,12 +103,12 @@ def test_all_ties_as_with_the_retweets_of_stocknet():
     data, parts = market()
     leaky = dataclasses.replace(observe(data, parts), ties=data.ties.select(["source", "target", "kind"]))
     with pytest.raises(
-        LeakError, match=r"1 observed tie\(s\).*row 1 \(source 0, target 2, kind 'r'\) tells of a held-out"
+        LeakError, match=r"1 observed tie\(s\).*row 1 \(source 0, target 2, kind 'r'\) leaks a held-out"
     ):
         check(data, parts, leaky)
     # the target posted on item 2 in the validation part; so a retweet of it on item 2 tells of that
     ties = table(source=[2], target=[1], kind=["r"], timestamp=[4], item=[2])
-    with pytest.raises(LeakError, match="tells of a held-out interaction"):
+    with pytest.raises(LeakError, match="leaks a held-out interaction"):
         check(dataclasses.replace(data, ties=ties), parts, dataclasses.replace(observe(data, parts), ties=ties))
 
 
@@ -155,7 +155,7 @@ def test_one_post_on_two_items():
     data = dataclasses.replace(data, reviews=posts)
     assert observe(data, parts).reviews.num_rows == 0
     leaky = dataclasses.replace(observe(data, parts), reviews=posts.slice(0, 1))
-    with pytest.raises(LeakError, match="row 0 .*is the same post as a review that tells of something held out"):
+    with pytest.raises(LeakError, match="row 0 .*is the same post as a review that leaks held-out data"):
         check(data, parts, leaky)
 
 
@@ -180,11 +180,11 @@ def test_dates():
 
 def test_faults_in_the_split_itself():
     data, parts = market()
-    with pytest.raises(LeakError, match="the parts of the split overlap or miss interactions"):
+    with pytest.raises(LeakError, match="the splits overlap or miss interactions"):
         check(data, dataclasses.replace(parts, test=np.array([3, 4])))
-    with pytest.raises(LeakError, match="1 fault.s. in the time split: the train part reaches beyond 3"):
+    with pytest.raises(LeakError, match="1 fault.s. in the time split: the train split reaches beyond 3"):
         check(data, dataclasses.replace(parts, kind="time", valid_from=3, test_from=20))
-    with pytest.raises(LeakError, match="row 0 of users is in more than one part; row 1 of users"):
+    with pytest.raises(LeakError, match="row 0 of users is in more than one split; row 1 of users"):
         check(data, dataclasses.replace(parts, kind="new_users"))
 
 
@@ -193,7 +193,7 @@ def test_new_items_and_new_users():
     parts = dataclasses.replace(parts, train=np.array([0, 1]), valid=np.array([2, 3]), kind="new_items")
     tag = table(user=[2], item=[3], text=["tag"], timestamp=[0])  # no interaction, but item 3 is new
     data = dataclasses.replace(data, reviews=tag)
-    with pytest.raises(LeakError, match="tells of a held-out item"):
+    with pytest.raises(LeakError, match="leaks a held-out item"):
         check(data, parts, dataclasses.replace(observe(data, parts), reviews=tag))
     parts = Split("new_users", np.array([0, 4]), np.array([1, 3]), np.array([2]))
     tag = table(user=[2], item=[0], text=["tag"], timestamp=[0])
@@ -289,9 +289,7 @@ def real(name: str, kind: SplitKind) -> tuple[Dataset, Split, Observed]:
 @needs_data
 def test_tags_of_lastfm():
     data, parts, seen = real("lastfm_sociallgn", "predefined")
-    with pytest.raises(
-        LeakError, match=r"2\d{4} observed review\(s\) may not be seen.*tells of a held-out interaction"
-    ):
+    with pytest.raises(LeakError, match=r"2\d{4} observed review\(s\) must be withheld.*leaks a held-out interaction"):
         check(data, parts, dataclasses.replace(seen, reviews=data.reviews))
 
 
@@ -299,7 +297,7 @@ def test_tags_of_lastfm():
 def test_retweets_of_stocknet():
     data, parts, seen = real("stocknet", "time")
     leaky = dataclasses.replace(seen, ties=observe(data, parts, SPLIT_NAMES).ties)
-    with pytest.raises(LeakError, match=r"\d{4,5} observed tie\(s\) may not be seen.*kind 'retweet'"):
+    with pytest.raises(LeakError, match=r"\d{4,5} observed tie\(s\) must be withheld.*kind 'retweet'"):
         check(data, parts, leaky)
 
 
@@ -314,7 +312,7 @@ def test_item_text_of_amazon_from_all_reviews():
             texts[item] += f" {text}"
         described = dataclasses.replace(data, items=data.items.append_column("text", pa.array(texts)))
         if leaks:
-            with pytest.raises(LeakError, match=r"4\d{3} item\(s\) carry a review that may not be seen"):
+            with pytest.raises(LeakError, match=r"4\d{3} item\(s\) contain a withheld review"):
                 check(described, parts)
         else:
             assert check(described, parts)

@@ -84,7 +84,7 @@ ONCE = [  # each ended in another error before, or in none: in a crash or a hang
     ("tables_csv", b"\0user_id,\x1b[2J\n1,2\n", r"there: user_id, \x1b[2J"),
     ("tables_typed", bytes([3, 0, 0, 1, 0, 4, 15, 255, 2, 1, 0]), "text holds list<"),
     ("tables_typed", bytes([2, 0, 0, 1, 0, 3, 16, 255, 2, 1, 0]), None),  # a value that nothing needs
-    ("tables_typed", bytes([3, 0, 0, 1, 0, 5, 8, 255, 2, 1, 0]), "part holds binary values"),
+    ("tables_typed", bytes([3, 0, 0, 1, 0, 5, 8, 255, 2, 1, 0]), "split holds binary values"),
     ("tables_typed", bytes([3, 0, 0, 1, 0, 255, 255, 255, 3, 8, 0, 9, 0, 7, 15]), "kind holds list<"),
     ("tables_typed", bytes([2, 0, 21, 1, 21, 10, 21]), None),
     (
@@ -169,7 +169,7 @@ def test_a_config_that_is_no_dictionary_of_dictionaries(values):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", "[]", "config.json holds a list where a dict is due"),
+        ("config.json", "[]", "config.json contains a list, not a dict"),
         ("config.json", "[" * 100_000, "config.json is not JSON"),
         ("modules.json", "[3]", "must be a list of objects with type and path"),
         ("modules.json", '[{"type": "a.Transformer", "path": "../other"}]', "folders outside of the model's"),

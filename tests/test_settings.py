@@ -326,7 +326,7 @@ def test_an_unknown_setting_of_a_config_is_reported(tmp_path, caplog):
     folder = copy_of("roberta", tmp_path, **{"config.json": {"zoom_factor": 2}})
     with caplog.at_level(logging.WARNING):
         open_model(str(folder))
-    assert "config.json: zoom_factor is not known here and not used" in caplog.text
+    assert "config.json: zoom_factor is unknown and not used" in caplog.text
 
 
 # Settings of published models, whose values do not matter here, beside those that a family reads.

@@ -131,7 +131,7 @@ def test_douban_book():
     assert (len(active), dataset.n_items) == (12859, 22294)
     assert parts(dataset) == {"train": 478730, "test": 119690}
     assert dataset.repairs == {"ties: ties to oneself dropped": 169150 - len(dataset.ties)}
-    assert dataset.notes == {"users: customers without an interaction, kept as new customers": dataset.n_users - 12859}
+    assert dataset.notes == {"users: users without an interaction, kept as new users": dataset.n_users - 12859}
 
 
 @real
@@ -312,7 +312,7 @@ def test_fartrans(tmp_path):
         "users: earlier rows of one customerID, of which the last is read": 1,
         "items: earlier rows of one ISIN, of which the last is read": 1,
         "interactions: values kept, which the model does not use (data.min_value makes use of them)": 3,
-        "users: customers without an interaction, kept as new customers": 1,
+        "users: users without an interaction, kept as new users": 1,
     }
     assert read_prices(tmp_path / "close_prices.csv").to_pylist() == [
         {"item_id": "I1", "timestamp": 1517443200, "price": 25.0},
@@ -325,7 +325,7 @@ def test_fartrans(tmp_path):
     ("name", "old", "new", "said"),
     [
         ("transactions.csv", "Buy", "Gift", "transactions.csv, row 2: transactionType is 'Gift'. write Buy or Sell"),
-        ("transactions.csv", "customerID,", "customer,", "column customerID is there 0 times"),
+        ("transactions.csv", "customerID,", "customer,", "column customerID occurs 0 times"),
         ("customer_information.csv", "2018-01-03", "soon", "row 2: timestamp is 'soon'"),
         ("asset_information.csv", "I1,", ",", "row 2: ISIN is missing"),
         ("close_prices.csv", "10.5", "-1", "close_prices.csv, row 2: closePrice is '-1'"),
@@ -352,7 +352,7 @@ def test_prices_as_a_spreadsheet_writes_them(tmp_path, caplog):
     with pytest.raises(DataError, match="row 2: closePrice is '1,5'. give a price as 12.5"):
         read_prices(file)
     file.write_text("ISIN;date;closePrice\nI1;2018-12-01;1.5\n")
-    with pytest.raises(DataError, match="column timestamp is there 0 times .there: ISIN, date, closePrice."):
+    with pytest.raises(DataError, match="column timestamp occurs 0 times .there: ISIN, date, closePrice."):
         read_prices(file)
 
 
@@ -389,7 +389,7 @@ def test_lightgcn_text(tmp_path):
     }
     # 10 3, of both parts: train has it
     assert dataset.repairs == {"interactions: rows that repeat a pair merged into its earliest": 1}
-    assert dataset.notes == {"users: customers without an interaction, kept as new customers": 1}  # user 4
+    assert dataset.notes == {"users: users without an interaction, kept as new users": 1}  # user 4
 
 
 def test_edges(tmp_path):
@@ -427,7 +427,7 @@ def test_recbole(tmp_path):
     assert dataset.notes == {
         "interactions: column 'device' not read": 1,
         "interactions: values kept, which the model does not use (data.min_value makes use of them)": 1,
-        "users: customers without an interaction, kept as new customers": 1,
+        "users: users without an interaction, kept as new users": 1,
     }
     (tmp_path / "x.user").write_text("id:token\nu\n")
     with pytest.raises(DataError, match=r"x.user: no column user_id \(there: id\)"):

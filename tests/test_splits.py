@@ -191,7 +191,7 @@ def test_time_never_straddles_and_per_user_never_empties(times, test, valid):
     try:
         parts = split(data, SplitConfig(kind="per_user", test=test, valid=valid))
     except ValueError as error:
-        assert "leaves the valid part without" in str(error) or len(times) == 3
+        assert "leaves the valid split without" in str(error) or len(times) == 3
     else:
         assert set(column(data.interactions, "user")[parts.train].tolist()) == {0, 1, 2}
 
@@ -203,13 +203,17 @@ def test_time_never_straddles_and_per_user_never_empties(times, test, valid):
         ("time", {"timestamp": [1, None, 3]}, "and 1 of 3 have none; fill them in"),
         ("time", {"timestamp": [1, None, 3]}, "choose random: interactions of user_id '0' and item_id '1'"),
         ("per_user", {"timestamp": [1, None, 3]}, "and 1 of 3 have none; fill them in"),
-        ("time", {"timestamp": [4, 4, 4]}, "cannot place the test part: the 3 interactions before it share 1 instant"),
-        ("time", {"timestamp": [4, 4, 5]}, "cannot place the valid part: the 2 interactions before it share 1 instant"),
-        ("random", {}, "leaves the valid part without interactions: split.test is 0.2 and split.valid 0.1 of 3"),
-        ("new_users", {}, "leaves the valid part without interactions"),
+        ("time", {"timestamp": [4, 4, 4]}, "cannot place the test split: the 3 interactions before it share 1 instant"),
+        (
+            "time",
+            {"timestamp": [4, 4, 5]},
+            "cannot place the valid split: the 2 interactions before it share 1 instant",
+        ),
+        ("random", {}, "leaves the valid split without interactions: split.test is 0.2 and split.valid 0.1 of 3"),
+        ("new_users", {}, "leaves the valid split without interactions"),
         ("predefined", {}, "needs a split column, and tiny has none"),
         ("predefined", {"split": ["train", None, "dev"]}, "2 interactions name no known split, first row 1 with None"),
-        ("predefined", {"split": ["train", "train", "valid"]}, "the predefined split of tiny has no test part"),
+        ("predefined", {"split": ["train", "train", "valid"]}, "the predefined split of tiny has no test rows"),
     ],
 )
 def test_impossible_requests_say_what_to_do(kind, columns, words):
@@ -303,7 +307,7 @@ def test_time_withholds_what_is_dated_at_or_after_the_cut():
 
 def test_time_refuses_what_has_no_date():
     undated = table(user=[0], item=[0], text=["when?"])
-    with pytest.raises(ValueError, match=r"1 of 1 reviews have no timestamp.*before 20; give each a time \(0 says"):
+    with pytest.raises(ValueError, match=r"1 of 1 reviews have no timestamp.*after 20; give each a time \(0 ="):
         observe(dataset(table(**PAIRS), undated), six("time"))
     with pytest.raises(ValueError, match="1 of 2 ties have no timestamp"):
         seen_ties("time", [(0, 1, "follows", 1, None), (0, 2, "follows", None, None)])

@@ -137,7 +137,7 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         "interactions.csv, row 4: user_id is empty. give it an id or remove the row.",
         "interactions.csv, row 5: user_id 'u9' is not in users.csv. add it to users.csv or remove the row.",
         "interactions.csv, row 5: item_id 'i9' is not in items.csv.",
-        "interactions.csv, row 5: part is 'dev'. use one of ('train', 'valid', 'test').",
+        "interactions.csv, row 5: split is 'dev'. use one of ('train', 'valid', 'test').",
         "interactions.csv, row 6: timestamp '1400000000000' is after 2100 (milliseconds? divide them by 1000).",
         "interactions.csv, row 7: timestamp '-5' is before 1970.",
         "interactions.csv, row 7: value 'one' is not a number.",
@@ -146,11 +146,11 @@ def test_every_fault_of_every_file_is_told_at_once(tmp_path):
         "items.csv, row 4: item_id 'i1' is already in row 2. keep one row for each id.",
         "users.csv, row 3: score is inf.",
         "ties.csv, row 3: the tie from 'u1' to 'u1' joins a user to itself.",
-        "ties.csv, row 4: the tie from 'u1' to 'u2' is there already.",
+        "ties.csv, row 4: the tie from 'u1' to 'u2' is repeated.",
         "ties.csv, row 5: the tie from 'u1' to 'nobody' names an unknown user.",
     ):
         assert line in report, line
-    head = "16 faults in the input, 10 of which a repair would mend (--config.data.repair=True; in Python repair=True):"
+    head = "16 faults in the input, 10 of which can be repaired (--config.data.repair=True; in Python repair=True):"
     assert report.splitlines()[0] == head
     # What cannot be mended is refused even where a repair is asked for, and it alone is told.
     assert reported(tmp_path, min_value=0.5, repair=True).startswith("6 faults in the input:")
@@ -204,7 +204,7 @@ def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):
     assert dataset.notes == {
         "interactions: value not finite left empty, the first in row 5: 'inf' is not a finite 32-bit number": 1,
         "interactions: values kept, which the model does not use (data.min_value makes use of them)": 5,
-        "users: customers without an interaction, kept as new customers": 1,  # u3
+        "users: users without an interaction, kept as new users": 1,  # u3
     }
 
 
@@ -228,14 +228,14 @@ def test_examples_are_capped_and_the_total_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"items": "item_id\ni\n"}, "holds no interactions.csv or interactions.parquet (there: ['items.csv'])"),
+        ({"items": "item_id\ni\n"}, "has no interactions.csv or interactions.parquet (there: ['items.csv'])"),
         ({"interactions": "user,item_id\nu,i\n"}, "column user_id is missing (there: user, item_id)"),
         ({"interactions": "user;item_id\nu;i\n"}, "column user_id is missing (there: user, item_id)"),
         ({"interactions": "user_id:item_id\nu:i\n"}, "row 1: its header 'user_id:item_id' is one cell"),
-        ({"interactions": "user_id,item_id,item_id\nu,i,i\n"}, "column item_id is there 2 times"),
+        ({"interactions": "user_id,item_id,item_id\nu,i,i\n"}, "column item_id occurs 2 times"),
         ({"interactions": "user_id,item_id\n"}, "there is no usable interaction"),
         ({"interactions": ""}, "interactions.csv: cannot be read: Empty CSV file"),
-        ({"interactions": "user_id,item_id\nu,i\nv"}, "row 3: 1 cells where 2 are due: 'v'"),
+        ({"interactions": "user_id,item_id\nu,i\nv"}, "row 3: 1 cells instead of 2: 'v'"),
         ({"interactions": 'user_id,item_id\nu,i\nv,"never closed\nw,i\n'}, "row 3: a quote is not closed"),
     ],
 )
@@ -378,18 +378,16 @@ def test_blanks_around_ids_are_a_fault_that_a_repair_mends(tmp_path):
     events = "user_id,item_id\nK1,a\nK1 ,b\n K1,a\nK2\u00a0,b\n"
     write(tmp_path, interactions=events, users="user_id\nK1\nK2\n", ties="source_id,target_id\nK1, K2\n")
     report = reported(tmp_path)
-    assert (
-        "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would be another than 'K1'. write" in report
-    )
+    assert "interactions.csv, row 3: user_id 'K1 ' has blanks around it, and would differ from 'K1'. write" in report
     assert "ties.csv, row 2: target_id ' K2' has blanks around it" in report
     assert "is not in users.csv" not in report  # they are known without
     dataset = read_tables(tmp_path, repair=True)
     assert dataset.users["user_id"].to_pylist() == ["K1", "K2"]
     assert dataset.interactions.select(["user", "item"]).to_pydict() == {"user": [0, 0, 1], "item": [0, 1, 1]}
     assert dataset.repairs == {
-        "interactions: blanks around user_id taken off": 3,
+        "interactions: blanks around user_id removed": 3,
         "interactions: rows that repeat a pair merged into its earliest": 1,
-        "ties: blanks around target_id taken off": 1,
+        "ties: blanks around target_id removed": 1,
     }
     write(tmp_path, users="user_id\nK1\nK2\nK1 \n")  # two rows of one customer: which one counts, nobody can know
     assert "users.csv, row 4: user_id 'K1' is already in row 2" in reported(tmp_path, repair=True)
@@ -408,7 +406,7 @@ def test_rows_below_the_least_value_are_no_interactions(tmp_path):
     assert dataset.notes == {
         "interactions: rows of a value below 4, which are no interactions": 3,
         "interactions: rows without a value, which stay interactions": 1,
-        "users: customers without an interaction, kept as new customers": 1,
+        "users: users without an interaction, kept as new users": 1,
     }
     assert repr(dataset).endswith("0 ties, 3 notes)")
     assert "there is no usable interaction of a value of 9 or more" in reported(
@@ -450,7 +448,7 @@ def test_values_matter_only_where_they_are_needed(tmp_path, written, said):
 def test_faults_are_counted_by_rows_and_not_by_lines(tmp_path):
     rows = "".join(f"u,i{n},bad\n" for n in range(12)) + "".join(f"u,j{n},5\n" for n in range(12)) + ",i,5\n"
     report = reported(write(tmp_path, interactions="user_id,item_id,timestamp\n" + rows))
-    assert report.startswith("13 faults in the input, 12 of which a repair would mend (")
+    assert report.startswith("13 faults in the input, 12 of which can be repaired (")
     assert len(report.splitlines()) == 1 + 5 + 1 + 1
 
 
@@ -574,7 +572,7 @@ def test_a_column_of_csv_is_numbers_only_where_no_value_changes(tmp_path, cells,
     value, row = odd
     note = f"items.csv: code read as text because of {value!r} in row {row}, which is not a plain number"
     twins = [cell for cell in cells if cell != cell.strip() and cell.strip() in cells]
-    apart = "items: values of code that only blanks around them tell from others, such as {!r}, kept apart"
+    apart = "items: values of code that differ from others only by blanks around them, such as {!r}, kept apart"
     assert dataset.notes == {note: 1, **{apart.format(twin): 1 for twin in twins}} and dataset.repairs == {}
     assert dataset.items["code"].to_pylist() == [cell.strip('"') or None for cell in cells]
 
@@ -836,7 +834,7 @@ def test_texts_that_blanks_alone_tell_apart_are_noted():
         ties={"source_id": ["a", "b"], "target_id": ["b", "a"], "kind": ["trust", " trust"]},
     )
     assert {
-        "items: values of sector that only blanks around them tell from others, such as 'oil ', kept apart": 1,
-        "ties: values of kind that only blanks around them tell from others, such as ' trust', kept apart": 1,
+        "items: values of sector that differ from others only by blanks around them, such as 'oil ', kept apart": 1,
+        "ties: values of kind that differ from others only by blanks around them, such as ' trust', kept apart": 1,
     }.items() <= dataset.notes.items()
     assert not any("code" in note for note in dataset.notes)

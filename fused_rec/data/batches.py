@@ -1,4 +1,4 @@
-"""Batches of users with items they hold: a function of (seed, step) alone, so that a resumed run needs no cursor."""
+"""Training batches of users with their items: a function of (seed, step), so resuming needs no iterator state."""
 
 from typing import NamedTuple
 
@@ -7,50 +7,75 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 
 class Batch(NamedTuple):
-    """B users with up to P held items each, drawn without replacement; a last, short batch is padded by mask."""
+    """B users with P sampled positive items each and M sampled negatives; the last batch of an epoch is padded."""
 
     users: Int32[np.ndarray, "B"]
-    items: Int32[np.ndarray, "B P"]
-    mask: Float32[np.ndarray, "B P"]  # 1 = a real pair
-    negatives: Int32[np.ndarray, "B M"]  # uniform over the items that the user does not hold
+    items: Int32[np.ndarray, "B P"]  # positives, sampled without replacement
+    mask: Float32[np.ndarray, "B P"]  # 1 = a pair, 0 = padding
+    negatives: Int32[np.ndarray, "B M"]  # uniform over the items without an interaction with the user
 
 
 class UserItems(NamedTuple):
-    """The training pairs by user: user u holds items[start[u] : start[u + 1]], ascending."""
+    """Training pairs in CSR form: the items of user u are items[start[u] : start[u + 1]], ascending."""
 
     start: Int64[np.ndarray, "U_plus_1"]
     items: Int32[np.ndarray, "E"]
     pairs: Int64[np.ndarray, "E"]  # user * n_items + item, ascending
-    active: Int32[np.ndarray, "_"]  # users that hold anything
-    trained_items: Int32[np.ndarray, "_"]  # items there are while training, from which negatives are drawn
+    active: Int32[np.ndarray, "_"]  # users with at least one item
+    trained_items: Int32[np.ndarray, "_"]  # items present in training, from which negatives are sampled
     n_items: int
 
 
 def user_items(
     user: Int32[np.ndarray, "E"], item: Int32[np.ndarray, "E"], n_users: int, trained_items: Bool[np.ndarray, "I"]
 ) -> UserItems:
-    """Sorts distinct (user, item) pairs by user. Raises ValueError where there is no pair."""
+    """Groups distinct (user, item) pairs by user.
+
+    Args:
+      user: user index of each of E distinct pairs.
+      item: item index of each pair.
+      n_users: number of users U.
+      trained_items: which items are present in training; negatives are sampled from these.
+
+    Returns:
+      The pairs in CSR form.
+
+    Raises:
+      ValueError: there is no pair.
+    """
     n_items = len(trained_items)
     order = np.lexsort((item, user))
     start = np.searchsorted(user[order], np.arange(n_users + 1)).astype(np.int64)
     active = np.flatnonzero(np.diff(start)).astype(np.int32)
     if not len(active):
-        raise ValueError("no user holds an item in the training part; there is nothing to learn from")
+        raise ValueError("the training split has no interactions; use more data or other split fractions")
     pairs = user[order].astype(np.int64) * n_items + item[order]
     return UserItems(
         start, item[order].astype(np.int32), pairs, active, np.flatnonzero(trained_items).astype(np.int32), n_items
     )
 
 
-def steps_per_epoch(held: UserItems, batch_size: int) -> int:
-    """Batches that it takes to see every user with an item once."""
-    return -(-len(held.active) // batch_size)
+def steps_per_epoch(user_items_of: UserItems, batch_size: int) -> int:
+    """Returns the number of batches of `batch_size` users that contain every active user once."""
+    return -(-len(user_items_of.active) // batch_size)
 
 
 def batch(
     user_items_of: UserItems, step: int, *, seed: int, batch_size: int, positives_per_user: int, num_negatives: int
 ) -> Batch:
-    """The batch of one step. An epoch is a seeded permutation of the users that hold anything."""
+    """Samples the batch of one step. An epoch is a seeded permutation of the active users.
+
+    Args:
+      user_items_of: training pairs by user.
+      step: global step, from 0.
+      seed: seed of permutation and sampling.
+      batch_size: users B.
+      positives_per_user: positives P; users with fewer items are padded by `mask`.
+      num_negatives: negatives M.
+
+    Returns:
+      The batch, equal for equal arguments.
+    """
     epoch, within = divmod(step, steps_per_epoch(user_items_of, batch_size))
     order = np.random.default_rng((seed, epoch, 0)).permutation(user_items_of.active)
     chosen = order[within * batch_size : (within + 1) * batch_size]
@@ -71,13 +96,15 @@ def batch(
     return Batch(users, items, mask, _negatives(user_items_of, users, num_negatives, rng))
 
 
-def _negatives(held: UserItems, users: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    drawn = rng.choice(held.trained_items, (len(users), count))
-    # Ten redraws: a user who holds half the catalogue is left with a held item once in a thousand draws.
+def _negatives(user_items_of: UserItems, users: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Samples items and resamples those that are positives of their user."""
+    pairs = user_items_of.pairs
+    sampled = rng.choice(user_items_of.trained_items, (len(users), count))
+    # Ten times: for a user with half of all items, one sample in a thousand then still is a positive.
     for _ in range(10):
-        keys = users[:, None].astype(np.int64) * held.n_items + drawn
-        found = held.pairs[np.minimum(np.searchsorted(held.pairs, keys), len(held.pairs) - 1)] == keys
-        if not found.any():
+        keys = users[:, None].astype(np.int64) * user_items_of.n_items + sampled
+        positive = pairs[np.minimum(np.searchsorted(pairs, keys), len(pairs) - 1)] == keys
+        if not positive.any():
             break
-        drawn[found] = rng.choice(held.trained_items, found.sum())
-    return drawn
+        sampled[positive] = rng.choice(user_items_of.trained_items, positive.sum())
+    return sampled

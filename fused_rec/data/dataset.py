@@ -1,8 +1,8 @@
-"""The tables every later package works on: ids replaced by positions, nothing aggregated.
+"""The in-memory data model: five Arrow tables with ids replaced by row indices, nothing aggregated.
 
-Words about a (user, item) pair and ties keep the pair and the time they come from, so that what a split
-holds out can be taken away from them too (`fused_rec.data.splits.observe`) and the audit can prove it
-(`fused_rec.data.leakage`).
+Users are a bank's customers, items its products. Reviews and social edges (`ties`) keep their pair and timestamp, so
+that `fused_rec.data.splits.observe` can remove those that leak held-out interactions and `fused_rec.data.leakage` can
+check the removal.
 """
 
 import dataclasses
@@ -16,22 +16,24 @@ import pyarrow as pa
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Dataset:
-    """What was read. U users and I items are addressed by their row in `users` and `items`.
+    """Tables of one data set; U users and I items are indexed by their row in `users` and `items`.
 
-    users: U rows; `user_id` string, unique; optional `text` string (null = none); other columns are attributes.
-    items: I rows; `item_id` string, unique; optional `text` and `name`, likewise; other columns are attributes.
-    interactions: one row a distinct pair; `user` int32, `item` int32; optional `timestamp` int64 (unix seconds,
-      the first time the pair was seen), `value` float32, `part` string (a published split: train, valid or test).
-    reviews: what a user wrote about an item (a review, a tag, a post), any number of rows a pair, and the pair
-      need not be an interaction; `user` int32, `item` int32, `text` string; optional `timestamp` int64.
-    ties: directed; `source` int32, `target` int32 (rows of `users`), `kind` string; optional `timestamp` int64;
-      optional `item` int32: the tie was seen in an act of `source` on that item (a retweet of a post about it),
-      so it tells of that interaction; null where it does not.
-    repairs: faults that were mended, by description, with the count of rows.
-    notes: what is worth knowing and no fault, by description, with its count: columns that are not read, customers
-      without interactions, rows that a setting leaves out.
+    `timestamp` (unix seconds) and `value` may contain nulls.
 
-    `timestamp` and `value` may hold nulls.
+    Attributes:
+      name: printable name of the data set.
+      users: U rows; `user_id` string, unique; optional `text` string (null = none); other columns are attributes.
+      items: I rows; `item_id` string, unique; optional `text` and `name` string; other columns are attributes.
+      interactions: one row per distinct pair; `user` int32, `item` int32; optional `timestamp` int64 (first time of
+        the pair), `value` float32, `split` string (predefined split: train, valid or test).
+      reviews: texts by a user about an item (review, tag, post), any number per pair, also for pairs that are no
+        interaction; `user` int32, `item` int32, `text` string; optional `timestamp` int64.
+      ties: directed social edges; `source` int32, `target` int32 (rows of `users`), `kind` string; optional
+        `timestamp` int64; optional `item` int32 (null = none): the item of the act in which the edge was observed (a
+        retweet of a post about it), so that the edge leaks this interaction.
+      repairs: number of repaired rows by description of the fault.
+      notes: counts by description of what is no fault: columns not read, users without interactions, rows excluded by
+        a setting.
     """
 
     name: str
@@ -60,19 +62,30 @@ class Dataset:
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    """The column as one NumPy array, NaN for null (which makes integers floats). Raises KeyError for an absent one."""
+    """Converts a column to one NumPy array.
+
+    Args:
+      table: any table.
+      name: name of the column.
+
+    Returns:
+      Array of the column's dtype; with nulls, integers become floats and null becomes NaN.
+
+    Raises:
+      KeyError: the table has no such column.
+    """
     return table.column(name).to_numpy()
 
 
 def empty_reviews() -> pa.Table:
-    """A `Dataset.reviews` table without rows."""
+    """Returns a `Dataset.reviews` table without rows."""
     return pa.table(
         {"user": pa.array([], pa.int32()), "item": pa.array([], pa.int32()), "text": pa.array([], pa.string())}
     )
 
 
 def empty_ties() -> pa.Table:
-    """A `Dataset.ties` table without rows."""
+    """Returns a `Dataset.ties` table without rows."""
     return pa.table(
         {"source": pa.array([], pa.int32()), "target": pa.array([], pa.int32()), "kind": pa.array([], pa.string())}
     )
@@ -82,15 +95,22 @@ TABLES = ("users", "items", "interactions", "reviews", "ties")
 
 
 def digest(dataset: Dataset) -> str:
-    """SHA-256 of all tables in their order of rows, which numbers the users and items that a checkpoint speaks of.
+    """Computes a digest of all tables, which identifies the user and item indices of a checkpoint.
 
-    It depends on the values alone: what lies in memory where there is none (null) does not count.
+    It depends on values and row order only, not on the memory behind nulls.
+
+    Returns:
+      SHA-256 as 64 hex digits.
     """
     return _sha256([getattr(dataset, name) for name in TABLES])
 
 
 def contents(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Describes each table so that `changes` can say later what has changed: `rows`, and SHA-256 by `columns`."""
+    """Summarizes each table, for `changes` to compare later.
+
+    Returns:
+      By table: `rows`, its number of rows, and `columns`, the SHA-256 of each column by name.
+    """
     found = {}
     for name in TABLES:
         table = getattr(dataset, name)
@@ -100,59 +120,70 @@ def contents(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Compares two `contents`, the first as JSON from a file that may be damaged.
+    """Compares two results of `contents`.
+
+    Args:
+      before: the earlier one, read from a JSON file that may be damaged; malformed entries are skipped.
+      after: the current one.
 
     Returns:
-      A phrase for each table that differs: rows before and after, else the columns; none where nothing is known.
+      One phrase per table that differs: rows before and after, else the changed columns.
     """
     found = []
     for name in TABLES:
-        there, here = before.get(name), after.get(name)
-        if not isinstance(there, Mapping) or here is None or there == here:
+        old, new = before.get(name), after.get(name)
+        if not isinstance(old, Mapping) or new is None or old == new:
             continue
-        old, new = there.get("columns"), here["columns"]
-        if there.get("rows") != here["rows"]:
-            found.append(f"{name} had {there.get('rows')} rows and has {here['rows']}")
+        if old.get("rows") != new["rows"]:
+            found.append(f"{name} had {old.get('rows')} rows and has {new['rows']}")
             continue
-        known = old if isinstance(old, Mapping) else {}
-        other = [column_name for column_name in new if known.get(column_name, "") not in ("", new[column_name])]
-        parts = [
-            ("other values", other),
-            ("new", [column_name for column_name in new if column_name not in known]),
-            ("gone", [column_name for column_name in known if column_name not in new]),
+        old_columns, new_columns = old.get("columns"), new["columns"]
+        old_columns = old_columns if isinstance(old_columns, Mapping) else {}
+        changed = [column for column in new_columns if old_columns.get(column, "") not in ("", new_columns[column])]
+        differences = [
+            ("other values", changed),
+            ("new", [column for column in new_columns if column not in old_columns]),
+            ("gone", [column for column in old_columns if column not in new_columns]),
         ]
-        told = "; ".join(f"{what}: {printable(', '.join(names))}" for what, names in parts if names)
-        found.append(f"{name} has its {here['rows']} rows with changed columns ({told or 'in another order'})")
+        details = "; ".join(f"{what}: {printable(', '.join(names))}" for what, names in differences if names)
+        found.append(f"{name} has its {new['rows']} rows with changed columns ({details or 'in another order'})")
     return found
 
 
 def _sha256(tables: Sequence[pa.Table]) -> str:
+    """Hashes schemas and values of tables, batch by batch."""
     sha = hashlib.sha256()
     for table in tables:
         sha.update(str(table.schema.remove_metadata()).encode())
         for batch in table.combine_chunks().to_batches(max_chunksize=65_536):
-            columns = [_without_remains(column) for column in batch.columns]
+            columns = [_with_cleared_nulls(column) for column in batch.columns]
             sha.update(pa.record_batch(columns, schema=batch.schema).serialize())
     return sha.hexdigest()
 
 
-def _without_remains(column: pa.Array) -> pa.Array:
+def _with_cleared_nulls(column: pa.Array) -> pa.Array:
+    """Rebuilds a column so that the memory behind its nulls is the same for equal columns."""
     if not column.null_count or pa.types.is_null(column.type):
         return column
     return column.take(pa.array(np.arange(len(column)), mask=np.asarray(column.is_null())))
 
 
 def printable(text: str) -> str:
-    """The text with everything that moves a cursor, hides or cannot be encoded spelt out as in Python source."""
+    """Escapes control characters, invisible characters and lone surrogates of a text as in Python source."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the input.
+    """Fault of the input, as one line of a report.
 
-    row: 1-based line of the file (header = 1), None where it concerns the file. count: the faults it stands for; of a
-    line that states a total, those that have no line of their own. mendable: a repair would mend it.
+    Attributes:
+      file: name of the file or table.
+      row: 1-based row of the file (header = 1), None for a fault of the whole file.
+      message: what is wrong, with the value.
+      remedy: what to do about it.
+      count: number of faults this line counts for; on a line with a total, the faults not listed one by one.
+      repairable: whether `repair` fixes it.
     """
 
     file: str
@@ -160,21 +191,21 @@ class Problem:
     message: str
     remedy: str
     count: int = 1
-    mendable: bool = False
+    repairable: bool = False
 
     def __str__(self) -> str:
         where = self.file if self.row is None else f"{self.file}, row {self.row}"
-        return printable(f"{where}: {self.message}. {self.remedy}.")  # names of files and columns are anybody's
+        return printable(f"{where}: {self.message}. {self.remedy}.")  # file and column names are user input
 
 
 class DataError(ValueError):
-    """Input that must not be used; carries every problem found, and prints them as one report."""
+    """Error for input that cannot be used; `problems` has every fault found, the message lists them all."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = tuple(problems)
         total = sum(problem.count for problem in problems)
-        mended = sum(problem.count for problem in problems if problem.mendable)
+        repairable = sum(problem.count for problem in problems if problem.repairable)
         head = f"{total:,} fault{'s' * (total != 1)} in the input"
-        if mended:
-            head += f", {mended:,} of which a repair would mend (--config.data.repair=True; in Python repair=True)"
+        if repairable:
+            head += f", {repairable:,} of which can be repaired (--config.data.repair=True; in Python repair=True)"
         super().__init__("\n".join([f"{head}:", *(f"  {problem}" for problem in problems)]))

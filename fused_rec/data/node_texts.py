@@ -1,4 +1,4 @@
-"""The words of every user and item: their own description and the reviews that may be seen."""
+"""Texts of every user and item: their own description and their observed reviews, with weights."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,15 @@ from fused_rec.data.splits import Observed
 
 @dataclass(frozen=True)
 class NodeTexts:
-    """What each node says, as weights over T distinct texts.
+    """Texts of the nodes as sparse weights over T distinct texts.
 
-    texts: stripped, never blank, in order of first appearance: users' descriptions, items' descriptions, reviews.
-    user_rows, user_texts, user_weights: user `user_rows[k]` has text `texts[user_texts[k]]` with that weight; sorted
-      by (user, text), each pair once. The weights of a user sum to 1; a user without words is absent. Items likewise.
+    Attributes:
+      texts: T texts, stripped and not blank, in order of first appearance: user descriptions, item descriptions,
+        reviews.
+      user_rows, user_texts, user_weights: COO entries; user `user_rows[k]` has text `texts[user_texts[k]]` with weight
+        `user_weights[k]`. Sorted by (user, text), each pair once; the weights of a user sum to 1; users without text
+        have no entry.
+      item_rows, item_texts, item_weights: the same for items.
     """
 
     texts: list[str]
@@ -29,28 +33,39 @@ class NodeTexts:
 
 
 def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
-    """Half of a node's weight goes to its `text`, half to its observed reviews in equal shares; all to the only one."""
+    """Collects the texts of all nodes.
+
+    A node's description (`text`) has weight 1/2 and its observed reviews share 1/2 equally; where a node has only one
+    of the two kinds, that kind has weight 1.
+
+    Args:
+      dataset: users and items, with optional `text`.
+      observed: its `reviews` are used.
+
+    Returns:
+      The distinct texts and their weights for users and items.
+    """
     texts_of_tables = [_texts(dataset.users), _texts(dataset.items), _texts(observed.reviews)]
     encoded = pa.array([text for texts in texts_of_tables for text in texts], pa.string()).dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy()
     users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in texts_of_tables])[:-1])
     writer, about = column(observed.reviews, "user"), column(observed.reviews, "item")
     return NodeTexts(
-        encoded.dictionary.to_pylist(), *_weighed(users, writer, reviews), *_weighed(items, about, reviews)
+        encoded.dictionary.to_pylist(), *_weighted(users, writer, reviews), *_weighted(items, about, reviews)
     )
 
 
 def _texts(table: pa.Table) -> list[str | None]:
-    """The column `text`, stripped, None where blank; all None without the column."""
+    """Returns the column `text`, stripped, None where blank; all None without the column."""
     if "text" not in table.column_names:
         return [None] * table.num_rows
     return [(text or "").strip() or None for text in table.column("text").to_pylist()]
 
 
-def _weighed(
+def _weighted(
     description: Int32[np.ndarray, "n"], reviewed: Int32[np.ndarray, "R"], review: Int32[np.ndarray, "R"]
 ) -> tuple[Int32[np.ndarray, "K"], Int32[np.ndarray, "K"], Float32[np.ndarray, "K"]]:
-    """Rows, texts and weights of n nodes from the text of each and of R reviews; -1 = no text."""
+    """Computes rows, texts and weights of n nodes from their descriptions and R reviews; -1 = no text."""
     described = np.flatnonzero(description >= 0)
     reviewed, review = reviewed[review >= 0], review[review >= 0]
     count = np.bincount(reviewed, minlength=len(description))

@@ -1,9 +1,8 @@
-"""Which interactions are held out, and what may be seen while they are.
+"""Train, validation and test splits, and the data that is observable under each.
 
-`split` only ever chooses rows of `dataset.interactions`; `observe` then takes away everything else that tells of
-the rows held out: reviews of those pairs, ties seen in acts on them, and whatever is dated too late.
-Every draw orders rows by a hash of (seed, user, item), so a split depends on which pairs there are and on how
-users and items are numbered, never on the order of the rows.
+`split` assigns rows of `dataset.interactions` to splits. `observe` then removes what leaks the held-out rows: reviews
+of those pairs, social edges observed in acts on them, and records dated after the cut. Random choices order rows by a
+hash of (seed, user, item), so a split depends on the set of pairs and on the user and item indices, not on row order.
 """
 
 from dataclasses import dataclass
@@ -18,17 +17,20 @@ from fused_rec.data.dataset import Dataset, column
 
 SECONDS_A_DAY = 86_400
 SPLIT_NAMES = ("train", "valid", "test")
-ACT_WORDS = 5  # a text of so many words, by one user at one time about several items, is one post and not chance
-SHOWN = 3  # rows named where a time is missing
+ACT_WORDS = 5  # the same text of at least 5 words, by one user at one time about several items, is one post
+SHOWN = 3  # rows listed in an error about missing timestamps
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of `dataset.interactions`, ascending; the three parts are disjoint and together all rows.
+    """Partition of the rows of `dataset.interactions` into train, validation and test.
 
-    valid_from, test_from: the first held-out instants in unix seconds, of a split by global time only.
-    valid_candidates, test_candidates: the items to rank, ascending; None = the whole catalogue. Only a new_items
-      split sets them, to the items whose interactions the part holds.
+    Attributes:
+      kind: `SplitConfig.kind` it was made with.
+      train, valid, test: row indices, ascending; disjoint, and together all rows.
+      valid_from, test_from: first held-out time of each split in unix seconds; only of kind "time".
+      valid_candidates, test_candidates: item indices to rank, ascending; None = all items. Only kind "new_items" sets
+        them, to the items of the split's interactions.
     """
 
     kind: str
@@ -43,12 +45,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Observed:
-    """What may be seen.
+    """Data that a model may use under a split.
 
-    user, item: E distinct pairs, in the order of their rows.
-    reviews: as in `Dataset`, fewer rows.
-    ties: distinct (source, target, kind); when and over which item a tie was seen is no longer told.
-    age: days by which each pair is older than the newest one; 0 for pairs without a time.
+    Attributes:
+      user, item: E distinct pairs, in the order of their rows.
+      reviews: rows of `Dataset.reviews` that leak nothing held out.
+      ties: distinct (source, target, kind) of the social edges that leak nothing held out, without time and item.
+      age: days by which each pair is older than the newest one; 0 for pairs without a timestamp.
     """
 
     user: Int32[np.ndarray, "E"]
@@ -59,76 +62,96 @@ class Observed:
 
 
 def split(dataset: Dataset, config: SplitConfig) -> Split:
-    """Divides the interactions; `config.valid` is always a fraction of what the test part leaves.
+    """Splits the interactions into train, validation and test by `config.kind`.
 
-    time: the last interactions of all. The cut falls at the instant that comes nearest to the asked fraction, so
-      that equal times stay together. Every row needs a timestamp.
-    per_user: of a user's n interactions the last ceil(test * n), then the last ceil(valid * rest), but never the
-      first one; so fractions near 0 leave one out. Order: time, then hash; the hash alone without a `timestamp`.
-    random: drawn over all interactions.
-    new_items, new_users: drawn over the items (users) that have interactions; all interactions of one go together.
-    published: the `part` column; without a valid part, one is drawn from train, each user's last row of train last.
+    - time: the latest interactions are held out. The cut is the time nearest to the requested fraction, so equal times
+      stay in one split. Every row needs a timestamp.
+    - per_user: the last ceil(test * n) of a user's n interactions, then the last ceil(valid * rest), never the first
+      one; fractions near 0 give leave-one-out. Rows are ordered by time, then hash; by hash alone without `timestamp`.
+    - random: uniform over all interactions.
+    - new_items, new_users: uniform over the items (users) with interactions; all interactions of one go together.
+    - predefined: the `split` column; without a validation split, one is sampled from train, where each user's last
+      row is taken only if no others are left.
 
-    Raises ValueError where the tables cannot be divided so or where a part comes out empty.
+    Args:
+      dataset: data with at least three interactions.
+      config: kind, seed and fractions; `config.valid` is a fraction of the rows outside the test split.
+
+    Returns:
+      The three splits, with cut times for "time" and candidate items for "new_items".
+
+    Raises:
+      ValueError: the tables lack what the kind needs, or a split is empty.
     """
     n_rows = dataset.interactions.num_rows
     valid_from = test_from = valid_candidates = test_candidates = None
-    part = np.zeros(n_rows, np.int8)  # positions in PARTS
+    split_codes = np.zeros(n_rows, np.int8)  # indices into SPLIT_NAMES
     hashes = _hash(config.seed, column(dataset.interactions, "user"), column(dataset.interactions, "item"))
     if config.kind == "time":
         times = _times(dataset, "time")
         test_from = _instant(times, config.test, "test")
         valid_from = _instant(times[times < test_from], config.valid, "valid")
-        part = (times >= valid_from).astype(np.int8) + (times >= test_from)
+        split_codes = (times >= valid_from).astype(np.int8) + (times >= test_from)
     elif config.kind == "per_user":
-        part = _per_user(dataset, config, hashes)
+        split_codes = _per_user(dataset, config, hashes)
     elif config.kind == "random":
-        part = _drawn(hashes, config.test, config.valid)
+        split_codes = _random(hashes, config.test, config.valid)
     elif config.kind in ("new_items", "new_users"):
-        of_row = column(dataset.interactions, "item" if config.kind == "new_items" else "user")
-        nodes, of_row = np.unique(of_row, return_inverse=True)
-        part_of_node = _drawn(_hash(config.seed, nodes, np.zeros_like(nodes)), config.test, config.valid)
-        part = part_of_node[of_row]
+        node_of_row = column(dataset.interactions, "item" if config.kind == "new_items" else "user")
+        nodes, node_of_row = np.unique(node_of_row, return_inverse=True)
+        node_codes = _random(_hash(config.seed, nodes, np.zeros_like(nodes)), config.test, config.valid)
+        split_codes = node_codes[node_of_row]
         if config.kind == "new_items":
-            valid_candidates, test_candidates = (nodes[part_of_node == p].astype(np.int32) for p in (1, 2))
+            valid_candidates, test_candidates = (nodes[node_codes == code].astype(np.int32) for code in (1, 2))
     else:
-        part = _predefined(dataset, config, hashes)
-    train, valid, test = (np.flatnonzero(part == p) for p in range(3))
+        split_codes = _predefined(dataset, config, hashes)
+    train, valid, test = (np.flatnonzero(split_codes == code) for code in range(3))
     for name, rows in zip(SPLIT_NAMES, (train, valid, test), strict=True):
         if not len(rows):
             raise ValueError(
-                f"split.kind {config.kind} leaves the {name} part without interactions: split.test is {config.test} "
+                f"split.kind {config.kind} leaves the {name} split without interactions: split.test is {config.test} "
                 f"and split.valid {config.valid} of {n_rows} interactions; change the fractions or use more data"
             )
     return Split(config.kind, train, valid, test, valid_from, test_from, valid_candidates, test_candidates)
 
 
 def observe(dataset: Dataset, split: Split, splits: tuple[str, ...] = ("train",)) -> Observed:
-    """What may be seen when `parts` are known and the rest is held out; splits: train, then valid, then test.
+    """Selects the data that is observable when `splits` are known and the others are held out.
 
-    A review or tie is seen unless it tells of something held out:
-    - a held-out pair: a review of it; a tie whose `item` was held by its source or by its target (who is retweeted
-      has posted), or a sibling of such a row: a review of the same user, time and text of at least 5 words, a tie of
-      the same source, target, kind and time, because a post that names several items tells of them all;
-    - new_items: anything said about a held-out item, by whomever; its text in `dataset.items` stays known;
-    - new_users: anything a held-out user said, or did to an item; their ties without `item` stay known;
-    - time: anything dated at or after the first held-out instant.
+    A review or social edge is removed where it leaks held-out interactions:
 
-    Raises ValueError for other parts and, under a time split, for reviews or ties without a timestamp: they cannot
-    be shown to come before the cut.
+    - any kind: a review of a held-out pair; an edge whose `item` forms a held-out pair with its source or its target (a
+      retweeted user has posted about it); and rows of the same act, since a post that names several items leaks all of
+      them: reviews of the same user, time and text (at least 5 words), edges of the same source, target, kind and time.
+    - new_items: every review and act about a held-out item; its text in `dataset.items` is kept.
+    - new_users: every review and act of a held-out user; their edges without `item` are kept.
+    - time: every record dated at or after the first held-out time.
+
+    Args:
+      dataset: the data that was split.
+      split: the result of `split` for it.
+      splits: names of the known splits: ("train",), ("train", "valid") or all three.
+
+    Returns:
+      The pairs of the known splits, and the reviews and social edges that leak nothing.
+
+    Raises:
+      ValueError: `splits` is none of these, or, for kind "time", a review or edge has no timestamp, so that it cannot
+        be shown to come before the cut.
     """
     if splits not in (SPLIT_NAMES[:1], SPLIT_NAMES[:2], SPLIT_NAMES):
-        raise ValueError(f"parts is {splits!r}; it must be ('train',), ('train', 'valid') or all of {SPLIT_NAMES}")
+        raise ValueError(f"splits is {splits!r}; it must be ('train',), ('train', 'valid') or all of {SPLIT_NAMES}")
     rows = np.sort(np.concatenate([getattr(split, name) for name in splits]))
     user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
-    hidden = _hidden(dataset, split, splits)
-    reviews = dataset.reviews.filter(pa.array(_review_is_seen(dataset, hidden)))
-    ties = dataset.ties.filter(pa.array(_tie_is_seen(dataset, hidden))).select(["source", "target", "kind"])
+    held_out = _held_out(dataset, split, splits)
+    reviews = dataset.reviews.filter(pa.array(_review_is_observed(dataset, held_out)))
+    ties = dataset.ties.filter(pa.array(_tie_is_observed(dataset, held_out))).select(["source", "target", "kind"])
     age = _age(dataset.interactions.take(rows))
     return Observed(user[rows], item[rows], reviews, ties.take(_first_rows(ties)), age)
 
 
 def _age(interactions: pa.Table) -> Float32[np.ndarray, "E"]:
+    """Computes the days by which each pair is older than the newest one, 0 without a timestamp."""
     if "timestamp" not in interactions.column_names or interactions.column("timestamp").null_count == len(interactions):
         return np.zeros(len(interactions), np.float32)
     times = interactions.column("timestamp")
@@ -137,7 +160,7 @@ def _age(interactions: pa.Table) -> Float32[np.ndarray, "E"]:
 
 
 def _hash(seed: int, user: Int32[np.ndarray, "E"], item: Int32[np.ndarray, "E"]) -> UInt64[np.ndarray, "E"]:
-    """One to one in (user, item) for a seed, so no two rows tie: SplitMix64's finaliser (Steele, Lea & Flood 2014)."""
+    """Hashes (user, item) injectively, so no two rows tie: SplitMix64 finalizer (Steele, Lea & Flood 2014)."""
 
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -148,17 +171,19 @@ def _hash(seed: int, user: Int32[np.ndarray, "E"], item: Int32[np.ndarray, "E"])
     return mix(mix((user.astype(np.uint64) << np.uint64(32)) | item.astype(np.uint64)) ^ key)
 
 
-def _drawn(hashes: UInt64[np.ndarray, "E"], test: float, valid: float) -> np.ndarray:
+def _random(hashes: UInt64[np.ndarray, "E"], test: float, valid: float) -> np.ndarray:
+    """Assigns split codes in the order of the hashes: test first, then validation."""
     n_test = round(test * len(hashes))
     n_valid = round(valid * (len(hashes) - n_test))
-    part = np.zeros(len(hashes), np.int8)
+    split_codes = np.zeros(len(hashes), np.int8)
     order = np.argsort(hashes)
-    part[order[:n_test]] = 2
-    part[order[n_test : n_test + n_valid]] = 1
-    return part
+    split_codes[order[:n_test]] = 2
+    split_codes[order[n_test : n_test + n_valid]] = 1
+    return split_codes
 
 
 def _times(dataset: Dataset, kind: str) -> Int64[np.ndarray, "_"]:
+    """Returns the timestamps of all interactions; raises ValueError where one is missing."""
     table = dataset.interactions
     if "timestamp" not in table.column_names:
         raise ValueError(f"split.kind {kind} needs interactions with a timestamp column; choose random or per_user")
@@ -172,7 +197,7 @@ def _times(dataset: Dataset, kind: str) -> Int64[np.ndarray, "_"]:
 
 
 def _without_time(dataset: Dataset, what: str) -> str:
-    """The first rows of a table that have no time, by their ids."""
+    """Names the first rows of a table without a timestamp by their ids."""
     table = getattr(dataset, what)
     ends = {"source": "user", "target": "user"} if what == "ties" else {"user": "user", "item": "item"}
     rows = table.take(np.flatnonzero(table["timestamp"].is_null())) if "timestamp" in table.column_names else table
@@ -186,10 +211,11 @@ def _without_time(dataset: Dataset, what: str) -> str:
 
 
 def _instant(times: Int64[np.ndarray, "_"], fraction: float, name: str) -> int:
+    """Finds the time from which nearest to `fraction` of the interactions are held out."""
     instants, starts = np.unique(np.sort(times), return_index=True)
     if len(instants) < 2:
         raise ValueError(
-            f"split.kind time cannot place the {name} part: the {len(times)} interactions before it share "
+            f"split.kind time cannot place the {name} split: the {len(times)} interactions before it share "
             f"{len(instants)} instant(s) and at least 2 are needed; lower split.test or choose random"
         )
     nearest = np.argmin(np.abs(starts[1:] - (1 - fraction) * len(times)))
@@ -197,6 +223,7 @@ def _instant(times: Int64[np.ndarray, "_"], fraction: float, name: str) -> int:
 
 
 def _per_user(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
+    """Assigns split codes by each user's order of interactions."""
     user = column(dataset.interactions, "user")
     timed = "timestamp" in dataset.interactions.column_names
     times = _times(dataset, "per_user") if timed else np.zeros(len(user), np.int64)
@@ -207,52 +234,58 @@ def _per_user(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, 
     n_valid = np.minimum(np.ceil(config.valid * (count - n_test) - 1e-9), np.maximum(count - n_test - 1, 0))
     ordered = user[order]
     from_end = np.cumsum(count)[ordered] - np.arange(len(user))  # 1 for a user's last row
-    part = np.empty(len(user), np.int8)
-    part[order] = (from_end <= (n_test + n_valid)[ordered]).astype(np.int8) + (from_end <= n_test[ordered])
-    return part
+    split_codes = np.empty(len(user), np.int8)
+    split_codes[order] = (from_end <= (n_test + n_valid)[ordered]).astype(np.int8) + (from_end <= n_test[ordered])
+    return split_codes
 
 
 def _predefined(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
+    """Reads split codes from the `split` column and samples a validation split where it has none."""
     table = dataset.interactions
     if "split" not in table.column_names:
-        raise ValueError(f"split.kind published needs a split column, and {dataset.name} has none; choose another kind")
-    part = np.array(
-        [SPLIT_NAMES.index(p) if p in SPLIT_NAMES else -1 for p in table.column("split").to_pylist()], np.int8
-    )
-    if (part < 0).any():
-        row = int(np.flatnonzero(part < 0)[0])
         raise ValueError(
-            f"{(part < 0).sum()} interactions name no known split, first row {row} with "
+            f"split.kind predefined needs a split column, and {dataset.name} has none; choose another kind"
+        )
+    split_codes = np.array(
+        [SPLIT_NAMES.index(name) if name in SPLIT_NAMES else -1 for name in table.column("split").to_pylist()], np.int8
+    )
+    if (split_codes < 0).any():
+        row = int(np.flatnonzero(split_codes < 0)[0])
+        raise ValueError(
+            f"{(split_codes < 0).sum()} interactions name no known split, first row {row} with "
             f"{table.column('split')[row].as_py()!r}; write one of {SPLIT_NAMES}"
         )
-    if not (part == 2).any():
-        raise ValueError(f"the predefined split of {dataset.name} has no test part; choose another split.kind")
-    if not (part == 1).any():
-        train = np.flatnonzero(part == 0)
+    if not (split_codes == 2).any():
+        raise ValueError(f"the predefined split of {dataset.name} has no test rows; choose another split.kind")
+    if not (split_codes == 1).any():
+        train = np.flatnonzero(split_codes == 0)
         user = column(table, "user")[train]
         order = np.lexsort((hashes[train], user))
         is_last = np.ones(len(order), bool)
         is_last[:-1] = user[order][1:] != user[order][:-1]
-        kept = np.empty(len(order), bool)
-        kept[order] = is_last
-        part[train[np.lexsort((hashes[train], kept))[: round(config.valid * len(train))]]] = 1
-    return part
+        last_of_user = np.empty(len(order), bool)
+        last_of_user[order] = is_last
+        split_codes[train[np.lexsort((hashes[train], last_of_user))[: round(config.valid * len(train))]]] = 1
+    return split_codes
 
 
 @dataclass(frozen=True)
-class _Hidden:
+class _HeldOut:
+    """Held-out pairs, nodes and time."""
+
     pairs: np.ndarray  # sorted codes user * I + item
     users: np.ndarray  # bool[U]
     items: np.ndarray  # bool[I]
     cut: int | None
 
     def leaks(self, user: np.ndarray, item: np.ndarray) -> Bool[np.ndarray, "_"]:
-        """Whether (user, item) tells of something hidden; item -1 = none."""
+        """Returns whether knowing (user, item) leaks held-out data; item -1 = none."""
         is_pair = np.isin(user.astype(np.int64) * len(self.items) + item, self.pairs)
         return (item >= 0) & (is_pair | self.users[user] | self.items[item])
 
 
-def _hidden(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _Hidden:
+def _held_out(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _HeldOut:
+    """Collects what is held out when `splits` are known."""
     rows = np.concatenate(
         [np.empty(0, np.int64), *(getattr(split, name) for name in SPLIT_NAMES if name not in splits)]
     )
@@ -261,45 +294,48 @@ def _hidden(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _Hidden:
     users[user] = split.kind == "new_users"
     items[item] = split.kind == "new_items"
     cut = (split.valid_from, split.test_from, None)[len(splits) - 1]
-    return _Hidden(np.unique(user.astype(np.int64) * dataset.n_items + item), users, items, cut)
+    return _HeldOut(np.unique(user.astype(np.int64) * dataset.n_items + item), users, items, cut)
 
 
 def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]:
+    """Returns which rows of a table are dated at or after the cut."""
     table = getattr(dataset, what)
     if cut is None or not table.num_rows:
         return np.zeros(table.num_rows, bool)
     missing = table.column("timestamp").null_count if "timestamp" in table.column_names else table.num_rows
     if missing:
         raise ValueError(
-            f"{missing} of {table.num_rows} {what} have no timestamp, so a time split cannot tell whether they come "
-            f"before {cut}; give each a time (0 says that it stood from the start) or choose another split.kind: "
+            f"{missing} of {table.num_rows} {what} have no timestamp, so a time split cannot place them before or "
+            f"after {cut}; give each a time (0 = from the start) or choose another split.kind: "
             f"{_without_time(dataset, what)}"
         )
     return column(table, "timestamp") >= cut
 
 
-def _review_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+def _review_is_observed(dataset: Dataset, held_out: _HeldOut) -> Bool[np.ndarray, "_"]:
+    """Returns which reviews leak nothing held out."""
     reviews = dataset.reviews
-    leaking = hidden.leaks(column(reviews, "user"), column(reviews, "item"))
+    leaking = held_out.leaks(column(reviews, "user"), column(reviews, "item"))
     acts = _groups(reviews, ("user", "timestamp", "text"))
-    words = [len((text or "").split()) for text in reviews.column("text").filter(pa.array(leaking)).to_pylist()]
-    leaking |= np.isin(acts, acts[leaking][np.array(words, np.int64) >= ACT_WORDS])
-    return ~leaking & ~_late(dataset, "reviews", hidden.cut)
+    n_words = [len((text or "").split()) for text in reviews.column("text").filter(pa.array(leaking)).to_pylist()]
+    leaking |= np.isin(acts, acts[leaking][np.array(n_words, np.int64) >= ACT_WORDS])
+    return ~leaking & ~_late(dataset, "reviews", held_out.cut)
 
 
-def _tie_is_seen(dataset: Dataset, hidden: _Hidden) -> Bool[np.ndarray, "_"]:
+def _tie_is_observed(dataset: Dataset, held_out: _HeldOut) -> Bool[np.ndarray, "_"]:
+    """Returns which social edges leak nothing held out."""
     ties = dataset.ties
     leaking = np.zeros(ties.num_rows, bool)
     if "item" in ties.column_names:
         item = pc.fill_null(ties.column("item"), -1).to_numpy()
-        leaking = hidden.leaks(column(ties, "source"), item) | hidden.leaks(column(ties, "target"), item)
+        leaking = held_out.leaks(column(ties, "source"), item) | held_out.leaks(column(ties, "target"), item)
         acts = _groups(ties, ("source", "target", "kind", "timestamp"))
         leaking |= np.isin(acts, acts[leaking])
-    return ~leaking & ~_late(dataset, "ties", hidden.cut)
+    return ~leaking & ~_late(dataset, "ties", held_out.cut)
 
 
 def _groups(table: pa.Table, names: tuple[str, ...]) -> Int64[np.ndarray, "_"]:
-    """A number for each row, equal where the named columns (those the table has) are equal, null equal to null."""
+    """Numbers rows so that equal values of the named columns (those present) give equal numbers, null equal to null."""
     group = np.zeros(table.num_rows, np.int64)
     for name in names:
         if name in table.column_names:
@@ -310,4 +346,5 @@ def _groups(table: pa.Table, names: tuple[str, ...]) -> Int64[np.ndarray, "_"]:
 
 
 def _first_rows(table: pa.Table) -> Int64[np.ndarray, "_"]:
+    """Returns the index of the first of each set of equal rows, ascending."""
     return np.sort(np.unique(_groups(table, tuple(table.column_names)), return_index=True)[1])

@@ -1,12 +1,11 @@
-"""Text vectors on disk, found again by content: folders of shards that are written once and never changed.
+"""Content-addressed cache of text vectors on disk: folders of immutable shards.
 
-A shard is a safetensors file with `keys` (uint8, T x 32), `vectors` (float32, T x D) and a checksum over both. It is
-written under a temporary name, synced and renamed, so a reader sees a whole shard or none, any number of
-processes may write to one folder, and a kill costs only what was not yet written. Two shards may hold the same
-key.
+A shard is a safetensors file with `keys` (uint8 [T, 32]), `vectors` (float32 [T, D]) and a checksum over both. It is
+written under a temporary name, flushed and renamed, so readers see complete shards only, any number of processes may
+write to one folder, and a kill loses only vectors not yet written. Two shards may have the same key.
 
-A vector tells much of its text, and a text may be a person's. So all shards lie below `text_vectors` in the cache,
-folders that only their owner can enter (0700) and files that only they can read (0600), and `purge` deletes them all.
+Vectors reveal much of their texts, which may be personal data. All shards are therefore below `text_vectors` in the
+cache, in folders with mode 0700 and files with mode 0600, and `purge` deletes all of them.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Float32, UInt8
 KEY_BYTES = 32
 DAMAGED = ".damaged"
 TOP = "text_vectors"
-SHARD_BYTES = 1 << 31  # a larger file is none of ours: `embed` writes some 65,536 vectors a shard
+SHARD_BYTES = 1 << 31  # larger files are not from here: `encode_texts` writes some 65,536 vectors per shard
 _FOLDER = re.compile("[0-9a-f]{32}")  # of one model and its settings
 _FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
 
@@ -34,13 +33,23 @@ log = logging.getLogger(__name__)
 
 
 class CacheError(OSError):
-    """Text vectors cannot be kept where `text.cache` says; the message names the folder and the reason."""
+    """Error for a cache folder that cannot be used; the message has the folder and the reason."""
 
-    setting = "text.cache"  # that moves it
+    setting = "text.cache"  # the setting to change
 
 
 def top_folder(cache: str | Path) -> Path:
-    """Names the folder of all text vectors of a cache. Raises CacheError where the home directory is not known."""
+    """Returns the folder of all text vectors of a cache.
+
+    Args:
+      cache: folder of the cache, with ~ for the home directory.
+
+    Returns:
+      The folder, which need not exist.
+
+    Raises:
+      CacheError: the home directory is not known.
+    """
     try:
         return Path(cache).expanduser() / TOP
     except RuntimeError as error:  # no HOME, and no entry in the system's list of users
@@ -51,30 +60,42 @@ def top_folder(cache: str | Path) -> Path:
 
 
 def shard_folder(cache: str | Path, identity: str) -> Path:
-    """Where the vectors of one model and its settings lie. identity: at least 32 hex digits."""
+    """Returns the folder of the vectors of one model and its settings.
+
+    Args:
+      cache: folder of the cache.
+      identity: at least 32 hex digits, the hash of model and settings.
+
+    Returns:
+      The folder, which need not exist.
+    """
     return top_folder(cache) / identity[:32]
 
 
 def open_cache(cache: str | Path) -> None:
-    """Makes a cache's folder where there is none yet, before any work is done for it.
+    """Creates the folder of a cache where it is missing, before any work is done.
 
-    One that is there need not be writable: it may hold every vector that is asked for.
+    An existing one need not be writable, since it may contain all vectors needed.
+
+    Args:
+      cache: folder of the cache.
 
     Raises:
-      CacheError: the folder is not there and cannot be made.
+      CacheError: the folder is missing and cannot be created.
     """
     top = top_folder(cache)
-    if not os.path.isdir(top):  # Path.is_dir raises where a folder above must not be entered
+    if not os.path.isdir(top):  # Path.is_dir raises where a parent is not accessible
         _make(top)
 
 
 def open_shards(folder: Path) -> None:
-    """Makes the folder of one model's vectors, closed to others (0700), before texts are encoded for it.
+    """Creates the folder of one model's vectors with mode 0700, before texts are encoded; likewise its parent.
 
-    In a cache the folder above it is closed too.
+    Args:
+      folder: from `shard_folder`.
 
     Raises:
-      CacheError: it cannot be made or written.
+      CacheError: it cannot be created or written.
     """
     for private in (folder.parent, folder) if folder.parent.name == TOP else (folder,):
         _make(private)
@@ -83,6 +104,7 @@ def open_shards(folder: Path) -> None:
 
 
 def _make(folder: Path) -> None:
+    """Creates a folder with mode 0700."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if stat.S_IMODE(folder.stat().st_mode) != 0o700:
@@ -97,14 +119,21 @@ def _make(folder: Path) -> None:
 def read_vectors(
     folder: Path, keys: UInt8[np.ndarray, "T 32"], dims: int
 ) -> tuple[Float32[np.ndarray, "T {dims}"], Bool[np.ndarray, "T"]]:
-    """The vectors stored under `keys`, which must be distinct, and which of them were found; other rows are zero.
+    """Reads cached vectors.
 
-    A shard that is cut short, whose bytes have changed or that is no shard of ours gives no vector: it is logged as a
-    warning and renamed to *.damaged, so its texts count as not found.
+    A truncated, changed or foreign shard is logged as a warning and renamed to *.damaged; its texts count as not found.
+
+    Args:
+      folder: from `shard_folder`.
+      keys: distinct keys of T texts.
+      dims: dimensions D.
+
+    Returns:
+      The vectors, zero where not found, and which were found.
     """
     vectors = np.zeros((len(keys), dims), np.float32)
     found = np.zeros(len(keys), bool)
-    # The first 8 bytes of a SHA-256 place a key among the others, all 32 decide.
+    # Keys are searched by their first 8 bytes and compared by all 32.
     heads = _heads(keys)
     order = np.argsort(heads)
     for shard in sorted(folder.glob("*.safetensors")):
@@ -126,10 +155,10 @@ def read_vectors(
                 if len(values) != len(stored) or (file.metadata() or {}).get("sha256") != _checksum(stored, values):
                     raise ValueError("its bytes have changed since they were written")
         except FileNotFoundError:
-            continue  # another process has just found it damaged, or someone clears the folder
+            continue  # renamed by another process, or deleted
         except (safetensors.SafetensorError, ValueError, TypeError, OSError) as error:
             log.warning("%s is damaged (%s); its texts are encoded again", shard, error)
-            with contextlib.suppress(OSError):  # another process was faster, or the folder is not ours to write
+            with contextlib.suppress(OSError):  # renamed by another process, or not writable
                 shard.rename(shard.with_suffix(DAMAGED))
             continue
         vectors[near[rows]] = values[rows]
@@ -138,10 +167,16 @@ def read_vectors(
 
 
 def write_vectors(folder: Path, keys: UInt8[np.ndarray, "T 32"], vectors: Float32[np.ndarray, "T D"]) -> None:
-    """Adds one shard. When this returns, its bytes are on the disk under their final name.
+    """Writes one shard; when this returns, it is on disk under its final name.
 
-    The folder is made as `open_shards` does. Raises CacheError where that fails, and OSError where the shard cannot be
-    written.
+    Args:
+      folder: from `shard_folder`; created as by `open_shards`.
+      keys: keys of T texts.
+      vectors: their vectors.
+
+    Raises:
+      CacheError: the folder cannot be created or written.
+      OSError: the shard cannot be written.
     """
     open_shards(folder)
     checksum = _checksum(keys, vectors)
@@ -157,21 +192,28 @@ def write_vectors(folder: Path, keys: UInt8[np.ndarray, "T 32"], vectors: Float3
         raise
     directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the new name too has to outlive a power cut
+        os.fsync(directory)  # the new name must survive a power failure too
     finally:
         os.close(directory)
 
 
 def purge(cache: str | Path) -> tuple[int, int]:
-    """Deletes every text vector of a cache, and what killed processes left; returns how many files and bytes.
+    """Deletes all text vectors of a cache, and leftovers of killed processes.
 
-    Raises FileNotFoundError where the cache holds no vectors, and ValueError, before anything is deleted, where its
-    folder holds anything that this module does not write: then it is none of ours. Raises OSError where a file or
-    folder cannot be deleted, as while another process writes there.
+    Args:
+      cache: folder of the cache.
+
+    Returns:
+      Number of deleted files, and their bytes.
+
+    Raises:
+      FileNotFoundError: the cache has no vectors.
+      ValueError: its folder contains files that this module does not write; nothing is deleted.
+      OSError: a file or folder cannot be deleted, for example while another process writes there.
     """
     top = top_folder(cache)
     if not top.is_dir():
-        raise FileNotFoundError(f"{top} is no folder, so no text vectors are kept there; name the cache with --cache")
+        raise FileNotFoundError(f"{top} is no folder, so no text vectors are stored there; name the cache with --cache")
     folders, files, strange = [], [], []
     for entry in _entries(top):
         (folders if _FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False) else strange).append(entry)
@@ -193,31 +235,36 @@ def purge(cache: str | Path) -> tuple[int, int]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Lists a folder by name."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
 def _private(name: str, flags: int) -> int:
+    """Opens a file with mode 0600."""
     return os.open(name, flags, 0o600)
 
 
 def _check_file(shard: Path) -> None:
-    """Raises ValueError for what would block or fill the memory when it is opened."""
+    """Raises ValueError for a file that would block or exhaust memory when opened."""
     found = shard.stat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > SHARD_BYTES:
         raise ValueError(f"it is no file, or one of more than {SHARD_BYTES:,} bytes: {found.st_size:,}")
 
 
 def _heads(keys: UInt8[np.ndarray, "T 32"]) -> np.ndarray:
+    """Returns the first 8 bytes of each key as uint64."""
     return np.ascontiguousarray(keys[:, :8]).view(np.uint64)[:, 0]
 
 
 def _check_array(array: np.ndarray, dtype: type, columns: int) -> None:
+    """Raises ValueError for another dtype or number of columns."""
     if array.dtype != dtype or array.ndim != 2 or array.shape[1] != columns:
         raise ValueError(f"it holds {array.dtype} {array.shape} where {np.dtype(dtype)} of {columns} columns belongs")
 
 
 def _checksum(keys: UInt8[np.ndarray, "T 32"], vectors: Float32[np.ndarray, "T D"]) -> str:
+    """Hashes the bytes of keys and vectors, SHA-256."""
     digest = hashlib.sha256(np.ascontiguousarray(keys).data)
     digest.update(np.ascontiguousarray(vectors).data)
     return digest.hexdigest()

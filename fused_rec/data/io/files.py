@@ -1,4 +1,4 @@
-"""Files of rows -> Arrow tables, with a `DataError` that says where a file is broken."""
+"""Readers of Parquet, delimited text and JSON lines -> Arrow tables; `DataError` names the faulty rows of a file."""
 
 import codecs
 import csv
@@ -22,25 +22,32 @@ from fused_rec.data.io.folder import Part, name_in
 from fused_rec.data.io.plain import plain_table
 from fused_rec.data.io.times import periods_as_times
 
-# Columns with far fewer values than rows: read as dictionaries, which takes a fraction of the memory.
+# Columns with far fewer distinct values than rows: read as dictionaries, at a fraction of the memory.
 _CODED = ("user_id", "item_id", "source_id", "target_id", "kind", "split")
-# A .gz file that unpacks to more than both was made to fill the memory: text packs to a third or a tenth.
+# A .gz file that unpacks to more than both is refused as a bomb: text compresses to a third or a tenth.
 PACKED, UNPACKED = 100, 1 << 28  # times its size; bytes
-# A Parquet file can claim any number of rows in a few bytes; what a table is for takes more than one bit of each.
+# A Parquet file can declare any number of rows in a few bytes; useful rows take more than one bit each.
 ROWS_A_BYTE, ROWS = 8, 1 << 20
-ROW_BYTES = 1 << 28  # of a row of text; a block of so many is in memory at a time, and no more than one
+ROW_BYTES = 1 << 28  # bound of a row of text; one block of this size is in memory at a time
 BLOCKS = (1 << 20, 1 << 24, ROW_BYTES)
 _SAVE = "save the file as UTF-8"
-INTEGER_DIGITS = 20  # of integers of 64 bits
-JSON_ROWS = 65_536  # of JSON lines, held as Python's objects at a time
+INTEGER_DIGITS = 20  # digits of 64-bit integers
+JSON_ROWS = 65_536  # JSON lines in memory as Python objects at a time
 
 
 def read_parquet(file: Path) -> pa.Table:
-    """A Parquet file, its columns plain where they can be (`fused_rec.data.io.plain`).
+    """Reads a Parquet file.
 
-    Raises DataError where it is corrupt, cut short, holds text that is not UTF-8 or is a bomb.
+    Args:
+      file: the file.
+
+    Returns:
+      The table, with plain types where possible (`fused_rec.data.io.plain`).
+
+    Raises:
+      DataError: the file is corrupt, truncated, has text that is not UTF-8, or declares too many rows for its size.
     """
-    import pyarrow.parquet as pq  # here and below: formats are imported where they are read, to start quickly
+    import pyarrow.parquet as pq  # imported here and below where needed, for a fast start
 
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
@@ -66,29 +73,40 @@ def read_delimited(
     quoted: bool = False,
     skip: int = 0,
 ) -> pa.Table:
-    """A text file of rows, plain or .gz, every cell a string (ids as dictionaries of strings), an empty one null.
+    """Reads a delimited text file, plain or .gz.
 
-    names: the columns of a file without a header. needed: those that a header must name, each once. quoted: "..."
-    protects delimiters and line breaks. skip: lines before the header, which is row 1 all the same. Raises DataError
-    for other columns, rows of another width or of more than `ROW_BYTES`, bytes that are not `encoding`, a file cut
-    short and a .gz file that is a bomb.
+    Args:
+      file: the file.
+      delimiter: one character.
+      names: column names of a file without header; empty = the first line is the header.
+      needed: columns that the header must have, each once.
+      encoding: as Python names it.
+      quoted: whether "..." protects delimiters and line breaks.
+      skip: lines before the header, which counts as row 1.
+
+    Returns:
+      The table with all cells as strings (ids as dictionaries of strings), empty ones null.
+
+    Raises:
+      DataError: columns are missing, rows have another width or more than `ROW_BYTES`, bytes are not `encoding`, the
+        file is truncated, or a .gz file is a bomb.
     """
     dialect = Dialect(delimiter, encoding, skip)
     try:
         size = _check_bytes(file, encoding)
         columns = names or _header(file, dialect, quoted)
         kinds = {name: ID if name in _CODED else pa.string() for name in (*columns, *needed)}
-        table, torn = _rows(file, dialect, names, kinds, quoted, size)
+        table, faulty = _rows(file, dialect, names, kinds, quoted, size)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, csv.Error, MemoryError) as error:
         faults = list(_undecodable(file, encoding)) if isinstance(error, UnicodeDecodeError | pa.ArrowException) else []
         raise DataError(faults or [_fault(file, error, "write it again or download it again")]) from error
     if quoted:
-        torn += _unclosed(file, dialect)
-    if torn:
-        raise DataError(torn)
-    there = table.column_names
-    if wrong := [name for name in needed if there.count(name) != 1]:
-        faults = [f"column {name} is there {there.count(name)} times (there: {', '.join(there)})" for name in wrong]
+        faulty += _unclosed(file, dialect)
+    if faulty:
+        raise DataError(faulty)
+    found = table.column_names
+    if wrong := [name for name in needed if found.count(name) != 1]:
+        faults = [f"column {name} occurs {found.count(name)} times (there: {', '.join(found)})" for name in wrong]
         raise DataError([Problem(file.name, None, fault, "write the header as its publisher does") for fault in faults])
     return table
 
@@ -96,33 +114,33 @@ def read_delimited(
 def _rows(
     file: Path, dialect: Dialect, names: tuple[str, ...], kinds: Mapping[str, pa.DataType], quoted: bool, size: int
 ) -> tuple[pa.Table, list[Problem]]:
-    """The rows and the faults of those of another width. size: bytes of the file, unpacked.
+    """Reads the rows, and returns the faults of those of another width; `size` is the unpacked size in bytes.
 
-    Arrow reads in blocks and takes no row that is longer than one; they grow as far as a row needs it, up to ROW_BYTES.
+    Arrow reads blocks and accepts no row longer than one; blocks grow as needed up to `ROW_BYTES`.
     """
     import pyarrow.csv as pacsv
 
     for block in BLOCKS:
-        torn: list[Problem] = []
+        faulty: list[Problem] = []
         count = itertools.count(1)
 
-        def note(row: pacsv.InvalidRow, torn: list[Problem] = torn, count: Iterator[int] = count) -> str:
+        def note(row: pacsv.InvalidRow, faulty: list[Problem] = faulty, count: Iterator[int] = count) -> str:
             if next(count) <= EXAMPLES:
-                found = f"{row.actual_columns} cells where {row.expected_columns} are due: {row.text[:60]!r}"
+                found = f"{row.actual_columns} cells instead of {row.expected_columns}: {row.text[:60]!r}"
                 number = row.number and row.number - dialect.skip
-                torn.append(Problem(file.name, number, found, "write the row again, cells with delimiters in quotes"))
+                faulty.append(Problem(file.name, number, found, "write the row again, cells with delimiters in quotes"))
             return "skip"
 
         try:
             table = pacsv.read_csv(
                 pa.input_stream(file, compression="gzip" if file.suffix.lower() == ".gz" else None),
-                # A single thread numbers the torn rows; 5 million rows take it about 3 seconds.
+                # A single thread numbers the faulty rows; 5 million rows take about 3 seconds.
                 pacsv.ReadOptions(
                     use_threads=False,
                     column_names=names or None,
                     encoding=dialect.encoding,
                     skip_rows=dialect.skip,
-                    block_size=min(block, max(2 * size, 1024)),  # UTF-16 may grow by half when it becomes UTF-8
+                    block_size=min(block, max(2 * size, 1024)),  # UTF-16 may grow by half as UTF-8
                 ),
                 pacsv.ParseOptions(
                     delimiter=dialect.delimiter,
@@ -138,10 +156,10 @@ def _rows(
             if "straddl" not in str(error):
                 raise
             continue
-        if (total := next(count) - 1) > len(torn):
-            rest = total - len(torn)
-            torn.append(Problem(file.name, None, f"{total:,} rows of another width in all", "write them again", rest))
-        return table, torn
+        if (total := next(count) - 1) > len(faulty):
+            rest = total - len(faulty)
+            faulty.append(Problem(file.name, None, f"{total:,} rows of another width in all", "write them again", rest))
+        return table, faulty
     faults = list(_unclosed(file, dialect)) if quoted else []
     message = f"a row takes more than {ROW_BYTES:,} bytes"
     remedy = "shorten its texts, write the table as Parquet, or close the quote that swallows the rows after it"
@@ -151,15 +169,25 @@ def _rows(
 def read_cells(
     file: Path, required: tuple[str, ...], known: tuple[str, ...], delimiter: str = "", encoding: str = ""
 ) -> tuple[pa.Table, str]:
-    """A table as people write it, found out by `find_dialect`, and a note on it, empty where it is as expected.
+    """Reads a text file of a user table in the dialect that `find_dialect` detects.
 
-    Raises DataError as `read_delimited` does, for text that is in no encoding known here, and for columns of numbers
-    with decimal commas, which would be read as words.
+    Args:
+      file: the file, plain or .gz.
+      required: columns that the table must have.
+      known: further columns of its format.
+      delimiter: tried first; empty = detected.
+      encoding: of files that are not UTF-8 and have no byte order mark; empty = UTF-8.
+
+    Returns:
+      The table with all cells as strings, and a note on its dialect, empty where it is the expected one.
+
+    Raises:
+      DataError: as in `read_delimited`; or a column has numbers with decimal commas, which would be read as text.
     """
     try:
         dialect = find_dialect(file, required, known, delimiter, encoding)
         table = read_delimited(file, dialect.delimiter, encoding=dialect.encoding, quoted=True, skip=dialect.skip)
-    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # of UTF-16 without its mark, for one
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # such as UTF-16 without byte order mark
         raise DataError([_fault(file, error, "write it again")]) from error
     except DataError as error:
         raise DataError(_with_encodings(error.problems)) from error
@@ -170,49 +198,59 @@ def read_cells(
         if faults := [fault for name in columns for fault in _decimal_commas(table, name, file.name)]:
             raise DataError(faults)
     points = [
-        said for name in table.column_names if name not in (*required, "name", "text") for said in _points(table, name)
+        note for name in table.column_names if name not in (*required, "name", "text") for note in _points(table, name)
     ]
-    said = [dialect.note(file.name), *(points if dialect.delimiter != "," else [])]
-    return table, "; ".join(filter(None, said))
+    notes = [dialect.note(file.name), *(points if dialect.delimiter != "," else [])]
+    return table, "; ".join(filter(None, notes))
 
 
 def _with_encodings(problems: Sequence[Problem]) -> list[Problem]:
-    named = f"{_SAVE}, or name its encoding: data.encoding=cp1252 is that of Windows in Western Europe"
-    return [dataclasses.replace(problem, remedy=named) if problem.remedy == _SAVE else problem for problem in problems]
+    """Adds the setting `data.encoding` to the remedy of encoding faults."""
+    remedy = f"{_SAVE}, or name its encoding: data.encoding=cp1252 is that of Windows in Western Europe"
+    return [dataclasses.replace(problem, remedy=remedy) if problem.remedy == _SAVE else problem for problem in problems]
 
 
 def _decimal_commas(table: pa.Table, name: str, file: str) -> Iterator[Problem]:
-    """The first cell of a column in which all are numbers, some with a comma."""
+    """Reports a column in which all cells are numbers, some with a comma, by its first cell with one."""
     if table.column_names.count(name) > 1:
         return
-    words = table[name].cast(pa.string())
-    number = pc.match_substring_regex(words, r"\A\s*[+-]?[0-9]+([. '\x{a0}\x{202f}][0-9]{3})*(,[0-9]+)?\s*\z")
-    comma = flags(pc.match_substring(words, ","))
+    cells = table[name].cast(pa.string())
+    number = pc.match_substring_regex(cells, r"\A\s*[+-]?[0-9]+([. '\x{a0}\x{202f}][0-9]{3})*(,[0-9]+)?\s*\z")
+    comma = flags(pc.match_substring(cells, ","))
     if comma.any() and pc.all(number).as_py():
         row = int(np.flatnonzero(comma)[0])
-        message = f"{name} {_shown(words[row].as_py())} has a decimal comma ({int(comma.sum()):,} rows in all)"
+        message = f"{name} {_shown(cells[row].as_py())} has a decimal comma ({int(comma.sum()):,} rows in all)"
         yield Problem(file, row + 2, message, "write numbers with a decimal point, as 1234.5")
 
 
 def _points(table: pa.Table, name: str) -> Iterator[str]:
-    """Says how a column is read whose numbers have a point before three digits, each of them: 1.234, or 1234."""
-    words = table[name].cast(pa.string()) if table.column_names.count(name) == 1 else pa.chunked_array([], pa.string())
-    point = flags(pc.match_substring(words, "."))
+    """Notes how a column is read whose numbers are ambiguous, all with a point before three digits: 1.234 or 1234."""
+    cells = table[name].cast(pa.string()) if table.column_names.count(name) == 1 else pa.chunked_array([], pa.string())
+    point = flags(pc.match_substring(cells, "."))
     if point.any():
-        read = r"\A\s*[+-]?([0-9]+|[1-9][0-9]{0,2}\.[0-9]{3})\s*\z"  # of 0.125 and 1234.125 nobody doubts what they are
-        if pc.all(pc.match_substring_regex(words, read)).as_py():
+        ambiguous = r"\A\s*[+-]?([0-9]+|[1-9][0-9]{0,2}\.[0-9]{3})\s*\z"  # 0.125 and 1234.125 are not
+        if pc.all(pc.match_substring_regex(cells, ambiguous)).as_py():
             row = int(np.flatnonzero(point)[0])
             yield (
-                f"{name} {_shown(words[row].as_py())} in row {row + 2} is read with a decimal point; if points divide "
+                f"{name} {_shown(cells[row].as_py())} in row {row + 2} is read with a decimal point; if points divide "
                 "thousands, write numbers without them"
             )
 
 
 def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Table]) -> tuple[pa.Table, dict[str, int]]:
-    """The parts of a folder as one table, in their order, and how many rows each part has, by its name.
+    """Reads the files of a folder as one table.
 
-    The columns of `column=value` folders are text. Raises DataError where a part cannot be read, has other columns than
-    the first, or types that have no type in common which holds the values of both unchanged.
+    Args:
+      table: the folder.
+      parts: its files in order; the columns of `column=value` subfolders are text.
+      read: reads one file.
+
+    Returns:
+      The concatenated table, and the number of rows of each file by name.
+
+    Raises:
+      DataError: a file cannot be read, has other columns than the first, or has a type for which no common type keeps
+        all values.
     """
     problems: list[Problem] = []
     tables: dict[str, pa.Table] = {}
@@ -245,7 +283,7 @@ def join_parts(table: Path, parts: Sequence[Part], read: Callable[[Path], pa.Tab
 
 
 def _unlike(rows: pa.Table, kinds: Mapping[str, pa.DataType], first: str) -> str:
-    """What keeps a part from being one table with those before it, of these types; empty where nothing does."""
+    """Explains why a file cannot be appended to those before it, of these types; empty where it can."""
     names = rows.column_names
     if twice := [name for name in names if names.count(name) > 1]:
         return f"has column {twice[0]} twice (there: {', '.join(names)})"
@@ -259,9 +297,9 @@ def _unlike(rows: pa.Table, kinds: Mapping[str, pa.DataType], first: str) -> str
 
 
 def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that can hold values of both as they are; None where there is none.
+    """Finds the type that keeps values of both types unchanged, None where there is none.
 
-    A 32-bit float stands for the few digits that are written for it (0.1), and is another number as a 64-bit float.
+    A 32-bit float is written with few digits (0.1), and is another number as a 64-bit float.
     """
     types = pa.types
     if one == other or types.is_null(other):
@@ -287,7 +325,7 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 
 
 def _cast(rows: pa.Table, column: str, kind: pa.DataType, name: str, problems: list[Problem]) -> pa.ChunkedArray:
-    """The column in the type that all parts have in common; nulls, and a problem, where that would change a value."""
+    """Casts a column to the common type; nulls, with a problem, where that would change a value."""
     try:
         return rows[column].cast(kind)
     except pa.ArrowException as error:
@@ -302,12 +340,25 @@ def _kind(kind: pa.DataType) -> pa.DataType:
 
 
 def integers(rows: pa.Table, name: str, file: Path, *, header: bool = True) -> Int64[np.ndarray, "R"]:
-    """A column of `read_delimited` as integers. Raises DataError with the rows that hold anything else, or nothing."""
-    words = rows[name].cast(pa.string())
-    bad = np.flatnonzero(~flags(pc.match_substring_regex(words, r"\A-?[0-9]{1,18}\z")))  # 18 digits fit into 64 bits
+    """Converts a column of `read_delimited` to integers.
+
+    Args:
+      rows: R rows.
+      name: name of the column.
+      file: its file, for messages.
+      header: whether the file has a header, for row numbers.
+
+    Returns:
+      The integers.
+
+    Raises:
+      DataError: cells are missing or no integers of up to 18 digits.
+    """
+    cells = rows[name].cast(pa.string())
+    bad = np.flatnonzero(~flags(pc.match_substring_regex(cells, r"\A-?[0-9]{1,18}\z")))  # 18 digits fit into 64 bits
     remedy = "give an integer of up to 18 digits"
     problems = [
-        Problem(file.name, int(row) + 1 + header, f"{name} {_shown(words[row].as_py())} is no integer", remedy)
+        Problem(file.name, int(row) + 1 + header, f"{name} {_shown(cells[row].as_py())} is no integer", remedy)
         for row in bad[:EXAMPLES]
     ]
     if len(bad) > EXAMPLES:
@@ -315,14 +366,21 @@ def integers(rows: pa.Table, name: str, file: Path, *, header: bool = True) -> I
         problems.append(Problem(file.name, None, total, remedy, len(bad) - EXAMPLES))
     if problems:
         raise DataError(problems)
-    return np.asarray(words.cast(pa.int64()))
+    return np.asarray(cells.cast(pa.int64()))
 
 
 def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
-    """The named fields of a file of JSON objects, one a line, plain or .gz; null where an object has none.
+    """Reads fields of JSON lines, plain or .gz. Arrow's reader takes 40 % of the time, but crashes on a line `null`.
 
-    Raises DataError where it is corrupt, and for lines that are no JSON object or hold a field of another type.
-    Arrow's own reader takes 40 % of the time, but a line `null` ends its process.
+    Args:
+      file: one JSON object per line, UTF-8.
+      schema: type by field.
+
+    Returns:
+      The fields as columns, null where an object lacks one.
+
+    Raises:
+      DataError: the file is corrupt, a line is no JSON object, or a field has another type.
     """
     problems: list[Problem] = []
     tables = [pa.table({name: pa.array([], kind) for name, kind in schema.items()})]
@@ -332,8 +390,8 @@ def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
     def flush() -> None:
         arrays = {name: _typed(columns[name], kind, numbers, name, file, problems) for name, kind in schema.items()}
         tables.append(pa.table(arrays))
-        for held in (numbers, *columns.values()):
-            held.clear()
+        for buffer in (numbers, *columns.values()):
+            buffer.clear()
 
     try:
         _check_bytes(file)
@@ -367,8 +425,8 @@ def read_json_lines(file: Path, schema: Mapping[str, pa.DataType]) -> pa.Table:
 def _typed(
     values: list[Any], kind: pa.DataType, numbers: list[int], name: str, file: Path, problems: list[Problem]
 ) -> pa.Array:
-    """The values as Arrow has them; notes the first line that holds another type, and gives nulls then."""
-    wrong = (pa.ArrowException, OverflowError, ValueError, TypeError)  # of lone surrogates, among others
+    """Converts values to Arrow; nulls, with a problem for the first line of another type, where that fails."""
+    wrong = (pa.ArrowException, OverflowError, ValueError, TypeError)  # lone surrogates, among others
     try:
         return pa.array(values, kind)
     except wrong:
@@ -382,7 +440,17 @@ def _typed(
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file. Raises DataError where it is missing or not UTF-8."""
+    """Reads the lines of a UTF-8 text file.
+
+    Args:
+      file: the file.
+
+    Yields:
+      Its lines, with line ends.
+
+    Raises:
+      DataError: it is missing or not UTF-8.
+    """
     try:
         with open(file, encoding="utf-8") as lines:
             yield from lines
@@ -391,23 +459,23 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def _check_bytes(file: Path, encoding: str = "") -> int:
-    """The number of bytes, unpacked. Raises OSError for a .gz that is a bomb, UnicodeDecodeError for another encoding.
+    """Counts unpacked bytes; raises OSError for a .gz bomb, UnicodeDecodeError for another encoding.
 
-    Arrow reads on after a row that is of another width and not UTF-8 as well, and tells nobody.
+    Arrow does not report invalid UTF-8 in rows of another width, so bytes are checked here.
     """
     packed = file.suffix.lower() == ".gz"
-    held, limit = 0, max(UNPACKED, PACKED * file.stat().st_size)
+    size, limit = 0, max(UNPACKED, PACKED * file.stat().st_size)
     decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
     with open_bytes(file) as source:
         while chunk := source.read(1 << 20):
-            held += len(chunk)
-            if packed and held > limit:
+            size += len(chunk)
+            if packed and size > limit:
                 raise OSError(f"it unpacks to more than {limit:,} bytes, {PACKED} times its size or more")
             if decoder:
                 decoder.decode(chunk)
         if decoder:
             decoder.decode(b"", final=True)
-    return held
+    return size
 
 
 def _shown(value: Any) -> str:
@@ -418,11 +486,11 @@ def _header(file: Path, dialect: Dialect, quoted: bool) -> tuple[str, ...]:
     with open_text(file, dialect) as lines:
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         rows = csv.reader(lines, delimiter=dialect.delimiter, quoting=style)
-        return tuple(next(filter(None, rows), ()))  # Arrow leaves out empty lines as well
+        return tuple(next(filter(None, rows), ()))  # Arrow skips empty lines as well
 
 
 def _unclosed(file: Path, dialect: Dialect) -> Iterator[Problem]:
-    """A quote that the file ends in, which Arrow takes for closed: the file is cut short, or rows were swallowed."""
+    """Reports a quote still open at the end of the file, which Arrow accepts: rows are missing or in one cell."""
     with open_bytes(file) as source:
         if sum(chunk.count(b'"') for chunk in iter(lambda: source.read(1 << 20), b"")) % 2 == 0:
             return
@@ -436,7 +504,7 @@ def _unclosed(file: Path, dialect: Dialect) -> Iterator[Problem]:
 
 
 def _undecodable(file: Path, encoding: str) -> Iterator[Problem]:
-    """The lines that are not `encoding`; none where lines cannot be told apart before they are decoded."""
+    """Reports lines that are not `encoding`; none for UTF-16 and UTF-32, whose lines cannot be split undecoded."""
     shown = "UTF-8" if encoding == UTF8 else encoding
     count = 0
     if not file.is_file() or encoding.startswith(("utf-16", "utf-32")):
@@ -451,7 +519,7 @@ def _undecodable(file: Path, encoding: str) -> Iterator[Problem]:
                     around = line[max(0, error.start - 20) : error.start + 20]
                     if count <= EXAMPLES:
                         yield Problem(file.name, number, f"not {shown}: {around!r}", _SAVE)
-    except (OSError, EOFError, zlib.error):  # a .gz that is broken as well, which is told elsewhere
+    except (OSError, EOFError, zlib.error):  # a broken .gz, reported elsewhere
         return
     if count > EXAMPLES:
         yield Problem(file.name, None, f"{count:,} lines are not {shown}", _SAVE, count - EXAMPLES)
@@ -460,9 +528,9 @@ def _undecodable(file: Path, encoding: str) -> Iterator[Problem]:
 def _fault(file: Path, error: Exception, remedy: str) -> Problem:
     if file.is_symlink() and not file.exists():
         return Problem(
-            file.name, None, f"is a link to {file.readlink()}, which is not there", "mount or copy its target"
+            file.name, None, f"is a link to {file.readlink()}, which does not exist", "mount or copy its target"
         )
     if not file.is_file():
-        there = sorted(other.name for other in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
-        return Problem(file.name, None, f"no such file in {file.parent} (there: {there})", "add it or name its folder")
+        names = sorted(other.name for other in file.parent.iterdir()) if file.parent.is_dir() else "no such folder"
+        return Problem(file.name, None, f"no such file in {file.parent} (there: {names})", "add it or name its folder")
     return Problem(file.name, None, f"cannot be read: {str(error) or type(error).__name__}", remedy)

@@ -1,41 +1,39 @@
-"""Your own tables -> Dataset: a folder of files, or tables in memory.
+"""User tables -> Dataset: from a folder of files, or from tables in memory.
 
-The folder holds `interactions` and, where you have them, `items`, `users`, `ties` and `reviews`, each one file, Parquet
+The folder contains `interactions` and optionally `items`, `users`, `ties`, `reviews`. Each table is one file, Parquet
 (`items.parquet`, `.pq`) or text with a header (`items.csv`, `.tsv`, `.txt`, each also `.gz`), or a folder of such files
-(`items.parquet/part-0.parquet`, ...), which are one table. `folder` says which names are tables: whatever is named
-after one, or has the ending of a table format, is read or refused by name.
+(`items.parquet/part-0.parquet`, ...). `folder` defines which names are tables; other files that look like tables are
+errors.
 
-Texts are UTF-8, or UTF-16 by its mark; cells are divided by comma, semicolon, tab or pipe, found from the header. The
-settings `delimiter` and `encoding` name others (`dialect`). A row of text may take 256 MiB.
+Text files are UTF-8, or UTF-16 with a byte order mark. Cells are separated by comma, semicolon, tab or pipe, detected
+from the header. The settings `delimiter` and `encoding` select others (`dialect`). A row may take 256 MiB.
 
-Columns, those in brackets optional:
+Columns, optional ones in brackets:
 
-  interactions  user_id, item_id [timestamp, value, text, part]   text: the user's own words about the item;
-                                                                  part: train, valid or test of a published split
+  interactions  user_id, item_id [timestamp, value, text, split]  text: the user's text about the item;
+                                                                  split: train, valid or test of a predefined split
   items         item_id [name, text, ...]                         further columns are attributes: numbers where
   users         user_id [name, text, ...]                         every value is one (below), text otherwise
-  ties          source_id, target_id [kind, timestamp, item_id]   directed; kind is "tie" unless given; item_id: the
-                                                                  item of the act in which the tie was seen
-  reviews       user_id, item_id, text [timestamp]                more words about a pair, or about one that is no
-                                                                  interaction
+  ties          source_id, target_id [kind, timestamp, item_id]   directed social edges; kind defaults to "tie";
+                                                                  item_id: item of the act in which an edge was observed
+  reviews       user_id, item_id, text [timestamp]                more texts, also about pairs without interaction
 
-`value` is kept and no model uses it, except that rows below `data.min_value`, where that is set, are no interactions:
-they count for nothing but the ids in them, and their texts stay as reviews. Rows without a value stay interactions.
+`value` is stored and not used by the model; with `data.min_value`, rows below it are no interactions: their ids and
+texts are kept (texts as reviews). Rows without a value stay interactions.
 
-Ids are text: "007" is not "7", and blanks around one are a fault. Times are unix seconds or ISO 8601, in UTC unless
-they name a zone (`times`). Missing is, in every column of every format: null, NaN, an empty and a blank text, in quotes
-or not; NA is a word. Missing elements of lists are left out; a list without elements says that there are none, and one
-of missing elements alone is missing. Without `users` or `items` the ids come from `interactions`, in order of first
-appearance. Items without interactions are new products, users without them new customers.
+Ids are text: "007" is not "7", and blanks around an id are a fault. Times are unix seconds or ISO 8601, in UTC unless
+they have a zone (`times`). In every column of every format, null, NaN, empty and blank texts (quoted or not) are
+missing; NA is text. Missing elements are removed from lists; an empty list is a value, a list of only missing elements
+is missing. Without `users` or `items`, ids come from `interactions` in order of first appearance. Items and users
+without interactions are kept as new (cold-start) items and users.
 
-An attribute in CSV is a number where every value, written back, gives the same text, zeros at the end of decimals
-apart: 0x1A, 1E5, 007, +5, 1_000, 1,000 and integers of more than 64 bits are text, and make their column text. Which
-column such a value turned to text is noted, with its row. Parquet and frames may have the types that `plain` lists. An
-attribute may be a list of values.
+A CSV attribute is a number where every value, formatted again, gives the same text up to trailing zeros of decimals:
+0x1A, 1E5, 007, +5, 1_000, 1,000 and integers above 64 bits are text, and make their column text; the first such value
+is noted with its row. Parquet files and data frames may have the types listed in `plain`. An attribute may be a list.
 
-What is checked, and what a repair makes of each fault, stands in `checks` (one table) and `validate` (between
-tables). Reports count rows with the header as row 1; blank lines and line breaks inside quotes are not counted.
-Rows of a folder are counted over all its parts, with one header, and the report adds the part and the row in it.
+`checks` (one table) and `validate` (between tables) define the faults and their repairs. Reports count the header as
+row 1 and do not count blank lines or line breaks inside quotes. Rows of a folder are counted over all its files, with
+one header; reports add the file and the row in it.
 """
 
 import dataclasses
@@ -57,7 +55,7 @@ from fused_rec.data.io.plain import plain_table
 from fused_rec.data.io.times import periods_as_times
 from fused_rec.data.io.validate import Tables, assemble
 
-# table -> its required and its optional columns; None: further columns are attributes.
+# Required and optional columns by table; None: further columns are attributes.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "interactions": (("user_id", "item_id"), ("timestamp", "value", "text", "split")),
     "items": (("item_id",), None),
@@ -66,8 +64,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "reviews": (("user_id", "item_id", "text"), ("timestamp",)),
 }
 
-_NONE = pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
-_INDEX = re.compile("__index_level_[0-9]+__")  # what pandas calls an index without a name
+_NO_INTERACTIONS = pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
+_INDEX = re.compile("__index_level_[0-9]+__")  # pandas' name of an unnamed index
 
 
 def read_tables(
@@ -79,13 +77,22 @@ def read_tables(
     delimiter: str = "",
     encoding: str = "",
 ) -> Dataset:
-    """The dataset in folder `path`, checked.
+    """Reads and checks the tables of a folder.
 
-    repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
-    min_value: what `value` must reach for a row to be an interaction, as in `fused_rec.config.DataConfig`.
-    delimiter, encoding: of text files, as in `DataConfig`; how a file is read is noted where it is not as expected.
+    Args:
+      path: folder with at least `interactions`.
+      name: name of the dataset.
+      repair: repairs what can be repaired and counts repairs in `Dataset.repairs`; nothing else changes.
+      min_value: minimum `value` of an interaction, as in `fused_rec.config.DataConfig`; None = all rows.
+      delimiter: of text files, as in `DataConfig`; empty = detected.
+      encoding: of text files, as in `DataConfig`; empty = UTF-8. Other than the expected format is noted.
 
-    Raises DataError with every problem found in any of the files, and ValueError for settings out of their bounds.
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: lists all faults of all files.
+      ValueError: a setting is out of bounds.
     """
     DataConfig(delimiter=delimiter, encoding=encoding)
     folder = Path(path).expanduser()
@@ -95,8 +102,8 @@ def read_tables(
     notes: dict[str, int] = {}
     found, problems = find_tables(folder, tuple(COLUMNS))
     if "interactions" not in found and not any(fault.file.startswith("interactions") for fault in problems):
-        there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
-        message = f"{folder} holds no interactions.csv or interactions.parquet (there: {there})"
+        found_names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
+        message = f"{folder} has no interactions.csv or interactions.parquet (there: {found_names})"
         problems.append(Problem("interactions", None, message, "add one of them, or name the folder that has it"))
     for table, file in found.items():
         try:
@@ -107,7 +114,7 @@ def read_tables(
         except DataError as error:
             problems += error.problems
     if problems:
-        tables.setdefault("interactions", _NONE)
+        tables.setdefault("interactions", _NO_INTERACTIONS)
     try:
         return assemble(
             name,
@@ -133,15 +140,27 @@ def dataset_from_tables(
     repair: bool = False,
     min_value: int | float | None = None,
 ) -> Dataset:
-    """The dataset of tables in memory, with the columns and the checks of files.
+    """Checks tables in memory, with the same columns and checks as files.
 
-    Each is a pandas or polars frame, an Arrow table, whatever else hands over Arrow data (`__arrow_c_stream__`), or a
-    dictionary of columns. A pandas index that has no name is no column. Reports count rows as those of a file, whose
-    header is row 1.
+    A table is a pandas or polars data frame, an Arrow table, any object with Arrow data (`__arrow_c_stream__`), or a
+    dictionary of columns. An unnamed pandas index is not a column. Reports count rows as in a file, from row 2.
 
-    repair: mends what can be mended, counts each repair in `Dataset.repairs`, and changes nothing else.
-    min_value: what `value` must reach for a row to be an interaction, as in `fused_rec.config.DataConfig`.
-    Raises DataError with every problem found in any of the tables, and TypeError for what is no table.
+    Args:
+      interactions: the interactions.
+      items: the items; None = the items of the interactions.
+      users: the users; None = the users of the interactions.
+      ties: the social edges, or None.
+      reviews: the reviews, or None.
+      name: name of the dataset.
+      repair: repairs what can be repaired and counts repairs in `Dataset.repairs`; nothing else changes.
+      min_value: minimum `value` of an interaction, as in `fused_rec.config.DataConfig`; None = all rows.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: lists all faults of all tables.
+      TypeError: an argument is no table.
     """
     given = {"interactions": interactions, "items": items, "users": users, "ties": ties, "reviews": reviews}
     tables: dict[str, pa.Table] = {}
@@ -153,12 +172,12 @@ def dataset_from_tables(
                 tables[table] = select(_arrow(frame, table), table, table, notes, typed=True)
         except DataError as error:
             problems += error.problems
-    tables.setdefault("interactions", _NONE)
+    tables.setdefault("interactions", _NO_INTERACTIONS)
     return assemble(name, Tables(**tables), repair=repair, min_value=min_value, notes=notes, problems=problems)
 
 
 def _arrow(frame: Any, name: str) -> pa.Table:
-    """The columns of whatever hands over Arrow data, plain where they can be."""
+    """Converts an object with Arrow data to an Arrow table, with plain types where possible."""
     if isinstance(frame, Mapping):
         frame = dict(frame)
     elif not isinstance(frame, pa.Table) and not hasattr(frame, "__arrow_c_stream__"):
@@ -173,7 +192,7 @@ def _arrow(frame: Any, name: str) -> pa.Table:
 
 
 def _unreadable(frame: Any, name: str) -> list[Problem]:
-    """The columns of a dictionary or data frame that Arrow cannot take."""
+    """Finds the columns of a dictionary or data frame that Arrow cannot convert."""
     problems = []
     columns = list(frame) if isinstance(frame, Mapping) else list(getattr(frame, "columns", ()))
     for column in columns:
@@ -185,12 +204,13 @@ def _unreadable(frame: Any, name: str) -> list[Problem]:
 
 
 def _fault(name: str, what: str, error: Exception) -> Problem:
+    """Describes a table or column that Arrow cannot convert."""
     remedy = "give columns of one length, each of one type"
     return Problem(name, None, f"{what}cannot be made an Arrow table: {error}", remedy)
 
 
 def _located(problem: Problem, parts: Mapping[str, int]) -> Problem:
-    """The problem, with the part that its row is in. parts: how many rows each has, by name, in their order."""
+    """Adds the file and row of a table in several files; `parts` has the number of rows by file, in order."""
     if problem.row is None:
         return problem
     row = problem.row
@@ -204,9 +224,9 @@ def _located(problem: Problem, parts: Mapping[str, int]) -> Problem:
 def _read(
     table: str, path: Path, notes: dict[str, int], delimiter: str, encoding: str
 ) -> tuple[pa.Table, bool, dict[str, int]]:
-    """The table as its file or folder holds it, whether its columns have types, and the rows of each part of a folder.
+    """Reads a file or folder: the table, whether its columns are typed, and the number of rows by file of a folder.
 
-    notes: gets how its texts are written where that is not as expected, counted by files.
+    `notes` gets the format of text files where it is not the expected one, with the number of files.
     """
     required, optional = COLUMNS[table]
 
@@ -226,25 +246,35 @@ def _read(
 
 
 def select(table: pa.Table, name: str, file: str, notes: dict[str, int], *, typed: bool) -> pa.Table:
-    """The columns of the format. typed: attributes have types already, and are not to be read from text.
+    """Selects the columns of the format and converts numeric text attributes.
 
-    notes: gets the columns that are not read, and those of codes that are read as text. Raises DataError where a column
-    is missing or there twice.
+    Args:
+      table: a table as read.
+      name: its name, a key of `COLUMNS`.
+      file: name of its file, for messages.
+      notes: gets the columns that are not read, and the attributes kept as text because of a value.
+      typed: whether attributes have types already; otherwise they are parsed from text.
+
+    Returns:
+      The table with the columns of the format.
+
+    Raises:
+      DataError: a required column is missing, or a column occurs twice.
     """
     required, optional = COLUMNS[name]
-    there = table.column_names
-    faults = [f"column {column} is missing (there: {', '.join(there)})" for column in required if column not in there]
+    names = table.column_names
+    faults = [f"column {column} is missing (there: {', '.join(names)})" for column in required if column not in names]
     faults += [
-        f"column {column} is there {there.count(column)} times" for column in set(there) if there.count(column) > 1
+        f"column {column} occurs {names.count(column)} times" for column in set(names) if names.count(column) > 1
     ]
     if faults:
         raise DataError([Problem(file, None, fault, "name the columns as the format does") for fault in faults])
     if optional is not None:
-        unread = [column for column in there if column not in required + optional]
+        unread = [column for column in names if column not in required + optional]
         notes.update({f"{name}: column {column!r}, which the format does not have, not read": 1 for column in unread})
         return table.drop_columns(unread)
     if not typed:
-        for column in [column for column in there if column not in (*required, "name", "text")]:
+        for column in [column for column in names if column not in (*required, "name", "text")]:
             read, odd = typed_from_text(table[column])
             table = replace(table, column, read)
             if odd is not None:

@@ -1,7 +1,7 @@
-"""Tables with their source's ids -> Dataset: what can be wrong between tables, and whether it is mended or refused.
+"""Tables with the ids of their source -> Dataset: checks between tables, and repair or rejection of all faults.
 
-A reader of public data declares the faults its format is known for as `inherent`: they are mended without being
-asked, and counted all the same.
+Readers of public data sets pass the known faults of their format as `auto_repair`: these are always repaired, and
+counted.
 """
 
 import dataclasses
@@ -16,20 +16,21 @@ from fused_rec.data.io import checks
 from fused_rec.data.io.arrow import as_ids, distinct, flags, known, locate, pc, replace
 from fused_rec.data.io.checks import Finding, Report
 
-BETWEEN_TABLES = ("unknown id", "unknown tie")  # what a table that could not be read would set off
+BETWEEN_TABLES = ("unknown id", "unknown tie")  # faults that an unreadable table would cause
 
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What a reader hands over: ids as its source writes them, text or integers.
+    """Tables from a reader, with ids as in their source (text or integers).
 
-    interactions: `user_id`, `item_id`; optional `timestamp` (see `times.read_times`), `value`, `part`, and `text`,
-      the user's words about the item, which become a row of `Dataset.reviews`.
-    users, items: `user_id` / `item_id`; optional `text`, `name`, attributes. None: the ids of the interactions, in
-      order of first appearance.
-    reviews: `user_id`, `item_id`, `text`; optional `timestamp`: words about pairs that need not be interactions.
-    ties: `source_id`, `target_id`; optional `kind` (default "tie"), `timestamp`, and `item_id`: the item of the act
-      in which the tie was seen.
+    Attributes:
+      interactions: `user_id`, `item_id`; optional `timestamp` (see `times.read_times`), `value`, `split`, and `text`,
+        the user's text about the item, which becomes a row of `Dataset.reviews`.
+      users, items: `user_id` or `item_id`; optional `text`, `name`, attributes. None: the ids of the interactions, in
+        order of first appearance.
+      reviews: `user_id`, `item_id`, `text`; optional `timestamp`. Pairs need not be interactions.
+      ties: `source_id`, `target_id`; optional `kind` (default "tie"), `timestamp`, and `item_id`: the item of the act
+        in which the edge was observed.
     """
 
     interactions: pa.Table
@@ -50,31 +51,40 @@ def assemble(
     problems: Sequence[Problem] = (),
     files: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """The checked dataset, its name, which may be that of a folder, made printable.
+    """Checks tables and builds the dataset.
 
-    min_value: rows whose `value` is below it are no interactions; their users, items and texts stay. None: all are.
-    auto_repair: kinds of `Finding` that are mended whether or not `repair` is asked for.
-    notes: what the reader itself left out, by description, with its count; joins `Dataset.notes`.
-    problems: what went wrong in reading; faults that only follow from an unread table are then not reported.
-    files: the file each table came from, for reports.
-    Raises DataError with every problem where one cannot be mended or no repair was asked for.
+    Args:
+      name: name of the dataset; made printable.
+      tables: the tables as read.
+      repair: repairs all faults that can be repaired.
+      min_value: minimum `value` of an interaction; users, items and texts of rows below it are kept. None: all rows.
+      auto_repair: kinds of `Finding` that are repaired even without `repair`.
+      notes: counts by description of what the reader excluded; added to `Dataset.notes`.
+      problems: faults found while reading; faults that only follow from an unreadable table are then not reported.
+      files: file name by table, for messages.
+
+    Returns:
+      The dataset, with counts of repairs and notes.
+
+    Raises:
+      DataError: lists all faults, where one cannot be repaired or `repair` is False.
     """
     findings: list[Finding] = []
-    told = dict(notes or {})
-    report = {field.name: Report(field.name, findings, told) for field in dataclasses.fields(Tables)}
+    all_notes = dict(notes or {})
+    report = {field.name: Report(field.name, findings, all_notes) for field in dataclasses.fields(Tables)}
     files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(files or {})
 
-    tables = _known(tables)
+    tables = _with_nulls(tables)
     events = _events(tables.interactions, report["interactions"], min_value)
     users = _catalogue(tables.users, "user_id", events, report["users"])
     items = _catalogue(tables.items, "item_id", events, report["items"])
     users = _with_unknown(users, "user_id", files["users"], events, report["interactions"])
     items = _with_unknown(items, "item_id", files["items"], events, report["interactions"])
     user, item = locate(events["user_id"], users["user_id"]), locate(events["item_id"], items["item_id"])
-    enough = _enough(events, report["interactions"], min_value)
-    interactions = _pairs(events.filter(pa.array(enough)), user[enough], item[enough], report["interactions"])
-    idle = users.num_rows - len(np.unique(user[enough]))
-    report["users"].note("customers without an interaction, kept as new customers", idle)
+    kept = _is_interaction(events, report["interactions"], min_value)
+    interactions = _pairs(events.filter(pa.array(kept)), user[kept], item[kept], report["interactions"])
+    inactive = users.num_rows - len(np.unique(user[kept]))
+    report["users"].note("users without an interaction, kept as new users", inactive)
     reviews = _pair_texts(events, user, item)
     if tables.reviews is not None:
         reviews = pa.concat_tables(
@@ -84,8 +94,8 @@ def assemble(
 
     refused = list(problems)
     for finding in findings:
-        mends = finding.repaired is not None and (repair or finding.kind in auto_repair)
-        if not mends and not (problems and finding.kind in BETWEEN_TABLES):
+        repaired = finding.repaired is not None and (repair or finding.kind in auto_repair)
+        if not repaired and not (problems and finding.kind in BETWEEN_TABLES):
             refused += finding.problems(files[finding.table])
     if not refused and not len(interactions):
         fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
@@ -94,26 +104,26 @@ def assemble(
         raise DataError(refused)
     repairs = {f"{finding.table}: {finding.repaired}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
-    return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, told)
+    return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, all_notes)
 
 
-def _known(tables: Tables) -> Tables:
-    """Every missing value null, by one meaning for all columns of all tables."""
-    there = {field.name: getattr(tables, field.name) for field in dataclasses.fields(Tables)}
-    for table in [table for table, rows in there.items() if rows is not None]:
-        columns = [known(column) for column in there[table].columns]
-        there[table] = pa.Table.from_arrays(columns, there[table].column_names)
-    return Tables(**there)
+def _with_nulls(tables: Tables) -> Tables:
+    """Replaces missing values by null in all columns of all tables."""
+    by_name = {field.name: getattr(tables, field.name) for field in dataclasses.fields(Tables)}
+    for name, table in [(name, table) for name, table in by_name.items() if table is not None]:
+        by_name[name] = pa.Table.from_arrays([known(column) for column in table.columns], table.column_names)
+    return Tables(**by_name)
 
 
 def _events(table: pa.Table, report: Report, min_value: int | float | None) -> pa.Table:
+    """Checks the columns of the interactions."""
     table = checks.check_times(checks.check_ids(table, report, "user_id", "item_id"), report)
     table = checks.check_values(table, report, min_value)
     return checks.check_texts(checks.check_splits(table, report), report)
 
 
-def _enough(events: pa.Table, report: Report, min_value: int | float | None) -> Bool[np.ndarray, "R"]:
-    """Which rows are interactions: of at least the least value, or of none."""
+def _is_interaction(events: pa.Table, report: Report, min_value: int | float | None) -> Bool[np.ndarray, "R"]:
+    """Returns which rows are interactions: those with a value of at least `min_value`, or without a value."""
     if "value" not in events.column_names:
         return np.ones(len(events), bool)
     given = flags(pc.is_valid(events["value"]))
@@ -128,7 +138,7 @@ def _enough(events: pa.Table, report: Report, min_value: int | float | None) -> 
 
 
 def _catalogue(table: pa.Table | None, name: str, events: pa.Table, report: Report) -> pa.Table:
-    """The users or items: each id of the table once or, without a table, the ids of the interactions."""
+    """Checks users or items: each id of the table once or, without a table, the ids of the interactions."""
     if table is None:
         ids = distinct(events[name])
         return pa.table({name: ids, checks.ROW: pa.nulls(len(ids), pa.int64())})
@@ -146,7 +156,7 @@ def _catalogue(table: pa.Table | None, name: str, events: pa.Table, report: Repo
 
 
 def _with_unknown(catalogue: pa.Table, name: str, file: str, events: pa.Table, report: Report) -> pa.Table:
-    """The catalogue, and at its end the ids that only the interactions name."""
+    """Appends the ids that only the interactions have to the users or items."""
     unknown = locate(events[name], catalogue[name]) < 0
     report.add(
         "unknown id",
@@ -163,7 +173,7 @@ def _with_unknown(catalogue: pa.Table, name: str, file: str, events: pa.Table, r
 
 
 def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"], report: Report) -> pa.Table:
-    """`Dataset.interactions`: of a pair's rows the earliest, in the order of the file."""
+    """Builds `Dataset.interactions`: the earliest row of each pair, in the order of the file."""
     keys = user.astype(np.int64) << 32 | item
     repeated = _repeated(keys, _times(events))
 
@@ -172,8 +182,8 @@ def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarra
         pair = f"{events['user_id'][r].as_py()!r}, {events['item_id'][r].as_py()!r}"
         return f"the pair ({pair}) is also in row {events[checks.ROW][kept]}"
 
-    remedy, mended = "keep one row for each pair", "rows that repeat a pair merged into its earliest"
-    report.add("repeated interaction", events, repeated, message, remedy, mended)
+    remedy, repair = "keep one row for each pair", "rows that repeat a pair merged into its earliest"
+    report.add("repeated interaction", events, repeated, message, remedy, repair)
     kept = {name: events[name] for name in ("timestamp", "value", "split") if name in events.column_names}
     if "value" in kept:
         kept["value"] = kept["value"].cast(pa.float32(), safe=False)
@@ -181,13 +191,14 @@ def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarra
 
 
 def _pair_texts(rows: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"]) -> pa.Table:
-    """`Dataset.reviews` of the rows that have a text."""
+    """Builds `Dataset.reviews` from the rows that have a text."""
     text = rows["text"] if "text" in rows.column_names else pa.nulls(len(rows), pa.string())
     times = {"timestamp": rows["timestamp"]} if "timestamp" in rows.column_names else {}
     return pa.table({"user": user, "item": item, "text": text, **times}).filter(pc.is_valid(text))
 
 
 def _reviews(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> pa.Table:
+    """Checks the reviews and builds `Dataset.reviews`."""
     rows = checks.check_ids(table, report, "user_id", "item_id")
     rows = checks.check_texts(checks.check_times(rows, report), report)
     user, item = locate(rows["user_id"], users["user_id"]), locate(rows["item_id"], items["item_id"])
@@ -204,7 +215,7 @@ def _reviews(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) 
 
 
 def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> pa.Table:
-    """`Dataset.ties`: between two known users, each (source, target, kind) once unless it was seen in an act."""
+    """Builds `Dataset.ties`: edges between known users, each (source, target, kind) once unless it has an item."""
     table = checks.check_times(checks.check_ids(table, report, "source_id", "target_id"), report)
     table = checks.check_acts(checks.check_kinds(table, report), report)
     ends = {end: locate(table[f"{end}_id"], users["user_id"]) for end in ("source", "target")}
@@ -218,14 +229,12 @@ def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> 
         item = locate(table["item_id"], items["item_id"])
         unknown |= (item < 0) & flags(pc.is_valid(table["item_id"]))
         columns["item"] = pa.array(item, mask=item < 0)
-    mended = "ties to unknown users dropped"
-    named = "user or item" if "item_id" in table.column_names else "user"
-    report.add(
-        "unknown tie", table, unknown, lambda r: f"{tie(r)} names an unknown {named}", f"add the {named}", mended
-    )
+    repair = "ties to unknown users dropped"
+    node = "user or item" if "item_id" in table.column_names else "user"
+    report.add("unknown tie", table, unknown, lambda r: f"{tie(r)} names an unknown {node}", f"add the {node}", repair)
     own = ~unknown & (ends["source"] == ends["target"])
-    mended = "ties to oneself dropped"
-    report.add("tie to oneself", table, own, lambda r: f"{tie(r)} joins a user to itself", "remove it", mended)
+    repair = "ties to oneself dropped"
+    report.add("tie to oneself", table, own, lambda r: f"{tie(r)} joins a user to itself", "remove it", repair)
 
     given = table["kind"] if "kind" in table.column_names else pa.nulls(len(table), pa.string())
     kinds = as_ids(pa.chunked_array(pc.fill_null(given, "tie")))
@@ -234,24 +243,24 @@ def _ties(table: pa.Table, users: pa.Table, items: pa.Table, report: Report) -> 
         columns["timestamp"] = table["timestamp"]
     repeated = np.zeros(len(table), bool)
     if "item" not in columns:
-        sound = ~unknown & ~own
+        valid = ~unknown & ~own
         codes = kinds.combine_chunks().indices.to_numpy().astype(np.int64)
         keys = (codes * len(users) + ends["source"]) * len(users) + ends["target"]
-        repeated[sound] = _repeated(keys[sound], _times(table)[sound])
-    mended = "repeated ties dropped"
-    report.add("repeated tie", table, repeated, lambda r: f"{tie(r)} is there already", "keep it once", mended)
+        repeated[valid] = _repeated(keys[valid], _times(table)[valid])
+    repair = "repeated ties dropped"
+    report.add("repeated tie", table, repeated, lambda r: f"{tie(r)} is repeated", "keep it once", repair)
     return pa.table(columns).filter(pa.array(~(unknown | own | repeated)))
 
 
 def _times(table: pa.Table) -> Int64[np.ndarray, "R"]:
-    """Seconds to order rows by; a row without a time comes last."""
+    """Returns the seconds to order rows by; rows without a time come last."""
     if "timestamp" not in table.column_names:
         return np.zeros(len(table), np.int64)
     return np.asarray(pc.fill_null(table["timestamp"], np.iinfo(np.int64).max))
 
 
 def _repeated(keys: np.ndarray, times: Int64[np.ndarray, "R"] | None = None) -> Bool[np.ndarray, "R"]:
-    """Which rows repeat a key: all but its earliest, or its first where times are equal or not given."""
+    """Returns which rows repeat a key: all but its earliest, or its first where times are equal or not given."""
     first = np.unique(keys, return_index=True)[1]
     repeated = np.ones(len(keys), bool)
     repeated[first] = False

@@ -1,7 +1,7 @@
-"""Public formats -> Dataset: Amazon reviews, LightGCN's lines, integer edge tables, RecBole's atomic files.
+"""Readers of public formats: Amazon reviews, LightGCN's text files, integer edge tables, RecBole's atomic files.
 
-Each takes (folder, repair), brings its files into `Tables` and hands them to `validate.assemble`. What a format is
-known for (repeated pairs, users known by their ties only) is mended and counted, not refused.
+Each takes (folder, repair), reads its files into `Tables` and passes them to `validate.assemble`. The known faults of a
+format (repeated pairs, users with social edges only) are always repaired and counted.
 """
 
 import re
@@ -17,12 +17,24 @@ from fused_rec.data.io.checks import EXAMPLES
 from fused_rec.data.io.files import integers, read_delimited, read_json_lines, read_lines
 from fused_rec.data.io.validate import Tables, assemble
 
-SPLIT_NAMES = ("train", "test")  # of the published splits read here
+SPLIT_NAMES = ("train", "test")  # of the predefined splits read here
 _INTEGER = re.compile("[+-]?[0-9]{1,18}")  # int() also takes 1_0, and digits of other scripts; 18 fit into 64 bits
 
 
 def amazon(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
-    """The one `*.json.gz` of an Amazon review set of 2014. A review's text is "summary. reviewText"; value: stars."""
+    """Reads the `*.json.gz` of an Amazon review data set of 2014.
+
+    Args:
+      path: folder with this one file.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+      min_value: minimum rating of an interaction, None = all.
+
+    Returns:
+      The dataset; the text of a review is "summary. reviewText", its `value` the stars.
+
+    Raises:
+      DataError: lists all faults.
+    """
     schema = dict.fromkeys(("reviewerID", "asin", "reviewText", "summary"), pa.string())
     rows = read_json_lines(_only(path, "*.json.gz"), {**schema, "overall": pa.float64(), "unixReviewTime": pa.int64()})
     text_columns = {name: pc.utf8_trim_whitespace(pc.fill_null(rows[name], "")) for name in ("summary", "reviewText")}
@@ -41,14 +53,25 @@ def amazon(path: Path, repair: bool, min_value: int | float | None = None) -> Da
     )
     bare = pc.sum(empty["reviewText"]).as_py()
     notes = {"interactions: reviews without a body, for which the summary stands": bare} if bare else {}
-    inherent = ("repeated interaction",)
-    return assemble(path.name, Tables(events), repair=repair, min_value=min_value, notes=notes, auto_repair=inherent)
+    auto_repair = ("repeated interaction",)
+    return assemble(path.name, Tables(events), repair=repair, min_value=min_value, notes=notes, auto_repair=auto_repair)
 
 
 def lightgcn_text(path: Path, repair: bool) -> Dataset:
-    """`train.txt` and `test.txt`, a line a user (`user item item ...`), as NGCF and LightGCN publish them."""
+    """Reads `train.txt` and `test.txt` with one line per user (`user item item ...`), the format of NGCF and LightGCN.
+
+    Args:
+      path: folder with both files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset with a predefined split.
+
+    Raises:
+      DataError: lists all faults.
+    """
     problems: list[Problem] = []
-    rows = [(part, ids) for part in SPLIT_NAMES for ids in _id_lines(path / f"{part}.txt", problems)]
+    rows = [(split, ids) for split in SPLIT_NAMES for ids in _id_lines(path / f"{split}.txt", problems)]
     if problems:
         raise DataError(problems)
     first = np.array([ids[0] for _, ids in rows], np.int64)
@@ -57,14 +80,14 @@ def lightgcn_text(path: Path, repair: bool) -> Dataset:
         {
             "user_id": np.repeat(first, lengths),
             "item_id": np.concatenate([np.zeros(0, np.int64), *(ids[1:] for _, ids in rows)]),
-            "split": np.repeat(np.array([part for part, _ in rows], np.str_), lengths),
+            "split": np.repeat(np.array([split for split, _ in rows], np.str_), lengths),
         }
     )
     return _numbered(path.name, events, first, None, repair)
 
 
 def _id_lines(file: Path, problems: list[Problem]) -> Iterator[np.ndarray]:
-    """The integers of each line that has any, int64; notes the lines that hold something else."""
+    """Yields the integers of each non-empty line as int64, and reports lines with anything else."""
     bad = 0
     for row, line in enumerate(read_lines(file), start=1):
         words = line.split()
@@ -83,31 +106,51 @@ def _id_lines(file: Path, problems: list[Problem]) -> Iterator[np.ndarray]:
 
 
 def edges(path: Path, repair: bool) -> Dataset:
-    """`train.tsv`, `test.tsv` and, where there is one, `social.tsv` (each may be .gz): two integers a row.
+    """Reads `train.tsv`, `test.tsv` and optionally `social.tsv` (each may be .gz) with two integers per row.
 
-    Users known by their ties alone are kept as new users, and counted.
+    Args:
+      path: folder with the files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset with a predefined split; users with social edges only are kept as new users, and noted.
+
+    Raises:
+      DataError: lists all faults.
     """
-    pairs = {part: _integer_pairs(_only(path, f"{part}.tsv*"), "user_id", "item_id") for part in SPLIT_NAMES}
-    events = [rows.append_column("split", pa.array([part] * len(rows), pa.string())) for part, rows in pairs.items()]
+    pairs = {split: _integer_pairs(_only(path, f"{split}.tsv*"), "user_id", "item_id") for split in SPLIT_NAMES}
+    events = [rows.append_column("split", pa.array([name] * len(rows), pa.string())) for name, rows in pairs.items()]
     ties = _integer_pairs(_only(path, "social.tsv*"), "source_id", "target_id") if _has(path, "social.tsv*") else None
-    known = [] if ties is None else [np.asarray(end) for end in ties.columns]
-    return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *known]).astype(np.int64), ties, repair)
+    ends = [] if ties is None else [np.asarray(end) for end in ties.columns]
+    return _numbered(path.name, pa.concat_tables(events), np.concatenate([[], *ends]).astype(np.int64), ties, repair)
 
 
 def recbole(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
-    """RecBole atomic files: one `*.inter` and, where they are, `*.item`, `*.user` and `*.net` (headers `name:type`).
+    """Reads RecBole atomic files: `*.inter` and optionally `*.item`, `*.user`, `*.net` (headers `name:type`).
 
-    A token_seq column called `text` is a row's text; without one all token_seq columns make it up. The first with
-    "title" or "name" in it is its name; the others stay as attributes too, each in one string, beside those of the
-    other types. Of `*.inter` the text is the review, `rating` the value, and `part`, as `data.writers` writes it, the
-    part of a published split; columns beyond user_id, item_id, timestamp and these are counted, not read.
+    The text of a row is its token_seq column `text`, or else all its token_seq columns. The first of these with "title"
+    or "name" in its name is the `name`; the others stay attributes, each as one string, like those of other types. In
+    `*.inter`, the text is the review, `rating` the value, and `split` (as `fused_rec.data.io.writers` writes it) the
+    predefined split; columns other than these, user_id, item_id and timestamp are noted and not read.
+
+    Args:
+      path: folder with the files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+      min_value: minimum rating of an interaction, None = all.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: lists all faults.
     """
     events, text_columns = _atomic(_only(path, "*.inter"), ("user_id", "item_id"))
     read = ("user_id", "item_id", "rating", "timestamp", "text", "split")
-    known = [name for name in read if name in events.column_names]
-    unread = [name for name in events.column_names if name not in (*known, *text_columns, "name")]
+    selected = [name for name in read if name in events.column_names]
+    unread = [name for name in events.column_names if name not in (*selected, *text_columns, "name")]
     notes = {f"interactions: column {name!r} not read": 1 for name in unread}
-    tables = {"interactions": events.select(known).rename_columns([{"rating": "value"}.get(n, n) for n in known])}
+    interactions = events.select(selected).rename_columns([{"rating": "value"}.get(name, name) for name in selected])
+    tables = {"interactions": interactions}
     for table, ending, ids in (
         ("items", "item", ("item_id",)),
         ("users", "user", ("user_id",)),
@@ -115,14 +158,14 @@ def recbole(path: Path, repair: bool, min_value: int | float | None = None) -> D
     ):
         if _has(path, f"*.{ending}"):
             tables[table], _ = _atomic(_only(path, f"*.{ending}"), ids)
-    inherent = ("repeated interaction", "unknown id")
+    auto_repair = ("repeated interaction", "unknown id")
     tables = Tables(**tables)
-    return assemble(path.name, tables, repair=repair, min_value=min_value, notes=notes, auto_repair=inherent)
+    return assemble(path.name, tables, repair=repair, min_value=min_value, notes=notes, auto_repair=auto_repair)
 
 
-def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | None, repair: bool) -> Dataset:
-    """Integer ids in numeric order; `known` are users beside those of the interactions."""
-    users = np.unique(np.concatenate([np.asarray(events["user_id"]), known]))
+def _numbered(name: str, events: pa.Table, more_users: np.ndarray, ties: pa.Table | None, repair: bool) -> Dataset:
+    """Builds a dataset with integer ids in numeric order; `more_users` need not have interactions."""
+    users = np.unique(np.concatenate([np.asarray(events["user_id"]), more_users]))
     items = np.unique(np.asarray(events["item_id"]))
     if ties is not None:
         ties = ties.append_column("kind", pa.array(["trust"] * len(ties), pa.string()))
@@ -131,6 +174,7 @@ def _numbered(name: str, events: pa.Table, known: np.ndarray, ties: pa.Table | N
 
 
 def _integer_pairs(file: Path, *names: str) -> pa.Table:
+    """Reads a file without header as integer columns."""
     rows = read_delimited(file, names=names)
     return pa.table({name: integers(rows, name, file, header=False) for name in names})
 
@@ -150,10 +194,10 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
     sequences = [name for name, kind in types.items() if kind == "token_seq"]
     texts = ["text"] if "text" in sequences else sequences
     titles = [name for name in sequences if "title" in name or "name" in name]
-    taken = ["text"] if texts and "text" in types and "text" not in texts else []
-    taken += ["name"] if titles and "name" in types and "name" != titles[0] else []
-    if taken:
-        message = f"column {taken[0]} is there, and {', '.join(titles[:1] or texts)} would be read as it"
+    clashing = ["text"] if texts and "text" in types and "text" not in texts else []
+    clashing += ["name"] if titles and "name" in types and "name" != titles[0] else []
+    if clashing:
+        message = f"column {clashing[0]} is there, and {', '.join(titles[:1] or texts)} would be read as it"
         raise DataError([Problem(file.name, None, message, "give one of them another name")])
     for name, kind in types.items():
         try:
@@ -188,13 +232,15 @@ def _refuse_large(column: pa.ChunkedArray, name: str, file: Path) -> None:
 
 
 def _has(path: Path, pattern: str) -> bool:
+    """Returns whether a file matches."""
     return any(path.glob(pattern))
 
 
 def _only(path: Path, pattern: str) -> Path:
+    """Finds the one file that matches; raises DataError for none or several."""
     found = sorted(file for file in path.glob(pattern) if file.is_file())
     if len(found) != 1:
-        there = sorted(file.name for file in (found or path.iterdir()))
-        message = f"{len(found)} files match {pattern} in {path} where one is due (there: {there})"
+        names = sorted(file.name for file in (found or path.iterdir()))
+        message = f"{len(found)} files match {pattern} in {path}, which must be one (there: {names})"
         raise DataError([Problem(pattern, None, message, "name a folder that holds one dataset")])
     return found[0]

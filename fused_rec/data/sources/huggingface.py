@@ -1,14 +1,14 @@
-"""Folders of Parquet shards as Hugging Face lays them out -> Dataset.
+"""Reader of Hugging Face dataset folders of Parquet shards.
 
 Two layouts are read:
 
-  interactions/train-00000-of-00001.parquet, .../validation-..., .../test-..., and where there are such tables
-  items/, users/, ties/, reviews/train-00000-of-00001.parquet     what `fused_rec.data.io.writers` writes, a folder a
-  table data/train-00000-of-00001.parquet, ...                          interactions alone, as `push_to_hub` leaves them
+- one folder per table, as `fused_rec.data.io.writers` writes: interactions/train-00000-of-00001.parquet,
+  .../validation-..., .../test-..., and optionally items/, users/, ties/, reviews/train-00000-of-00001.parquet;
+- interactions only, as `push_to_hub` writes: data/train-00000-of-00001.parquet, ...
 
-Columns are those of `fused_rec.data.io.tables`. Where interactions stand in several splits, the splits are their
-`part`, and `row`, where it is there, tells their order before they were divided. In reports a row is counted through
-all shards of a table, train before validation before test, with the header as row 1.
+Columns are those of `fused_rec.data.io.tables`. Where interactions are in several splits, these become their column
+`split`, and an optional column `row` is their order before splitting. Reports count rows over all shards of a table,
+train before validation before test, with the header as row 1.
 """
 
 import re
@@ -24,20 +24,29 @@ from fused_rec.data.io.folder import FORMATS
 from fused_rec.data.io.tables import COLUMNS, select
 from fused_rec.data.io.validate import Tables, assemble
 
-SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # theirs, and the `part` that it is
-ROW = "row"  # column: the place of an interaction before they were divided
+SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # Hugging Face's names -> ours
+ROW = "row"  # column: index of an interaction before splitting
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
 
 
 def shard(split: str) -> str:
-    """The file of a split that is not divided further."""
+    """Returns the file name of a split with one shard."""
     return f"{split}-00000-of-00001.parquet"
 
 
 def huggingface(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
-    """The dataset in such a folder, checked as own tables are.
+    """Reads and checks a Hugging Face dataset folder.
 
-    Raises DataError with every problem, among them a missing shard and a file of a table format that would go unread.
+    Args:
+      path: folder with a subfolder of Parquet shards per table.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+      min_value: minimum value of an interaction, None = all.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: lists all faults, including missing shards and table files that would not be read.
     """
     problems: list[Problem] = []
     tables: dict[str, pa.Table] = {}
@@ -69,18 +78,19 @@ def huggingface(path: Path, repair: bool, min_value: int | float | None = None) 
 
 
 def _is_stray(file: Path, folders: Collection[Path]) -> bool:
-    """Whether a file has the ending of a table format, and would not be read; hidden ones are caches and leftovers."""
+    """Returns whether a file has a table format and would not be read; hidden files are caches and leftovers."""
     table = not FORMATS.isdisjoint(file.name.lower().split(".")[1:]) and not file.name.startswith(".")
     return table and file.is_file() and not (file.suffix == ".parquet" and file.parent in folders)
 
 
 def _read(name: str, folder: Path) -> pa.Table:
+    """Reads the shards of a table in the order of its rows."""
     shards = _shards(folder)
-    known = SPLITS if name == "interactions" else {"train": "train"}
-    if unknown := sorted(shards.keys() - known.keys()):
-        remedy = f"{name} may have the splits {', '.join(known)}; rename it, or take it out"
+    allowed = SPLITS if name == "interactions" else {"train": "train"}
+    if unknown := sorted(shards.keys() - allowed.keys()):
+        remedy = f"{name} may have the splits {', '.join(allowed)}; rename it, or take it out"
         raise DataError([Problem(f"{folder.name}/{unknown[0]}-*.parquet", None, "is no split of this table", remedy)])
-    read = {split: [_plain(file) for file in shards[split]] for split in known if split in shards}
+    read = {split: [_plain(file) for file in shards[split]] for split in allowed if split in shards}
     if len(read) > 1:
         read = {split: [_with_split(table, split, folder) for table in tables] for split, tables in read.items()}
     try:
@@ -95,7 +105,7 @@ def _read(name: str, folder: Path) -> pa.Table:
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split in their order."""
+    """Finds the shards of each split, in order."""
     numbers: dict[tuple[str, int], list[int]] = {}
     for file in sorted(folder.glob("*.parquet")):
         if (match := _SHARD.fullmatch(file.name)) is None:
@@ -106,30 +116,31 @@ def _shards(folder: Path) -> dict[str, list[Path]]:
         fault = f"no shards are in {folder}"
         raise DataError([Problem(f"{folder.name}/*.parquet", None, fault, f"add {folder.name}/{shard('train')}")])
     found: dict[str, list[Path]] = {}
-    for (split, count), there in numbers.items():
-        if there != list(range(count)) or split in found:
-            fault = f"{len(there)} shards are there where {count} are due, or shards of two divisions"
-            raise DataError([Problem(f"{folder.name}/{split}-*.parquet", None, fault, "download all of one division")])
-        found[split] = [folder / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in there]
+    for (split, count), present in numbers.items():
+        if present != list(range(count)) or split in found:
+            fault = f"{len(present)} of {count} shards found, or shards of two versions"
+            raise DataError([Problem(f"{folder.name}/{split}-*.parquet", None, fault, "download all of one version")])
+        found[split] = [folder / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in present]
     return found
 
 
 def _plain(file: Path) -> pa.Table:
+    """Reads a shard and checks that column names are unique."""
     table = read_parquet(file)
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError([Problem(file.name, None, f"column {twice[0]} is there twice", "keep one of them")])
+        raise DataError([Problem(file.name, None, f"column {twice[0]} occurs twice", "keep one of them")])
     return table
 
 
 def _with_split(table: pa.Table, split: str, folder: Path) -> pa.Table:
-    """Interactions of a split with its part; a column `part` that says otherwise is refused."""
+    """Adds the column `split`, or checks it where it exists."""
     if "split" not in table.column_names:
         return table.append_column("split", pa.array([SPLITS[split]] * len(table), pa.string()))
     if pa.types.is_string(table["split"].type):  # the checks refuse any other
         other = pc.sum(pc.fill_null(pc.not_equal(table["split"], SPLITS[split]), True)).as_py()
         if other:
-            fault = f"{other:,} rows have another part than {SPLITS[split]}"
-            remedy = "move them to the split of their part, or drop the column"
+            fault = f"{other:,} rows have another split than {SPLITS[split]}"
+            remedy = "move them to the shards of their split, or drop the column"
             raise DataError([Problem(f"{folder.name}/{split}-*.parquet", None, fault, remedy)])
     return table

@@ -1,4 +1,4 @@
-"""The datasets that can be named, and the one function that loads what a configuration names."""
+"""Registry of data sets by name, and the function that loads the one of a configuration."""
 
 import dataclasses
 import os
@@ -23,13 +23,18 @@ from fused_rec.data.sources.stocknet import stocknet
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a named dataset is read.
+    """Reader of a named data set.
 
-    folder: its place under $FUSED_REC_DATA. download: its name there, if it has one. values: it may have a column
-    `value`, and takes `data.min_value` by name; own tables take `data.delimiter` and `data.encoding` too.
+    Attributes:
+      read: called with the folder and `data.repair`; None: generated data.
+      folder: default folder under $FUSED_REC_DATA, empty for none.
+      description: one line for lists of data sets.
+      download: name in `fused_rec.data.sources.download`, empty where it cannot be downloaded.
+      values: whether it may have a column `value`, so that `read` takes `min_value`; user tables also take `delimiter`
+        and `encoding`.
     """
 
-    read: Callable[..., Dataset] | None  # of the folder and data.repair; None: generated
+    read: Callable[..., Dataset] | None
     folder: str
     description: str
     download: str = ""
@@ -59,16 +64,24 @@ READERS: dict[str, Reader] = {
 
 
 class NoFolderError(FileNotFoundError):
-    """The tables' folder is not there; the message names it and what else can be done."""
+    """Error for a missing data folder; the message has the folder and the alternatives."""
 
-    setting = "data.path"  # that names it
+    setting = "data.path"  # the setting to change
 
 
 def load(config: DataConfig) -> Dataset:
-    """The dataset that the configuration names, cut to its `core`.
+    """Loads the data set of a configuration, filtered to its k-core.
 
-    Raises ValueError for an unknown name, NoFolderError where its folder is not there, DataError (which lists
-    every problem) where its files must not be used.
+    Args:
+      config: name, path and options.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      ValueError: the name is unknown, or an option does not apply to it.
+      NoFolderError: its folder is missing.
+      DataError: its files are faulty; lists all faults.
     """
     if config.name not in READERS:
         raise ValueError(f"data.name is {config.name!r}; it must be one of {', '.join(READERS)}")
@@ -94,10 +107,18 @@ def load(config: DataConfig) -> Dataset:
 
 
 def k_core(dataset: Dataset, core: int) -> Dataset:
-    """Only users and items with `core` interactions or more among themselves, with their reviews and ties.
+    """Filters to the k-core: users and items with at least `core` interactions among themselves.
 
-    A tie seen in an act on an item goes with the item. What is removed is counted in `notes`.
-    Raises ValueError where nothing is left.
+    Args:
+      dataset: the data.
+      core: minimum number of interactions k.
+
+    Returns:
+      The k-core with its reviews and social edges; edges with an `item` are removed with the item. `notes` has the
+      number of removed rows.
+
+    Raises:
+      ValueError: nothing is left.
     """
     user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
     kept = np.ones(len(user), bool)
@@ -122,36 +143,38 @@ def k_core(dataset: Dataset, core: int) -> Dataset:
 
 
 def _cut(table: pa.Table, ends: dict[str, Bool[np.ndarray, "R"]]) -> pa.Table:
-    """Rows whose users and items all stay, with their new positions; null stays null."""
+    """Selects the rows whose users and items are all kept, with their new indices; null stays null."""
     kept = np.ones(len(table), bool)
     for name in ends.keys() & set(table.column_names):
         rows = table[name].combine_chunks()
         kept &= flags(pc.fill_null(pa.array(ends[name]).take(rows), True))
-        places = np.cumsum(ends[name], dtype=np.int32) - 1
-        table = replace(table, name, pa.array(places, pa.int32()).take(rows))
+        indices = np.cumsum(ends[name], dtype=np.int32) - 1
+        table = replace(table, name, pa.array(indices, pa.int32()).take(rows))
     return table.filter(pa.array(kept))
 
 
 def _folder(config: DataConfig, reader: Reader) -> Path:
+    """Finds the folder of a data set."""
     root = os.environ.get("FUSED_REC_DATA", "")
     if not config.path and not reader.folder:
         raise NoFolderError(f"data.name {config.name!r} needs a folder: set data.path")
     if not config.path and not root:
-        raise NoFolderError(f"no folder for data.name {config.name!r}: {_ways(reader)}")
+        raise NoFolderError(f"no folder for data.name {config.name!r}: {_remedies(reader)}")
     folder = Path(config.path or Path(root) / reader.folder)
     try:
         folder = folder.expanduser().resolve() if config.path else folder.resolve()
     except (RuntimeError, OSError) as error:  # no home directory, or links in a circle
-        raise NoFolderError(f"data.name {config.name!r} is read from {folder}: {error}; {_ways(reader)}") from error
+        raise NoFolderError(f"data.name {config.name!r} is read from {folder}: {error}; {_remedies(reader)}") from error
     if not folder.is_dir():
-        raise NoFolderError(f"data.name {config.name!r} is read from {folder}, which is no folder: {_ways(reader)}")
+        raise NoFolderError(f"data.name {config.name!r} is read from {folder}, which is no folder: {_remedies(reader)}")
     return folder
 
 
-def _ways(reader: Reader) -> str:
-    ways = ["set data.path to the folder of its files"]
+def _remedies(reader: Reader) -> str:
+    """Lists the ways to provide the folder."""
+    remedies = ["set data.path to the folder of its files"]
     if reader.folder:
-        ways = ["set FUSED_REC_DATA to the folder that holds the datasets", "data.path to that of its files"]
+        remedies = ["set FUSED_REC_DATA to the folder that holds the datasets", "data.path to that of its files"]
     if reader.download:
-        ways.append(f"run python -m fused_rec.data.sources.download {reader.download}")
-    return ", or ".join(ways)
+        remedies.append(f"run python -m fused_rec.data.sources.download {reader.download}")
+    return ", or ".join(remedies)

@@ -1,19 +1,28 @@
-"""Values of a published config.json, checked before anything is built from them."""
+"""Checks of values of a config.json before a model is built from them."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = 1 << 24  # of the whole numbers: what a vocabulary, a layer or a text may have
-LARGEST_REAL = 1e12  # of the others; the rotary base of published models goes up to 1e8
+LARGEST = 1 << 24  # bound of integers: sizes of vocabularies, layers and texts
+LARGEST_REAL = 1e12  # bound of floats; rotary bases of published models go up to 1e8
 REQUIRED: Any = object()
 
 
 def field(stored: Mapping[str, Any], name: str, kind: type, default: Any = REQUIRED) -> Any:
-    """The value called `name`, of this type; where it is absent or null, the default.
+    """Reads a value of a config.
 
-    A float may be written as an int. Raises ValueError where it is required and absent, of another type, not finite,
-    or beyond the bounds.
+    Args:
+      stored: content of the file.
+      name: name of the value.
+      kind: its type; a float may be written as an int.
+      default: used where it is absent or null.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: it is required and absent, of another type, not finite, or out of bounds.
     """
     value = stored.get(name)
     if value is None:
@@ -30,26 +39,60 @@ def field(stored: Mapping[str, Any], name: str, kind: type, default: Any = REQUI
 
 
 def require(stored: Mapping[str, Any], **supported: Any) -> None:
-    """Raises ValueError where one of these settings is there and is not the value that is supported."""
+    """Checks settings for which one value is supported.
+
+    Args:
+      stored: content of the file.
+      **supported: supported value by name of the setting.
+
+    Raises:
+      ValueError: a setting is present with another value.
+    """
     for name, value in supported.items():
         if stored.get(name) is not None and stored[name] != value:
             raise ValueError(f"{name} is {stored[name]!r:.60}; supported is {value!r}")
 
 
 def positive(config: Any, *names: str) -> None:
-    """Raises ValueError where one of these numbers of a config is below 1."""
+    """Checks that numbers of a config are at least 1.
+
+    Args:
+      config: an encoder config.
+      *names: its fields.
+
+    Raises:
+      ValueError: one is below 1.
+    """
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
 
 
 def multiple(config: Any, name: str, of: str) -> None:
-    """Raises ValueError where one number of a config is no multiple of another."""
+    """Checks that a number of a config is a multiple of another.
+
+    Args:
+      config: an encoder config.
+      name: field that must be a multiple.
+      of: field that must divide it.
+
+    Raises:
+      ValueError: it is no multiple.
+    """
     if getattr(config, name) % getattr(config, of):
         raise ValueError(f"{name} {getattr(config, name)} must be a multiple of {of} {getattr(config, of)}")
 
 
 def one_of(name: str, value: Any, supported: Mapping[str, Any] | tuple[str, ...]) -> None:
-    """Raises ValueError where a value is none of those supported."""
+    """Checks that a value is supported.
+
+    Args:
+      name: name of the value, for the message.
+      value: the value.
+      supported: supported values, or a mapping with these as keys.
+
+    Raises:
+      ValueError: it is none of them.
+    """
     if value not in supported:
         raise ValueError(f"{name} is {value!r:.60}; supported are {', '.join(supported)}")

@@ -1,7 +1,7 @@
-"""What of a language model is trained: low-rank adapters beside its weights, or the weights themselves.
+"""Trainable parameters of a language model: LoRA adapters, or all weights.
 
-A pure transformation of parameter trees, which asks of an encoder only that its matrices are leaves named `kernel`,
-[..., in, out]; axes before the last two, such as that of scanned layers, each have adapters of their own.
+Pure functions of parameter trees. They assume only that the matrices of an encoder are leaves named `kernel`,
+[..., in, out]; each index of leading axes, such as that of scanned layers, has its own adapter.
 """
 
 from typing import Any, Literal
@@ -13,15 +13,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 Trainable = Literal["lora", "full"]
-SCALE = 2.0  # of what adapters add: alpha / r with alpha = 2 r, as is usual
+SCALE = 2.0  # of adapters: alpha / r with the usual alpha = 2 r
 
 
 def init_trainable(training: Trainable, params: PyTree, rank: int, seed: int) -> PyTree:
-    """What is trained, before the first step: `with_adapters` gives the very weights of `params`.
+    """Initializes the trainable parameters so that `with_adapters` returns the weights of `params`.
 
-    lora: for each kernel [..., in, out] a matrix `down` [..., in, rank], normal of variance 1 / in, and `up`
-    [..., rank, out] of zeros (Hu et al., 2021, arXiv 2106.09685, section 4.1), on the host. full: the weights.
-    Raises ValueError where no leaf is a kernel, and where the rank reaches a kernel's smaller side.
+    Args:
+      training: "lora" or "full".
+      params: parameters of the encoder.
+      rank: rank of the adapters.
+      seed: seed of the adapters.
+
+    Returns:
+      lora: for each kernel [..., in, out] a matrix `down` [..., in, rank], normal with variance 1 / in, and `up`
+      [..., rank, out] of zeros (Hu et al., 2021, arXiv 2106.09685, section 4.1), on the host. full: `params`.
+
+    Raises:
+      ValueError: no leaf is a kernel, or the rank is not below the smaller side of every kernel.
     """
     if training == "full":
         return params
@@ -44,9 +53,15 @@ def init_trainable(training: Trainable, params: PyTree, rank: int, seed: int) ->
 
 
 def with_adapters(training: Trainable, params: PyTree, trained: PyTree) -> PyTree:
-    """The language model's parameters with what was trained: W + SCALE * down @ up, or `encoder_params` in their place.
+    """Computes the parameters of the fine-tuned language model: W + SCALE * down @ up, or all trained weights.
 
-    params: the published ones; not looked at where all are trained.
+    Args:
+      training: "lora" or "full".
+      params: the pretrained parameters; not used where all are trained.
+      trained: the trainable parameters, as from `init_trainable`.
+
+    Returns:
+      Parameters of the encoder.
     """
     if training == "full":
         return trained

@@ -1,4 +1,4 @@
-"""The encoder families by the `model_type` of a published config.json: what reads it, what computes, what loads."""
+"""Registry of encoder families by the `model_type` of config.json: config readers, modules and weight conversion."""
 
 import dataclasses
 import functools
@@ -26,19 +26,21 @@ ENCODERS: dict[type, type[nn.Module]] = {
     DecoderConfig: Decoder,
     ModernBertConfig: ModernBert,
 }
-KEPT = ("float32", "bfloat16", "float16")  # dtypes in which weights stay as they are stored
-ALIGNMENT = 64  # bytes; on a CPU, JAX then computes with these very arrays instead of a copy
-SLAB = 1 << 24  # bytes of a weight that are read at once
+STORED_DTYPES = ("float32", "bfloat16", "float16")  # supported dtypes of weights, which are kept
+ALIGNMENT = 64  # bytes; on a CPU, JAX then uses these arrays without a copy
+SLAB = 1 << 24  # bytes of a weight that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Encoders that are read and computed in one way.
+    """Family of encoders with a common config format, module and checkpoint layout.
 
-    read: config.json's content to a config. names: where a checkpoint keeps what a module calls so, {} the layer.
-    prefix: before those names where the checkpoint holds more than the encoder. unused: how names of weights begin that
-    no text vector depends on, heads of other tasks or numbers that the config tells. pooling: where the folder names
-    none.
+    Attributes:
+      read: parses the content of config.json.
+      names: checkpoint names by module path; {} is the layer.
+      prefix: prefix of those names in checkpoints of larger models.
+      unused: prefixes of weights that no text vector depends on, such as heads of other tasks.
+      pooling: default pooling.
     """
 
     read: Callable[[Mapping[str, Any]], EncoderConfig]
@@ -52,6 +54,7 @@ _BERT_HEADS = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
 
 
 def _decoder(read: Callable[[Mapping[str, Any]], EncoderConfig]) -> Family:
+    """Builds the family of a decoder-only model."""
     return Family(read, decoder.DECODER_NAMES, "model.", ("lm_head.",), "lasttoken")
 
 
@@ -71,7 +74,7 @@ FAMILIES = {
 
 @runtime_checkable
 class Weight(Protocol):
-    """An array, or what reads the rows of one when they are asked for."""
+    """Array, or array on disk whose rows are read by indexing."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -83,7 +86,17 @@ class Weight(Protocol):
 
 
 def family(stored: Mapping[str, Any]) -> Family:
-    """The family of a config.json. Raises ValueError that lists those supported."""
+    """Looks up the family of a model.
+
+    Args:
+      stored: content of config.json.
+
+    Returns:
+      The family of its `model_type`.
+
+    Raises:
+      ValueError: the type is not supported; lists those that are.
+    """
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type is {kind!r:.60}; supported are {', '.join(FAMILIES)}")
@@ -91,7 +104,7 @@ def family(stored: Mapping[str, Any]) -> Family:
 
 
 def encoder(config: EncoderConfig) -> nn.Module:
-    """The module that maps token ids [B, L] and their mask [B, L] to hidden states [B, L, D]."""
+    """Builds the module that maps token ids [B, L] and their mask [B, L] to hidden states [B, L, D]."""
     return ENCODERS[type(config)](config)  # pyright: ignore[reportCallIssue]
 
 
@@ -104,16 +117,35 @@ def apply_encoder(
     pooling: Pooling,
     normalize: bool,
 ) -> Float32[Array, "B D"]:
-    """Text vectors of a padded batch of token ids. Compiles once a shape."""
+    """Encodes a padded batch of token ids; compiled once per shape.
+
+    Args:
+      params: parameters of `encoder(config)`.
+      input_ids: token ids, padded.
+      mask: False for padding.
+      config: config of the encoder.
+      pooling: how token states become one vector.
+      normalize: divides vectors by their L2 norm.
+
+    Returns:
+      One vector per text.
+    """
     hidden: Any = encoder(config).apply({"params": params}, input_ids, mask)
     return pool(hidden, mask, pooling, normalize)
 
 
 def flops(config: EncoderConfig, lengths: Int32[np.ndarray, "T"]) -> Float32[np.ndarray, "T"]:
-    """Floating-point operations that texts of so many tokens ask for, padding and norms not counted.
+    """Counts the floating-point operations of encoding texts, without padding, norms and activations.
 
-    Two for each entry of a matrix and token, and four for each pair of tokens, layer and number of a head; windows and
-    causality are not taken off.
+    Two per matrix entry and token, and four per pair of tokens, layer and attention dimension; windows and causal masks
+    are not subtracted.
+
+    Args:
+      config: config of the encoder.
+      lengths: tokens of each of T texts.
+
+    Returns:
+      Operations of each text.
     """
     shapes = _shapes(config)
     matrices = sum(math.prod(shape) for path, shape in shapes.items() if path[-1] == "kernel")
@@ -125,12 +157,22 @@ def flops(config: EncoderConfig, lengths: Int32[np.ndarray, "T"]) -> Float32[np.
 
 
 def convert_weights(weights: Mapping[str, Weight], config: EncoderConfig, family: Family) -> Params:
-    """A published checkpoint's weights as the parameters of `encoder(config)`, in the dtypes they are stored in.
+    """Converts the weights of a checkpoint to parameters of `encoder(config)`, in their stored dtypes.
 
-    Some rows are asked for at a time, so that weights which are read when asked for are never there twice. Names may
-    carry the family's prefix and the old names of layer norms (gamma, beta). A head that is tied to the words stands
-    for them where only it was stored. A stack of layers of unlike dtypes becomes float32. Raises ValueError that lists
-    every missing, unexpected, misshapen and otherwise typed weight.
+    Weights are copied some rows at a time, so that weights on disk are not in memory twice. Names may have the family's
+    prefix and the old names of layer norms (gamma, beta). Where input and output embeddings are tied and only the
+    output head is stored, it is used for both. Stacked layers of different dtypes become float32.
+
+    Args:
+      weights: weights by name.
+      config: config of the encoder.
+      family: family of the model.
+
+    Returns:
+      The parameters as nested dictionaries of NumPy arrays.
+
+    Raises:
+      ValueError: lists all weights that are missing, unexpected, or of another shape or an unsupported dtype.
     """
     named: dict[str, Weight] = {}
     for name, weight in weights.items():
@@ -144,7 +186,7 @@ def convert_weights(weights: Mapping[str, Weight], config: EncoderConfig, family
     for path, shape in _shapes(config).items():
         stacked = path[0] == "layers"
         shape = shape[stacked:]
-        shape = shape[::-1] if path[-1] == "kernel" else shape  # a checkpoint's matrices are [out, in], ours [in, out]
+        shape = shape[::-1] if path[-1] == "kernel" else shape  # checkpoints store [out, in], Flax [in, out]
         chosen[path] = []
         for name in _stored_names(path, config, family):
             weight = named.pop(name, None)
@@ -152,8 +194,8 @@ def convert_weights(weights: Mapping[str, Weight], config: EncoderConfig, family
                 problems.append(f"{name} is missing")
             elif tuple(weight.shape) != shape:
                 problems.append(f"{name} has shape {tuple(weight.shape)}, config.json asks for {shape}")
-            elif weight.dtype.name not in KEPT:
-                problems.append(f"{name} is of {weight.dtype.name}; supported are {', '.join(KEPT)}")
+            elif weight.dtype.name not in STORED_DTYPES:
+                problems.append(f"{name} is of {weight.dtype.name}; supported are {', '.join(STORED_DTYPES)}")
             else:
                 chosen[path].append(weight)
     problems += [f"{name} is no weight of this encoder" for name in named]
@@ -162,23 +204,24 @@ def convert_weights(weights: Mapping[str, Weight], config: EncoderConfig, family
             f"{len(problems)} weight(s) do not fit the config: {'; '.join(problems)}. "
             "Take the weights and config.json from the same revision of one model"
         )
-    return unflatten_dict({path: _joined(path, parts) for path, parts in chosen.items()})
+    return unflatten_dict({path: _stacked(path, layers) for path, layers in chosen.items()})
 
 
-def _joined(path: tuple[str, ...], parts: list[Weight]) -> np.ndarray:
-    """The weights of one parameter, turned and stacked as it asks for."""
-    dtype = parts[0].dtype if len({part.dtype.name for part in parts}) == 1 else np.dtype(np.float32)
-    shape = parts[0].shape[::-1] if path[-1] == "kernel" else parts[0].shape
-    whole = _aligned((len(parts), *shape), dtype)
-    for target, part in zip(whole, parts, strict=True):
+def _stacked(path: tuple[str, ...], layers: list[Weight]) -> np.ndarray:
+    """Transposes and stacks the weights of one parameter."""
+    dtype = layers[0].dtype if len({layer.dtype.name for layer in layers}) == 1 else np.dtype(np.float32)
+    shape = layers[0].shape[::-1] if path[-1] == "kernel" else layers[0].shape
+    stack = _aligned((len(layers), *shape), dtype)
+    for target, layer in zip(stack, layers, strict=True):
         target = target.T if path[-1] == "kernel" else target
-        rows = max(1, SLAB * part.shape[0] // (math.prod(part.shape) * part.dtype.itemsize))
-        for start in range(0, part.shape[0], rows):
-            target[start : start + rows] = part[start : start + rows]
-    return whole if path[0] == "layers" else whole[0]
+        rows = max(1, SLAB * layer.shape[0] // (math.prod(layer.shape) * layer.dtype.itemsize))
+        for start in range(0, layer.shape[0], rows):
+            target[start : start + rows] = layer[start : start + rows]
+    return stack if path[0] == "layers" else stack[0]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocates an array at an address that is a multiple of `ALIGNMENT`."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
@@ -187,6 +230,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _shapes(config: EncoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the shapes of the encoder's parameters by path."""
     sample = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
     variables: Any = jax.eval_shape(encoder(config).init, jax.random.key(0), *sample)
     shapes: Any = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, variables["params"]))
@@ -194,15 +238,17 @@ def _shapes(config: EncoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _stored_names(path: tuple[str, ...], config: EncoderConfig, family: Family) -> list[str]:
+    """Returns the checkpoint names of a parameter, one per layer for stacked layers."""
     *modules, leaf = path
     module = family.names["/".join(modules)]
     suffix = ".bias" if leaf == "bias" else ".weight"
     if path[0] != "layers":
         return [module + suffix]
-    first = int(isinstance(config, ModernBertConfig))  # whose layer 0 is a module of its own
+    first = int(isinstance(config, ModernBertConfig))  # layer 0 of ModernBERT is a separate module
     return [module.format(layer) + suffix for layer in range(first, config.num_hidden_layers)]
 
 
 def _current_name(name: str, prefix: str) -> str:
+    """Removes the prefix and renames old layer norms."""
     name = name.removeprefix(prefix)
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -1,7 +1,7 @@
-"""Published weights on disk: which safetensors files hold them, and their rows when they are asked for.
+"""Weights of pretrained models on disk: finds the safetensors files and reads rows on demand.
 
-Headers are checked by the safetensors library; rows are then read straight to where they go. A memory map would count
-its pages beside the copy, up to twice the model.
+Headers are checked by the safetensors library; rows are read directly into their target. A memory map would need up to
+twice the memory of the model, its pages and the copy.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that hold some
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")  # or files that contain some
 OTHER_FORMATS = (
     "*.onnx",
     "*.gguf",
@@ -22,7 +22,7 @@ OTHER_FORMATS = (
     "consolidated*.safetensors",
     "*.safetensors",
 )
-DTYPES = {  # of a header to those of NumPy and JAX
+DTYPES = {  # NumPy and JAX dtypes by name in a header
     **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
     **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
     "BF16": np.dtype(jnp.bfloat16),
@@ -34,7 +34,7 @@ DTYPES = {  # of a header to those of NumPy and JAX
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
-    """A weight in a file. offset: of its first byte."""
+    """Weight in a file, from byte `offset`."""
 
     file: Path
     offset: int
@@ -42,7 +42,7 @@ class StoredWeight:
     dtype: np.dtype
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Some of its rows, read anew. Raises ValueError where the file has become shorter."""
+        """Reads rows from the file; raises ValueError where the file has become shorter."""
         start, stop, _ = rows.indices(self.shape[0])
         size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         content = np.fromfile(self.file, np.uint8, (stop - start) * size, offset=self.offset + start * size)
@@ -52,10 +52,18 @@ class StoredWeight:
 
 
 def weight_files(folder: Path, index_of: object) -> list[Path]:
-    """The safetensors files of a model's folder: model.safetensors, or those that the index names.
+    """Finds the safetensors files of a model: model.safetensors, or those of the index.
 
-    index_of: the content of model.safetensors.index.json, None where there is none. Raises FileNotFoundError where
-    there are none or one of them is missing and ValueError on an index that is none, each with the remedy.
+    Args:
+      folder: folder of the model.
+      index_of: content of model.safetensors.index.json, None where it does not exist.
+
+    Returns:
+      The files.
+
+    Raises:
+      FileNotFoundError: there are none, or one of them is missing.
+      ValueError: the index is malformed.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
@@ -73,7 +81,7 @@ def weight_files(folder: Path, index_of: object) -> list[Path]:
 
 
 def _other_weights(folder: Path) -> str:
-    """What there is instead, and what to do."""
+    """Describes weights in other formats and how to convert them."""
     pickles = sorted({file.name for pattern in PICKLES for file in folder.glob(pattern)})
     if pickles:
         return (
@@ -93,7 +101,17 @@ def _other_weights(folder: Path) -> str:
 
 
 def stored_weights(files: list[Path]) -> dict[str, StoredWeight]:
-    """The weights of all files by name, none of them read yet. Raises ValueError on a file that is not whole."""
+    """Reads the headers of weight files.
+
+    Args:
+      files: safetensors files.
+
+    Returns:
+      The weights of all files by name, read on demand.
+
+    Raises:
+      ValueError: a file is incomplete, or a dtype is not supported.
+    """
     weights: dict[str, StoredWeight] = {}
     for file in files:
         try:
