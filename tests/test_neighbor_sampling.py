@@ -35,9 +35,7 @@ def config_of(
     variant: Variant = "fused", loss: Loss = "sampled_softmax", num_neighbors: int = 100, **model: Any
 ) -> Config:
     return Config(
-        model=ModelConfig(
-            **{"variant": variant, "dim": 3, "num_layers": 2, "affinity": True, "id_init_std": 1.0, **DRAWS, **model}
-        ),
+        model=ModelConfig(**{"variant": variant, "dim": 3, "num_layers": 2, "id_init_std": 1.0, **DRAWS, **model}),
         train=TrainConfig(
             loss=loss,
             batch_size=2,

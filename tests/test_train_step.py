@@ -70,7 +70,6 @@ def config_of(variant: Variant = "fused", loss: Loss = "softmax", **train) -> Co
             variant=variant,
             dim=3,
             num_layers=1,
-            affinity=True,
             edge_dropout=0.2,
             id_embedding_dropout=0.2,
             id_init_std=1.0,
