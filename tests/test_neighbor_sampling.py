@@ -229,7 +229,9 @@ def test_who_has_no_neighbours_is_there_all_the_same():
 
 
 def test_what_cannot_be_sampled_is_refused():
-    with pytest.raises(ValueError, match=r"train.loss is 'softmax'; it must be sampled_softmax or bpr where train.num_neigh"):
+    with pytest.raises(
+        ValueError, match=r"train.loss is 'softmax'; it must be sampled_softmax or bpr where train.num_neigh"
+    ):
         TrainConfig(num_neighbors=5)
     with pytest.raises(ValueError, match="it must be frozen where train.num_neighbors is above 0"):
         Config(text=TextConfig(finetune="full"), train=config_of().train)
