@@ -191,7 +191,6 @@ class ModelConfig:
     ease_weight: float = 0.0  # weight of the closed-form part in what is ranked, beside the towers; 0 = none
     ease_rank: int = 1024  # singular directions of the holdings that it keeps
     ease_l2: float = 100.0  # its ridge, as of EASE
-    affinity: bool = False  # words at both ends of an edge scale its message
     user_id_embedding: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
     user_text_input: bool = True  # False: what a user says only opens gates and finds those who say the like
     edge_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred

@@ -159,9 +159,9 @@ def test_a_column_without_values_makes_no_nodes():
         ({"attributes": ("colour",)}, r"graph.attributes names 'colour'; the items have \['item_id', 'sector'\]"),
         (
             {"attributes": ("sector", "sector")},
-            "graph.attributes names 'sector', and there are nodes of that name already",
+            "graph.attributes names 'sector', which is already a node type",
         ),
-        ({"attributes": ("user",)}, "graph.attributes names 'user', and there are nodes of that name already"),
+        ({"attributes": ("user",)}, "graph.attributes names 'user', which is already a node type"),
     ],
 )
 def test_attributes_that_cannot_be(changes, message):
@@ -176,7 +176,7 @@ def test_names_that_collide_are_refused():
 
 
 def test_vectors_of_another_split_are_refused():
-    with pytest.raises(ValueError, match="3 vectors for 0 texts; encode the texts of this very split"):
+    with pytest.raises(ValueError, match="3 vectors for 0 texts; encode the texts of this split"):
         build(dataset(), observed(), no_words(), np.zeros((3, 4), np.float32), GraphConfig())
 
 
@@ -306,15 +306,15 @@ def test_attributes_that_connect_nothing_are_refused_or_logged(caplog):
     def check(values):
         check_relations(pa.table({"isin": values}), TIES, GraphConfig(attributes=("isin",)))
 
-    with pytest.raises(ValueError, match="'isin', whose 1,001 distinct values for 1,001 items would .* nothing"):
+    with pytest.raises(ValueError, match="'isin', whose 1,001 distinct values for 1,001 items would .* no items"):
         check([f"x{number}" for number in range(1001)] + [None])
     with pytest.raises(ValueError, match="1,001 distinct values"):
         check(list(range(1001)))
     assert not caplog.records
-    check([f"x{number}" for number in range(1000)])  # so few are borne
+    check([f"x{number}" for number in range(1000)])  # at the bound
     check([f"x{number % 700}" for number in range(1001)])
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert "700 distinct values for 1,001 items become nodes of which most connect nothing" in caplog.text
+    assert "700 distinct values for 1,001 items become nodes of which most connect no items" in caplog.text
     caplog.clear()
     check([f"x{number % 500}" for number in range(1001)])
     assert not caplog.records

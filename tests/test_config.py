@@ -35,7 +35,6 @@ CHANGED = Config(
         score="dot",
         relation_gates=False,
         popularity_weight=1.0,
-        affinity=True,
         id_embedding_dropout=0.0,
     ),
     train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit=True),
@@ -117,7 +116,7 @@ def test_a_config_cannot_be_changed_and_can_be_a_key():
     ("values", "message"),
     [
         ({"modle": {}}, r"config is \['modle'\]; it must be made of the sections \['data', .*'train'\]"),
-        ({"model": {"width": 3}}, r"config section model is \['width'\]; it must be made of the settings \['affinity'"),
+        ({"model": {"width": 3}}, r"config section model is \['width'\]; it must be made of the settings \['dim'"),
         ({"model": {"dim": 3.0}}, r"model\.dim is 3\.0; it must be of type int"),
         ({"model": {"dim": "3"}}, r"model\.dim is '3'; it must be of type int"),
         ({"model": {"dim": True}}, r"model\.dim is True; it must be of type int"),

@@ -31,9 +31,7 @@ from fused_rec.model.model import item_degree
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
-FUSED = Config(
-    model=ModelConfig(dim=3, num_layers=2, affinity=True, id_init_std=1.0), train=TrainConfig(temperature=0.5)
-)
+FUSED = Config(model=ModelConfig(dim=3, num_layers=2, id_init_std=1.0), train=TrainConfig(temperature=0.5))
 DISTINCT = {variant(FUSED, name).model: name for name in reversed(VARIANTS)}  # others differ in words or ties alone
 CONFIGS = {
     **{name: variant(FUSED, name) for name in DISTINCT.values()},

@@ -36,7 +36,7 @@ from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
 CONFIG = Config(
-    model=ModelConfig(dim=6, num_layers=2, affinity=True, popularity_half_life=90.0),
+    model=ModelConfig(dim=6, num_layers=2, popularity_half_life=90.0),
     text=TextConfig(model=TINY, tfidf_dim=0),
     graph=GraphConfig(attributes=("sector",), text_knn=3),
 )

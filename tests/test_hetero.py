@@ -126,13 +126,13 @@ BAD = {
     "an empty type": ({WROTE: edges((0, 0, 1))}, r"user-wrote-post: receiver 0 of edge 0; there are no post nodes"),
     "unknown type": (
         {Relation("user", "in", "shop"): edges((0, 0, 1))},
-        r"user-in-shop: 'shop' is no node type; it must be one of \['user', 'item', 'post', 'tag'\]",
+        r"user-in-shop: 'shop' is not a node type; it must be one of \['user', 'item', 'post', 'tag'\]",
     ),
     "weight": ({HOLDS: edges((0, 0, 1), (1, 1, np.nan))}, r"user-holds-item: weight nan of edge 1 is not finite"),
     "infinite": ({HOLDS: edges((0, 0, -np.inf))}, r"user-holds-item: weight -inf of edge 0 is not finite"),
     "twice": (
         {HOLDS: edges((0, 1, 1), (2, 1, 1), (0, 1, 2))},
-        r"user-holds-item: the same edge stands in it twice; merge repeated edges",
+        r"user-holds-item: an edge is repeated; merge repeated edges",
     ),
     "lengths": (
         {HOLDS: Edges(np.array([0, 1]), np.array([0, 1]), np.ones(1, np.float32))},
@@ -148,9 +148,9 @@ def test_bad_edges(relations, message):
 
 
 def test_bad_texts():
-    with pytest.raises(ValueError, match="text has 5 rows for 6 nodes; give one row a node, zeros"):
+    with pytest.raises(ValueError, match="text has 5 rows for 6 nodes; give one row per node, zeros"):
         hetero_graph(COUNTS, RELATIONS, TEXT[:5])
     broken = TEXT.copy()
     broken[4, 1] = np.inf
-    with pytest.raises(ValueError, match="text vector of node 4 is not finite; encode it again"):
+    with pytest.raises(ValueError, match="text embedding of node 4 is not finite; encode it again"):
         hetero_graph(COUNTS, RELATIONS, broken)

@@ -187,7 +187,7 @@ def test_gf_cf_repeats_itself_where_singular_values_are_equal():
 
 def _weights(found):
     """What `append_ease` makes of the rows: item-item weights, but for the diagonal."""
-    weights = found.rows @ found.rows.T / found.rest
+    weights = found.rows @ found.rows.T / found.one_minus_norm
     np.fill_diagonal(weights, 0)
     return weights
 
@@ -223,7 +223,7 @@ def test_a_spectrum_of_many_holders_is_as_exact():
     history, seen = _random(3000, 20, 0.5)
     expected = _ridge_without_self(history, 1.0, np.zeros((20, 20)), 0)
     np.testing.assert_allclose(_weights(low_rank_ease(seen, rank=20, l2=1.0)), expected, rtol=0, atol=2e-4)
-    with pytest.raises(ValueError, match=r"spectrum_l2 is 0.01: it leaves .* of an item with 1.* holders"):
+    with pytest.raises(ValueError, match=r"ease_l2 is 0.01: .* for an item with 1.* interactions"):
         low_rank_ease(seen, rank=20, l2=0.01)
 
 

@@ -12,8 +12,7 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
-from fused_rec.distributed.devices import Shards
-from fused_rec.graph.adjacency import build_adjacencies, build_adjacency
+from fused_rec.graph.adjacency import build_adjacencies
 from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
 from fused_rec.graph.hetero import Edges, Relation, hetero_graph
 from fused_rec.model.model import (
@@ -25,10 +24,10 @@ from fused_rec.model.model import (
     item_degree,
 )
 from fused_rec.model.propagation import PropagationWeights, propagate
-from fused_rec.model.text_fusion import Affinity, Gate
+from fused_rec.model.text_fusion import Gate
 
 DIM = 3
-FUSED = ModelConfig(variant="fused", dim=DIM, num_layers=2, affinity=True, id_embedding_dropout=0.5)
+FUSED = ModelConfig(variant="fused", dim=DIM, num_layers=2, id_embedding_dropout=0.5)
 GRAPH_ONLY = dataclasses.replace(FUSED, variant="graph")
 TEXT_ONLY = dataclasses.replace(FUSED, variant="text")
 EVERY = pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY, TEXT_ONLY], ids=lambda config: config.variant)
@@ -46,7 +45,7 @@ def start(config):
 
 @functools.cache
 def _start(variant, rounds):
-    # What else these tests change makes no parameters, or (affinity) only leaves some without use.
+    # What else these tests change makes no parameters.
     model = Branch(dataclasses.replace(FUSED, variant=variant, num_layers=rounds))
     return jax.jit(model.init)(jax.random.key(0), tiny.graph(), adjacency())["params"]
 
@@ -112,9 +111,9 @@ def test_parameters_of_the_graph_variant():
 
 def test_parameters_of_the_fused_variant():
     names = set(start(FUSED))
-    assert {"id_user", "text_user", "text_item", "gate_text_item", "affinity_item-similar_text-item"} <= names
-    # Sectors have no words: nothing projects them, and no affinity asks for them.
-    assert not names & {"text_sector", "gate_text_sector", "affinity_item-in_sector-sector"}
+    assert {"id_user", "text_user", "text_item", "gate_text_item"} <= names
+    # Sectors have no text: nothing projects them.
+    assert not names & {"text_sector", "gate_text_sector"}
 
 
 def test_the_text_variant_by_hand():
@@ -164,26 +163,9 @@ def test_gates_by_hand():
     np.testing.assert_allclose(gate, [[10 / (1 + np.exp(-5)), 10 / (1 + np.exp(3))]], rtol=1e-4)
 
 
-def test_affinities_start_at_one():
-    graph = tiny.graph()
-    words = graph.text(USER), graph.text(ITEM)
-    factor, _ = Affinity().init_with_output(jax.random.key(0), adjacency()[INTERACTS], *words, Shards())
-    assert (factor == jnp.ones(len(tiny.HELD))).all()
-
-
-def test_affinity_by_hand():
-    adjacency = build_adjacency(Edges(np.array([1]), np.array([0]), np.ones(1)), 2, 2)
-    # Edge 1 -> 0: <Q t_0, K t_1> = 16 views of 0.05 * 2 times 0.25 * 3 = 1.2.
-    params = {"query": {"kernel": jnp.full((1, 16), 0.05)}, "key": {"kernel": jnp.full((1, 16), 0.25)}}
-    text = jnp.array([[2.0], [3.0]])
-    factor: Any = Affinity().apply({"params": params}, adjacency, text, text, Shards())
-    np.testing.assert_allclose(factor, [2 / (1 + np.exp(-1.2))], rtol=1e-6)
-
-
-@pytest.mark.parametrize("affinity", [True, False])
-def test_at_the_start_it_is_plain_propagation(affinity):
-    """Ids and words in, every gate and affinity 1, words again in each round, an even mix."""
-    config = dataclasses.replace(FUSED, affinity=affinity, score="dot")
+def test_at_the_start_it_is_plain_propagation():
+    """Ids and words in, every gate 1, words again in each round, an even mix."""
+    config = dataclasses.replace(FUSED, score="dot")
     params, graph = start(config), tiny.graph()
     words = {t: graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM)}
     words["sector"] = jnp.zeros((2, DIM))
@@ -208,10 +190,10 @@ def test_a_projection_as_wide_as_the_text_keeps_every_cosine():
 
 
 def test_users_without_words_of_their_own():
-    config = dataclasses.replace(FUSED, user_text_input=False, affinity=False)
+    config = dataclasses.replace(FUSED, user_text_input=False)
     params = anywhere(FUSED)
     made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
-    expected = {name for name in params if not name.startswith("affinity")} - {"text_user", "gate_text_user"}
+    expected = set(params) - {"text_user", "gate_text_user"}
     assert set(made) == expected
     silent = tiny.words()
     silent[:7] = 0
@@ -315,17 +297,6 @@ def slope(config, params):
         return (users @ items.T)[(*tiny.HOLDER, 6), (*tiny.HELD, 5)].sum()
 
     return jax.grad(some_scores)(params)
-
-
-def test_affinity_learns_though_it_starts_at_zero():
-    """Queries start at zero, so keys get their first gradient after the first step of the queries."""
-    params = start(FUSED)
-    first = slope(FUSED, params)
-    name = "affinity_user-holds-item"
-    assert first[name]["query"]["kernel"].any()
-    assert not first[name]["key"]["kernel"].any()
-    second = slope(FUSED, jax.tree.map(lambda p, g: p + 0.1 * g, params, first))
-    assert second[name]["key"]["kernel"].any()
 
 
 @EVERY

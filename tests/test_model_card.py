@@ -123,7 +123,7 @@ def test_somebody_elses_readme_stays(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         write_card(file, card(results(), AMOUNTS, DIGESTS, "x"))
     assert file.read_text() == "# My notes\n"
-    assert "is no model card, and is left as it is" in caplog.text
+    assert "is not a model card and is kept" in caplog.text
     file.unlink()
     for seed in (1, 2):  # a card is replaced by the next
         write_card(file, card(results() | {"seed": seed}, AMOUNTS, DIGESTS, "x"))

@@ -35,9 +35,7 @@ def config_of(
     variant: Variant = "fused", loss: Loss = "sampled_softmax", num_neighbors: int = 100, **model: Any
 ) -> Config:
     return Config(
-        model=ModelConfig(
-            **{"variant": variant, "dim": 3, "num_layers": 2, "affinity": True, "id_init_std": 1.0, **DRAWS, **model}
-        ),
+        model=ModelConfig(**{"variant": variant, "dim": 3, "num_layers": 2, "id_init_std": 1.0, **DRAWS, **model}),
         train=TrainConfig(
             loss=loss,
             batch_size=2,
@@ -231,13 +229,15 @@ def test_who_has_no_neighbours_is_there_all_the_same():
 
 
 def test_what_cannot_be_sampled_is_refused():
-    with pytest.raises(ValueError, match=r"train.loss is 'softmax'; it must be sampled_softmax or bpr where train.nei"):
+    with pytest.raises(
+        ValueError, match=r"train.loss is 'softmax'; it must be sampled_softmax or bpr where train.num_neigh"
+    ):
         TrainConfig(num_neighbors=5)
     with pytest.raises(ValueError, match="it must be frozen where train.num_neighbors is above 0"):
         Config(text=TextConfig(finetune="full"), train=config_of().train)
     with pytest.raises(ValueError, match="train.num_neighbors is -1; it must be 0 or more"):
         TrainConfig(loss="bpr", num_neighbors=-1)
-    with pytest.raises(ValueError, match="train.num_neighbors is 0 and pilots are 3"):
+    with pytest.raises(ValueError, match="train.num_neighbors is 0 and there are 3 probe batches"):
         neighbor_sampler(config_of(num_neighbors=0), task_of(), PILOTS)
-    with pytest.raises(ValueError, match="pilots are 0; both must be at least 1"):
+    with pytest.raises(ValueError, match="there are 0 probe batches; both must be at least 1"):
         neighbor_sampler(config_of(), task_of(), [])

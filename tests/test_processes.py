@@ -163,7 +163,7 @@ def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_pat
     assert "start all processes again" in text_batch(workdir)
     step = Checkpoints(workdir / "select" / "checkpoints").last_good()
     rerun = launch(tables, workdir, 0, 1, port, ENDLESS)
-    while f"goes on from the checkpoint of step {step}" not in text_batch(workdir):
+    while f"resumes from the checkpoint of step {step}" not in text_batch(workdir):
         assert rerun.poll() is None, text_batch(workdir)
         time.sleep(0.1)
     rerun.send_signal(signal.SIGTERM)

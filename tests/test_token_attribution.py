@@ -25,9 +25,7 @@ from fused_rec.training.train_step import embed_nodes, init
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
 SCRIPTS = "Straße in İSTANBUL: naïve 東京 don't, 🙂 gold"
-FUSED = Config(
-    model=ModelConfig(dim=6, num_layers=2, affinity=True), text=TextConfig(model=TINY, tfidf_dim=8, cache="unused")
-)
+FUSED = Config(model=ModelConfig(dim=6, num_layers=2), text=TextConfig(model=TINY, tfidf_dim=8, cache="unused"))
 
 
 def config_of(name: str) -> Config:

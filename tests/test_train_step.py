@@ -70,7 +70,6 @@ def config_of(variant: Variant = "fused", loss: Loss = "softmax", **train) -> Co
             variant=variant,
             dim=3,
             num_layers=1,
-            affinity=True,
             edge_dropout=0.2,
             id_embedding_dropout=0.2,
             id_init_std=1.0,
@@ -452,8 +451,8 @@ def test_the_spectrum_adds_ease_to_what_is_not_held(devices):
     assert np.abs(added[:6]).max() > 0.1
 
 
-def test_a_task_without_a_spectrum_is_refused_where_one_is_asked_for():
-    with pytest.raises(ValueError, match="ease_weight is 2.0 and the task has none"):
+def test_missing_ease_factors_are_refused():
+    with pytest.raises(ValueError, match="ease_weight is 2.0 and the graph inputs have no EASE"):
         embed_nodes(of_model(config_of(), ease_weight=2.0), start(config_of()).params, task_of())
 
 

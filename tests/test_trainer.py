@@ -166,7 +166,7 @@ def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished
         train_command(tables, cache, workdir), env=environment(cache), capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
-    assert "goes on from the checkpoint" in again.stderr
+    assert "resumes from the checkpoint" in again.stderr
     assert differences(workdir, finished) == []
 
 

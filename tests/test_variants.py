@@ -30,9 +30,7 @@ USERS, ITEMS = tiny.COUNTS[USER], tiny.COUNTS[ITEM]
 def config_of(name: str, **train) -> Config:
     """A variant of a config whose own settings are all others, small and with long rows."""
     others = Config(
-        model=ModelConfig(
-            popularity_weight=0.7, affinity=True, user_id_embedding=False, edge_dropout=0.3, id_embedding_dropout=0.3
-        ),
+        model=ModelConfig(popularity_weight=0.7, user_id_embedding=False, edge_dropout=0.3, id_embedding_dropout=0.3),
         train=TrainConfig(batch_size=5, positives_per_user=2),
     )
     config = variant(others, name)

@@ -1,1 +1,1 @@
-"""Recommenders without gradient training."""
+"""Baseline recommenders, fitted in closed form or by alternating least squares instead of gradient descent."""

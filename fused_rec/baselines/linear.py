@@ -84,24 +84,38 @@ def text_ease(interactions: Interactions, *, l2: float, l2_text: float, l2_words
 
 
 class LowRankEase(NamedTuple):
-    """EASE as rows of I items, B_ji = <rows_j, rows_i> / rest_i off the diagonal; rest is 1 - |rows|^2, above 0."""
+    """Low-rank EASE: item-item weights B_ji = <rows_j, rows_i> / one_minus_norm_i off the diagonal.
+
+    Attributes:
+      rows: float32 [I, R], the rows S_i.
+      one_minus_norm: float32 [I], 1 - |S_i|^2, above 0.
+    """
 
     rows: Float32[AnyArray, "I R"]
     one_minus_norm: Float32[AnyArray, "I"]
 
 
 def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRankEase:
-    """The weights of EASE on the `rank` largest singular directions of X, found by subspace iteration.
+    """Computes EASE's weights on the `rank` largest singular directions of X, by subspace iteration.
 
     With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
     weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
-    most min(U, I). Where there are more, those next to the last one kept are blends of their neighbours.
+    most min(U, I). With fewer, the last directions kept are approximate.
 
-    The same on the same machine with as many threads; elsewhere rows may be turned, and products of two are the same.
+    Deterministic on one machine with one number of threads; on others rows may differ by a rotation, which leaves their
+    products equal.
+
+    Args:
+      interactions: the training interactions X.
+      rank: R, the number of directions; at most min(U, I) are used.
+      l2: the ridge penalty of EASE, above 0.
+
+    Returns:
+      The factors, on the host.
 
     Raises:
-      InsufficientMemoryError: the directions do not fit.
-      ValueError: l2 is too small beside the holders of some item for a quotient in float32.
+      InsufficientMemoryError: the directions do not fit in memory.
+      ValueError: l2 is so small that 1 - |S_i|^2 of an item has too few digits in float32.
     """
     rank = min(rank, interactions.n_users, interactions.n_items)
     _require_subspace("model.ease_weight", interactions, rank, "lower model.ease_rank, or set model.ease_weight to 0")
@@ -111,10 +125,9 @@ def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRan
     rows = right * np.sqrt(singular**2 / (singular**2 + l2))
     one_minus_norm = 1 - (rows * rows).sum(1)
     if one_minus_norm.min() < MIN_ONE_MINUS_NORM:
-        holders = f"{history.sum(0).max():.0f} holders"
         raise ValueError(
-            f"model.ease_l2 is {l2}: it leaves {one_minus_norm.min():.2g} of an item with {holders}, and must leave "
-            f"{MIN_ONE_MINUS_NORM}; raise it"
+            f"model.ease_l2 is {l2}: 1 - |S_i|^2 is {one_minus_norm.min():.2g} for an item with "
+            f"{history.sum(0).max():.0f} interactions, and must be at least {MIN_ONE_MINUS_NORM}; raise it"
         )
     return LowRankEase(rows.astype(np.float32), one_minus_norm.astype(np.float32))
 

@@ -1,1 +1,1 @@
-"""Devices, processes and signals: the only pmap, sharding, several hosts, requests to stop."""
+"""Parallelism: devices and sharded arrays, several processes, and stop signals."""

@@ -1,7 +1,7 @@
-"""The only `jax.pmap`: one program over all devices of all processes, and who of them has what.
+"""The only `jax.pmap`: one program over all devices of all processes, and how arrays are sharded.
 
-Work is divided by rows: of k devices, row v of a divided array stands on device v mod k as its row v // k. Neighbours
-in the tables, which are often alike in degree or age, so come to different devices. An array [n, ...] on its way to
+Arrays are sharded by rows: of k devices, row v is on device v mod k as its row v // k. Adjacent rows of the tables,
+which are often similar in degree or age, are thus on different devices. An array [n, ...] on its way to
 k devices is [k, rows, ...], rows = ceil(n / k), and zero where n falls short; each device sees [rows, ...].
 """
 
@@ -84,40 +84,40 @@ class Shards:
     count: int = 1
 
     def rows(self, n: int) -> int:
-        """Rows a device has of n."""
+        """Returns the number of rows per device for n rows, rounded up."""
         return -(-n // self.count)
 
     def all_gather(self, x: AnyArray) -> Array:
-        """[rows, ...] of every device to the same [rows * count, ...] on each, in the order of the rows' numbers."""
+        """Gathers [rows, ...] of all devices to [rows * count, ...] on each, in the order of the global rows."""
         if self.count == 1:
             return jnp.asarray(x)
         gathered = jax.lax.all_gather(x, AXIS, axis=1)
         return gathered.reshape(-1, *x.shape[1:])
 
     def global_ids(self, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """The numbers, among all rows, of some of this device's."""
+        """Maps local rows of this device to global rows."""
         rows = jnp.asarray(rows)
         return rows if self.count == 1 else rows * self.count + jax.lax.axis_index(AXIS)
 
     def psum(self, x: Array) -> Array:
-        """The sum over devices."""
+        """Sums over devices."""
         return x if self.count == 1 else jax.lax.psum(x, AXIS)
 
 
 def select_devices(devices: int | None) -> list[Any]:
-    """The first so many devices, None for all, of all processes."""
+    """Returns the first `devices` devices of all processes; None: all."""
     return jax.devices()[:devices]
 
 
 def local_indices(devices: int | None) -> list[int]:
-    """Which of `select_devices` are this process's: the places in [devices, rows, ...] that it fills and gets."""
+    """Returns the indices of this process's devices among `select_devices`."""
     return [
         place for place, device in enumerate(select_devices(devices)) if device.process_index == jax.process_index()
     ]
 
 
 def shard_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
-    """[n, ...] to this process's part of [devices, rows, ...]."""
+    """Shards [n, ...] by rows; returns this process's part of [devices, rows, ...], padded with zeros."""
     count = len(select_devices(devices))
     padded = np.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1))
     return padded.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)[local_indices(devices)]

@@ -1,7 +1,7 @@
-"""One run over several processes, each with devices of its own: how they find each other and what they agree on.
+"""Several processes in one run, each with its own devices: initialization and collectives on the host.
 
-Every process reads the same tables and takes the same decisions; what only one can know (files of the workdir, a
-request to stop) is told to the others here. The first process writes.
+Every process reads the same tables and takes the same decisions; what only one can know (files of the workdir, a stop
+request) is broadcast. The first process writes.
 """
 
 import json
@@ -52,12 +52,12 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
 
 
 def is_single_process() -> bool:
-    """Whether this is the run's only process."""
+    """Returns whether this is the run's only process."""
     return jax.process_count() == 1
 
 
 def is_collective_failure(error: Exception) -> bool:
-    """Whether this is how JAX tells that the other processes of the run have ended or cannot be reached.
+    """Returns whether an error means that other processes of the run have ended or cannot be reached.
 
     A broken collective comes as a RuntimeError, or, where it breaks while it is sent off, as a ValueError that begins
     with its status.
@@ -67,19 +67,19 @@ def is_collective_failure(error: Exception) -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is the process that writes files."""
     return jax.process_index() == 0
 
 
 def broadcast_arrays(tree: PyTree) -> PyTree:
-    """The first process's arrays in every process, on the host; shapes and dtypes are alike in all."""
+    """Broadcasts the first process's arrays; shapes and dtypes must agree. Returns NumPy arrays."""
     if is_single_process():
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def broadcast_json(value: Any) -> Any:
-    """The first process's value, of what JSON can hold, in every process."""
+    """Broadcasts the first process's JSON value."""
     if is_single_process():
         return value
     written = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -89,22 +89,22 @@ def broadcast_json(value: Any) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so."""
+    """Returns whether the flag is set in any process."""
     return flag if is_single_process() else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def any_process_elementwise(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Where any process says so; all have as many to say."""
+    """Returns the elementwise or of the flags of all processes, which have one length."""
     return flags if is_single_process() else multihost_utils.process_allgather(flags).any(0)
 
 
 def local_shard(rows: Int[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
-    """This process's part of work that all have the same list of."""
+    """Returns this process's share of rows that are the same in all processes."""
     return rows[jax.process_index() :: jax.process_count()]
 
 
 def gather_shards(rows: Int[np.ndarray, "n"], done: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n D"]:
-    """What all processes made of their `local_shard` of the rows, in the order of the rows."""
+    """Gathers the results [m, D] of all processes for their `local_shard`, in the order of the rows: [n, D]."""
     if is_single_process():
         return done
     count = jax.process_count()

@@ -1,1 +1,1 @@
-"""A `Dataset`'s observed part to a typed graph, and the one sparse sum over it."""
+"""The heterogeneous graph of observed data, its adjacencies and sparse sums, and neighbor sampling."""

@@ -1,13 +1,13 @@
-"""The one sparse sum: y[v] = sum over edges (u, v) of weight[e] * x[u], with its exact derivatives.
+"""Adjacency of a relation and the sparse sum over it: y[v] = sum over edges (u, v) of weight[e] x[u], differentiable.
 
-All backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the oracle and what
-accelerators run. On a CPU that takes many times longer than the two others: `compiled`, kernels/sparse_sum.cc,
-where the installation has built it, and `csr`, jaxlib's kernel for compressed sparse rows, elsewhere. Neither has a
-fast transpose, so the edges are stored twice, by receiver and by sender, and the derivative is the same kernel over
-the second order.
+Three backends compute the same sum. `segment` gathers and adds with `jax.ops.segment_sum`; it is the reference, and
+accelerators run it. On a CPU it is many times slower than the other two: `compiled`, kernels/sparse_sum.cc, where the
+installation built it, and `csr`, jaxlib's kernel for compressed sparse rows, otherwise. Neither has a fast transpose,
+so edges are stored twice, sorted by receiver and by sender, and the derivative runs the same kernel on the second
+order.
 
-What is summed may be narrower than float32: `segment` and `compiled` then fetch so much less, and `csr` widens it
-first. Weights, products and sums are float32 either way.
+x may be narrower than float32: `segment` and `compiled` then read less memory, and `csr` widens it first. Weights,
+products and sums are float32 in every backend.
 """
 
 from typing import Literal, NamedTuple, no_type_check
@@ -27,17 +27,19 @@ Backend = Literal["compiled", "csr", "segment"]
 
 
 def default_backend() -> Backend:
-    """What sums soonest on the default device; a function of the installation."""
+    """Returns the fastest backend of the default device: `segment` on accelerators, else `compiled` or `csr`."""
     if jax.default_backend() != "cpu":
         return "segment"
     return "compiled" if kernels.usable() else "csr"
 
 
 class Degrees(NamedTuple):
-    """How many neighbours the nodes of a relation have in the whole graph, of whose edges a step may sum over a part.
+    """Degrees of a relation's nodes in the whole graph, also where a step sums over a sample of the edges.
 
-    in_degree: senders of each target, which `log_in_degree` has as log(1 + heard), of mean 0 and deviation 1 over the
-    nodes of the type. log_out_degree: log(1 + receivers) of each source, less its mean over the nodes of the type.
+    Attributes:
+      in_degree: float32, the number of incoming edges of each target node.
+      log_in_degree: log(1 + in-degree), standardized to mean 0 and deviation 1 over the target type.
+      log_out_degree: log(1 + out-degree) of each source node, less its mean over the source type.
     """
 
     in_degree: Float32[AnyArray, "targets"]
@@ -48,13 +50,22 @@ class Degrees(NamedTuple):
 @no_type_check  # jax.pmap rebuilds its arguments with placeholders for arrays, which a checked constructor refuses
 @flax.struct.dataclass
 class Adjacency:
-    """One relation, ready to be summed over. Edges ascend by receiver; `by_sender` reorders them by sender.
+    """The edges of one relation, sorted by receiver, with their order by sender.
 
-    receivers_by_sender: the receivers in that second order.
+    With several devices each has the edges into its own rows: receivers are local rows, senders are IDs over all
+    devices. Edges are padded to the largest number on any device: after the last row start, with weight 0, and with a
+    receiver and a sender one past the last.
 
-    Where several devices share the nodes, one has the edges into its own: receivers are its rows, senders stay numbers
-    among all. Its edges are filled up to as many as any device has: after the last start, with weight 0, into a
-    receiver and from a sender that are one too high.
+    Attributes:
+      senders: int32 [E], source nodes.
+      receivers: int32 [E], target nodes, ascending.
+      weight: float32 [E], edge weights.
+      receiver_start: int32 [targets + 1]; the edges into v are receiver_start[v] to receiver_start[v + 1] - 1.
+      by_sender: int32 [E], the permutation that sorts edges by sender.
+      receivers_by_sender: int32 [E], `receivers` in the order of `by_sender`.
+      sender_start: int32 [sources + 1], row starts in the order of `by_sender`.
+      degrees: degrees in the whole graph.
+      backend: which implementation of the sparse sum to use.
     """
 
     senders: Int32[AnyArray, "E"]
@@ -69,11 +80,24 @@ class Adjacency:
 
 
 def build_adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | None = None) -> Adjacency:
-    """Sorts one relation both ways, on the host. backend None: the `default_backend`."""
+    """Builds the adjacency of one relation, on the host.
+
+    Args:
+      edges: edges that ascend by receiver, as `HeteroGraph.edges` returns them.
+      n_sources: the number of source nodes.
+      n_targets: the number of target nodes.
+      backend: implementation of the sparse sum; None: `default_backend()`.
+
+    Returns:
+      The adjacency, of NumPy arrays.
+
+    Raises:
+      ValueError: receivers do not ascend.
+    """
     senders, receivers = np.asarray(edges.senders), np.asarray(edges.receivers)
     if np.any(np.diff(receivers) < 0):
         raise ValueError("edges must ascend by receiver; take them from HeteroGraph.edges")
-    # Of edges that ascend by receiver, what a stable sort by sender gives, and sooner.
+    # Equal to a stable sort by sender, as receivers ascend, and faster.
     order = np.argsort(senders.astype(np.int64) * n_targets + receivers)
     receiver_start = np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32)
     sender_start = np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32)
@@ -91,7 +115,7 @@ def build_adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backe
 
 
 def degrees_of(in_degree: np.ndarray, out_degree: np.ndarray) -> Degrees:
-    """Of how many each target hears and each source tells."""
+    """Computes `Degrees` from in-degrees [targets] and out-degrees [sources]."""
     log_in_degree, log_out_degree = (
         np.log1p(count) - np.log1p(count).sum() / max(len(count), 1) for count in (in_degree, out_degree)
     )
@@ -102,9 +126,15 @@ def degrees_of(in_degree: np.ndarray, out_degree: np.ndarray) -> Degrees:
 
 
 def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = None) -> list[Adjacency]:
-    """The part of each of `count` devices, on the host: the edges into its rows, in the order they had.
+    """Divides an adjacency over devices by receiver, on the host; the order of edges is kept.
 
-    capacity: how many edges each part is filled up to; None: as many as the largest has.
+    Args:
+      adjacency: of the whole relation.
+      count: the number of devices; node v belongs to device v mod count.
+      capacity: the number of edges to pad each shard to; None: that of the largest shard.
+
+    Returns:
+      One adjacency per device.
     """
     if count == 1 and capacity is None:
         return [adjacency]
@@ -112,28 +142,28 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
     own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]
     longest = max(map(len, own)) if capacity is None else capacity
-    # The last devices may have one row less than there is room for.
+    # The last devices may have one node less than rows.
     in_degree, log_in_degree = (
         np.pad(x, (0, n_targets - len(x))).reshape(-1, count).T for x in (a.degrees.in_degree, a.degrees.log_in_degree)
     )
     log_out_degree = np.pad(a.degrees.log_out_degree, (0, n_sources - len(a.degrees.log_out_degree)))
     parts = []
     for device, edges in enumerate(own):
-        fill = (0, longest - len(edges))
+        padding = (0, longest - len(edges))
         senders, receivers = a.senders[edges], a.receivers[edges] // count
-        # Among the device's own, what by_sender says of all.
-        at = np.full(len(a.senders), -1, np.int32)
-        at[edges] = np.arange(len(edges))
-        order = at[a.by_sender][at[a.by_sender] >= 0]
-        none = n_targets // count
+        # The restriction of by_sender to this device's edges.
+        local = np.full(len(a.senders), -1, np.int32)
+        local[edges] = np.arange(len(edges))
+        order = local[a.by_sender][local[a.by_sender] >= 0]
+        rows = n_targets // count
         parts.append(
             Adjacency(
-                np.pad(senders, fill, constant_values=n_sources),
-                np.pad(receivers, fill, constant_values=none),
-                np.pad(a.weight[edges], fill),
-                np.searchsorted(receivers, np.arange(none + 1)).astype(np.int32),
+                np.pad(senders, padding, constant_values=n_sources),
+                np.pad(receivers, padding, constant_values=rows),
+                np.pad(a.weight[edges], padding),
+                np.searchsorted(receivers, np.arange(rows + 1)).astype(np.int32),
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
-                np.pad(receivers[order], fill, constant_values=none),
+                np.pad(receivers[order], padding, constant_values=rows),
                 np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
                 Degrees(in_degree[device], log_in_degree[device], log_out_degree),
                 a.backend,
@@ -143,7 +173,7 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
 
 
 def build_adjacencies(graph: HeteroGraph, backend: Backend | None = None) -> dict[Relation, Adjacency]:
-    """Every relation of the graph, ready to be summed over."""
+    """Builds the adjacency of every relation of the graph; backend as in `build_adjacency`."""
     return {
         relation: build_adjacency(
             graph.edges(relation), graph.count(relation.source), graph.count(relation.target), backend
@@ -156,9 +186,17 @@ def build_adjacencies(graph: HeteroGraph, backend: Backend | None = None) -> dic
 def neighbor_sum(
     adjacency: Adjacency, weight: Float32[AnyArray, "E"], x: Float[AnyArray, "sources K"]
 ) -> Float32[Array, "targets K"]:
-    """y[v] = sum_{e = (u, v)} weight[e] x[u]; differentiable in weight and x, not in the adjacency.
+    """Sums weighted source rows into each target: y[v] = sum_{e = (u, v)} weight[e] x[u].
 
-    The derivative of y is rounded to the type of x before it is sent back, and so is that of x.
+    Differentiable in weight and x. The cotangent of y, and the derivative of x, are rounded to the type of x.
+
+    Args:
+      adjacency: the edges; no derivative.
+      weight: float32 [E], edge weights, in place of those of the adjacency.
+      x: [sources, K], rows of the source nodes.
+
+    Returns:
+      float32 [targets, K]; zeros for a target without edges.
     """
     return _to_receivers(adjacency, weight, x)
 
@@ -169,12 +207,22 @@ def edge_dot(
     target: Float[AnyArray, "targets K"],
     source: Float[AnyArray, "sources K"],
 ) -> Float32[Array, "E"]:
-    """<target[v], source[u]> of each edge (u, v): the other half of the pair, whose derivatives are sparse sums."""
+    """Computes <target[v], source[u]> for each edge (u, v), the derivative of `neighbor_sum` in its weights.
+
+    Args:
+      adjacency: the edges; no derivative.
+      target: [targets, K].
+      source: [sources, K].
+
+    Returns:
+      float32 [E].
+    """
     pairs = target[adjacency.receivers], source[adjacency.senders]
     return jnp.einsum("ek,ek->e", *pairs, preferred_element_type=jnp.float32)
 
 
 def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
+    """Sums source rows into receivers."""
     a = adjacency
     if a.backend == "segment":
         return _segment_sum(weight, a.senders, x, a.receivers, len(a.receiver_start) - 1)
@@ -182,27 +230,28 @@ def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
 
 
 def _to_senders(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
+    """Sums target rows into senders, over reversed edges."""
     a, order = adjacency, adjacency.by_sender
     if a.backend == "segment":
         return _segment_sum(weight[order], a.receivers_by_sender, x, a.senders[order], len(a.sender_start) - 1)
     return _row_sum(a.backend, a.sender_start, a.receivers_by_sender, order, weight, x)
 
 
-def _segment_sum(weight: AnyArray, frm: AnyArray, x: AnyArray, to: AnyArray, n_targets: int) -> Array:
-    return jax.ops.segment_sum(weight[:, None] * x[frm], to, n_targets, indices_are_sorted=True)
+def _segment_sum(weight: AnyArray, source: AnyArray, x: AnyArray, target: AnyArray, n_targets: int) -> Array:
+    return jax.ops.segment_sum(weight[:, None] * x[source], target, n_targets, indices_are_sorted=True)
 
 
 def _row_sum(
-    backend: Backend, start: AnyArray, frm: AnyArray, order: AnyArray | None, weight: AnyArray, x: AnyArray
+    backend: Backend, start: AnyArray, source: AnyArray, order: AnyArray | None, weight: AnyArray, x: AnyArray
 ) -> Array:
-    """order: where the weights of the edges stand, None for in their own order."""
+    """Sums rows of x by compressed sparse rows; order: permutation of the weights, None for the identity."""
     n_targets = len(start) - 1
     if backend == "compiled":
-        kernels.usable()  # makes the kernel known in a process that was given its adjacency
+        kernels.usable()  # registers the kernel in a process that received the adjacency
         call = jax.ffi.ffi_call(kernels.NEIGHBOUR_SUM, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
-        return call(start, frm, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
+        return call(start, source, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
     weight = weight if order is None else weight[order]
-    matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(frm), jnp.asarray(start)), shape=(n_targets, len(x)))
+    matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(source), jnp.asarray(start)), shape=(n_targets, len(x)))
     return matrix @ x.astype(jnp.float32)
 
 
@@ -213,7 +262,7 @@ def _sum_forward(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> tuple[A
 def _sum_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:
     adjacency, weight, x = residuals
     g = g.astype(x.dtype)
-    # XLA drops the derivative of the weights where nobody asks for it.
+    # XLA removes the derivative of the weights where it is unused.
     return None, edge_dot(adjacency, g, x), _to_senders(adjacency, weight, g).astype(x.dtype)
 
 
@@ -223,8 +272,8 @@ def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tu
 
 def _dot_backward(residuals: tuple, g: Float[AnyArray, "E"]) -> tuple:
     adjacency, target, source = residuals
-    of_target, of_source = _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
-    return None, of_target.astype(target.dtype), of_source.astype(source.dtype)
+    d_target, d_source = _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
+    return None, d_target.astype(target.dtype), d_source.astype(source.dtype)
 
 
 neighbor_sum.defvjp(_sum_forward, _sum_backward)

@@ -1,8 +1,8 @@
-"""The typed graph: several kinds of nodes and relations over one `jraph.GraphsTuple`.
+"""The heterogeneous graph: node types and relations in one `jraph.GraphsTuple`.
 
-Nodes of all types stand one after the other in the order of `node_types`, edges of all relations in the order
-of `relations`; inside a relation edges ascend by (receiver, sender). The counts are static, so a type or a
-relation is a slice known at trace time, and a new relation adds data, not branches.
+Nodes are concatenated by type in the order of `node_types`, edges by relation in the order of `relations`; within a
+relation edges ascend by (receiver, sender). The counts are static, so a type or a relation is a slice known at trace
+time, and a new relation adds data, not branches.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from fused_rec.distributed.devices import AnyArray, Shards
 
 
 class Relation(NamedTuple):
-    """Messages flow from nodes of type `source` to nodes of type `target`."""
+    """An edge type; messages flow from nodes of type `source` to nodes of type `target`."""
 
     source: str
     name: str
@@ -29,24 +29,30 @@ class Relation(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """One relation's edges, numbered inside their node types. weight: the fixed factor of a message."""
+    """The edges of one relation, with node IDs local to the node types."""
 
     senders: np.ndarray  # int [E], rows of the source type
     receivers: np.ndarray  # int [E], rows of the target type
-    weight: np.ndarray  # float [E]
+    weight: np.ndarray  # float [E], the fixed factor of a message
 
 
 @flax.struct.dataclass
 class HeteroGraph:
-    """graph.nodes["text"]: float32 [N, D]; graph.edges["weight"]: float32 [E]; the rest of the legend in `GraphsTuple`.
+    """A heterogeneous graph, a pytree of NumPy arrays on the host or of JAX arrays inside a program.
 
-    A node without words has a zero text row. The arrays are NumPy's, on the host; devices get what they work on.
+    With several `shards` it is the part of one device (`fused_rec.training.sharding.shard_graph_inputs`): a share of
+    the rows of every type, and no edges, which are in the adjacencies. The counts remain those of all nodes.
 
-    Where `shards` are several this is what one device has (`fused_rec.training.sharding.shard_graph_inputs`): of every
-    type its share of the rows, and no edges, which stand in its adjacencies. The counts remain those of all nodes.
+    A sampled subgraph (`fused_rec.graph.sampling`) has graph.nodes["number"] too, int32 [N]: the IDs of its nodes in
+    the whole graph, local to their types. Its counts are numbers of rows, including rows padded with node 0, and it
+    has no edges either.
 
-    A sample of a larger graph (`fused_rec.graph.sampling`) has graph.nodes["number"] too, int32 [N]: the numbers of its
-    nodes there, inside their types. It counts rows, of which some are filled up with node 0, and has no edges either.
+    Attributes:
+      graph: nodes["text"] float32 [N, D], text embeddings, zero for a node without text; edges["weight"] float32 [E];
+        senders, receivers, n_node and n_edge as in `jraph.GraphsTuple`.
+      node_types: (name, number of nodes) of each type, in order.
+      relations: (relation, number of edges) of each relation, in order.
+      shards: how many devices share the rows.
     """
 
     graph: jraph.GraphsTuple
@@ -55,50 +61,55 @@ class HeteroGraph:
     shards: Shards = flax.struct.field(pytree_node=False, default=Shards())
 
     def node_slice(self, node_type: str) -> slice:
-        """Where the type's nodes stand. Raises KeyError naming the types there are."""
+        """Returns the slice of the type's rows.
+
+        Raises:
+          KeyError: no such type; names the types there are.
+        """
         return _slice(tuple((name, self.shards.rows(count)) for name, count in self.node_types), node_type)
 
     def count(self, node_type: str) -> int:
-        """Number of nodes of the type, on all devices."""
+        """Returns the number of nodes of the type, over all devices."""
         return dict(self.node_types)[node_type]
 
     def rows(self, node_type: str) -> int:
-        """Number of rows that a device has of the type."""
+        """Returns the number of rows of the type on one device, including padding."""
         return self.shards.rows(self.count(node_type))
 
     def all_gather(self, node_type: str, x: Array) -> Array:
-        """[rows, ...] to one row a node of the type, on every device."""
+        """Gathers [rows, ...] of all devices to [nodes of the type, ...] on every device."""
         return self.shards.all_gather(x)[: self.count(node_type)]
 
     @property
     def sampled(self) -> bool:
-        """Whether the nodes are some of a larger graph's."""
+        """Whether this is a sampled subgraph."""
         nodes: Any = self.graph.nodes
         return "number" in nodes
 
     def global_ids(self, node_type: str, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """The numbers, in the whole graph and inside their type, of some of this device's rows."""
+        """Maps rows of this device to node IDs in the whole graph, local to the type."""
         return self._number(node_type)[rows] if self.sampled else self.shards.global_ids(rows)
 
     def global_ids_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """The same of nodes that are counted over all devices, as senders are."""
+        """Maps nodes numbered over all devices, such as senders, to node IDs in the whole graph."""
         return self.all_gather(node_type, self._number(node_type))[nodes] if self.sampled else jnp.asarray(nodes)
 
     def _number(self, node_type: str) -> Int32[Array, "rows"]:
+        """IDs of a sampled subgraph's rows in the whole graph."""
         nodes: Any = self.graph.nodes
         return jnp.asarray(nodes["number"][self.node_slice(node_type)])
 
     def text(self, node_type: str) -> Float32[AnyArray, "rows D"]:
-        """Text vectors of one node type."""
-        nodes: Any = self.graph.nodes  # to jraph any tree, or none
+        """Returns the text embeddings of one node type, [rows, D]."""
+        nodes: Any = self.graph.nodes  # any pytree or None in jraph's types
         return nodes["text"][self.node_slice(node_type)]
 
     def with_text(self, text: Float32[AnyArray, "rows D"]) -> "HeteroGraph":
-        """The same nodes and edges with these text vectors, of all types in their order."""
+        """Returns this graph with other text embeddings, of all types in their order."""
         return self.replace(graph=self.graph._replace(nodes={"text": text}))  # pyright: ignore[reportAttributeAccessIssue]
 
     def edges(self, relation: Relation) -> Edges:
-        """One relation's edges with senders and receivers numbered inside their types."""
+        """Returns one relation's edges, senders and receivers local to their types."""
         at = _slice(self.relations, relation)
         graph: Any = self.graph
         return Edges(
@@ -109,6 +120,7 @@ class HeteroGraph:
 
 
 def _slice(counts: tuple, key: object) -> slice:
+    """The slice of `key` among concatenated blocks of these lengths."""
     start = 0
     for name, count in counts:
         if name == key:
@@ -120,28 +132,36 @@ def _slice(counts: tuple, key: object) -> slice:
 def hetero_graph(
     node_types: Mapping[str, int], relations: Mapping[Relation, Edges], text: Float32[np.ndarray, "N D"]
 ) -> HeteroGraph:
-    """Joins the relations into one validated graph, edges sorted by (receiver, sender) inside each relation.
+    """Builds one validated graph, edges sorted by (receiver, sender) within each relation.
 
-    JAX clamps ids out of range and drops them from segment sums without a word, so everything is checked here.
+    JAX clamps node IDs out of range and drops them from segment sums silently, so everything is checked here.
+
+    Args:
+      node_types: number of nodes by type.
+      relations: edges by relation, in any order.
+      text: float32 [N, D], text embeddings of all nodes in the order of `node_types`, zeros for nodes without text.
+
+    Returns:
+      The graph, on the host.
 
     Raises:
-      ValueError: a node type that is not counted, an id outside its node type, a weight or a text vector that is not
-        finite, a repeated edge, lengths that differ, or more nodes or edges than int32 numbers; names the relation, the
-        value and the bound.
+      ValueError: an unknown node type, a node ID out of range, a weight or a text embedding that is not finite, a
+        repeated edge, lengths that differ, or more nodes or edges than int32 can number; names the relation, the value
+        and the bound.
     """
     total, longest = sum(node_types.values()), max((len(e.senders) for e in relations.values()), default=0)
     if max(total, longest) >= 2**31:
         raise ValueError(
-            f"the graph has {total:,} nodes and up to {longest:,} edges a relation; both are numbered by int32, below "
-            "2,147,483,648: raise data.k_core"
+            f"the graph has {total:,} nodes and up to {longest:,} edges in a relation; both are numbered by int32, "
+            "below 2,147,483,648: raise data.k_core"
         )
     if len(text) != total:
         raise ValueError(
-            f"text has {len(text)} rows for {total} nodes; give one row a node, zeros where it has no words"
+            f"text has {len(text)} rows for {total} nodes; give one row per node, zeros for a node without text"
         )
     if not np.isfinite(text).all():
         row = int(np.flatnonzero(~np.isfinite(text).all(1))[0])
-        raise ValueError(f"text vector of node {row} is not finite; encode it again")
+        raise ValueError(f"text embedding of node {row} is not finite; encode it again")
     start = dict(zip(node_types, np.cumsum([0, *node_types.values()]), strict=False))
     senders, receivers, weights, counts = [], [], [], []
     for relation, edges in relations.items():
@@ -164,6 +184,7 @@ def hetero_graph(
 
 
 def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> None:
+    """Raises ValueError for edges that do not fit the node types or have weights that are not finite."""
     if not len(edges.senders) == len(edges.receivers) == len(edges.weight):
         raise ValueError(f"{relation}: {[len(part) for part in edges]} senders, receivers, weights; they must agree")
     for role, ids, node_type in (
@@ -171,23 +192,21 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         ("receiver", edges.receivers, relation.target),
     ):
         if node_type not in node_types:
-            raise ValueError(f"{relation}: {node_type!r} is no node type; it must be one of {list(node_types)}")
+            raise ValueError(f"{relation}: {node_type!r} is not a node type; it must be one of {list(node_types)}")
         bound = node_types[node_type]
         bad = np.flatnonzero((ids < 0) | (ids >= bound))
         if len(bad):
-            known = f"{node_type} ids are 0 to {bound - 1}" if bound else f"there are no {node_type} nodes"
-            raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {known}")
+            allowed = f"{node_type} ids are 0 to {bound - 1}" if bound else f"there are no {node_type} nodes"
+            raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {allowed}")
     bad = np.flatnonzero(~np.isfinite(edges.weight))
     if len(bad):
         raise ValueError(f"{relation}: weight {edges.weight[bad[0]]} of edge {bad[0]} is not finite")
 
 
 def _order(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> np.ndarray:
-    """Where the edges stand that ascend by (receiver, sender). One number an edge sorts sooner than two."""
+    """The permutation that sorts edges by (receiver, sender); one int64 key sorts faster than two."""
     keys = edges.receivers.astype(np.int64) * node_types[relation.source] + edges.senders
     order = np.argsort(keys)
     if not np.diff(keys[order]).all():
-        raise ValueError(
-            f"{relation}: the same edge stands in it twice; merge repeated edges before building the graph"
-        )
+        raise ValueError(f"{relation}: an edge is repeated; merge repeated edges before building the graph")
     return order

@@ -1,12 +1,12 @@
-"""A part of the graph for one step: what reaches a batch within the rounds, with at most so many neighbours a node.
+"""Neighbor sampling: the subgraph that a batch's nodes depend on within the model's layers.
 
-From the batch's nodes each relation is walked backwards, once a round. A node that is met hears all of its neighbours
-in a relation, or, where they are more than the limit n, n of them drawn without replacement, their weights scaled by
-degree / n. The mean of a drawn sum over draws is then the whole sum (Hamilton et al., 2017, arXiv 1706.02216, draw
-alike but take means). All rounds of a step use the same draw, so that of what passes one node twice, in three rounds
-or more, the mean is not exactly the whole.
+From the batch's nodes each relation is walked backwards once per layer. A node that is reached keeps all in-edges of a
+relation, or, where they are more than the fanout n, n of them sampled without replacement, weights scaled by
+degree / n. The expectation of a sampled sum is then the full sum (Hamilton et al., 2017, arXiv 1706.02216, sample alike
+but average). All layers of a step share one sample, so for paths that pass one node twice, in three layers or more,
+the expectation is not exact.
 
-All of it runs on the host and is a function of its arguments and the generator's state.
+Everything runs on the host and is a function of the arguments and the generator's state.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
 
 
 class Sample(NamedTuple):
-    """Numbers are those of the whole graph, inside the types."""
+    """A sampled subgraph, in node IDs of the whole graph, local to the types."""
 
-    nodes: dict[str, np.ndarray]  # int64, ascending: who takes part
-    edges: dict[Relation, Edges]  # of the relations walked, weights scaled; receivers in no order
+    nodes: dict[str, np.ndarray]  # int64, ascending: sampled nodes by type
+    edges: dict[Relation, Edges]  # sampled edges of the relations walked, weights scaled; receivers in no order
 
 
 class Capacity(NamedTuple):
-    """How much a device has room for: rows of each node type, edges of each relation."""
+    """Sizes of the arrays of one device: rows of each node type and edges of each relation."""
 
     nodes: dict[str, int]
     edges: dict[Relation, int]
@@ -43,35 +43,45 @@ def sample(
     num_neighbors: int,
     rng: np.random.Generator,
 ) -> Sample:
-    """Who and what `rounds` rounds need to tell the nodes `seeds`, by type, over the relations of `hears`.
+    """Samples the nodes and edges that embeddings of the seed nodes depend on.
 
-    counts: nodes of each type in the whole graph. Nodes met in the last round are heard and hear nobody.
+    Args:
+      adjacencies: relations to walk, of the whole graph.
+      counts: the number of nodes of each type in the whole graph.
+      seeds: node IDs by type.
+      num_layers: how many layers to walk back; nodes first reached in the last one have no in-edges.
+      num_neighbors: the fanout, the largest number of in-edges of a node and relation.
+      rng: the random generator.
+
+    Returns:
+      Sampled nodes, seeds included, and edges.
     """
-    known = {node_type: np.zeros(count, bool) for node_type, count in counts.items()}
-    fresh = {node_type: _new(known[node_type], [nodes]) for node_type, nodes in seeds.items()}
+    reached = {node_type: np.zeros(count, bool) for node_type, count in counts.items()}
+    frontier = {node_type: _mark_new(reached[node_type], [nodes]) for node_type, nodes in seeds.items()}
     found: dict[Relation, list[Edges]] = {relation: [] for relation in adjacencies}
     for _ in range(num_layers):
-        met: dict[str, list[np.ndarray]] = {node_type: [] for node_type in counts}
-        for relation, of_relation in adjacencies.items():
-            if relation.target in fresh:
-                edges = sample_in_edges(of_relation, fresh[relation.target], num_neighbors, rng)
+        senders: dict[str, list[np.ndarray]] = {node_type: [] for node_type in counts}
+        for relation, adjacency in adjacencies.items():
+            if relation.target in frontier:
+                edges = sample_in_edges(adjacency, frontier[relation.target], num_neighbors, rng)
                 found[relation].append(edges)
-                met[relation.source].append(edges.senders)
-        fresh = {node_type: _new(known[node_type], nodes) for node_type, nodes in met.items()}
+                senders[relation.source].append(edges.senders)
+        frontier = {node_type: _mark_new(reached[node_type], nodes) for node_type, nodes in senders.items()}
     return Sample(
-        {node_type: np.flatnonzero(there) for node_type, there in known.items()},
+        {node_type: np.flatnonzero(mask) for node_type, mask in reached.items()},
         {relation: _concat_edges(parts) for relation, parts in found.items()},
     )
 
 
-def _new(known: np.ndarray, nodes: Iterable[np.ndarray]) -> np.ndarray:
-    """Those not known so far, ascending; they are from now on."""
-    new = np.unique(np.concatenate([np.zeros(0, np.int64), *(some[~known[some]] for some in nodes)]))
-    known[new] = True
+def _mark_new(reached: np.ndarray, nodes: Iterable[np.ndarray]) -> np.ndarray:
+    """The nodes not reached before, ascending; marks them as reached."""
+    new = np.unique(np.concatenate([np.zeros(0, np.int64), *(some[~reached[some]] for some in nodes)]))
+    reached[new] = True
     return new
 
 
 def _concat_edges(parts: list[Edges]) -> Edges:
+    """Joins blocks of edges of one relation."""
     empty = Edges(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))
     return Edges(*map(np.concatenate, zip(empty, *parts, strict=True)))
 
@@ -79,17 +89,27 @@ def _concat_edges(parts: list[Edges]) -> Edges:
 def sample_in_edges(
     adjacencies: Adjacency, targets: Int64[np.ndarray, "t"], num_neighbors: int, rng: np.random.Generator
 ) -> Edges:
-    """The edges into distinct targets, of more than `num_neighbors` into one so many at random, weights scaled up."""
+    """Samples up to `num_neighbors` in-edges of each target without replacement, weights scaled by degree / sampled.
+
+    Args:
+      adjacencies: one relation of the whole graph.
+      targets: int64 [t], distinct target nodes.
+      num_neighbors: the largest number of edges per target.
+      rng: the random generator.
+
+    Returns:
+      The edges, receivers in no order.
+    """
     starts, senders, weight = map(np.asarray, (adjacencies.receiver_start, adjacencies.senders, adjacencies.weight))
     start = starts[targets].astype(np.int64)
     degree = starts[targets + 1] - start
     many = degree > num_neighbors
     few = degree[~many]
     before = np.cumsum(few) - few
-    every = np.repeat(start[~many] - before, few) + np.arange(few.sum())
-    some = start[many, None] + sample_distinct(degree[many], num_neighbors, rng)
-    at = np.concatenate([every, some.ravel()])
-    scale = np.concatenate([np.ones(len(every)), np.repeat(degree[many] / num_neighbors, num_neighbors)])
+    all_edges = np.repeat(start[~many] - before, few) + np.arange(few.sum())
+    sampled = start[many, None] + sample_distinct(degree[many], num_neighbors, rng)
+    at = np.concatenate([all_edges, sampled.ravel()])
+    scale = np.concatenate([np.ones(len(all_edges)), np.repeat(degree[many] / num_neighbors, num_neighbors)])
     receivers = np.concatenate([np.repeat(targets[~many], few), np.repeat(targets[many], num_neighbors)])
     return Edges(senders[at], receivers, (weight[at] * scale).astype(np.float32))
 
@@ -97,22 +117,36 @@ def sample_in_edges(
 def sample_distinct(
     degree: Int64[np.ndarray, "m"], count: int, rng: np.random.Generator
 ) -> Int64[np.ndarray, "m count"]:
-    """`count` distinct numbers below each degree, which is larger; each set of them is as likely as any other.
+    """Samples `count` distinct numbers below each degree, uniformly over sets.
 
-    Floyd's algorithm (Bentley and Floyd, 1987, Communications of the ACM 30(9)), a column a draw: what a row takes is
-    compared with its earlier numbers alone, however many neighbours there are.
+    Floyd's algorithm (Bentley and Floyd, 1987, Communications of the ACM 30(9)), vectorized over rows: time grows with
+    `count` squared, not with the degrees.
+
+    Args:
+      degree: int64 [m], exclusive upper bounds, each larger than `count`.
+      count: how many numbers per row.
+      rng: the random generator.
+
+    Returns:
+      int64 [m, count].
     """
     chosen = np.empty((count, len(degree)), np.int64)
     for number in range(count if len(degree) else 0):
         last = degree - count + number
-        tried = rng.integers(0, last, endpoint=True)
-        chosen[number] = np.where((chosen[:number] == tried).any(axis=0), last, tried)
+        candidate = rng.integers(0, last, endpoint=True)
+        chosen[number] = np.where((chosen[:number] == candidate).any(axis=0), last, candidate)
     return chosen.T
 
 
 def required_capacity(found: Sample, devices: int) -> Capacity:
-    """The room that a sample takes, where devices share rows as `fused_rec.distributed.devices` says and edges by
-    receiver.
+    """Computes the capacity that a sample needs.
+
+    Args:
+      found: the sample.
+      devices: how many devices share its nodes (v mod devices) and its edges (by receiver).
+
+    Returns:
+      The largest number of rows and edges on any device.
     """
     return Capacity(
         {node_type: _largest(nodes, devices) for node_type, nodes in found.nodes.items()},
@@ -121,24 +155,43 @@ def required_capacity(found: Sample, devices: int) -> Capacity:
 
 
 def _largest(nodes: np.ndarray, devices: int) -> int:
+    """The largest number of nodes on any device."""
     return int(np.bincount(nodes % devices, minlength=devices).max())
 
 
 def max_capacity(
     adjacencies: Mapping[Relation, Adjacency], counts: Mapping[str, int], num_neighbors: int, devices: int
 ) -> Capacity:
-    """The room that no sample exceeds."""
+    """Computes a capacity that no sample exceeds.
+
+    Args:
+      adjacencies: relations of the whole graph.
+      counts: the number of nodes of each type in the whole graph.
+      num_neighbors: the fanout.
+      devices: how many devices share nodes and edges.
+
+    Returns:
+      Upper bounds of rows and edges on any device.
+    """
     edges = {}
-    for relation, of_relation in adjacencies.items():
-        kept = np.minimum(np.diff(of_relation.receiver_start), num_neighbors)
+    for relation, adjacency in adjacencies.items():
+        kept = np.minimum(np.diff(adjacency.receiver_start), num_neighbors)
         edges[relation] = int(np.bincount(np.arange(len(kept)) % devices, kept, devices).max())
     return Capacity({node_type: -(-count // devices) for node_type, count in counts.items()}, edges)
 
 
 def bucketed_capacity(need: Capacity, usual: Capacity, bound: Capacity) -> Capacity:
-    """Room for `need`: an eighth more than usual, or twice that and so on, and never more than the bound.
+    """Rounds a needed capacity up to one of few sizes: 9/8 of the usual one times a power of 2, at most the bound.
 
-    All parts grow together: of each part's own steps every combination would be another program to compile.
+    All entries grow by one factor: with a factor for each entry every combination would be a program to compile.
+
+    Args:
+      need: the capacity that a sample needs, within `bound`.
+      usual: a typical capacity, such as the largest of some probe batches.
+      bound: a capacity that no sample exceeds.
+
+    Returns:
+      The capacity to pad the sample to.
     """
     factor = 1.125
     while True:
@@ -149,21 +202,33 @@ def bucketed_capacity(need: Capacity, usual: Capacity, bound: Capacity) -> Capac
 
 
 def _grown(usual: Mapping[Any, int], bound: Mapping[Any, int], factor: float) -> dict[Any, int]:
+    """Usual sizes times the factor, plus 8, at most the bound."""
     return {name: min(most, int(factor * usual[name]) + 8) for name, most in bound.items()}
 
 
 def _fits(need: Mapping[Any, int], capacity: Mapping[Any, int]) -> bool:
+    """Whether each size is within the capacity."""
     return all(count <= capacity[name] for name, count in need.items())
 
 
 def build_subgraph(
     graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], found: Sample, capacity: Capacity, devices: int
 ) -> tuple[HeteroGraph, dict[Relation, Adjacency], dict[str, np.ndarray]]:
-    """The sample as a graph and adjacencies before they are divided, and where nodes stand in it, by type and number.
+    """Builds graph and adjacencies of a sample, before they are sharded.
 
-    A node goes to the device that has its id row, so there are `room.nodes` rows times `devices`; those that nobody
-    takes have neither words nor edges. Relations that were not walked have no edges and keep their degrees. Where a
-    node that takes no part would stand says nothing.
+    A node goes to the device that has its ID embedding, so each type has `capacity.nodes` rows per device; padded rows
+    have neither text nor edges. Relations that were not walked have no edges and keep their degrees.
+
+    Args:
+      graph: the whole graph.
+      adjacencies: all relations of the whole graph.
+      found: the sample.
+      capacity: rows per device and type.
+      devices: the number of devices.
+
+    Returns:
+      The subgraph; its adjacencies; and by type the row of each node of the whole graph, int32, which has no meaning
+      for a node that was not sampled.
     """
     places, text, numbers = {}, [], []
     for node_type, nodes in found.nodes.items():
@@ -193,17 +258,17 @@ def build_subgraph(
             build_adjacency(part, n_sources, n_targets, whole.backend), degrees=degrees
         )
     nodes = {"text": np.concatenate(text), "number": np.concatenate(numbers)}
-    nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
+    no_fields = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # in the adjacencies
     types = tuple((node_type, capacity.nodes[node_type] * devices) for node_type, _ in graph.node_types)
     return (
-        HeteroGraph(graph.graph._replace(nodes=nodes, **nothing), types, graph.relations),
+        HeteroGraph(graph.graph._replace(nodes=nodes, **no_fields), types, graph.relations),
         sampled_adjacencies,
         places,
     )
 
 
 def _places(nodes: np.ndarray, devices: int) -> np.ndarray:
-    """Node v stands on device v mod k, after those of lower number that do: at k times its place there plus v mod k."""
+    """Rows of nodes: the i-th node of device d = v mod k has row i k + d."""
     device = nodes % devices
     order = np.argsort(device, kind="stable")
     start = np.searchsorted(device[order], np.arange(devices))
@@ -213,6 +278,7 @@ def _places(nodes: np.ndarray, devices: int) -> np.ndarray:
 
 
 def _scattered(values: np.ndarray, places: np.ndarray, rows: int) -> np.ndarray:
+    """Zeros [rows, ...] with `values` at `places`."""
     out = np.zeros((rows, *values.shape[1:]), values.dtype)
     out[places] = values
     return out

@@ -1,7 +1,7 @@
-"""What XLA does slowly on a CPU, in C++: compiled when the package is installed, where there is a compiler.
+"""C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`sparse_sum.cc` is called by `graph.propagate`, `ranking.cc` by `evaluate`. Each caller has the same in plain JAX, which
-is the oracle, what accelerators run, and what takes its place where nothing was compiled.
+`fused_rec.graph.adjacency` calls `sparse_sum.cc`, `fused_rec.evaluation.ranking` calls `ranking.cc`. Each caller has a
+plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 
 @functools.cache
 def usable() -> bool:
-    """Whether the default device is a CPU and the kernels are there; they are then known to XLA by their names."""
+    """Returns whether the default device is a CPU and the kernels are installed; registers them with XLA."""
     if jax.default_backend() != "cpu":
         return False
     library = importlib.util.find_spec(LIBRARY)

@@ -1,1 +1,1 @@
-"""A graph and its texts to vectors of users and items, their scores and the losses."""
+"""The recommendation model: propagation over the graph, text fusion, scores and losses."""

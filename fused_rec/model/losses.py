@@ -1,9 +1,9 @@
-"""What training minimises. Each returns (sum, count), so that devices may add them up before dividing.
+"""Training losses. Each returns (sum, count), so that devices can add them before dividing.
 
-A user's loss is the mean over their positives; users count by the square root of their number of positives,
-between a mean over pairs, which the heaviest users rule, and a mean over users, which the noisiest do.
+A user's loss is the mean over their positives. Users are weighted by the square root of their number of positives: a
+compromise between a mean over pairs, which active users dominate, and a mean over users, which the noisiest ones do.
 
-Vectors may be narrower than float32; scores and all that follows from them are float32.
+Embeddings may be bfloat16 or float16; scores and losses are float32.
 """
 
 import jax
@@ -23,16 +23,27 @@ def softmax(
     trained_items: Bool[Array, "I"],
     temperature: float,
 ) -> Sum:
-    """-log softmax over the whole catalogue at each positive (the multinomial likelihood of Liang et al., 2018).
+    """Computes the full softmax cross-entropy of each positive (multinomial likelihood, Liang et al., 2018).
 
-    Items that are not `present` while training (nobody holds them yet) are no alternatives: to learn that nobody wants
-    them would be to learn from the future.
+    Items without training interactions are excluded from the denominator; ranking them below the positives would leak
+    the split.
+
+    Args:
+      user: [B, K], user embeddings of the batch.
+      catalogue: [I, K], item embeddings.
+      items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
+      mask: float32 [B, P], 1 for positives and 0 for padding.
+      trained_items: bool [I], items with training interactions.
+      temperature: divisor of the scores, above 0.
+
+    Returns:
+      float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
     """
     scores = matmul_f32(user, catalogue.T) / temperature
-    # Before the absent items are set to -inf: padding points at item 0, and 0 * inf is not a number.
+    # Taken before other items are set to -inf: padding points at item 0, and 0 * inf is NaN.
     positive = jnp.take_along_axis(scores, items, axis=1)
-    everything = jax.nn.logsumexp(jnp.where(trained_items[None, :], scores, -jnp.inf), axis=-1)
-    return _over_users(everything[:, None] - positive, mask)
+    log_normalizer = jax.nn.logsumexp(jnp.where(trained_items[None, :], scores, -jnp.inf), axis=-1)
+    return _over_users(log_normalizer[:, None] - positive, mask)
 
 
 def sampled_softmax(
@@ -44,17 +55,28 @@ def sampled_softmax(
     negatives: Int32[Array, "S"],
     temperature: float,
 ) -> Sum:
-    """Softmax over each positive and S shared uniform negatives, scaled up by log(I / S) to estimate the catalogue.
+    """Computes a softmax cross-entropy of each positive against S shared uniform negatives.
 
-    The catalogue's rows may be those of some items only, by which positives and negatives are then numbered. I counts
-    the items that are `present`, from which negatives are drawn; a negative of -1 is padding and not
-    one of the S. Uniform sampling makes the log-q correction of Bengio and Senecal (2008) one constant.
+    The negatives' sum is scaled by I / S, I being the number of items with training interactions, from which they are
+    drawn. With uniform sampling the log-q correction of Bengio and Senecal (2008) is this constant.
+
+    Args:
+      user: [B, K], user embeddings of the batch.
+      catalogue: [C, K], item embeddings.
+      items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
+      mask: float32 [B, P], 1 for positives and 0 for padding.
+      trained_items: bool [I], items with training interactions.
+      negatives: int32 [S], indices into `catalogue`; -1 is padding and does not count in S.
+      temperature: divisor of the scores, above 0.
+
+    Returns:
+      float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
-    drawn = negatives >= 0
-    scores = jnp.where(drawn[None, :], matmul_f32(user, catalogue[negatives].T) / temperature, -jnp.inf)
-    rest = jax.nn.logsumexp(scores, axis=-1) + jnp.log(trained_items.sum() / drawn.sum())
-    return _over_users(jax.nn.softplus(rest[:, None] - positive), mask)
+    valid = negatives >= 0
+    scores = jnp.where(valid[None, :], matmul_f32(user, catalogue[negatives].T) / temperature, -jnp.inf)
+    others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(trained_items.sum() / valid.sum())
+    return _over_users(jax.nn.softplus(others[:, None] - positive), mask)
 
 
 def bpr(
@@ -65,9 +87,21 @@ def bpr(
     negatives: Int32[Array, "B P"],
     temperature: float,
 ) -> Sum:
-    """-log sigmoid(positive - negative), one negative a positive (Rendle et al., 2009)."""
-    other = catalogue[items] - catalogue[negatives]
-    margin = jnp.einsum("bk,bpk->bp", user, other, preferred_element_type=jnp.float32)
+    """Computes Bayesian personalized ranking: -log sigmoid((positive - negative) / temperature) (Rendle et al., 2009).
+
+    Args:
+      user: [B, K], user embeddings of the batch.
+      catalogue: [I, K], item embeddings.
+      items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
+      mask: float32 [B, P], 1 for positives and 0 for padding.
+      negatives: int32 [B, P], one negative per positive, indices into `catalogue`.
+      temperature: divisor of the scores, above 0.
+
+    Returns:
+      float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
+    """
+    difference = catalogue[items] - catalogue[negatives]
+    margin = jnp.einsum("bk,bpk->bp", user, difference, preferred_element_type=jnp.float32)
     return _over_users(jax.nn.softplus(-margin / temperature), mask)
 
 
@@ -79,28 +113,46 @@ def info_nce(
     everyone: Int32[Array, "A"],
     temperature: float,
 ) -> Sum:
-    """-log softmax of a node's cosine with its other view among those with all nodes' (Oord et al., 2018).
+    """Computes InfoNCE between two views of nodes, with cosine similarity (Oord et al., 2018, arXiv 1807.03748).
 
-    everyone: the nodes whose other views are told apart, this device's `nodes` among them; -1 is padding. A node named
-    c times counts 1 / c each time, there and in the sum: the batch is a set.
+    The batch is a set: a node that occurs c times counts 1 / c each time, in the denominator and in the sum.
+
+    Args:
+      one: float32 [n, K], embeddings of all nodes in the first view.
+      other: float32 [n, K], embeddings of all nodes in the second view.
+      nodes: int32 [B], this device's nodes.
+      mask: float32 [B], 0 where `nodes` is padded.
+      everyone: int32 [A], the nodes of all devices, whose second views form the denominator; -1 is padding.
+      temperature: divisor of the cosines, above 0.
+
+    Returns:
+      float32 scalars (sum of weighted losses, sum of weights).
     """
-    there = everyone >= 0
-    mine, theirs = unit(one[nodes]), unit(other[everyone])
-    named = jnp.maximum((everyone[:, None] == everyone[None, :]).sum(axis=1), 1)
-    scores = mine @ theirs.T / temperature - jnp.log(named)[None, :]
-    rest = jax.nn.logsumexp(jnp.where(there[None, :], scores, -jnp.inf), axis=-1)
-    positive = jnp.einsum("bk,bk->b", mine, unit(other[nodes])) / temperature
+    valid = everyone >= 0
+    anchors, candidates = unit(one[nodes]), unit(other[everyone])
+    count = jnp.maximum((everyone[:, None] == everyone[None, :]).sum(axis=1), 1)
+    scores = anchors @ candidates.T / temperature - jnp.log(count)[None, :]
+    log_normalizer = jax.nn.logsumexp(jnp.where(valid[None, :], scores, -jnp.inf), axis=-1)
+    positive = jnp.einsum("bk,bk->b", anchors, unit(other[nodes])) / temperature
     weight = mask / jnp.maximum((nodes[:, None] == everyone[None, :]).sum(axis=1), 1)
-    return (weight * (rest - positive)).sum(), weight.sum()
+    return (weight * (log_normalizer - positive)).sum(), weight.sum()
 
 
 def unit(x: Float32[Array, "n K"]) -> Float32[Array, "n K"]:
-    """Rows of length 1; a zero row stays zero."""
-    # The small term keeps the derivative finite for a node that has neither id, words nor neighbours.
+    """Normalizes rows to length 1; a zero row stays zero.
+
+    Args:
+      x: float32 [n, K].
+
+    Returns:
+      float32 [n, K].
+    """
+    # The small term keeps the derivative finite for a node without ID embedding, text and neighbors.
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
 def _over_users(loss: Float32[Array, "B P"], mask: Float32[Array, "B P"]) -> Sum:
+    """Averages over each user's positives and weights users by the root of their number of positives."""
     count = mask.sum(axis=1)
     weight = jnp.sqrt(count)
     per_user = (loss * mask).sum(axis=1) / jnp.maximum(count, 1)

@@ -1,14 +1,42 @@
-"""The recommender: inputs from ids and words, coefficients from words and degrees, linear propagation, scores.
+"""The recommendation model: inputs, propagation over the heterogeneous graph, and the score of a user and an item.
 
-Three parts make a logit. `Branch` of the chosen variant; beside the fused one a second tower, `Branch` of the
-variant text, for items that few hold or nobody yet; and how popular the item is, which no tower has to learn then:
+The score of user u and item i sums dot products of the final embeddings of two branches and a popularity bias:
 
-    logit(u, i) = (g_i main(u, i) + (1 - g_i) words(u, i)) / temperature + popularity * log(1 + n_i),
-    g_i = n_i / (n_i + 1), n_i the observed holders of i.
+    logit(u, i) = (g_i <z^graph_u, z^graph_i> + (1 - g_i) <z^text_u, z^text_i>) / tau + beta log(1 + n_i)
+    g_i = n_i / (n_i + 1)
 
-What is ranked is that times the temperature and, where the config says so, a fourth part that nothing trains
-(`append_ease`). Each tower is trained by its own loss. One that learns from the sum leaves the words untrained
-wherever ids explain the holdings, and they are all that a new product has.
+n_i is the number of training interactions of item i (in the bias older ones may count less, see
+model.popularity_half_life), tau is train.temperature and beta is model.popularity_weight.
+With model.score = cosine each branch's embeddings have unit length.
+
+Within a branch every node v starts from h^0_v = e_v + W t_v, its learned ID embedding plus its projected text
+embedding, and one layer is
+
+    h^l_v = sum_r gamma^l_{r,v} sum_{u in N_r(v)} s_{r,u} h^{l-1}_u / sqrt(d_u d_v) + gamma^l_{text,v} W t_v
+    s_{r,u} = (1 + d_u)^{a_r} / (geometric mean of (1 + d)^{a_r} over the sources of r)
+    z_v = sum_{l=0}^{L} alpha_l h^l_v
+
+- 1 / sqrt(d_u d_v): symmetric normalization by the degrees in relation r, as in LightGCN (He et al., 2020,
+  arXiv 2002.02126); text-kNN edges have normalized cosines in its place.
+- a_r: learned exponent of the source's degree, which strengthens or weakens the down-weighting of popular sources.
+- gamma: relation gates, functions of the target's text embedding and degree (`fused_rec.model.text_fusion`).
+- alpha: layer combination, learned or fixed (model.layer_combination).
+
+Neither gates nor scales read a hidden state, so z is linear in the inputs.
+
+Parts, and where they are:
+
+- graph branch: the first `Branch`, of the configured variant. Variant fused uses IDs and text over all relations,
+  graph uses IDs only, text uses text only.
+- text branch: in variant fused a second `Branch`, of the variant text. It represents items with few or no
+  interactions. Each branch has a loss of its own: a loss of the sum leaves the text branch untrained wherever IDs
+  explain the interactions, and a new item has nothing but text.
+- popularity bias: `append_popularity_bias`, beta log(1 + n_i).
+- low-rank EASE: `append_ease`, a closed-form item-item score (Steck, 2019) that is added to tau * logit at ranking
+  time, weighted by model.ease_weight; it is not trained.
+
+`fused_rec.model.reference` has the same model in plain jraph, slow and short. This one shards nodes over devices, runs
+on sampled subgraphs, and calls sparse kernels.
 """
 
 import dataclasses
@@ -28,23 +56,29 @@ from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, U
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
-from fused_rec.model.text_fusion import Affinity, Gate, TextInput
+from fused_rec.model.text_fusion import Gate, TextInput
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
-EDGE_DROPOUT_STREAM, NOISE_STREAM = 1_000, 1_001  # folded into the key; node types fold in their number
-ID_EMBEDDING = "id_"  # how the names of parameters begin that have one row a node
-# Of the collection "intermediates":
-FIRST_LAYER = "first_layer"  # vectors of users and items after one round
-# (id rows, words, `PropagationWeights`): in the first two, which come by node type, the rest is linear
-LINEAR = "linear"
+EDGE_DROPOUT_STREAM, NOISE_STREAM = 1_000, 1_001  # folded into the key; node types fold in their index
+ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
+# Entries of the collection "intermediates":
+FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
+LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
 
 def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
-    """The relations that a variant listens to.
+    """Lists the relations with edges that a variant propagates over.
 
-    fused hears all, graph all but those made of words, and text only what a user holds: a user's words are then
-    the words of the items they hold, as in a content-based recommender.
+    Variant fused uses all of them and graph all except text-kNN. Variant text uses only the edges from items to users:
+    a user's text is then the mean of their items' text, as in a content-based recommender.
+
+    Args:
+      config: the model's settings, of which `variant` counts.
+      graph: the graph with its relations and their edge counts.
+
+    Returns:
+      Relations in the order of the graph.
     """
     relations = [relation for relation, count in graph.relations if count]
     if config.variant == "text":
@@ -55,9 +89,14 @@ def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
 
 
 class FusedModel(nn.Module):
-    """`Branch`, and beside the fused variant its text variant: [(vectors of users, vectors of items), ...].
+    """All branches of a variant: [(user embeddings [U, K], item embeddings [I, K]), ...], float32.
 
-    compute_dtype: the type of what is multiplied and sent; parameters, sums and vectors are float32.
+    The graph branch comes first. Variant fused adds the text branch where items have text.
+
+    Attributes:
+      config: the model's settings.
+      compute_dtype: the type of products and of embeddings sent between devices; parameters, sums and outputs are
+        float32.
     """
 
     config: ModelConfig
@@ -75,7 +114,16 @@ class FusedModel(nn.Module):
 
 
 def concat_branches(branches: list[Vectors], count: Float32[Array, "I"]) -> Vectors:
-    """One vector a user and an item, whose dot product is the towers' mean weighed by the item's `count` of holders."""
+    """Concatenates branches so that one dot product gives the weighted mean of their scores.
+
+    Args:
+      branches: `FusedModel`'s output, one or two pairs of embeddings.
+      count: float32 [I], training interactions of each item, n_i of the module's formula.
+
+    Returns:
+      User embeddings [U, 2K] and item embeddings [I, 2K], item columns scaled by g_i and 1 - g_i; a single branch
+      comes back unchanged.
+    """
     if len(branches) == 1:
         return branches[0]
     share = (count / (count + 1))[:, None]
@@ -87,7 +135,15 @@ def concat_branches(branches: list[Vectors], count: Float32[Array, "I"]) -> Vect
 
 
 def append_popularity_bias(vectors: Vectors, prior: Float32[Array, "I"]) -> Vectors:
-    """Vectors one column wider, so that every dot product with item i is higher by prior[i]."""
+    """Appends a column so that every dot product with item i grows by prior[i].
+
+    Args:
+      vectors: user embeddings [U, D] and item embeddings [I, D].
+      prior: float32 [I], the bias of each item.
+
+    Returns:
+      User embeddings [U, D + 1] with a column of ones, item embeddings [I, D + 1] with the column `prior`.
+    """
     users, items = vectors
     return jnp.concatenate([users, jnp.ones((len(users), 1))], axis=1), jnp.concatenate([items, prior[:, None]], axis=1)
 
@@ -99,9 +155,20 @@ def append_ease(
     adjacencies: Mapping[Relation, Adjacency],
     weight: float,
 ) -> Vectors:
-    """Vectors R columns wider: every item that a user does not hold gets `weight` times EASE's score more.
+    """Appends R columns so that every dot product with an item the user has not interacted with grows by EASE's score.
 
-    One that they hold gets what its own row adds besides, weight |S_i|^2 / (1 - |S_i|^2): no dot product could tell.
+    EASE (Steck, 2019, arXiv 1905.03375) has a zero diagonal, which no dot product of rank R can express: an item that
+    the user has interacted with gets weight |S_i|^2 / (1 - |S_i|^2) more than EASE gives. Ranking excludes those items.
+
+    Args:
+      vectors: user embeddings [U, D] and item embeddings [I, D].
+      ease: the low-rank factors, rows S [I, R] and 1 - |S_i|^2 [I].
+      graph: the graph, for the numbers of nodes and the sharding.
+      adjacencies: of which the one from items to users counts.
+      weight: factor of EASE's score, model.ease_weight.
+
+    Returns:
+      User embeddings [U, D + R] and item embeddings [I, D + R].
     """
     users, items = vectors
     interacted_by = adjacencies[INTERACTED_BY]
@@ -114,13 +181,20 @@ def append_ease(
 
 
 def _ones(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
-    """1 for every edge, 0 for those that fill up; gradient x input of a weight is as if it were a factor of the 1."""
-    there = jnp.asarray(weight) > 0
-    return jnp.where(there, weight / jax.lax.stop_gradient(jnp.where(there, weight, 1)), 0)
+    """1 for each edge and 0 for padding; the derivative is that of a factor of 1 on each weight (gradient x input)."""
+    is_edge = jnp.asarray(weight) > 0
+    return jnp.where(is_edge, weight / jax.lax.stop_gradient(jnp.where(is_edge, weight, 1)), 0)
 
 
 class Branch(nn.Module):
-    """Vectors of users and items; the score of a pair is their dot product (a cosine where config.score says so)."""
+    """One branch: user embeddings [U, K] and item embeddings [I, K], float32, all of them on every device.
+
+    The score of a pair is the dot product of its embeddings; with model.score = cosine they have unit length.
+
+    Attributes:
+      config: the model's settings; `variant` decides which inputs and relations the branch uses.
+      compute_dtype: as of `FusedModel`.
+    """
 
     config: ModelConfig
     compute_dtype: ComputeDtype = "float32"
@@ -130,7 +204,7 @@ class Branch(nn.Module):
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
     ) -> Vectors:
         ids, text = self.inputs(graph, dropout)
-        # Nothing has trained the row of an item that nobody holds, or of a user who hears nobody: it would be noise.
+        # The ID embedding of an item without interactions, or of a user without neighbors, is untrained noise.
         ids[ITEM] = ids[ITEM] * (item_degree(adjacencies) > 0)[:, None]
         in_degrees = [
             adjacencies[r].degrees.in_degree for r in active_relations(self.config, graph) if r.target == USER
@@ -154,23 +228,32 @@ class Branch(nn.Module):
 
     @property
     def text_node_types(self) -> tuple[str, ...]:
-        """Node types whose words are an input."""
+        """Node types whose text is an input feature."""
         return (USER, ITEM) if self.config.user_text_input else (ITEM,)
 
     def inputs(
         self, graph: HeteroGraph, dropout: PRNGKeyArray | None
     ) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
-        """Id rows and projected words, by node type; zeros for the part that a variant does without."""
+        """Looks up ID embeddings and projects text embeddings.
+
+        Args:
+          graph: the graph with the text embedding of each node.
+          dropout: key of the ID dropout; None: no dropout.
+
+        Returns:
+          ID embeddings and text inputs by node type, float32 [rows, K] each; zeros for an input that the variant does
+          not use.
+        """
         config = self.config
         ids, text = {}, {}
-        for place, (node_type, _) in enumerate(graph.node_types):
+        for index, (node_type, _) in enumerate(graph.node_types):
             shape = (graph.rows(node_type), config.dim)
             ids[node_type] = text[node_type] = jnp.zeros(shape)
             if config.variant != "text" and (node_type != USER or config.user_id_embedding):
                 rows = self.param(ID_EMBEDDING + node_type, nn.initializers.normal(config.id_init_std), shape)
                 if dropout is not None and config.id_embedding_dropout:
                     numbers = graph.global_ids(node_type, jnp.arange(len(rows)))
-                    kept = _row_keep_mask(jax.random.fold_in(dropout, place), config.id_embedding_dropout, numbers)
+                    kept = _row_keep_mask(jax.random.fold_in(dropout, index), config.id_embedding_dropout, numbers)
                     rows = rows * kept[:, None] / (1 - config.id_embedding_dropout)
                 ids[node_type] = rows
             if config.variant != "graph" and node_type in self.text_node_types:
@@ -179,7 +262,15 @@ class Branch(nn.Module):
         return ids, text
 
     def weights(self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency]) -> PropagationWeights:
-        """Edge weights, gates and the readout's mix of the variant's relations."""
+        """Computes edge weights, source scales, gates and layer weights of the variant's relations.
+
+        Args:
+          graph: the graph with the text embedding of each node.
+          adjacencies: edges with their normalized weights, and the degrees of the whole graph.
+
+        Returns:
+          The coefficients of `propagate_layers`; L is at most 1 in variant text.
+        """
         config = self.config
         levels = min(config.num_layers, 1) if config.variant == "text" else config.num_layers
         uses_text = config.variant == "fused"
@@ -188,11 +279,6 @@ class Branch(nn.Module):
             adjacency = adjacencies[relation]
             target = graph.text(relation.target) * uses_text
             edge[relation] = adjacency.weight
-            if config.affinity and uses_text and {relation.source, relation.target} <= {USER, ITEM}:
-                affinity = Affinity(name=f"affinity_{relation}")
-                edge[relation] = adjacency.weight * affinity(
-                    adjacency, graph.text(relation.source), target, graph.shards
-                )
             source_scale[relation] = self.source_scale(f"source_scale_{relation}", adjacency.degrees.log_out_degree)
             gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(adjacency.degrees.log_in_degree))
         if uses_text:
@@ -204,15 +290,22 @@ class Branch(nn.Module):
         elif config.layer_combination == "mean":
             layer_weights = jnp.full(levels + 1, 1 / (levels + 1))
         else:
-            # Above 0: an item that hears nobody is its own input, whose direction a change of sign would turn round.
+            # Positive: an item without neighbors is its own input, and a negative weight would flip its direction.
             layer_weights = jnp.exp(self.param("layer_weights", nn.initializers.zeros, (levels + 1,))) / (levels + 1)
         return PropagationWeights(edge, source_scale, gate, text_gate, layer_weights)
 
     def source_scale(self, name: str, log_out_degree: Float32[AnyArray, "n"]) -> Float32[Array, "n"]:
-        """(1 + degree)^a for each of all source nodes, over the geometric mean of 1 + degree to the a; a is learned.
+        """Computes (1 + degree)^a over the geometric mean of it, with a learned exponent a, for all source nodes.
 
-        Edges of 1 / sqrt(degree degree) hush what many hold; where a user's words are the words of what they hold, a
-        starts from 1/2, which gives all holdings nearly the same say, else from 0.
+        Symmetric normalization down-weights popular items. Variant text starts at a = 1/2, where a user is the mean of
+        their items' text, which undoes the down-weighting; other variants start at a = 0.
+
+        Args:
+          name: the parameter's name.
+          log_out_degree: float32 [n], log(1 + out-degree) less its mean over the type's nodes.
+
+        Returns:
+          float32 [n]; ones where the config fixes all factors.
         """
         if self.config.layer_combination != "learned" or not self.config.relation_gates:
             return jnp.ones(len(log_out_degree))
@@ -220,21 +313,31 @@ class Branch(nn.Module):
         return jnp.exp(exponent * log_out_degree)
 
     def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
-        """The learned `Gate` of that name, or ones where the config fixes all factors."""
+        """Computes the factors of a relation by layer and target node.
+
+        Args:
+          name: the name of the `Gate`.
+          levels: L, the number of layers.
+          text: float32 [n, D], text embeddings of the target nodes.
+          log_degree: float32 [n], standardized log(1 + in-degree) of the target nodes.
+
+        Returns:
+          float32 [L, n] of a learned `Gate`; ones where the config fixes all factors.
+        """
         if self.config.layer_combination != "learned":
             return jnp.ones((levels, len(text)))
         return Gate(levels, self.config.relation_gates, name=name)(text, log_degree)
 
 
 def item_degree(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
-    """How many users are seen to hold each item of this device."""
+    """Returns the number of training interactions of each item of this device, float32 [rows]."""
     return jnp.asarray(adjacencies[INTERACTS].degrees.in_degree)
 
 
 def _drop_interactions(
     share: float, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None
 ) -> Mapping[Relation, Adjacency]:
-    """A random share of the holdings at weight 0, the same ones both ways, the rest scaled up to keep the mean."""
+    """Drops a random share of the interactions, the same ones in both directions, and scales up the rest."""
     if dropout is None or not share:
         return adjacencies
     interacted_by, interacts = adjacencies[INTERACTED_BY], adjacencies[INTERACTS]
@@ -258,14 +361,14 @@ def _drop_interactions(
 def _edge_keep_mask(
     key: PRNGKeyArray, share: float, user: Int32[AnyArray, "E"], item: Int32[AnyArray, "E"]
 ) -> Float32[Array, "E"]:
-    """0 with probability `share`, else 1 / (1 - share): a function of the key and the pair, wherever it is drawn."""
-    pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry a pair: 32 bits of each
-    drawn = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
-    return (drawn >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)
+    """0 with probability `share`, else 1 / (1 - share): a function of the key and the pair, on any device."""
+    pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry per pair: 32 bits each
+    bits = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
+    return (bits >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)
 
 
 def _row_keep_mask(key: PRNGKeyArray, share: float, numbers: Int32[AnyArray, "n"]) -> Bool[Array, "n"]:
-    """What `jax.random.bernoulli(key, 1 - share, (nodes,))` says of the nodes of these numbers, and draws no others."""
-    drawn = threefry_2x32(jax.random.key_data(key), jnp.stack([jnp.zeros_like(numbers), numbers]).astype(jnp.uint32))
-    uniform = (drawn[0] ^ drawn[1]) >> 9  # of 23 bits, as many as a float32 between 1 and 2 has
+    """The entries `numbers` of `jax.random.bernoulli(key, 1 - share, (nodes,))`, without drawing the others."""
+    bits = threefry_2x32(jax.random.key_data(key), jnp.stack([jnp.zeros_like(numbers), numbers]).astype(jnp.uint32))
+    uniform = (bits[0] ^ bits[1]) >> 9  # 23 bits, the mantissa of a float32
     return uniform.astype(jnp.float32) * jnp.float32(2**-23) < jnp.float32(1 - share)

@@ -1,4 +1,4 @@
-"""Dense products of narrow numbers, such as bfloat16, with sums in float32 both ways."""
+"""Matrix products in bfloat16 or another narrow type, with sums in float32 in both directions of differentiation."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,17 @@ from jaxtyping import Array, Float, Float32
 
 @jax.custom_vjp
 def matmul_f32(a: Float[Array, "n m"], b: Float[Array, "m k"]) -> Float32[Array, "n k"]:
-    """a @ b of two matrices of one type, which the derivative is rounded to before it is multiplied in its turn.
+    """Multiplies two matrices of one type with float32 accumulation.
 
-    JAX's own derivative would multiply float32 by the narrow type, which no accelerator does at the narrow type's
-    speed.
+    The cotangent is rounded to the type of the matrices before it is multiplied. JAX's own derivative would multiply
+    float32 by the narrow type, which no accelerator does at the narrow type's speed.
+
+    Args:
+      a: [n, m].
+      b: [m, k], of the type of `a`.
+
+    Returns:
+      a @ b, float32 [n, k].
     """
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 

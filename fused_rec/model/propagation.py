@@ -1,13 +1,13 @@
-"""Text-conditioned linear propagation.
+"""Text-conditioned linear propagation over a heterogeneous graph.
 
-With x the inputs and h^0 = x, one round is
+With inputs x and h^0 = x, layer l computes for every node v
 
-    h^l_v = sum_r gate_r[l, v] * sum_{e = (u, v) in r} edge_r[e] * source_scale_r[u] * h^{l-1}_u + text_gate[l, v] *
-    text_v
+    h^l_v = sum_r gate_r[l, v] sum_{e = (u, v) in r} edge_r[e] source_scale_r[u] h^{l-1}_u + text_gate[l, v] text_v
 
-and the readout sum_l mix[l] * h^l_v. Gates, voices and edge weights depend on words and degrees, never on h, so the
-result is linear in (x, text): it splits exactly over inputs and over paths. With gates and voices of 1, edges of
-1 / sqrt(deg deg), no text and an even mix it is LightGCN (He et al., 2020, arXiv 2002.02126).
+and the output is the layer combination sum_l layer_weights[l] h^l_v. Gates, source scales and edge weights are
+functions of text and degrees, never of h, so the output is linear in (x, text): it decomposes exactly over inputs and
+over paths. With gates and scales of 1, edges of 1 / sqrt(d_u d_v), no text and equal layer weights it is LightGCN (He
+et al., 2020, arXiv 2002.02126).
 
 In training, noise may be added to every h^l, l > 0 (XSimGCL: Yu et al., 2023, arXiv 2209.02544).
 """
@@ -25,22 +25,28 @@ from fused_rec.distributed.devices import AnyArray, Shards
 from fused_rec.graph.adjacency import Adjacency, neighbor_sum
 from fused_rec.graph.hetero import Relation
 
-Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row a node, by node type
+Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row per node, by node type
 
 
 @flax.struct.dataclass
 class PropagationWeights:
-    """All that turns inputs into outputs. L rounds; mappings by relation or node type."""
+    """Coefficients of the propagation with L layers, by relation or node type."""
 
-    edge: Mapping[Relation, Float32[AnyArray, "_"]]  # one weight an edge of the relation
-    source_scale: Mapping[Relation, Float32[AnyArray, "_"]]  # one factor a node of the relation's source type
-    gate: Mapping[Relation, Float32[AnyArray, "L _"]]  # one column a node of the relation's target type
-    text_gate: Mapping[str, Float32[AnyArray, "L _"]]  # one column a node of the type
-    layer_weights: Float32[AnyArray, "L_plus_1"]
+    edge: Mapping[Relation, Float32[AnyArray, "_"]]  # one weight per edge of the relation
+    source_scale: Mapping[Relation, Float32[AnyArray, "_"]]  # one factor per node of the relation's source type
+    gate: Mapping[Relation, Float32[AnyArray, "L _"]]  # one column per node of the relation's target type
+    text_gate: Mapping[str, Float32[AnyArray, "L _"]]  # one column per node of the type
+    layer_weights: Float32[AnyArray, "L_plus_1"]  # of h^0 to h^L
 
 
 class Noise(NamedTuple):
-    """size: the length of each row's step. Steps follow from the key, the round, the node type and the row's number."""
+    """Noise of a training step, a function of the key, the layer, the node type and the node's ID.
+
+    Attributes:
+      length: the norm of the noise of each row.
+      key: a key of this step.
+      node_ids: by node type, int32 IDs of the rows in the whole graph.
+    """
 
     length: float
     key: PRNGKeyArray
@@ -50,7 +56,17 @@ class Noise(NamedTuple):
 def propagate(
     adjacencies: Mapping[Relation, Adjacency], coefficients: PropagationWeights, inputs: Nodes, text: Nodes
 ) -> dict[str, Float32[Array, "_ K"]]:
-    """The rounds and the readout. `text` holds the part of the inputs that each round may add again."""
+    """Propagates the inputs through all layers and combines the layers.
+
+    Args:
+      adjacencies: edges by relation.
+      coefficients: weights, gates and layer weights.
+      inputs: h^0 by node type, float32 [n, K].
+      text: the text inputs by node type, float32 [n, K], which each layer may add again.
+
+    Returns:
+      The output embeddings by node type, float32 [n, K].
+    """
     return combine_layers(coefficients, propagate_layers(adjacencies, coefficients, inputs, text))
 
 
@@ -63,9 +79,19 @@ def propagate_layers(
     shards: Shards = Shards(),  # noqa: B008
     compute_dtype: ComputeDtype = "float32",
 ) -> list[dict[str, Float32[Array, "_ K"]]]:
-    """h^0 to h^L of `propagate`. Where several `shards` share the nodes, each device hears the rows of all.
+    """Computes h^0 to h^L of `propagate`.
 
-    compute_dtype: the type in which rows are told to neighbours and other devices; what is heard is summed in float32.
+    Args:
+      adjacencies: edges by relation; with several shards, the edges into this device's rows.
+      coefficients: weights and gates.
+      inputs: h^0 by node type, float32 [rows, K].
+      text: the text inputs by node type, float32 [rows, K].
+      noise: noise to add to every layer but h^0; None: none.
+      shards: how many devices share the nodes; source rows are gathered from all of them.
+      compute_dtype: the type of messages and of rows sent to other devices; sums are float32.
+
+    Returns:
+      One mapping from node types to float32 [rows, K] per layer, L + 1 in all.
     """
     h: dict[str, Array] = {node_type: jnp.asarray(x) for node_type, x in inputs.items()}
     layers = [h]
@@ -80,7 +106,7 @@ def propagate_layers(
             aggregated[relation.target] = (
                 aggregated[relation.target] + message if relation.target in aggregated else message
             )
-        # A type that hears nothing is silent from here on: its own input is in the readout already.
+        # A type without incoming relations is zero from layer 1 on; the layer combination has its input from h^0.
         h = {node_type: aggregated.get(node_type, 0 * x) for node_type, x in h.items()}
         if noise is not None:
             key = jax.random.fold_in(noise.key, level)
@@ -93,7 +119,15 @@ def propagate_layers(
 def combine_layers(
     coefficients: PropagationWeights, layers: list[dict[str, Array]]
 ) -> dict[str, Float32[Array, "_ K"]]:
-    """sum_l mix[l] * h^l."""
+    """Combines the layers: sum_l layer_weights[l] h^l, by node type.
+
+    Args:
+      coefficients: of which the layer weights count.
+      layers: h^0 to h^L.
+
+    Returns:
+      float32 [rows, K] by node type.
+    """
     out = {node_type: coefficients.layer_weights[0] * x for node_type, x in layers[0].items()}
     for level, h in enumerate(layers[1:], start=1):
         out = {node_type: out[node_type] + coefficients.layer_weights[level] * x for node_type, x in h.items()}
@@ -103,9 +137,16 @@ def combine_layers(
 def noise_like(
     x: Float32[AnyArray, "n K"], size: float, key: PRNGKeyArray, numbers: Int32[AnyArray, "n"]
 ) -> Float32[Array, "n K"]:
-    """A random direction a row, of length `length` and in the row's orthant: it blurs a row and turns no sign.
+    """Draws noise of norm `size` for each row, in the row's orthant (SimGCL: Yu et al., 2022, arXiv 2112.08679).
 
-    numbers: of the rows; each follows from the key and its own, whichever device draws it.
+    Args:
+      x: the rows, float32 [n, K].
+      size: the norm of each row's noise.
+      key: the key of this layer and node type.
+      numbers: int32 [n], IDs of the rows; a row's noise depends on the key and its ID, not on the device.
+
+    Returns:
+      float32 [n, K] with the signs of x.
     """
     drawn = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number), x.shape[1:]))(numbers)
     return size * jnp.sign(x) * drawn / jnp.linalg.norm(drawn, axis=1, keepdims=True)

@@ -1,4 +1,9 @@
-"""Where words enter: as inputs, as gates of a node's relations, as weights of the edges between two texts."""
+"""Text as node input and as relation gates.
+
+A node's text embedding enters the model in two ways: projected to the model's dimension as a part of its input
+(`TextInput`), and as features of the gates that weight each relation in each layer (`Gate`). Neither reads a hidden
+state, so propagation stays linear in the inputs (`fused_rec.model.propagation`).
+"""
 
 import flax.linen as nn
 import jax
@@ -6,18 +11,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from fused_rec.config import ComputeDtype
-from fused_rec.distributed.devices import AnyArray, Shards
-from fused_rec.graph.adjacency import Adjacency, edge_dot
+from fused_rec.distributed.devices import AnyArray
 from fused_rec.model.precision import matmul_f32
 
-RANK = 16  # width of the views that gates and affinities take of a text vector
+RANK = 16  # width of the projection of a text embedding that the gates read
 
 
 class TextInput(nn.Module):
-    """Projected words: text @ W, as long at the start as id rows of standard deviation `scale`.
+    """Linear projection of text embeddings to the model's dimension, without a bias: [n, D] to float32 [n, K].
 
-    W starts orthogonal: with `dim` as wide as the text the projection changes no cosine, and what the language model
-    knows of likeness is there before the first step.
+    The kernel starts orthogonal. With `dim` equal to the text's width the projection preserves cosines, so text
+    similarity is available before the first step. At the start rows are as long as ID embeddings of standard deviation
+    `scale`.
+
+    Attributes:
+      dim: K, the dimension of the output.
+      scale: the standard deviation of an output entry at the start, for text embeddings of unit length.
+      compute_dtype: the type of both factors of the product; sums are float32.
     """
 
     dim: int
@@ -32,10 +42,15 @@ class TextInput(nn.Module):
 
 
 class Gate(nn.Module):
-    """exp(b_l) * 2 sigmoid(w_l . view(node)): how much each round lets a relation in; 1 at the start.
+    """Gates of one relation, one factor a layer and target node: exp(b_l) * 2 sigmoid(w_l . features), float32 [L, n].
 
-    The view is the node's words at rank `RANK`, whether it has any, and the log of its degree in the relation,
-    standardised over the nodes of the type. Without `by_node` only the factor of the round remains.
+    The features are a projection of the node's text embedding (`RANK` columns), an indicator of whether it has text,
+    and its log degree in the relation, standardized over the nodes of the type. b and w start at 0, so every gate
+    starts at 1.
+
+    Attributes:
+      num_layers: L, the number of layers.
+      by_node: False: only the factor exp(b_l) of the layer remains.
     """
 
     num_layers: int
@@ -46,21 +61,8 @@ class Gate(nn.Module):
         level = jnp.exp(self.param("level", nn.initializers.zeros, (self.num_layers,)))
         if not self.by_node:
             return jnp.broadcast_to(level[:, None], (self.num_layers, len(text)))
-        words = nn.Dense(RANK, use_bias=False, name="view")(text)
-        named = (jnp.abs(text).sum(-1) > 0).astype(text.dtype)
-        view = jnp.concatenate([words, named[:, None], log_degree[:, None]], axis=-1)
-        node = nn.Dense(self.num_layers, use_bias=False, kernel_init=nn.initializers.zeros, name="weight")(view)
+        projected = nn.Dense(RANK, use_bias=False, name="view")(text)
+        has_text = (jnp.abs(text).sum(-1) > 0).astype(text.dtype)
+        features = jnp.concatenate([projected, has_text[:, None], log_degree[:, None]], axis=-1)
+        node = nn.Dense(self.num_layers, use_bias=False, kernel_init=nn.initializers.zeros, name="weight")(features)
         return level[:, None] * 2 * jax.nn.sigmoid(node.T)
-
-
-class Affinity(nn.Module):
-    """2 sigmoid(<Q text_target, K text_source>) a message's factor by the words at both ends; 1 at the start."""
-
-    @nn.compact
-    def __call__(
-        self, adjacency: Adjacency, source: Float32[AnyArray, "s D"], target: Float32[AnyArray, "t D"], shards: Shards
-    ) -> Float32[Array, "E"]:
-        # Only one side starts at zero: with both, neither would ever get a gradient.
-        query = nn.Dense(RANK, use_bias=False, kernel_init=nn.initializers.zeros, name="query")(target)
-        key = nn.Dense(RANK, use_bias=False, name="key")(source)
-        return 2 * jax.nn.sigmoid(edge_dot(adjacency, query, shards.all_gather(key)))

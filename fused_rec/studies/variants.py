@@ -34,7 +34,6 @@ PLAIN_MODEL = {
     "embedding_noise": 0.0,
     "popularity_weight": 0.0,
     "ease_weight": 0.0,
-    "affinity": False,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,

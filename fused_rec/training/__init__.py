@@ -1,1 +1,1 @@
-"""Training: a pure step, its one parallel wrapper, checkpoints, curves and the loop."""
+"""Training: model inputs, the pure train step and its parallel version, checkpoints, and the training loop."""

@@ -1,12 +1,12 @@
-"""The language model trained along with the graph: which texts a step encodes, and where all others come from.
+"""Fine-tuning of the text encoder with the graph model: which texts a step encodes, and how cached embeddings enter.
 
-A node's words are the weighted mean of its texts' vectors, whitened and of length 1 (`fused_rec.graph.build`). A step
-draws some texts of its batch's users and items, encodes them with gradient, and corrects the rows of the nodes that
-they belong to by how far they have moved; everything else in those rows, and all other rows, comes from vectors cached
-at the last evaluation. Whitening, text neighbours and TF-IDF directions stay those of the published model.
+A node's text embedding is the weighted mean of its texts' embeddings, whitened and of unit length
+(`fused_rec.graph.build`). A step samples some texts of its batch's users and items, encodes them with gradient, and
+moves the rows of their nodes by the change against the cache; everything else in those rows, and all other rows, comes
+from embeddings cached at the last evaluation. Whitening, text-kNN edges and TF-IDF stay those of the pretrained model.
 
-A state's params have one more entry, `ENCODER`: adapters, or all weights where all are trained. The published weights
-are in no state and in no checkpoint.
+A state's params have one more entry, `ENCODER`: LoRA adapters, or all weights with full fine-tuning. With adapters the
+pretrained weights are in no state and no checkpoint.
 """
 
 import dataclasses
@@ -47,19 +47,25 @@ from fused_rec.training.train_step import GraphInputs, TrainState, make_optimize
 
 ENCODER = "encoder"
 SAMPLE_STREAM = 5  # third number of the seed; batches draw with 0 and 1, controls with 2 to 4
-# a step's texts are of one of so many classes of length, so that little is padding: one program a class
-LENGTH_BUCKETS = 3
-LENGTH_MULTIPLE = 8  # tokens of a class are a multiple of it
-DECAY = 0.01  # of the language model's matrices, decoupled: what BERT was trained and is tuned with
+LENGTH_BUCKETS = 3  # a step's texts are from one length bucket, so that padding is small; one program per bucket
+LENGTH_MULTIPLE = 8  # padded lengths are multiples of it
+DECAY = 0.01  # decoupled weight decay of the encoder's matrices, as in the training of BERT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncoderData:
-    """The texts of a graph, ready to be encoded anew.
+    """The texts of a graph and the pretrained encoder, ready for encoding.
 
-    vectors: float32 [T, H], by the published model. tfidf: float32 [T, L], the TF-IDF directions as nodes have them;
-    scale: what divides the language model's vectors beside them. whitening: by node type, None where too few speak.
-    tokens: of each text. bucket_length: padded tokens of each class of lengths; bucket_of_text: the class of each text.
+    Attributes:
+      model: the pretrained encoder.
+      texts: texts and their links to nodes.
+      vectors: float32 [T, H], embeddings by the pretrained encoder.
+      tfidf: float32 [T, L], the TF-IDF columns of the nodes' embeddings.
+      scale: divisor of the encoder's embeddings where TF-IDF columns are appended, else 1.
+      whitening: the transform of each node type, None where fewer than two nodes have text.
+      tokens: token IDs of each text.
+      bucket_length: int64 [C], the padded length of each bucket, in tokens.
+      bucket_of_text: int64 [T], the bucket of each text.
     """
 
     model: PretrainedModel
@@ -73,18 +79,18 @@ class EncoderData:
     bucket_of_text: Int64[np.ndarray, "T"]
 
     def texts_of(self, node_type: str) -> "NodeTextLinks":
-        """The type's (node, text, weight), ascending by node."""
+        """Returns the links of one node type, ascending by node."""
         side = {USER: "user", ITEM: "item"}[node_type]
         return NodeTextLinks(*(getattr(self.texts, f"{side}_{name}") for name in ("rows", "texts", "weights")))
 
     @functools.cached_property
     def order_by_text(self) -> dict[str, np.ndarray]:
-        """By node type, the order of its links in which texts ascend."""
+        """The permutation of each node type's links that sorts them by text."""
         return {node_type: np.argsort(self.texts_of(node_type).texts, kind="stable") for node_type in self.whitening}
 
 
 class NodeTextLinks(NamedTuple):
-    """Which nodes have which texts, and with what weight."""
+    """Weighted links between the nodes of one type and their texts."""
 
     nodes: Int32[np.ndarray, "K"]
     texts: Int32[np.ndarray, "K"]
@@ -92,10 +98,14 @@ class NodeTextLinks(NamedTuple):
 
 
 class TextCache(NamedTuple):
-    """All texts, and the words of all nodes, by one state of the language model.
+    """Embeddings of all texts and nodes by one state of the encoder.
 
-    encoder_params: that state. graph_inputs: with these words. norms: of each node's whitened mean before it was
-    divided by it, by node type. vectors: of the texts.
+    Attributes:
+      encoder_data: texts and pretrained encoder.
+      encoder_params: that state, adapters or all weights.
+      graph_inputs: with these text embeddings.
+      norms: norm of each node's whitened mean before normalization, by node type.
+      vectors: float32 [T, H], embeddings of the texts.
     """
 
     encoder_data: EncoderData
@@ -108,21 +118,25 @@ class TextCache(NamedTuple):
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class NodeUpdates:
-    """The rows of one node type that a step's texts change. M and K are filled up with nodes of -1 and weights of 0."""
+    """The rows of one node type that a step's texts change; padded with nodes of -1 and weights of 0."""
 
     nodes: Int32[AnyArray, "M"]
     norms: Float32[AnyArray, "M"]
-    texts: Int32[AnyArray, "K"]  # places among the step's texts
-    places: Int32[AnyArray, "K"]  # places among `nodes`
+    texts: Int32[AnyArray, "K"]  # indices into the step's texts
+    places: Int32[AnyArray, "K"]  # indices into `nodes`
     weights: Float32[AnyArray, "K"]
 
 
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class TextBatch:
-    """The texts that a step encodes: S of them on P devices, in chunks of one size; those that fill up change nothing.
+    """The texts that a step encodes, on P devices in chunks of C; padding changes no node.
 
-    cached_vectors: their vectors in the cache.
+    Attributes:
+      ids: token IDs.
+      mask: True for tokens, False for padding.
+      cached_vectors: the texts' embeddings in the cache.
+      node_updates: the rows to change, by node type.
     """
 
     ids: Int32[AnyArray, "P chunks C L"]
@@ -134,15 +148,24 @@ class TextBatch:
 def encoder_data(
     config: TextConfig, texts: NodeTexts, vectors: Float32[np.ndarray, "T D"], counts: Mapping[str, int]
 ) -> EncoderData:
-    """What training along needs.
+    """Prepares texts and encoder for fine-tuning: tokens, length buckets, whitening.
 
-    vectors: of the texts, as nodes have them: the language model's first, TF-IDF directions beside them, if any.
-    counts: nodes by type. Raises ValueError where there are no texts, and as `embed` does.
+    Args:
+      config: settings of the text encoder.
+      texts: texts and their links to nodes.
+      vectors: float32 [T, D], the texts' embeddings: the encoder's, then TF-IDF columns, if any.
+      counts: the number of nodes by type.
+
+    Returns:
+      The data, on the host.
+
+    Raises:
+      ValueError: there are no texts, or as `fused_rec.text.encode.encode_texts`.
     """
     if not texts.texts:
         raise ValueError(f"text.finetune is {config.finetune!r}, and these tables have no texts; it must be frozen")
     model = open_model(config.model, offline=config.offline)
-    own = _embed(config, texts.texts, model, config.cache)
+    pretrained = _embed(config, texts.texts, model, config.cache)
     tokens = token_ids(texts.texts, model, max_tokens=config.max_tokens)
     count = np.array([len(ids) for ids in tokens])
     bounds = np.quantile(count, np.arange(1, LENGTH_BUCKETS + 1) / LENGTH_BUCKETS, method="inverted_cdf")
@@ -152,9 +175,9 @@ def encoder_data(
     data = EncoderData(
         model,
         texts,
-        vectors=own,
-        tfidf=vectors[:, own.shape[1] :],
-        scale=np.float32(rms_norm(own)) if vectors.shape[1] > own.shape[1] else np.float32(1),
+        vectors=pretrained,
+        tfidf=vectors[:, pretrained.shape[1] :],
+        scale=np.float32(rms_norm(pretrained)) if vectors.shape[1] > pretrained.shape[1] else np.float32(1),
         whitening={USER: None, ITEM: None},
         tokens=tokens,
         bucket_length=length,
@@ -162,13 +185,22 @@ def encoder_data(
     )
     found = {}
     for node_type in data.whitening:
-        means, named = node_means(*data.texts_of(node_type), vectors, counts[node_type])
-        found[node_type] = whitening(means[named])
+        means, has_text = node_means(*data.texts_of(node_type), vectors, counts[node_type])
+        found[node_type] = whitening(means[has_text])
     return dataclasses.replace(data, whitening=found)
 
 
 def init_state(config: Config, encoder_data: EncoderData, state: TrainState) -> TrainState:
-    """A fresh state of the model with the language model's part in it, whole and on the host."""
+    """Adds the encoder's trainable parameters to an initial state.
+
+    Args:
+      config: all settings; train.seed decides the initial adapters.
+      encoder_data: with the pretrained encoder.
+      state: an initial state of the graph model, on the host.
+
+    Returns:
+      The state with `ENCODER` among its params, unsharded, on the host.
+    """
     encoder = init_trainable(_training(config), encoder_data.model.params, config.text.lora_rank, config.train.seed)
     params = {**state.params, ENCODER: encoder}
     opt_state = jax.device_get(jax.jit(_optimizer(config).init)(params))
@@ -176,11 +208,12 @@ def init_state(config: Config, encoder_data: EncoderData, state: TrainState) -> 
 
 
 def _training(config: Config) -> Any:
+    """How the encoder is trained: text.finetune."""
     return config.text.finetune
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimiser of the model as it is, and AdamW at a rate of its own for the language model."""
+    """The graph model's optimizer, and AdamW with its own learning rate for the encoder."""
 
     def matrices(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
@@ -198,10 +231,19 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 def encode_all_texts(
     config: Config, encoder_data: EncoderData, graph_inputs: GraphInputs, encoder_params: PyTree, *, keep: bool = False
 ) -> TextCache:
-    """All texts encoded by the language model as it is trained so far, and the task with these words.
+    """Encodes all texts by the current encoder and updates the text embeddings of all nodes.
 
-    The published model's vectors where nothing has been trained yet. task: whole, with any words. keep: on disk too,
-    beside the published model's vectors and as private (fused_rec/text/cache.py), for whoever asks again.
+    Before the first update the pretrained embeddings are reused.
+
+    Args:
+      config: all settings.
+      encoder_data: texts and pretrained encoder.
+      graph_inputs: of the whole graph, with any text embeddings.
+      encoder_params: adapters or all weights.
+      keep: write the embeddings to the cache on disk too (fused_rec/text/cache.py).
+
+    Returns:
+      Embeddings of texts and nodes.
     """
     encoder_params = jax.device_get(encoder_params)
     params = jax.device_get(with_adapters(_training(config), encoder_data.model.params, encoder_params))
@@ -217,12 +259,21 @@ def encode_all_texts(
 def with_text_embeddings(
     encoder_data: EncoderData, graph_inputs: GraphInputs, vectors: Float32[np.ndarray, "T H"]
 ) -> tuple[GraphInputs, dict[str, Float32[np.ndarray, "n"]]]:
-    """The task with words of these vectors, and by node type the lengths of whitened means (`TextCache.norms`)."""
-    beside = np.concatenate([vectors / encoder_data.scale, encoder_data.tfidf], axis=1)
+    """Replaces the text embeddings of all nodes by those of other embeddings of the texts.
+
+    Args:
+      encoder_data: links, TF-IDF columns and whitening.
+      graph_inputs: of the whole graph, with any text embeddings.
+      vectors: float32 [T, H], the encoder's embeddings of the texts.
+
+    Returns:
+      The graph inputs, and the norms of whitened means by node type (`TextCache.norms`).
+    """
+    joined = np.concatenate([vectors / encoder_data.scale, encoder_data.tfidf], axis=1)
     rows, lengths = {}, {}
     for node_type, by in encoder_data.whitening.items():
-        means, named = node_means(*encoder_data.texts_of(node_type), beside, graph_inputs.graph.count(node_type))
-        rows[node_type], lengths[node_type] = whitened(means, named, by)
+        means, has_text = node_means(*encoder_data.texts_of(node_type), joined, graph_inputs.graph.count(node_type))
+        rows[node_type], lengths[node_type] = whitened(means, has_text, by)
     text = [
         rows.get(node_type, np.asarray(graph_inputs.graph.text(node_type)))
         for node_type, _ in graph_inputs.graph.node_types
@@ -233,12 +284,13 @@ def with_text_embeddings(
 def _embed(
     config: TextConfig, texts: list[str], model: PretrainedModel, cache: str | Path | None
 ) -> Float32[np.ndarray, "T H"]:
+    """`encode_texts` with the settings of the config."""
     return encode_texts(texts, model, cache=cache, batch_tokens=config.batch_tokens, max_tokens=config.max_tokens)
 
 
-def _digest(published: str, trained: PyTree) -> str:
-    """What vectors of the trained language model depend on, beside the texts."""
-    digest = hashlib.sha256(published.encode())
+def _digest(pretrained: str, trained: PyTree) -> str:
+    """A digest of the fine-tuned encoder, for the keys of the cache."""
+    digest = hashlib.sha256(pretrained.encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         digest.update(jax.tree_util.keystr(path).encode() + str(leaf.shape).encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()
@@ -248,42 +300,64 @@ def _digest(published: str, trained: PyTree) -> str:
 
 
 def sample_texts(config: Config, encoder_data: EncoderData, batch: Batch, step: int) -> Int64[np.ndarray, "_"]:
-    """Up to text.finetune_texts_per_step distinct texts, ascending, of the batch's users and of the items they are
-    asked for.
+    """Samples texts of the batch's users and positives, from one length bucket.
 
-    A function of (train.seed, step, batch): one text drawn evenly decides the class of lengths, and of the batch's
-    texts of that class as many as may be are drawn without replacement. Any text is as likely as any other of its
-    class; the expected gradient is that of all the batch's texts times the share drawn, a factor that AdamW takes out.
+    A text sampled uniformly selects the bucket; then texts of that bucket are sampled without replacement, uniformly.
+    The expected gradient is that of all the batch's texts times the share sampled, and AdamW is invariant to a factor.
+
+    Args:
+      config: of which text.finetune_texts_per_step and train.seed count.
+      encoder_data: links and buckets.
+      batch: users and positives.
+      step: the number of steps taken.
+
+    Returns:
+      int64, up to text.finetune_texts_per_step distinct texts, ascending; a function of (train.seed, step, batch).
     """
     rng = np.random.default_rng((config.train.seed, step, SAMPLE_STREAM))
-    asked = _batch_nodes(batch).items()
-    needed = np.unique(
-        np.concatenate([_texts_of(encoder_data.texts_of(node_type), nodes) for node_type, nodes in asked])
+    nodes_by_type = _batch_nodes(batch).items()
+    candidates = np.unique(
+        np.concatenate([_texts_of(encoder_data.texts_of(node_type), nodes) for node_type, nodes in nodes_by_type])
     )
-    if not len(needed):
-        return needed.astype(np.int64)
-    among = needed[encoder_data.bucket_of_text[needed] == encoder_data.bucket_of_text[rng.choice(needed)]]
-    return np.sort(rng.choice(among, min(config.text.finetune_texts_per_step, len(among)), replace=False)).astype(
-        np.int64
-    )
+    if not len(candidates):
+        return candidates.astype(np.int64)
+    in_bucket = candidates[
+        encoder_data.bucket_of_text[candidates] == encoder_data.bucket_of_text[rng.choice(candidates)]
+    ]
+    return np.sort(
+        rng.choice(in_bucket, min(config.text.finetune_texts_per_step, len(in_bucket)), replace=False)
+    ).astype(np.int64)
 
 
 def _batch_nodes(batch: Batch) -> dict[str, np.ndarray]:
+    """The batch's users and positives, distinct and ascending."""
     return {USER: np.unique(batch.users[batch.mask.any(axis=1)]), ITEM: np.unique(batch.items[batch.mask > 0])}
 
 
 def make_text_batch(config: Config, cache: TextCache, batch: Batch, step: int, devices: int | None = None) -> TextBatch:
-    """The `sample_texts` texts, padded to one length, divided into chunks and over devices."""
-    encoder_data, wanted = cache.encoder_data, config.text.finetune_texts_per_step
-    drawn = sample_texts(config, encoder_data, batch, step)
-    kind = encoder_data.bucket_of_text[drawn[0]] if len(drawn) else 0
-    length = int(encoder_data.bucket_length[kind])
+    """Samples the texts of a step and arranges them for the devices.
+
+    Args:
+      config: all settings.
+      cache: the current embeddings.
+      batch: users and positives.
+      step: the number of steps taken.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The texts of `sample_texts`, padded to the bucket's length, in chunks of up to text.batch_tokens tokens; the
+      part of this process's devices.
+    """
+    encoder_data, num_texts = cache.encoder_data, config.text.finetune_texts_per_step
+    sampled = sample_texts(config, encoder_data, batch, step)
+    bucket = encoder_data.bucket_of_text[sampled[0]] if len(sampled) else 0
+    length = int(encoder_data.bucket_length[bucket])
     count = len(select_devices(devices))
-    share = -(-wanted // count)
+    share = -(-num_texts // count)
     rows = min(share, max(1, config.text.batch_tokens // length))
     shape = (count, -(-share // rows), rows)
-    # A text without a token has no mean; one that fills up repeats any other, and no node has it.
-    filled = np.resize(drawn if len(drawn) else np.argmin(encoder_data.bucket_of_text), np.prod(shape))
+    # Padding repeats texts, since one without tokens would have no mean; no node update refers to it.
+    filled = np.resize(sampled if len(sampled) else np.argmin(encoder_data.bucket_of_text), np.prod(shape))
     ids, mask = np.zeros((len(filled), length), np.int32), np.zeros((len(filled), length), bool)
     for row, text in enumerate(filled):
         ids[row, : len(encoder_data.tokens[text])] = encoder_data.tokens[text]
@@ -291,27 +365,27 @@ def make_text_batch(config: Config, cache: TextCache, batch: Batch, step: int, d
     ids, mask, before = (
         part.reshape(*shape, -1)[local_indices(devices)] for part in (ids, mask, cache.vectors[filled])
     )
-    of_types = {node_type: _node_updates(cache, node_type, drawn, wanted) for node_type in (USER, ITEM)}
+    of_types = {node_type: _node_updates(cache, node_type, sampled, num_texts) for node_type in (USER, ITEM)}
     return TextBatch(ids, mask, before, of_types)
 
 
 def _texts_of(links: NodeTextLinks, nodes: np.ndarray) -> np.ndarray:
-    """The texts of some nodes, which ascend."""
+    """The texts of some nodes, given ascending."""
     start, end = (np.searchsorted(links.nodes, nodes, side) for side in ("left", "right"))
     return links.texts[_ranges(start, end)]
 
 
 def _ranges(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """start[0], ..., end[0] - 1, start[1], ..."""
+    """Concatenated ranges: start[0], ..., end[0] - 1, start[1], ..."""
     count = end - start
     return np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
 
 
-def _node_updates(cache: TextCache, node_type: str, drawn: np.ndarray, capacity: int) -> NodeUpdates:
-    """room: M and K are so many or, where that is too few, twice, four times as many: few shapes, few programs."""
+def _node_updates(cache: TextCache, node_type: str, sampled: np.ndarray, capacity: int) -> NodeUpdates:
+    """The updates of one node type, padded to `capacity` times a power of 2, so that few programs are compiled."""
     links, order = cache.encoder_data.texts_of(node_type), cache.encoder_data.order_by_text[node_type]
     ordered = links.texts[order]
-    start, end = (np.searchsorted(ordered, drawn, side) for side in ("left", "right"))
+    start, end = (np.searchsorted(ordered, sampled, side) for side in ("left", "right"))
     at = order[_ranges(start, end)]
     nodes, place = np.unique(links.nodes[at], return_inverse=True)
     while capacity < len(at):
@@ -320,7 +394,7 @@ def _node_updates(cache: TextCache, node_type: str, drawn: np.ndarray, capacity:
     return NodeUpdates(
         np.pad(nodes, fewer, constant_values=-1),
         np.pad(cache.norms[node_type][nodes], fewer),
-        np.pad(np.repeat(np.arange(len(drawn)), end - start).astype(np.int32), more),
+        np.pad(np.repeat(np.arange(len(sampled)), end - start).astype(np.int32), more),
         np.pad(place.astype(np.int32), more),
         np.pad(links.weights[at], more),
     )
@@ -330,8 +404,16 @@ def _node_updates(cache: TextCache, node_type: str, drawn: np.ndarray, capacity:
 
 
 def parallel_finetune_step(config: Config, encoder_data: EncoderData, devices: int | None = None) -> Any:
-    """(state, task, batch, said) to (state, loss), over devices as `parallel_train_step`; said: of
-    `make_text_batch`.
+    """Builds the parallel fine-tuning step.
+
+    Args:
+      config: all settings.
+      encoder_data: with the pretrained encoder.
+      devices: the number of devices; None: all.
+
+    Returns:
+      A function of (state, graph inputs, batch, text batch), sharded as for `parallel_train_step`, the last one of
+      `make_text_batch`, that returns (state, loss).
     """
     model = encoder_data.model
     encoder = model.config, model.pooling, model.normalize
@@ -345,7 +427,16 @@ def parallel_finetune_step(config: Config, encoder_data: EncoderData, devices: i
 
 
 def frozen_parts(config: Config, encoder_data: EncoderData) -> tuple[PyTree, dict[str, Float32[np.ndarray, "H D"]]]:
-    """The published weights, none where all are trained, and by node type what takes a text's change to its nodes'."""
+    """Returns what a fine-tuning step reads and never changes.
+
+    Args:
+      config: of which text.finetune counts.
+      encoder_data: with the pretrained encoder and whitening.
+
+    Returns:
+      The pretrained weights, empty with full fine-tuning; and by node type the matrix [H, D] that maps a change of a
+      text's embedding to the change of a node's whitened mean.
+    """
     width = encoder_data.vectors.shape[1]
     shape = width, width + encoder_data.tfidf.shape[1]
     matrices = {
@@ -358,7 +449,7 @@ def frozen_parts(config: Config, encoder_data: EncoderData) -> tuple[PyTree, dic
 
 
 def finetune_compile_key(config: Config) -> Config:
-    """As `compile_key`, with what the joint step depends on besides."""
+    """Returns `compile_key` with the text settings that the fine-tuning step depends on."""
     text = TextConfig(finetune=config.text.finetune, finetune_learning_rate=config.text.finetune_learning_rate)
     return dataclasses.replace(compile_key(config), text=text)
 
@@ -373,6 +464,7 @@ def _step(
     batch: Batch,
     text_batch: TextBatch,
 ) -> tuple[TrainState, Float32[Array, ""]]:
+    """Shards the batch and runs the compiled step."""
     step = mapped_finetune_step(config, encoder, devices, jax.tree.structure(state), jax.tree.structure(graph_inputs))
     return step(state, graph_inputs, shard_batch(batch, devices), text_batch, fixed)
 
@@ -381,7 +473,18 @@ def _step(
 def mapped_finetune_step(
     config: Config, encoder: tuple, devices: int | None, states: Hashable, tasks: Hashable
 ) -> PmappedFn:
-    """The compiled program behind `parallel_finetune_step`, of a batch and texts that are split already."""
+    """Builds the compiled program of `parallel_finetune_step`, for sharded arguments.
+
+    Args:
+      config: of `finetune_compile_key`.
+      encoder: (config, pooling, normalize) of the text encoder.
+      devices: the number of devices; None: all.
+      states: tree structure of the state.
+      tasks: tree structure of the graph inputs.
+
+    Returns:
+      A function of (state, graph inputs, batch, text batch, frozen parts).
+    """
     state, graph_inputs = sharding_axes(tree_of_structure(states)), graph_inputs_axes(tree_of_structure(tasks))
     step = functools.partial(finetune_step, config, encoder)
     return pmap_over_devices(
@@ -390,10 +493,10 @@ def mapped_finetune_step(
 
 
 def text_batch_axes() -> TextBatch:
-    """Where each part of `TextBatch` has its devices; None: every device has it whole."""
-    whole: Any = None
-    divided: Any = 0
-    return TextBatch(divided, divided, divided, whole)
+    """Returns the device axis of each field of `TextBatch`; None: replicated."""
+    replicated: Any = None
+    sharded: Any = 0
+    return TextBatch(sharded, sharded, sharded, replicated)
 
 
 def finetune_step(
@@ -405,23 +508,33 @@ def finetune_step(
     text_batch: TextBatch,
     fixed: PyTree,
 ) -> tuple[TrainState, Float32[Array, ""]]:
-    """`train_step` with the language model among the parameters.
+    """Takes one `train_step` with the text encoder among the parameters.
 
-    encoder: (config, pooling, normalize) of the language model. fixed: of `frozen_parts`.
+    Args:
+      config: all settings.
+      encoder: (config, pooling, normalize) of the text encoder.
+      state: with `ENCODER` among its params.
+      graph_inputs: with text embeddings of the cache.
+      batch: this device's share of the batch.
+      text_batch: this device's share of the texts.
+      fixed: of `frozen_parts`.
+
+    Returns:
+      The next state and the mean loss.
     """
-    published, matrices = fixed
+    pretrained, matrices = fixed
 
     def text_update_fn(params: PyTree, graph_inputs: GraphInputs) -> GraphInputs:
-        weights = with_adapters(_training(config), published, params[ENCODER])
+        weights = with_adapters(_training(config), pretrained, params[ENCODER])
         return update_node_text(graph_inputs, text_batch, _vector_changes(encoder, weights, text_batch), matrices)
 
     return train_step(config, state, graph_inputs, batch, _optimizer(config), text_update_fn)
 
 
 def _vector_changes(encoder: tuple, weights: PyTree, text_batch: TextBatch) -> Float32[Array, "S H"]:
-    """How far each of the step's texts has moved from its cached vector, on every device.
+    """The step's texts' embeddings less the cached ones, gathered on every device.
 
-    Chunk by chunk, and again on the way back: what a chunk computes is never kept for two of them.
+    Runs chunk by chunk with rematerialization: activations of one chunk only are in memory.
     """
 
     @jax.checkpoint
@@ -440,9 +553,18 @@ def update_node_text(
     change: Float32[AnyArray, "S H"],
     matrices: Mapping[str, Float32[AnyArray, "H D"]],
 ) -> GraphInputs:
-    """The task with the rows of this device corrected by the change of a step's texts.
+    """Moves the text embeddings of this device's nodes by the change of a step's texts, then normalizes them.
 
-    The whitened mean of a node was its row times its length; it moves by what its texts do, each by its weight.
+    A node's whitened mean is its row times its norm; it changes by the weighted changes of its texts.
+
+    Args:
+      graph_inputs: with text embeddings of the cache; this device's rows.
+      text_batch: the rows to change.
+      change: float32 [S, H], change of each text's embedding.
+      matrices: by node type, [H, D], of `frozen_parts`.
+
+    Returns:
+      The graph inputs with other text embeddings, differentiable in `change`.
     """
     graph = graph_inputs.graph
     nodes: Any = graph.graph.nodes
@@ -451,8 +573,8 @@ def update_node_text(
     for node_type, rows in text_batch.node_updates.items():
         each = rows.weights[:, None] * (change @ matrices[node_type])[rows.texts]
         moved = jax.ops.segment_sum(each, rows.places, len(rows.nodes))
-        mine = (rows.nodes >= 0) & (rows.nodes % graph.shards.count == device)
-        row = jnp.where(mine, graph.node_slice(node_type).start + rows.nodes // graph.shards.count, len(text))
+        is_local = (rows.nodes >= 0) & (rows.nodes % graph.shards.count == device)
+        row = jnp.where(is_local, graph.node_slice(node_type).start + rows.nodes // graph.shards.count, len(text))
         before = text.at[row].get(mode="fill", fill_value=0) * rows.norms[:, None]
         text = text.at[row].set(unit(before + moved), mode="drop")
     return dataclasses.replace(graph_inputs, graph=graph.with_text(text))

@@ -1,7 +1,7 @@
-"""What a run has in memory, from the sizes of its graph and config: said, and refused, before it begins.
+"""Memory estimates of training and evaluation, from the sizes of graph and config; too large ones are refused early.
 
-N nodes, U users, I items, E directed edges over all relations, W columns of words, K dimensions, L rounds, P devices,
-T towers. Numbers are float32 or int32: 4 bytes.
+N nodes, U users, I items, E directed edges over all relations, W columns of text embeddings, K dimensions, L layers,
+P devices, B branches. Numbers are float32 or int32: 4 bytes.
 """
 
 import jax
@@ -15,18 +15,16 @@ from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs
 
 NUMBER = 4  # bytes
-EDGE = 5 * NUMBER  # both ways of sorting
-REMEDY = (
-    "lower train.batch_size or model.dim, sample neighbours (docs/SCALE.md), raise data.k_core, or use more devices"
-)
+EDGE = 5 * NUMBER  # stored in two orders, by receiver and by sender
+REMEDY = "lower train.batch_size or model.dim, sample neighbors (docs/SCALE.md), raise data.k_core, or use more devices"
 
 
-def _towers(config: Config, graph: HeteroGraph) -> int:
+def _num_branches(config: Config, graph: HeteroGraph) -> int:
     return 2 if config.model.variant == "fused" and graph.text(ITEM).shape[1] > NO_TEXT_DIM else 1
 
 
 def task_bytes(graph: HeteroGraph, devices: int) -> int:
-    """Of what a device has of the graph: its words and edges."""
+    """Returns the bytes of one device's text embeddings and edges."""
     n_edges = sum(count for _, count in graph.relations)
     width = max(graph.text(node_type).shape[1] for node_type, _ in graph.node_types)
     rows = sum(count for _, count in graph.node_types)
@@ -34,7 +32,7 @@ def task_bytes(graph: HeteroGraph, devices: int) -> int:
 
 
 def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
-    """Of a device's id rows, their gradient and AdamW's two moments."""
+    """Returns the bytes of one device's ID embeddings, their gradient and AdamW's two moments."""
     if config.model.variant == "text":
         return 0
     rows = sum(count for node_type, count in graph.node_types if node_type != USER or config.model.user_id_embedding)
@@ -42,15 +40,19 @@ def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
 
 
 def rounds_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
-    """Of the rows of all rounds of all towers, and one round's rows of all devices."""
+    """Returns the bytes of all layers of all branches on one device, and one layer gathered from all devices."""
     rows = sum(count for _, count in graph.node_types)
     return (
-        NUMBER * rows * config.model.dim * (_towers(config, graph) * (config.model.num_layers + 1) + devices) // devices
+        NUMBER
+        * rows
+        * config.model.dim
+        * (_num_branches(config, graph) * (config.model.num_layers + 1) + devices)
+        // devices
     )
 
 
 def loss_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
-    """Of a device's scores in the loss and their gradient, of each tower in turn."""
+    """Returns the bytes of one device's scores in the loss and their gradient, for one branch at a time."""
     users = -(-min(config.train.batch_size, graph.count(USER)) // devices)
     scored = {
         "softmax": graph.count(ITEM),
@@ -61,16 +63,16 @@ def loss_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
 
 
 def vector_bytes(config: Config, graph: HeteroGraph) -> int:
-    """Of the vectors of all users and items, which every device has whole."""
-    columns = _towers(config, graph) * config.model.dim + 1
+    """Returns the bytes of the embeddings of all users and items, replicated on every device."""
+    columns = _num_branches(config, graph) * config.model.dim + 1
     columns += min(config.model.ease_rank, graph.count(USER), graph.count(ITEM)) if config.model.ease_weight else 0
     return NUMBER * (graph.count(USER) + graph.count(ITEM)) * columns
 
 
 def encoder_bytes(config: Config, words: EncoderData, devices: int) -> int:
-    """Of the language model where it is trained: weights, with gradient and moments if all are, and one chunk of texts.
+    """Returns the bytes of a trained text encoder: weights, with gradient and moments if full, and one chunk of texts.
 
-    Of each layer and token of a chunk the way back needs some eight rows, the inner ones twice, and attention twice.
+    Backpropagation keeps about eight hidden rows, two intermediate rows and two attention rows per layer and token.
     """
     model, length = words.model.config, int(words.bucket_length.max())
     weights = sum(leaf.size for leaf in jax.tree.leaves(words.model.params))
@@ -83,9 +85,15 @@ def encoder_bytes(config: Config, words: EncoderData, devices: int) -> int:
 
 
 def require_step(config: Config, graph_inputs: GraphInputs, words: EncoderData | None = None) -> None:
-    """Raises InsufficientMemoryError where a training step over the whole graph does not fit on each device.
+    """Checks that a training step on the whole graph fits on each device.
 
-    words: where the language model is trained too.
+    Args:
+      config: all settings.
+      graph_inputs: of the whole graph.
+      words: texts and encoder, if the encoder is trained.
+
+    Raises:
+      InsufficientMemoryError: it does not fit.
     """
     graph, devices = graph_inputs.graph, len(select_devices(None))
     parts = (state_bytes(config, graph, devices), rounds_bytes(config, graph, devices))
@@ -101,9 +109,18 @@ def require_step(config: Config, graph_inputs: GraphInputs, words: EncoderData |
 
 
 def require_embedding(config: Config, graph_inputs: GraphInputs, remedy: str = REMEDY) -> None:
-    """Raises InsufficientMemoryError where the vectors of all nodes do not fit on each device."""
+    """Checks that the embeddings of all nodes fit on each device.
+
+    Args:
+      config: all settings.
+      graph_inputs: of the whole graph.
+      remedy: what the message advises.
+
+    Raises:
+      InsufficientMemoryError: they do not fit.
+    """
     graph, devices = graph_inputs.graph, len(select_devices(None))
     need = task_bytes(graph, devices) + state_bytes(config, graph, devices) // 4
     need += rounds_bytes(config, graph, devices) + 2 * vector_bytes(config, graph)
-    what = f"the vectors of {graph.count(USER):,} users and {graph.count(ITEM):,} items"
+    what = f"the embeddings of {graph.count(USER):,} users and {graph.count(ITEM):,} items"
     require_device_memory(need, what, remedy)

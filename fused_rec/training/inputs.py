@@ -1,4 +1,4 @@
-"""From a config to all that training and serving need: tables, split, audit, texts, graph."""
+"""Inputs of training and serving, from a config: tables, split, leak audit, text embeddings and the graph."""
 
 import dataclasses
 import logging
@@ -32,20 +32,27 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """One dataset, split, and what `parts` of it may be seen, as a graph; ties are those of the graph."""
+    """A dataset, its split, and the graph of its observed splits."""
 
     dataset: Dataset
     split: Split
-    observed: Observed
+    observed: Observed  # interactions, texts and ties of the observed splits; ties as in the graph
     graph_inputs: GraphInputs
-    encoder_data: finetune.EncoderData | None = None  # where the language model is trained too
+    encoder_data: finetune.EncoderData | None = None  # if the text encoder is trained
 
 
 def read(config: Config) -> tuple[Dataset, Split]:
-    """The tables as `read_dataset` gives them, and their split.
+    """Reads the tables and splits them.
 
-    Raises as `read_dataset` does, and CacheError, before anything is read, where words will be encoded and the cache
-    of their vectors cannot be made.
+    Args:
+      config: settings of data, split, text and model.
+
+    Returns:
+      The dataset and its split.
+
+    Raises:
+      CacheError: texts will be encoded and the cache of their embeddings cannot be made; before anything is read.
+      DataError, NoFolderError, ValueError: as `read_dataset`.
     """
     if config.model.variant != "graph" and config.text.features != "random":
         open_cache(config.text.cache)
@@ -54,10 +61,18 @@ def read(config: Config) -> tuple[Dataset, Split]:
 
 
 def read_dataset(config: Config) -> Dataset:
-    """The tables, described by their attributes where the config asks for it.
+    """Reads the tables, with texts from attributes where text.attributes names any; logs repairs and notes.
 
-    Raises DataError with one report where the tables must not be used, NoFolderError where they are not there, and
-    ValueError where text.attributes names what is no attribute of users or items.
+    Args:
+      config: of which the sections data and text count.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: the tables have faults; one report lists them.
+      NoFolderError: data.path is not a folder.
+      ValueError: text.attributes names something that is not an attribute of users or items.
     """
     dataset = describe(registry.load(config.data), config.text.attributes)
     for repair, count in dataset.repairs.items():
@@ -65,7 +80,7 @@ def read_dataset(config: Config) -> Dataset:
     for note, count in dataset.notes.items():
         LOG.info("note: %s: %d", note, count)
     LOG.info(
-        "%s: %d customers, %d products, %d interactions, %d reviews, %d ties",
+        "%s: %d users, %d items, %d interactions, %d reviews, %d ties",
         *(dataset.name, dataset.n_users, dataset.n_items),
         *(table.num_rows for table in (dataset.interactions, dataset.reviews, dataset.ties)),
     )
@@ -73,14 +88,23 @@ def read_dataset(config: Config) -> Dataset:
 
 
 def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[str, ...] = ("train",)) -> Prepared:
-    """Takes away what the split holds out, proves it gone, encodes the words left and builds the graph.
+    """Removes held-out rows, audits the rest for leaks, encodes its texts and builds the graph inputs.
 
-    Controls (text.features, graph.social_edges) come after the proof, which would refuse what they make up.
+    Controls (text.features, graph.social_edges) are applied after the audit, which would refuse their made-up data.
+
+    Args:
+      config: all settings.
+      dataset: the tables.
+      data_split: their split.
+      splits: the observed splits.
+
+    Returns:
+      Everything that training and evaluation need.
 
     Raises:
-      InsufficientMemoryError: the vectors of the texts, or the closed form, do not fit.
-      LeakError: text or ties tell of held-out rows.
-      ValueError: columns make no graph (`fused_rec.graph.build.check_relations`).
+      InsufficientMemoryError: text embeddings, or the matrices of EASE, do not fit in memory.
+      LeakError: text or ties leak held-out rows.
+      ValueError: columns that make no graph (`fused_rec.graph.build.check_relations`).
     """
     observed = observe(dataset, data_split, splits)
     ties = observed.ties if config.graph.social_edges != "none" else observed.ties.slice(0, 0)
@@ -97,22 +121,39 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
     popularity = item_counts(observed.item, observed.age, config.model.popularity_half_life, dataset.n_items)
     graph_inputs = GraphInputs(graph, build_adjacencies(graph), trained_item_mask(dataset, observed), popularity)
     if config.model.ease_weight:
-        LOG.info("closed form: %d directions of the holdings, minutes where these are many", config.model.ease_rank)
+        LOG.info("EASE of rank %d, which takes minutes for many interactions", config.model.ease_rank)
         interactions = Interactions(observed.user, observed.item, dataset.n_users, dataset.n_items)
-        found = low_rank_ease(interactions, rank=config.model.ease_rank, l2=config.model.ease_l2)
-        # One process's: of another machine's rows, which may be turned, the products with these would be wrong.
-        graph_inputs = dataclasses.replace(graph_inputs, ease=processes.broadcast_arrays(found))
+        ease = low_rank_ease(interactions, rank=config.model.ease_rank, l2=config.model.ease_l2)
+        # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
+        graph_inputs = dataclasses.replace(graph_inputs, ease=processes.broadcast_arrays(ease))
     return Prepared(dataset, data_split, observed, graph_inputs, encoder_data)
 
 
 def init_state(config: Config, prepared: Prepared) -> TrainState:
-    """A state before the first step, whole and on the host: a function of train.seed."""
+    """Initializes a training state, including the text encoder's parameters if it is trained.
+
+    Args:
+      config: all settings; train.seed decides the initial values.
+      prepared: the graph inputs and encoder data.
+
+    Returns:
+      The state at step 0, unsharded, on the host.
+    """
     state = init(config, prepared.graph_inputs)
     return state if prepared.encoder_data is None else finetune.init_state(config, prepared.encoder_data, state)
 
 
 def with_finetuned_text(config: Config, prepared: Prepared, state: TrainState) -> Prepared:
-    """The same with the words of the language model as a whole state has it; itself where that is not trained."""
+    """Replaces text embeddings by those of the fine-tuned encoder; embeddings are cached on disk.
+
+    Args:
+      config: all settings.
+      prepared: with text embeddings of any encoder state.
+      state: unsharded.
+
+    Returns:
+      `prepared` with other text embeddings; itself if the encoder is frozen.
+    """
     if prepared.encoder_data is None:
         return prepared
     trained = state.params[finetune.ENCODER]
@@ -121,8 +162,13 @@ def with_finetuned_text(config: Config, prepared: Prepared, state: TrainState) -
 
 
 def with_pretrained_text(prepared: Prepared) -> Prepared:
-    """The inverse of `with_finetuned_text`: with the words of the published language model, which baselines are
-    given.
+    """Replaces text embeddings by those of the pretrained encoder, which baselines use; inverts `with_finetuned_text`.
+
+    Args:
+      prepared: with text embeddings of any encoder state.
+
+    Returns:
+      `prepared` with other text embeddings; itself if the encoder is frozen.
     """
     if prepared.encoder_data is None:
         return prepared
@@ -135,29 +181,42 @@ def with_pretrained_text(prepared: Prepared) -> Prepared:
 
 
 def social_edges(config: Config, ties: pa.Table) -> pa.Table:
-    """The ties that the graph gets: these, others of the same degrees, or none."""
+    """Returns the ties of the graph: the observed ones, a degree-preserving rewiring of them, or none.
+
+    Args:
+      config: of which graph.social_edges and train.seed count.
+      ties: the observed ties.
+    """
     if config.graph.social_edges == "none":
         return ties.slice(0, 0)
     if config.graph.social_edges == "observed":
         return ties
     rewired = controls.rewire(ties, config.train.seed)
-    true, drawn = (set(zip(*table.to_pydict().values(), strict=True)) for table in (ties, rewired))
-    LOG.info("ties rewired: %d of %d are true ones by chance", len(true & drawn), len(true))
+    observed, sampled = (set(zip(*table.to_pydict().values(), strict=True)) for table in (ties, rewired))
+    LOG.info("ties rewired: %d of %d coincide with observed ones by chance", len(observed & sampled), len(observed))
     return rewired
 
 
 def encode_node_texts(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
-    """The words of each node and float32 [T, D] vectors of the distinct texts, true ones or those of a control.
+    """Embeds the distinct texts by the pretrained encoder and TF-IDF, or as a control (text.features) says.
 
-    A variant without words needs no language model.
+    Args:
+      config: settings of text and model; variant graph needs no encoder.
+      texts: texts and their links to nodes.
+
+    Returns:
+      Texts and links, permuted or replaced by a control; and float32 [T, D] embeddings.
+
+    Raises:
+      InsufficientMemoryError: text embeddings do not fit in memory.
     """
     if config.model.variant == "graph" or not texts.texts:
         return texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32)
     model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
     _require_room(texts, model.config.hidden_size + config.text.tfidf_dim)
-    lexical = tfidf_vectors(texts.texts, config.text.tfidf_dim)
+    tfidf = tfidf_vectors(texts.texts, config.text.tfidf_dim)
     if config.text.features == "random":
-        return controls.random_texts(texts, model.config.hidden_size + lexical.shape[1], config.train.seed)
+        return controls.random_texts(texts, model.config.hidden_size + tfidf.shape[1], config.train.seed)
     vectors = encode_texts(
         texts.texts,
         model,
@@ -165,24 +224,31 @@ def encode_node_texts(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.n
         batch_tokens=config.text.batch_tokens,
         max_tokens=config.text.max_tokens,
     )
-    if lexical.shape[1]:
-        vectors = concat_normalized(vectors, lexical)
+    if tfidf.shape[1]:
+        vectors = concat_normalized(vectors, tfidf)
     return controls.shuffle_texts(texts, config.train.seed) if config.text.features == "shuffled" else texts, vectors
 
 
 def _require_room(texts: NodeTexts, width: int) -> None:
-    """Raises InsufficientMemoryError where the words of all nodes do not fit, before the first is encoded.
+    """Raises InsufficientMemoryError where text embeddings of all nodes do not fit, before the first is encoded.
 
-    The vectors of the texts in parts and joined; of the nodes of one type means and, in float64, what whitens them.
+    Counts the texts' embeddings in blocks and joined, and the nodes' means in float32 and, for whitening, float64.
     """
     n_nodes = max((int(rows.max()) + 1 for rows in (texts.user_rows, texts.item_rows) if len(rows)), default=0)
-    what = f"{width} columns of words for {len(texts.texts):,} texts and {n_nodes:,} nodes"
+    what = f"text embeddings of width {width} for {len(texts.texts):,} texts and {n_nodes:,} nodes"
     instead = "raise data.k_core, lower text.tfidf_dim, take a smaller text.model, or set model.variant to graph"
     require_memory(8 * len(texts.texts) * width + 24 * n_nodes * width, what, instead)
 
 
 def trained_item_mask(dataset: Dataset, observed: Observed) -> np.ndarray:
-    """bool [I]: items that somebody holds; to learn that nobody wants the others would be to learn from the future."""
-    there = np.zeros(dataset.n_items, bool)
-    there[observed.item] = True
-    return there
+    """Marks the items with observed interactions, bool [I].
+
+    Others are excluded from the softmax denominator; ranking them below the positives would leak the split.
+
+    Args:
+      dataset: for the number of items.
+      observed: the observed interactions.
+    """
+    mask = np.zeros(dataset.n_items, bool)
+    mask[observed.item] = True
+    return mask

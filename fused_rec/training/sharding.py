@@ -1,4 +1,4 @@
-"""States, tasks and batches on their way to all devices and back."""
+"""Sharding of states, graph inputs and batches over devices, and the parallel train step and embedding."""
 
 import dataclasses
 import functools
@@ -33,15 +33,30 @@ Embed = Callable[[PyTree, GraphInputs], Vectors]
 
 
 def parallel_train_step(config: Config, devices: int | None = None) -> Step:
-    """`train_step` over the first `devices` (None: all, of every process): a divided state and task, a whole batch.
+    """Builds the parallel `train_step`.
 
-    The state that goes in is given up (donated) to the state that comes out.
+    Args:
+      config: settings of the model and of training.
+      devices: the number of devices; None: all devices of all processes.
+
+    Returns:
+      A function of (sharded state, sharded graph inputs, unsharded batch) that returns (state, loss); the state's
+      buffers are donated.
     """
     return functools.partial(_step, compile_key(config), devices)
 
 
 def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
-    """`embed` over the same devices: of divided parameters and task, the vectors of all nodes on every device."""
+    """Builds the parallel `embed_nodes`.
+
+    Args:
+      config: settings of the model and of training.
+      devices: the number of devices; None: all devices of all processes.
+
+    Returns:
+      A function of (sharded parameters, sharded graph inputs) that returns the embeddings of all users and items,
+      replicated on every device.
+    """
     return functools.partial(_embed, compile_key(config), devices)
 
 
@@ -52,7 +67,7 @@ def _step(
 
 
 def mapped_step(config: Config, devices: int | None, state: TrainState, graph_inputs: GraphInputs) -> PmappedFn:
-    """The compiled program behind `parallel_train_step`, of a batch that is split already."""
+    """Returns the compiled program of `parallel_train_step`, for a sharded batch."""
     return _mapped_step(compile_key(config), devices, jax.tree.structure(state), jax.tree.structure(graph_inputs))
 
 
@@ -76,12 +91,12 @@ def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: 
 
 
 def tree_of_structure(structure: Any) -> PyTree:
-    """A tree of that structure, for what is asked of the paths alone."""
+    """Returns a tree of that structure with integers as leaves, for functions of the paths."""
     return jax.tree.unflatten(structure, range(structure.num_leaves))
 
 
 def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
-    """Where each array of a divided task has its devices; None: every device has it whole."""
+    """Returns the device axis of each array of sharded graph inputs; None: replicated."""
     absent: Any = None
     graph, adjacencies = jax.tree.map(lambda _: SHARDED, (graph_inputs.graph, graph_inputs.adjacencies))
     return GraphInputs(graph, adjacencies, absent, absent, absent)
@@ -90,20 +105,26 @@ def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
 def shard_graph_inputs(
     graph_inputs: GraphInputs, devices: int | None = None, capacity: Mapping[Relation, int] | None = None
 ) -> GraphInputs:
-    """Gives each device its rows of the texts and the edges into them; counts of items go to all.
+    """Shards text embeddings by node and edges by receiver; item statistics are replicated.
 
-    capacity: how many edges each device gets, filled up, so that tasks of unlike size have one shape; None: no more
-    than it takes.
+    Args:
+      graph_inputs: unsharded, on the host.
+      devices: the number of devices; None: all.
+      capacity: the number of edges per device that each relation is padded to, so that inputs of different sizes share
+        one shape; None: the largest number on any device.
+
+    Returns:
+      Graph inputs on the devices.
     """
     count, capacity = len(select_devices(devices)), capacity or {}
-    divided = {
+    shards_of = {
         r: shard_adjacency(adjacency, count, capacity.get(r)) for r, adjacency in graph_inputs.adjacencies.items()
     }
     adjacencies = {
         relation: jax.tree.map(
             lambda *of_devices: np.stack(of_devices), *(parts[place] for place in local_indices(devices))
         )
-        for relation, parts in divided.items()
+        for relation, parts in shards_of.items()
     }
     shared = GraphInputs(
         _shard_nodes(graph_inputs.graph, devices),
@@ -120,27 +141,44 @@ def _shard_nodes(graph: HeteroGraph, devices: int | None) -> HeteroGraph:
         of_types = [np.asarray(of_nodes[graph.node_slice(node_type)]) for node_type, _ in graph.node_types]
         return np.concatenate([shard_rows(rows, devices) for rows in of_types], axis=1)
 
-    nothing = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # the adjacencies tell
-    bare = graph.graph._replace(nodes=jax.tree.map(part, graph.graph.nodes), **nothing)
+    no_fields = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # in the adjacencies
+    bare = graph.graph._replace(nodes=jax.tree.map(part, graph.graph.nodes), **no_fields)
     return dataclasses.replace(graph, graph=bare, shards=Shards(len(select_devices(devices))))
 
 
 def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
-    """Gives each device its id rows and the rest whole: of a state, or of its parameters, as `init` makes them."""
-    divided = sharding_axes(state)
+    """Shards ID embeddings and their moments by row and replicates the other leaves.
+
+    Args:
+      state: an unsharded state, or its parameters.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The same tree on the devices.
+    """
+    axes = sharding_axes(state)
 
     def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
         return np.asarray(leaf) if axis is None else shard_rows(np.asarray(leaf), devices)
 
-    return device_put(map_with_axes(part, divided, state), divided, devices)
+    return device_put(map_with_axes(part, axes, state), axes, devices)
 
 
 def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:
-    """The inverse of `shard_state` in every process, as NumPy arrays. like: arrays or shapes of the whole."""
+    """Gathers a sharded state in every process, the inverse of `shard_state`.
+
+    Args:
+      state: a sharded state, or its parameters.
+      like: the unsharded tree, of arrays or shapes.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The unsharded tree, of NumPy arrays.
+    """
     places_of, structure = jax.tree.flatten(sharding_axes(state), is_leaf=lambda axis: axis is None)
     leaves, shapes = jax.tree.leaves(state), jax.tree.leaves(like)
-    divided = [leaf for axis, leaf in zip(places_of, leaves, strict=True) if axis is not None]
-    gathered = iter(_gather(devices)(divided) if divided else ())
+    sharded = [leaf for axis, leaf in zip(places_of, leaves, strict=True) if axis is not None]
+    gathered = iter(_gather(devices)(sharded) if sharded else ())
     whole = [
         leaf if axis is None else next(gathered)[: len(shape)]
         for axis, leaf, shape in zip(places_of, leaves, shapes, strict=True)
@@ -157,10 +195,16 @@ def _gather(devices: int | None) -> Callable:
 
 
 def shard_batch(batch: Batch, devices: int | None = None) -> Batch:
-    """Adds the device axis: [B, ...] to this process's part of [devices, B / devices, ...].
+    """Divides a batch over devices: [B, ...] to this process's part of [devices, B / devices, ...].
 
-    Users added to fill up have an empty mask, and negatives of -1, so that those a device shares with others do not
-    depend on the number of devices.
+    Padded users have a mask of 0 and negatives of -1, so that shared negatives do not depend on the number of devices.
+
+    Args:
+      batch: of the whole step.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The part of this process's devices, on the host.
     """
     count = len(select_devices(devices))
     rows = -len(batch.users) % count

@@ -1,4 +1,4 @@
-"""One training step as a pure function of (state, graph, batch)."""
+"""One training step, a pure function of (state, graph inputs, batch), and the state it changes."""
 
 import dataclasses
 import functools
@@ -36,13 +36,15 @@ CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the seed of its draws. step: how many were taken.
+    """The training state. ID embeddings and their optimizer moments are sharded over devices (`sharding_axes`).
 
-    The seed is data, not part of the program: runs that differ by it alone share one compilation. Id rows, and what
-    the optimiser keeps of them, are divided over devices, each of which has the rest whole (`sharding_axes`).
-
-    encoder_snapshot: where the language model is trained too (fused_rec/training/finetune.py), what of it the cached
-    vectors of the texts come from; nothing on devices, which work with the vectors.
+    Attributes:
+      step: int32, the number of steps taken.
+      seed: int32, train.seed; an array, so that runs which differ only by seed share one compilation.
+      params: parameters of `FusedModel`, and of the text encoder if it is trained.
+      opt_state: the state of the optimizer.
+      encoder_snapshot: with a trained text encoder, the encoder parameters that the cached text embeddings come from
+        (fused_rec/training/finetune.py); empty on devices, which use the embeddings.
     """
 
     step: Int32[Array, ""]
@@ -55,23 +57,35 @@ class TrainState:
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class GraphInputs:
-    """What a step hears besides its batch: the graph, its adjacencies and counts of items.
+    """The inputs of a step besides its batch: the graph, its adjacencies and item statistics.
 
-    The same from step to step, or a sample of its own for each (`fused_rec.training.neighbor_sampling`).
+    The same in every step, or a sampled subgraph per step (`fused_rec.training.neighbor_sampling`).
+
+    Attributes:
+      graph: the graph with text embeddings.
+      adjacencies: edges by relation.
+      trained_items: bool, of all items those with training interactions; others are excluded from the softmax.
+      popularity: float32, interactions of each item of the graph, discounted by model.popularity_half_life.
+      ease: the low-rank EASE factors used at ranking time, if model.ease_weight is above 0; no step reads them.
     """
 
     graph: HeteroGraph
     adjacencies: Mapping[Relation, Adjacency]
-    # of all items, those that somebody holds; others are no alternatives while training
     trained_items: Bool[AnyArray, "I"]
-    popularity: Float32[AnyArray, "_"]  # holders of each item of the graph, older holdings counting less
-    ease: LowRankEase | None = None  # for what is ranked, where model.ease_weight asks for it; no step hears it
+    popularity: Float32[AnyArray, "_"]
+    ease: LowRankEase | None = None
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019) at a constant rate: early stopping takes the place of a schedule.
+    """Builds AdamW (Loshchilov and Hutter, 2019) with a constant learning rate; early stopping replaces a schedule.
 
-    Only matrices decay: to shrink the gates' and the readout's few factors would be to prefer some rounds.
+    Weight decay applies to matrices only: decay of the gates' levels and of the layer weights would favor some layers.
+
+    Args:
+      config: of which learning_rate and weight_decay count.
+
+    Returns:
+      The gradient transformation.
     """
 
     def matrices(params: PyTree) -> PyTree:
@@ -81,7 +95,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
-    """A fresh state, whole and on the host: a function of config.train.seed."""
+    """Initializes a state.
+
+    Args:
+      config: settings of the model and of training; train.seed decides the initial values.
+      graph_inputs: of the whole graph.
+
+    Returns:
+      The state at step 0, unsharded, on the host.
+    """
     return jax.device_get(_init(config, graph_inputs))
 
 
@@ -93,7 +115,14 @@ def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
 
 
 def sharding_axes(tree: PyTree) -> PyTree:
-    """Of a state, its parameters or their gradient: `SHARDED` where devices share a leaf's rows, None elsewhere."""
+    """Returns how each leaf is divided over devices.
+
+    Args:
+      tree: a state, parameters or a gradient.
+
+    Returns:
+      The tree with `SHARDED` for ID embeddings and their moments, and None for replicated leaves.
+    """
 
     def axis(path: tuple, _: Any) -> int | None:
         return SHARDED if any(str(getattr(key, "key", "")).startswith(ID_EMBEDDING) for key in path) else None
@@ -102,24 +131,33 @@ def sharding_axes(tree: PyTree) -> PyTree:
 
 
 def compile_key(config: Config) -> Config:
-    """The config with the same values for whatever the compiled step does not depend on."""
+    """Returns the config with every setting that the compiled step does not depend on set to a fixed value."""
     same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": False}
     train = dataclasses.replace(config.train, **same, num_neighbors=0, wandb="")
     return Config(model=config.model, train=train)
 
 
 def embed_nodes(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
-    """Vectors of all users and items, whose dot products are the scores: logits times the temperature, and EASE's part.
+    """Computes the embeddings that items are ranked by: their dot products are temperature * logit plus EASE's score.
+
+    Args:
+      config: settings of the model, and train.temperature.
+      params: parameters of `FusedModel`.
+      graph_inputs: of the whole graph.
+
+    Returns:
+      User embeddings [U, D] and item embeddings [I, D], float32; D covers branches, popularity bias and EASE.
 
     Raises:
-      ValueError: the config asks for a spectrum that the task does not have.
+      ValueError: model.ease_weight is above 0 and the inputs have no EASE factors.
     """
     branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph, graph_inputs.adjacencies)
     vectors = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.adjacencies)))
     if config.model.ease_weight:
         if graph_inputs.ease is None:
             raise ValueError(
-                f"model.ease_weight is {config.model.ease_weight} and the task has none; make it by `prepare`"
+                f"model.ease_weight is {config.model.ease_weight} and the graph inputs have no EASE factors; "
+                "build them with `prepare`"
             )
         vectors = append_ease(
             vectors, graph_inputs.ease, graph_inputs.graph, graph_inputs.adjacencies, config.model.ease_weight
@@ -128,9 +166,10 @@ def embed_nodes(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Ve
 
 
 def _append_popularity(config: Config, graph_inputs: GraphInputs, vectors: Vectors) -> Vectors:
+    """Appends the popularity bias, scaled by the temperature as scores are."""
     if not config.model.popularity_weight:
         return vectors
-    # In units of the logits: 1 with mute towers is each item's share of the holdings, of counts plus one.
+    # In units of logits: with weight 1 and all other scores equal, the softmax is proportional to 1 + interactions.
     weight = config.model.popularity_weight * config.train.temperature
     return append_popularity_bias(vectors, weight * jnp.log1p(graph_inputs.popularity))
 
@@ -143,23 +182,34 @@ def train_step(
     tx: optax.GradientTransformation | None = None,
     text_update_fn: Callable[[PyTree, GraphInputs], GraphInputs] | None = None,
 ) -> tuple[TrainState, Float32[Array, ""]]:
-    """The next state and the batch's mean loss; each device of `AXIS` has a share of the batch and of the rows.
+    """Takes one optimizer step; runs on each device of `AXIS` with its share of the batch and of the node rows.
 
-    The only key is fold_in(seed, step): what is left out must not depend on the number of devices, and a resumed run
-    must leave out the same again.
+    The only random key is fold_in(seed, step): dropout must not depend on the number of devices, and a resumed run must
+    repeat it.
 
-    tx: how parameters move; None: `make_optimizer`. text_update_fn: of parameters and task, the task that the model is
-    given, where parameters make words; None: the task as it is.
+    Args:
+      config: settings of the model and of training.
+      state: parameters, optimizer state, step and seed.
+      graph_inputs: the graph, whole or sampled.
+      batch: users with positives, and negatives.
+      tx: the optimizer; None: `make_optimizer`.
+      text_update_fn: computes graph inputs from parameters, where parameters produce text embeddings; None: the inputs
+        stay as they are.
+
+    Returns:
+      The next state, and the mean loss of the batch, float32.
     """
     tx = tx or make_optimizer(config.train)
     dropout = jax.random.fold_in(jax.random.key(state.seed + 1), state.step)
-    # Each device differentiates for itself. Without this the replication check of shard_map would add up the
-    # gradients on its own, the psum below would do it again, and one forgotten here would go unnoticed.
-    own = functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying")
+    # Each device differentiates its own loss. Without this, JAX would sum the gradients of replicated values on its
+    # own, and the psum below would sum them again.
+    per_device = functools.partial(jax.lax.pcast, axis_name=AXIS, to="varying")
     divided = sharding_axes(state.params)
-    params = _merge_leaves(divided, jax.tree.map(own, _replicated_leaves(divided, state.params)), state.params)
+    params = _merge_leaves(divided, jax.tree.map(per_device, _replicated_leaves(divided, state.params)), state.params)
     graph_inputs = dataclasses.replace(
-        graph_inputs, trained_items=own(graph_inputs.trained_items), popularity=own(graph_inputs.popularity)
+        graph_inputs,
+        trained_items=per_device(graph_inputs.trained_items),
+        popularity=per_device(graph_inputs.popularity),
     )
 
     def mean_loss(params: PyTree) -> Float32[Array, ""]:
@@ -171,7 +221,7 @@ def train_step(
         return jnp.stack(shares).sum()
 
     loss, gradient = jax.value_and_grad(mean_loss)(params)
-    # The rows' gradient is complete: their way to every device leads back as a sum over devices.
+    # Gradients of sharded rows are complete: the transpose of their all-gather is a sum over devices.
     loss, whole = jax.lax.psum((loss, _replicated_leaves(divided, gradient)), AXIS)
     gradient = _merge_leaves(divided, whole, gradient)
     updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -179,19 +229,19 @@ def train_step(
 
 
 def _replicated_leaves(divided: PyTree, tree: PyTree) -> PyTree:
-    """The leaves that every device has whole, and None for the others."""
+    """The replicated leaves, and None for sharded ones."""
     return map_with_axes(lambda axis, x: x if axis is None else None, divided, tree)
 
 
 def _merge_leaves(divided: PyTree, whole: PyTree, tree: PyTree) -> PyTree:
-    """`tree` with the leaves of `all_gather` where there are any."""
+    """`tree` with replicated leaves taken from `whole`."""
     return map_with_axes(lambda axis, x, y: x if axis is None else y, divided, whole, tree)
 
 
 def _losses(
     config: Config, params: PyTree, graph_inputs: GraphInputs, batch: Batch, dropout: PRNGKeyArray
 ) -> list[tuple[float, losses.Sum]]:
-    """(weight, loss): every tower's own loss, added up under the count of one, and the first one's contrast if any."""
+    """(weight, loss): the sum of all branches' losses, and contrastive losses of the first branch if configured."""
     branches: Any
     intermediates: Any
     branches, intermediates = FusedModel(config.model, config.train.compute_dtype).apply(
@@ -215,7 +265,7 @@ def _losses(
 
 
 def _params_of_nodes(graph: HeteroGraph, params: PyTree) -> PyTree:
-    """The parameters with the id rows of the graph's nodes: of a sample, this device's some of its rows."""
+    """The parameters with only the ID embeddings of a sampled subgraph's nodes."""
     if not graph.sampled:
         return params
 
@@ -230,27 +280,28 @@ def _params_of_nodes(graph: HeteroGraph, params: PyTree) -> PyTree:
 
 
 def _contrastive_losses(vectors: Vectors, first_layer: Vectors, batch: Batch) -> list[losses.Sum]:
-    """InfoNCE of the whole batch's users, and of one held item of each of them, over all devices.
+    """InfoNCE of the batch's users, and of one positive of each, against those of all devices.
 
-    The published batch is of pairs; one of each user's pairs makes ours as large for both, and B^2 cosines enough.
+    XSimGCL's batch is of user-item pairs; one pair per user gives the same size for both and B^2 cosines.
     """
     user, items, mask, _ = map(jnp.asarray, batch)
-    there = mask[:, 0]
+    valid = mask[:, 0]
     sums = []
     for one, other, nodes in zip(vectors, first_layer, (user, items[:, 0]), strict=True):
-        everyone = jax.lax.all_gather(jnp.where(there > 0, nodes, -1), AXIS).reshape(-1)
-        sums.append(losses.info_nce(one, other, nodes, there, everyone, CONTRAST_TEMPERATURE))
+        everyone = jax.lax.all_gather(jnp.where(valid > 0, nodes, -1), AXIS).reshape(-1)
+        sums.append(losses.info_nce(one, other, nodes, valid, everyone, CONTRAST_TEMPERATURE))
     return sums
 
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
+    """The configured ranking loss of one branch."""
     users, catalogue = (x.astype(config.train.compute_dtype) for x in vectors)
     user, items, mask, negatives = map(jnp.asarray, batch)
     common = users[user], catalogue, items, mask
-    present, temperature = jnp.asarray(graph_inputs.trained_items), config.train.temperature
+    trained_items, temperature = jnp.asarray(graph_inputs.trained_items), config.train.temperature
     if config.train.loss == "softmax":
-        return losses.softmax(*common, present, temperature)
+        return losses.softmax(*common, trained_items, temperature)
     if config.train.loss == "sampled_softmax":
         shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
-        return losses.sampled_softmax(*common, present, shared, temperature)
+        return losses.sampled_softmax(*common, trained_items, shared, temperature)
     return losses.bpr(*common, negatives, temperature)

@@ -1,15 +1,18 @@
-"""train(config, workdir): from files to a checkpointed model and `results.json`, in the order in which it happens.
+"""The training run: from a config and tables to a checkpointed model and `results.json`.
+
+`run_training(config, workdir)` reads, splits and prepares the tables, selects a step by validation (`fit`), optionally
+refits on train and valid, and evaluates on the test split once. It writes
 
 workdir/
-  run.json             config, and what the tables were: their digest, and by table rows and a digest of each column;
-                       another config (settings of `config.NEUTRAL` apart), or changed tables, are refused
-  select/, refit/      checkpoints and curves of the two phases (refit only where config.train.refit)
-  test_metrics_per_user.npz       test metrics of each user: `user` (rows of the users) and one float32 array a metric
-  README.md            the model card: what was trained on what, how good it is, how to load it
-  results.json         written last: validation and test metrics, the test's slices, seconds, parameters, versions, and
-                       when it was `read_finished`, in UTC
-  wandb.json           where train.wandb names a project: the run's id there, and wandb/ with what was sent
-  run.lock             held by the process that trains here, and there only as long
+  run.json             config, and digests of the tables and of their columns; a run with another config (except the
+                       settings of `config.NEUTRAL`) or with changed tables is refused
+  select/, refit/      checkpoints and curves of the two phases (refit only with train.refit)
+  test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
+  README.md            the model card: data, training, metrics, and how to load the model
+  results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
+                       UTC time at which the run finished
+  wandb.json           if train.wandb names a project: the run's ID there; wandb/ has what was sent
+  run.lock             held by the training process, and removed at its end
 """
 
 import contextlib
@@ -60,57 +63,64 @@ from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_METRICS_PER_USER, CARD = "run.json", "results.json", "test_metrics_per_user.npz", "README.md"
-TABLES = "tables"  # in the workdir of a run: the tables that it was given in memory (fused_rec.api)
-LOSS_EVERY = 10  # steps between looks at the loss; each look waits for the device
+TABLES = "tables"  # folder in the workdir for tables given in memory (fused_rec.api)
+LOSS_EVERY = 10  # steps between reads of the loss; each read waits for the device
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Training diverged; the message names the step and the last good checkpoint."""
+    """A loss that is NaN or infinite; the message names the step and the last good checkpoint."""
 
 
 class TablesChangedError(ValueError):
-    """The tables are not those that a run was made of; the message says what changed. Commands end with status 3."""
+    """Tables other than those of the run; the message lists the changes. Commands exit with status 3."""
 
     exit_status = 3
 
 
 class TablesNotReadError(OSError):
-    """The tables of a finished run cannot be read, and may have changed. Commands end with status 4."""
+    """Tables of a finished run that cannot be read, and may have changed. Commands exit with status 4."""
 
-    setting = "data.path"  # that says where they are
+    setting = "data.path"  # the setting with their place
     exit_status = 4
 
 
 class Progress(NamedTuple):
-    """The loop's bookkeeping, kept with each checkpoint. best: the best validation value, at `best_step`."""
+    """The state of the training loop besides the model, saved with each checkpoint."""
 
-    best: float | None = None
+    best: float | None = None  # the best validation value, at `best_step`
     best_step: int = 0
-    evals_since_best: int = 0  # evaluations since the best
-    seconds: float = 0.0
-    losses: Sequence[float] = ()  # since the last evaluation, of a run that was stopped between two
+    evals_since_best: int = 0  # evaluations since `best_step`
+    seconds: float = 0.0  # of training and validation
+    losses: Sequence[float] = ()  # losses since the last evaluation, of a run stopped between two evaluations
 
 
 @computes
 def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
-    """Runs or resumes one run and returns what `results.json` holds.
+    """Starts or resumes one run and trains it to the end.
 
-    Of a finished run the tables are read, and compared with those that it was made of, before its results come back.
+    For a finished run the tables are read and compared with the run's, and its results come back.
+
+    Args:
+      config: all settings.
+      workdir: folder of the run; made where it is missing.
+
+    Returns:
+      The contents of `results.json`.
 
     Raises:
       ValueError: workdir holds a run of another config.
       TablesChangedError: workdir holds a run of other tables.
       TablesNotReadError: the run in workdir is finished, and the tables cannot be read.
       DeviceError: JAX has no device.
-      CacheError: texts are to be encoded, and their vectors cannot be kept.
-      DataError, LeakError: the input must not be used.
-      InsufficientMemoryError: a step, or what comes before the first one, does not fit.
+      CacheError: texts must be encoded, and the cache of their embeddings cannot be written.
+      DataError, LeakError: the tables have faults, or held-out data leaks into the input.
+      InsufficientMemoryError: preparation or a step does not fit in memory.
       NonFiniteLossError: training diverged.
       BusyError: another process trains in workdir.
       SaveError: a checkpoint or result could not be written.
       CheckpointError: the checkpoint of the best step is damaged.
       ImportError: train.wandb names a project, and the library is not installed.
-      Stopped: a signal asked for an end (see `fused_rec.distributed.signals`); the same call goes on.
+      Stopped: a signal requested a stop (see `fused_rec.distributed.signals`); the same call resumes the run.
     """
     workdir = Path(workdir)
     processes.check_equal_across_processes("the config", json.dumps(_as_json(to_dict(config)), sort_keys=True))
@@ -122,17 +132,18 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     if (results := processes.broadcast_json(results)) is not None:
         return results
     if config.train.wandb and processes.is_primary():
-        wandb_library()  # now, and not when the tables are read and encoded
+        wandb_library()  # fails here rather than after the tables are read and encoded
     with lock_run_dir(workdir) if processes.is_primary() else contextlib.nullcontext():
         return _run_training(config, workdir)
 
 
 def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
+    """`run_training` of an unfinished run, with the lock held."""
     dataset, data_split = read(config)
     tables = digest(dataset)
     processes.check_equal_across_processes("the digest of the tables", tables)
     prepared = prepare(config, dataset, data_split)
-    # Only now: faults of the input leave the folder free for the command that mends them.
+    # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
         init_run_dir(config, tables, workdir, contents(dataset))
     with metric_writer(config, workdir) if processes.is_primary() else contextlib.nullcontext() as shown:
@@ -151,6 +162,7 @@ def _chosen_and_tested(
     tables: str,
     shown: MetricWriter | None,
 ) -> dict[str, Any]:
+    """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
     state, progress = fit(config, prepared, workdir / "select", metric_writer_of=shown)
     seconds = progress.seconds
     prepared = with_finetuned_text(config, prepared, state)
@@ -163,7 +175,7 @@ def _chosen_and_tested(
         prepared = with_finetuned_text(config, prepared, state)
         seconds += refitted.seconds
 
-    # Everything is chosen: the one time that the test part is read.
+    # Model selection is over: the only use of the test split.
     score = scorer(config, prepared, state)
     per_user = evaluate_users(prepared, score, "test")
     results = {
@@ -193,7 +205,7 @@ def _chosen_and_tested(
 
 
 def seen_splits(config: Config) -> tuple[str, ...]:
-    """The parts of the split that a model may see before the test part is read."""
+    """Returns the splits that the final model is trained on: train, and valid with train.refit."""
     return ("train", "valid") if config.train.refit else ("train",)
 
 
@@ -206,22 +218,37 @@ def fit(
     on_evaluation: Callable[[int, float], None] | None = None,
     metric_writer_of: MetricWriter | None = None,
 ) -> tuple[TrainState, Progress]:
-    """Trains in `folder`, from its newest checkpoint on, and returns the state that counts, whole and on the host.
+    """Trains one model, resuming from the newest checkpoint in `folder`.
 
-    steps None: validation every `eval_every` steps chooses; the state of the best step comes back.
-    steps given: trains so many without looking at anything; the last state comes back.
-    on_evaluation: told of each step at which validation is measured and of its value; what it raises ends training.
-    metric_writer_of: gets the curves too.
+    Args:
+      config: all settings.
+      prepared: the data, split and graph inputs.
+      folder: where checkpoints and curves are written.
+      steps: None: train until early stopping, with validation every train.eval_every steps, and return the best step;
+        a number: train that many steps without validation and return the last.
+      on_evaluation: called with (step, value of train.metric) after each validation; what it raises ends training.
+      metric_writer_of: receives the curves too.
+
+    Returns:
+      The selected state, unsharded, on the host; and the progress of the loop.
+
+    Raises:
+      InsufficientMemoryError: a step does not fit in memory.
+      NonFiniteLossError: a loss is not finite.
+      CheckpointError: the checkpoint of the best step is damaged.
+      Stopped: a signal requested a stop; the state is saved.
     """
     settings = config.train
     dataset, observed = prepared.dataset, prepared.observed
-    if settings.num_neighbors:  # the whole graph is embedded to be measured
+    if settings.num_neighbors:  # validation embeds the whole graph
         require_embedding(config, prepared.graph_inputs)
     else:
         require_step(config, prepared.graph_inputs, prepared.encoder_data)
-    held = user_items(observed.user, observed.item, dataset.n_users, np.asarray(prepared.graph_inputs.trained_items))
+    interactions = user_items(
+        observed.user, observed.item, dataset.n_users, np.asarray(prepared.graph_inputs.trained_items)
+    )
     checkpoints = Checkpoints(folder / "checkpoints")
-    drawn = functools.partial(batch_of, settings, held)
+    batch_at = functools.partial(batch_of, settings, interactions)
     whole, progress = resume(config, prepared, checkpoints)
     step: Any = parallel_train_step(config)
     graph_inputs, cache = prepared.graph_inputs, None
@@ -229,17 +256,17 @@ def fit(
         cache = finetune.encode_all_texts(config, prepared.encoder_data, graph_inputs, whole.encoder_snapshot)
         graph_inputs, step = cache.graph_inputs, finetune.parallel_finetune_step(config, prepared.encoder_data)
         whole = dataclasses.replace(whole, encoder_snapshot=())
-    # With sampled neighbours the devices get the whole graph only to be measured.
-    divided = None if settings.num_neighbors else shard_graph_inputs(graph_inputs)
-    if divided is None:
-        tasks = neighbor_sampler(config, graph_inputs, [drawn(0, number) for number in range(PROBE_BATCHES)])
+    # With neighbor sampling the devices get the whole graph for validation only.
+    sharded = None if settings.num_neighbors else shard_graph_inputs(graph_inputs)
+    if sharded is None:
+        inputs_at = neighbor_sampler(config, graph_inputs, [batch_at(0, number) for number in range(PROBE_BATCHES)])
     else:
-        tasks = full_graph_sampler(divided)
+        inputs_at = full_graph_sampler(sharded)
     first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
     state = shard_state(whole)
     if first:
-        LOG.info("%s: goes on from the checkpoint of step %d", folder.name, first)
-    LOG.info("%s: %d steps an epoch", folder.name, steps_per_epoch(held, settings.batch_size))
+        LOG.info("%s: resumes from the checkpoint of step %d", folder.name, first)
+    LOG.info("%s: %d steps per epoch", folder.name, steps_per_epoch(interactions, settings.batch_size))
 
     losses = [jnp.float32(loss) for loss in progress.losses]
     progress = progress._replace(losses=())
@@ -254,7 +281,7 @@ def fit(
         if processes.is_primary():
             checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
 
-    # A request to stop waits for the end of a step: only there do the state and its bookkeeping belong together.
+    # A stop request waits for the end of a step: only there do state and progress agree.
     with (
         signals.deferred(),
         bar,
@@ -271,13 +298,13 @@ def fit(
                         with signals.immediate() if processes.is_single_process() else contextlib.nullcontext():
                             trained = gather_state(state, whole).params[finetune.ENCODER]
                             cache = finetune.encode_all_texts(config, cache.encoder_data, cache.graph_inputs, trained)
-                            divided = shard_graph_inputs(cache.graph_inputs)
-                            tasks = full_graph_sampler(divided)
+                            sharded = shard_graph_inputs(cache.graph_inputs)
+                            inputs_at = full_graph_sampler(sharded)
                     if steps is None:
-                        # One of several processes must not leave the others waiting for its share of the work.
+                        # With several processes a stop here would leave the others waiting in a collective.
                         with signals.immediate() if processes.is_single_process() else contextlib.nullcontext():
-                            there = divided or shard_graph_inputs(prepared.graph_inputs)
-                            values = evaluate_mean(prepared, sharded_scorer(config, there, state.params), "valid")
+                            full_graph = sharded or shard_graph_inputs(prepared.graph_inputs)
+                            values = evaluate_mean(prepared, sharded_scorer(config, full_graph, state.params), "valid")
                         scalars |= {f"valid/{name}": value for name, value in values.items()}
                         progress = update_early_stopping(progress, values[settings.metric], taken)
                         improved = progress.evals_since_best == 0
@@ -292,10 +319,10 @@ def fit(
                 if taken == last or progress.evals_since_best >= settings.patience:
                     break
                 signals.raise_if_requested(processes.any_process)
-                users = drawn(settings.seed, taken)
+                users = batch_at(settings.seed, taken)
                 text_batch = () if cache is None else (finetune.make_text_batch(config, cache, users, taken),)
-                # The devices may still be at the last step while the host draws for this one.
-                state, loss = step(state, *tasks(taken, users), *text_batch)
+                # Dispatch is asynchronous: the host samples this step while the devices may still run the last one.
+                state, loss = step(state, *inputs_at(taken, users), *text_batch)
                 taken += 1
                 losses.append(loss)
                 bar.update()
@@ -321,7 +348,17 @@ def fit(
 
 
 def batch_of(settings: TrainConfig, user_items_of: UserItems, seed: int, step: int) -> Batch:
-    """The batch of a step of a run with that seed."""
+    """Samples the batch of a step.
+
+    Args:
+      settings: sizes of the batch and the loss.
+      user_items_of: training interactions by user.
+      seed: seed of the run.
+      step: the number of steps taken before it.
+
+    Returns:
+      The batch, on the host; a function of the arguments.
+    """
     return batch(
         user_items_of,
         step,
@@ -333,10 +370,18 @@ def batch_of(settings: TrainConfig, user_items_of: UserItems, seed: int, step: i
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
-    """The first process's newest sound checkpoint, or a fresh start.
+    """Restores the newest undamaged checkpoint of the first process, or initializes a state.
+
+    Args:
+      config: settings of the run.
+      prepared: the graph inputs, for the shapes of the state.
+      checkpoints: of the phase's folder.
+
+    Returns:
+      The state, unsharded, on the host; and the progress of the loop.
 
     Raises:
-      CheckpointError: the best state is damaged; told now, because in the end it is that one which counts.
+      CheckpointError: the checkpoint of the best step, the one that training would return, is damaged.
     """
     state, progress = init_state(config, prepared), Progress()
     if processes.is_primary() and (step := checkpoints.last_good()) is not None:
@@ -347,34 +392,58 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
                 checkpoints.restore(progress.best_step, like=state)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"{error} It is the best state so far, without which the later ones are of no use; remove the "
-                    "folder of the checkpoints, and the same command trains anew"
+                    f"{error} It is the best state so far, and training would return it; remove the folder of the "
+                    "checkpoints, and the same command trains from the start"
                 ) from error
     return processes.broadcast_arrays(state), Progress(**processes.broadcast_json(progress._asdict()))
 
 
 def mean_loss(losses: list[jax.Array]) -> float:
-    """Of float32 scalars; the same bits whether some of them come from a checkpoint or all from the device."""
+    """Returns the mean of float32 scalars; bitwise equal whether they come from a checkpoint or from the device."""
     return float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
 
 
 def update_early_stopping(progress: Progress, value: float, step: int) -> Progress:
-    """The bookkeeping after a validation value; equal to the best is not better. Raises ValueError on NaN."""
+    """Updates the progress with a validation value; a value equal to the best does not improve on it.
+
+    Args:
+      progress: before the evaluation.
+      value: the value of train.metric; higher is better.
+      step: the number of steps taken.
+
+    Returns:
+      The progress with `best`, `best_step` and `evals_since_best` updated.
+
+    Raises:
+      ValueError: the value is NaN.
+    """
     if math.isnan(value):
-        raise ValueError(f"the validation metric of step {step} is not a number: its part has no pair to compare")
+        raise ValueError(
+            f"the validation metric of step {step} is not a number: the validation split has no pair to compare"
+        )
     if progress.best is None or value > progress.best:
         return progress._replace(best=value, best_step=step, evals_since_best=0)
     return progress._replace(evals_since_best=progress.evals_since_best + 1)
 
 
 def progress_text(loss: float, metric: str, progress: Progress) -> str:
-    """What stands beside the progress bar."""
+    """Returns the text beside the progress bar: the loss, and the best validation value with its step."""
     best = "" if progress.best is None else f", {metric} {progress.best:.4f} at {progress.best_step}"
     return f"loss {loss:.4f}{best}"
 
 
 def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, folder: Path) -> None:
-    """Raises NonFiniteLossError where one of the last losses, the newest of them `step`'s, is not finite."""
+    """Checks that the last losses are finite.
+
+    Args:
+      losses: float32 scalars of consecutive steps.
+      step: the number of steps taken, the newest loss included.
+      checkpoints: for the message: the last good step.
+      folder: for the message: where that step is.
+
+    Raises:
+      NonFiniteLossError: one of them is NaN or infinite.
+    """
     values = np.asarray(jax.device_get(losses))
     if np.isfinite(values).all():
         return
@@ -388,22 +457,32 @@ def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, f
 
 
 def _read_again(config: Config, workdir: Path) -> tuple[str, dict[str, Any]]:
+    """Digest and contents of the tables as they are now, for a finished run."""
     try:
         dataset = read_dataset(config)
     except (OSError, ValueError) as error:  # ValueError: faults of the tables, or nothing left of them
         raise TablesNotReadError(
-            f"{_when_finished(workdir)}, and its tables cannot be read now; its results are not shown as if they were "
-            f"those of today's tables, and stand in {workdir / RESULTS}. {error}"
+            f"{_when_finished(workdir)}, and its tables cannot be read now, so whether they have changed is unknown; "
+            f"the results are in {workdir / RESULTS}. {error}"
         ) from error
     return digest(dataset), contents(dataset)
 
 
 def finished_results(config: Config, tables: str, made_of: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
-    """What `results.json` of a finished run holds, when config and tables are the run's.
+    """Returns the results of a finished run after checking that config and tables are the run's.
 
-    tables, made_of: `digest` and `contents` of the tables that there are now.
+    Args:
+      config: the config of this call.
+      tables: `digest` of the tables as they are now.
+      made_of: `contents` of the tables as they are now.
+      workdir: folder of the run.
 
-    Raises ValueError where it is another config's, and TablesChangedError where the tables have changed.
+    Returns:
+      The contents of `results.json`.
+
+    Raises:
+      ValueError: the run has another config.
+      TablesChangedError: the tables have changed.
     """
     check_config(config, workdir)
     try:
@@ -415,31 +494,37 @@ def finished_results(config: Config, tables: str, made_of: Mapping[str, Any], wo
             with lock_run_dir(workdir):
                 init_run_dir(config, tables, workdir, made_of)
         except OSError as error:
-            LOG.warning("%s still names the tables' former place: %s", workdir / RUN, error)
-    LOG.info("%s, and its tables are the same; its results are shown again", _when_finished(workdir))
+            LOG.warning("%s could not be updated with the new settings: %s", workdir / RUN, error)
+    LOG.info("%s with the same tables; returning its results", _when_finished(workdir))
     return read_results(workdir)
 
 
 def _when_finished(workdir: Path) -> str:
-    return f"{workdir} was finished at {read_results(workdir).get('finished', 'a time that is not recorded')}"
+    """Names the run and the time it finished."""
+    return f"{workdir} was finished at {read_results(workdir).get('finished', 'an unknown time')}"
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Returns the current UTC time, to the second, in ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def check_config(config: Config, workdir: Path) -> None:
-    """Raises ValueError where `workdir` is another config's, naming the settings that differ.
+    """Checks that a run in `workdir`, if any, has this config; settings of `config.NEUTRAL` may differ.
 
-    Those of `config.NEUTRAL` may differ.
+    Args:
+      config: the config of this call.
+      workdir: folder of the run.
+
+    Raises:
+      ValueError: other settings differ; names them with both values.
     """
     if not (workdir / RUN).exists():
         return
     neutral = {f"{section}.{name}" for section, name in NEUTRAL}
     differ = [
-        f"{setting} is {there!r} there and {here!r} here"
-        for setting, (there, here) in differing(config, read_run(workdir)["config"]).items()
+        f"{setting} is {recorded!r} there and {given!r} here"
+        for setting, (recorded, given) in differing(config, read_run(workdir)["config"]).items()
         if setting not in neutral
     ]
     if differ:
@@ -449,11 +534,17 @@ def check_config(config: Config, workdir: Path) -> None:
 
 
 def init_run_dir(config: Config, tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
-    """Makes `workdir` this run's, of tables with this `digest` and, by which later changes are named, these `contents`.
+    """Writes `run.json` of a new run, or updates the settings of `config.NEUTRAL` in that of an existing one.
 
-    Where it is already, what has changed of the settings of `config.NEUTRAL`, such as the tables' place, is kept.
+    Args:
+      config: the config of the run.
+      tables: `digest` of the tables.
+      workdir: folder of the run; made where it is missing.
+      made_of: `contents` of the tables, which let later messages name changes.
 
-    Raises ValueError where it is another config's, and TablesChangedError where it is that of other tables.
+    Raises:
+      ValueError: the folder has a run of another config.
+      TablesChangedError: the folder has a run of other tables.
     """
     check_config(config, workdir)
     if (workdir / RUN).exists():
@@ -465,21 +556,35 @@ def init_run_dir(config: Config, tables: str, workdir: Path, made_of: Mapping[st
 
 
 def check_tables(tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
-    """Raises TablesChangedError where the run was made of other tables: its rows would be other users and items.
+    """Checks that the tables are the run's: with others the rows of embeddings would be other users and items.
 
-    tables, made_of: `digest` and `contents` of those that there are now.
+    Args:
+      tables: `digest` of the tables as they are now.
+      workdir: folder of the run.
+      made_of: `contents` of the tables as they are now.
+
+    Raises:
+      TablesChangedError: the digests differ; names the changes.
     """
-    there = read_run(workdir)
-    if there["tables"] != tables:
-        told = "; ".join(changes(there.get("contents", {}), made_of or {}))
+    recorded = read_run(workdir)
+    if recorded["tables"] != tables:
+        changed = "; ".join(changes(recorded.get("contents", {}), made_of or {}))
         raise TablesChangedError(
-            f"the tables have changed since {workdir} was begun{f' ({told})' if told else ''}; train on them in a new "
-            "workdir"
+            f"the tables have changed since {workdir} was started{f' ({changed})' if changed else ''}; train on them "
+            "in a new workdir"
         )
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """What `run.json` holds: config, `digest` and `contents` of the tables. Raises ValueError where it is damaged."""
+    """Reads `run.json`: config, `digest` and `contents` of the tables.
+
+    Args:
+      workdir: folder of the run.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
     found = _read_json(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
@@ -490,11 +595,20 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 
 def read_results(workdir: Path) -> dict[str, Any]:
-    """What `results.json` holds. Raises ValueError where it is damaged."""
+    """Reads `results.json`.
+
+    Args:
+      workdir: folder of the run.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
     return _read_json(workdir / RESULTS)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises ValueError where the file is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -505,7 +619,18 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def read_finished(workdir: Path) -> tuple[Config, int]:
-    """The config of a run that is over, and its best step. Raises FileNotFoundError where there is none."""
+    """Reads the config and the best step of a finished run.
+
+    Args:
+      workdir: folder of the run.
+
+    Returns:
+      The config, and the step of the selected checkpoint.
+
+    Raises:
+      FileNotFoundError: the folder has no finished run.
+      ValueError: its files are damaged.
+    """
     if not (workdir / RESULTS).exists():
         raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with experiments.train first")
     step = read_results(workdir).get("best_step")
@@ -515,7 +640,7 @@ def read_finished(workdir: Path) -> tuple[Config, int]:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides its config."""
+    """Returns the versions of Python, the backend and the libraries that a result depends on."""
     names = ("fused_rec", "jax", "jaxlib", "flax", "optax", "jraph", "orbax-checkpoint", "transformers", "numpy")
     found = {"python": platform.python_version(), "backend": f"{jax.local_device_count()} {jax.default_backend()}"}
     for name in names:
@@ -525,20 +650,44 @@ def versions() -> dict[str, str]:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Writes all or nothing. A number that is none becomes null. Raises SaveError."""
+    """Writes a JSON file atomically; NaN becomes null.
+
+    Args:
+      file: the path.
+      values: what JSON can hold.
+
+    Raises:
+      SaveError: the file cannot be written.
+    """
     write_file(file, (json.dumps(_as_json(values), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_card(file: Path, content: str) -> None:
-    """Writes all or nothing; a file of that name that is no card of ours is somebody's, and stays. Raises SaveError."""
+    """Writes the model card atomically; a file of that name that is not a model card is kept, with a warning.
+
+    Args:
+      file: the path.
+      content: the card, Markdown.
+
+    Raises:
+      SaveError: the file cannot be written.
+    """
     if file.exists() and LIBRARY not in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        LOG.warning("%s is no model card, and is left as it is; the run has none", file)
+        LOG.warning("%s is not a model card and is kept; this run has no model card", file)
         return
     write_file(file, content.encode())
 
 
 def write_users(file: Path, per_user: UserMetrics) -> None:
-    """Writes all or nothing: `user` int32 [V] and each metric float32 [V], by its name. Raises SaveError."""
+    """Writes test metrics per user atomically, as an .npz file.
+
+    Args:
+      file: the path.
+      per_user: `user` int32 [V] and float32 [V] for each metric.
+
+    Raises:
+      SaveError: the file cannot be written.
+    """
     arrays: dict[str, Any] = {"user": per_user.users, **per_user.metrics}
     archive = io.BytesIO()
     np.savez(archive, **arrays)
@@ -546,9 +695,17 @@ def write_users(file: Path, per_user: UserMetrics) -> None:
 
 
 def read_users(file: Path) -> UserMetrics:
-    """What `write_users` wrote, without the aggregates, which stand in `results.json`.
+    """Reads test metrics per user, without aggregates, which are in `results.json`.
 
-    Raises FileNotFoundError where it is not there and ValueError where it is damaged.
+    Args:
+      file: a file of `write_users`.
+
+    Returns:
+      int32 [V] users and float32 [V] values of each metric.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
     """
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
@@ -559,14 +716,15 @@ def read_users(file: Path) -> UserMetrics:
                     raise ValueError(f"{name} is {values.dtype} {values.shape}")
     except FileNotFoundError:
         raise
-    except Exception as error:  # zipfile and NumPy end in a dozen kinds, tokenize.TokenError among them
+    except Exception as error:  # zipfile and NumPy raise a dozen types, tokenize.TokenError among them
         raise ValueError(
-            f"{file} is damaged ({error}); take {RESULTS} out beside it and run the same command again"
+            f"{file} is damaged ({error}); remove {RESULTS} beside it and run the same command again"
         ) from error
     return UserMetrics(users, found, {})
 
 
 def _as_json(value: Any) -> Any:
+    """Replaces NaN by None, recursively, and tuples by lists."""
     if isinstance(value, dict):
         return {name: _as_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
