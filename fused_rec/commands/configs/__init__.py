@@ -1,4 +1,4 @@
-"""One file a dataset: what it is, how long it takes, what it gives."""
+"""Configs that are installed: --config=NAME. Those of public datasets are in experiments/configs."""
 
 import dataclasses
 

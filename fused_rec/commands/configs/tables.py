@@ -1,6 +1,6 @@
 """Your own tables: interactions, and where there are any items, users and ties, as CSV or Parquet (see README)."""
 
-from experiments.configs import config_dict
+from fused_rec.commands.configs import config_dict
 
 
 def get_config():
