@@ -1,5 +1,6 @@
 """What is installed: the package, its kernel, and the libraries it needs. Tool settings stand in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 import jaxlib
@@ -17,17 +18,22 @@ KERNELS = Extension(
     optional=True,
 )
 
+INIT = Path(__file__).with_name("fused_rec").joinpath("__init__.py")
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)
+
 setup(
     name="fused_rec",
-    version="0.1.0",
+    version=VERSION,
     description="Recommends financial products from text and a heterogeneous graph, trained together in JAX.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # experiments/ stays out: its name would claim a top-level module of every environment. It runs from the checkout.
+    # experiments/ stays out: its name would claim a top-level module of every environment. Its commands are in
+    # fused_rec/commands, which is installed.
     packages=find_packages(include=["fused_rec", "fused_rec.*"]),
     package_data={"fused_rec": ["py.typed"]},
+    entry_points={"console_scripts": ["fused-rec = fused_rec.cli:main"]},
     ext_modules=[KERNELS],
     zip_safe=False,
     # Lower bounds are the oldest versions that the test suite passed with, all of them together.

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fused_rec.data.io.writers import save_dataset
     from fused_rec.data.sources.download import fetch_dataset
 
+__version__ = "0.1.0"
 __all__ = [
     "Config",
     "DataError",

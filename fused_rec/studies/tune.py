@@ -274,7 +274,7 @@ def as_source(config: Config, docstring: str) -> str:
             sections.append(f"        {name}={{{', '.join(differ)}}},\n")
     called = "".join(["\n", *sections, "    "]) if sections else ""
     return (
-        f'"""{docstring}"""\n\nfrom experiments.configs import config_dict\n\n\n'
+        f'"""{docstring}"""\n\nfrom fused_rec.commands.configs import config_dict\n\n\n'
         f'def get_config():\n    """Settings chosen on validation."""\n    return config_dict({called})\n'
     )
 

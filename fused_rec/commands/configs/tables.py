@@ -1,6 +1,6 @@
 """Your own tables: interactions and optionally items, users and social edges, as CSV or Parquet (docs/tables.md)."""
 
-from experiments.configs import config_dict
+from fused_rec.commands.configs import config_dict
 
 
 def get_config():

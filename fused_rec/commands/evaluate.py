@@ -12,8 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import start
-from experiments.places import (
+from fused_rec.commands.places import (
     FINISHED,
     KEPT,
     MOVED,
@@ -89,7 +88,3 @@ def main(argv: list[str]) -> None:
             named = f"rule {name}" if name else "all rules"
             print(f"ndcg@10 that {named} costs: {cost['difference']:.4f} [{cost['low']:.4f}, {cost['high']:.4f}]")
         print(f"the rest is in {OUT.value}")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -1,24 +1,16 @@
-"""Commands: they parse flags and delegate. Run from the checkout, as `python -m experiments.train`.
+"""Runs a command: its flags are parsed, and a fault, a signal or a closed pipe ends it in order.
 
-Status: 0 done; 1 the input, a flag or a file is at fault, and the last lines say which; 3 the tables are not those of
-the run; 4 the tables of a finished run cannot be read; 130 stopped by SIGINT, 143 by SIGTERM; 141 nobody reads the
-output.
+Status and messages are the same by `fused-rec NAME` and by `python -m experiments.NAME`; hints name the one that was
+used.
 """
-
-import os
-import signal
-import sys
-
-if sys.argv[:1] == ["-m"]:  # as Python has it while it looks for the module to run
-    # Ctrl-C while libraries are imported, which takes seconds: nothing is begun, so nothing has to be said or saved.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda signum, frame: os._exit(128 + signum))
 
 import dataclasses
 import functools
 import logging
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,28 +19,36 @@ import jax
 import ml_collections
 from absl import app, flags
 
+from fused_rec.commands.exits import exit_broken_pipe, open_missing_streams
 from fused_rec.config import Config, from_dict
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import DeviceError, keep_memory
 
-BROKEN_PIPE = 141  # as shells report SIGPIPE
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
+_program: tuple[str, ...] = ()  # the console script and its command, where that runs
 _MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 
 
-def start(main: Callable[[list[str]], None]) -> None:
+def start(main: Callable[[list[str]], None], launcher: str = "") -> None:
     """Parses the flags and runs `main`; a fault of the input, a lack of memory or of a library ends in a report.
 
     SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
+
+    Args:
+        main: The function of a module of `fused_rec.commands`, or of the module that Python runs.
+        launcher: The console script by which the command was run; empty for `python -m`.
     """
+    global _program
+    _program = (launcher, main.__module__.rpartition(".")[2]) if launcher else ()
     keep_memory()
-    _open_closed()
+    open_missing_streams()
+    _describe(main.__module__)
     try:
         app.run(functools.partial(_reported, main), flags_parser=_parse)
     except BrokenPipeError:
-        _end_unread()
+        exit_broken_pipe()
 
 
 def config_of(values: ml_collections.ConfigDict) -> Config:
@@ -108,7 +108,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
         print(f"\n{message}\nTo go on, give the same command again:\n  {command()}", file=sys.stderr)
         sys.exit(stopped.exit_status)
     except BrokenPipeError:
-        _end_unread()
+        exit_broken_pipe()
     except Exception as error:
         if not isinstance(error, DeviceError) and processes.is_collective_failure(
             error
@@ -154,25 +154,24 @@ def _log() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def _open_closed() -> None:
-    """Gives a process that was started without an output, as by `>&-`, one that nobody reads."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-
-
-def _end_unread() -> None:
-    """Ends a process whose output nobody reads, as `command | head -1`, without another word."""
-    unread = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):  # what is still in their buffers goes nowhere
-        try:
-            os.dup2(unread, stream.fileno())
-        except (AttributeError, OSError, ValueError):
-            continue
-    sys.exit(BROKEN_PIPE)
+def _describe(module: str) -> None:
+    """Lets --help show the command's text and flags; absl shows those of the module that Python runs."""
+    if module == "__main__":
+        return
+    text = sys.modules[module].__doc__ or ""
+    sys.modules["__main__"].__doc__ = text.replace("python -m experiments.", f"{_program[0]} ") if _program else text
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def command() -> str:
     """The command line of this process, to be given again."""
+    if _program:
+        return shlex.join([*_program, *sys.argv[1:]])
     module = sys.modules["__main__"].__spec__
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
+
+
+def command_named(name: str) -> str:
+    """How another command is run, by the way this one was."""
+    return shlex.join([_program[0], name] if _program else ["python", "-m", f"experiments.{name}"])

@@ -26,7 +26,6 @@ from absl import flags
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from experiments import start
 from fused_rec.config import TextConfig
 from fused_rec.data.sources.registry import READERS
 from fused_rec.text.cache import CacheError, top_folder
@@ -268,7 +267,3 @@ def main(argv: list[str]) -> None:
         failed += line.verdict == "FAIL"
     if failed:
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    start(main)

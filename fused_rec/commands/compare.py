@@ -6,21 +6,18 @@ Each variant is trained with each seed (train.seed; the split keeps its own); ru
 so the same command resumes, and more variants or seeds add to what there is.
 """
 
-import shlex
 import sys
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from experiments import config_of, start
-from experiments.places import DEFINE_path, written_folder
+from fused_rec.commands.launch import command, config_of
+from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
 from fused_rec.studies.compare import check_names, compare_variants
 from fused_rec.studies.variants import VARIANTS
 from fused_rec.training.evaluate import BASELINES
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
-flags.mark_flag_as_required("config")
+CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figures.", required=True)
 NAMES = flags.DEFINE_list(
     "variants",
@@ -38,8 +35,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     config = config_of(CONFIG.value)
-    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    report = compare_variants(config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command)
+    report = compare_variants(
+        config, NAMES.value, range(SEEDS.value), OUT.value, trials=TRIALS.value, command=command()
+    )
     print(f"\n{report['task']}; intervals 95 %, p adjusted after Holm\n")
     if SEEDS.value == 1:
         print("With one seed the intervals cover the choice of users only, not the noise of training.\n")
@@ -51,7 +49,3 @@ def main(argv: list[str]) -> None:
         print(f"figure:  {figure}")
     if report["failures"]:
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    start(main)

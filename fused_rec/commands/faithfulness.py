@@ -17,8 +17,8 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import command, start
-from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_file
+from fused_rec.commands.launch import command
+from fused_rec.commands.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_file
 from fused_rec.evaluation.plots import by_share
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.explanation.faithfulness import SHARES, curves, summary
@@ -84,7 +84,3 @@ def main(argv: list[str]) -> None:
     figure = out.with_suffix(".png")
     write_figure(figure, by_share(report))
     print(f"figure:  {figure}")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -10,8 +10,7 @@ counted.
 
 from absl import flags
 
-from experiments import start
-from experiments.places import DEFINE_path, existing_folder, written_folder
+from fused_rec.commands.places import DEFINE_path, existing_folder, written_folder
 from fused_rec.config import DataConfig
 from fused_rec.data.io.writers import LAYOUTS, save_dataset
 from fused_rec.data.sources.registry import READERS, load
@@ -50,7 +49,3 @@ def main(argv: list[str]) -> None:
         print(f"note: {what}: {count:,}")
     for what, count in lost.items():
         print(f"no room for: {what}: {count:,}")
-
-
-if __name__ == "__main__":
-    start(main)

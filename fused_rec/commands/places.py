@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
 FINISHED = "Folder of a finished run."
@@ -13,6 +15,8 @@ MOVED = "Folder of the run's tables, where they were moved since; other tables a
 KEPT = "Folder that keeps text vectors; that of the training without this flag."
 RULES_FILE = "File of rules, JSON; see docs/SUITABILITY.md."
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
+CONFIGS = Path(__file__).with_name("configs")
+CONFIG_NAMES = sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem != "__init__")
 LONGEST = 200  # bytes of a name that is made: file systems take 255, and names of files half written are longer
 
 
@@ -43,6 +47,31 @@ class _Place(flags.ArgumentParser):
         if problem:
             raise ValueError(problem)
         return path
+
+
+class _Config(flags.ArgumentParser):
+    """Of a file's path, or the name of a config that is installed, the config."""
+
+    def __init__(self, of_path: flags.ArgumentParser):
+        super().__init__()
+        self._of_path = of_path
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        name, colon, variant = argument.partition(":")
+        return self._of_path.parse(f"{CONFIGS / name}.py{colon}{variant}" if name in CONFIG_NAMES else argument)
+
+    def flag_type(self) -> str:
+        return self._of_path.flag_type()
+
+
+def DEFINE_config() -> flags.FlagHolder:  # noqa: N802 - as absl names what defines a flag
+    """Defines --config, which is required; any setting of the config is a flag too, as --config.model.dim."""
+    about = f"A Python file, as those of experiments/configs, or one of {', '.join(CONFIG_NAMES)}."
+    holder = config_flags.DEFINE_config_file("config", None, about, lock_config=True)
+    flag = flags.FLAGS["config"]
+    flag.parser = _Config(flag.parser)
+    flags.mark_flag_as_required("config")
+    return holder
 
 
 def DEFINE_path(  # noqa: N802 - as absl names what defines a flag

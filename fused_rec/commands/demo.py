@@ -8,9 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments import start
-from experiments.configs.synthetic import get_config
-from experiments.places import DEFINE_path, written_folder
+from fused_rec.commands.configs.synthetic import get_config
+from fused_rec.commands.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluation.ranking import UserMetrics, mean
 from fused_rec.evaluation.significance import table
@@ -91,7 +90,3 @@ def show_customer(customer: Customer) -> None:
     print(f"\nFor customer {customer.user_id}:\n")
     for item in customer.items:
         print(f"  {item.rank}. {item.item_id}  {item.name}  (score {item.score:.3f})")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -12,8 +12,7 @@ from pathlib import Path
 from absl import flags
 
 import fused_rec as fr
-from experiments import start
-from experiments.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_folder
+from fused_rec.commands.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_folder
 from fused_rec.serving import export_bundle
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
@@ -30,7 +29,3 @@ def main(argv: list[str]) -> None:
     out = fr.export(run, OUT.value, faiss=FAISS.value)
     for file in sorted(out.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -10,13 +10,11 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import config_of, start
-from experiments.places import DEFINE_path, written_folder
+from fused_rec.commands.launch import command_named, config_of
+from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
-flags.mark_flag_as_required("config")
+CONFIG = DEFINE_config()
 TRIALS = flags.DEFINE_integer("trials", 30, "Trials that are over, in all processes together.", lower_bound=1)
 OUT = DEFINE_path("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
 
@@ -42,8 +40,4 @@ def main(argv: list[str]) -> None:
         print(f"  {name:22} {best['config'][section][setting]:.6g}")
     if shares := importances(folder):
         print("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    print(f"train it: python -m experiments.train --config={folder}/best.py --workdir={folder}/run")
-
-
-if __name__ == "__main__":
-    start(main)
+    print(f"train it: {command_named('train')} --config={folder}/best.py --workdir={folder}/run")

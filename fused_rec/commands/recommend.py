@@ -27,8 +27,8 @@ import pyarrow.parquet
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import command, start
-from experiments.places import (
+from fused_rec.commands.launch import command
+from fused_rec.commands.places import (
     FINISHED,
     KEPT,
     MOVED,
@@ -158,7 +158,3 @@ def main(argv: list[str]) -> None:
             f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "
             f"{exclusions['users_without_recommendations']} of them none"
         )
-
-
-if __name__ == "__main__":
-    start(main)

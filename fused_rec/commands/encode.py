@@ -15,8 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import start
-from experiments.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
+from fused_rec.commands.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
 from fused_rec.config import TextConfig
 from fused_rec.distributed.devices import check_devices
 from fused_rec.text.cache import open_cache, purge
@@ -71,7 +70,3 @@ def main(argv: list[str]) -> None:
     rate = f"{tokens / seconds:,.0f} tokens/s, cached texts included"
     print(f"{len(texts):,} texts, {tokens:,} tokens in {seconds:.1f} s: {rate}")
     print(f"wrote {vectors.shape[0]} x {vectors.shape[1]} float32 to {OUTPUT.value}")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -10,8 +10,8 @@ what is on the page.
 
 from absl import app, flags
 
-from experiments import start
-from experiments.places import (
+from fused_rec.api import report
+from fused_rec.commands.places import (
     FINISHED,
     KEPT,
     MOVED,
@@ -22,7 +22,6 @@ from experiments.places import (
     new_folder,
     written_file,
 )
-from fused_rec.api import report
 from fused_rec.training.evaluate import BASELINES
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
@@ -69,7 +68,3 @@ def main(argv: list[str]) -> None:
         cache=CACHE.value,
     )
     print(f"page: {made}")
-
-
-if __name__ == "__main__":
-    start(main)

@@ -12,15 +12,13 @@ who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import config_of, start
-from experiments.places import DEFINE_path, new_folder
+from fused_rec.commands.launch import command_named, config_of
+from fused_rec.commands.places import DEFINE_config, DEFINE_path, new_folder
 from fused_rec.distributed import processes
 from fused_rec.training.trainer import run_training
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
-flags.mark_flag_as_required("config")
+CONFIG = DEFINE_config()
 WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
@@ -45,8 +43,4 @@ def main(argv: list[str]) -> None:
         )
     print(f"finished: {results.get('finished', 'at a time that is not recorded')}")
     print(f"results: {WORKDIR.value}/results.json")
-    print(f"rank products: python -m experiments.recommend --workdir={WORKDIR.value} --k=10 --out=ranked.csv")
-
-
-if __name__ == "__main__":
-    start(main)
+    print(f"rank products: {command_named('recommend')} --workdir={WORKDIR.value} --k=10 --out=ranked.csv")

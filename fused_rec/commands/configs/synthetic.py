@@ -5,7 +5,7 @@ python -m experiments.train --config=experiments/configs/synthetic.py --workdir=
 Half a minute on two CPU cores once the texts are encoded; test NDCG@10 .2881 with seed 0 (`make demo`).
 """
 
-from experiments.configs import config_dict
+from fused_rec.commands.configs import config_dict
 
 
 def get_config():
