@@ -217,8 +217,8 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
     if not folder.exists():
         if (workdir / RUN).exists():
             raise ValueError(
-                f"{workdir} holds a run, but {folder}, the folder of its tables, is missing; restore it, or use another "
-                "workdir"
+                f"{workdir} holds a run, but {folder}, the folder of its tables, is missing; restore it, or use "
+                "another workdir"
             )
         save_dataset(dataset, folder)
     saved = read_tables(folder, repair=True)  # the dataset was checked when it was made

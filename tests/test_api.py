@@ -296,7 +296,7 @@ def test_what_is_no_id_is_refused_by_name(bad):
         user_rows(dataset, [7, bad])
     with pytest.raises(ValueError, match="users is 7, of type int; give a list of ids"):
         user_rows(dataset, 7)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="1 unknown customer ids, first '8'"):
+    with pytest.raises(ValueError, match="1 unknown user ids, first '8'"):
         user_rows(dataset, [7, 8])
 
 
