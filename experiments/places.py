@@ -9,9 +9,9 @@ from absl import flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
 FINISHED = "Folder of a finished run."
-MOVED = "Folder of the run's tables, where they were moved since; other tables are refused."
-KEPT = "Folder that keeps text vectors; that of the training without this flag."
-RULES_FILE = "File of rules, JSON; see docs/SUITABILITY.md."
+MOVED = "Current folder of the run's tables, if they have moved; other tables are refused."
+KEPT = "Folder of cached text embeddings; that of the training by default."
+RULES_FILE = "JSON file of suitability rules; see docs/SUITABILITY.md."
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 LONGEST = 200  # bytes of a name that is made: file systems take 255, and names of files half written are longer
 

@@ -1,4 +1,4 @@
-"""Choose the settings of a config on validation, by trials of which each trains one model.
+"""Tune hyperparameters on the validation split; each trial trains a model.
 
     python -m experiments.tune --config=experiments/configs/lastfm.py --trials=30 --out=runs/lastfm_sweep
 
@@ -17,8 +17,8 @@ from experiments.places import DEFINE_path, written_folder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of experiments/configs.", lock_config=True)
 flags.mark_flag_as_required("config")
-TRIALS = flags.DEFINE_integer("trials", 30, "Trials that are over, in all processes together.", lower_bound=1)
-OUT = DEFINE_path("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
+TRIALS = flags.DEFINE_integer("trials", 30, "Finished trials, over all processes.", lower_bound=1)
+OUT = DEFINE_path("out", written_folder, "Folder of the trials, best.py and best.json.", required=True)
 
 
 def main(argv: list[str]) -> None:

@@ -218,7 +218,16 @@ def recommend(
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
-    """Raises InsufficientMemoryError where the rankings of so many customers do not fit as one table of `SCHEMA`."""
+    """Checks that the rankings of all users fit in memory as one table.
+
+    Args:
+      dataset: tables.
+      n_users: users to rank.
+      k: items per user.
+
+    Raises:
+      InsufficientMemoryError: they do not fit.
+    """
     row = 16 + sum(
         _mean_length(table, name) for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
     )
@@ -228,12 +237,12 @@ def require_table(dataset: Dataset, n_users: int, k: int) -> None:
 
 
 def _mean_length(table: pa.Table, name: str) -> float:
-    """Bytes of an id as Arrow has it."""
+    """Returns the mean bytes of an id in Arrow."""
     return 4 + table.column(name).nbytes / max(table.num_rows, 1)
 
 
 def count_chunks(n_users: int) -> int:
-    """Parts in which `rank_chunks` ranks for so many customers."""
+    """Returns the number of chunks in which `rank_chunks` ranks this many users."""
     return -(-n_users // CHUNK_USERS)
 
 
