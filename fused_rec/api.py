@@ -1,4 +1,7 @@
-"""What a notebook calls, thin over the functions that the commands use; `fused_rec` itself offers these names."""
+"""Public Python interface: thin functions over those of the commands; `import fused_rec as fr` offers these names.
+
+Users are the customers of a bank, items its products. U users, I items, T texts, D dimensions.
+"""
 
 import dataclasses
 import os
@@ -57,10 +60,14 @@ from fused_rec.training.trainer import (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Run:
-    """A finished run, ready to rank.
+    """Finished run, ready to rank.
 
-    workdir: its folder. config: what it was trained with. prepared: its tables, split and graph. state: the parameters
-    that were chosen. results: of `results.json`, metrics by part among them: `run.results["test"]["ndcg@10"]`.
+    Attributes:
+      workdir: folder of the run.
+      config: settings of the training.
+      prepared: tables, split and graph.
+      state: parameters of the selected step.
+      results: content of `results.json`, with the metrics of each split: `run.results["test"]["ndcg@10"]`.
     """
 
     workdir: Path
@@ -71,23 +78,33 @@ class Run:
 
     def __repr__(self) -> str:
         metric = self.config.train.metric
-        measured = ", ".join(f"{part} {metric} {self.results[part][metric]:.4f}" for part in ("valid", "test"))
+        measured = ", ".join(f"{split} {metric} {self.results[split][metric]:.4f}" for split in ("valid", "test"))
         return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
 
 
 def configure(base: Config | None = None, /, **sections: Any) -> Config:
-    """A config with some settings changed: `configure(model={"dim": 32}, train={"max_steps": 200})`.
+    """Returns a config with some settings changed.
 
-    base: the config that is changed; None = all defaults. Raises ValueError for an unknown section or setting, for one
-    that stands outside of its section, and for a value out of its bounds.
+    Args:
+      base: the config to start from; None = all defaults.
+      **sections: dictionaries of settings, by section of `Config`.
+
+    Returns:
+      A new, validated config.
+
+    Raises:
+      ValueError: an unknown section or setting, a setting outside of its section, or a value out of bounds.
+
+    Example:
+      config = fr.configure(data={"name": "synthetic"}, model={"dim": 32}, train={"max_steps": 200})
     """
     values = to_dict(base or Config())
     for name, given in sections.items():
-        homes = [section for section, settings in values.items() if name in settings and name not in values]
-        if isinstance(given, Mapping) and not homes:
-            continue  # an unknown section is told below
-        if homes:
-            right = " or ".join(f'{section}={{"{name}": {given!r:.60}}}' for section in homes)
+        owners = [section for section, settings in values.items() if name in settings and name not in values]
+        if isinstance(given, Mapping) and not owners:
+            continue  # `from_dict` refuses an unknown section
+        if owners:
+            right = " or ".join(f'{section}={{"{name}": {given!r:.60}}}' for section in owners)
             raise ValueError(f"{name} is no section of the config but a setting; write {right}")
         raise ValueError(
             f'{name} is {given!r:.60}; give a dictionary of settings by section, such as model={{"dim": 32}}; the '
@@ -106,13 +123,28 @@ def load_dataset(
     delimiter: str = "",
     encoding: str = "",
 ) -> Dataset:
-    """The dataset of a name (`fused_rec.data.sources.registry.READERS`), or of a folder of your own tables.
+    """Loads a named dataset or a folder of your own tables.
 
-    path: the folder of a named one; empty = its own under $FUSED_REC_DATA. repair, core, min_value, and for your own
-    tables delimiter and encoding: as in `DataConfig`.
+    Args:
+      source: a key of `fused_rec.data.sources.registry.READERS`, or a folder.
+      path: folder of a named dataset; empty = its default folder under $FUSED_REC_DATA.
+      repair: repair faulty rows, and log how many, instead of refusing the tables.
+      k_core: keep users and items with at least this many interactions, applied until stable.
+      min_value: drop interactions whose `value` is lower; None = keep all.
+      delimiter: of your own tables as text; empty = detect it from the header.
+      encoding: of your own tables as text, where it is neither UTF-8 nor declared by the file.
 
-    Raises ValueError for what is neither, FileNotFoundError where the files are not there, DataError (which lists every
-    problem) where they must not be used.
+    Returns:
+      The checked tables.
+
+    Raises:
+      ValueError: `source` is neither a known name nor a folder, or a setting is out of bounds.
+      FileNotFoundError: the files do not exist.
+      DataError: the tables are invalid; lists every problem.
+
+    Example:
+      dataset = fr.load_dataset("synthetic")
+      dataset = fr.load_dataset("path/to/tables", repair=True, min_value=4)
     """
     settings: dict[str, Any] = {"repair": repair, "k_core": k_core, "delimiter": delimiter, "encoding": encoding}
     settings["min_value"] = None if min_value is None else float(min_value)
@@ -129,24 +161,47 @@ def load_dataset(
 def encode(
     texts: Sequence[str], model: str = TextConfig.model, *, cache: str | None = TextConfig.cache, offline: bool = True
 ) -> Float32[np.ndarray, "T D"]:
-    """One vector a text by a language model, kept in `cache` (None: nowhere) and found there again.
+    """Encodes texts with a language model.
 
-    model, offline: as in `TextConfig`. Raises as `fused_rec.text.pretrained.open_model` and `embed` do.
+    Args:
+      texts: T texts.
+      model: name of an installed model, folder of a Hugging Face model, or ORG/NAME@COMMIT.
+      cache: folder of cached text embeddings; None = no cache.
+      offline: use local files only; False downloads a missing model.
+
+    Returns:
+      Float32 [T, D]: the embedding of each text, in their order.
+
+    Raises:
+      ValueError: the model cannot be used.
+      OSError: the model's files cannot be read, or the cache cannot be used.
+
+    Example:
+      vectors = fr.encode(["Global equity fund", "Covered bond"])
     """
     return encode_texts(texts, open_model(model, offline=offline), cache=cache)
 
 
 @computes
 def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
-    """Trains, or goes on where the same call was stopped; of a finished run, opens it.
+    """Trains a model, resumes an interrupted training, or opens the run if it is finished.
 
-    dataset: tables in memory, in place of those that config.data names. They are kept as Parquet in the workdir, so
-    that `load` and the commands find them again; config.data.k_core and config.data.min_value apply to them.
+    Args:
+      config: settings of the run.
+      workdir: folder of the run; made if needed.
+      dataset: tables in memory instead of those that `config.data` names. They are saved as Parquet in the workdir, so
+        that `load` and the commands find them; `config.data.k_core` and `config.data.min_value` apply to them.
 
-    A finished run is opened only when the tables are still its own. Those that moved are found by `config.data.path`.
+    Returns:
+      The finished run. It opens only with the tables of its training; if they have moved, set `config.data.path`.
 
-    Raises ValueError where the workdir holds a run of another config, TablesChangedError (a ValueError, which says what
-    changed) where it holds one of other tables, and as `fused_rec.training.trainer.run_training` does.
+    Raises:
+      ValueError: the workdir holds a run of another config.
+      TablesChangedError: the workdir holds a run of other tables; names the changes. It is a ValueError.
+      NonFiniteLossError: the loss or the parameters are not finite.
+
+    Example:
+      run = fr.train(fr.configure(data={"name": "synthetic"}), "runs/first")
     """
     config = _reading(config, dataset, Path(workdir))
     run_training(config, Path(workdir))
@@ -154,10 +209,7 @@ def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | No
 
 
 def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
-    """The config with an absolute path of its data, since runs keep it and are opened from elsewhere.
-
-    A dataset is kept in the workdir first, and read with `repair`: it was checked when it was made.
-    """
+    """Returns the config with an absolute data path, and saves a dataset in memory to the workdir first."""
     if dataset is None:
         path = config.data.path
         return configure(config, data={"path": str(Path(path).expanduser().resolve())}) if path else config
@@ -165,14 +217,14 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
     if not folder.exists():
         if (workdir / RUN).exists():
             raise ValueError(
-                f"{workdir} holds a run, and {folder}, where the tables of a dataset in memory are kept, is not there; "
-                "put it back, or give this run a workdir of its own"
+                f"{workdir} holds a run, but {folder}, the folder of its tables, is missing; restore it, or use "
+                "another workdir"
             )
         save_dataset(dataset, folder)
-    kept = read_tables(folder, repair=True)
-    if digest(kept) != digest(dataset):
-        told = "; ".join(changes(contents(kept), contents(dataset)))
-        raise TablesChangedError(f"{folder} holds other tables than these ({told}); give this run a workdir of its own")
+    saved = read_tables(folder, repair=True)  # the dataset was checked when it was made
+    if digest(saved) != digest(dataset):
+        differences = "; ".join(changes(contents(saved), contents(dataset)))
+        raise TablesChangedError(f"{folder} holds other tables than these ({differences}); use another workdir")
     return configure(config, data={"name": "tables", "path": str(folder), "repair": True})
 
 
@@ -184,36 +236,60 @@ def load(
     data_path: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Opens a finished run. split: "valid" for the model that chose its step, where the run was refitted.
+    """Opens a finished run.
 
-    data_path: where its tables lie now, if not where they were at training; others than those are refused. cache: the
-    folder of text vectors, if it is another one now.
+    Args:
+      workdir: folder of the run.
+      split: the split to evaluate. It matters with `train.refit`: "valid" loads the model of step
+        selection, trained on the training split alone; "test" loads the refitted model.
+      data_path: current folder of the tables, if they have moved.
+      cache: current folder of cached text embeddings, if it has changed.
 
-    Raises as `fused_rec.serving.recommender.load` does.
+    Returns:
+      The run.
+
+    Raises:
+      FileNotFoundError: the workdir holds no finished run.
+      TablesChangedError: the tables differ from those of the training.
+      CheckpointError: the selected checkpoint is damaged.
+
+    Example:
+      run = fr.load("runs/first")
     """
     workdir = Path(workdir)
-    places = {
+    folders = {
         "data_path": None if data_path is None else Path(data_path),
         "cache": None if cache is None else Path(cache),
     }
-    return Run(workdir, *recommender.load(workdir, split, **places), read_results(workdir))
+    return Run(workdir, *recommender.load(workdir, split, **folders), read_results(workdir))
 
 
-def _reload(run: Run, part: str) -> Run:
-    return load(run.workdir, part, data_path=run.config.data.path or None, cache=run.config.text.cache)
+def _reload(run: Run, split: str) -> Run:
+    return load(run.workdir, split, data_path=run.config.data.path or None, cache=run.config.text.cache)
 
 
 @computes
 def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Metrics of the run on a held-out part, the whole catalogue ranked, beside recommenders that need no training.
+    """Evaluates the run, and optional baselines, on a held-out split by full-catalogue ranking.
 
-    baselines: of `fused_rec.training.evaluate.BASELINES`, each tuned on validation. Keep the test part for the end.
-    Returns metric by name of the recommender, the run's own under its variant.
+    Args:
+      run: a finished run.
+      split: "valid" or "test". Use "test" once, after all choices are made.
+      baselines: names in `fused_rec.training.evaluate.BASELINES`; each is tuned on the validation split.
 
-    Raises ValueError for an unknown part or baseline, NotApplicableError where the tables lack what one needs.
+    Returns:
+      Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
+
+    Raises:
+      ValueError: an unknown split or baseline.
+      NotApplicableError: the tables lack what a baseline needs.
+
+    Example:
+      metrics = fr.evaluate(run, "test", baselines=["popularity", "ease"])
+      metrics["fused"]["ndcg@10"] - metrics["ease"]["ndcg@10"]
     """
     if split not in ("valid", "test"):
-        raise ValueError(f"part is {split!r}; it must be valid or test")
+        raise ValueError(f"split is {split!r}; it must be valid or test")
     if split == "valid" and run.config.train.refit:
         run = _reload(run, split)
     own = run.config.model.variant
@@ -230,36 +306,61 @@ def recommend(
     rules: str | os.PathLike[str] | None = None,
     include_seen: bool = False,
 ) -> pa.Table:
-    """The k best products of each customer: user_id, rank (from 1), item_id, score, and `name` where items have one.
+    """Recommends the k best items to each user.
 
-    users: ids, as text or integers: a list, an array, a column of a frame. None = all customers; without any id the
-    table is empty. rules: a file of rules of who may get what (`docs/SUITABILITY.md`). What a
-    customer holds is left out unless include_held.
+    Args:
+      run: a finished run.
+      users: user ids, as text or integers, in a list, an array or a column of a data frame; None = all users.
+      k: items per user.
+      rules: JSON file of suitability rules (`docs/SUITABILITY.md`).
+      include_seen: also recommend items that the user has interacted with.
 
-    Raises ValueError naming an id that is unknown, empty or no id, for no list but one id, and as
-    `fused_rec.serving.write_rankings.read_rules` does.
+    Returns:
+      A table with the columns user_id, rank (from 1), item_id, score and, if items have one, name. A user with fewer
+      than k candidates has fewer rows.
+
+    Raises:
+      ValueError: an id is unknown, empty or of another type, or the rules cannot be applied to these tables.
+
+    Example:
+      fr.recommend(run, ["C0001", "C0002"], k=5).to_pandas()
     """
     dataset = run.prepared.dataset
     given = read_rules(rules)[0] if rules is not None else ()
-    may = candidate_filter(dataset, given, include_seen=include_seen)
+    candidates = candidate_filter(dataset, given, include_seen=include_seen)
     rows = user_rows(dataset, users)
     recommender.require_table(dataset, len(rows), k)
-    found = recommender.rank_chunks(scorer(run.config, run.prepared, run.state), dataset, may, rows, k)
-    table = pa.concat_tables([SCHEMA.empty_table(), *(part.table for part in found)])
+    chunks = recommender.rank_chunks(scorer(run.config, run.prepared, run.state), dataset, candidates, rows, k)
+    table = pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
     if "name" not in dataset.items.column_names:
         return table
-    named = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
-    return table.append_column("name", dataset.items["name"].combine_chunks().take(named.combine_chunks()))
+    item_rows = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
+    return table.append_column("name", dataset.items["name"].combine_chunks().take(item_rows.combine_chunks()))
 
 
 @computes
 def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
-    """Writes a folder that others read without this package, as the Hugging Face Hub shows models; returns where.
+    """Exports the run to a folder that is readable without this package, in the layout of the Hugging Face Hub.
 
-    Vectors whose inner products are the scores, the program that scores, parameters, settings, and a card that tells
-    how to load them (docs/INTEROP.md). out: new, or empty. faiss: a Faiss index of the products too (extra `faiss`).
+    The folder holds user and item vectors whose inner products are the scores, a compiled scoring program, parameters,
+    settings and a model card (`docs/INTEROP.md`).
 
-    Raises as `fused_rec.serving.export_bundle.export_bundle` does.
+    Args:
+      run: a finished run.
+      out: a new or empty folder.
+      faiss: also write a Faiss index of the items; needs the extra `faiss`.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileExistsError: `out` is a file or a folder that is not empty.
+      ImportError: `faiss` is asked for but not installed.
+      ValueError: the run is the model of step selection of a refitted run, or a vector is not finite.
+      SaveError: the folder cannot be written.
+
+    Example:
+      fr.export(run, "exported/first")
     """
     export_bundle.export_bundle(Path(out), *_model(run), run.results, faiss=faiss)
     return Path(out)
@@ -267,10 +368,24 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
 
 @computes
 def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
-    """Why: of each item its score, the parts that sum to it, and reasons in words, the weightiest first.
+    """Explains scores by an exact decomposition into contributions (`docs/EXPLANATIONS.md`).
 
-    items: ids, as text or integers; None = the k that are recommended. docs/EXPLANATIONS.md says what the parts are.
-    Raises ValueError naming an id that is unknown, empty or no id.
+    Args:
+      run: a finished run.
+      user: user id, as text or integer.
+      items: item ids, as text or integers; None = the k items that are recommended.
+      k: number of recommended items to explain, without `items`.
+
+    Returns:
+      One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score, largest
+      first) and `reasons` (a code and a sentence each, strongest first).
+
+    Raises:
+      ValueError: an id is unknown, empty or of another type.
+
+    Example:
+      [row] = fr.explain(run, "C0001", k=1)
+      [reason["text"] for reason in row["reasons"]]
     """
     dataset = run.prepared.dataset
     row = int(user_rows(dataset, [user])[0])
@@ -283,24 +398,37 @@ def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str
 
 @computes
 def counterfactual(run: Run, user: Any, item: Any, without: Any) -> CounterfactualEffect:
-    """What becomes of an item's score and rank for a customer who did not hold another one, computed anew.
+    """Recomputes an item's score and rank as if one interaction of the user had not happened.
 
-    Ranks are among what the customer does not hold. Raises ValueError naming an unknown id or a holding that the model
-    has not seen.
+    Args:
+      run: a finished run.
+      user: user id, as text or integer.
+      item: id of the item whose score and rank are compared.
+      without: id of the item whose interaction with the user is removed from the graph; parameters stay.
+
+    Returns:
+      Score and rank (from 1, among unseen items) before and after.
+
+    Raises:
+      ValueError: an id is unknown, or the interaction is not in the model's graph.
+
+    Example:
+      effect = fr.counterfactual(run, "C0001", item="P007", without="P012")
+      effect.rank, effect.rank_after
     """
     dataset = run.prepared.dataset
-    row, holding = int(user_rows(dataset, [user])[0]), _item_row(dataset, without)
-    open_to = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+    row, removed = int(user_rows(dataset, [user])[0]), _item_row(dataset, without)
+    candidates = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
     of = _item_row(dataset, item)
-    open_to[of] = True
-    return counterfactual_effect(run.config, run.state.params, run.prepared, row, of, holding, open_to)
+    candidates[of] = True
+    return counterfactual_effect(run.config, run.state.params, run.prepared, row, of, removed, candidates)
 
 
 def _item_row(dataset: Dataset, item: Any) -> int:
     [item] = as_texts([item], "items")
     row = pc.index(dataset.items["item_id"], item).as_py()
     if row < 0:
-        raise ValueError(f"unknown product id {item!r}; {dataset.name} has {dataset.n_items} products")
+        raise ValueError(f"unknown item id {item!r}; {dataset.name} has {dataset.n_items} items")
     return row
 
 
@@ -314,10 +442,28 @@ def compare(
     dataset: Dataset | None = None,
     trials: int = 0,
 ) -> dict[str, Any]:
-    """Variants, controls and baselines over seeds: what `compare.json` holds; tables and figures come to lie in `out`.
+    """Compares variants, controls and baselines over several seeds.
 
-    Resumes; more variants or seeds add to what is there. dataset: as for `train`. trials: of tuning each learned
-    variant on validation. Raises as `fused_rec.studies.compare.study` does.
+    The same call resumes an interrupted comparison; more variants or seeds reuse the finished runs.
+
+    Args:
+      config: settings that all variants share.
+      out: folder of the runs, tables and figures.
+      variants: names in `VARIANTS` and `BASELINES`.
+      seeds: training seeds of each variant.
+      dataset: tables in memory, as for `train`.
+      trials: trials of hyperparameter tuning per trained variant, on the validation split; 0 = none.
+
+    Returns:
+      The content of `compare.json`: means with confidence intervals, paired differences, failures and all runs.
+
+    Raises:
+      ValueError: an unknown variant, no applicable one, no seed, or `out` holds runs of another config.
+      TablesChangedError: `out` holds runs of other tables.
+      BusyError: another process uses `out`.
+
+    Example:
+      found = fr.compare(config, "runs/compare", ["fused", "graph", "ease"], seeds=range(3))
     """
     out = Path(out)
     return compare_variants(_reading(config, dataset, out), list(variants), list(seeds), out, trials=trials)
@@ -325,10 +471,25 @@ def compare(
 
 @computes
 def tune(config: Config, out: str | os.PathLike[str], trials: int, dataset: Dataset | None = None) -> Config:
-    """The best config of so many trials, chosen on validation; needs the extra `sweeps`.
+    """Tunes hyperparameters on the validation split; needs the extra `sweeps`.
 
-    Any number of processes may work on the same folder. dataset: as for `train`. Raises as
-    `fused_rec.studies.tune.tune` does.
+    Several processes may work on the same folder. The test split is never read.
+
+    Args:
+      config: settings to start from; its model variant decides which are tuned.
+      out: folder of the trials and of the best config.
+      trials: finished trials, over all processes.
+      dataset: tables in memory, as for `train`.
+
+    Returns:
+      The config of the best trial.
+
+    Raises:
+      ImportError: Optuna is not installed.
+      ValueError: no trial was completed, or `out` holds trials of another config.
+
+    Example:
+      best = fr.tune(config, "runs/tuned", trials=30)
     """
     from fused_rec.studies.tune import tune as search  # needs Optuna
 
@@ -350,15 +511,31 @@ def report(
     data_path: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes one HTML page about a finished run and returns where: how well it ranks, for whom, and why.
+    """Writes an HTML report of a finished run: metrics, group differences, recommendations and their explanations.
 
-    out: report.html in the workdir unless given. split: the held-out part that is ranked anew, beside `baselines`.
-    users: ids of the customers who are shown, as text or integers, with `k` products each; None = so many
-    `sample_in_edges` at random. rules: a file of rules (docs/SUITABILITY.md). groups: attributes of customers whose
-    groups are compared.
-    data_path, cache: as for `load`.
+    Args:
+      workdir: folder of the run.
+      out: file to write; None = report.html in the workdir.
+      split: held-out split to evaluate, "valid" or "test".
+      baselines: names in `fused_rec.training.evaluate.BASELINES` to compare with.
+      users: ids of the users to show, as text or integers; None = a random sample.
+      num_users: size of the random sample.
+      k: recommended items per user.
+      rules: JSON file of suitability rules (`docs/SUITABILITY.md`).
+      groups: user attributes whose groups are compared.
+      data_path: current folder of the tables, if they have moved.
+      cache: current folder of cached text embeddings, if it has changed.
 
-    Raises ValueError for unknown ids, baselines and attributes, and as `load` does.
+    Returns:
+      The file.
+
+    Raises:
+      ValueError: an unknown id, baseline or attribute.
+      FileNotFoundError: the workdir holds no finished run.
+      TablesChangedError: the tables differ from those of the training.
+
+    Example:
+      fr.report("runs/first", num_users=3, k=5)
     """
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
@@ -371,7 +548,7 @@ def report(
     if rules is not None:
         found = evaluate_rules(run.prepared, scorer(*_model(run)), split, given, groups=groups)
     slices = sliced(run.prepared, measured[own], groups)
-    if run.config.train.refit and split == "valid":  # what is recommended comes from the model that saw more
+    if run.config.train.refit and split == "valid":  # recommend with the final model, trained on more interactions
         run = _reload(run, "test")
     dataset = run.prepared.dataset
     rows = sample(run.prepared, num_users) if users is None else user_rows(dataset, users)

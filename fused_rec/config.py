@@ -1,4 +1,4 @@
-"""Every setting and its default, once. Frozen, validated on construction, to and from JSON."""
+"""All settings with their defaults: frozen dataclasses, validated on construction, converted to and from JSON."""
 
 import codecs
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 
 SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "predefined"]
 Variant = Literal["fused", "graph", "text"]
-KS = (5, 10, 20, 50)  # ranks at which lists are cut
+KS = (5, 10, 20, 50)  # cutoffs of ranking metrics
 METRICS = (
     "auc",
     *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS),
@@ -24,11 +24,11 @@ ComputeDtype = Literal["float32", "bfloat16"]
 TextFeatureSource = Literal["real", "shuffled", "random"]
 Finetuning = Literal["frozen", "lora", "full"]
 SocialEdges = Literal["observed", "rewired", "none"]
-PLACES = (("data", "path"), ("text", "cache"))  # settings that are folders of this machine
-# Settings that say where or how fast, and change no result (`text.batch_tokens`: but for rounding). Tables that moved
-# are known by their digest. A run goes on with any of these changed; README.md, "Commands", lists them for users.
+PLACES = (("data", "path"), ("text", "cache"))  # settings that name local folders
+# Settings of folders and speed, which change no result (`text.batch_tokens`: only by rounding). Tables are identified
+# by their digest, wherever they are. A run resumes with any of these changed; README.md, "Commands", lists them.
 NEUTRAL = (*PLACES, ("text", "offline"), ("text", "batch_tokens"), ("train", "wandb"))
-_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates: of a name that was not UTF-8
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates come from names that are not UTF-8
 
 
 def _require(condition: bool, setting: str, value: object, bound: str) -> None:
@@ -37,7 +37,7 @@ def _require(condition: bool, setting: str, value: object, bound: str) -> None:
 
 
 def _require_sane(section: str, config: Any) -> None:
-    """Bounds of every number and text: what is beyond them overflows in the arithmetic or cannot be written down."""
+    """Refuses numbers that overflow in the arithmetic and texts that cannot be written to a file."""
     for field in dataclasses.fields(config):
         setting, given = f"{section}.{field.name}", getattr(config, field.name)
         if (value := _plain(given)) is not given:
@@ -51,7 +51,7 @@ def _require_sane(section: str, config: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The Python value of a NumPy scalar, as a sweep over `np.arange` gives it; anything else as it is."""
+    """Converts a NumPy scalar to a Python value and returns anything else unchanged."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -59,7 +59,7 @@ def _is_encoding(name: str) -> bool:
     try:
         return not name or codecs.lookup(name).incrementaldecoder is not None and b"a".decode(name) is not None
     except (LookupError, ValueError):
-        return name.lower().startswith(("utf", "u1", "u3"))  # of two or four bytes a character
+        return name.lower().startswith(("utf", "u1", "u3"))  # encodings of two or four bytes per character
 
 
 def _shown(value: object) -> str:
@@ -68,16 +68,16 @@ def _shown(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which tables are read. `path` empty means the reader's own folder under $FUSED_REC_DATA."""
+    """Input tables and their filters."""
 
     name: str = "synthetic"  # a key of fused_rec.data.sources.registry.READERS
-    path: str = ""
-    repair: bool = False  # mend what can be mended (each repair counted and printed) instead of refusing
-    k_core: int = 1  # keep users and items with at least this many interactions, repeated until stable
-    seed: int = 0  # of the synthetic market
-    min_value: float | None = None  # rows whose `value` is below it are no interactions; None = all are
-    delimiter: str = ""  # of your own tables as text; empty = comma, semicolon, tab or pipe, found from the header
-    encoding: str = ""  # of those that are not UTF-8 and do not say theirs: cp1252 in Western Europe's Windows
+    path: str = ""  # folder of the tables; empty = the default folder of the dataset under $FUSED_REC_DATA
+    repair: bool = False  # repair faulty rows (each kind counted and logged) instead of refusing the tables
+    k_core: int = 1  # k-core filter: keep users and items with at least this many interactions, until stable
+    seed: int = 0  # random seed of the synthetic dataset
+    min_value: float | None = None  # drop interactions whose `value` is lower; None = keep all
+    delimiter: str = ""  # of your own text tables; empty = comma, semicolon, tab or pipe, detected from the header
+    encoding: str = ""  # of your own text tables, if not UTF-8 and not declared: e.g. cp1252 from Windows
 
     def __post_init__(self):
         _require_sane("data", self)
@@ -92,12 +92,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig:
-    """What is held out. Fractions are of the interactions (of the users or items for new_users, new_items)."""
+    """Split into train, valid and test: fractions of interactions, or of users or items for new_users, new_items."""
 
     kind: SplitKind = "random"
-    test: float = 0.2  # unused by a published split, which names its own test part
-    valid: float = 0.1  # carved from what the test part leaves
-    seed: int = 0
+    test: float = 0.2  # test fraction; unused with kind predefined, where the tables define the test split
+    valid: float = 0.1  # validation fraction, of what the test split leaves
+    seed: int = 0  # random seed of the split
 
     def __post_init__(self):
         _require_sane("split", self)
@@ -112,25 +112,23 @@ class SplitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Which language model encodes the texts, and where its vectors are kept."""
+    """Text features: the language model, its cache, TF-IDF and fine-tuning."""
 
     model: str = "all-MiniLM-L6-v2"  # the installed MiniLM package, a Hugging Face folder, or ORG/NAME@COMMIT
-    prompt: str = ""  # which of the prompts that the model names is put before each text; empty = its default, if any
-    cache: str = "~/.cache/fused_rec"
-    max_tokens: int = 0  # a text is cut after so many tokens; 0 = the model's own limit
-    batch_tokens: int = (
-        2048  # padded tokens a device encodes at once; more is slower on a CPU, faster on an accelerator
-    )
-    offline: bool = True  # False lets a hub revision be downloaded
-    tfidf_dim: int = 256  # TF-IDF directions beside the language model's: names and terms of the trade; 0 = none
-    # or words that say nothing: another node's, or a random vector (train.seed draws)
+    prompt: str = ""  # name of the model's prompt to prepend to each text; empty = the model's default, if any
+    cache: str = "~/.cache/fused_rec"  # folder of cached text embeddings; empty = no cache
+    max_tokens: int = 0  # truncate texts to this many tokens; 0 = the model's limit
+    # padded tokens per encoder call and device; larger is slower on a CPU and faster on an accelerator
+    batch_tokens: int = 2048
+    offline: bool = True  # use local model files only; False allows a download from the Hugging Face Hub
+    tfidf_dim: int = 256  # dimensions of the TF-IDF features concatenated to the language model's; 0 = none
+    # real, or a control: text shuffled between nodes, or random vectors (drawn by train.seed)
     features: TextFeatureSource = "real"
-    attributes: tuple[str, ...] = ()  # columns that describe users and items without a text, in words
-    finetune: Finetuning = "frozen"  # the language model: as published, by low-rank adapters, or all of its weights
-    lora_rank: int = 8  # of the adapters
-    # of the language model where it is trained (docs/FINETUNING.md); 2e-5 is usual for full
-    finetune_learning_rate: float = 1e-4
-    # so many are encoded with gradient; the others' vectors date from the last evaluation
+    attributes: tuple[str, ...] = ()  # columns that are rendered as text for users and items without text
+    finetune: Finetuning = "frozen"  # language model: frozen, fine-tuned by LoRA, or fine-tuned in full
+    lora_rank: int = 8  # rank of the LoRA adapters
+    finetune_learning_rate: float = 1e-4  # of the language model (docs/FINETUNING.md); 2e-5 is usual for full
+    # texts encoded with gradient per step; the other embeddings are cached from the last evaluation
     finetune_texts_per_step: int = 64
 
     def __post_init__(self):
@@ -154,11 +152,11 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GraphConfig:
-    """Which relations are derived besides the holdings and the ties that the tables give."""
+    """Graph construction: relations besides the interactions of the tables."""
 
-    attributes: tuple[str, ...] = ()  # item columns whose values become nodes of their own, such as "sector"
-    text_knn: int = 10  # each user and item hears so many others of its type with the nearest words; 0 = none
-    # or ties that say nothing: others of the same degrees (train.seed draws), or none
+    attributes: tuple[str, ...] = ()  # item columns whose values become attribute nodes, such as "sector"
+    text_knn: int = 10  # in-neighbors of each user and item among those of its type, nearest by text; 0 = none
+    # user-user edges: observed, rewired at equal degrees as a control (drawn by train.seed), or none
     social_edges: SocialEdges = "observed"
 
     def __post_init__(self):
@@ -174,28 +172,27 @@ class GraphConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The text-conditioned propagation and its parts. `variant` text and graph switch the other's input off."""
+    """Architecture. Variants: fused = text and graph; graph = without text; text = a user is the mean item text."""
 
     variant: Variant = "fused"
-    dim: int = 64
-    num_layers: int = 3
-    score: Score = "cosine"
-    relation_gates: bool = True  # words and degree of a node open and close each relation for it
-    # factors of rounds and relations; even: all the same; heard: inputs count for nothing
+    dim: int = 64  # embedding dimension of each branch
+    num_layers: int = 3  # propagation layers (hops)
+    score: Score = "cosine"  # cosine similarity, or dot product
+    relation_gates: bool = True  # gate each relation per node and layer, from the node's text and degree
+    # learned weights; uniform mean over layers 0..L; or mean over layers 1..L, without the input embedding (XSimGCL)
     layer_combination: LayerCombination = "learned"
-    embedding_noise: float = 0.0  # length of a random step that every row takes in each round of a training step
-    # weight of log(1 + holders) in the logits: 0 = none, 1 = their share of all holdings
+    embedding_noise: float = 0.0  # norm of the random noise added to each embedding in every layer (XSimGCL's epsilon)
+    # weight of log(1 + item degree) in the logits: 0 = none, 1 = the item's share of all interactions
     popularity_weight: float = 0.5
-    # days after which a holding counts half towards popularity; 0 = it always counts in full
-    popularity_half_life: float = 0.0
-    ease_weight: float = 0.0  # weight of the closed-form part in what is ranked, beside the towers; 0 = none
-    ease_rank: int = 1024  # singular directions of the holdings that it keeps
-    ease_l2: float = 100.0  # its ridge, as of EASE
-    user_id_embedding: bool = True  # False: a user is what they hold, say and whom they know, with no row of their own
-    user_text_input: bool = True  # False: what a user says only opens gates and finds those who say the like
-    edge_dropout: float = 0.0  # share of holdings left out of a step's messages, so that they must be inferred
-    id_embedding_dropout: float = 0.1  # share of id rows left out in a step, so that words learn to stand alone
-    id_init_std: float = 0.1  # standard deviation of the initial id rows
+    popularity_half_life: float = 0.0  # days after which an interaction counts half in the item degree; 0 = never
+    ease_weight: float = 0.0  # weight of the low-rank EASE score added at ranking; 0 = none
+    ease_rank: int = 1024  # singular vectors of the interaction matrix that EASE keeps
+    ease_l2: float = 100.0  # L2 regularization of EASE
+    user_id_embedding: bool = True  # False: no user-ID embedding; users are represented by neighbors and text only
+    user_text_input: bool = True  # False: user text is used for gates and text-kNN edges, not as an input feature
+    edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
+    id_embedding_dropout: float = 0.1  # fraction of nodes whose ID embedding is dropped per step
+    id_init_std: float = 0.1  # standard deviation of the initial ID embeddings
 
     def __post_init__(self):
         _require_sane("model", self)
@@ -208,10 +205,8 @@ class ModelConfig:
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.num_layers >= 0, "model.num_layers", self.num_layers, "0 or more")
-        readouts = typing.get_args(LayerCombination)
-        _require(
-            self.layer_combination in readouts, "model.layer_combination", self.layer_combination, f"one of {readouts}"
-        )
+        kinds = typing.get_args(LayerCombination)
+        _require(self.layer_combination in kinds, "model.layer_combination", self.layer_combination, f"one of {kinds}")
         fits = self.layer_combination == "learned" or not self.relation_gates
         _require(fits, "model.layer_combination", self.layer_combination, "learned where model.relation_gates is True")
         fits = self.layer_combination != "mean_without_input" or self.num_layers > 0
@@ -222,7 +217,9 @@ class ModelConfig:
         for name in ("popularity_weight", "popularity_half_life", "ease_weight"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
         fits = not self.ease_weight or self.variant != "text"
-        _require(fits, "model.ease_weight", self.ease_weight, "0 where model.variant is text, which knows words alone")
+        _require(
+            fits, "model.ease_weight", self.ease_weight, "0 where model.variant is text, which scores by text alone"
+        )
         _require(self.ease_rank >= 1, "model.ease_rank", self.ease_rank, "at least 1")
         _require(self.ease_l2 > 0, "model.ease_l2", self.ease_l2, "above 0")
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
@@ -230,29 +227,28 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Loss, optimiser and when to stop. A step sees `batch_size` users with up to `positives_per_user` of their
-    items.
-    """
+    """Loss, optimizer and early stopping. A batch: `batch_size` users with up to `positives_per_user` items each."""
 
     loss: Loss = "softmax"
     temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
-    batch_size: int = 512
-    positives_per_user: int = 64
-    num_negatives: int = 16  # a user; sampled_softmax shares the batch's, bpr draws one a positive instead
-    num_neighbors: int = 0  # a node hears at most so many of a relation, drawn for each step; 0 = all (docs/SCALE.md)
-    # weight of an InfoNCE between the readout and the first round, both with model.embedding_noise
+    batch_size: int = 512  # users per step
+    positives_per_user: int = 64  # most positive items sampled per user and step
+    # sampled negatives per user, shared over the batch by sampled_softmax; bpr samples one per positive instead
+    num_negatives: int = 16
+    num_neighbors: int = 0  # in-neighbors sampled per node, relation and step; 0 = the full graph (docs/SCALE.md)
+    # weight of the InfoNCE loss between the final and the first layer, both with model.embedding_noise (XSimGCL)
     contrastive_weight: float = 0.0
     learning_rate: float = 0.01
-    weight_decay: float = 0.1  # decoupled, of AdamW
-    # what a step multiplies and sends; parameters, sums and all that is ranked: float32
+    weight_decay: float = 0.1  # decoupled (AdamW)
+    # dtype of products and collectives in a training step; parameters, sums and evaluation are float32
     compute_dtype: ComputeDtype = "float32"
     max_steps: int = 2000
-    eval_every: int = 50
-    patience: int = 5  # evaluations without a better validation value before training stops
-    metric: str = "ndcg@10"  # on validation; chooses the step
-    wandb: str = ""  # project of Weights & Biases that curves and results are sent to as well; empty = none
-    refit: bool = False  # having chosen the step, train anew on train and valid for as many, then read the test part
-    seed: int = 0
+    eval_every: int = 50  # steps between evaluations on the validation split
+    patience: int = 5  # early stopping: evaluations without improvement before training ends
+    metric: str = "ndcg@10"  # validation metric that selects the step
+    wandb: str = ""  # Weights & Biases project that also receives curves and results; empty = none
+    refit: bool = False  # retrain on train and valid for the selected number of steps, then evaluate on test
+    seed: int = 0  # random seed of initialization, batches, dropout and controls
 
     def __post_init__(self):
         _require_sane("train", self)
@@ -264,22 +260,20 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.num_neighbors >= 0, "train.num_neighbors", self.num_neighbors, "0 or more")
         fits = self.loss != "softmax" or not self.num_neighbors
-        bound = (
-            "sampled_softmax or bpr where train.num_neighbors is above 0: softmax takes every item for an alternative"
-        )
+        bound = "sampled_softmax or bpr where train.num_neighbors is above 0: softmax needs the embeddings of all items"
         _require(fits, "train.loss", self.loss, bound)
         _require(self.metric in METRICS, "train.metric", self.metric, f"one of {METRICS}")
         _require(self.contrastive_weight >= 0, "train.contrastive_weight", self.contrastive_weight, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         fits = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
-        _require(fits, "train.wandb", self.wandb, "a project's name, of up to 128 letters and none of / \\ # ? % :")
+        _require(fits, "train.wandb", self.wandb, "a project name of at most 128 characters without / \\ # ? % :")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "in [0, 2^31)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `from_dict` and `to_dict` carry it to JSON, checkpoints and absl flags."""
+    """All settings of a run. `to_dict` and `from_dict` convert it for JSON, checkpoints and absl flags."""
 
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()
@@ -292,35 +286,37 @@ class Config:
         fits = not self.train.contrastive_weight or self.model.num_layers > 0
         _require(fits, "train.contrastive_weight", self.train.contrastive_weight, "0 where model.num_layers is 0")
         fits = self.text.finetune == "frozen" or self.model.variant != "graph"
-        _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which reads no words")
+        _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which uses no text")
         fits = self.text.finetune == "frozen" or not self.train.num_neighbors
         _require(
             fits,
             "text.finetune",
             self.text.finetune,
-            "frozen where train.num_neighbors is above 0: texts of a sample stay",
+            "frozen where train.num_neighbors is above 0: fine-tuning is not implemented for sampled subgraphs",
         )
         fits = self.text.finetune == "frozen" or self.text.features != "random"
-        _require(
-            fits, "text.finetune", self.text.finetune, "frozen where text.features is random, which encodes nothing"
-        )
+        _require(fits, "text.finetune", self.text.finetune, "frozen where text.features is random: no text is encoded")
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested dictionaries, as JSON and ml_collections take them."""
+    """Converts a config to nested dictionaries of plain values, by section and setting, as JSON takes them."""
     return dataclasses.asdict(config)
 
 
 def differing(config: Config, there: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
     """Compares a config with the `to_dict` of another one, read back from JSON.
 
+    Args:
+      config: the config.
+      there: the other one, as dictionaries.
+
     Returns:
-      Value there and here of each setting that differs, by its name, `section.setting`.
+      (other value, value in `config`) of each setting that differs, by its name `section.setting`.
     """
     found = {}
     for section, settings in to_dict(config).items():
         for name, value in settings.items():
-            here = list(value) if isinstance(value, tuple) else value  # as JSON has it
+            here = list(value) if isinstance(value, tuple) else value  # JSON has no tuples
             other = there.get(section, {}).get(name)
             other = list(other) if isinstance(other, tuple) else other
             if other != here:
@@ -329,7 +325,7 @@ def differing(config: Config, there: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def portable(config: Config) -> dict[str, dict[str, Any]]:
-    """`to_dict` without the settings that name places on this machine, to be shown to others."""
+    """Converts a config as `to_dict` does, without the settings of local folders, for publication."""
     values = to_dict(config)
     for section, setting in PLACES:
         del values[section][setting]
@@ -337,7 +333,13 @@ def portable(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The inverse of `to_dict`; settings that are absent take their defaults.
+    """Builds a config from nested dictionaries, the inverse of `to_dict`.
+
+    Args:
+      values: settings by section; absent ones take their defaults.
+
+    Returns:
+      The validated config.
 
     Raises:
       ValueError: an unknown section or setting, or a value out of its bounds.
@@ -358,14 +360,14 @@ def _section(name: str, kind: Any, settings: Mapping[str, Any]) -> Any:
     for setting, given in settings.items():
         default, value = known[setting], _plain(given)
         if isinstance(default, tuple):
-            words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
-            _require(words, f"{name}.{setting}", value, "a list of strings")
+            strings = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+            _require(strings, f"{name}.{setting}", value, "a list of strings")
             value = tuple(map(str, value))  # NumPy's strings too
         elif default is None and value is None:
             typed[setting] = None
             continue
         elif (default is None or isinstance(default, float)) and isinstance(value, int) and not isinstance(value, bool):
-            _require(abs(value) < 2**63, f"{name}.{setting}", value, "of 64 bits")  # float() overflows elsewhere
+            _require(abs(value) < 2**63, f"{name}.{setting}", value, "of 64 bits")  # float() may overflow beyond
             value = float(value)
         wanted, bound = (float, "a number, or None") if default is None else (type(default), "")
         _require(type(value) is wanted, f"{name}.{setting}", value, bound or f"of type {wanted.__name__}")

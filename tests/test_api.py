@@ -220,7 +220,7 @@ def test_a_run_is_kept_whole(run, config, folder, market):
 def test_a_run_whose_tables_are_gone_says_where_they_were(config, market, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="run holds a run, and .*run/tables, .* is not there; put it back"):
+    with pytest.raises(ValueError, match="run holds a run, and .*run/tables, .* is missing; restore it"):
         fr.train(config, tmp_path / "run", market)
 
 
@@ -241,7 +241,7 @@ def test_measure(run):
     found = fr.evaluate(run, "test", ["popularity"])
     assert list(found) == ["popularity", "fused"]
     assert found["fused"] == pytest.approx(run.results["test"], nan_ok=True)
-    with pytest.raises(ValueError, match="part is 'train'; it must be valid or test"):
+    with pytest.raises(ValueError, match="split is 'train'; it must be valid or test"):
         fr.evaluate(run, "train")
     with pytest.raises(ValueError, match=r"baselines are \['popular'\]"):
         fr.evaluate(run, "valid", ["popular"])
@@ -261,7 +261,7 @@ def test_recommend_and_reasons(run, market):
         assert row["reasons"]
     with pytest.raises(ValueError, match="users is 'C0001', one string; give a list"):
         fr.recommend(run, "C0001")
-    with pytest.raises(ValueError, match="unknown product id 'P999'; tables has 30"):
+    with pytest.raises(ValueError, match="unknown item id 'P999'; tables has 30"):
         fr.explain(run, "C0001", ["P999"])
 
 
@@ -296,7 +296,7 @@ def test_what_is_no_id_is_refused_by_name(bad):
         user_rows(dataset, [7, bad])
     with pytest.raises(ValueError, match="users is 7, of type int; give a list of ids"):
         user_rows(dataset, 7)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="1 unknown customer ids, first '8'"):
+    with pytest.raises(ValueError, match="1 unknown user ids, first '8'"):
         user_rows(dataset, [7, 8])
 
 

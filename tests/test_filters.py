@@ -152,18 +152,18 @@ AGE = ["user.age", "at_least", "item.min_age"]
     [
         ("", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
-        ('{"rules": [], "rules": []}', "'rules' is there twice in one object"),
-        ('{"rules": [{"name": "a", "require": ["user.age", "at_least", NaN]}]}', "NaN is no number"),
+        ('{"rules": [], "rules": []}', "'rules' is defined twice in one object"),
+        ('{"rules": [{"name": "a", "require": ["user.age", "at_least", NaN]}]}', "NaN is not a finite number"),
         ("[]", 'the rules are []; they must be {"rules": [...]}'),
         ('{"rules": [], "version": 2}', "they must be"),
         ('{"rules": [3]}', "rule 1 is 3; it must be an object"),
         (rules_of({"require": AGE}), "rule 1: name is null"),
-        (rules_of({"name": "a\nb", "require": AGE}), "it must be a printable text"),
+        (rules_of({"name": "a\nb", "require": AGE}), "it must be printable text"),
         (rules_of({"name": "a"}), "rule 'a': the rule is"),
         (rules_of({"name": "a", "require": AGE, "refuse": "held"}), "either `require` or `refuse`"),
         (rules_of({"name": "a", "require": AGE, "sides": 1}), "the rule's fields is [\"sides\"]"),
         (rules_of({"name": "a", "refuse": "held", "order": []}), "it must be of name, refuse"),
-        (rules_of({"name": "a", "require": AGE}, {"name": "a", "refuse": "held"}), "rule 'a' is there 2 times"),
+        (rules_of({"name": "a", "require": AGE}, {"name": "a", "refuse": "held"}), "rule 'a' is defined 2 times"),
         (rules_of({"name": "a", "refuse": "held"}, {"name": "b", "refuse": "held"}), 'two rules refuse "held"'),
         (rules_of({"name": "a", "require": "age"}), "require is \"age\"; it must be [column"),
         (rules_of({"name": "a", "require": ["age", "at_most", 3]}), 'it must be a column as "user.age"'),
@@ -176,18 +176,18 @@ AGE = ["user.age", "at_least", "item.min_age"]
         (rules_of({"name": "a", "require": ["user.age", "at_most", 2**63]}), "a column or a number"),
         ('{"rules": [{"name": "a", "require": ["user.age", "at_most", 1e999]}]}', "a column or a number"),
         (rules_of({"name": "a", "require": ["user.age", "at_most", "user.max"]}), "about a user and an item"),
-        (rules_of({"name": "a", "require": ["user.land", "one_of", "AT"]}), "a column or a list of words"),
-        (rules_of({"name": "a", "require": ["user.land", "one_of", []]}), "a column or a list of words"),
-        (rules_of({"name": "a", "require": ["user.land", "one_of", [1]]}), "a column or a list of words"),
-        (rules_of({"name": "a", "require": AGE, "order": ["low"]}), "a list of two words or more"),
-        (rules_of({"name": "a", "require": AGE, "order": ["low", ["low", "high"]]}), "each once"),
-        (rules_of({"name": "a", "require": AGE, "order": "low"}), "a list of two words or more"),
-        (rules_of({"name": "a", "require": ["user.t", "at_most", 3], "order": ["a", "b"]}), "a word of `order`"),
-        (rules_of({"name": "a", "require": ["user.t", "one_of", ["a"]], "order": ["a", "b"]}), "knows no order"),
+        (rules_of({"name": "a", "require": ["user.land", "one_of", "AT"]}), "a column or a list of texts"),
+        (rules_of({"name": "a", "require": ["user.land", "one_of", []]}), "a column or a list of texts"),
+        (rules_of({"name": "a", "require": ["user.land", "one_of", [1]]}), "a column or a list of texts"),
+        (rules_of({"name": "a", "require": AGE, "order": ["low"]}), "a list of two or more distinct cat"),
+        (rules_of({"name": "a", "require": AGE, "order": ["low", ["low", "high"]]}), "distinct categories"),
+        (rules_of({"name": "a", "require": AGE, "order": "low"}), "a list of two or more distinct cat"),
+        (rules_of({"name": "a", "require": ["user.t", "at_most", 3], "order": ["a", "b"]}), "a value of `order`"),
+        (rules_of({"name": "a", "require": ["user.t", "one_of", ["a"]], "order": ["a", "b"]}), "does not use an order"),
         (rules_of({"name": "a", "require": ["user.t", "one_of", ["a"]], "separator": ";"}), "given only where"),
         (rules_of({"name": "a", "require": AGE, "separator": ";"}), "given only where"),
         (rules_of({"name": "a", "require": ["user.t", "one_of", "item.s"], "separator": ""}), "given only where"),
-        (rules_of({"name": "a", "require": ["user.t", "one_of", "item.s"], "separator": "word"}), "1 to 3 letters"),
+        (rules_of({"name": "a", "require": ["user.t", "one_of", "item.s"], "separator": "word"}), "1 to 3 characters"),
         (rules_of({"name": "a", "require": AGE, "allow_unknown": ["items"]}), "tables that the rule reads: item, user"),
         (rules_of({"name": "a", "require": AGE, "allow_unknown": True}), "tables that the rule reads"),
         (rules_of({"name": "a", "require": ["user.age", "at_least", 1], "allow_unknown": ["item"]}), "reads: user"),
@@ -207,14 +207,17 @@ def test_what_is_no_rule_is_refused(text, said):
     ("rule", "said"),
     [
         ({"require": ["user.old", "at_least", 3]}, "one of the users' columns: user_id, age, tolerance"),
-        ({"require": ["user.tolerance", "at_least", 3]}, 'user.tolerance is "string"; it must be numbers; for words'),
+        (
+            {"require": ["user.tolerance", "at_least", 3]},
+            'user.tolerance is "string"; it must be numbers; for categories',
+        ),
         ({"require": ["user.tolerance", "at_least", 3]}, "(\"low\" of user 'ann', row 2 of the users)"),
         (
             {"require": ["item.risk", "at_most", "user.tolerance"], "order": ["low", "high"]},
-            'user.tolerance is ["medium"]; it must be of the words in `order`: low, high',
+            'user.tolerance is ["medium"]; it must be in `order`: low, high',
         ),
         ({"require": ["user.cash", "one_of", ["1"]]}, 'user.cash is "double"; it must be text or integers'),
-        ({"require": ["user.avoids", "one_of", ["arms"]]}, "one value a row"),
+        ({"require": ["user.avoids", "one_of", ["arms"]]}, "one value per row"),
         ({"refuse": {"items": ["p", "x", "y"]}}, '2 item ids, the first is "x"; it must be ids of the 3 items'),
         ({"refuse": {"pairs": [["ann", "p"], ["p", "ann"]]}}, '1 user ids, the first is "p"'),
     ],
@@ -289,15 +292,15 @@ ASKS = pa.table({"user_id": ["u"], "codes": [["0x1A"]], "numbers": [[26]], "n": 
 @pytest.mark.parametrize(
     ("require", "said"),
     [
-        (["item.n", "none_of", ["0x1A"]], 'require, third is ["0x1A"]; it must be such as item.n holds, int64 values'),
+        (["item.n", "none_of", ["0x1A"]], 'require, third is ["0x1A"]; it must be int64 values as in item.n'),
         (["item.n", "none_of", ["007"]], 'require, third is ["007"]'),
         (["item.n", "none_of", ["26.0"]], 'require, third is ["26.0"]'),
-        (["item.open", "one_of", ["yes"]], 'require, third is ["yes"]; it must be such as item.open holds'),
-        (["item.n", "none_of", "user.codes"], 'user.codes is ["0x1A"]; it must be such as item.n holds'),
-        (["item.code", "none_of", "user.numbers"], 'item.code is ["0x1A"]; it must be such as user.numbers holds'),
-        (["item.open", "none_of", "user.numbers"], 'user.numbers is ["26"]; it must be such as item.open holds, bool'),
+        (["item.open", "one_of", ["yes"]], 'require, third is ["yes"]; it must be bool values as in item.open'),
+        (["item.n", "none_of", "user.codes"], 'user.codes is ["0x1A"]; it must be int64 values as in item.n'),
+        (["item.code", "none_of", "user.numbers"], 'item.code is ["0x1A"]; it must be int64 values as in user.numbers'),
+        (["item.open", "none_of", "user.numbers"], 'user.numbers is ["26"]; it must be bool values as in item.open'),
         (["item.code", "none_of", "user.halves"], 'user.halves is "list<item: double>"; it must be lists of text'),
-        (["item.code", "at_most", 26], 'item.code is "string"; it must be numbers; for words give `order`, lowest '
+        (["item.code", "at_most", 26], 'item.code is "string"; it must be numbers; for categories give `order`, lowest '
          'first ("0x1A" of item \'i\', row 2 of the items)'),
         (["item.code", "at_most", "user.n"], '("0x1A" of item \'i\', row 2 of the items)'),
     ],
@@ -309,7 +312,7 @@ def test_codes_and_numbers_that_cannot_be_equal_are_refused(require, said):
 
 @pytest.mark.parametrize("word", ["", " "])
 def test_a_missing_value_is_no_word_of_a_rule(word):
-    with pytest.raises(ValueError, match="whether a missing value passes, `allow_unknown` says"):
+    with pytest.raises(ValueError, match="use `allow_unknown` to let missing values pass"):
         parse(rules_of({"name": "a", "require": ["item.sector", "one_of", ["arms", word]]}))
 
 

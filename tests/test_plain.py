@@ -161,7 +161,7 @@ def test_what_is_read_can_be_used_or_is_refused_in_words(name):
         try:
             call()
         except ValueError as error:
-            assert "continuous" in str(error) or "groups need a column of one word or number a user" in str(error)
+            assert "continuous" in str(error) or "groups need a column with one text or number per user" in str(error)
 
 
 @pytest.mark.parametrize("name", REFUSED)

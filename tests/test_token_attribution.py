@@ -203,7 +203,7 @@ def test_the_texts_that_change_most_are_split(opened):
 def test_what_cannot_be_split_is_refused(opened):
     config, prepared, read = opened("fused")
     for changes in ({"model": {"variant": "graph"}}, {"text": {"features": "random"}}):
-        with pytest.raises(ValueError, match="this model hears no words"):
+        with pytest.raises(ValueError, match="token attribution needs a variant that uses text"):
             attributor(from_dict(changes), None, prepared)
     other = opened("shuffled")[1].graph_inputs
     with pytest.raises(ValueError, match=r"user 0: the texts give another vector than the graph has"):

@@ -548,7 +548,7 @@ def test_without_a_holding_is_computed_anew(finished):
     )
     assert change.score_after == pytest.approx(scores(decompose(config, state.params, changed), user)[best], rel=1e-5)
     assert change.score_after != change.score
-    with pytest.raises(ValueError, match="is not seen to hold item"):
+    with pytest.raises(ValueError, match="has no training interaction with item"):
         own = prepared.observed.item[prepared.observed.user == user]
         without_interaction(config, prepared, user, int(np.setdiff1d(np.arange(prepared.dataset.n_items), own)[0]))
 

@@ -131,5 +131,5 @@ def test_a_damaged_id_is_named(tmp_path, damage):
 
 
 def test_a_project_w_and_b_would_refuse_is_refused():
-    with pytest.raises(ValueError, match="train.wandb is 'a/b'; it must be a project's name, of up to 128 letters"):
+    with pytest.raises(ValueError, match="train.wandb is 'a/b'; it must be a project name of at most 128 char"):
         fr.configure(train={"wandb": "a/b"})

@@ -313,5 +313,5 @@ def test_what_is_held_is_refused_unless_asked_for():
     assert candidate_filter(market).names == ("held",)
     assert candidate_filter(market, include_seen=True).names == ()
     assert candidate_filter(market, mine).names == ("mine",)
-    with pytest.raises(ValueError, match="rule 'mine' refuses what a customer holds, and include_held asks for it"):
+    with pytest.raises(ValueError, match="rule 'mine' refuses seen items, and include_seen includes them"):
         candidate_filter(market, mine, include_seen=True)

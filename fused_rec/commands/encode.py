@@ -1,13 +1,13 @@
-"""Text vectors of a file, one a line.
+"""Encode the lines of a text file with a language model.
 
 python -m experiments.encode --input=texts.txt --out=vectors.safetensors
 python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --out=vectors.safetensors
 
-Writes `vectors`, float32, a row for each line of the input. Vectors already in the cache are not computed again.
+Writes `vectors`, float32, a row per line of the input. Cached embeddings are reused.
 
 python -m experiments.encode --purge
 
-Deletes all text vectors of the cache, also those that trainings left there, and says how many files and bytes.
+Deletes all cached text embeddings, including those of trainings, and prints the number of files and bytes.
 """
 
 import time
@@ -25,17 +25,17 @@ from fused_rec.text.vectors import check_name, read_lines, save_vectors
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
-PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Which of the model's prompts; empty = its default, if any.")
-INPUT = flags.DEFINE_string("input", None, "UTF-8 file, a text a line.")
+PROMPT = flags.DEFINE_string("prompt", DEFAULTS.prompt, "Name of the model's prompt; empty = its default, if any.")
+INPUT = flags.DEFINE_string("input", None, "UTF-8 file with one text per line.")
 OUTPUT = DEFINE_path("out", written_file_anywhere, "File to write, .safetensors.")
 CACHE = DEFINE_path(
     "cache", new_folder, "Folder that keeps vectors between runs; empty = none.", default=DEFAULTS.cache, optional=True
 )
 MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", DEFAULTS.max_tokens, "A text is cut after so many; 0 = the model's limit."
+    "max_tokens", DEFAULTS.max_tokens, "Truncate texts to this many tokens; 0 = the model's limit."
 )
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens an encoder call takes.")
-PURGE = flags.DEFINE_bool("purge", False, "Delete all text vectors of the cache instead.")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens per encoder call.")
+PURGE = flags.DEFINE_bool("purge", False, "Delete all cached text embeddings instead.")
 OFFLINE = flags.DEFINE_bool(
     "offline", DEFAULTS.offline, "Use local files only; --nooffline lets the model be downloaded."
 )

@@ -1,10 +1,10 @@
-"""Measure a finished run again, beside recommenders that need no training, or under rules of who may get what.
+"""Evaluate a finished run again, with baselines or under suitability rules.
 
     python -m experiments.evaluate --workdir=runs/lastfm --split=valid --baselines=popularity,item_knn,ease
     python -m experiments.evaluate --workdir=runs/mine --split=test --rules=rules.json --groups=age_band --out=rules.out
 
-With --rules, --out gets as JSON how much of the lists is suitable, what each rule excludes and costs, what was earned
-where --prices are given, and how far groups of customers are apart; docs/SUITABILITY.md explains each number.
+With --rules, --out is a JSON file of the suitable share of the lists, exclusions and metric cost of each rule, returns
+(with --prices) and differences between groups of users; docs/SUITABILITY.md explains each number.
 """
 
 import json
@@ -43,14 +43,16 @@ from fused_rec.training.trainer import write_json
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
-SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out part that is ranked.")
-BASELINE = flags.DEFINE_list("baselines", [], f"Recommenders to measure beside it, of {', '.join(BASELINES)}.")
-METRIC = flags.DEFINE_list("metrics", ["recall@10", "ndcg@10", "auc"], f"Columns, of {', '.join(METRICS)}.")
+SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
+BASELINE = flags.DEFINE_list("baselines", [], f"Baselines to compare with: any of {', '.join(BASELINES)}.")
+METRIC = flags.DEFINE_list(
+    "metrics", ["recall@10", "ndcg@10", "auc"], f"Metrics to print: any of {', '.join(METRICS)}."
+)
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
-GROUPS = flags.DEFINE_list("groups", [], "With --rules: attributes of customers whose groups are compared.")
+GROUPS = flags.DEFINE_list("groups", [], "With --rules: user attributes whose groups are compared.")
 PRICES = DEFINE_path("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
-DAYS = flags.DEFINE_integer("days", 180, "With --prices: days over which a return is counted.", lower_bound=1)
-OUT = DEFINE_path("out", written_file, "With --rules: file for what they do, JSON.")
+DAYS = flags.DEFINE_integer("days", 180, "With --prices: horizon of the returns in days.", lower_bound=1)
+OUT = DEFINE_path("out", written_file, "With --rules: JSON file of their effects.")
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
-    # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
+    # Text and social edges of a refitted run include the validation split, on which baselines are tuned.
     seen = with_pretrained_text(prepared)
     alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen
     rows = {}

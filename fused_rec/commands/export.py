@@ -1,10 +1,10 @@
-"""Take a finished run out of this project: one folder of vectors, parameters, program and card, to share or to serve.
+"""Export a finished run to a folder of vectors, parameters, scoring program and model card, for sharing or serving.
 
     python -m experiments.export --workdir=runs/mine --out=exported/mine
     python -m experiments.export --workdir=runs/mine --out=exported/mine --faiss
 
-The folder is read with safetensors, jax or Faiss alone; docs/INTEROP.md tells how, and what each file holds. --out is a
-new folder or an empty one. Vectors tell of the people in the tables: keep the folder as you keep the tables.
+The folder is readable with safetensors, jax or Faiss alone; docs/INTEROP.md describes each file. --out is a new or
+empty folder. Vectors contain information about the users: protect the folder as you protect the tables.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
 OUT = DEFINE_path("out", written_folder, "Folder to write, new or empty.", required=True)
-FAISS = flags.DEFINE_bool("faiss", False, "Write items.faiss too; needs the extra faiss.")
+FAISS = flags.DEFINE_bool("faiss", False, "Also write items.faiss; needs the extra faiss.")
 
 
 def main(argv: list[str]) -> None:

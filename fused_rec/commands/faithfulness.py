@@ -1,10 +1,10 @@
-"""Measure whether explanations name what the scores of a finished run rest on.
+"""Measure the faithfulness of explanations by deletion and insertion curves.
 
     python -m experiments.faithfulness --workdir=runs/lastfm --users=200 --out=faithfulness.json
 
-For customers drawn at random, and the product that each would be recommended first, what the customer holds and hears
-is taken away (deletion) and comes back (insertion) in the order of the explanation's parts, and in three others;
-each score is computed anew. Writes curves and areas as JSON and, beside it, as a figure (needs the extra `plots`).
+For a random sample of users and the item ranked first for each, the user's interactions and neighbors are removed
+(deletion) and restored (insertion) in the order of the contributions, and in three other orders; each score is
+recomputed. Writes curves and areas as JSON and, beside it, as a figure (needs the extra `plots`).
 docs/EXPLANATIONS.md has measured tables.
 """
 
@@ -29,9 +29,9 @@ from fused_rec.training.trainer import write_json
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
-USERS = flags.DEFINE_integer("users", 200, "Customers, fewer where too few qualify.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Draws the customers, the random order and the bootstrap.", lower_bound=0)
-OUT = DEFINE_path("out", written_file, "File of the figures' numbers, .json.", required=True)
+USERS = flags.DEFINE_integer("users", 200, "Users; fewer if too few qualify.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed of the users, the random order and the bootstrap.", lower_bound=0)
+OUT = DEFINE_path("out", written_file, "JSON file of the curves and areas.", required=True)
 
 
 def main(argv: list[str]) -> None:

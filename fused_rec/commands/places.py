@@ -11,9 +11,9 @@ from ml_collections import config_flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
 FINISHED = "Folder of a finished run."
-MOVED = "Folder of the run's tables, where they were moved since; other tables are refused."
-KEPT = "Folder that keeps text vectors; that of the training without this flag."
-RULES_FILE = "File of rules, JSON; see docs/SUITABILITY.md."
+MOVED = "Current folder of the run's tables, if they have moved; other tables are refused."
+KEPT = "Folder of cached text embeddings; that of the training by default."
+RULES_FILE = "JSON file of suitability rules; see docs/SUITABILITY.md."
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 CONFIGS = Path(__file__).with_name("configs")
 CONFIG_NAMES = sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem != "__init__")

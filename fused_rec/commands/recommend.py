@@ -1,17 +1,17 @@
-"""Rank products for customers with a finished run, under rules of who may be recommended what.
+"""Recommend items to users with a finished run, under suitability rules.
 
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
     python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
-hashes of model, tables and rules, and what each rule excluded. docs/SUITABILITY.md describes rules. What a customer
-already holds, in whichever part of the split, is left out unless --include_seen. Customers are ranked and written in
-parts: memory does not grow with the number of rankings, and after a stop the same command goes on. Parquet has the ids
-as they are; in CSV an id that a spreadsheet would take for a formula, or that begins with ', has one ' in front
+hashes of model, tables and rules, and the exclusions of each rule. docs/SUITABILITY.md describes rules. Items that the
+user has interacted with, in any split, are excluded unless --include_seen. Users are ranked and written in chunks:
+memory does not grow with the number of rankings, and the same command resumes after an interruption. Parquet has the
+ids unchanged; in CSV an id that a spreadsheet would read as a formula, or that begins with ', is prefixed by '
 (fused_rec/data/io/csv_safety.py).
 
---explain writes reasons.jsonl beside the file: for each of its rows, in its order, the parts that sum to the score and
-the reasons in words (fused_rec/explanation/reasons.py). They are made when the file is whole, and not in parts.
+--explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
+score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written.
 """
 
 import hashlib
@@ -62,12 +62,12 @@ from fused_rec.training.trainer import read_run
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
-USERS = flags.DEFINE_list("users", None, "Customer ids; all customers without this flag.")
-K = flags.DEFINE_integer("k", 10, "Products a customer.", lower_bound=1)
+USERS = flags.DEFINE_list("users", None, "User ids; all users by default.")
+K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
-INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Rank products that the customer holds as well.")
+INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Also rank items that the user has interacted with.")
 
 REASONS = "reasons.jsonl"  # one folder has the reasons of the file that was last written there
 

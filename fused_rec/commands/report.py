@@ -1,11 +1,10 @@
-"""One HTML page about a finished run: what it was trained on, how well it ranks, for whom, and what it recommends why.
+"""Write an HTML report of a finished run: data, metrics, group differences, recommendations and explanations.
 
     python -m experiments.report --workdir=runs/mine
     python -m experiments.report --workdir=runs/mine --split=test --users=2,3 --rules=rules.json --groups=age_band
 
-The file needs no network and no script. --split is measured anew, beside recommenders that need no training; the other
-numbers are those of results.json. Products are recommended as by experiments.recommend. docs/EXPLANATIONS.md tells
-what is on the page.
+The file needs no network and no script. --split is evaluated again, together with baselines; the other numbers are
+those of results.json. Items are recommended as by experiments.recommend. docs/EXPLANATIONS.md describes the page.
 """
 
 from absl import app, flags
@@ -27,16 +26,16 @@ from fused_rec.training.evaluate import BASELINES
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
 CACHE = DEFINE_path("cache", new_folder, KEPT)
-OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir without this flag.")
-SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out part that is ranked.")
+OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir by default.")
+SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
 BASELINE = flags.DEFINE_list(
-    "baselines", ["popularity", "item_knn"], f"Recommenders to measure beside it, of {', '.join(BASELINES)}."
+    "baselines", ["popularity", "item_knn"], f"Baselines to compare with: any of {', '.join(BASELINES)}."
 )
-USERS = flags.DEFINE_list("users", None, "Ids of the customers who are shown; some drawn at random without this flag.")
-NUM_USERS = flags.DEFINE_integer("num_users", 5, "Customers to draw.", lower_bound=0)
-K = flags.DEFINE_integer("k", 5, "Products a customer.", lower_bound=1)
+USERS = flags.DEFINE_list("users", None, "Ids of the users to show; a random sample by default.")
+NUM_USERS = flags.DEFINE_integer("num_users", 5, "Size of the random sample of users.", lower_bound=0)
+K = flags.DEFINE_integer("k", 5, "Items per user.", lower_bound=1)
 RULES = DEFINE_path("rules", existing_file, RULES_FILE)
-GROUPS = flags.DEFINE_list("groups", [], "Attributes of customers whose groups are compared.")
+GROUPS = flags.DEFINE_list("groups", [], "User attributes whose groups are compared.")
 
 SHOWN = 500  # recommendations: of the names of real tables they take less than the page may have
 

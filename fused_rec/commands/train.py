@@ -1,4 +1,4 @@
-"""Train one model on one dataset and measure it on the held-out part.
+"""Train a model on a dataset and evaluate it on the held-out splits.
 
     python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
 
@@ -20,10 +20,12 @@ from fused_rec.training.trainer import run_training
 
 CONFIG = DEFINE_config()
 WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes, as the cluster tells them.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no cluster tells it.")
-PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Run as one of several processes, set up from the cluster's environment."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, without a supported cluster.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 SHOWN = ("recall@10", "ndcg@10", "auc")
 
 

@@ -1,4 +1,4 @@
-"""Choose the settings of a config on validation, by trials of which each trains one model.
+"""Tune hyperparameters on the validation split; each trial trains a model.
 
     python -m experiments.tune --config=experiments/configs/lastfm.py --trials=30 --out=runs/lastfm_sweep
 
@@ -15,8 +15,8 @@ from fused_rec.commands.launch import command_named, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
 
 CONFIG = DEFINE_config()
-TRIALS = flags.DEFINE_integer("trials", 30, "Trials that are over, in all processes together.", lower_bound=1)
-OUT = DEFINE_path("out", written_folder, "Folder of the sweep: its trials, best.py, best.json.", required=True)
+TRIALS = flags.DEFINE_integer("trials", 30, "Finished trials, over all processes.", lower_bound=1)
+OUT = DEFINE_path("out", written_folder, "Folder of the trials, best.py and best.json.", required=True)
 
 
 def main(argv: list[str]) -> None:

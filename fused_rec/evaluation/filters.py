@@ -1,4 +1,4 @@
-"""What a customer may not be recommended: rules in a small file, applied to tables as hard masks for ranking.
+"""Suitability rules: a JSON file of hard constraints on (user, item) pairs, applied to the tables as masks.
 
     {"rules": [
       {"name": "risk", "require": ["item.risk_band", "at_most", "user.risk_tolerance"]},
@@ -11,11 +11,11 @@
       {"name": "already held", "refuse": "held"}
     ]}
 
-A rule requires that a column of one table stands in a relation to a column of the other or to a constant, or it
-refuses what it lists. Where a pair needs a value that is not known, it is refused, unless each table whose value is
-missing is named in `allow_unknown`. A pair that any rule refuses is never ranked.
+A rule either requires a relation between a column of one table and a column of the other or a constant, or refuses a
+list. A pair with a missing value is refused, unless `allow_unknown` names each table with the missing value. A pair
+that any rule refuses is never ranked.
 
-U users, I items; B users a batch; N rows of either table; D distinct values.
+U users, I items; B users per batch; N rows of either table; D distinct values.
 """
 
 import dataclasses
@@ -41,15 +41,15 @@ Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
 RELATIONS = ("at_most", "at_least", "one_of", "none_of")
 SEEN_RULE = "held"
-CELLS = 1 << 28  # of a table of distinct users' values by items, one byte each
+CELLS = 1 << 28  # largest lookup table of distinct user values by items, one byte per cell
 _WHOLE = re.compile("0|-?[1-9][0-9]*")
-EXACT = 2**53  # integers up to here are 64-bit floats
-_BETWEEN = "\x1f"  # of the entries of a list that is joined for a while
+EXACT = 2**53  # float64 represents all integers up to here exactly
+_BETWEEN = "\x1f"  # separator of the entries of a joined list
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """An attribute of the users or of the items."""
+    """Column of the users or of the items."""
 
     side: Side
     name: str
@@ -57,12 +57,16 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Require:
-    """`left` must stand in `relation` to `right`.
+    """Required relation between `left` and `right`.
 
-    right: a column of the other table, a number, a word of `order`, or a tuple of words.
-    order: words of equal rank together, lowest rank first; empty where the columns hold numbers.
-    separator: between the entries of a list in one cell; empty where a cell holds one entry, or an Arrow list.
-    allow_unknown: tables whose missing values let a pair pass.
+    Attributes:
+      name: name of the rule.
+      left: a column.
+      relation: one of `RELATIONS`.
+      right: a column of the other table, a number, a value of `order`, or a tuple of values.
+      order: categories from the lowest rank, equal ones together; empty for numeric columns.
+      separator: separator of list entries in a cell; empty for cells with one entry, or for Arrow lists.
+      allow_unknown: tables whose missing values pass.
     """
 
     name: str
@@ -76,7 +80,7 @@ class Require:
 
 @dataclasses.dataclass(frozen=True)
 class Refuse:
-    """What is listed is refused: what the user holds, users, items, or pairs (user, item); by id."""
+    """Refused pairs: the user's own interactions (`held`), or listed users, items or (user, item) pairs, by id."""
 
     name: str
     held: bool = False
@@ -89,7 +93,17 @@ Rule = Require | Refuse
 
 
 def parse(text: str) -> tuple[Rule, ...]:
-    """The rules of a file's text, in its order. Raises ValueError naming the rule, the value, the bound, the remedy."""
+    """Parses the text of a rules file.
+
+    Args:
+      text: JSON, as in the docstring of this module.
+
+    Returns:
+      The rules in their order.
+
+    Raises:
+      ValueError: names the rule, the value, the bound and the remedy.
+    """
     try:
         values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -100,7 +114,7 @@ def parse(text: str) -> tuple[Rule, ...]:
     names = [rule.name for rule in rules]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"rule {name!r} is there {names.count(name)} times; give each a name of its own")
+            raise ValueError(f"rule {name!r} is defined {names.count(name)} times; give each rule a unique name")
     if sum(isinstance(rule, Refuse) and rule.held for rule in rules) > 1:
         raise ValueError(f'two rules refuse "{SEEN_RULE}"; one is enough')
     return rules
@@ -110,12 +124,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice in one object; keep one")
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is defined twice in one object; keep one")
     return values
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number; leave the rule out, or give a bound")
+    raise ValueError(f"{word} is not a finite number; leave the rule out, or give a bound")
 
 
 def _shown(value: Any) -> str:
@@ -132,7 +146,7 @@ def _rule(value: Any, place: int) -> Rule:
         raise ValueError(f"rule {place} is {_shown(value)}; it must be an object with a name and `require` or `refuse`")
     name = value.get("name")
     if not isinstance(name, str) or not name or not name.isprintable() or len(name) > 80:
-        raise ValueError(f"rule {place}: name is {_shown(name)}; it must be a printable text of 1 to 80 letters")
+        raise ValueError(f"rule {place}: name is {_shown(name)}; it must be printable text of 1 to 80 characters")
     if ("require" in value) == ("refuse" in value):
         raise _fail(name, "the rule", value, "either `require` or `refuse`")
     known = {"name", "require", "order", "separator", "allow_unknown"} if "require" in value else {"name", "refuse"}
@@ -140,7 +154,7 @@ def _rule(value: Any, place: int) -> Rule:
         raise _fail(name, "the rule's fields", unknown, f"of {', '.join(sorted(known))}")
     if name == SEEN_RULE and value.get("refuse") != SEEN_RULE:
         raise ValueError(
-            f'rule {place}: the name "{SEEN_RULE}" is kept for a rule that refuses "{SEEN_RULE}"; choose another'
+            f'rule {place}: the name "{SEEN_RULE}" is reserved for a rule that refuses "{SEEN_RULE}"; choose another'
         )
     return _require(name, value) if "require" in value else _refuse(name, value["refuse"])
 
@@ -181,9 +195,9 @@ def _require(name: str, value: Mapping[str, Any]) -> Require:
         raise _fail(name, "require", sentence, "about a user and an item, or a column and a constant")
     separator = value.get("separator", "")
     if not isinstance(separator, str) or len(separator) > 3 or separator == _BETWEEN:
-        raise _fail(name, "separator", separator, "a text of 1 to 3 letters")
+        raise _fail(name, "separator", separator, "a text of 1 to 3 characters")
     if order and relation in ("one_of", "none_of"):
-        raise _fail(name, "order", value["order"], f"left out: {relation} knows no order")
+        raise _fail(name, "order", value["order"], f"left out: {relation} does not use an order")
     if "separator" in value and (not separator or relation in ("at_most", "at_least") or not isinstance(right, Column)):
         raise _fail(name, "separator", separator, "given only where the column after one_of or none_of holds lists")
     allow = value.get("allow_unknown", [])
@@ -199,11 +213,12 @@ def _column(value: Any) -> Column | None:
 
 
 def _order(name: str, value: Any) -> tuple[tuple[str, ...], ...]:
-    """Each rank's words: a word alone, or a list of words that count the same."""
+    """Parses `order`: each rank is a category, or a list of equal categories."""
     ranks = [[rank] if isinstance(rank, str) else rank for rank in value] if isinstance(value, list) else value
-    words = isinstance(ranks, list) and all(_is_list(rank, str) for rank in ranks)
-    if not words or len(ranks) == 1 or len({w for rank in ranks for w in rank}) < sum(map(len, ranks)):
-        raise _fail(name, "order", value, "a list of two words or more, lowest first, each once; a list of equal words")
+    valid = isinstance(ranks, list) and all(_is_list(rank, str) for rank in ranks)
+    if not valid or len(ranks) == 1 or len({w for rank in ranks for w in rank}) < sum(map(len, ranks)):
+        bound = "a list of two or more distinct categories, lowest first; a list within it for equal ones"
+        raise _fail(name, "order", value, bound)
     return tuple(tuple(rank) for rank in ranks)
 
 
@@ -211,29 +226,38 @@ def _right(name: str, relation: str, value: Any, order: tuple[tuple[str, ...], .
     if relation in ("one_of", "none_of"):
         right = _column(value)
         if right is None and not _is_list(value, str):
-            bound = f'a column or a list of words, since the relation is {relation}; numbers as text, such as "26"'
+            bound = f'a column or a list of texts, since the relation is {relation}; numbers as text, such as "26"'
             raise _fail(name, "require, third", value, bound)
-        if right is None and not all(word.strip() for word in value):
-            bound = "words that say something; whether a missing value passes, `allow_unknown` says"
+        if right is None and not all(entry.strip() for entry in value):
+            bound = "texts that are not empty; use `allow_unknown` to let missing values pass"
             raise _fail(name, "require, third", value, bound)
-        return tuple(word.strip() for word in value) if right is None else right
+        return tuple(entry.strip() for entry in value) if right is None else right
     if order and any(value in rank for rank in order):
         return value
     if right := _column(value):
         return right
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if order or not number or not math.isfinite(value) or abs(value) >= 2**63:
-        raise _fail(name, "require, third", value, "a column or a word of `order`" if order else "a column or a number")
+        raise _fail(
+            name, "require, third", value, "a column or a value of `order`" if order else "a column or a number"
+        )
     return value
 
 
 def apply(rules: Sequence[Rule], users: pa.Table, items: pa.Table, held: UserItemSets) -> CandidateFilter:
-    """The rules on these tables, as masks of int32 codes: exact comparisons, and no U x I array ever.
+    """Compiles rules for these tables into masks of int32 codes: exact comparisons, without a dense U x I array.
 
-    users, items: as in `Dataset`. held: what each user holds, for a rule that refuses it.
+    Args:
+      rules: the rules.
+      users: user table, as in `Dataset`.
+      items: item table, as in `Dataset`.
+      held: interactions of each user, for a rule that refuses them.
+
+    Returns:
+      The filter, with the names of the rules.
 
     Raises:
-      ValueError: a column that is not there or holds what the rule cannot compare, or an id that nobody has.
+      ValueError: a column is missing or cannot be compared, or an id is unknown.
     """
     tables: dict[Side, pa.Table] = {"user": users, "item": items}
     tests: list[tuple[str, jax.tree_util.Partial]] = []
@@ -259,17 +283,17 @@ def apply(rules: Sequence[Rule], users: pa.Table, items: pa.Table, held: UserIte
 
 def _places(rule: str, side: Side, ids: Sequence[str], tables: Mapping[Side, pa.Table]) -> Int32[np.ndarray, "N"]:
     known = tables[side].column(f"{side}_id").combine_chunks()
-    found = pc.index_in(pa.array(ids, pa.string()), value_set=known)
-    if found.null_count:
-        first = ids[int(np.flatnonzero(np.asarray(found.is_null()))[0])]
+    rows = pc.index_in(pa.array(ids, pa.string()), value_set=known)
+    if rows.null_count:
+        first = ids[int(np.flatnonzero(np.asarray(rows.is_null()))[0])]
         raise _fail(
-            rule, f"{found.null_count} {side} ids, the first", first, f"ids of the {len(known)} {side}s; mend it"
+            rule, f"{rows.null_count} {side} ids, the first", first, f"ids of the {len(known)} {side}s; correct it"
         )
-    return found.to_numpy().astype(np.int32)
+    return rows.to_numpy().astype(np.int32)
 
 
 def _one_sided(side: Side, fine: Bool[np.ndarray, "N"], tables: Mapping[Side, pa.Table]) -> jax.tree_util.Partial:
-    """A test of users or items alone: a table of one or two kinds of users by items."""
+    """Builds a test of users alone or of items alone, as a lookup table with one or two rows."""
     n_users, n_items = (tables[s].num_rows for s in SIDES)
     if side == "user":
         return _table(fine.astype(np.int32), np.repeat(np.array([[False], [True]]), n_items, axis=1))
@@ -290,7 +314,7 @@ def _ordered(
     allow: Bool[Array, "2"],
     users: Int32[Array, "B"],
 ) -> Bool[Array, "B I"]:
-    """Where the item's rank is at most the user's; 0 is unknown. allow: unknown users, unknown items."""
+    """Tests item rank <= user rank, 0 = unknown. allow: whether unknown users and unknown items pass."""
     low, high = low[None, :], high[users][:, None]
     unknown = (low == 0) | (high == 0)
     let_pass = ((high != 0) | allow[0]) & ((low != 0) | allow[1])
@@ -311,8 +335,8 @@ def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Parti
     others = _ranks(rule, rule.right, tables)
     values, bounds = _alike(numbers[0], others[0])
     of_side = {rule.left.side: (values, numbers[1]), rule.right.side: (bounds, others[1])}
-    # Ranks among all values of both columns compare as the values do, whatever their size. The item's must be at most
-    # the user's, or at least, where the signs of both are turned.
+    # Ranks among the values of both columns compare as the values do, whatever their size. The item's rank must be at
+    # most the user's; for the opposite relation both signs are flipped.
     among = np.unique(np.concatenate([values[known] for values, known in of_side.values()]))
     sign = 1 if (rule.relation == "at_most") == (rule.left.side == "item") else -1
     ranks = {
@@ -324,10 +348,7 @@ def _test(rule: Require, tables: Mapping[Side, pa.Table]) -> jax.tree_util.Parti
 
 
 def _alike(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as numbers of one kind that compare exactly: as they are, or as decimals where floats would round one.
-
-    A float with decimals counts as the number that is written for it: .1 as a tenth, which equals a decimal of .1.
-    """
+    """Converts both to decimals if float64 would round one of them; a float counts as it is printed: .1 is a tenth."""
     kinds = {left.dtype.kind, right.dtype.kind}
     integers = [numbers for numbers in (left, right) if numbers.dtype.kind == "i"]
     small = all(
@@ -345,7 +366,7 @@ def _decimals(numbers: np.ndarray) -> np.ndarray:
 
 
 def _decimal(number: int | float | decimal.Decimal) -> decimal.Decimal:
-    if isinstance(number, float) and EXACT <= abs(number) < math.inf:  # integers all of them
+    if isinstance(number, float) and EXACT <= abs(number) < math.inf:  # all of them are integers
         return decimal.Decimal(number)
     return number if isinstance(number, decimal.Decimal) else decimal.Decimal(repr(number))
 
@@ -353,12 +374,16 @@ def _decimal(number: int | float | decimal.Decimal) -> decimal.Decimal:
 def _values(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> pa.ChunkedArray:
     table = tables[column.side]
     if table.column_names.count(column.name) != 1:
-        there = ", ".join(map(printable, table.column_names))
-        raise _fail(rule.name, "column", f"{column.side}.{column.name}", f"one of the {column.side}s' columns: {there}")
+        columns = ", ".join(map(printable, table.column_names))
+        raise _fail(
+            rule.name, "column", f"{column.side}.{column.name}", f"one of the {column.side}s' columns: {columns}"
+        )
     values = table.column(column.name)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    return values if _is_list_type(values.type) else known_values(values)  # a list with a gap stays unknown as a whole
+    return (
+        values if _is_list_type(values.type) else known_values(values)
+    )  # a list with a missing entry is unknown as a whole
 
 
 def _is_list_type(kind: pa.DataType) -> bool:
@@ -366,21 +391,18 @@ def _is_list_type(kind: pa.DataType) -> bool:
 
 
 def _ranks(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> tuple[np.ndarray, Bool[np.ndarray, "N"]]:
-    """Numbers that order the values (int64, float64 or decimals), and which are known.
-
-    Raises ValueError for what has no order.
-    """
+    """Returns numbers that order the values (int64, float64 or decimals), and which values are known."""
     values = _values(rule, column, tables)
     kind, named = values.type, f"{column.side}.{column.name}"
     if rule.order:
-        place = {word: n for n, rank in enumerate(rule.order) for word in rank}
-        words = _text_values(rule, column, values)
-        codes = pc.index_in(words, value_set=pa.array(list(place)))
-        if strange := pc.unique(words.filter(pc.and_(pc.is_null(codes), pc.is_valid(words)))).to_pylist():
-            raise _fail(rule.name, named, strange[:5], f"of the words in `order`: {', '.join(place)}; name all there")
+        rank_of = {category: n for n, rank in enumerate(rule.order) for category in rank}
+        texts = _text_values(rule, column, values)
+        codes = pc.index_in(texts, value_set=pa.array(list(rank_of)))
+        if strange := pc.unique(texts.filter(pc.and_(pc.is_null(codes), pc.is_valid(texts)))).to_pylist():
+            raise _fail(rule.name, named, strange[:5], f"in `order`: {', '.join(rank_of)}; list all categories there")
         known = np.asarray(codes.is_valid())
-        of_word = np.array(list(place.values()), np.int64)
-        return of_word[np.asarray(pc.fill_null(codes, 0))], known
+        ranks = np.array(list(rank_of.values()), np.int64)
+        return ranks[np.asarray(pc.fill_null(codes, 0))], known
     known = np.asarray(values.is_valid())
     if pa.types.is_null(kind):
         return np.zeros(len(values), np.int64), known
@@ -390,7 +412,7 @@ def _ranks(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> tu
         except pa.ArrowInvalid as error:
             raise _fail(rule.name, named, str(error), "integers of 64 bits") from error
         return np.asarray(numbers).astype(np.int64), known
-    if pa.types.is_float16(kind) or pa.types.is_float32(kind):  # the number that is written for it: .1 is a tenth
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):  # as it is printed: .1 is a tenth
         written = np.asarray(pc.fill_null(values.cast(pa.float32()), 0.0)).astype(np.str_)
         return written.astype(np.float64), known
     if pa.types.is_floating(kind):
@@ -399,22 +421,22 @@ def _ranks(rule: Require, column: Column, tables: Mapping[Side, pa.Table]) -> tu
         exact = np.empty(len(values), object)
         exact[:] = [decimal.Decimal(0) if value is None else value for value in values.to_pylist()]
         return exact, known
-    bound = "numbers; for words give `order`, lowest first"
-    if (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and (first := _first_word(values)) is not None:
+    bound = "numbers; for categories give `order`, lowest first"
+    if (pa.types.is_string(kind) or pa.types.is_large_string(kind)) and (first := _first_text(values)) is not None:
         id_ = printable(str(tables[column.side].column(f"{column.side}_id")[first]))
         bound += f" ({_shown(values[first].as_py())} of {column.side} {id_!r}, row {first + 2} of the {column.side}s)"
     raise _fail(rule.name, named, str(kind), bound)
 
 
-def _first_word(words: pa.ChunkedArray) -> int | None:
-    """The first row whose word is not a number; the first with a word where all are."""
-    known = np.asarray(words.is_valid())
-    number = np.asarray(pc.fill_null(pc.match_substring_regex(words, r"\A-?[0-9]+(\.[0-9]+)?\z"), True))
+def _first_text(texts: pa.ChunkedArray) -> int | None:
+    """Returns the first row whose text is not a number, else the first with a text."""
+    known = np.asarray(texts.is_valid())
+    number = np.asarray(pc.fill_null(pc.match_substring_regex(texts, r"\A-?[0-9]+(\.[0-9]+)?\z"), True))
     return next((int(rows[0]) for rows in (np.flatnonzero(~number), np.flatnonzero(known)) if len(rows)), None)
 
 
 def _text_values(rule: Require, column: Column, values: pa.ChunkedArray) -> pa.Array:
-    """The values as text without white space around it, one chunk; a list of them joined by `_BETWEEN`."""
+    """Converts values to trimmed text in one chunk; entries of lists are joined by `_BETWEEN`."""
     kind = values.type
     plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
     of_lists = _is_list_type(kind)
@@ -422,18 +444,18 @@ def _text_values(rule: Require, column: Column, values: pa.ChunkedArray) -> pa.A
         bound = "lists of text or integers" if of_lists else "text or integers"
         raise _fail(rule.name, f"{column.side}.{column.name}", str(kind), bound)
     if of_lists:
-        return pc.binary_join(values.cast(pa.list_(pa.string())), _BETWEEN).combine_chunks()  # null where an entry is
+        return pc.binary_join(values.cast(pa.list_(pa.string())), _BETWEEN).combine_chunks()  # null if an entry is null
     return pc.utf8_trim_whitespace(values.cast(pa.string())).combine_chunks()
 
 
 def _element(kind: pa.DataType) -> pa.DataType:
-    """The type of the entries of lists, or of the values themselves, as it is without a dictionary."""
+    """Returns the type of list entries or of the values, decoded if dictionary-encoded."""
     kind = kind.value_type if _is_list_type(kind) else kind
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _check_alike(rule: Require, kind: pa.DataType, of: str, texts: Iterable[str], where: str) -> None:
-    """Raises ValueError where integers or booleans would be compared with text that none of them can be."""
+    """Refuses a comparison of integers or booleans with texts that cannot equal any of them."""
     if pa.types.is_integer(kind):
         strange = [text for text in texts if not _WHOLE.fullmatch(text)]
     elif pa.types.is_boolean(kind):
@@ -441,13 +463,13 @@ def _check_alike(rule: Require, kind: pa.DataType, of: str, texts: Iterable[str]
     else:
         return
     if strange:
-        bound = f"such as {of} holds, {kind} values, since others equal none of them; keep codes as text in both"
+        bound = f"{kind} values as in {of}, since others never match; store codes as text in both"
         raise _fail(rule.name, where, sorted(set(strange))[:5], bound)
 
 
-def _classes(words: pa.Array) -> tuple[list[str], Int64[np.ndarray, "N"]]:
-    """The distinct words, and which each row has; their number for null."""
-    encoded = pc.dictionary_encode(words)
+def _classes(texts: pa.Array) -> tuple[list[str], Int64[np.ndarray, "N"]]:
+    """Returns the distinct texts and the code of each row; the code of null is their number."""
+    encoded = pc.dictionary_encode(texts)
     distinct = encoded.dictionary.to_pylist()
     return distinct, np.asarray(pc.fill_null(encoded.indices, len(distinct))).astype(np.int64)
 
@@ -457,22 +479,24 @@ def _membership(
 ) -> jax.tree_util.Partial:
     if _is_list_type(left.type):
         named = f"{rule.left.side}.{rule.left.name}"
-        raise _fail(rule.name, named, str(left.type), f"one value a row; the list stands after {rule.relation}")
+        raise _fail(
+            rule.name, named, str(left.type), f"one value per row; the list is the operand after {rule.relation}"
+        )
     wanted = rule.relation == "one_of"
     scalars, code = _classes(_text_values(rule, rule.left, left))
     named = f"{rule.left.side}.{rule.left.name}"
     if not isinstance(rule.right, Column):
         assert isinstance(rule.right, tuple)
         _check_alike(rule, left.type, named, rule.right, "require, third")
-        fine = [(word in rule.right) == wanted for word in scalars]
+        fine = [(scalar in rule.right) == wanted for scalar in scalars]
         return _one_sided(rule.left.side, np.array([*fine, allow[rule.left.side]], bool)[code], tables)
     right = _values(rule, rule.right, tables)
     lists, list_code = _classes(_text_values(rule, rule.right, right))
     separator = rule.separator or _BETWEEN
     entries = [{entry.strip() for entry in cell.split(separator)} - {""} for cell in lists]
-    if rule.separator:  # separators without an entry say no more than an empty cell does
-        nothing = np.array([not entry for entry in entries] + [True], bool)
-        list_code = np.where(nothing[list_code], len(lists), list_code)
+    if rule.separator:  # a cell of separators alone is an empty cell
+        empty = np.array([not entry for entry in entries] + [True], bool)
+        list_code = np.where(empty[list_code], len(lists), list_code)
     others = f"{rule.right.side}.{rule.right.name}"
     _check_alike(rule, left.type, named, set().union(*entries), others)
     _check_alike(rule, _element(right.type), others, scalars, named)
@@ -482,9 +506,12 @@ def _membership(
     if max(kinds, of_users * n_items) > CELLS:
         counts = f"{len(scalars):,} values and {len(lists):,} lists for {n_items:,} items"
         raise _fail(
-            rule.name, "the number of distinct", counts, f"such that tables of them have {CELLS:,} cells; group them"
+            rule.name,
+            "the number of distinct",
+            counts,
+            f"such that their lookup table has at most {CELLS:,} cells; group them",
         )
-    member = np.array([[(word in entry) == wanted for entry in entries] for word in scalars], bool)
+    member = np.array([[(scalar in entry) == wanted for entry in entries] for scalar in scalars], bool)
     both = np.empty((len(scalars) + 1, len(lists) + 1), bool)
     both[:-1, :-1] = member.reshape(len(scalars), len(lists))
     both[-1, :-1], both[:-1, -1] = allow[rule.left.side], allow[rule.right.side]
@@ -495,7 +522,16 @@ def _membership(
 
 
 def excluded_by(eligible: CandidateFilter, user: int, item: int) -> tuple[str, ...]:
-    """The rules that refuse this item to this user, by name; none where it may be recommended."""
+    """Lists the rules that exclude a pair.
+
+    Args:
+      eligible: the filter.
+      user: user row.
+      item: item row.
+
+    Returns:
+      Names of the rules; empty if the item may be recommended to the user.
+    """
     passes = [bool(test(jnp.array([user], jnp.int32))[0, item]) for test in eligible.tests]
     passes += [item not in barred.items[barred.indptr[user] : barred.indptr[user + 1]] for barred in eligible.excluded]
     return tuple(name for name, fine in zip(eligible.names, passes, strict=True) if not fine)

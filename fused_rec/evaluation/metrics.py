@@ -1,8 +1,8 @@
-"""What a ranked list is worth, for each user: pure functions that trace under `jax.jit`.
+"""Per-user ranking metrics: pure functions that trace under `jax.jit`.
 
-B users of a batch, K ranks (best first), I items. `hits` says which ranks hold a held-out item; a rank
-that stayed empty (fewer than K items could be recommended) holds none. `n_truth` counts a user's held-out
-items and is at least 1. Every metric is exact at its cut k <= K and comes back as float32 "B".
+B users of a batch, K ranks (best first), I items. `hits` marks the ranks with a held-out item; a rank without an item
+(fewer than K candidates) is no hit. `n_truth` is the number of held-out items of a user, at least 1. Every metric is
+exact at its cutoff k <= K and returns float32 [B].
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from fused_rec import kernels
 
 
 def map_rows(function: Callable[..., Any], *arrays: Array) -> Any:
-    """`jax.vmap(function)(*arrays)`, computed on a CPU one row at a time, so that a row stays in the cache.
+    """Computes `jax.vmap(function)(*arrays)`; on a CPU one row at a time, so that a row stays in the cache.
 
-    Measured on 2 CPU cores over Gowalla's 29,858 rows of 40,981 scores: to permute and rank them takes 2.9 s so and
-    14.8 s all at once (XLA gathers columns through a transposed copy); pairwise accuracy is 4 times as fast.
+    Measured on 2 CPU cores with Gowalla's 29,858 rows of 40,981 scores: permuting and ranking takes 2.9 s by row and
+    14.8 s by `jax.vmap` (XLA gathers columns through a transposed copy); pairwise AUC is 4 times as fast.
     """
     return jax.lax.platform_dependent(
         *arrays,
@@ -34,24 +34,24 @@ def _hits_at(hits: Bool[Array, "B K"], k: int) -> Int32[Array, "B"]:
 
 
 def recall(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """Share of the user's held-out items within the first k. Denominator: all of them, also where they exceed k."""
+    """Returns the share of the user's held-out items among the first k. Denominator: n_truth, even if above k."""
     return _hits_at(hits, k).astype(jnp.float32) / n_truth.astype(jnp.float32)
 
 
 def precision(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """Share of the first k ranks that hold a held-out item. Denominator: k, also where fewer items remained."""
+    """Returns the share of held-out items among the first k ranks. Denominator: k, even with fewer candidates."""
     return _hits_at(hits, k).astype(jnp.float32) / k
 
 
 def hitrate(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """1 where the first k hold any held-out item, else 0."""
+    """Returns 1 if any held-out item is among the first k, else 0."""
     return hits[:, :k].any(1).astype(jnp.float32)
 
 
 def ndcg(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """Normalised discounted cumulative gain (Järvelin and Kekäläinen, 2002): gain 1, discount 1 / log2(rank + 1).
+    """Returns the normalized discounted cumulative gain with binary gain and discount 1 / log2(rank + 1).
 
-    Divided by the gain of the ideal list cut at k, which has min(n_truth, k) hits at its top.
+    Normalized by the DCG of the ideal list cut at k, with min(n_truth, k) hits first (Järvelin and Kekäläinen, 2002).
     """
     discount = 1.0 / jnp.log2(jnp.arange(2, k + 2, dtype=jnp.float32))
     gain = jnp.where(hits[:, :k], discount[None, :], 0.0).sum(1)
@@ -60,15 +60,15 @@ def ndcg(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float3
 
 
 def mrr(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """Reciprocal rank of the first hit within the first k, 0 without one."""
+    """Returns the reciprocal rank of the first hit among the first k, 0 without a hit."""
     first = jnp.argmax(hits[:, :k], axis=1)
     return jnp.where(hits[:, :k].any(1), 1.0 / (first + 1).astype(jnp.float32), 0.0)
 
 
 def average_precision(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: int) -> Float32[Array, "B"]:
-    """Mean over the held-out items of the precision at each one's rank, 0 for those past k (trec_eval's map_cut_k).
+    """Returns average precision at k: the mean over held-out items of the precision at their rank, 0 beyond k.
 
-    Denominator: n_truth, not min(n_truth, k) as some recommender libraries have it.
+    Denominator: n_truth (trec_eval's map_cut_k), not min(n_truth, k) as in some recommender libraries.
     """
     cut = hits[:, :k]
     ranks = jnp.arange(1, cut.shape[1] + 1, dtype=jnp.float32)[None, :]
@@ -94,18 +94,18 @@ def pairwise_auc(
     starts: Int32[Array, "rows"],
     truth: Int32[Array, "F"],
 ) -> Float32[Array, "B"]:
-    """Share of the user's (held-out item, negative item) pairs whose held-out item scores higher; ties count half.
+    """Computes each user's AUC: the share of (held-out, negative) item pairs ranked correctly; equal scores count half.
 
-    This is the area under the user's ROC curve (AUC, as in Rendle et al., 2009, section 4.1.1).
+    The area under the user's ROC curve, as in Rendle et al. (2009, section 4.1.1).
 
     Args:
-        scores: finite.
-        negative: the items a held-out item is compared with; none of them is held out.
-        starts: rows = B + 1; `truth[starts[b]:starts[b + 1]]` lists the held-out items of row b.
-        truth: item ids of all rows, then padding.
+      scores: finite scores.
+      negative: items that the held-out items are compared with; none of them is held out.
+      starts: rows = B + 1; `truth[starts[b]:starts[b + 1]]` are the held-out items of row b.
+      truth: item rows of all users, followed by padding.
 
     Returns:
-        NaN for a user who has no pair.
+      The AUC of each user; NaN for a user without a pair.
     """
     if kernels.usable():
         call = jax.ffi.ffi_call(kernels.ACCURACY, jax.ShapeDtypeStruct((len(scores),), jnp.float32))
@@ -116,11 +116,11 @@ def pairwise_auc(
 def _pairwise_auc(
     scores: Float32[Array, "B I"], negative: Bool[Array, "B I"], starts: Int32[Array, "rows"], truth: Int32[Array, "F"]
 ) -> Float32[Array, "B"]:
-    # Comparing a row once with each held-out item beats sorting it: 256 rows of 40,981 items with 7
-    # held-out items each take 26 ms of a CPU core here, and jnp.sort took 2,010 ms on two (XLA's CPU sort is scalar).
+    # Comparing a row with each held-out item is faster than sorting it: 256 rows of 40,981 items with 7 held-out items
+    # each take 26 ms on one CPU core, jnp.sort 2,010 ms on two (XLA's CPU sort is scalar).
 
     def of_row(row, compared, begin, end):
-        # Made of one row at a time, which stays in the cache: for all rows together it takes as long as the rest.
+        # Built per row, which stays in the cache: for all rows at once it would double the time.
         other = jnp.where(compared, row, jnp.inf)  # +inf is neither below nor equal to a finite score
         n = compared.sum(dtype=jnp.int32)
 
@@ -135,12 +135,18 @@ def _pairwise_auc(
 
 
 def novelty(items: Int32[Array, "B K"], item_counts: Int[Array, "I"], n_users: int, k: int) -> Float32[Array, "B"]:
-    """Mean self-information of the first k items in bits, log2(U / users who have the item) (Zhou et al., PNAS 2010).
+    """Computes the mean self-information of the first k items in bits, log2(U / item degree) (Zhou et al., PNAS 2010).
 
-    The share is the item's among the `n_users` of training. An item that nobody has in training counts as
-    if one user had it. Empty ranks (-1) are left out; NaN for a user with empty ranks only.
+    Args:
+      items: recommended items, -1 at empty ranks, which are ignored.
+      item_counts: training users of each item; 0 counts as 1.
+      n_users: U, all users of the training split.
+      k: cutoff.
+
+    Returns:
+      The novelty of each user's list; NaN for an empty list.
     """
     cut = items[:, :k]
-    present = cut >= 0
+    filled = cut >= 0
     bits = jnp.log2(n_users / jnp.maximum(item_counts, 1).astype(jnp.float32))
-    return jnp.where(present, bits[jnp.maximum(cut, 0)], 0.0).sum(1) / present.sum(1).astype(jnp.float32)
+    return jnp.where(filled, bits[jnp.maximum(cut, 0)], 0.0).sum(1) / filled.sum(1).astype(jnp.float32)

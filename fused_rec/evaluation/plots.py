@@ -18,7 +18,7 @@ PLAIN: dict[str, Any] = {"parse_math": False}
 
 
 def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, controls: Collection[str]) -> "Figure":
-    """Mean and 95 % interval of each variant, best on top; controls in grey, variants that failed left out.
+    """Plots mean and 95 % interval of each variant, best on top; controls in grey, failed variants omitted.
 
     summary: of `fused_rec.evaluation.significance.summarise`.
     """
@@ -44,7 +44,7 @@ def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, co
 
 
 def by_slice(rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: Sequence[str]) -> "Figure":
-    """One panel a kind of slice: mean over seeds of each variant, bars from the worst seed to the best.
+    """Plots a panel per kind of slice: mean over seeds of each variant, bars from the worst to the best seed.
 
     rows: as in a report, each with its "slices"; names: the variants shown, in the legend's order.
     """
@@ -95,7 +95,7 @@ def by_slice(rows: Sequence[Mapping[str, Any]], metric: str, title: str, names: 
 
 
 def by_setting(trials: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
-    """One panel a searched setting: the value of each trial over it, the best one marked, early stops hollow.
+    """Plots a panel per tuned setting: the value of each trial, the best one marked, pruned ones hollow.
 
     trials: of `fused_rec.studies.tune.history`; those without a value (diverged) are left out.
     """
@@ -128,7 +128,7 @@ def by_setting(trials: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
 
 
 def by_share(report: Mapping[str, Any]) -> "Figure":
-    """Deletion and insertion: the mean curve of each order of a user's sources, its area in the legend.
+    """Plots deletion and insertion: the mean curve of each order of sources, with its area in the legend.
 
     report: `fused_rec.explanation.faithfulness.summary` with the "shares", "users" and "data" that it is of.
     """

@@ -1,6 +1,6 @@
-"""Full-catalogue ranking: every item is scored for every user, nothing is sampled.
+"""Full-catalogue ranking and evaluation: every item is scored for every user, without sampled candidates.
 
-U users, I items; B users a batch, k ranks. Only here do a scorer's dense rows exist, one batch at a time.
+U users, I items; B users per batch, k ranks. Dense [B, I] scores exist for one batch at a time, and only here.
 """
 
 import dataclasses
@@ -30,43 +30,48 @@ from fused_rec.evaluation import metrics
 from fused_rec.memory import require_device_memory, require_memory
 
 Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
-"""Scores of the whole catalogue for a batch of users, traceable by JAX.
+"""Function from users [B] to scores of all items [B, I], traceable by JAX.
 
-Best a `jax.tree_util.Partial` of a function and its arrays: it passes into the compiled step as an argument,
-so new parameters need no new compilation. A closure works too, compiles once for each closure and is kept
-alive, arrays included, by JAX's compilation cache.
+Prefer a `jax.tree_util.Partial` of a function and its arrays: it is an argument of the compiled step, so new parameters
+need no new compilation. A closure compiles once per closure, and JAX's compilation cache keeps its arrays alive.
 """
 
-# Scores that a device holds at once; their mask beside them has a quarter of the bytes. Measured on 2 CPU cores with
-# 40,981 items: 64 users together (10 MB) are ranked more than twice as fast as 256, whose arrays the allocator hands
-# back each time; after `devices.keep_memory` the two take the same within an eighth. On accelerators: a guess.
+# Scores per device and batch; a mask adds a quarter of their bytes. Measured on 2 CPU cores with 40,981 items: batches
+# of 64 users (10 MB) are more than twice as fast as 256, whose memory the allocator returns to the system each time;
+# after `devices.keep_memory` they differ by less than an eighth. The value for accelerators is not measured.
 SCORES_PER_DEVICE, SCORES_PER_ACCELERATOR, MAX_USERS_PER_BATCH = 3 << 20, 1 << 27, 8192
-COVERAGE_K = 10  # ranks that coverage and novelty look at
-MAX_K = 20  # ranks that are asked for most
+COVERAGE_K = 10  # cutoff of coverage and novelty
+MAX_K = 20  # the usual largest cutoff
 
 
 def users_per_batch(n_items: int) -> int:
-    """How many users each device ranks together: a power of two from 16 to `MAX_USERS_PER_BATCH`."""
+    """Returns the default batch size per device: a power of two from 16 to `MAX_USERS_PER_BATCH`."""
     at_once = SCORES_PER_DEVICE if jax.default_backend() == "cpu" else SCORES_PER_ACCELERATOR
     return min(1 << max(4, (at_once // max(n_items, 1)).bit_length() - 1), MAX_USERS_PER_BATCH)
 
 
 def require_room(n_users: int, n_items: int, batch: int, bytes_a_user: int) -> None:
-    """Raises InsufficientMemoryError where rankings do not fit, before the first user is ranked.
+    """Checks, before the first batch, that the rankings fit in memory.
 
-    batch: users a device ranks together. Of each pair of these and the items there are scores twice (as the scorer and
-    as the ranking has them) and four masks. bytes_a_user: of what is kept of every user.
+    Args:
+      n_users: users to rank.
+      n_items: I.
+      batch: users per batch and device; each has two float32 scores and four masks per item.
+      bytes_a_user: host memory of the results of one user.
+
+    Raises:
+      InsufficientMemoryError: a batch or the results do not fit.
     """
     batch = min(batch, max(n_users, 1))
     what = f"a ranking of {n_items:,} items for {batch:,} users at a time"
     require_device_memory(12 * batch * n_items, what, "rank fewer users at a time (batch), or raise data.k_core")
-    what = f"what is kept of the rankings of {n_users:,} users"
+    what = f"the rankings of {n_users:,} users"
     require_memory(bytes_a_user * n_users, what, "ask for fewer users at a time, or a smaller k")
 
 
 @dataclasses.dataclass(frozen=True)
 class UserItemSets:
-    """A set of items for each user, in compressed rows: user u has `items[indptr[u]:indptr[u + 1]]`, ascending."""
+    """Set of items per user in CSR form: user u has `items[indptr[u]:indptr[u + 1]]`, ascending."""
 
     indptr: Int64[np.ndarray, "rows"]  # rows = U + 1
     items: Int32[np.ndarray, "E"]
@@ -81,18 +86,19 @@ class UserItemSets:
 
     @property
     def users(self) -> Int64[np.ndarray, "E"]:
-        """The user of each entry of `items`."""
+        """User row of each entry of `items`."""
         return np.repeat(np.arange(self.n_users), self.sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class CandidateFilter:
-    """What may be recommended to whom: an item must pass every test, and none may name the pair as barred.
+    """Filter of (user, item) candidates: a pair must pass every test and be in no excluded set.
 
-    tests: each Bool [B, I] of a batch of users, True where the item passes; like `Scorer`, best a
-      `jax.tree_util.Partial` of a function and its arrays.
-    excluded: items each user may not get, where they are pairs rather than attributes.
-    names: of the tests, then of the barred sets.
+    Attributes:
+      names: of the tests, followed by those of the excluded sets.
+      tests: functions from users [B] to Bool [B, I], True where the item passes; like `Scorer`, each is a
+        `jax.tree_util.Partial` of a function and its arrays.
+      excluded: sets of items that each user must not get, for rules about pairs rather than attributes.
     """
 
     names: tuple[str, ...] = ()
@@ -100,26 +106,34 @@ class CandidateFilter:
     excluded: tuple[UserItemSets, ...] = ()
 
     def without(self, name: str) -> "CandidateFilter":
-        """All but the one of that name."""
-        kept = [place for place, other in enumerate(self.names) if other != name]
+        """Returns the filter without the rule of that name."""
+        kept = [index for index, other in enumerate(self.names) if other != name]
         n = len(self.tests)
         return CandidateFilter(
-            tuple(self.names[place] for place in kept),
-            tuple(self.tests[place] for place in kept if place < n),
-            tuple(self.excluded[place - n] for place in kept if place >= n),
+            tuple(self.names[index] for index in kept),
+            tuple(self.tests[index] for index in kept if index < n),
+            tuple(self.excluded[index - n] for index in kept if index >= n),
         )
 
 
 def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int) -> UserItemSets:
-    """The items paired with each user; a repeated pair counts once.
+    """Groups (user, item) pairs by user; a repeated pair counts once.
+
+    Args:
+      user: user row of each pair.
+      item: item row of each pair.
+      n_users: U.
+
+    Returns:
+      The item sets of all users.
 
     Raises:
-        ValueError: a user outside 0..n_users-1 or a negative item.
+      ValueError: a user outside 0..n_users-1 or a negative item.
     """
     if len(user) and not (0 <= user.min() and user.max() < n_users):
         raise ValueError(f"users span {user.min()}..{user.max()}; they must lie in 0..{n_users - 1}")
     if len(item) and item.min() < 0:
-        raise ValueError(f"item {item.min()} is negative; items are positions from 0")
+        raise ValueError(f"item {item.min()} is negative; items are rows from 0")
     order = np.lexsort((item, user))
     user, item = user[order], item[order]
     new = np.ones(len(user), bool)
@@ -132,8 +146,10 @@ def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: i
 class UserMetrics:
     """Metrics of V evaluated users.
 
-    metrics: by name ("recall@10", "accuracy", ...), one value a user; NaN where the user has no pair to compare.
-    aggregate: what exists only over all users together ("coverage@10").
+    Attributes:
+      users: user rows.
+      metrics: by name ("recall@10", "auc", ...), a value per user; NaN where it is undefined (AUC without a pair).
+      aggregate: metrics of all users together ("coverage@10").
     """
 
     users: Int32[np.ndarray, "V"]
@@ -142,7 +158,7 @@ class UserMetrics:
 
 
 def mean(per_user: UserMetrics) -> dict[str, float]:
-    """The mean of each metric over users, in float64, then the aggregates. Users with NaN are left out of that mean."""
+    """Averages each metric over users in float64, ignoring NaN, and adds the aggregate metrics."""
     means = {}
     for name, values in per_user.metrics.items():
         known = values[~np.isnan(values)]
@@ -151,45 +167,46 @@ def mean(per_user: UserMetrics) -> dict[str, float]:
 
 
 class TieBreak(NamedTuple):
-    """How equal scores are ordered: by columns, as they stand here, and inside a column by rows, as they stand here.
+    """Random order of items with equal scores: first by column, then by row, in the orders of these arrays.
 
-    Item i stands in row i // C and column i % C. Numbers often follow popularity or time: items of one column lie far
-    apart in them, and which column comes first is drawn.
+    Item i is in row i // C and column i % C. Item rows often follow popularity or time; the items of a column are far
+    apart, and the order of the columns is random.
     """
 
     columns: Int32[AnyArray, "C"]
     rows: Int32[AnyArray, "R"]
 
     def items(self, n_items: int) -> Int32[np.ndarray, "I"]:
-        """All items in this order."""
+        """Returns all items in this order."""
         columns, rows = np.asarray(self.columns), np.asarray(self.rows)
-        every = (columns[:, None] + len(columns) * rows).ravel()
-        return every[every < n_items]
+        ordered = (columns[:, None] + len(columns) * rows).ravel()
+        return ordered[ordered < n_items]
 
     def places(self, n_items: int) -> Int32[Array, "I"]:
-        """Where each item stands in this order, numbers left out in between, inside a compiled program."""
+        """Returns each item's position in this order, with gaps; traceable."""
         row, column = jnp.divmod(jnp.arange(n_items, dtype=jnp.int32), len(self.columns))
         return jnp.argsort(self.columns)[column] * len(self.rows) + jnp.argsort(self.rows)[row]
 
 
 class PaddedSets(NamedTuple):
-    """The item sets of one batch, padded to a shape all batches share: row b has items[starts[b]:starts[b + 1]]."""
+    """Item sets of a batch, padded to the same shape for all batches: row b has `items[starts[b]:starts[b + 1]]`."""
 
     starts: Int32[AnyArray, "rows"]
     items: Int32[AnyArray, "F"]
 
     def mask(self, n_items: int) -> Bool[Array, "B I"]:
+        """Converts the sets to a dense mask."""
         n_rows = self.starts.shape[0] - 1
         slots = jnp.arange(self.items.shape[0])
-        row = jnp.searchsorted(self.starts[1:], slots, side="right")  # padding falls to row B, and is dropped
+        row = jnp.searchsorted(self.starts[1:], slots, side="right")  # padding gets row B and is dropped
         return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
 
 
 def _rows(sets: UserItemSets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[PaddedSets]:
-    """Of each batch the rows of this process's devices, stacked."""
+    """Yields for each batch the padded sets of this process's devices, stacked."""
     count = len(select_devices(devices))
     sizes = sets.sizes[batches].reshape(len(batches), -1, count)
-    # A power of two: calls for one part of the users after another then share their compilations.
+    # A power of two, so that calls for different chunks of users share compilations.
     width = 1 << max(0, int(sizes.sum(1).max()) - 1).bit_length()
     for users, size in zip(batches, sizes, strict=True):
         stacked = []
@@ -203,7 +220,19 @@ def _rows(sets: UserItemSets, batches: Int32[np.ndarray, "M B"], devices: int | 
 
 
 def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
-    """Scores that `top_k_filtered` can order, inside a compiled program."""
+    """Computes float32 scores and checks their shape; traceable.
+
+    Args:
+      scorer: see `Scorer`.
+      users: user rows of the batch.
+      n_items: I.
+
+    Returns:
+      The scores of all items.
+
+    Raises:
+      ValueError: the scorer returns another shape.
+    """
     scores = scorer(users)
     if scores.shape != (users.shape[0], n_items):
         raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
@@ -213,9 +242,17 @@ def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Ar
 def top_k_filtered(
     scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "TieBreak", k: int
 ) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"], Bool[Array, "B"]]:
-    """The k best eligible items and their scores, -1 and -inf where there are fewer, inside a compiled program.
+    """Selects the k best eligible items of each user; traceable.
 
-    Also whether all scores of a row are finite; where they are not, the rest of the row means nothing.
+    Args:
+      scores: scores of all items.
+      eligible: candidates.
+      order: of equal scores.
+      k: number of items.
+
+    Returns:
+      Items (-1 if fewer), their scores (-inf if fewer), and whether all scores of a row are finite; if they are not,
+      the row's items and scores are undefined.
     """
     if not kernels.usable():
         return *_top_k_filtered(scores, eligible, order, k), jnp.isfinite(scores).all(1)
@@ -228,17 +265,17 @@ def top_k_filtered(
 def _top_k_filtered(
     scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "TieBreak", k: int
 ) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
-    """The best score of each column of `order` comes first: outside the k best columns is none of the k best items."""
+    """Selects the k columns of `order` with the largest maxima, which contain the k best items, then those items."""
     n_columns, n_rows = len(order.columns), len(order.rows)
     scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0
-    there = jnp.where(eligible, scores, -jnp.inf)
-    there = jnp.pad(there, ((0, 0), (0, n_rows * n_columns - scores.shape[1])), constant_values=-jnp.inf)
-    of_columns = there.reshape(-1, n_rows, n_columns).max(1)[:, order.columns]
-    _, places = jax.lax.top_k(of_columns, min(k, n_columns))
-    columns = order.columns[jnp.sort(places, axis=1)]  # sorted: equal scores stand in the order of their columns
+    masked = jnp.where(eligible, scores, -jnp.inf)
+    masked = jnp.pad(masked, ((0, 0), (0, n_rows * n_columns - scores.shape[1])), constant_values=-jnp.inf)
+    maxima = masked.reshape(-1, n_rows, n_columns).max(1)[:, order.columns]
+    _, positions = jax.lax.top_k(maxima, min(k, n_columns))
+    columns = order.columns[jnp.sort(positions, axis=1)]  # sorted, so that equal scores follow the column order
     candidates = (columns[:, :, None] + n_columns * order.rows[None, None, :]).reshape(len(scores), -1)
-    top, places = jax.lax.top_k(jnp.take_along_axis(there, candidates, axis=1), min(k, candidates.shape[1]))
-    items = jnp.where(top == -jnp.inf, -1, jnp.take_along_axis(candidates, places, axis=1))
+    top, positions = jax.lax.top_k(jnp.take_along_axis(masked, candidates, axis=1), min(k, candidates.shape[1]))
+    items = jnp.where(top == -jnp.inf, -1, jnp.take_along_axis(candidates, positions, axis=1))
     short = ((0, 0), (0, k - items.shape[1]))
     return jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
 
@@ -246,12 +283,12 @@ def _top_k_filtered(
 def passed(
     tests: tuple[jax.tree_util.Partial, ...], excluded: tuple[PaddedSets, ...], users: Int32[Array, "B"], n_items: int
 ) -> tuple[Bool[Array, "B I"], ...]:
-    """One mask for each name of an `CandidateFilter`, inside a compiled program."""
+    """Computes one mask for each name of a `CandidateFilter`; traceable."""
     return *(test(users) for test in tests), *(~rows.mask(n_items) for rows in excluded)
 
 
 def _candidate_mask(tests, excluded, users, seen: PaddedSets, allowed) -> Bool[Array, "B I"]:
-    """Candidates that the user has not seen and that pass every test."""
+    """Returns the candidates that the user has not seen and that pass the filter."""
     n_items = allowed.shape[0]
     unseen = allowed[None, :] & ~seen.mask(n_items)
     return functools.reduce(jnp.logical_and, passed(tests, excluded, users, n_items), unseen)
@@ -259,7 +296,7 @@ def _candidate_mask(tests, excluded, users, seen: PaddedSets, allowed) -> Bool[A
 
 @functools.lru_cache(maxsize=16)
 def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """`function` of (what every device has, users and their sets), each device with its rows of the batch."""
+    """Maps `function` over devices: replicated arguments, then each device's users and their sets."""
     shards = Shards(len(select_devices(devices)))
 
     def whole(common, users, sets):
@@ -279,11 +316,21 @@ def over_batches(
     progress: str = "",
     **static: Any,
 ) -> Iterator[tuple[Int32[np.ndarray, "B"], Any]]:
-    """Batches of users, the last one padded, and `function(*common, users, *sets, **static)` of each on the host.
+    """Applies `function(*common, users, *sets, **static)` to batches of users, divided over devices.
 
-    function: pure, of this module's or another's top level, as its compilations are kept; its results begin with the
-      axis of the users. common: trees that every device gets whole. sets: it gets them as `PaddedSets` of the batch.
-    progress: of the bar; no bar without it.
+    Args:
+      function: pure and defined at module level, since its compilations are cached; the leading axis of its results is
+        that of the users.
+      common: pytrees that are replicated on every device.
+      users: V user rows.
+      sets: item sets; the function gets the `PaddedSets` of the batch.
+      batch: users per device and batch.
+      devices: number of devices; None = all.
+      progress: label of the progress bar; empty = no bar.
+      **static: further static arguments of the function.
+
+    Yields:
+      The users of each batch, the last batch padded, and the function's results on the host.
     """
     batches = _pad_to_batches(users, batch, devices)
     common = device_put(common, None, devices)
@@ -326,31 +373,30 @@ def top_k(
     progress: bool = False,
     devices: int | None = None,
 ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
-    """The k best unseen candidates of each user, best first, and their scores.
+    """Ranks the k best unseen candidates of each user.
 
-    Equal scores stand in one `TieBreak` of the items, drawn from `seed`: `lax.top_k` alone would prefer low
-    ids, which often follow popularity or time, and a constant scorer would look better than chance.
+    Equal scores are ordered by a random `TieBreak`: `lax.top_k` alone would prefer low item rows, which often follow
+    popularity or time, and a constant scorer would rank better than chance.
 
     Args:
-        scorer: see `Scorer`.
-        users: any users, in any order, repeated or not.
-        seen: items never recommended to the user.
-        n_items: I.
-        k: ranks wanted; may exceed what remains.
-        candidates: items that may be recommended; None means all.
-        eligible: which of them may be recommended to whom.
-        batch: users that a device ranks together; None means `users_per_batch`. The last batch is padded, so one
-            compilation serves all.
-        seed: of the order of equal scores.
-        progress: show a bar.
-        devices: the first so many share the users; None means all.
+      scorer: see `Scorer`.
+      users: user rows in any order, repetitions allowed.
+      seen: items that are never recommended to the user.
+      n_items: I.
+      k: number of ranks; may exceed the number of candidates.
+      candidates: items that may be recommended; None = all.
+      eligible: filter of (user, item) candidates.
+      batch: users per batch and device; None = `users_per_batch`. The last batch is padded to the same shape.
+      seed: random seed of the order of equal scores.
+      progress: show a progress bar.
+      devices: number of devices that share the users; None = all.
 
     Returns:
-        Items and scores; -1 and -inf where fewer than k remain.
+      Items, best first, and their scores; -1 and -inf where there are fewer than k candidates.
 
     Raises:
-        InsufficientMemoryError: the lists or a batch of scores do not fit.
-        ValueError: a score that is not finite (naming the user), or users, items or k outside their bounds.
+      InsufficientMemoryError: the results or a batch of scores do not fit.
+      ValueError: a score is not finite (names the user), or users, items or k are out of bounds.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
@@ -393,35 +439,37 @@ def evaluate(
     progress: bool = False,
     devices: int | None = None,
 ) -> UserMetrics:
-    """Rank the catalogue for every user who has held-out items among the candidates, and measure each list.
+    """Evaluates full-catalogue rankings of all users with held-out items among the candidates.
 
-    Metrics: those of `metrics.RANKED` at each k; "accuracy" (pairwise, over all unseen candidates);
-    "novelty@10"; in the aggregate "coverage@10", the share of candidates that at least one of these users
-    finds among the first 10 (Ge et al., RecSys 2010). Equal scores are ordered as in `top_k`.
+    Metrics: those of `metrics.RANKED` at each k; "auc" (pairwise, over all unseen candidates); "novelty@10"; and the
+    aggregate "coverage@10", the share of candidates that are among the first 10 of at least one evaluated user (Ge et
+    al., RecSys 2010). Equal scores are ordered as in `top_k`.
 
     Args:
-        scorer: see `Scorer`.
-        truth: held-out items. Those outside `candidates` count neither as hits nor in denominators.
-        seen: items never recommended to the user; they must not be held out as well.
-        n_items: I.
-        item_counts: users who have the item in training (for novelty).
-        ks: cuts, in ranks.
-        candidates: items that may be recommended; None means all.
-        eligible: which of them may be recommended to whom. A held-out item that is not counts as missed.
-        batch: users that a device ranks together; None means `users_per_batch`. The last batch is padded, so one
-            compilation serves all.
-        seed: of the order of equal scores.
-        progress: show a bar.
-        devices: the first so many share the users; None means all.
+      scorer: see `Scorer`.
+      truth: held-out items. Those outside `candidates` are neither hits nor in denominators.
+      seen: items that are never recommended to the user; must be disjoint from `truth`.
+      n_items: I.
+      item_counts: training users of each item, for novelty.
+      ks: cutoffs.
+      candidates: items that may be recommended; None = all.
+      eligible: filter of (user, item) candidates. A held-out item that it excludes counts as missed.
+      batch: users per batch and device; None = `users_per_batch`. The last batch is padded to the same shape.
+      seed: random seed of the order of equal scores.
+      progress: show a progress bar.
+      devices: number of devices that share the users; None = all.
+
+    Returns:
+      Metrics per user and aggregates.
 
     Raises:
-        InsufficientMemoryError: the metrics or a batch of scores do not fit.
-        ValueError: a score that is not finite (naming the user), an item both seen and held out, no user to
-            evaluate, or arguments outside their bounds.
+      InsufficientMemoryError: the metrics or a batch of scores do not fit.
+      ValueError: a score is not finite (names the user), an item is both seen and held out, no user can be evaluated,
+        or an argument is out of bounds.
     """
     ks = tuple(sorted(set(ks)))
     if not ks or ks[0] < 1:
-        raise ValueError(f"ks is {ks}; it must hold cuts of at least 1")
+        raise ValueError(f"ks is {ks}; it must hold cutoffs of at least 1")
     allowed, order = catalogue(n_items, candidates, seed)
     if truth.n_users != seen.n_users:
         raise ValueError(f"truth is of {truth.n_users} users and seen of {seen.n_users}; they must be the same users")
@@ -437,7 +485,7 @@ def evaluate(
     users = np.flatnonzero(truth.sizes).astype(np.int32)
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
-    # The metrics in parts and joined.
+    # The metrics per batch, and concatenated.
     require_room(len(users), n_items, batch or users_per_batch(n_items), 8 * (len(metrics.RANKED) * len(ks) + 2))
 
     parts: list[dict[str, np.ndarray]] = []
@@ -462,20 +510,32 @@ def evaluate(
 
 
 def as_argument(scorer: Scorer) -> jax.tree_util.Partial:
-    """The scorer as it passes into a compiled function."""
+    """Wraps a scorer so that it can be an argument of a compiled function."""
     return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
 
 
 def catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], TieBreak]:
-    """Which items are candidates, and the order in which equal scores stand."""
+    """Returns the mask of candidate items and a random order of equal scores.
+
+    Args:
+      n_items: I.
+      candidates: items that may be recommended; None = all.
+      seed: random seed of the order.
+
+    Returns:
+      Bool [I] and the `TieBreak`.
+
+    Raises:
+      ValueError: no candidate, or one outside 0..n_items-1.
+    """
     allowed = np.full(n_items, candidates is None)
     if candidates is not None:
         if len(candidates) == 0 or candidates.min() < 0 or candidates.max() >= n_items:
             raise ValueError(f"candidates must be one or more items in 0..{n_items - 1}; got {candidates}")
         allowed[candidates] = True
-    drawn = np.random.default_rng(seed)
-    n_rows = max(1, math.isqrt(n_items // MAX_K))  # makes finding FEW columns as quick as finding FEW items in them
-    columns, rows = drawn.permutation(-(-n_items // n_rows)), drawn.permutation(n_rows)
+    rng = np.random.default_rng(seed)
+    n_rows = max(1, math.isqrt(n_items // MAX_K))  # balances the search for MAX_K columns and for MAX_K items in them
+    columns, rows = rng.permutation(-(-n_items // n_rows)), rng.permutation(n_rows)
     return jnp.asarray(allowed), TieBreak(jnp.asarray(columns, jnp.int32), jnp.asarray(rows, jnp.int32))
 
 
@@ -484,12 +544,21 @@ def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None
         raise ValueError(f"batch is {batch}; it must be at least 1")
     count = len(select_devices(devices))
     batch = min(batch, -(-len(users) // count)) * count
-    padding = np.full(-len(users) % batch, users[-1])  # the last user again: harmless, and cut off the results
+    padding = np.full(-len(users) % batch, users[-1])  # repeats the last user; removed from the results
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
 
 
 def check_sets(users: Int[np.ndarray, "V"], n_items: int, **sets: UserItemSets | tuple[UserItemSets, ...]) -> None:
-    """Raises ValueError, naming the set, where it holds an item that is none or has no row for one of the users."""
+    """Checks that sets have only items of the catalogue and a row for every user.
+
+    Args:
+      users: user rows to rank.
+      n_items: I.
+      **sets: item sets, or tuples of them, by the name that an error gives.
+
+    Raises:
+      ValueError: names the set, the item or users, and the bound.
+    """
     for name, given in sets.items():
         for of_users in given if isinstance(given, tuple) else (given,):
             if len(of_users.items) and of_users.items.max() >= n_items:
@@ -507,14 +576,22 @@ def _check_disjoint(truth: UserItemSets, seen: UserItemSets, n_items: int) -> No
         user, item = divmod(int(both[0]), n_items)
         raise ValueError(
             f"{len(both)} held-out pairs are seen as well, first user {user} with item {item}; a seen item is never "
-            "recommended, so take it out of one of the two"
+            "recommended, so remove it from `truth` or `seen`"
         )
 
 
 def check_finite(users: Int32[np.ndarray, "B"], finite: Bool[np.ndarray, "B"]) -> None:
-    """Raises ValueError naming the first user whose scores are not."""
+    """Checks the flags of finite scores.
+
+    Args:
+      users: users of the batch.
+      finite: whether all scores of a user are finite.
+
+    Raises:
+      ValueError: names the first user with a score that is not finite.
+    """
     if not finite.all():
         raise ValueError(
             f"the scores of user {users[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
-            "(leave items out with `seen` or `candidates` instead)"
+            "(exclude items with `seen` or `candidates` instead)"
         )

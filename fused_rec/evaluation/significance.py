@@ -1,4 +1,4 @@
-"""Models side by side: how sure a difference is, and tables of it.
+"""Comparison of models: paired bootstrap, corrected p-values and tables.
 
 S seeds, V evaluated users, N resamples ("draws").
 """
@@ -18,12 +18,12 @@ from fused_rec.data.dataset import printable
 from fused_rec.data.io.csv_safety import escape_csv
 from fused_rec.memory import require_memory
 
-BLOCK = 4_000_000  # resampled users drawn at once: 32 MB of indices
+BLOCK = 4_000_000  # resampled users per block: 32 MB of indices
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Mean of a less mean of b, with 95 % intervals; the relative ones are shares of b's mean, NaN where that is 0."""
+    """Mean of a minus mean of b with 95 % intervals; the relative values are shares of b's mean, NaN if that is 0."""
 
     difference: float
     low: float
@@ -37,11 +37,11 @@ class Difference:
 def paired_bootstrap(
     a: Float[np.ndarray, "S_a V"], b: Float[np.ndarray, "S_b W"], *, draws: int = 10_000, seed: int = 0
 ) -> Difference:
-    """How far two models differ on the same users (so V = W), and whether by chance.
+    """Tests the difference of two models on the same users (so V = W).
 
     A draw takes V of the users and S of the seeds with replacement, the same users for both models (pairs stay
-    pairs), and the same seeds where both have as many; a model with one run keeps it. So the interval covers the
-    choice of the users and the noise of training; of the latter it sees (S - 1) / S only, which few seeds feel.
+    pairs), and the same seeds if both have equally many; a model with one run keeps it. The interval covers the sample
+    of users and the variance of training; of the latter only (S - 1) / S, an underestimate with few seeds.
 
     Intervals: percentiles 2.5 and 97.5 of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
     section 13.3), the relative one of mean(a*) / mean(b*) - 1. Two-sided p: how often a draw strays from the
@@ -49,8 +49,18 @@ def paired_bootstrap(
     to the null hypothesis, as in Smucker, Allan and Carterette (CIKM 2007; Sakai, SIGIR 2006, studentised), with
     the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
 
-    a, b: one metric by seed and user. Users with NaN in any run (nothing to compare) are left out of both.
-    Raises ValueError for different users, no user left, or draws below 1, and InsufficientMemoryError.
+    Args:
+      a: metric of the first model by seed and user. Users with NaN in any run are ignored.
+      b: metric of the second model.
+      draws: N.
+      seed: random seed.
+
+    Returns:
+      Difference, intervals and p-value.
+
+    Raises:
+      ValueError: different users, no user with values in all runs, or draws below 1.
+      InsufficientMemoryError: the resamples do not fit.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has {a.shape[1]} users and b {b.shape[1]}; they must be the same users")
@@ -81,7 +91,13 @@ def paired_bootstrap(
 
 
 def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random.Generator) -> Float64[np.ndarray, "N"]:
-    """The mean of V users drawn with replacement, `draws` times."""
+    """Computes bootstrap means: of V users drawn with replacement, `draws` times.
+
+    Args:
+      values: a value per user.
+      draws: N.
+      rng: random generator.
+    """
     n, step = len(values), max(1, BLOCK // len(values))
     blocks = (_counts(rng, min(step, draws - start), n) @ values / n for start in range(0, draws, step))
     return np.concatenate(list(blocks))
@@ -90,7 +106,7 @@ def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random
 def _resampled_means(
     a: Float64[np.ndarray, "S_a V"], b: Float64[np.ndarray, "S_b V"], draws: int, rng: np.random.Generator
 ) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:
-    """The means of both over the users and seeds of each draw."""
+    """Computes the means of both over the users and seeds of each draw."""
     n = a.shape[1]
     seeds = [_counts(rng, draws, len(a)) / len(a)]
     seeds.append(seeds[0] if len(a) == len(b) else _counts(rng, draws, len(b)) / len(b))
@@ -103,13 +119,13 @@ def _resampled_means(
 
 
 def _counts(rng: np.random.Generator, draws: int, n: int) -> Int64[np.ndarray, "N n"]:
-    """How often each of n comes up in n picks with replacement (multinomial), for each draw."""
+    """Draws multinomial counts: n picks of n with replacement, for each draw."""
     picks = rng.integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(picks.reshape(-1), minlength=draws * n).reshape(draws, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values of one family (Holm, 1979): the i-th smallest of m times m - i + 1, rising, at most 1."""
+    """Adjusts p-values of a family (Holm, 1979): the i-th smallest of m times m - i + 1, monotone, at most 1."""
     order = np.argsort(p_values, kind="stable")
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):
@@ -119,9 +135,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def differences(values: Mapping[str, Mapping[str, np.ndarray]], reference: str) -> list[dict[str, Any]]:
-    """The reference less each other variant, metric by metric: the fields of `Difference`, and p_holm over a metric.
+    """Tests the reference against each other variant.
 
-    values: float [S, V] by variant and metric, the same users for all.
+    Args:
+      values: float [S, V] by variant and metric, the same users for all.
+      reference: name of the reference.
+
+    Returns:
+      A dictionary per metric and variant with the fields of `Difference` (reference minus variant) and `p_holm`,
+      adjusted within the metric.
     """
     found: list[dict[str, Any]] = []
     for metric in values[reference]:
@@ -143,12 +165,19 @@ def summarise(
     failures: Sequence[Mapping[str, Any]],
     values: Mapping[str, Mapping[str, np.ndarray]],
 ) -> list[dict[str, Any]]:
-    """One entry a variant: seeds, and by metric mean, sd over seeds (null for one) and the mean's 95 % interval.
+    """Summarizes each variant over its seeds.
 
-    The interval is that of `paired_bootstrap`, over users and seeds. A variant that failed with any seed has no
-    metrics: the seeds that went well are a choice by outcome.
+    A variant that failed with any seed has no metrics, since the other seeds are selected by outcome.
 
-    rows: by variant and seed, with "test", "seconds", "parameters". values: as for `differences`.
+    Args:
+      names: of the variants.
+      rows: results by variant and seed, with "test", "seconds" and "parameters".
+      failures: failed runs.
+      values: as for `differences`.
+
+    Returns:
+      An entry per variant: number of seeds, and by metric the mean, its standard deviation over seeds (None for one)
+      and its 95 % interval over users and seeds (`paired_bootstrap`).
     """
     entries = []
     for name in names:
@@ -171,7 +200,7 @@ def summarise(
 
 
 def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> str:
-    """Aligned columns, one row a model."""
+    """Formats metrics as aligned columns, one row per model."""
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{name:>12}" for name in metrics)]
     for model, values in rows.items():
@@ -180,16 +209,14 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> st
 
 
 def markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The table of a report (see `fused_rec.studies.compare`) with what failed below it; names and errors as plain
-    text.
-    """
+    """Formats a report of `fused_rec.studies.compare` as a Markdown table, followed by its failures."""
     header, *body = _cells(report, metrics, in_markdown)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *body)]
     return "\n".join([*lines, *(f"\nFailed: {in_markdown(note)}" for note in _notes(report))]) + "\n"
 
 
 def latex(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The same as a tabular, for a document that loads booktabs."""
+    """Formats a report as a LaTeX tabular for booktabs."""
     rows = [[_in_latex(cell) for cell in row] for row in _cells(report, metrics, _one_line)]
     # Behind \\ and \midrule LaTeX would take [ and * for arguments of theirs.
     header, *body = ("{}" * row[0].startswith(("[", "*")) + " & ".join(row) + r" \\" for row in rows)
@@ -200,7 +227,7 @@ def latex(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
 
 
 def csv_text(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The same with every number in full and a column for what failed; what does not apply is empty.
+    """Formats a report as CSV in full precision, with a column of failures; inapplicable cells are empty.
 
     Texts are as `fused_rec.data.io.csv_safety` writes them.
     """
@@ -285,7 +312,7 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def in_markdown(text: str) -> str:
-    """The text on one line, none of it read as markup."""
+    """Escapes a text for Markdown, on one line."""
     return _MARKUP.sub(lambda found: _ENTITIES.get(found[0], f"\\{found[0]}"), _one_line(text))
 
 

@@ -1,4 +1,4 @@
-"""The same lists measured for some users only, or for some held-out items only."""
+"""Metrics by slices of users or of held-out items."""
 
 from collections.abc import Mapping
 
@@ -21,18 +21,23 @@ METRICS = ("ndcg@10", "recall@10", "auc")
 BANDS = (0, 1, 5, 20)  # first interaction count of each band
 
 Slices = dict[str, dict[str, int | float]]
-"""By slice: its numbers of held-out items (of item slices) and of users, then the mean of each of `METRICS`."""
+"""By slice: numbers of held-out items (item slices only) and of users, and the mean of each of `METRICS`."""
 
 
 def bands(counts: Int[np.ndarray, "N"]) -> dict[str, Bool[np.ndarray, "N"]]:
-    """Who has no interaction, 1 to 4, 5 to 19, or 20 and more; by the band's name."""
+    """Groups by number of interactions: 0, 1 to 4, 5 to 19, and 20 or more; a mask for each name."""
     ends = (*BANDS[1:], np.iinfo(np.int64).max)
     names = ("0", *(f"{low}-{high - 1}" for low, high in zip(BANDS[1:], BANDS[2:], strict=False)), f"{BANDS[-1]}+")
     return {name: (counts >= low) & (counts < high) for name, low, high in zip(names, BANDS, ends, strict=True)}
 
 
 def user_slices(per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U"]]) -> Slices:
-    """Means over the evaluated users of each slice; a slice without any is left out."""
+    """Averages metrics over the evaluated users of each slice; empty slices are omitted.
+
+    Args:
+      per_user: metrics of the evaluated users.
+      members: users of each slice.
+    """
     found = {}
     for name, mask in members.items():
         rows = mask[per_user.users]
@@ -51,17 +56,28 @@ def item_slices(
     n_items: int,
     candidates: Int[np.ndarray, "C"] | None = None,
 ) -> Slices:
-    """Metrics where only the held-out items of a slice count; a slice without any is left out.
+    """Evaluates with only the held-out items of a slice as relevant; empty slices are omitted.
 
-    Everything is ranked as without slices: a held-out item outside the slice stays in the list as any other candidate.
-    Means are over the users with a held-out item in the slice. Arguments as of `evaluate`.
+    Rankings do not change: a held-out item outside the slice remains a candidate. Means are over the users with a
+    held-out item in the slice.
+
+    Args:
+      scorer: see `ranking.Scorer`.
+      members: items of each slice.
+      truth: held-out items.
+      seen: items that are never recommended to the user.
+      n_items: I.
+      candidates: items that may be recommended; None = all.
+
+    Returns:
+      Means by slice.
     """
     held_out = np.zeros(n_items, bool)
     held_out[truth.items] = True
     if candidates is not None:
         held_out &= np.isin(np.arange(n_items), candidates)
     members = {name: mask for name, mask in members.items() if (mask & held_out).any()}
-    # User u stands once for each slice s, as row s * U + u, so that one compiled pass measures all slices.
+    # User u of slice s is row s * U + u, so that one compiled pass evaluates all slices.
     n_users, n_slices = truth.n_users, len(members)
     user, item = truth.users, truth.items
     counted = np.stack([mask[item] for mask in members.values()])

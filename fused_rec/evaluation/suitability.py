@@ -1,7 +1,7 @@
-"""Rankings under hard rules: who may get what, what each rule excludes and costs, and on whom that falls.
+"""Rankings under suitability rules: exclusions and metric cost of each rule, returns, and differences between groups.
 
-Rules and their file: `fused_rec.evaluation.filters`. What a rule refuses is taken away before ranking.
-U users, I items, R rules; B users a batch, k ranks; V users that were asked for; N resamples ("draws"), G groups.
+Rules and their file: `fused_rec.evaluation.filters`. Refused pairs are removed before ranking.
+U users, I items, R rules; B users per batch, k ranks; V users that are ranked; N resamples ("draws"), G groups.
 """
 
 import bisect
@@ -37,17 +37,21 @@ from fused_rec.evaluation.ranking import (
 from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
 
 DAY = 86_400  # seconds
-STALE = 30 * DAY  # an older price is none: the product was not traded any more
-SMALLEST = 10  # users of a group that a gap may be about
+STALE = 30 * DAY  # an older price is ignored: the item is no longer traded
+SMALLEST = 10  # smallest group that a gap is computed for
 
 
 class FilteredRanking(NamedTuple):
-    """Rankings of V users under R rules, and what the rules took away.
+    """Rankings of V users with and without R rules, and the number of excluded candidates.
 
-    items, scores: the k best that pass every rule; -1 and -inf where fewer do.
-    before: the k best without any rule, likewise.
-    passes: which rules (in the order of `CandidateFilter.names`) each of `cached_vectors` passes; False at empty ranks.
-    excluded: candidates that each rule refuses. excluded_alone: those among them that no other rule refuses.
+    Attributes:
+      items: the k best items that pass every rule; -1 if fewer do.
+      scores: their scores; -inf if fewer.
+      before: the k best items without rules; -1 if fewer.
+      passes: whether each item of `before` passes each rule, in the order of `CandidateFilter.names`; False at empty
+        ranks.
+      excluded: number of candidates that each rule refuses.
+      excluded_alone: number of those that no other rule refuses.
     """
 
     items: Int32[np.ndarray, "V k"]
@@ -71,11 +75,26 @@ def rank_with_filters(
     progress: str = "",
     devices: int | None = None,
 ) -> FilteredRanking:
-    """Each user's best items with and without the rules, divided over devices; arguments as of `ranking.top_k`.
+    """Ranks the k best items of each user with and without the rules.
 
-    progress: what a bar says; no bar without it.
+    Args:
+      scorer: see `ranking.Scorer`.
+      eligible: the rules.
+      users: user rows.
+      seen: items that are never recommended to the user.
+      n_items: I.
+      k: number of ranks.
+      candidates: items that may be recommended; None = all.
+      batch: users per batch and device; None = `users_per_batch`.
+      progress: label of the progress bar; empty = no bar.
+      devices: number of devices that share the users; None = all.
 
-    Raises ValueError and InsufficientMemoryError as `ranking.top_k` does.
+    Returns:
+      The rankings of all users.
+
+    Raises:
+      InsufficientMemoryError: the results or a batch of scores do not fit.
+      ValueError: a score is not finite (names the user), or users, items or k are out of bounds.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
@@ -124,10 +143,10 @@ def _rank_batch(scorer, tests, allowed, order, users, seen, *barred, k):
     items, top, finite = top_k_filtered(scores, unseen & (refused == 0), order, k)
     before, _, _ = top_k_filtered(scores, unseen, order, k)
 
-    there = before >= 0
+    filled = before >= 0
     of_rules = tuple(
         (
-            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & there,
+            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & filled,
             (unseen & ~mask).sum(1, dtype=jnp.int32),
             (unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32),
         )
@@ -137,23 +156,27 @@ def _rank_batch(scorer, tests, allowed, order, users, seen, *barred, k):
 
 
 def exclusion_counts(screened: FilteredRanking, names: Sequence[str]) -> dict[str, Any]:
-    """The exclusions of these users, countable rule by rule, as integers that add up over parts (`sum_counts`).
+    """Counts the exclusions of these users, as integers that add up over chunks of users (`sum_counts`).
 
-    users; ranked: recommendations made; without_any: users left with none; fewer: users with fewer than k.
-    top, top_suitable: products in the lists without rules, and those of them that pass every rule.
-    rules: by name, `excluded` (user, product) pairs, `excluded_alone`: those that no other rule excludes, and `of_top`:
-    how many of the products in the lists without rules it refuses.
+    Args:
+      screened: rankings of the users.
+      names: names of the rules.
+
+    Returns:
+      `users`; `recommendations`; `users_without_recommendations`; `users_with_short_list` (fewer than k); `top` and
+      `top_suitable`: items in the lists without rules, and those that pass every rule; and `rules`, by name: `excluded`
+      pairs, pairs that are `excluded_only_by_rule`, and `excluded_from_topk`, items of the lists without rules.
     """
-    filled, there = screened.items >= 0, screened.before >= 0
-    refused = (there[:, :, None] & ~screened.passes).sum((0, 1))
+    filled, filled_before = screened.items >= 0, screened.before >= 0
+    refused = (filled_before[:, :, None] & ~screened.passes).sum((0, 1))
     excluded, alone = (counts.sum(0, dtype=np.int64) for counts in (screened.excluded, screened.excluded_alone))
     return {
         "users": len(filled),
         "recommendations": int(filled.sum()),
         "users_without_recommendations": int((~filled.any(1)).sum()),
         "users_with_short_list": int((~filled.all(1)).sum()),
-        "top": int(there.sum()),
-        "top_suitable": int((there & screened.passes.all(2)).sum()),
+        "top": int(filled_before.sum()),
+        "top_suitable": int((filled_before & screened.passes.all(2)).sum()),
         "rules": {
             name: {
                 "excluded": int(excluded[n]),
@@ -166,7 +189,7 @@ def exclusion_counts(screened: FilteredRanking, names: Sequence[str]) -> dict[st
 
 
 def sum_counts(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The account of two parts together."""
+    """Adds the `exclusion_counts` of two disjoint sets of users."""
     return {
         name: sum_counts(value, other[name]) if isinstance(value, Mapping) else value + other[name]
         for name, value in one.items()
@@ -176,7 +199,17 @@ def sum_counts(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 def suitable(
     eligible: CandidateFilter, users: Int[np.ndarray, "V"], items: Int[np.ndarray, "V k"], *, batch: int = 256
 ) -> Bool[np.ndarray, "V k"]:
-    """Which products of anybody's lists pass every rule; False at empty ranks (-1)."""
+    """Tests which items of given lists pass every rule.
+
+    Args:
+      eligible: the rules.
+      users: user rows.
+      items: a list of items per user; -1 at empty ranks.
+      batch: users per batch.
+
+    Returns:
+      True where the item passes; False at empty ranks.
+    """
     fine = items >= 0
     taken = np.maximum(items, 0)
     for start in range(0, len(users), batch):
@@ -191,18 +224,25 @@ def suitable(
 
 
 def suitable_share(fine: Bool[np.ndarray, "V k"], items: Int[np.ndarray, "V k"]) -> Float64[np.ndarray, "V"]:
-    """Of each user, the share of suitable products among those in the list; NaN for an empty list."""
+    """Returns each user's share of suitable items among those in the list; NaN for an empty list."""
     return _mean_of(fine.astype(np.float64), items >= 0)
 
 
 def rule_costs(
     scorer: Scorer, eligible: CandidateFilter, metric: str = "ndcg@10", **held_out: Any
 ) -> dict[str, Difference]:
-    """What each rule takes from a metric: without it less with all of them; under "" without any rule less with all.
+    """Computes the cost of each rule in a metric, paired over users (`significance.paired_bootstrap`).
 
-    Paired over users (`compare.paired_bootstrap`). Held-out products that a rule refuses count as missed with it.
+    Held-out items that a rule refuses count as missed.
 
-    held_out: arguments of `ranking.evaluate`.
+    Args:
+      scorer: see `ranking.Scorer`.
+      eligible: the rules.
+      metric: name of a metric of `ranking.evaluate`.
+      **held_out: further arguments of `ranking.evaluate`.
+
+    Returns:
+      By rule, the metric without this rule minus the metric with all rules; under "", without any rule minus with all.
     """
 
     def values(under: CandidateFilter) -> Float32[np.ndarray, "1 V"]:
@@ -214,13 +254,21 @@ def rule_costs(
 
 
 def period_returns(prices: pa.Table, item_ids: pa.ChunkedArray, start: int, days: int) -> Float64[np.ndarray, "I"]:
-    """What one unit of money in each item came to after `days`, less one: p(start + days) / p(start) - 1.
+    """Computes simple price returns p(start + days) / p(start) - 1, without dividends, fees and currency conversion.
 
-    p is the last close at or before the time, no more than 30 days old; NaN where there is none at either time or the
-    first is not positive. Dividends, fees and currencies are not in it.
+    p is the last close at or before the time, at most 30 days old.
 
-    prices: `item_id` string, `timestamp` int64 unix seconds, `price` float64, in any order.
-    start: unix seconds. Raises ValueError for less than a day.
+    Args:
+      prices: `item_id` string, `timestamp` int64 unix seconds, `price` float64, in any order.
+      item_ids: ids of the items, in the order of the rows.
+      start: unix seconds.
+      days: horizon.
+
+    Returns:
+      Float64 [I]: a return of .05 is 5 %; NaN if a price is missing or the first is not positive.
+
+    Raises:
+      ValueError: the horizon is below one day.
     """
     if days < 1:
         raise ValueError(f"the horizon is {days} days; it must be at least 1")
@@ -231,7 +279,7 @@ def period_returns(prices: pa.Table, item_ids: pa.ChunkedArray, start: int, days
         rows = np.flatnonzero((item >= 0) & (time <= until) & (time > until - STALE) & np.isfinite(price))
         rows = rows[np.argsort(time[rows], kind="stable")]
         found = np.full(len(item_ids), np.nan)
-        found[item[rows]] = price[rows]  # of several rows of an item NumPy keeps the last
+        found[item[rows]] = price[rows]  # NumPy keeps the last of several rows of an item
         return found
 
     before, after = last(start), last(start + days * DAY)
@@ -239,7 +287,7 @@ def period_returns(prices: pa.Table, item_ids: pa.ChunkedArray, start: int, days
 
 
 def realised_return(items: Int[np.ndarray, "V k"], returns: Float64[np.ndarray, "I"]) -> Float64[np.ndarray, "V"]:
-    """Each user's mean return over the recommended items that have one; NaN where none has."""
+    """Returns each user's mean return over the recommended items with a return; NaN if none has one."""
     of_items = returns[np.maximum(items, 0)]
     return _mean_of(of_items, (items >= 0) & ~np.isnan(of_items))
 
@@ -250,7 +298,7 @@ def _mean_of(values: Float64[np.ndarray, "V k"], counted: Bool[np.ndarray, "V k"
 
 
 class Group(NamedTuple):
-    """Users alike in one attribute: how many have the metric, its mean, and that mean's 95 % interval."""
+    """Users with the same value of an attribute: their number, the mean of a metric and its 95 % interval."""
 
     users: int
     mean: float
@@ -260,11 +308,18 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
-    """A metric by group, and the gap between the best and the worst of those with 10 users or more.
+    """Metric by group, and the gap between the best and the worst group with at least 10 users.
 
-    low, high: its 95 % interval, with the two groups taken as given. p: how often users dealt to the groups by chance
-    show a gap as wide between any two of them, which accounts for the choice of the widest.
-    The gap and its numbers are NaN, and best and worst empty, where fewer than two groups are large enough.
+    If fewer than two groups are large enough, the gap and its statistics are NaN, and `best` and `worst` are empty.
+
+    Attributes:
+      groups: statistics by group.
+      best: group with the highest mean.
+      worst: group with the lowest mean.
+      gap: difference of their means.
+      low: lower end of its 95 % interval, conditional on the two groups.
+      high: upper end.
+      p: permutation p-value of the widest gap between any two groups, which accounts for the selection.
     """
 
     groups: Mapping[str, Group]
@@ -279,10 +334,20 @@ class Gaps:
 def group_gaps(
     values: Float[np.ndarray, "V"], groups: Sequence[str | None], *, draws: int = 2000, seed: int = 0
 ) -> Gaps:
-    """How unequally a metric falls on groups of users; NaN values are left out, None is the group "unknown".
+    """Compares a metric between groups of users.
 
-    Intervals: percentiles of `draws` resamples of each group's users on its own. p: as `Gaps` says, from as many
-    permutations, the observation counted as one (Davison and Hinkley, 1997, section 4.3).
+    Args:
+      values: metric of each user; NaN is ignored.
+      groups: group of each user; None is the group "unknown".
+      draws: bootstrap resamples within each group, and permutations of the p-value, which count the observation as one
+        (Davison and Hinkley, 1997, section 4.3).
+      seed: random seed.
+
+    Returns:
+      Means with percentile intervals by group, and the widest gap.
+
+    Raises:
+      ValueError: `values` and `groups` differ in length.
     """
     if len(values) != len(groups):
         raise ValueError(f"{len(values)} values and {len(groups)} users with a group; they must be the same users")
@@ -317,13 +382,21 @@ def _means(values: Float64[np.ndarray, "V"], group: np.ndarray, sizes: np.ndarra
 
 
 def check_groups(users: pa.Table, names: Sequence[str]) -> None:
-    """Raises ValueError as `groups_of` does, for the first of the attributes that makes no groups."""
+    """Checks that attributes define groups.
+
+    Args:
+      users: user table.
+      names: columns.
+
+    Raises:
+      ValueError: as `groups_of`, for the first invalid attribute.
+    """
     for name in names:
         groups_of(users, name, np.zeros(0, np.int64))
 
 
 def _quarters(values: Sequence[int]) -> list[Fraction]:
-    """The three quartiles as `np.quantile` has them, but exact: integers may be larger than floats hold."""
+    """Computes the quartiles of `np.quantile` exactly, since integers may exceed the precision of floats."""
     ordered = sorted(values)
     cuts = []
     for quarter in (1, 2, 3):
@@ -334,10 +407,18 @@ def _quarters(values: Sequence[int]) -> list[Fraction]:
 
 
 def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[str | None]:
-    """Each user's value of an attribute as a group; numbers with more than 20 distinct values by quarters.
+    """Assigns users to groups by an attribute; numbers with more than 20 distinct values are grouped by quartiles.
 
-    Raises ValueError for a column that is not there, for lists, since groups must not overlap, and for more than 20
-    distinct words.
+    Args:
+      users: user table.
+      name: column.
+      rows: user rows.
+
+    Returns:
+      Group of each row; None for a missing value.
+
+    Raises:
+      ValueError: the column is missing, holds lists, or has more than 20 distinct texts.
     """
     if name not in users.column_names:
         raise ValueError(f"users have no column {name!r}; they have {', '.join(users.column_names)}")
@@ -345,18 +426,20 @@ def groups_of(users: pa.Table, name: str, rows: Int[np.ndarray, "V"]) -> list[st
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if not is_single(values.type):
-        raise ValueError(f"users.{name} holds {values.type} values; groups need a column of one word or number a user")
+        raise ValueError(
+            f"users.{name} holds {values.type} values; groups need a column with one text or number per user"
+        )
     if pa.types.is_null(values.type):
         return [None] * len(rows)
     distinct = pc.count_distinct(values).as_py()
     number = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     if distinct > 20 and any(test(values.type) for test in number):
-        there = values.drop_null()
+        present = values.drop_null()
         exact = not pa.types.is_floating(values.type)
-        cuts = _quarters(there.to_pylist()) if exact else np.quantile(np.asarray(there), (0.25, 0.5, 0.75)).tolist()
+        cuts = _quarters(present.to_pylist()) if exact else np.quantile(np.asarray(present), (0.25, 0.5, 0.75)).tolist()
         bands = ("lowest quarter", "second quarter", "third quarter", "highest quarter")
         of_rows = values.take(pa.array(rows)).to_pylist()
         return [None if x is None else bands[bisect.bisect_left(cuts, x)] for x in of_rows]
     if distinct > 20:
-        raise ValueError(f"users.{name} has {distinct} distinct values; groups need at most 20, so band them first")
+        raise ValueError(f"users.{name} has {distinct} distinct values; groups need at most 20; bin them first")
     return values.take(pa.array(rows)).cast(pa.string()).to_pylist()

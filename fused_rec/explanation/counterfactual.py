@@ -1,4 +1,4 @@
-"""What would be recommended if a customer did not hold a product: computed anew, not read off the parts."""
+"""Counterfactual scores and ranks: recomputed on the graph without one interaction of the user."""
 
 import dataclasses
 import functools
@@ -20,10 +20,9 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 
 class CounterfactualEffect(NamedTuple):
-    """Score and rank (from 1) of an item before and after.
+    """Score and rank (from 1) of an item before and after the removal of an interaction.
 
-    Of a customer of whom nothing else is known, and with model.popularity_weight 0, the score after is a number of
-    holders.
+    If nothing else is known of the user and model.popularity_weight is 0, `score_after` is an item degree.
     """
 
     score: float
@@ -33,15 +32,28 @@ class CounterfactualEffect(NamedTuple):
 
 
 def without_interaction(config: Config, prepared: Prepared, user: int, item: int) -> GraphInputs:
-    """The task as if the user did not hold the item: edges, their weights, degrees and popularity follow.
+    """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
-    Words stay, those that the user wrote about the item among them, and so does what was learned: parameters and the
-    rows of the spectrum. Raises ValueError where the user is not seen to hold it.
+    Text features stay, including the user's reviews of the item, and so do parameters and the factors of EASE.
+
+    Args:
+      config: settings of the run.
+      prepared: tables, split and graph.
+      user: user row.
+      item: item row.
+
+    Returns:
+      The changed inputs.
+
+    Raises:
+      ValueError: the model's graph does not have the interaction.
     """
     observed, graph = prepared.observed, prepared.graph_inputs.graph
     kept = ~((observed.user == user) & (observed.item == item))
     if kept.all():
-        raise ValueError(f"user {user} is not seen to hold item {item}; name one of the holdings the model has seen")
+        raise ValueError(
+            f"user {user} has no training interaction with item {item}; give one that is in the model's graph"
+        )
     counts = dict(graph.node_types)
     relations = {relation: graph.edges(relation) for relation, _ in graph.relations}
     relations |= bidirectional_edges(INTERACTS, INTERACTED_BY, observed.user[kept], observed.item[kept], counts)
@@ -49,8 +61,8 @@ def without_interaction(config: Config, prepared: Prepared, user: int, item: int
     changes = {name: getattr(observed, name)[kept] for name in ("user", "item", "age")}
     observed = dataclasses.replace(observed, **changes)
     popularity = item_counts(observed.item, observed.age, config.model.popularity_half_life, prepared.dataset.n_items)
-    there = trained_item_mask(prepared.dataset, observed)
-    return GraphInputs(changed, build_adjacencies(changed), there, popularity, prepared.graph_inputs.ease)
+    trained = trained_item_mask(prepared.dataset, observed)
+    return GraphInputs(changed, build_adjacencies(changed), trained, popularity, prepared.graph_inputs.ease)
 
 
 def counterfactual_effect(
@@ -62,17 +74,29 @@ def counterfactual_effect(
     removed_item: int,
     eligible: Bool[np.ndarray, "I"],
 ) -> CounterfactualEffect:
-    """What becomes of an item's score and of its rank among `candidate_filter` items if the user did not hold
-    `holding`.
+    """Computes an item's score and rank with and without an interaction of the user.
 
-    Without the holding itself, which nobody has to be told of in either case.
+    Args:
+      config: settings of the run.
+      params: parameters.
+      prepared: tables, split and graph.
+      user: user row.
+      item: row of the item that is ranked.
+      removed_item: row of the item whose interaction is removed; it is no candidate in either ranking.
+      eligible: candidates of the rankings.
+
+    Returns:
+      Score and rank before and after.
+
+    Raises:
+      ValueError: the model's graph does not have the interaction.
     """
-    open_to = eligible.copy()
-    open_to[removed_item] = False
+    candidates = eligible.copy()
+    candidates[removed_item] = False
     found = []
     for graph_inputs in (prepared.graph_inputs, without_interaction(config, prepared, user, removed_item)):
         given = np.asarray(_scores(compile_key(config), params, graph_inputs, np.array([user], np.int32)))[0]
-        found += [float(given[item]), 1 + int((given[open_to] > given[item]).sum())]
+        found += [float(given[item]), 1 + int((given[candidates] > given[item]).sum())]
     return CounterfactualEffect(*found)
 
 

@@ -1,13 +1,13 @@
-"""A score taken apart: what each thing that a user is, says, holds or is tied to adds to it.
+"""Exact decomposition of a score into contributions of the user's embedding, text, interactions and social edges.
 
-A score is prior_i + sum over towers of <u / |u|, v_i>, where u is linear in id rows and words once the coefficients are
-given (fused_rec/model/propagation.py) and v_i already carries its own length and the tower's share; the closed-form
-part, where there is one, is a tower of its own. So with the user's last hop written out,
+A score is prior_i + sum over branches of <u / |u|, v_i>. Given the propagation weights, u is linear in ID embeddings
+and text features (fused_rec/model/propagation.py); v_i includes its norm and the weight of the branch. EASE, if used,
+is a branch of its own. With the last layer written out,
 
-    u = mix_0 x_u + sum_l mix_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e voice_s h^{l-1}_s)
+    u = a_0 x_u + sum_l a_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e source_scale_s h^{l-1}_s)
 
-each term's dot product with v_i over |u| is its part of the score, and the parts sum to it. Every h splits again into
-what began as an id row and what began as words. Nothing is approximated: the parts differ from the score by rounding.
+with layer weights a, the dot product of each term with v_i / |u| is its contribution, and contributions sum to the
+score up to rounding. Every h splits further into a part from ID embeddings and a part from text.
 """
 
 import functools
@@ -28,7 +28,7 @@ from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
 from fused_rec.training.train_step import GraphInputs, embed_nodes
 
-BRANCHES = ("main", "words")  # names of the parts of `FusedModel`, in the order of its results
+BRANCHES = ("main", "words")  # submodules of `FusedModel`, in the order of its results
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
 OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
@@ -38,40 +38,43 @@ OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
     "similar_text",
     "popularity",
 )
-TIE = "tie:"  # before the names of the tables' own kinds of ties, which may be any
+TIE = "tie:"  # prefix of the social relations, whose names come from the tables
 
 
 class BranchTerms(NamedTuple):
-    """One of the vectors that a score is a sum of. ids, text: what began as id rows, and what began as words.
+    """Embeddings of one branch by layer, split into parts from ID embeddings (`ids`) and from text (`text`).
 
-    Rows of the spectrum are id rows too: they are all that it knows of an item, and come from who holds it.
+    Factors of EASE count as ID embeddings.
     """
 
     ids: Layers
     text: Layers
     weights: PropagationWeights
-    user_norm: Float32[np.ndarray, "U"]  # |u|, 1 for dot products
+    user_norm: Float32[np.ndarray, "U"]  # |u|; 1 with model.score dot
     items: Float32[np.ndarray, "I K"]  # v_i
 
 
 class ScoreDecomposition(NamedTuple):
-    """All that the scores of one trained model on one graph are made of, on the host."""
+    """Branches, adjacencies, embeddings and prior of a trained model on one graph, as NumPy arrays."""
 
     branches: list[BranchTerms]
     adjacencies: Mapping[Relation, Adjacency]
-    users: Float32[np.ndarray, "U D"]  # as `embed` gives them
+    users: Float32[np.ndarray, "U D"]  # as `embed_nodes` returns them
     items: Float32[np.ndarray, "I D"]
     prior: Float32[np.ndarray, "I"]
     popularity: Float32[np.ndarray, "I"]
 
 
 class Contributions(NamedTuple):
-    """P parts of the scores of n items for one user. What `ids` and `text` lack of `value` began as neither.
+    """P contributions to the scores of n items for one user.
 
-    kind: `OWN_ID`, `OWN_TEXT`, `INTERACTION`, `SIMILAR_USERS` (heard for similar words), `POPULARITY`, or `TIE` and the
-    kind
-      of tie by which the user hears another.
-    source: row of the item or user that is held or heard, -1 for the user's own and for popularity.
+    Attributes:
+      kind: `OWN_ID`, `OWN_TEXT`, `INTERACTION`, `SIMILAR_USERS` (text-kNN edges), `POPULARITY`, or `TIE` + the name of
+        the social relation.
+      source: row of the item or neighboring user, -1 for the user's own contributions and for popularity.
+      value: contribution to each score.
+      ids: the part of it from ID embeddings.
+      text: the part of it from text; `value` - `ids` - `text` is from neither, such as popularity.
     """
 
     kind: list[str]
@@ -82,7 +85,16 @@ class Contributions(NamedTuple):
 
 
 def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> ScoreDecomposition:
-    """Opens the books of a model: parameters, whole, and the task it is asked about."""
+    """Computes the branch terms of a trained model for `contributions` and `best_paths`.
+
+    Args:
+      config: settings of the run.
+      params: parameters, not sharded.
+      graph_inputs: graph, adjacencies and masks.
+
+    Returns:
+      The terms of all users and items.
+    """
     branches, (users, items) = jax.device_get(
         _branch_terms(Config(model=config.model, train=config.train), params, graph_inputs)
     )
@@ -100,7 +112,7 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
 def _ease_branch(
     graph_inputs: GraphInputs, ease: LowRankEase, users: np.ndarray, items: np.ndarray, first: int
 ) -> BranchTerms:
-    """The closed-form part as a tower of one round, in which a user is the sum of what they hold."""
+    """Expresses EASE as a branch of one layer, in which a user is the sum of their items' factors."""
     rows = np.asarray(ease.rows)
     columns = slice(first, first + rows.shape[1])
     zeros = {t: np.broadcast_to(np.float32(0), (n, rows.shape[1])) for t, n in graph_inputs.graph.node_types}
@@ -111,20 +123,20 @@ def _ease_branch(
         text_gate={},
         layer_weights=np.array([0, 1], np.float32),
     )
-    held = [zeros | {ITEM: rows}, zeros | {USER: users[:, columns]}]
-    return BranchTerms(held, [zeros, zeros], plain, np.ones(len(users), np.float32), items[:, columns])
+    layers = [zeros | {ITEM: rows}, zeros | {USER: users[:, columns]}]
+    return BranchTerms(layers, [zeros, zeros], plain, np.ones(len(users), np.float32), items[:, columns])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
-    seen: Any
-    vectors, seen = FusedModel(config.model).apply(
+    captured: Any
+    vectors, captured = FusedModel(config.model).apply(
         {"params": params}, graph_inputs.graph, graph_inputs.adjacencies, mutable=["intermediates"]
     )
     users, items = embed_nodes(config, params, graph_inputs)
     branches = []
     for number, name in enumerate(BRANCHES[: len(vectors)]):
-        [(ids, text, coefficients)] = seen["intermediates"][name][LINEAR]
+        [(ids, text, coefficients)] = captured["intermediates"][name][LINEAR]
         zeros = {node_type: 0 * x for node_type, x in text.items()}
         by_ids = propagate_layers(graph_inputs.adjacencies, coefficients, ids, zeros)
         by_text = propagate_layers(graph_inputs.adjacencies, coefficients, text, text)
@@ -137,7 +149,15 @@ def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> 
 
 
 def scores(decomposition: ScoreDecomposition, user: int) -> Float32[np.ndarray, "I"]:
-    """What the model gives every item for one user, as `fused_rec.training.evaluate.scorer` does."""
+    """Computes one user's scores of all items, as `fused_rec.training.evaluate.scorer` does.
+
+    Args:
+      decomposition: of the model.
+      user: user row.
+
+    Returns:
+      Float32 [I].
+    """
     given = decomposition.items @ decomposition.users[user]
     return decomposition.popularity if given.max() == given.min() else given
 
@@ -145,9 +165,15 @@ def scores(decomposition: ScoreDecomposition, user: int) -> Float32[np.ndarray, 
 def contributions(
     decomposition: ScoreDecomposition, user: int, items: Sequence[int] | Int[np.ndarray, "n"]
 ) -> Contributions:
-    """The parts of these items' scores for one user; over the parts they sum to `scores`.
+    """Splits one user's scores of items into contributions that sum to `scores`.
 
-    A user of whom the model knows nothing gets what is popular, and that is the only part.
+    Args:
+      decomposition: of the model.
+      user: user row.
+      items: n item rows.
+
+    Returns:
+      The contributions. A user without any input is ranked by popularity, which is then the only contribution.
     """
     rows = np.asarray(items)
     given = decomposition.items @ decomposition.users[user]
@@ -159,37 +185,37 @@ def contributions(
     found: dict[tuple[str, int], Any] = {}
     for branch in decomposition.branches:
         into = branch.items[rows].T.astype(np.float64) / branch.user_norm[user]
-        for key, ids, words in _terms(decomposition, branch, user):
+        for key, ids, text in _terms(decomposition, branch, user):
             before = found.get(key, (0, 0))
-            found[key] = before[0] + ids @ into, before[1] + words @ into
+            found[key] = before[0] + ids @ into, before[1] + text @ into
     kinds, sources = zip(*found, strict=True)
-    ids, words = (np.stack(column) for column in zip(*found.values(), strict=True))
+    ids, text = (np.stack(column) for column in zip(*found.values(), strict=True))
     prior = decomposition.prior[None, rows].astype(float)
     return Contributions(
         [*kinds, POPULARITY],
         np.array([*sources, -1]),
-        np.concatenate([ids + words, prior]),
+        np.concatenate([ids + text, prior]),
         np.concatenate([ids, nothing]),
-        np.concatenate([words, nothing]),
+        np.concatenate([text, nothing]),
     )
 
 
 def _terms(decomposition: ScoreDecomposition, branch: BranchTerms, user: int) -> Any:
-    """((kind, source), vector from ids, vector from words): the terms of u, in float64."""
-    mix = branch.weights.layer_weights.astype(np.float64)
+    """Yields ((kind, source), vector from ID embeddings, vector from text): the terms of u, in float64."""
+    layer_weights = branch.weights.layer_weights.astype(np.float64)
     own, gates = branch.text[0][USER][user].astype(np.float64), branch.weights.text_gate
-    again = mix[1:] @ gates[USER][:, user] if USER in gates else 0.0
+    later = layer_weights[1:] @ gates[USER][:, user] if USER in gates else 0.0
     none = np.zeros_like(own)
-    yield (OWN_ID, -1), mix[0] * branch.ids[0][USER][user], none
-    yield (OWN_TEXT, -1), none, (mix[0] + again) * own
+    yield (OWN_ID, -1), layer_weights[0] * branch.ids[0][USER][user], none
+    yield (OWN_TEXT, -1), none, (layer_weights[0] + later) * own
     for relation, edge in branch.weights.edge.items():
-        if relation.target != USER or len(mix) == 1:
+        if relation.target != USER or len(layer_weights) == 1:
             continue
         adjacency = decomposition.adjacencies[relation]
         at = slice(*adjacency.receiver_start[user : user + 2])
         senders = adjacency.senders[at]
-        factors = mix[1:] * branch.weights.gate[relation][:, user]
-        ids, words = (
+        factors = layer_weights[1:] * branch.weights.gate[relation][:, user]
+        ids, text = (
             (edge[at] * branch.weights.source_scale[relation][senders])[:, None]
             * sum(f * h[relation.source][senders] for f, h in zip(factors, every, strict=False))
             for every in (branch.ids, branch.text)
@@ -201,14 +227,20 @@ def _terms(decomposition: ScoreDecomposition, branch: BranchTerms, user: int) ->
             if relation.name == SIMILAR_USERS
             else TIE + relation.name
         )
-        for sender, by_ids, by_words in zip(senders.tolist(), ids, words, strict=True):
-            yield (kind, sender), by_ids, by_words
+        for sender, from_ids, from_text in zip(senders.tolist(), ids, text, strict=True):
+            yield (kind, sender), from_ids, from_text
 
 
 def by_modality(decomposition: ScoreDecomposition, user: int, item: int) -> dict[str, float]:
-    """One score over how it came: the user's own id and words, popularity, and by each relation ids and words apart.
+    """Sums the contributions to one score by kind and modality.
 
-    Keys such as "own_id", "holding/words", "tie:friend/id", "popularity"; the values sum to the score.
+    Args:
+      decomposition: of the model.
+      user: user row.
+      item: item row.
+
+    Returns:
+      Contributions that sum to the score, by keys such as "own_id", "holding/words", "tie:friend/id" and "popularity".
     """
     contributed = contributions(decomposition, user, [item])
     found: dict[str, float] = {}

@@ -1,10 +1,9 @@
-"""Do explanations name what the score rests on? What a user holds and hears is taken away in the order they give.
+"""Faithfulness of explanations: deletion and insertion curves over the sources of a user, in the order of attributions.
 
-Deletion and insertion (Petsiuk, Das and Saenko, BMVC 2018, arXiv 1806.07421) with a user's sources as the features: the
-products held, the customers tied to and those of similar words. Where the order is right the score falls fast while
-sources are taken away from the first on, and rises fast while they come back. Each score is computed anew on the graph
-without the sources: edges both ways, their weights, degrees, holders and popularity, for everybody. Nothing stands in
-for what is gone, so no input is made up.
+Deletion and insertion follow Petsiuk, Das and Saenko (BMVC 2018, arXiv 1806.07421). Features are the user's sources:
+interactions, social neighbors and text-kNN neighbors. With a faithful order the score drops fast when sources are
+removed from the first on, and rises fast when they are restored. Each score is recomputed on the graph without the
+removed sources: edges in both directions, their weights, degrees and popularity. No substitute input is needed.
 """
 
 import dataclasses
@@ -31,14 +30,14 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 ORDERS = ("parts", "gradient", "attention", "random")
 SHARES = np.linspace(0, 1, 6)
-LEAST_SOURCES = 10  # of a user: with fewer, a fifth of them is one or none
-LEAST_RISE = 0.05  # of the score by all sources together: what is divided by less is noise
+LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
+LEAST_RISE = 0.05  # smallest increase of the score by all sources, by which curves are normalized
 SIMILAR = Relation(USER, SIMILAR_USERS, USER)
 DRAWS = 10_000
 
 
 class Source(NamedTuple):
-    """One thing that the user holds or hears, and the edges that go with it: (relation, number of the edge)."""
+    """Neighbor of the user and the edges removed with it: (relation, index of the edge)."""
 
     kind: str
     row: int
@@ -46,9 +45,12 @@ class Source(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """Of one pair, by order: the score at each of `SHARES` taken away, or come back, over the score by all sources.
+    """Curves of one (user, item) pair by order: the normalized score at each of `SHARES`.
 
-    1 is the score with all sources, 0 without any. rise: the difference of the two, in units of the score.
+    Attributes:
+      rise: score with all sources minus score without any; the curves are 1 at the former and 0 at the latter.
+      deletion: score with this share of the sources removed.
+      insertion: score with this share of the sources restored.
     """
 
     rise: float
@@ -57,9 +59,14 @@ class Curves(NamedTuple):
 
 
 def sources(graph_inputs: GraphInputs, user: int) -> list[Source]:
-    """What the user hears, as `ledger.parts` names it, and with it the edges by which it hears the user.
+    """Lists the in-neighbors of a user, named as in `decomposition.contributions`.
 
-    A holding and a tie go both ways; to be heard for similar words does not.
+    Args:
+      graph_inputs: graph and adjacencies.
+      user: user row.
+
+    Returns:
+      The sources. An interaction or social edge includes its reverse edge; a text-kNN edge has none.
     """
     found = []
     for relation, adjacency in graph_inputs.adjacencies.items():
@@ -81,7 +88,7 @@ def sources(graph_inputs: GraphInputs, user: int) -> list[Source]:
 
 
 def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> Relation:
-    """The relation of the same pairs the other way round: of a mutual one, itself."""
+    """Returns the relation with the reverse edges; a symmetric relation is its own reverse."""
     if relation == INTERACTED_BY:
         return INTERACTS
     names = relation.name, f"{relation.name}_of", relation.name.removesuffix("_of")
@@ -91,16 +98,26 @@ def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> R
         back = adjacencies.get(other)
         if back is not None and np.array_equal(turned, np.stack([back.receivers, back.senders])):
             return other
-    raise ValueError(f"no relation has the edges of {relation} the other way round; build the graph with `build`")
+    raise ValueError(f"no relation has the reverse edges of {relation}; build the graph with `build`")
 
 
 def without_sources(
     config: Config, observed: Observed, graph_inputs: GraphInputs, user: int, gone: Sequence[Source]
 ) -> GraphInputs:
-    """The task as if the user had none of these sources, in arrays of the same shapes, so that nothing is recompiled.
+    """Removes sources of a user from the graph inputs, in arrays of the same shapes to avoid recompilation.
 
-    Weights are made again from the degrees that are left; the shares of customers of similar words add up to 1 again.
-    As in `fused_rec.explanation.counterfactual` words stay, and nobody else is heard in place of one who is gone.
+    Edge weights are recomputed from the remaining degrees; weights of text-kNN edges are normalized to 1 again. As in
+    `fused_rec.explanation.counterfactual` text features stay, and no other neighbor replaces a removed one.
+
+    Args:
+      config: settings of the run.
+      observed: training interactions.
+      graph_inputs: graph, adjacencies and masks.
+      user: user row.
+      gone: sources to remove.
+
+    Returns:
+      The changed inputs.
     """
     edges: dict[Relation, list[int]] = {}
     for source in gone:
@@ -121,7 +138,7 @@ def without_sources(
 
 
 def _drop_edges(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
-    """The adjacency without these edges, filled up as `Adjacency` allows."""
+    """Removes edges from an adjacency and pads it to its shape."""
     keep = np.ones(len(full.senders), bool)
     keep[list(gone)] = False
     senders, receivers, order = full.senders[keep], full.receivers[keep], full.by_sender
@@ -158,12 +175,22 @@ def attributions(
     item: int,
     user_sources: Sequence[Source],
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """What each source is given, by order, but for the random one.
+    """Attributes a score to the user's sources by each of `ORDERS` except random.
 
-    parts: what it adds, of `ledger.parts`. gradient: the derivative of the score by a factor on all the source's edges
-    (gradient x input), which is heard also where lengths, and others' vectors, depend on them. attention: the weight
-    that the source's message has in the user's vector, summed over rounds, times the length of the item's vector, whose
-    direction does not enter: what a heat map of edge weights would show.
+    Args:
+      config: settings of the run.
+      params: parameters.
+      graph_inputs: graph, adjacencies and masks.
+      decomposition: of the model.
+      user: user row.
+      item: item row.
+      user_sources: `sources` of the user.
+
+    Returns:
+      By order, a value per source. parts: its contribution (`decomposition.contributions`). gradient: the derivative of
+      the score by a factor on all edges of the source (gradient x input), including their effect on norms and other
+      nodes. attention: the source's weight in the user's embedding, summed over layers, times the norm of the item's
+      embedding, as a heat map of edge weights shows.
     """
     split = contributions(decomposition, user, [item])
     of = dict(zip(zip(split.kind, split.source.tolist(), strict=True), split.value[:, 0], strict=True))
@@ -224,7 +251,20 @@ def curves(
     item: int,
     rng: np.random.Generator,
 ) -> Curves | None:
-    """Both curves of one pair under each of `ORDERS`; None for fewer than `LEAST_SOURCES` or less than `LEAST_RISE`."""
+    """Computes the deletion and insertion curves of one pair for each of `ORDERS`.
+
+    Args:
+      config: settings of the run.
+      params: parameters.
+      prepared: tables, split and graph.
+      decomposition: of the model.
+      user: user row.
+      item: item row.
+      rng: of the random order.
+
+    Returns:
+      The curves; None with fewer than `LEAST_SOURCES` sources or a rise below `LEAST_RISE`.
+    """
     user_sources = sources(prepared.graph_inputs, user)
     if len(user_sources) < LEAST_SOURCES:
         return None
@@ -253,15 +293,24 @@ def curves(
 
 
 def area(curve: Float[np.ndarray, "S"]) -> float:
-    """Under a curve over `SHARES`, by trapezoids: the mean height."""
+    """Returns the area under a curve over `SHARES` by the trapezoidal rule."""
     return float((curve[1:] + curve[:-1]).mean() / 2)
 
 
 def summary(found: Sequence[Curves], seed: int = 0) -> dict[str, Any]:
-    """Of many pairs: by order and curve the mean, its 95 % interval over users, and how far the parts are ahead.
+    """Summarizes curves of many pairs.
 
-    "deletion" is better low, "insertion" high. "difference": the area of the parts less that of the order, of the same
-    users (`paired_bootstrap`). Raises ValueError where there is no pair.
+    Args:
+      found: curves of the pairs.
+      seed: random seed of the bootstrap.
+
+    Returns:
+      By "deletion" (lower is better) and "insertion" (higher is better) and by order: mean area with its 95 % interval
+      over users, mean curve, and "difference", the area of order "parts" minus that of this order over the same users
+      (`paired_bootstrap`).
+
+    Raises:
+      ValueError: there is no pair.
     """
     if not found:
         raise ValueError(

@@ -1,13 +1,13 @@
-"""The paths that a score came by, the weightiest first, found exactly.
+"""Exact search for the graph paths that contribute most to a score.
 
-Written out to its end, a user's vector is a sum over paths through the graph: from a node whose id row or words start
-it, over relations, to the user. The value of a path is its share of the score: the product of the edges, gates and the
-readout's factors along it, summed over the rounds in which it can be walked and over towers, times the dot product of
-what stands at its start with the item. All paths of all lengths sum to the score without its popularity.
+Fully expanded, a user's embedding is a sum over paths from a source node, with its ID embedding or text, over relations
+to the user. The contribution of a path is the product of edge weights, gates and layer weights along it, summed over
+the layers at which it can start and over branches, times the dot product of the source embedding with the item. All
+paths sum to the score without popularity.
 
-They are far too many to list, but each factor is a product along the path, so the best continuation from any node is
-found by dynamic programming; with it as a bound that never underestimates, a best-first search meets paths in the order
-of their values and looks at few of the others.
+There are too many to enumerate. Each factor is a product along the path, so dynamic programming gives the best
+continuation from each node. Used as an upper bound, it makes a best-first search visit paths in the order of their
+contributions.
 """
 
 import heapq
@@ -23,13 +23,18 @@ from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.build import USER
 from fused_rec.graph.hetero import Relation
 
-UNREACHABLE = -1e100  # below any value, and 0 times it is 0: of infinity, a closed gate would make NaN
+UNREACHABLE = -1e100  # below any value; infinity times a gate of 0 would be NaN
 
 
 class Path(NamedTuple):
-    """From the user backwards: nodes[0] is the user, and steps[i] is the relation by which nodes[i] hears nodes[i + 1].
+    """Path from the user back to a source node.
 
-    nodes: (node type, row). value: what it adds to the score, ids + words by what stands at its start.
+    Attributes:
+      nodes: (node type, row); nodes[0] is the user, the last one the source.
+      steps: steps[i] is the relation of the edge from nodes[i + 1] to nodes[i].
+      value: contribution to the score, `ids` + `text`.
+      ids: the part of it from the source's ID embedding.
+      text: the part of it from the source's text.
     """
 
     nodes: tuple[tuple[str, int], ...]
@@ -40,10 +45,7 @@ class Path(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What may start a path at each node of a type, times the item, for a tower: id row, words, factor of each round.
-
-    `again[m]` is by how much words enter at round m; at round 0 all do.
-    """
+    """Source terms of a branch and node type times the item: ID embedding, text, and text gates by layer (1 at 0)."""
 
     ids: Float[np.ndarray, "n"]
     text: Float[np.ndarray, "n"]
@@ -51,7 +53,7 @@ class _Entry(NamedTuple):
 
 
 class _Search:
-    """The graph, entries and bounds of one (user, item); `sign` -1 looks for what speaks most against the item."""
+    """Graph, source terms and bounds of one (user, item) pair; `sign` -1 searches for negative contributions."""
 
     def __init__(self, decomposition: ScoreDecomposition, user: int, item: int, sign: int):
         self.decomposition, self.user = decomposition, user
@@ -69,18 +71,18 @@ class _Search:
         ]
 
     def value(self, node: tuple[str, int], depth: int, factors: np.ndarray) -> tuple[float, float]:
-        """Of the path that starts here, the part of its id row and that of its words."""
+        """Returns the contributions of ID embedding and text of the path with this source."""
         node_type, row = node
-        ids = words = 0.0
+        ids = text = 0.0
         for (t, level), factor in zip(self.channels, factors, strict=True):
             entry, m = self.entries[t][node_type], level - depth
             if m >= 0:
                 ids += factor * entry.ids[row] * (m == 0)
-                words += factor * entry.text[row] * entry.again[m, row]
-        return ids, words
+                text += factor * entry.text[row] * entry.again[m, row]
+        return ids, text
 
     def longer(self, node: tuple[str, int], depth: int, factors: np.ndarray) -> Iterator[tuple]:
-        """(bound, node, relation, factors) of each step further back, the most promising first."""
+        """Yields (bound, node, relation, factors) of each extension by one edge, the largest bound first."""
         node_type, row = node
         found = []
         relations = {
@@ -91,8 +93,8 @@ class _Search:
             at = slice(*adjacency.receiver_start[row : row + 2])
             senders = adjacency.senders[at]
             ahead = np.zeros((len(senders), len(self.channels)))
-            # By how many steps a path still takes and by tower: all rounds that have so many left walk the same paths,
-            # while a path of one tower need not be one of another's.
+            # By remaining steps and branch: layers with the same number of remaining steps share paths, while a path
+            # of one branch need not exist in another.
             bound = np.zeros((self.longest, len(self.decomposition.branches), len(senders)))
             walked = np.zeros(self.longest, bool)
             for c, (t, level) in enumerate(self.channels):
@@ -114,14 +116,14 @@ class _Search:
         return iter(sorted(found, key=lambda step: -step[0]))
 
     def paths(self) -> Iterator[Path]:
-        """Every path of positive value, from the largest down."""
-        order = itertools.count()  # breaks ties, so that nothing else is compared
+        """Yields all paths with a positive contribution, largest first."""
+        order = itertools.count()  # breaks ties, so that paths are never compared
         heap: list[tuple] = []
 
         def reach(nodes: tuple, steps: tuple, factors: np.ndarray) -> None:
             depth = len(steps)
-            ids, words = self.value(nodes[-1], depth, factors)
-            heapq.heappush(heap, (-(ids + words), next(order), Path(nodes, steps, ids + words, ids, words), None))
+            ids, text = self.value(nodes[-1], depth, factors)
+            heapq.heappush(heap, (-(ids + text), next(order), Path(nodes, steps, ids + text, ids, text), None))
             go_on(nodes, steps, self.longer(nodes[-1], depth, factors))
 
         def go_on(nodes: tuple, steps: tuple, ahead: Iterator[tuple]) -> None:
@@ -143,9 +145,17 @@ class _Search:
 def best_paths(
     decomposition: ScoreDecomposition, user: int, item: int, count: int, *, against: bool = False
 ) -> list[Path]:
-    """The `count` paths that add most to the score of the item, the largest first; fewer where fewer add anything.
+    """Finds the paths with the largest contributions to a score, exactly.
 
-    against: those that take most away, the most negative first. Exact: no path is left out for being unlikely.
+    Args:
+      decomposition: of the model.
+      user: user row.
+      item: item row.
+      count: number of paths.
+      against: find the most negative contributions instead.
+
+    Returns:
+      Paths, the largest absolute contribution first; fewer than `count` if fewer have that sign.
     """
     sign = -1 if against else 1
     paths = _Search(decomposition, user, item, sign).paths()
@@ -171,32 +181,32 @@ def _entries(branch: BranchTerms, user: int, item: int, sign: int) -> dict[str, 
 def _bounds(
     decomposition: ScoreDecomposition, branch: BranchTerms, entries: dict[str, _Entry], best: np.ufunc
 ) -> list[list[dict[str, np.ndarray]]]:
-    """[round][steps left][node type]: the largest (or smallest) value of such a path on from each node.
+    """Computes [layer][remaining steps][node type]: the largest (or smallest) continuation from each node.
 
-    Without the factors before the node; `UNREACHABLE`, or its negative, where there is no such path.
+    Factors before the node are excluded; `UNREACHABLE`, or its negative, where no path exists.
     """
     none = UNREACHABLE if best is np.maximum else -UNREACHABLE
     bounds = [[{t: entry.ids + entry.text for t, entry in entries.items()}]]
     for level in range(1, len(branch.ids)):
         bounds.append([{t: entry.text * entry.again[level] for t, entry in entries.items()}])
         for before in bounds[level - 1]:
-            here = {t: np.full(len(entry.ids), none) for t, entry in entries.items()}
+            bound = {t: np.full(len(entry.ids), none) for t, entry in entries.items()}
             for relation, edge in branch.weights.edge.items():
                 adjacency, target = decomposition.adjacencies[relation], relation.target
                 scaled = branch.weights.source_scale[relation] * before[relation.source]
                 best_received = _over_edges(adjacency, np.asarray(edge * scaled[adjacency.senders]), best, none)
-                here[target] = best(here[target], branch.weights.gate[relation][level - 1] * best_received)
-            bounds[level].append(here)
+                bound[target] = best(bound[target], branch.weights.gate[relation][level - 1] * best_received)
+            bounds[level].append(bound)
     return bounds
 
 
 def _over_edges(
     adjacency: Adjacency, values: Float[np.ndarray, "E"], best: np.ufunc, none: float
 ) -> Float[np.ndarray, "targets"]:
-    """The best of what each node is told, `none` for one that hears nobody."""
+    """Returns the best value over each node's incoming edges, `none` without edges."""
     start = np.asarray(adjacency.receiver_start)
-    there = np.flatnonzero(np.diff(start))
+    connected = np.flatnonzero(np.diff(start))
     out = np.full(len(start) - 1, none)
-    if len(there):
-        out[there] = best.reduceat(values, start[there])
+    if len(connected):
+        out[connected] = best.reduceat(values, start[connected])
     return out

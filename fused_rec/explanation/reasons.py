@@ -1,4 +1,4 @@
-"""Parts of a score in plain words: stable codes for machines, sentences for people, and both as one record."""
+"""Reasons for a recommendation from the contributions to its score: stable codes, sentences for people, records."""
 
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from fused_rec.explanation.decomposition import (
     scores,
 )
 
-NAMED = 2  # holdings that a sentence names
-LISTED = 20  # parts that a record lists by their source; those of less weight are added up by kind
-LEAST_SHARE = 0.05  # of all that speaks for an item: what weighs less is no reason
+NAMED = 2  # items that a sentence names
+LISTED = 20  # contributions that a record lists by source, largest first; the others are summed by kind
+LEAST_SHARE = 0.05  # smallest share of the positive contributions that counts as a reason
 
-# Codes stay as they are once published: other systems count and filter by them. No sentence names another customer.
+# Codes are stable, since other systems count and filter by them. No sentence names another customer.
 OTHER_TIE = "TIES"
 CODES = {
     INTERACTION: "HOLDINGS",
@@ -36,7 +36,7 @@ NO_POSITIVE_CONTRIBUTION = "NO_POSITIVE_CONTRIBUTION"
 
 
 class Reason(NamedTuple):
-    """share: of the sum of all that speaks for the item, from 0 to 1."""
+    """Reason with its code, its sentence and its share of the positive contributions, from 0 to 1."""
 
     code: str
     text: str
@@ -44,7 +44,12 @@ class Reason(NamedTuple):
 
 
 def names(table: pa.Table, id_column: str) -> list[str]:
-    """What rows are called: their `name` where they have one, else their id."""
+    """Returns display names of the rows: `name` if present, else the id.
+
+    Args:
+      table: user or item table.
+      id_column: column of the ids.
+    """
     ids = table.column(id_column).to_pylist()
     if "name" not in table.column_names:
         return ids
@@ -52,7 +57,16 @@ def names(table: pa.Table, id_column: str) -> list[str]:
 
 
 def reasons(dataset: Dataset, contributed: Contributions, column: int = 0) -> list[Reason]:
-    """Why, the weightiest first: kinds of parts that add at least `LEAST_SHARE` of all that speaks for the item."""
+    """Lists the kinds of contributions with at least `LEAST_SHARE` of the positive ones, largest first.
+
+    Args:
+      dataset: tables, for display names.
+      contributed: contributions of one user.
+      column: which of its items.
+
+    Returns:
+      At least one reason; `NO_POSITIVE_CONTRIBUTION` if no contribution is positive.
+    """
     by_kind: dict[str, float] = {}
     value = contributed.value[:, column]
     for kind, part in zip(contributed.kind, value.tolist(), strict=True):
@@ -94,10 +108,18 @@ def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray
 
 
 def record(decomposition: ScoreDecomposition, dataset: Dataset, user: int, items: list[int]) -> list[dict[str, Any]]:
-    """One row of reasons.jsonl an item: user_id, item_id, score, parts (kind, source, value), reasons (code, text).
+    """Builds the rows of reasons.jsonl.
 
-    The values of the parts sum to the score. source: the id of the product held or of the customer heard; None for the
-    customer's own, for popularity, and for the sum of a kind's parts beyond the `LISTED` of most weight.
+    Args:
+      decomposition: of the model.
+      dataset: tables.
+      user: user row.
+      items: item rows.
+
+    Returns:
+      For each item a dictionary with user_id, item_id, score, parts (kind, source, value) and reasons (code, text). The
+      values of the parts sum to the score. `source` is the id of the item or neighboring user; None for the user's own
+      contributions, for popularity, and for the sum of a kind beyond the `LISTED` largest.
     """
     contributed, given = contributions(decomposition, user, items), scores(decomposition, user)
     ids = {INTERACTION: dataset.items.column("item_id")}

@@ -1,13 +1,13 @@
-"""Which words count: what a user's and an item's own texts add to a score, split over their words.
+"""Token attribution: integrated gradients of a score over the words of the user's and the item's own texts.
 
-Integrated gradients (Sundararajan, Taly and Yan, 2017, arXiv 1703.01365) from texts that are mute to the texts as they
-are, through the language model, the whitening, gates, affinities and every round of the propagation at once. At a share
-a of the way every word's embedding is a times its own, and so are the texts' TF-IDF vectors; special tokens, positions
-and the mask stay. A word's value is its embedding's dot product with the gradient of the score, averaged over the way,
-and the values sum to the score less that of the mute texts.
+Integrated gradients (Sundararajan, Taly and Yan, 2017, arXiv 1703.01365) run from baseline texts to the real texts,
+through the language model, whitening, gates and all propagation layers. At position a of the path, token embeddings and
+TF-IDF vectors are scaled by a; special tokens, position embeddings and the mask are constant, so that the baseline has
+zero token embeddings. The attribution of a token is the dot product of its embedding with the gradient, averaged over
+the path; attributions sum to the score minus the baseline score.
 
-What moves are the vectors of these two nodes. Held fixed: other nodes' words, which nodes hear each other for similar
-words and with which weight, the whitening, and those of the two nodes' own texts that are not split.
+Only the text features of the two nodes change. Constant: text of other nodes, text-kNN edges and their weights, the
+whitening, and those texts of the two nodes that are not attributed.
 """
 
 import dataclasses
@@ -34,16 +34,21 @@ from fused_rec.training.train_step import GraphInputs, compile_key
 from fused_rec.training.train_step import embed_nodes as embed_nodes
 
 SIDES = (USER, ITEM)
-POINTS = (24, 48, 96, 192)  # of a Gauss-Legendre rule, until one is good enough; 16 leave some of MiniLM 14 % off
-TOGETHER = 8  # points that the encoder takes at once
-TOLERANCE = 0.01  # of the difference of scores: by so much the values may miss it
-LEAST = 1e-3  # of the score: a smaller difference is measured by this, since float32 hardly tells it from none
-LIMIT = 4  # texts of a node that are split
-AGREES = 1e-3  # by so much a unit vector made anew may stray from the graph's
+POINTS = (
+    24,
+    48,
+    96,
+    192,
+)  # Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %
+TOGETHER = 8  # points per encoder call
+TOLERANCE = 0.01  # largest relative error of the sum of attributions
+LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
+LIMIT = 4  # texts per node that are attributed
+AGREES = 1e-3  # largest deviation of a recomputed unit vector from the graph's
 
 
 class Text(NamedTuple):
-    """A text of the pair: side "user" or "item", and its weight in the mean of its node's texts."""
+    """Text of the pair: its side ("user" or "item") and its weight in the mean of its node's texts."""
 
     side: str
     text: str
@@ -51,7 +56,7 @@ class Text(NamedTuple):
 
 
 class TokenValue(NamedTuple):
-    """`token` is `texts[text].text[start:end]` of its `TokenAttribution`; value: what it adds to the score."""
+    """Attribution `value` of a word; `token` is `texts[text].text[start:end]` of its `TokenAttribution`."""
 
     side: str
     text: int
@@ -62,11 +67,16 @@ class TokenValue(NamedTuple):
 
 
 class TokenAttribution(NamedTuple):
-    """One score over words, in the order of texts and places.
+    """Attribution of one score to words.
 
-    texts: those that are split, the user's first. left_out: how many more the two have, which are held as they are.
-    score, baseline: with these texts and with them mute. error: |sum of values - (score - baseline)| over
-    |score - baseline|, at most `TOLERANCE`. points: of the rule that reached it.
+    Attributes:
+      tokens: words in the order of texts and positions.
+      texts: the attributed texts, the user's first.
+      left_out: number of the pair's other texts, which stay constant.
+      score: score with these texts.
+      baseline: score with baseline texts.
+      error: |sum of values - (score - baseline)| / |score - baseline|, at most `TOLERANCE`.
+      points: points of the quadrature rule.
     """
 
     tokens: list[TokenValue]
@@ -80,7 +90,7 @@ class TokenAttribution(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attributor:
-    """What has to be known of all texts to split any pair's. means: of each node's texts, by side."""
+    """Encoder, text vectors and whitening of a run. means: mean text vector of each node, by side."""
 
     config: Config
     params: PyTree
@@ -96,22 +106,30 @@ class Attributor:
 
 
 def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor:
-    """Opens the texts of a trained model: encodes them, or takes their vectors from the cache, and counts terms.
+    """Prepares token attribution for a trained model: encodes all texts (cached) and fits TF-IDF.
 
-    Raises ValueError where there are no words to split (variant graph, control random, no texts on either side), or
-    where they led through a language model that was trained along.
+    Args:
+      config: settings of the run.
+      params: parameters.
+      prepared: tables, split and graph.
+
+    Returns:
+      The input of `attribute_tokens`.
+
+    Raises:
+      ValueError: the model uses no text (variant graph, features random, or no texts), or its encoder is fine-tuned.
     """
     if config.model.variant == "graph" or config.text.features == "random":
         why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
-        raise ValueError(f"{why}; this model hears no words, so ask one of variant fused or text with true words")
+        raise ValueError(
+            f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"
+        )
     if config.text.finetune != "frozen":
         why = f"text.finetune is {config.text.finetune}"
-        raise ValueError(
-            f"{why}; words are told of a language model as published, so ask a model of text.finetune frozen"
-        )
+        raise ValueError(f"{why}; token attribution needs a frozen encoder, a run with text.finetune frozen")
     texts = node_texts(prepared.dataset, prepared.observed)
     if not texts.texts:
-        raise ValueError(f"{prepared.dataset.name} has no texts; there are no words to split a score over")
+        raise ValueError(f"{prepared.dataset.name} has no texts; token attribution needs texts")
     model, limits = open_model(config.text.model, offline=config.text.offline), config.text
     encoded = encode_texts(
         texts.texts, model, cache=limits.cache, batch_tokens=limits.batch_tokens, max_tokens=limits.max_tokens
@@ -133,14 +151,22 @@ def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor
 
 
 def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIMIT) -> TokenAttribution:
-    """What each word of the user's and of the item's own texts adds to the score of the pair.
+    """Attributes the score of a pair to the words of the user's and the item's own texts.
 
-    limit: of each node so many texts are split, those that change the score most, to first order, if the mean of all
-    texts took their place. A point costs one pass through the graph and back and one through the encoder and back for
-    each text.
+    Each point of the path costs a forward and backward pass of the graph model, and one of the encoder per text.
+
+    Args:
+      read: of `attributor`.
+      user: user row.
+      item: item row.
+      limit: texts per node to attribute: those whose replacement by the mean text changes the score most, to first
+        order.
+
+    Returns:
+      The attribution.
 
     Raises:
-      ArithmeticError: 192 points miss the difference of scores by more than `TOLERANCE`.
+      ArithmeticError: 192 points miss the score difference by more than `TOLERANCE`.
       ValueError: the texts no longer give the vectors that the graph has.
     """
     rows = user, item
@@ -162,13 +188,13 @@ def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIM
     sides, texts, shares = _chosen(read, rows, worded, slope, centre, limit)
     count = sum(int((_links_of(read.texts, side)[0] == row).sum()) for side, row in zip(SIDES, rows, strict=True))
     moved = _embed_tokens(read, texts)
-    # What the texts that are split leave of each mean.
+    # The mean of each node without the attributed texts.
     weight = (sides[None, :] == np.arange(2)[:, None]) * shares[None, :].astype(np.float64)
     rest = own - weight @ read.vectors[texts]
-    mute = np.zeros((len(moved), read.model.config.hidden_size), np.float32)
+    baseline_vectors = np.zeros((len(moved), read.model.config.hidden_size), np.float32)
     for place, text in enumerate(moved):
-        mute[place] = _encoded(read, text, np.zeros(1))[0]
-    baseline, _ = scored(rest + weight @ _joined(read, mute, 0.0 * _counted(read, texts)))
+        baseline_vectors[place] = _encoded(read, text, np.zeros(1))[0]
+    baseline, _ = scored(rest + weight @ _joined(read, baseline_vectors, 0.0 * _counted(read, texts)))
     difference = score - baseline
     for points in POINTS if len(texts) else (0,):
         by_token, by_term = _integrated(read, moved, texts, weight, rest, points, scored)
@@ -234,7 +260,7 @@ def _chosen(
 
 
 class _EmbeddedTokens(NamedTuple):
-    """A text on its way: its tokens, their embeddings [L, H], padded, the mask, and which of them move."""
+    """Tokens of a text, padded: embeddings [L, H], mask, and which of them are scaled along the path."""
 
     tokens: Tokens
     embeddings: Float32[np.ndarray, "L H"]
@@ -246,7 +272,7 @@ def _embed_tokens(read: Attributor, texts: Int[np.ndarray, "B"]) -> list[_Embedd
     table, found = read.model.params["word"]["embedding"], []
     written = [read.texts.texts[text] for text in texts]
     for cut in tokens(written, read.model, max_tokens=read.config.text.max_tokens) if written else ():
-        # Powers of two: few lengths are compiled.
+        # Powers of two limit the number of compilations.
         length = min(max(16, 1 << (len(cut.ids) - 1).bit_length()), read.model.config.max_position_embeddings)
         fill = (0, length - len(cut.ids))
         ids, mask = np.pad(cut.ids, fill), np.arange(length) < len(cut.ids)
@@ -261,12 +287,12 @@ def _counted(read: Attributor, texts: Int[np.ndarray, "B"]) -> Float32[np.ndarra
 def _joined(
     read: Attributor, encoded: Float[np.ndarray, "B H"], counted: Float[np.ndarray, "B _"]
 ) -> Float[np.ndarray, "B D"]:
-    """Vectors of texts as `concat_normalized` makes them, by the scales of all texts."""
+    """Concatenates vectors as `concat_normalized` does, with the scales of all texts."""
     return np.concatenate([encoded / read.scale[0], counted / read.scale[1]], axis=1)
 
 
 def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"]) -> Float32[np.ndarray, "n H"]:
-    """The encoder's vectors of a text at these shares of the way."""
+    """Encodes a text at these positions of the path."""
     model = read.model
     made = [
         _encode(read.weights, _at(text, some), text.mask, model.config, model.pooling, model.normalize)
@@ -278,7 +304,7 @@ def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray
 def _token_gradients(
     read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"], slope: Float[np.ndarray, "n H"]
 ) -> Float32[np.ndarray, "n L"]:
-    """By points and tokens: the dot product of each embedding with its gradient, given that of the text's vector."""
+    """Computes the dot product of each token embedding with its gradient, by point and token."""
     model, own = read.model, np.where(text.moves[:, None], text.embeddings, 0)
     slopes = _together(slope.astype(np.float32))
     made = [
@@ -295,7 +321,7 @@ def _pooling(model: PretrainedModel) -> tuple[str, bool]:
 
 
 def _together(x: Float[np.ndarray, "n ..."]) -> list[np.ndarray]:
-    """Parts of `TOGETHER` rows each, the last filled up with zeros: one shape is compiled."""
+    """Splits rows into chunks of `TOGETHER`, the last padded with zeros, for one compiled shape."""
     fill = [(0, -len(x) % TOGETHER)] + [(0, 0)] * (x.ndim - 1)
     return np.split(np.pad(x, fill), range(TOGETHER, len(x), TOGETHER))
 
@@ -314,7 +340,7 @@ def _integrated(
     points: int,
     scored: Any,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Values of the tokens [L] of each text and of its terms, by the terms' rows of the lexicon [V]."""
+    """Integrates the attributions of tokens [L] and of TF-IDF terms [V] of each text."""
     if not points:
         return [], []
     nodes, parts = np.polynomial.legendre.leggauss(points)
@@ -342,7 +368,7 @@ def _integrated(
 
 
 def _spans(cut: Tokens, values: Float64[np.ndarray, "L"]) -> list[tuple[int, int, float]]:
-    """(start, end, value) of the words that the tokens are parts of, in their order."""
+    """Sums token attributions by word: (start, end, value) in order."""
     found: dict[int, tuple[int, int, float]] = {}
     for word, (start, end), value in zip(cut.words, cut.spans, values.tolist(), strict=False):
         if word is not None:
@@ -354,10 +380,7 @@ def _spans(cut: Tokens, values: Float64[np.ndarray, "L"]) -> list[tuple[int, int
 def _with_terms(
     spans: list[tuple[int, int, float]], counted: TfidfModel, text: str, values: Float64[np.ndarray, "V"]
 ) -> list[tuple[int, int, float]]:
-    """The values of terms added to the words they stand in, by characters in common; elsewhere as words of their own.
-
-    All occurrences of a term share its value evenly. What the encoder's limit cuts off is counted all the same.
-    """
+    """Adds term attributions, divided over their occurrences, to the words they overlap, else as separate spans."""
     places = list(counted.occurrences(text))
     often = np.bincount([row for *_, row in places], minlength=len(values))
     starts, ends = (np.array([span[side] for span in spans], np.int64) for side in (0, 1))
@@ -382,7 +405,7 @@ def _encode(
     pooling: Any,
     normalize: bool,
 ) -> Float32[Array, "n H"]:
-    """`encode` from word embeddings: the tokens at hand are a vocabulary of their own."""
+    """Encodes from token embeddings, which form a temporary vocabulary."""
     count, length, width = embeddings.shape
     own = dataclasses.replace(config, vocab_size=count * length)
     weights = {**weights, "word": {"embedding": jnp.reshape(embeddings, (-1, width))}}
@@ -411,7 +434,7 @@ def _vectors(
     centre: Float32[AnyArray, "2 D"],
     matrix: Float32[AnyArray, "2 D D"],
 ) -> Float32[Array, "2 D"]:
-    """The two nodes' vectors, as `node_vectors` makes them."""
+    """Computes the text features of the two nodes, as `node_vectors` does."""
     out = jnp.einsum("sd,sde->se", means - centre, matrix, precision=jax.lax.Precision.HIGHEST)
     length = jnp.sqrt(jnp.maximum((out * out).sum(1, keepdims=True), 1e-24))
     return jnp.where(worded[:, None], out / length, 0)
@@ -426,7 +449,7 @@ def _score(
     means: Float32[AnyArray, "2 D"],
     *space: AnyArray,
 ) -> tuple[Float32[Array, ""], Float32[Array, "2 D"]]:
-    """The score of a pair whose texts have these means, and its gradient in them."""
+    """Returns the score of a pair with these mean text vectors, and its gradient."""
     graph: Any = graph_inputs.graph
     places = jnp.stack([graph.node_slice(side).start + row for side, row in zip(SIDES, rows, strict=True)])
 

@@ -1,4 +1,4 @@
-"""What a page about a finished run tells: found once, as plain values, for `fused_rec.reporting.page` to draw."""
+"""Content of the HTML report of a finished run, as plain values for `fused_rec.reporting.page`."""
 
 import dataclasses
 import logging
@@ -158,7 +158,7 @@ def evaluate_models(
 
 
 def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
-    """Means with 95 % intervals over users, and the own model less each other one, paired; the own one last."""
+    """Computes means with 95 % intervals, and paired differences of the own model minus each other; the own is last."""
     found = []
     for name in [*(other for other in measured if other != own), own]:
         values = {metric: measured[name].metrics[metric][None] for metric in METRICS}
@@ -177,7 +177,7 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def sliced(prepared: Prepared, per_user: UserMetrics, groups: Sequence[str]) -> tuple[Sliced, ...]:
-    """NDCG@10 by how much customers hold, by whether they are tied to anyone, and by attributes of theirs."""
+    """Computes NDCG@10 by number of interactions, presence of social edges, and customer attributes."""
     dataset = prepared.dataset
     values, rows = per_user.metrics["ndcg@10"], per_user.users
     held = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
@@ -201,14 +201,14 @@ def _named(members: Mapping[str, np.ndarray], rows: Int[np.ndarray, "V"]) -> lis
 
 
 def sample(prepared: Prepared, count: int, seed: int = 0) -> Int64[np.ndarray, "_"]:
-    """Rows of so many customers of whom the model has seen a holding, drawn at random, ascending."""
+    """Samples customers with training interactions at random; returns their rows, ascending."""
     known = np.unique(prepared.observed.user)
     drawn = np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False)
     return np.sort(drawn).astype(np.int64)
 
 
 def no_passages(user: int, item: int) -> tuple[Passage, ...]:
-    """For a model of whose words nothing is told."""
+    """Returns no passages, for a model without token attribution."""
     return ()
 
 
@@ -286,7 +286,7 @@ def recommended(
 
 
 def _best_interaction(contributed: Contributions) -> int | None:
-    """The holding that speaks most for the first of the items, if one does."""
+    """Returns the interaction with the largest positive contribution to the first item, if any."""
     values = {
         int(source): value
         for kind, source, value in zip(
@@ -328,7 +328,7 @@ class _Names:
 
 
 def relation_label(relation: Relation) -> str:
-    """How the node above is related to the one below, in the words of a path that goes down from the customer."""
+    """Returns the label of a relation in a path diagram that starts at the customer."""
     if relation == INTERACTED_BY:
         return "holds"
     if relation == INTERACTS:

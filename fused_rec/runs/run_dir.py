@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time writes there."""
+"""Lock of a run directory: one process at a time writes to it."""
 
 import contextlib
 import datetime
@@ -23,10 +23,10 @@ class BusyError(OSError):
 
 @contextlib.contextmanager
 def lock_run_dir(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` where there is none, and holds it against other processes until the block ends.
+    """Creates `workdir` if needed and locks it against other processes until the block ends.
 
-    The system keeps the lock and lets go of it when the process ends, however it ends. Whoever only reads needs none.
-    A folder that the block leaves empty is removed again.
+    The system releases the lock when the process ends, in any way. Readers need no lock. A new folder that is empty
+    after the block is removed.
 
     Raises:
       BusyError: another process holds it.

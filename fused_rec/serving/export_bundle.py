@@ -1,4 +1,4 @@
-"""A finished run as a folder that others read without this package, as the Hugging Face Hub shows models.
+"""Export of a finished run: a folder readable without this package, in the layout of the Hugging Face Hub.
 
 OUT/
   users.safetensors    `vectors` float32 [U, D] and, in the metadata, `ids`: JSON, one a row
@@ -9,7 +9,7 @@ OUT/
   README.md            the model card, with its metadata and how to load all this
   items.faiss          where asked for: an exact inner-product index of Faiss, its numbers the rows of the products
 
-Vectors tell of the people in the tables, and the ids are theirs: keep the folder as you keep the tables.
+The vectors contain information about the users, and ids are included: protect the folder as the tables.
 """
 
 import hashlib
@@ -49,7 +49,11 @@ FILES = {  # what each holds, for the card
 
 
 def check(out: Path, *, faiss: bool = False) -> None:
-    """What can be known before a run is opened.
+    """Checks the output folder and libraries before a run is loaded.
+
+    Args:
+      out: folder to write.
+      faiss: whether an index is asked for.
 
     Raises:
       FileExistsError: `out` is a file, a folder that holds anything, or where a disk is mounted.
@@ -63,9 +67,15 @@ def check(out: Path, *, faiss: bool = False) -> None:
 def export_bundle(
     out: Path, config: Config, prepared: Prepared, state: TrainState, results: Mapping[str, Any], *, faiss: bool = False
 ) -> None:
-    """Writes the folder: the whole of it or, where this fails, nothing.
+    """Writes the folder atomically.
 
-    out: new, or empty. results: of the run, as in `results.json`. faiss: whether to write the index too.
+    Args:
+      out: a new or empty folder.
+      config: settings of the run.
+      prepared: tables, split and graph.
+      state: of the selected step.
+      results: content of `results.json`.
+      faiss: also write a Faiss index.
 
     Raises:
       FileExistsError, ImportError: as `check` does.

@@ -1,4 +1,4 @@
-"""A finished run put to use: loaded from its workdir, ranking products for customers under rules, part by part."""
+"""Serving a finished run: load it from its workdir and rank items for users under rules, in chunks of users."""
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ from fused_rec.training.inputs import Prepared, init_state, prepare, read, with_
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import TABLES, check_tables, read_finished
 
-CHUNK_USERS = 65_536  # customers whose rankings are in memory at once
+CHUNK_USERS = 65_536  # users whose rankings are in memory at once
 SCHEMA = pa.schema(
     {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32()}  # rank from 1
 )
 
 
 class RankedChunk(NamedTuple):
-    """The rankings of some customers: as rows of `SCHEMA`, and as `screen` found them for these rows of the users."""
+    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank_with_filters`."""
 
     table: pa.Table
     users: Int64[np.ndarray, "V"]
@@ -45,20 +45,23 @@ def load(
     data_path: str | Path | None = None,
     cache: str | Path | None = None,
 ) -> tuple[Config, Prepared, TrainState]:
-    """Opens a finished run, ready to rank: its config, its tables and graph, and the state that was chosen.
+    """Loads a finished run for ranking.
 
     Args:
-      workdir: the run's folder.
-      split: what will be asked of it. A refitted run has learned from the validation part, so for "valid" the model
-        that chose its step comes back, with the graph of the training part alone.
-      data_path: where the same tables lie now; None = where they were at training.
-      cache: the folder of text vectors; None = that of training.
+      workdir: folder of the run.
+      split: the split to evaluate. A refitted run was trained on the validation split, so "valid" loads the model of
+        step selection, with the graph of the training split alone.
+      data_path: current folder of the tables; None = that of the training.
+      cache: current folder of cached text embeddings; None = that of the training.
+
+    Returns:
+      The config, the prepared tables and graph, and the state of the selected step.
 
     Raises:
-      TablesChangedError: the tables have changed since.
-      NoFolderError: the tables are not there.
-      CacheError: words are encoded, and the cache of their vectors cannot be made.
-      CheckpointError: the state that was chosen is damaged; no other one takes its place.
+      TablesChangedError: the tables differ from those of the training.
+      NoFolderError: the folder of the tables does not exist.
+      CacheError: text must be encoded, and the cache cannot be created.
+      CheckpointError: the selected checkpoint is damaged; no other one is used instead.
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
@@ -78,14 +81,19 @@ def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: 
     if data_path is not None:
         values["data"]["path"] = str(Path(data_path).expanduser().resolve())
     elif kept.name == TABLES and not kept.is_dir() and (workdir / TABLES).is_dir():
-        values["data"]["path"] = str((workdir / TABLES).resolve())  # the workdir was moved, and these tables with it
+        values["data"]["path"] = str((workdir / TABLES).resolve())  # the workdir was moved with its tables
     if cache is not None:
         values["text"]["cache"] = str(cache)
     return from_dict(values)
 
 
 def model_digest(workdir: str | Path, split: str = "test") -> str:
-    """SHA-256 that tells the state `load` gives from every other: of its checkpoint's manifest, config included."""
+    """Returns the SHA-256 of the selected checkpoint's manifest, which identifies parameters and config.
+
+    Args:
+      workdir: folder of the run.
+      split: as for `load`.
+    """
     _, checkpoints, step = _chosen(Path(workdir), split)
     return checkpoints.digest(step)
 
@@ -96,16 +104,23 @@ def _chosen(workdir: Path, split: str) -> tuple[Config, Checkpoints, int]:
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
     if step not in checkpoints.steps():
         raise FileNotFoundError(
-            f"{workdir / phase} does not hold the checkpoint of step {step}, which was chosen; train in a new workdir"
+            f"{workdir / phase} does not hold the checkpoint of the selected step {step}; train in a new workdir"
         )
     return config, checkpoints, step
 
 
 def as_texts(ids: Any, what: str = "users") -> list[str]:
-    """Ids as the tables have them, from text and integers of Python, NumPy, Arrow, pandas or polars.
+    """Converts ids to text, as in the tables.
 
-    what: how messages call them. Raises ValueError for a single id in place of a list, and for what is no id (a float,
-    a missing value, a boolean).
+    Args:
+      ids: text or integers in a list, or in an array or column of NumPy, Arrow, pandas or polars.
+      what: name of the argument in messages.
+
+    Returns:
+      The ids in their order.
+
+    Raises:
+      ValueError: a single id instead of a list, or an entry that is neither text nor integer.
     """
     if isinstance(ids, str):
         raise ValueError(f"{what} is {ids!r}, one string; give a list of ids")
@@ -121,9 +136,17 @@ def as_texts(ids: Any, what: str = "users") -> list[str]:
 
 
 def user_rows(dataset: Dataset, ids: Any) -> Int64[np.ndarray, "B"]:
-    """Rows of the customers with these ids, each once; all customers for None, and none where no id is given.
+    """Looks up user rows by id.
 
-    Raises ValueError naming an id that is unknown or, as `as_texts`, no id.
+    Args:
+      dataset: tables.
+      ids: user ids, as for `as_texts`; None = all users.
+
+    Returns:
+      Each row once, in the order of the ids.
+
+    Raises:
+      ValueError: an id is unknown (names it), or neither text nor integer.
     """
     if ids is None:
         return np.arange(dataset.n_users)
@@ -132,19 +155,28 @@ def user_rows(dataset: Dataset, ids: Any) -> Int64[np.ndarray, "B"]:
     if rows.null_count:
         first = asked[rows.is_null().to_pylist().index(True)]
         raise ValueError(
-            f"{rows.null_count} unknown customer ids, first {first!r}; {dataset.name} has {dataset.n_users}"
+            f"{rows.null_count} unknown user ids, first {first!r}; {dataset.name} has {dataset.n_users} users"
         )
     return rows.to_numpy().astype(np.int64)
 
 
 def candidate_filter(dataset: Dataset, rules: Sequence[Rule] = (), *, include_seen: bool = False) -> CandidateFilter:
-    """The rules on these tables, and last, unless `include_held`, that nobody gets what they hold in any part.
+    """Compiles rules for these tables; by default the last rule refuses the user's interactions of all splits.
 
-    Raises ValueError where `include_held` contradicts the rules, and as `rules.apply` does.
+    Args:
+      dataset: tables.
+      rules: suitability rules.
+      include_seen: do not add that last rule.
+
+    Returns:
+      The filter.
+
+    Raises:
+      ValueError: `include_seen` contradicts a rule, or a rule does not fit the tables.
     """
     asked = [rule.name for rule in rules if isinstance(rule, Refuse) and rule.held]
     if asked and include_seen:
-        raise ValueError(f"rule {asked[0]!r} refuses what a customer holds, and include_held asks for it; drop one")
+        raise ValueError(f"rule {asked[0]!r} refuses seen items, and include_seen includes them; drop one")
     if not asked and not include_seen:
         rules = (*rules, Refuse(SEEN_RULE, held=True))
     held = item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
@@ -161,21 +193,41 @@ def recommend(
     *,
     include_seen: bool = False,
 ) -> pa.Table:
-    """The k best products of each customer (of all for None), fewer for one who holds nearly everything.
+    """Recommends the k best items to each user. For many users, or with rules: `rank_chunks`.
 
-    Returns rows of `SCHEMA`. Products that the customer holds in any part of the split are left out unless
-    `include_held`. Raises ValueError naming unknown ids. For many customers, or under rules: `rank_chunks`.
+    Args:
+      config: settings of the run.
+      prepared: tables, split and graph.
+      state: of the selected step.
+      ids: user ids; None = all users.
+      k: items per user.
+      include_seen: also recommend items that the user has interacted with in any split.
+
+    Returns:
+      A table of `SCHEMA`; a user with fewer than k candidates has fewer rows.
+
+    Raises:
+      ValueError: an id is unknown (names it).
     """
     dataset = prepared.dataset
-    may = candidate_filter(dataset, include_seen=include_seen)
+    candidates = candidate_filter(dataset, include_seen=include_seen)
     rows = user_rows(dataset, ids)
     require_table(dataset, len(rows), k)
-    found = rank_chunks(scorer(config, prepared, state), dataset, may, rows, k)
-    return pa.concat_tables([SCHEMA.empty_table(), *(part.table for part in found)])
+    chunks = rank_chunks(scorer(config, prepared, state), dataset, candidates, rows, k)
+    return pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
-    """Raises InsufficientMemoryError where the rankings of so many customers do not fit as one table of `SCHEMA`."""
+    """Checks that the rankings of all users fit in memory as one table.
+
+    Args:
+      dataset: tables.
+      n_users: users to rank.
+      k: items per user.
+
+    Raises:
+      InsufficientMemoryError: they do not fit.
+    """
     row = 16 + sum(
         _mean_length(table, name) for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
     )
@@ -185,12 +237,12 @@ def require_table(dataset: Dataset, n_users: int, k: int) -> None:
 
 
 def _mean_length(table: pa.Table, name: str) -> float:
-    """Bytes of an id as Arrow has it."""
+    """Returns the mean bytes of an id in Arrow."""
     return 4 + table.column(name).nbytes / max(table.num_rows, 1)
 
 
 def count_chunks(n_users: int) -> int:
-    """Parts in which `rank_chunks` ranks for so many customers."""
+    """Returns the number of chunks in which `rank_chunks` ranks this many users."""
     return -(-n_users // CHUNK_USERS)
 
 

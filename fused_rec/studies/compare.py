@@ -1,4 +1,4 @@
-"""study(config, names, seeds, out): every variant with every seed, each in a run of its own, and one report of all.
+"""Comparison of variants and baselines over seeds: a run for each variant and seed, and a report.
 
 out/
   runs/VARIANT/SEED/   as `fused_rec.training.trainer.run_training` leaves it; a baseline has seed 0 and no checkpoints
@@ -59,7 +59,7 @@ class MissingExtraError(Exception):
 
 @dataclasses.dataclass
 class _Outcomes:
-    """What became of the runs so far."""
+    """Results, failures and skipped names so far."""
 
     task: str
     out: Path
@@ -199,7 +199,20 @@ def check_names(names: Sequence[str]) -> None:
 def applicable(
     config: Config, names: Sequence[str], dataset: Dataset, data_split: Split
 ) -> tuple[list[str], dict[str, str]]:
-    """Names to run, in their order, and why each other one is not. Raises ValueError where none is left."""
+    """Selects the names that apply to these tables.
+
+    Args:
+      config: the base config.
+      names: of variants and baselines.
+      dataset: tables.
+      data_split: split of the tables.
+
+    Returns:
+      The applicable names in their order, and the reason for each skipped one.
+
+    Raises:
+      ValueError: no name applies.
+    """
     observed = observe(dataset, data_split)
     there = {"text": bool(node_texts(dataset, observed).texts), "ties": observed.ties.num_rows > 0}
     kept: list[str] = []
@@ -227,9 +240,14 @@ def applicable(
 
 
 def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared, folder: Path) -> None:
-    """Chooses a baseline's settings on validation, measures it, and leaves what a trained run leaves.
+    """Tunes a baseline on validation, evaluates it, and writes the same files as a trained run.
 
-    alone: the training part; seen: what may be seen before the test part is read.
+    Args:
+      config: the base config.
+      name: a key of `BASELINES`.
+      alone: inputs of the training split.
+      seen: inputs for the test split; they include validation interactions after a refit.
+      folder: of the run.
     """
     began = time.monotonic()
     settings = choose_settings(name, alone, config.train.metric)
@@ -258,7 +276,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
 
 
 def hardware() -> dict[str, Any]:
-    """What the seconds depend on."""
+    """Describes machine and devices, on which run times depend."""
     devices = jax.local_devices()
     return {
         "machine": platform.machine(),

@@ -1,4 +1,4 @@
-"""sweep(config, folder, trials): settings chosen on validation by many short runs, shared by any number of processes.
+"""Hyperparameter tuning with Optuna: trials selected on validation, shared by any number of processes.
 
 folder/
   run.json             config and digest of the tables; another config, or changed tables, are refused
@@ -66,15 +66,23 @@ POLL_SECONDS = 0.5
 
 @computes
 def tune(config: Config, folder: str | Path, trials: int) -> Config:
-    """Runs trials in `folder` until `trials` of its study are over, and returns the config of the best one.
+    """Runs trials until `trials` of the folder's study are finished.
 
     The first trial is `config` itself; the later ones are drawn from `space(config)` by a tree-structured Parzen
     estimator (Bergstra et al., 2011) and stopped early where they fall below the median of the others. A trial sees
     training and validation parts only. Every process that is given the same folder works on the same study, and
     returns the same config; alone and with equal seeds, it repeats itself.
 
-    A trial is over when it is complete, stopped early, or has diverged. One whose process was asked to stop goes on
-    from its checkpoint in the next process; one whose process died is begun anew, once.
+    A trial is finished when it is complete, pruned or has diverged. If its process was asked to stop, the next process
+    resumes it from its checkpoint; if its process died, it is restarted once.
+
+    Args:
+      config: settings of the first trial, and all that are not searched.
+      folder: of the study.
+      trials: finished trials, over all processes.
+
+    Returns:
+      The config of the best trial.
 
     Raises:
       TablesChangedError: the folder's trials, running or over, were made of other tables.
@@ -98,9 +106,13 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
 
 
 def space(config: Config) -> dict[str, BaseDistribution]:
-    """What is searched: `SPACE`, reaching to the config's own settings, without what its variant has no use for.
+    """Returns the search space: `SPACE`, extended to the config's values, without settings that its variant ignores.
 
-    Raises ValueError where a setting of the config is 0 and its scale is logarithmic.
+    Args:
+      config: the base config.
+
+    Raises:
+      ValueError: a setting of the config is 0 and its scale is logarithmic.
     """
     found = dict(SPACE)
     if config.model.score == "dot":
@@ -116,7 +128,14 @@ def space(config: Config) -> dict[str, BaseDistribution]:
 
 
 def work(config: Config, prepared: Prepared, folder: Path, trials: int) -> None:
-    """This process's share of the trials; returns when all of them are over, whoever ran them."""
+    """Runs trials in this process; returns when the trials of all processes are finished.
+
+    Args:
+      config: the base config.
+      prepared: tables, split and graph.
+      folder: of the study.
+      trials: finished trials, over all processes.
+    """
     searched = space(config)
     with _locked(folder / STUDY_LOCK):
         study = open_study(folder)
@@ -154,7 +173,7 @@ def ask_trial(study: "optuna.Study", searched: dict[str, BaseDistribution], seed
 def run_trial(
     config: Config, prepared: Prepared, folder: Path, study: "optuna.Study", trial: "optuna.trial.Trial"
 ) -> None:
-    """Trains with the trial's settings and tells the study how it ended."""
+    """Trains with the settings of a trial and reports its result to the study."""
     tried = with_settings(config, trial.params)
 
     def report(step: int, value: float) -> None:
@@ -186,7 +205,7 @@ def run_trial(
 
 
 def finished_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
-    """The trials that count: complete, or stopped before."""
+    """Lists the finished trials: complete or pruned."""
     states = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     return study.get_trials(deepcopy=False, states=states)
 
@@ -217,7 +236,7 @@ def fail_dead_trials(study: "optuna.Study", folder: Path) -> int:
 
 
 def resume_stopped_trial(study: "optuna.Study", folder: Path) -> "optuna.trial.Trial | None":
-    """A trial whose process was asked to stop, to go on from its checkpoint; None where there is none."""
+    """Returns a trial whose process was asked to stop, to resume from its checkpoint; None if there is none."""
     for begun in _running_trials(study):
         with _locked(_lock_of(folder, begun.number), wait=False) as free:
             if free and begun.user_attrs.get(STOPPED):
@@ -228,7 +247,7 @@ def resume_stopped_trial(study: "optuna.Study", folder: Path) -> "optuna.trial.T
 
 
 def open_study(folder: Path) -> "optuna.Study":
-    """The study of `folder`, made where there is none."""
+    """Opens the study of a folder, or creates it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # at INFO it tells of every trial, as the log here does
     journal = str(folder / JOURNAL)
     lock = JournalFileOpenLock(journal)
@@ -265,7 +284,7 @@ def write_best(config: Config, folder: Path) -> Config:
 
 
 def as_source(config: Config, docstring: str) -> str:
-    """A config as a file of experiments/configs: the settings that differ from the defaults."""
+    """Formats a config as a file of experiments/configs, with the settings that differ from the defaults."""
     sections = []
     for name, defaults in to_dict(Config()).items():
         there = to_dict(config)[name]
@@ -291,7 +310,7 @@ def importances(folder: Path) -> dict[str, float]:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """Every trial that is over, in order: `trial`, `state` (complete or pruned), `value` and its settings."""
+    """Lists all finished trials in order: `trial`, `state` (complete or pruned), `value` and settings."""
     return [
         {"trial": trial.number, "state": trial.state.name.lower(), "value": trial.value, **trial.params}
         for trial in finished_trials(open_study(folder))

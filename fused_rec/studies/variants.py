@@ -1,4 +1,4 @@
-"""What is compared: the settings that make each variant of a config."""
+"""Named variants of a config: ablations, controls and published baselines, as changes of settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,9 +9,13 @@ from fused_rec.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """overrides: settings by section. needs: "text", "ties", without which it would be another variant or nothing.
+    """Variant of a config.
 
-    control: trained on words or ties that say nothing; what it reaches is not for use.
+    Attributes:
+      description: a phrase for tables and help texts.
+      overrides: changed settings, by section.
+      needs: inputs ("text", "ties") without which the variant does not exist or equals another one.
+      control: trained on uninformative text or social edges; not for use.
     """
 
     description: str
@@ -20,11 +24,11 @@ class Variant:
     control: bool = False
 
 
-# Id rows alone, trained to rank by dot products: what the published baselines below share. Rounds, factors, width
-# and noise are as published; the loss too, but for the weight of users (fused_rec/model/losses.py). Decay, the length
-# of first rows and the weight of XSimGCL's contrast (.2 as published) were chosen on Amazon's validation part, of nine
-# tries each at most; rates as high as cost it little there, since Last.fm is slow to learn. Decay is AdamW's: a
-# published L2, which Adam rescales, has no equal in it.
+# ID embeddings and dot products, as shared by the published baselines below. Layers, layer weights, dimension and noise
+# are as published, and so is the loss, except for the weight of users (fused_rec/model/losses.py). Weight decay, the
+# standard deviation of the initial embeddings and the contrastive weight of XSimGCL (.2 as published) were selected on
+# the validation split of Amazon, from at most nine values each; learning rates are as high as validation there allows,
+# since Last.fm converges slowly. Weight decay is that of AdamW; the published L2, which Adam rescales, has no equal.
 PLAIN_MODEL = {
     "variant": "graph",
     "dim": 64,
@@ -37,37 +41,37 @@ PLAIN_MODEL = {
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
-    "id_init_std": 0.01,  # rows that start short learn what is popular first, which few holdings tell best
+    "id_init_std": 0.01,  # small embeddings learn popularity first, the best signal with few interactions
 }
-FROZEN = {"finetune": "frozen"}  # where no words are read, or those of a sample stay
+FROZEN = {"finetune": "frozen"}  # for variants without text and with sampled subgraphs
 PLAIN_GRAPH = {"attributes": (), "text_knn": 0, "social_edges": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrastive_weight": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
-    "graph": Variant("without words", {"model": {"variant": "graph"}, "text": FROZEN}, needs=("text",)),
-    "text": Variant("words alone", {"model": {"variant": "text", "ease_weight": 0.0}}, needs=("text",)),
-    "no_ties": Variant("without ties", {"graph": {"social_edges": "none"}}, needs=("ties",)),
-    "no_text_knn": Variant("without text neighbours", {"graph": {"text_knn": 0}}, needs=("text",)),
+    "graph": Variant("without text", {"model": {"variant": "graph"}, "text": FROZEN}, needs=("text",)),
+    "text": Variant("text alone", {"model": {"variant": "text", "ease_weight": 0.0}}, needs=("text",)),
+    "no_ties": Variant("without social edges", {"graph": {"social_edges": "none"}}, needs=("ties",)),
+    "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, needs=("text",)),
     "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}),
-    "no_ease": Variant("without the closed-form part", {"model": {"ease_weight": 0.0}}),
-    "no_gates": Variant("relations weigh the same for every node", {"model": {"relation_gates": False}}),
-    "lora": Variant("language model trained along, by LoRA", {"text": {"finetune": "lora"}}, needs=("text",)),
-    "bfloat16": Variant("steps multiply and send bfloat16", {"train": {"compute_dtype": "bfloat16"}}),
+    "no_ease": Variant("without EASE", {"model": {"ease_weight": 0.0}}),
+    "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}),
+    "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, needs=("text",)),
+    "bfloat16": Variant("training steps in bfloat16", {"train": {"compute_dtype": "bfloat16"}}),
     "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
     "sampled": Variant(
-        "the same, and ten sampled neighbours a node and relation",
+        "the same, with ten sampled neighbors per node and relation",
         {"train": {"loss": "sampled_softmax", "num_neighbors": 10}, "text": FROZEN},
     ),
-    "shuffled_text": Variant("another node's words", {"text": {"features": "shuffled"}}, ("text",), control=True),
+    "shuffled_text": Variant("text of another node", {"text": {"features": "shuffled"}}, ("text",), control=True),
     "random_text": Variant(
-        "random vectors for words", {"text": FROZEN | {"features": "random"}}, ("text",), control=True
+        "random vectors instead of text", {"text": FROZEN | {"features": "random"}}, ("text",), control=True
     ),
     "rewired_ties": Variant(
-        "other ties, same degrees", {"graph": {"social_edges": "rewired"}}, ("ties",), control=True
+        "rewired social edges of equal degrees", {"graph": {"social_edges": "rewired"}}, ("ties",), control=True
     ),
     "bpr_mf": Variant(
-        "matrix factorisation (Rendle et al., 2009, arXiv 1205.2618)",
+        "matrix factorization with BPR (Rendle et al., 2009, arXiv 1205.2618)",
         {
             "model": PLAIN_MODEL | {"num_layers": 0},
             "text": FROZEN,
@@ -85,7 +89,7 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
     "social_lightgcn": Variant(
-        "LightGCN whose users hear their ties too",
+        "LightGCN with social edges",
         {
             "model": PLAIN_MODEL | {"num_layers": 3},
             "text": FROZEN,
@@ -107,7 +111,18 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant(config: Config, name: str) -> Config:
-    """The config with the settings of one of `VARIANTS`. Raises ValueError, listing them, for another name."""
+    """Applies a variant to a config.
+
+    Args:
+      config: the base config.
+      name: a key of `VARIANTS`.
+
+    Returns:
+      The changed config.
+
+    Raises:
+      ValueError: an unknown name; lists the known ones.
+    """
     if name not in VARIANTS:
         raise ValueError(f"variant is {name!r}; it must be one of {', '.join(VARIANTS)}")
     sections = {

@@ -1,8 +1,4 @@
-<<<<<<< HEAD:experiments/configs/__init__.py
-"""Experiment configs, one file per dataset and split: data, command, time and metric."""
-=======
 """Configs that are installed: --config=NAME. Those of public datasets are in experiments/configs."""
->>>>>>> 8779d39:fused_rec/commands/configs/__init__.py
 
 import dataclasses
 
