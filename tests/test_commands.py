@@ -39,7 +39,12 @@ def environment(folder: Path, **changes: str | None) -> dict[str, str]:
 
 def ended(folder: Path, module: str, *flags: str, **changes: str | None) -> subprocess.CompletedProcess:
     """The command, with these changes of its environment, when it is over."""
-    command = [sys.executable, "-m", f"experiments.{module}", *flags]
+    return outcome(["-m", f"experiments.{module}", *flags], folder, **changes)
+
+
+def outcome(arguments: list[str], folder: Path, **changes: str | None) -> subprocess.CompletedProcess:
+    """What Python does with these arguments, when it is over."""
+    command = [sys.executable, *arguments]
     return subprocess.run(
         command, env=environment(folder, **changes), capture_output=True, text=True, check=False, timeout=300
     )
@@ -184,7 +189,7 @@ def test_a_command_that_was_started_without_an_output(place, tmp_path):
 
 @pytest.mark.parametrize("also_errors", [False, True])
 def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
-    command = [sys.executable, "-m", "experiments.recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
+    command = [sys.executable, "-m", "fused_rec.cli", "recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
     reader, writer = os.pipe()
     os.close(reader)
     errors = writer if also_errors else subprocess.PIPE
@@ -197,11 +202,12 @@ def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize("module", [*(f"experiments.{name}" for name in COMMANDS), "fused_rec.cli"])
 def test_ctrl_c_while_libraries_are_imported(place, module):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
     try:
-        command = [sys.executable, "-m", f"experiments.{module}", "--workdir=none"]
+        chosen = ["recommend"] if module == "fused_rec.cli" else []
+        command = [sys.executable, "-m", module, *chosen, "--workdir=none"]
         process = subprocess.Popen(
             command, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
