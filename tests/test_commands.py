@@ -39,12 +39,7 @@ def environment(folder: Path, **changes: str | None) -> dict[str, str]:
 
 def ended(folder: Path, module: str, *flags: str, **changes: str | None) -> subprocess.CompletedProcess:
     """The command, with these changes of its environment, when it is over."""
-    return outcome(["-m", f"experiments.{module}", *flags], folder, **changes)
-
-
-def outcome(arguments: list[str], folder: Path, **changes: str | None) -> subprocess.CompletedProcess:
-    """What Python does with these arguments, when it is over."""
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-m", f"experiments.{module}", *flags]
     return subprocess.run(
         command, env=environment(folder, **changes), capture_output=True, text=True, check=False, timeout=300
     )
