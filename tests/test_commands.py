@@ -152,7 +152,7 @@ def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, com
         (("recommend", "--workdir={}/run", f"--out={{}}/{'x' * 250}.csv"), "has 254 bytes; give one of 200 at most"),
         (("export", "--workdir={}/run", "--out={}/tables/ties.csv/new"), "ties.csv is a file, and a folder is due"),
         (("faithfulness", "--workdir={}/run", "--out={}/none/f.json"), "which is no folder; make it first"),
-        (("encode", "--input={}/none", "--out={}/v"), "there is no such file"),
+        (("encode", "--input={}/none", "--out={}/v.safetensors"), "there is no such file"),
         (("compare", CONFIG, "--out="), "flag --out=: it is empty"),
         (("convert", "--to=tables", "--out={}/new", "--path={}/none"), "there is no such folder"),
     ],
