@@ -49,6 +49,7 @@ setup(
         "numpy>=2.1",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.0",
+        "packaging>=24.2",
         "pyarrow>=18.0",
         "safetensors>=0.6.2",
         "scikit-learn>=1.5",

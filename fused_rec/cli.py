@@ -8,7 +8,7 @@ The list of commands and the version need no library; a command's module is impo
 import importlib
 import sys
 
-from fused_rec import __version__
+import fused_rec
 from fused_rec.commands.exits import exit_broken_pipe, exit_on_interrupt, open_missing_streams
 
 PROGRAM = "fused-rec"
@@ -52,7 +52,7 @@ def _answer(arguments: list[str]) -> None:
     if first in HELP:
         print(_listing())
     elif first in VERSION:
-        print(f"{PROGRAM} {__version__}")
+        print(f"{PROGRAM} {fused_rec.__version__}")
     elif not first:
         print(_listing(), file=sys.stderr)
     elif first.startswith("-"):

@@ -152,7 +152,7 @@ def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, com
         (("recommend", "--workdir={}/run", f"--out={{}}/{'x' * 250}.csv"), "has 254 bytes; give one of 200 at most"),
         (("export", "--workdir={}/run", "--out={}/tables/ties.csv/new"), "ties.csv is a file, and a folder is due"),
         (("faithfulness", "--workdir={}/run", "--out={}/none/f.json"), "which is no folder; make it first"),
-        (("encode", "--input={}/none", "--out={}/v"), "there is no such file"),
+        (("encode", "--input={}/none", "--out={}/v.safetensors"), "there is no such file"),
         (("compare", CONFIG, "--out="), "flag --out=: it is empty"),
         (("convert", "--to=tables", "--out={}/new", "--path={}/none"), "there is no such folder"),
     ],
@@ -184,7 +184,7 @@ def test_a_command_that_was_started_without_an_output(place, tmp_path):
 
 @pytest.mark.parametrize("also_errors", [False, True])
 def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
-    command = [sys.executable, "-m", "experiments.recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
+    command = [sys.executable, "-m", "fused_rec.cli", "recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
     reader, writer = os.pipe()
     os.close(reader)
     errors = writer if also_errors else subprocess.PIPE
@@ -197,11 +197,12 @@ def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize("module", [*(f"experiments.{name}" for name in COMMANDS), "fused_rec.cli"])
 def test_ctrl_c_while_libraries_are_imported(place, module):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
     try:
-        command = [sys.executable, "-m", f"experiments.{module}", "--workdir=none"]
+        chosen = ["recommend"] if module == "fused_rec.cli" else []
+        command = [sys.executable, "-m", module, *chosen, "--workdir=none"]
         process = subprocess.Popen(
             command, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

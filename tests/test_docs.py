@@ -46,12 +46,15 @@ def test_named_files_exist(page):
 
 
 def test_commands_have_their_flags(page):
-    """Each `python -m experiments.X` has a file, and each of its flags is defined there, or is a setting."""
+    """Each `python -m experiments.X` and `fused-rec X` is there, and each of its flags is defined, or is a setting."""
     joined = text_of(page).replace("\\\n", " ")
-    for command, rest in re.findall(r"python -m (experiments\.\w+)([^`\n#|]*)", joined):
-        file = (ROOT / Path(*command.split("."))).with_suffix(".py")
+    for command, rest in re.findall(r"(?:python -m experiments\.|fused-rec )([a-z]\w*)([^`\n#|]*)", joined):
+        file = ROOT / "experiments" / f"{command}.py"
         assert file.exists(), f"{page.name} names {command}, which is not there"
-        defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text_of(file))) | {"help", "verbosity"}
+        installed = ROOT / "fused_rec" / "commands" / f"{command}.py"
+        source = text_of(installed if installed.exists() else file)
+        defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help", "verbosity"}
+        defined |= {"config"} if "DEFINE_config()" in source else set()
         for flag in re.findall(r"--([\w.]+)", rest):
             known = flag.removeprefix("no") in defined or flag in defined or flag.partition(".")[0] in defined
             assert known, f"{page.name} gives {command} --{flag}; it knows {', '.join(sorted(defined))}"

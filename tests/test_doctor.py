@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from experiments import doctor
-from experiments.doctor import Line
+from fused_rec.commands import doctor
+from fused_rec.commands.doctor import Line
 from fused_rec.text.cache import TOP
 
 

@@ -1,6 +1,7 @@
 """What setup.py promises is what the code needs and what the other files say."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from market import write_tables
 
+import fused_rec as fr
+from fused_rec import cli
 from fused_rec.kernels import LIBRARY
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +101,7 @@ def test_what_the_kernel_is_made_of_is_there(promised):
 
 def test_the_citation_names_this_version(promised):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == promised["version"] and citation["license"] == promised["license"]
+    assert citation["version"] == promised["version"] == fr.__version__ and citation["license"] == promised["license"]
 
 
 def test_the_workflow_does_what_the_makefile_does():
@@ -157,3 +161,123 @@ def test_readme_is_short_and_true():
         )
     for target in re.findall(r"`?make (\w+)", readme):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target
+
+
+# --- the console script ----------------------------------------------------------------------------------------------
+
+# What pip writes into the environment's bin/fused-rec.
+SCRIPT = """import sys
+from fused_rec.cli import main
+if __name__ == "__main__":
+    sys.argv[0] = sys.argv[0].removesuffix(".exe")
+    sys.exit(main())
+"""
+TINY = (
+    *("--config.model.variant=graph", "--config.model.dim=8", "--config.model.num_layers=1"),
+    *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the console script and, in `site`, the package as the wheel has it: without experiments/."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "site").mkdir()
+    (folder / "site" / "fused_rec").symlink_to(ROOT / "fused_rec")
+    (folder / "fused-rec").write_text(SCRIPT, encoding="utf-8")
+    return folder
+
+
+def ended(folder: Path, *arguments: str, site: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
+    """The console script with these arguments in this folder, or what follows `python` where `site` is given."""
+    command = [*(() if site else (str(folder / "fused-rec"),)), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(site or folder / "site"), "XLA_FLAGS": ""} | changes
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_console_script_is_there(promised):
+    assert promised["entry_points"] == {"console_scripts": ["fused-rec = fused_rec.cli:main"]}
+    assert callable(cli.main)
+
+
+def test_every_command_is_listed_and_launched_from_the_checkout():
+    defines_main = {
+        file.stem for file in (ROOT / "fused_rec" / "commands").glob("*.py") if "\ndef main(" in file.read_text("utf-8")
+    }
+    assert defines_main == set(cli.COMMANDS)
+    assert defines_main | {"__init__", "benchmark"} == {file.stem for file in (ROOT / "experiments").glob("*.py")}
+
+
+def test_the_version_and_the_commands_are_told_without_a_library(installed):
+    told = ended(installed, "--version")
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"fused-rec {fr.__version__}\n", "")
+    told = ended(installed, "--help")
+    assert told.returncode == 0 and told.stderr == ""
+    assert all(f"  {name} " in told.stdout and about in told.stdout for name, about in cli.COMMANDS.items())
+    code = "import json, sys; import fused_rec.cli; print(json.dumps(sorted(sys.modules)))"
+    modules = json.loads(ended(installed, "-c", code, site=installed / "site").stdout)
+    assert not {"absl", "jax", "numpy", "pyarrow", "ml_collections"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], f"unknown command 'trian'; it must be one of {', '.join(cli.COMMANDS)}\n"),
+        (["../x"], f"unknown command '../x'; it must be one of {', '.join(cli.COMMANDS)}\n"),
+        (["--config=tables", "train"], "'--config=tables' comes before a command; the first argument is one of train,"),
+        ([], "usage: fused-rec COMMAND [--FLAG=VALUE ...]\n"),
+    ],
+)
+def test_without_a_command_the_commands_are_named(installed, arguments, message):
+    done = ended(installed, *arguments)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(message)
+
+
+def test_a_listing_that_nobody_reads_ends_quietly(installed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": str(installed / "site")}
+    command = [sys.executable, str(installed / "fused-rec"), "--help"]
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_is_the_same_both_ways(installed):
+    by_script = ended(installed, "train", "--help")
+    by_module = ended(installed, "-m", "experiments.train", "--help", site=ROOT)
+    assert by_script.returncode == by_module.returncode == 0 and by_script.stderr == by_module.stderr == ""
+    assert "--workdir: " in by_script.stdout and "or one of synthetic, tables" in " ".join(by_script.stdout.split())
+    told = by_module.stdout.replace("python -m experiments.", "fused-rec ")
+    assert re.sub(r"^\S+/experiments/train\.py:$", "fused-rec train:", told, flags=re.MULTILINE) == by_script.stdout
+
+
+def test_a_run_is_the_same_both_ways(installed):
+    write_tables(installed / "tables")
+    asked = ("--config.data.path=tables", *TINY)
+    by_script = ended(installed, "train", "--config=tables", *asked, "--workdir=a")
+    file = f"--config={ROOT}/experiments/configs/tables.py"
+    by_module = ended(installed, "-m", "experiments.train", file, *asked, "--workdir=b", site=ROOT)
+    assert by_script.returncode == by_module.returncode == 0, by_script.stderr + by_module.stderr
+    one, two = (json.loads((installed / name / "results.json").read_text()) for name in "ab")
+    assert (one["valid"], one["test"]) == (two["valid"], two["test"])
+    assert "rank products: fused-rec recommend --workdir=a --k=10" in by_script.stdout
+    assert "rank products: python -m experiments.recommend --workdir=b --k=10" in by_module.stdout
+    done = ended(installed, "recommend", "--workdir=a", "--users=C0001", "--out=ranked.csv")
+    assert done.returncode == 0, done.stderr
+    audit = json.loads((installed / "ranked.csv.audit.json").read_text())
+    assert audit["command"] == "fused-rec recommend --workdir=a --users=C0001 --out=ranked.csv"
+    asked = ("--workdir=a", "--users=none", "--out=none.csv")
+    by_script = ended(installed, "recommend", *asked)
+    by_module = ended(installed, "-m", "experiments.recommend", *asked, site=ROOT)
+    assert by_script.returncode == by_module.returncode == 1 and by_script.stdout == by_module.stdout == ""
+    assert by_script.stderr.splitlines()[-2:] == by_module.stderr.splitlines()[-2:]
+
+
+def test_a_config_that_is_not_there_is_refused_with_the_installed_ones(installed):
+    done = ended(installed, "train", "--config=tabels", "--workdir=c")
+    assert done.returncode == 1 and "--config cannot be read: " in done.stderr
+    assert done.stderr.endswith("; give the path of a file, or one of synthetic, tables\n"), done.stderr

@@ -20,6 +20,7 @@ import ml_collections
 from absl import app, flags
 
 from fused_rec.commands.exits import exit_broken_pipe, open_missing_streams
+from fused_rec.commands.places import CONFIG_NAMES
 from fused_rec.config import Config, from_dict
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import DeviceError, keep_memory
@@ -88,6 +89,8 @@ def _parse(argv: list[str]) -> list[str]:
             told = "--config has no such setting: " + re.sub(r"[\\']", "", told.replace("\\n", " "))
         else:
             told = f"--config cannot be read: {' '.join(told.rpartition('failure to load:')[2].split())}"
+            if isinstance(error, OSError):
+                told += f"; give the path of a file, or one of {', '.join(CONFIG_NAMES)}"
         print(told, file=sys.stderr)
         sys.exit(1)
 

@@ -56,7 +56,7 @@ class _Config(flags.ArgumentParser):
         super().__init__()
         self._of_path = of_path
 
-    def parse(self, argument: str) -> ml_collections.ConfigDict:
+    def parse(self, argument: str) -> ml_collections.ConfigDict | None:
         name, colon, variant = argument.partition(":")
         return self._of_path.parse(f"{CONFIGS / name}.py{colon}{variant}" if name in CONFIG_NAMES else argument)
 

@@ -1,5 +1,7 @@
 """Builds the source distribution and, from it alone, the wheel; installs that elsewhere and runs it from elsewhere.
 
+Python and the console script `fused-rec` run in a folder without the checkout.
+
     python tests/stress/package.py
 
 Needs `build`, a C++ compiler and the network, from which the build takes its tools. The new environment borrows the
@@ -34,6 +36,7 @@ assert Path(fr.__file__).with_name("py.typed").is_file()
 assert kernels.usable()
 config = fr.configure(model={"variant": "graph", "dim": 8, "num_layers": 1}, train={"max_steps": 2, "eval_every": 1})
 run = fr.train(config, "run", make_synthetic(0, 60, 30))
+fr.save_dataset(make_synthetic(0, 60, 30), "tables", "tables")
 [row] = fr.explain(run, "C0001", k=1)
 assert abs(sum(part["value"] for part in row["parts"]) - row["score"]) < 1e-3, row
 print("trained, ranked and explained from", fr.__file__, "with versions", run.results["versions"])
@@ -46,6 +49,30 @@ def contents(archive: Path) -> set[str]:
         return set(zipfile.ZipFile(archive).namelist())
     with tarfile.open(archive) as file:
         return {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in file.getnames()}
+
+
+def run_script(script: str, folder: str, environment: dict[str, str]) -> None:
+    """The console script as pip has written it: version, flags, a training on own tables, a ranking, and faults."""
+
+    def ended(*arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+        done = subprocess.run([script, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode != status:
+            sys.exit(f"fused-rec {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    version = ended("--version").stdout
+    listed = ended("--help").stdout
+    flags = ended("train", "--help").stdout
+    assert version.startswith("fused-rec ") and "  recommend " in listed and "--workdir: " in flags, flags
+    small = ("--config.model.variant=graph", "--config.model.dim=8", "--config.model.num_layers=1")
+    steps = ("--config.train.max_steps=2", "--config.train.eval_every=2")
+    done = ended("train", "--config=tables", "--config.data.path=tables", *small, *steps, "--workdir=script")
+    assert "rank products: fused-rec recommend --workdir=script" in done.stdout, done.stdout
+    ended("recommend", "--workdir=script", "--users=C0001", "--out=ranked.csv")
+    unknown = ended("trian", status=1).stderr
+    missing = ended("train", "--config=tables", status=1).stderr
+    assert unknown.startswith("unknown command 'trian'") and missing == "--workdir is missing\n", unknown + missing
+    print(f"{version.strip()} trained and ranked as a console script")
 
 
 def main() -> None:
@@ -71,6 +98,7 @@ def main() -> None:
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
         clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         subprocess.run([python, "-c", STORY], cwd=folder, env=clean, check=True)
+        run_script(str(home / "bin" / "fused-rec"), folder, clean)
         print(f"{source.name} and {wheel.name} are sound ({len(inside)} files in the wheel)")
 
 
