@@ -265,7 +265,7 @@ def test_recommend_and_reasons(run, market):
         fr.explain(run, "C0001", ["P999"])
 
 
-def test_an_empty_list_of_users_is_nobody(run, folder):
+def test_an_empty_list_of_users_is_no_user(run, folder):
     none = fr.recommend(run, [])
     assert len(none) == 0 and none.schema == fr.recommend(run, ["C0001"], k=1).schema
     assert fr.explain(run, "C0001", []) == []

@@ -87,7 +87,7 @@ def test_a_type_without_words_is_refused():
         reported(pa.array([b"a", None]))
 
 
-def test_silent_users_of_the_market_get_words():
+def test_isolated_users_of_the_market_get_words():
     """From the setting to the texts of nodes, with the leave of the audit."""
     config = Config(text=TextConfig(attributes=("risk_tolerance", "age_band")))
     before, _ = preparing.read(Config())

@@ -79,7 +79,7 @@ def test_shrinking_by_hand():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_equally_near_neighbours_go_by_their_position():
+def test_equally_near_neighbors_go_by_their_position():
     # Items 0, 1 and 2 are alike in every way: with one neighbour, 0 takes 1, and 1 and 2 take 0.
     got = scores(
         item_knn(
@@ -215,7 +215,7 @@ def test_without_interactions_all_score_alike():
         np.testing.assert_array_equal(scores(scorer, 3), np.zeros((3, 5)))
 
 
-def test_what_is_not_told_is_asked_for():
+def test_what_is_not_reported_is_asked_for():
     with pytest.raises(NotApplicableError, match="friends_mean needs ties"):
         friends_mean(TINY._replace(source=NONE, target=NONE))
     with pytest.raises(NotApplicableError, match="text_mean needs item words"):
@@ -333,7 +333,7 @@ def test_settings_are_not_chosen_where_the_answers_are_seen(market):
         choose_settings("popularity", market[1])
 
 
-def test_ties_reach_their_baseline_and_missing_words_are_told(market):
+def test_ties_reach_their_baseline_and_missing_words_are_reported(market):
     alone, seen = market
     ties = seen.observed.ties
     adjacency = {(s, t) for s, t in zip(*(ties.column(name).to_pylist() for name in ("source", "target")), strict=True)}
@@ -343,9 +343,9 @@ def test_ties_reach_their_baseline_and_missing_words_are_told(market):
         for t in friends:
             expected[u, seen.observed.item[seen.observed.user == t]] += 1 / len(friends)
     popular = np.bincount(seen.observed.item, minlength=30)
-    mute = expected.max(1) == 0  # of whom it knows nothing: no friend, or friends who hold nothing
-    assert 0 < mute.sum() < 80
-    expected[mute] = popular
+    blank = expected.max(1) == 0  # of whom it knows nothing: no friend, or friends who hold nothing
+    assert 0 < blank.sum() < 80
+    expected[blank] = popular
     np.testing.assert_allclose(scores(baseline("friends_mean", seen, {}), 80), expected, atol=1e-6)
     with pytest.raises(NotApplicableError, match="text_ease needs item words"):
         choose_settings("text_ease", alone)

@@ -54,7 +54,7 @@ def test_hidden_states_are_those_of_pytorch(tiny, outputs, activation):
     np.testing.assert_allclose(hidden * mask[..., None], outputs[f"hidden_{activation}"], atol=1e-5)
 
 
-def test_padding_and_neighbours_change_nothing(tiny, outputs):
+def test_padding_and_neighbors_change_nothing(tiny, outputs):
     """Rows of 45, 1, 2, 17 and 30 tokens, padded to 45 together; some of them alone without padding."""
     ids, lengths = outputs["input_ids"], outputs["lengths"]
     mask = np.arange(45) < lengths[:, None]

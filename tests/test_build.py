@@ -195,7 +195,7 @@ def test_nearest_texts_by_hand():
 @pytest.mark.parametrize(
     "words", [np.zeros((3, 2)), np.eye(3)[:, :2], np.array([[1, 0]])], ids=["none", "apart", "one"]
 )
-def test_nearest_texts_of_nobody(words):
+def test_nearest_texts_of_no_user(words):
     edges = text_knn_edges(words.astype(np.float32), 2)
     assert [len(part) for part in edges] == [0, 0, 0]
 
@@ -231,7 +231,7 @@ def test_whitening_evens_out_the_directions():
     np.testing.assert_allclose(node_vectors(*every, vectors, 4), expected, rtol=1e-5)
 
 
-def test_rows_are_unit_and_wordless_nodes_zero():
+def test_rows_are_unit_and_textless_nodes_zero():
     vectors = np.random.default_rng(0).normal(2, 1, size=(6, 3)).astype(np.float32)
     out = node_vectors(*texts_given([0, 2, 3, 4, 4], [0, 1, 2, 3, 5], [1, 1, 1, 0.3, 0.7]), vectors, 6)
     assert out.dtype == np.float32

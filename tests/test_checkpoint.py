@@ -226,7 +226,7 @@ def test_a_damaged_record_is_not_the_best(saved, caplog):
     assert f"{folder / '10'} is damaged: {RECORD}" in caplog.text
 
 
-def test_orbax_stays_silent_when_the_run_logs_much(tmp_path, caplog):
+def test_orbax_stays_isolated_when_the_run_logs_much(tmp_path, caplog):
     before = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.INFO)
     try:

@@ -257,7 +257,7 @@ def test_without_a_home_directory_the_cache_has_to_be_named(place, tmp_path, hom
     assert done.returncode == 0, done.stderr
 
 
-def test_a_cache_that_cannot_be_made_is_told_before_the_tables_are_read(place, tmp_path):
+def test_a_cache_that_cannot_be_made_is_reported_before_the_tables_are_read(place, tmp_path):
     (tmp_path / "file").write_text("")
     fused = (CONFIG, *SMALL, "--config.model.variant=fused", f"--config.data.path={place}/tables")
     done = ended(place, "train", *fused, f"--workdir={tmp_path}/run", f"--config.text.cache={tmp_path}/file")

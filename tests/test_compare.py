@@ -203,7 +203,7 @@ def test_a_folder_is_one_study_at_a_time(tables, compared):
     assert (out / "compare.json").read_bytes() == before
 
 
-def test_a_failing_run_is_told_and_takes_no_other_down(tables, cache, tmp_path):
+def test_a_failing_run_is_reported_and_takes_no_other_down(tables, cache, tmp_path):
     flags = ("--config.train.learning_rate=1e38", "--variants=fused,popularity", "--num_seeds=1")
     done = run(tables, tmp_path, cache, *flags)
     assert done.returncode == 1
@@ -276,7 +276,7 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
         applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
 
 
-def test_unknown_names_are_told_with_those_known(cache, tables, tmp_path):
+def test_unknown_names_are_reported_with_those_known(cache, tables, tmp_path):
     done = run(tables, tmp_path / "out", cache, "--variants=fused,fuzed")
     assert done.returncode != 0
     assert "fuzed" in done.stderr and "no_ties" in done.stderr and "popularity" in done.stderr

@@ -108,7 +108,7 @@ def test_mutual_ties_have_no_direction():
     assert drawn == {((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))}
 
 
-def spoken() -> NodeTexts:
+def finetuned() -> NodeTexts:
     """Users 1, 2, 5 and 7 have words, user 5 two texts; items 0 and 3 too; text 2 is a user's and an item's."""
     f32, i32 = np.float32, np.int32
     return NodeTexts(
@@ -128,23 +128,23 @@ def texts_given(texts: NodeTexts, node: str) -> dict[int, list[tuple[int, float]
 
 @pytest.mark.parametrize("node", ["user", "item"])
 def test_shuffled_words_are_the_same_words_in_other_mouths(node):
-    before = texts_given(spoken(), node)
+    before = texts_given(finetuned(), node)
     seen = set()
     for seed in range(20):
-        texts = shuffle_texts(spoken(), seed)
+        texts = shuffle_texts(finetuned(), seed)
         after = texts_given(texts, node)
-        assert texts.texts == spoken().texts
+        assert texts.texts == finetuned().texts
         assert after.keys() == before.keys()
         assert sorted(after.values()) == sorted(before.values())
         assert all(after[row] != before[row] for row in before)
         assert list(after) == sorted(after)
         seen.add(str(after))
-        assert texts_given(shuffle_texts(spoken(), seed), node) == after
+        assert texts_given(shuffle_texts(finetuned(), seed), node) == after
     assert len(seen) == {"user": 6, "item": 1}[node]  # the cycles through four nodes, and through two
 
 
 def test_random_words_are_unit_vectors_of_their_own():
-    texts, vectors = random_texts(spoken(), 384, 0)
+    texts, vectors = random_texts(finetuned(), 384, 0)
     assert texts_given(texts, "user") == {row: [(place, 1)] for place, row in enumerate((1, 2, 5, 7))}
     assert texts_given(texts, "item") == {0: [(4, 1)], 3: [(5, 1)]}
     assert len(texts.texts) == len(vectors) == 6
@@ -152,8 +152,8 @@ def test_random_words_are_unit_vectors_of_their_own():
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     cosines = vectors @ vectors.T - np.eye(6)
     assert np.abs(cosines).max() < 5 / np.sqrt(384)
-    np.testing.assert_array_equal(vectors, random_texts(spoken(), 384, 0)[1])
-    assert np.abs(vectors - random_texts(spoken(), 384, 1)[1]).min(1).max() > 1e-4
+    np.testing.assert_array_equal(vectors, random_texts(finetuned(), 384, 0)[1])
+    assert np.abs(vectors - random_texts(finetuned(), 384, 1)[1]).min(1).max() > 1e-4
 
 
 # --- where they are applied

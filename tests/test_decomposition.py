@@ -98,8 +98,8 @@ def test_every_holding_and_tie_has_its_part():
 
 def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
     decomposition, _ = opened("no_user_rows")
-    mute = dataclasses.replace(CONFIGS["no_user_rows"].model, popularity_weight=0.0)
-    config = Config(model=mute)
+    blank = dataclasses.replace(CONFIGS["no_user_rows"].model, popularity_weight=0.0)
+    config = Config(model=blank)
     decomposition = decompose(config, init(config, graph_inputs()).params, graph_inputs())
     split = contributions(decomposition, 6, [0, 4])  # user 6 has neither words nor edges
     assert split.kind == ["popularity"]

@@ -37,7 +37,7 @@ def test_extras_name_what_lacks():
     assert line == Line("note", "extras", "sweeps lacks optuna", 'pip install -e ".[sweeps]"')
 
 
-def test_an_accelerator_that_jax_does_not_use_is_told():
+def test_an_accelerator_that_jax_does_not_use_is_reported():
     assert doctor.check_devices("gpu", ["H100", "H100"], ["/dev/nvidia0"]) == Line("ok", "devices", "2 gpu: H100")
     assert doctor.check_devices("cpu", ["cpu"], []).verdict == "ok"
     line = doctor.check_devices("cpu", ["cpu"], ["/dev/nvidia0"])

@@ -178,11 +178,11 @@ def test_flops_by_hand(models):
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("llama/")])
 def test_rotary_positions_as_files_before_transformers_5_have_them(variant):
-    told = dict(VARIANTS[variant]["rope_parameters"])
-    old = stored_config("llama") | {"rope_parameters": None, "rope_theta": told.pop("rope_theta")}
+    reported = dict(VARIANTS[variant]["rope_parameters"])
+    old = stored_config("llama") | {"rope_parameters": None, "rope_theta": reported.pop("rope_theta")}
     expected = FAMILIES["llama"].read(stored_config("llama") | VARIANTS[variant])
-    assert FAMILIES["llama"].read(old | {"rope_scaling": told}) == expected
-    named = {"type": told.pop("rope_type"), **told}
+    assert FAMILIES["llama"].read(old | {"rope_scaling": reported}) == expected
+    named = {"type": reported.pop("rope_type"), **reported}
     assert FAMILIES["llama"].read(old | {"rope_scaling": named}) == expected
 
 
@@ -379,8 +379,8 @@ def test_words_that_only_their_tied_head_stored(models):
         convert_weights(tied, dataclasses.replace(config, tied=False), FAMILIES[name])
 
 
-def test_read_rope_is_told_the_trained_length():
+def test_read_rope_is_reported_the_trained_length():
     """Where a file does not name the length that the model was trained on, its positions are that."""
-    told = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    reported = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     untold = {"rope_type": "yarn", "factor": 4.0}
-    assert read_rope(told, 1e4, 16, 999) == read_rope(untold, 1e4, 16, 64) != read_rope(untold, 1e4, 16, 999)
+    assert read_rope(reported, 1e4, 16, 999) == read_rope(untold, 1e4, 16, 64) != read_rope(untold, 1e4, 16, 999)

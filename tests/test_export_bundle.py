@@ -98,8 +98,8 @@ def test_who_is_unknown_gets_what_is_popular_by_a_product_too(config):
     prepared, state = prepared_with(config)
     users, items = user_item_vectors(config, prepared, state)
     assert prepared.dataset.users["user_id"][-1].as_py() == "C9999"
-    holders = np.bincount(prepared.observed.item, minlength=len(items))
-    assert (users[-1] @ items.T == holders).all() and holders.max() > 1
+    item_degrees = np.bincount(prepared.observed.item, minlength=len(items))
+    assert (users[-1] @ items.T == item_degrees).all() and item_degrees.max() > 1
     known = np.flatnonzero(np.bincount(prepared.observed.user, minlength=len(users)))
     assert not users[known, -1].any()
 

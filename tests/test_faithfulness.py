@@ -121,7 +121,7 @@ def test_without_holdings_and_ties_as_built_anew(opened):
         np.testing.assert_allclose(given(config, params, graph_inputs, other), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_who_is_left_of_those_with_similar_words_is_heard_more(opened):
+def test_who_is_left_of_those_with_similar_words_is_active_more(opened):
     config, prepared, *_ = opened
     user, full = a_user(prepared), prepared.graph_inputs.adjacencies[SIMILAR]
     like = [source for source in sources(prepared.graph_inputs, user) if source.kind == SIMILAR_USERS]

@@ -322,8 +322,8 @@ def test_a_batch_without_words_changes_no_row(cache, prepared):
     start = finetune.encode_all_texts(
         config, prepared.encoder_data, prepared.graph_inputs, init_state(config, prepared).encoder_snapshot
     )
-    nobody = batch_of(prepared, 0)._replace(mask=np.zeros((USERS, 2), np.float32))
-    text_batch = finetune.make_text_batch(config, start, nobody, 0)
+    no_user = batch_of(prepared, 0)._replace(mask=np.zeros((USERS, 2), np.float32))
+    text_batch = finetune.make_text_batch(config, start, no_user, 0)
     assert text_batch.mask.any(-1).all()  # each of what fills up has a token, or its mean would have no derivative
     for rows in text_batch.node_updates.values():
         assert (rows.nodes == -1).all() and not rows.weights.any()
@@ -450,14 +450,14 @@ def test_what_makes_no_sense_is_refused(cache):
         from_dict({"text": {"finetune": "lora"}, "model": {"variant": "graph"}})
     with pytest.raises(ValueError, match=r"text\.finetune is 'full'; it must be frozen where text\.features is random"):
         from_dict({"text": {"finetune": "full", "features": "random"}})
-    silent = make_synthetic(0, n_users=30, n_items=20)
-    tables = {name: getattr(silent, name).drop_columns("text") for name in ("users", "items")}
-    silent = dataclasses.replace(silent, **tables, reviews=empty_reviews())
+    isolated = make_synthetic(0, n_users=30, n_items=20)
+    tables = {name: getattr(isolated, name).drop_columns("text") for name in ("users", "items")}
+    isolated = dataclasses.replace(isolated, **tables, reviews=empty_reviews())
     config = config_of(cache)
     with pytest.raises(
         ValueError, match=r"text\.finetune is 'lora', and these tables have no texts; it must be frozen"
     ):
-        prepare(config, silent, split(silent, config.split))
+        prepare(config, isolated, split(isolated, config.split))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

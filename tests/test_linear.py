@@ -194,7 +194,7 @@ def _weights(found):
 
 @SHAPES
 @pytest.mark.parametrize("l2", [1.0, 50.0])
-def test_the_whole_spectrum_is_ease(n_users, n_items, l2):
+def test_the_whole_ease_is_ease(n_users, n_items, l2):
     history, seen = _random(n_users, n_items, 0.3)
     found = low_rank_ease(seen, rank=1000, l2=l2)
     assert (found.rows.dtype, found.one_minus_norm.dtype) == (np.float32, np.float32)
@@ -204,7 +204,7 @@ def test_the_whole_spectrum_is_ease(n_users, n_items, l2):
     assert np.abs(found.rows[0]).max() < 1e-6  # nobody holds item 0
 
 
-def test_a_spectrum_keeps_the_largest_directions():
+def test_a_ease_keeps_the_largest_directions():
     """Of 200, as slowly as they fall here: what the 100 kept span leaves out little more than the exact ones do."""
     history, seen = _random(300, 200, 0.3)
     found = low_rank_ease(seen, rank=100, l2=3.0)
@@ -218,7 +218,7 @@ def test_a_spectrum_keeps_the_largest_directions():
     np.testing.assert_array_equal(found.rows, low_rank_ease(seen, rank=100, l2=3.0).rows)
 
 
-def test_a_spectrum_of_many_holders_is_as_exact():
+def test_a_ease_of_many_interactions_is_as_exact():
     """Where rows in float32 leave a thousandth of 1, which holders and l2 decide."""
     history, seen = _random(3000, 20, 0.5)
     expected = _ridge_without_self(history, 1.0, np.zeros((20, 20)), 0)

@@ -95,7 +95,7 @@ def test_info_nce_by_hand():
     close(losses.info_nce(one, other, nodes[2:], mask[2:], everyone, TEMPERATURE), node_0 / 2, 0.5)
 
 
-def test_nobody_in_the_batch():
+def test_no_user_in_the_batch():
     none = jnp.zeros((2, 2))
     close(softmax(USER, CATALOGUE, ITEMS, none, EVERY, temperature=TEMPERATURE), 0, 0)
 

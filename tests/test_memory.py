@@ -243,7 +243,7 @@ def test_other_steps_are_refused_before_they_begin():
         assert line.startswith(f"{first}: needs ") and " available; " in line, line
 
 
-def test_blocks_of_neighbours_change_nothing(monkeypatch):
+def test_blocks_of_neighbors_change_nothing(monkeypatch):
     from fused_rec.baselines import neighbors
 
     rng = np.random.default_rng(0)

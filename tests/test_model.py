@@ -84,7 +84,7 @@ def same(one, other, atol=1e-5):
 # --- what a variant listens to -------------------------------------------------------------------------------------
 
 
-def test_heard_relations():
+def test_active_relations():
     every = [INTERACTS, INTERACTED_BY, tiny.TRUSTS, tiny.SIMILAR, *tiny.IN_SECTOR]
     assert active_relations(FUSED, tiny.graph()) == every
     assert active_relations(GRAPH_ONLY, tiny.graph()) == [relation for relation in every if relation != tiny.SIMILAR]
@@ -105,8 +105,8 @@ def test_parameters_of_the_text_variant():
 def test_parameters_of_the_graph_variant():
     names = set(start(GRAPH_ONLY))
     gates = {f"gate_{relation}" for relation in active_relations(GRAPH_ONLY, tiny.graph())}
-    voices = {name.replace("gate_", "source_scale_") for name in gates}
-    assert names == {"id_user", "id_item", "id_sector", "layer_weights", *gates, *voices}
+    source_scales = {name.replace("gate_", "source_scale_") for name in gates}
+    assert names == {"id_user", "id_item", "id_sector", "layer_weights", *gates, *source_scales}
 
 
 def test_parameters_of_the_fused_variant():
@@ -132,12 +132,12 @@ def test_the_text_variant_by_hand():
 
 
 @pytest.mark.parametrize(("config", "hears_words"), [(FUSED, True), (GRAPH_ONLY, False), (TEXT_ONLY, True)])
-def test_whose_output_follows_the_words(config, hears_words):
+def test_whose_output_follows_the_words(config, uses_text_edges):
     params = anywhere(config)
     one, other = out(config, params), out(config, params, tiny.graph(tiny.words(seed=1)))
     for mine, theirs in zip(one, other, strict=True):
-        assert (abs(mine - theirs).max() > 0.1) == hears_words
-        assert hears_words or np.array_equal(mine, theirs)
+        assert (abs(mine - theirs).max() > 0.1) == uses_text_edges
+        assert uses_text_edges or np.array_equal(mine, theirs)
 
 
 # --- where it starts -----------------------------------------------------------------------------------------------
@@ -195,12 +195,12 @@ def test_users_without_words_of_their_own():
     made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
     expected = set(params) - {"text_user", "gate_text_user"}
     assert set(made) == expected
-    silent = tiny.words()
-    silent[:7] = 0
+    isolated = tiny.words()
+    isolated[:7] = 0
     ours, without = out(config, params), out(dataclasses.replace(config, relation_gates=False), params)
     # Their words still open gates; where gates do not ask for words, none of them is left.
-    assert not np.array_equal(ours[0], out(config, params, tiny.graph(silent))[0])
-    same(without, out(dataclasses.replace(config, relation_gates=False), params, tiny.graph(silent)))
+    assert not np.array_equal(ours[0], out(config, params, tiny.graph(isolated))[0])
+    same(without, out(dataclasses.replace(config, relation_gates=False), params, tiny.graph(isolated)))
 
 
 def test_cosine_is_the_dot_product_of_unit_rows():
@@ -264,10 +264,10 @@ def test_a_step_leaves_the_same_holdings_out_both_ways():
     assert (np.abs(by_item) > 0.1).sum() == len(tiny.HELD)
     shares = []
     for seed in range(20):
-        heard_now, told_now = weights(jax.random.key(seed))
-        np.testing.assert_allclose(heard_now, told_now, atol=1e-4)
-        kept = np.abs(heard_now) > 0.1
-        np.testing.assert_allclose(heard_now, kept * by_item / 0.75, atol=1e-4)
+        in_degree_now, out_degree_now = weights(jax.random.key(seed))
+        np.testing.assert_allclose(in_degree_now, out_degree_now, atol=1e-4)
+        kept = np.abs(in_degree_now) > 0.1
+        np.testing.assert_allclose(in_degree_now, kept * by_item / 0.75, atol=1e-4)
         shares.append(kept[tiny.HOLDER, tiny.HELD])
     assert 0.65 < np.mean(shares) < 0.85  # of 240 holdings, standard deviation .028
     assert len({tuple(kept) for kept in shares}) > 10
@@ -342,8 +342,8 @@ def test_permuting_the_nodes_permutes_the_output(config):
 @EVERY
 def test_types_and_relations_without_members_change_nothing(config):
     params = anywhere(config)
-    nobody = Edges(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
-    more = {Relation("issuer", "issuer_of", ITEM): nobody, Relation(USER, "blocks", USER): nobody}
+    no_user = Edges(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
+    more = {Relation("issuer", "issuer_of", ITEM): no_user, Relation(USER, "blocks", USER): no_user}
     text = np.concatenate([tiny.words(), np.zeros((0, tiny.WIDTH), np.float32)])
     graph = hetero_graph({**tiny.COUNTS, "issuer": 0}, {**tiny.relations(tiny.words()), **more}, text)
     empty = {} if config.variant == "text" else {"id_issuer": jnp.zeros((0, DIM))}
@@ -364,13 +364,13 @@ def test_no_rounds_no_messages():
 # --- items that nobody holds ---------------------------------------------------------------------------------------
 
 
-def test_holders_are_counted_by_item():
+def test_interactions_are_counted_by_item():
     assert item_degree(adjacency()).tolist() == [3, 2, 2, 2, 3, 0]
 
 
 @pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
 @pytest.mark.parametrize(("place", "rows", "unknown", "known"), [(0, "id_user", 6, 5), (1, "id_item", 5, 4)])
-def test_the_id_row_of_whom_nobody_tells_counts_for_nothing(config, place, rows, unknown, known):
+def test_the_id_row_of_whom_no_user_tells_counts_for_nothing(config, place, rows, unknown, known):
     """User 6 hears nobody, item 5 is held by nobody."""
     params = anywhere(config)
     before, other = (out(config, tree) for tree in (params, {**params, rows: params[rows].at[unknown].add(10.0)}))
@@ -385,17 +385,17 @@ def test_the_id_row_of_whom_nobody_tells_counts_for_nothing(config, place, rows,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_towers(config, params, graph, adjacencies, dropout=None) -> Any:
+def run_branches(config, params, graph, adjacencies, dropout=None) -> Any:
     return FusedModel(config).apply({"params": params}, graph, adjacencies, dropout)
 
 
-def towers_anywhere(config):
+def branches_anywhere(config):
     """Parameters of the towers by name, none exactly 0 or 1."""
     names = ("main", "words") if config.variant == "fused" else ("main",)
     return {name: anywhere(TEXT_ONLY if name == "words" else config) for name in names}
 
 
-def test_only_the_fused_variant_has_a_second_tower():
+def test_only_the_fused_variant_has_a_second_branch():
     made = {}
     for config in (FUSED, GRAPH_ONLY, TEXT_ONLY):
         params = jax.eval_shape(FusedModel(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
@@ -408,10 +408,10 @@ def test_only_the_fused_variant_has_a_second_tower():
 
 
 @EVERY
-def test_towers_are_the_variants_side_by_side(config):
-    params, key = towers_anywhere(config), jax.random.key(3)
+def test_branches_are_the_variants_side_by_side(config):
+    params, key = branches_anywhere(config), jax.random.key(3)
     for dropout in (None, key):
-        branches = run_towers(config, params, tiny.graph(), adjacency(), dropout)
+        branches = run_branches(config, params, tiny.graph(), adjacency(), dropout)
         assert len(branches) == len(params)
         same(branches[0], out(config, params["main"], dropout=dropout))
         if "words" in params:
@@ -428,8 +428,8 @@ def test_joined_by_hand():
     assert alone[0] is main[0] and alone[1] is main[1]
 
 
-def test_joined_is_the_mean_of_scores_weighed_by_holders():
-    branches = run_towers(FUSED, towers_anywhere(FUSED), tiny.graph(), adjacency())
+def test_joined_is_the_mean_of_scores_weighed_by_interactions():
+    branches = run_branches(FUSED, branches_anywhere(FUSED), tiny.graph(), adjacency())
     main, words = (np.asarray(users) @ np.asarray(items).T for users, items in branches)
     count = np.array([3, 2, 2, 2, 3, 0])
     users, items = concat_branches(branches, item_degree(adjacency()))
@@ -461,13 +461,13 @@ def market_with_new_items(swapped=False):
 
 def test_a_new_item_is_scored_by_its_words_alone():
     """As the tower of words does; sectors, text neighbours and id rows of new items have no say in it."""
-    params = towers_anywhere(FUSED)
+    params = branches_anywhere(FUSED)
     rows = np.random.default_rng(1).normal(size=(2, DIM)).astype(np.float32)
     params["main"] = {**params["main"], "id_item": jnp.concatenate([params["main"]["id_item"], rows])}
 
     def scores(graph):
         adjacency = build_adjacencies(graph)
-        branches = run_towers(FUSED, params, graph, adjacency)
+        branches = run_branches(FUSED, params, graph, adjacency)
         users, items = concat_branches(branches, item_degree(adjacency))
         return np.asarray(users @ items.T), np.asarray(branches[1][0] @ branches[1][1].T)
 

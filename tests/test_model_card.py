@@ -49,7 +49,7 @@ def test_the_front_matter_has_the_numbers_in_full():
     assert {result["task"]["type"] for result in entry["results"]} == {"recommendation"}
 
 
-def test_the_closed_form_is_told():
+def test_the_closed_form_is_reported():
     given = results(variant="graph")
     assert "by the graph alone. 1,234 parameters" in card(given, AMOUNTS, DIGESTS, "x")
     given["config"]["model"]["ease_weight"] = 4.0

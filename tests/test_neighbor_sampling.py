@@ -102,7 +102,7 @@ def same_slope(one, other):
         ("text", "sampled_softmax", (1,)),
     ],
 )
-def test_with_all_neighbours_it_is_the_full_step(variant, loss, devices, descent):
+def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, descent):
     """Loss and gradient of each tower, with dropout, noise and contrast, whichever devices share the sample."""
     config = config_of(variant, loss)
     full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
@@ -112,7 +112,7 @@ def test_with_all_neighbours_it_is_the_full_step(variant, loss, devices, descent
         same_slope(slope(config, part, users, count), full)
 
 
-def test_rows_that_nobody_takes_change_nothing(descent, monkeypatch):
+def test_rows_that_no_user_takes_change_nothing(descent, monkeypatch):
     """A room far larger than the sample, which leaves out neighbours."""
     config = config_of(num_neighbors=1)
     monkeypatch.setattr(neighbor_sampling, "bucketed_capacity", lambda need, usual, bound: need)
@@ -219,7 +219,7 @@ def test_steps_share_a_compiled_program(monkeypatch):
     assert len(traces) == 1
 
 
-def test_who_has_no_neighbours_is_there_all_the_same():
+def test_who_has_no_neighbors_is_there_all_the_same():
     """User 6 and item 5 have neither words nor edges."""
     alone = Batch(np.array([6], np.int32), *(np.full((1, 1), x) for x in (np.int32(5), np.float32(1), np.int32(5))))
     config = config_of(num_neighbors=1)

@@ -211,12 +211,12 @@ def test_every_command_is_listed_and_launched_from_the_checkout():
     assert defines_main | {"__init__", "benchmark"} == {file.stem for file in (ROOT / "experiments").glob("*.py")}
 
 
-def test_the_version_and_the_commands_are_told_without_a_library(installed):
-    told = ended(installed, "--version")
-    assert (told.returncode, told.stdout, told.stderr) == (0, f"fused-rec {fr.__version__}\n", "")
-    told = ended(installed, "--help")
-    assert told.returncode == 0 and told.stderr == ""
-    assert all(f"  {name} " in told.stdout and about in told.stdout for name, about in cli.COMMANDS.items())
+def test_the_version_and_the_commands_are_reported_without_a_library(installed):
+    reported = ended(installed, "--version")
+    assert (reported.returncode, reported.stdout, reported.stderr) == (0, f"fused-rec {fr.__version__}\n", "")
+    reported = ended(installed, "--help")
+    assert reported.returncode == 0 and reported.stderr == ""
+    assert all(f"  {name} " in reported.stdout and about in reported.stdout for name, about in cli.COMMANDS.items())
     code = "import json, sys; import fused_rec.cli; print(json.dumps(sorted(sys.modules)))"
     modules = json.loads(ended(installed, "-c", code, site=installed / "site").stdout)
     assert not {"absl", "jax", "numpy", "pyarrow", "ml_collections"} & set(modules)
@@ -236,7 +236,7 @@ def test_without_a_command_the_commands_are_named(installed, arguments, message)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(message)
 
 
-def test_a_listing_that_nobody_reads_ends_quietly(installed):
+def test_a_listing_that_no_user_reads_ends_quietly(installed):
     reader, writer = os.pipe()
     os.close(reader)
     environment = os.environ | {"PYTHONPATH": str(installed / "site")}
@@ -251,8 +251,8 @@ def test_help_is_the_same_both_ways(installed):
     by_module = ended(installed, "-m", "experiments.train", "--help", site=ROOT)
     assert by_script.returncode == by_module.returncode == 0 and by_script.stderr == by_module.stderr == ""
     assert "--workdir: " in by_script.stdout and "or one of synthetic, tables" in " ".join(by_script.stdout.split())
-    told = by_module.stdout.replace("python -m experiments.", "fused-rec ")
-    assert re.sub(r"^\S+/experiments/train\.py:$", "fused-rec train:", told, flags=re.MULTILINE) == by_script.stdout
+    reported = by_module.stdout.replace("python -m experiments.", "fused-rec ")
+    assert re.sub(r"^\S+/experiments/train\.py:$", "fused-rec train:", reported, flags=re.MULTILINE) == by_script.stdout
 
 
 def test_a_run_is_the_same_both_ways(installed):

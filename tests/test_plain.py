@@ -218,7 +218,7 @@ def test_one_id_in_two_places_of_a_dictionary_is_one():
     assert dataset.users["user_id"].to_pylist() == ["u"]
 
 
-def test_a_number_of_a_type_that_nobody_here_knows_is_refused():
+def test_a_number_of_a_type_that_no_user_here_knows_is_refused():
     """pandas writes periods so; where it is not imported, Arrow reads the integers that count them."""
     field = pa.field("at", pa.int64(), metadata={"ARROW:extension:name": "elsewhere.period"})
     table = pa.table(

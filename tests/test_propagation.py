@@ -61,7 +61,7 @@ def test_rounds_by_hand(rounds, users, items):
     assert (out["user"].ravel().tolist(), out["item"].ravel().tolist()) == (users, items)
 
 
-def test_a_type_that_hears_nothing_falls_silent():
+def test_a_type_that_receives_nothing_falls_isolated():
     every = hand_coefficients(2)
     edge, source_scale, gate = (
         {INTERACTED_BY: part[INTERACTED_BY]} for part in (every.edge, every.source_scale, every.gate)
@@ -135,15 +135,15 @@ def test_lightgcn_is_a_special_case():
     np.testing.assert_allclose(np.concatenate([out["user"], out["item"]]), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_voice_is_a_factor_of_all_edges_from_its_node():
+def test_a_source_scale_is_a_factor_of_all_edges_from_its_node():
     coefficients = random_coefficients()
     edge = {
         relation: weight * coefficients.source_scale[relation][TINY_HEARS[relation].senders]
         for relation, weight in coefficients.edge.items()
     }
-    mute = {relation: jnp.ones_like(source_scale) for relation, source_scale in coefficients.source_scale.items()}
+    blank = {relation: jnp.ones_like(source_scale) for relation, source_scale in coefficients.source_scale.items()}
     nodes = random_nodes(0), random_nodes(1)
-    close(run(coefficients, *nodes), run(dataclasses.replace(coefficients, edge=edge, source_scale=mute), *nodes))
+    close(run(coefficients, *nodes), run(dataclasses.replace(coefficients, edge=edge, source_scale=blank), *nodes))
 
 
 def test_it_is_linear():

@@ -259,7 +259,7 @@ def test_the_kernel_finds_what_plain_jax_finds(rows, n_items, k, kind):
 
 
 @pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite_are_told(strange):
+def test_rows_that_are_not_finite_are_reported(strange):
     scores = np.zeros((3, 130), np.float32)
     scores[1, 128] = strange
     _, order = catalogue(130, None, 0)

@@ -236,7 +236,7 @@ def test_tables_have_captions_and_headed_rows(read):
     assert all(box["tabindex"] == "0" and box["role"] == "region" and box["aria-label"] for box in boxes)
 
 
-def test_highlights_are_not_told_by_colour_alone(read):
+def test_highlights_are_not_reported_by_colour_alone(read):
     marks = [given for tag, given in read.elements if tag == "mark"]
     assert [mark["class"] for mark in marks] == ["plus mark-4", "minus minus-2"]
     assert [mark["title"] for mark in marks] == ["+0.5000", "-0.2500"]

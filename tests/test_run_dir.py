@@ -41,7 +41,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_and_told_by_whom_until_the_first_is_gone(holder, tmp_path):
+def test_a_second_process_is_refused_and_reported_by_whom_until_the_first_is_gone(holder, tmp_path):
     folder = tmp_path / "run"
     said = rf"{folder} is in use by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\S+; wait for it"
     with pytest.raises(BusyError, match=said), lock_run_dir(folder):

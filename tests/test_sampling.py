@@ -67,7 +67,7 @@ def test_rounds_walk_so_many_edges_back(num_layers, users, items, held_by, holds
     assert (pairs(found.edges[INTERACTED_BY]), pairs(found.edges[INTERACTS])) == (held_by, holds)
 
 
-def test_with_room_for_all_neighbours_the_edges_are_those_of_the_graph():
+def test_with_room_for_all_neighbors_the_edges_are_those_of_the_graph():
     found = sampled({USER: np.arange(7), ITEM: np.arange(6), "sector": [0, 1]}, num_layers=1, num_neighbors=5)
     for relation, adjacencies in HEARS.items():
         edges = found.edges[relation]

@@ -227,7 +227,7 @@ def test_stocknet_ties_stand_for_each_symbol_of_the_tweet(tmp_path):
     }
 
 
-def test_lastfm_keeps_tags_on_artists_nobody_played(tmp_path):
+def test_lastfm_keeps_tags_on_artists_no_user_played(tmp_path):
     files = {
         "artists.dat": 'id\tname\turl\tpictureURL\n1\tAbba "live"\tx\ty\n2\tBjörk\tx\ty\n',
         "user_artists.dat": "userID\tartistID\tweight\n7\t1\t30\n8\t1\t2\n",

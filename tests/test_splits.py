@@ -282,7 +282,7 @@ def test_a_post_that_names_a_held_out_item_too_is_withheld():
     assert seen_reviews("random", rows, SPLIT_NAMES) == [0, 1, 2, 3, 4, 5]
 
 
-def test_new_items_hear_nothing_said_about_them_by_anyone():
+def test_new_items_receive_nothing_said_about_them_by_anyone():
     rows = [(0, 0, "old", 1), (2, 2, "a tag without interaction", 1), (0, 3, "likewise on the test item", 1)]
     assert seen_reviews("random", rows) == [0, 1, 2]
     assert seen_reviews("new_items", rows) == [0]

@@ -147,7 +147,7 @@ def test_a_full_disk_names_path_need_and_free_space(full_disk, layout):
         write_file(full_disk / "x", bytes(5_000_000))
 
 
-def test_of_a_folder_what_its_file_needs_is_told(full_disk):
+def test_of_a_folder_what_its_file_needs_is_reported(full_disk):
     def fill(partial: Path) -> None:
         write_file(partial / "small", bytes(1_000_000))
         write_file(partial / "large", bytes(3_000_000))

@@ -259,7 +259,7 @@ def test_gaps_by_hand():
     assert alone.best == "" and np.isnan(alone.gap) and alone.groups["old"].low == 1.0
 
 
-def test_the_interval_of_a_gap_covers_and_chance_alone_is_told():
+def test_the_interval_of_a_gap_covers_and_chance_alone_is_reported():
     """Two groups whose true gap is .3: the interval holds it in about 95 of 100 draws. Six groups alike: p is even."""
     covered, small = 0, 0
     for seed in range(100):

@@ -112,7 +112,7 @@ def test_an_odd_time_among_many_does_not_change_the_others():
     assert np.flatnonzero(~readable).tolist() == [701]
 
 
-def test_every_fault_of_every_file_is_told_at_once(tmp_path):
+def test_every_fault_of_every_file_is_reported_at_once(tmp_path):
     write(
         tmp_path,
         interactions="user_id,item_id,timestamp,value,text,split\n"
@@ -351,7 +351,7 @@ def test_csv_and_parquet_give_the_same_dataset(tables):
         assert read[0] == read[1]
 
 
-def test_a_file_that_would_go_unread_is_told(tmp_path):
+def test_a_file_that_would_go_unread_is_reported(tmp_path):
     """A misspelt table costs a whole table if nobody says so; notes and other files may lie there."""
     write(tmp_path, **SOUND)
     (tmp_path / "notes.txt").write_text("mine")

@@ -155,9 +155,9 @@ def new_users() -> tuple[Dataset, Split, np.ndarray]:
     held = np.setdiff1d(column(market.interactions, "user")[data_split.train], [])
     source, target = (column(market.ties, name) for name in ("source", "target"))
     asked = source[np.isin(target, held)]  # they hear somebody who holds something
-    told = np.flatnonzero(np.array(market.users.column("text").is_valid()))
+    reported = np.flatnonzero(np.array(market.users.column("text").is_valid()))
     test = np.unique(column(market.interactions, "user")[data_split.test])
-    four = np.intersect1d(np.intersect1d(test, asked), told)[:4]
+    four = np.intersect1d(np.intersect1d(test, asked), reported)[:4]
     assert len(four) == 4
     market = without(market, four[[1]], words=False, ties=True)
     market = without(market, four[[2]], words=True, ties=False)
@@ -231,7 +231,7 @@ def test_new_items_are_ranked_by_their_words_alone(tmp_path):
     assert (np.abs(scores - alone)[:, held].max(axis=0) > 1e-3).all()
 
 
-def test_items_that_nobody_is_seen_to_hold_are_no_alternatives_in_training():
+def test_items_that_no_user_is_seen_to_hold_are_no_alternatives_in_training():
     """Held back by the split or held by nobody at all; with the validation part seen, its items are there."""
     market = make_synthetic(0, n_users=40, n_items=25)
     kept = np.isin(column(market.interactions, "item"), [3, 7], invert=True)

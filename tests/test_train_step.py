@@ -431,7 +431,7 @@ def test_embed_leaves_nothing_out():
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_the_spectrum_adds_ease_to_what_is_not_held(devices):
+def test_the_ease_adds_ease_to_what_is_not_held(devices):
     """On any number of devices, of which four share 6 items and 7 users only with padding."""
     config = of_model(config_of(), ease_weight=2.0)
     params, graph_inputs = start(config).params, task_of()
@@ -456,7 +456,7 @@ def test_missing_ease_factors_are_refused():
         embed_nodes(of_model(config_of(), ease_weight=2.0), start(config_of()).params, task_of())
 
 
-def test_gradient_times_weight_of_the_spectrum_is_what_a_holding_adds():
+def test_gradient_times_weight_of_the_ease_is_what_a_holding_adds():
     """However the weight of the edge came about: the sum counts holdings, not their weights."""
     config, params = of_model(config_of(), ease_weight=2.0, popularity_weight=0.0), start(config_of()).params
     graph_inputs = dataclasses.replace(task_of(), ease=tiny.low_rank_ease())
@@ -473,7 +473,7 @@ def test_gradient_times_weight_of_the_spectrum_is_what_a_holding_adds():
     np.testing.assert_allclose(found, np.where(own, expected, 0), rtol=1e-4, atol=1e-6)
 
 
-def test_no_step_hears_the_spectrum():
+def test_no_step_receives_the_ease():
     config = of_model(config_of(), ease_weight=2.0)
     graph_inputs = task_of()
     losses = []
@@ -582,7 +582,7 @@ def test_popularity_alone_is_how_often_each_item_is_held():
         np.testing.assert_allclose(shares, np.tile(odds / odds.sum(), (7, 1)), rtol=1e-5)
 
 
-def test_without_popularity_the_towers_alone_score():
+def test_without_popularity_the_branches_alone_score():
     config = of_model(config_of(), popularity_weight=0.0)
     params, graph_inputs = start(config).params, task_of()
     users, items = jax.jit(embed_nodes, static_argnums=0)(config, params, graph_inputs)
@@ -595,7 +595,7 @@ def test_without_popularity_the_towers_alone_score():
     np.testing.assert_allclose(more, np.tile(expected, (7, 1)), atol=1e-5)
 
 
-def tower_loss(vectors, config, drawn: Batch) -> float:
+def branch_loss(vectors, config, drawn: Batch) -> float:
     """Softmax over the items that somebody holds; a user's mean over positives, weighed by the root of their number."""
     users, items = map(np.asarray, vectors)
     logits = users @ items.T / config.train.temperature + config.model.popularity_weight * np.log1p(COUNT)
@@ -614,7 +614,7 @@ TWO = of_model(config_of(), id_embedding_dropout=0.0, edge_dropout=0.0)
 
 
 @pytest.fixture(scope="module")
-def two_towers():
+def two_branches():
     return parallel_train_step(TWO, 2)
 
 
@@ -624,25 +624,25 @@ def one_step(step, params):
     return gather_state(divided, state, 2).params, float(loss)
 
 
-def test_the_loss_is_the_sum_of_the_towers_own(two_towers):
+def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
     params, graph_inputs = start(TWO).params, task_of()
     assert set(params) == {"main", "words"}
     own = []
     for name, variant in (("main", "fused"), ("words", "text")):
         branch: Any = Branch(dataclasses.replace(TWO.model, variant=variant))
         vectors = jax.jit(branch.apply)({"params": params[name]}, graph_inputs.graph, graph_inputs.adjacencies)
-        own.append(tower_loss(vectors, TWO, batch_of(0)))
+        own.append(branch_loss(vectors, TWO, batch_of(0)))
     assert abs(own[0] - own[1]) > 0.01
-    assert one_step(two_towers, params)[1] == pytest.approx(sum(own), rel=1e-5)
+    assert one_step(two_branches, params)[1] == pytest.approx(sum(own), rel=1e-5)
 
 
-def test_a_tower_learns_from_its_own_loss_alone(two_towers):
+def test_a_branch_learns_from_its_own_loss_alone(two_branches):
     """Whatever the other tower says; both learn."""
     one, other = start(TWO).params, start(of_training(TWO, seed=1)).params
-    both, _ = one_step(two_towers, one)
-    mixed, _ = one_step(two_towers, {"main": other["main"], "words": one["words"]})
+    both, _ = one_step(two_branches, one)
+    mixed, _ = one_step(two_branches, {"main": other["main"], "words": one["words"]})
     jax.tree.map(np.testing.assert_array_equal, mixed["words"], both["words"])
-    mixed, _ = one_step(two_towers, {"main": one["main"], "words": other["words"]})
+    mixed, _ = one_step(two_branches, {"main": one["main"], "words": other["words"]})
     jax.tree.map(np.testing.assert_array_equal, mixed["main"], both["main"])
     for branch, name in (("main", "id_user"), ("words", "text_item")):
         before, after = (jax.tree.leaves(params[branch][name])[0] for params in (one, both))

@@ -226,7 +226,7 @@ def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, u
     assert differences(tmp_path / "run", undisturbed) == []
 
 
-def test_a_damaged_best_state_is_told_at_once(tables, cache, tmp_path, undisturbed):
+def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undisturbed):
     """Neither does training go on for nothing, nor does another state take its place when it is asked for."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
@@ -475,10 +475,10 @@ def test_changed_tables_are_refused(tables, cache, tmp_path):
     run_training(small(folder, cache, model__variant="graph", train__max_steps=5), tmp_path / "run")
     load(tmp_path / "run")
     (folder / "interactions.csv").write_text("".join([lines[0], *lines[:0:-1]]))
-    told = (
+    reported = (
         r"the tables have changed .* \(users has its 80 rows with changed columns \(other values: user_id\); items has"
     )
-    with pytest.raises(TablesChangedError, match=told):
+    with pytest.raises(TablesChangedError, match=reported):
         load(tmp_path / "run")
 
 
@@ -557,7 +557,7 @@ class StopHereError(Exception):
     """What a watcher of the evaluations raises in the test below."""
 
 
-def test_a_run_over_sampled_neighbours_resumes_bit_for_bit(tables, cache, tmp_path):
+def test_a_run_over_sampled_neighbors_resumes_bit_for_bit(tables, cache, tmp_path):
     """Stopped at an evaluation and taken up from the checkpoint before it."""
     changes = {"train__loss": "sampled_softmax", "train__neighbours": 2, "model__variant": "graph"}
     config = small(tables, cache, train__negatives=2, model__holding_dropout=0.2, **changes)

@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_with_the_same_one(tmp_path):
     code = f"""
 from fused_rec.runs.loggers import CurveLogger, metric_writer
 workdir.mkdir(exist_ok=True)
-with metric_writer(fr.configure(**{SETTINGS!r}), workdir) as shown, Curves(workdir / "choose", shown) as curves:
+with metric_writer(fr.configure(**{SETTINGS!r}), workdir) as shown, CurveLogger(workdir / "choose", shown) as curves:
     curves.rewind(FIRST)
     for step in (FIRST + 5, FIRST + 10):
         curves.write(step, {{"loss": 100.0 - step}})

@@ -82,16 +82,16 @@ def _parse(argv: list[str]) -> list[str]:
         if isinstance(error, BrokenPipeError):
             raise
         # Beyond flags.Error: how ml_collections says that a setting or a file of settings is not there or not sound.
-        told = str(error)
+        reported = str(error)
         if isinstance(error, flags.Error):
-            told = re.sub(_MISSING, r"--\1 is missing", told.strip('"'))
+            reported = re.sub(_MISSING, r"--\1 is missing", reported.strip('"'))
         elif isinstance(error, AttributeError | KeyError):
-            told = "--config has no such setting: " + re.sub(r"[\\']", "", told.replace("\\n", " "))
+            reported = "--config has no such setting: " + re.sub(r"[\\']", "", reported.replace("\\n", " "))
         else:
-            told = f"--config cannot be read: {' '.join(told.rpartition('failure to load:')[2].split())}"
+            reported = f"--config cannot be read: {' '.join(reported.rpartition('failure to load:')[2].split())}"
             if isinstance(error, OSError):
-                told += f"; give the path of a file, or one of {', '.join(CONFIG_NAMES)}"
-        print(told, file=sys.stderr)
+                reported += f"; give the path of a file, or one of {', '.join(CONFIG_NAMES)}"
+        print(reported, file=sys.stderr)
         sys.exit(1)
 
 
@@ -126,11 +126,11 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
         if flags.FLAGS.verbosity > 0 or not isinstance(error, FAULTS):
             raise
         sys.stdout.flush()  # what was said before comes before
-        print(_told(error), file=sys.stderr)
+        print(_report(error), file=sys.stderr)
         sys.exit(getattr(error, "exit_status", 1))
 
 
-def _told(error: Exception) -> str:
+def _report(error: Exception) -> str:
     if isinstance(error, app.UsageError):
         return str(error)
     lines = [f"{type(error).__name__}: {error}"]

@@ -62,7 +62,7 @@ def handle_signals() -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
-    told_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    reported_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     handled = [signum for signum in SIGNALS if before[signum] is not signal.SIG_IGN]
@@ -73,7 +73,7 @@ def handle_signals() -> Iterator[None]:
     finally:
         for signum in handled:
             signal.signal(signum, before[signum])
-        signal.set_wakeup_fd(told_before)
+        signal.set_wakeup_fd(reported_before)
         sys.unraisablehook = hook
         os.close(writer)  # ends the thread
         _REQUEST.signum = None

@@ -173,10 +173,10 @@ def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIM
     spaces = [read.whitenings.get(side) for side in SIDES]
     width = read.vectors.shape[1]
     own = np.stack([read.means[side][row] for side, row in zip(SIDES, rows, strict=True)])
-    worded = np.array([space is not None and bool(mean.any()) for space, mean in zip(spaces, own, strict=True)])
+    with_text = np.array([space is not None and bool(mean.any()) for space, mean in zip(spaces, own, strict=True)])
     centre = np.stack([np.zeros(width) if space is None else space.center for space in spaces])
     matrix = np.stack([np.zeros((width, width)) if space is None else space.matrix for space in spaces])
-    space: Any = jax.device_put((worded, centre.astype(np.float32), matrix.astype(np.float32)))
+    space: Any = jax.device_put((with_text, centre.astype(np.float32), matrix.astype(np.float32)))
     settings, at = compile_key(read.config), np.array(rows, np.int32)
 
     def scored(means: Float[np.ndarray, "2 D"]) -> tuple[float, Float32[np.ndarray, "2 D"]]:
@@ -185,7 +185,7 @@ def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIM
 
     _check_vectors(read, rows, np.asarray(_vectors(own, *space)))
     score, slope = scored(own)
-    sides, texts, shares = _chosen(read, rows, worded, slope, centre, limit)
+    sides, texts, shares = _chosen(read, rows, with_text, slope, centre, limit)
     count = sum(int((_links_of(read.texts, side)[0] == row).sum()) for side, row in zip(SIDES, rows, strict=True))
     moved = _embed_tokens(read, texts)
     # The mean of each node without the attributed texts.
@@ -241,7 +241,7 @@ def _check_vectors(read: Attributor, rows: tuple[int, int], made: Float32[np.nda
 def _chosen(
     read: Attributor,
     rows: tuple[int, int],
-    worded: Bool[np.ndarray, "2"],
+    with_text: Bool[np.ndarray, "2"],
     slope: Float32[np.ndarray, "2 D"],
     centre: Float64[np.ndarray, "2 D"],
     limit: int,
@@ -250,7 +250,7 @@ def _chosen(
     found = []
     for number, (side, row) in enumerate(zip(SIDES, rows, strict=True)):
         at, texts, weights = _links_of(read.texts, side)
-        mine = np.flatnonzero(at == row)[: None if worded[number] else 0]
+        mine = np.flatnonzero(at == row)[: None if with_text[number] else 0]
         texts, weights = texts[mine], weights[mine]
         effect = np.abs(weights * ((read.vectors[texts] - centre[number]) @ slope[number]))
         first = np.sort(np.argsort(-effect, kind="stable")[:limit])
@@ -430,14 +430,14 @@ def _embedding_gradient(
 
 def _vectors(
     means: Float32[AnyArray, "2 D"],
-    worded: Bool[AnyArray, "2"],
+    with_text: Bool[AnyArray, "2"],
     centre: Float32[AnyArray, "2 D"],
     matrix: Float32[AnyArray, "2 D D"],
 ) -> Float32[Array, "2 D"]:
     """Computes the text features of the two nodes, as `node_vectors` does."""
     out = jnp.einsum("sd,sde->se", means - centre, matrix, precision=jax.lax.Precision.HIGHEST)
     length = jnp.sqrt(jnp.maximum((out * out).sum(1, keepdims=True), 1e-24))
-    return jnp.where(worded[:, None], out / length, 0)
+    return jnp.where(with_text[:, None], out / length, 0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

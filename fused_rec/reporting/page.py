@@ -371,13 +371,13 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
     if item.routes:
         found = [_path_diagram(route) for route in item.routes]
         title = f"Paths by which the score of {cut(item.name, NAME)} comes about"
-        spoken = element("ul", *(element("li", in_words(way)) for way in found))
+        path_list = element("ul", *(element("li", in_words(way)) for way in found))
         figure = element(
             "figure",
             element("h5", "The paths that add most"),
             path_diagrams(f"ways-{key}", title, found, cut(item.name, NAME)),
             element("figcaption", "Solid: over the graph. Dashed: by likeness to the product."),
-            _closed("The paths in words", spoken),
+            _closed("The paths in words", path_list),
         )
         append(content, figure)
     return element("details", summary, content, open=first)
@@ -424,12 +424,12 @@ def _passage(passage: Passage) -> Element:
         weighted.append((abs(span.value), word, span.value))
     append(quote, passage.text[end:TEXT] + ("…" if len(passage.text) > TEXT else ""))
     weightiest = sorted(weighted, key=lambda word: -word[0])[:5]
-    spoken = "; ".join(f"{cut(word, NAME)} {value:+.3f}" for _, word, value in weightiest)
+    top_words = "; ".join(f"{cut(word, NAME)} {value:+.3f}" for _, word, value in weightiest)
     return element(
         "div",
         element("h5", passage.title),
         quote,
-        element("p", f"Words that count most: {spoken}.", class_="muted") if spoken else None,
+        element("p", f"Words that count most: {top_words}.", class_="muted") if top_words else None,
         class_="passage",
     )
 
