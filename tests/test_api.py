@@ -220,7 +220,7 @@ def test_a_run_is_kept_whole(run, config, folder, market):
 def test_a_run_whose_tables_are_gone_says_where_they_were(config, market, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match="run holds a run, and .*run/tables, .* is missing; restore it"):
+    with pytest.raises(ValueError, match="run holds a run, but .*run/tables, .* is missing; restore it"):
         fr.train(config, tmp_path / "run", market)
 
 

@@ -65,7 +65,7 @@ def test_a_finished_run_says_when_it_was_and_shows_its_results(place):
     done = again(place, place, place / "tables")
     assert done.returncode == 0, done.stderr
     assert f"finished: {results['finished']}" in done.stdout and f"{results['test']['ndcg@10']:.4f}" in done.stdout
-    assert f"{place}/run was finished at {results['finished']}, and its tables are the same" in done.stderr
+    assert f"{place}/run was finished at {results['finished']} with the same tables" in done.stderr
 
 
 def test_a_finished_run_of_other_tables_is_not_shown(place, copied):

@@ -183,7 +183,7 @@ def test_other_types_are_refused_by_name_and_a_repair_leaves_them_out(name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("column", ["user_id", "timestamp", "text", "part"])
+@pytest.mark.parametrize("column", ["user_id", "timestamp", "text", "split"])
 def test_other_types_in_columns_of_the_format_are_refused_by_name(name, column):
     given, kind = REFUSED[name]
     with pytest.raises(DataError) as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,7 +58,7 @@ def launch(
             + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
             cwd=ROOT,
             env=os.environ
-            | {"HOME": str(workdir.with_name(f"{workdir.name}.{process}.home"))}
+            | {"HOME": str(home(workdir, process))}
             | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
             stdout=log,
             stderr=log,
@@ -66,8 +67,7 @@ def launch(
 
 def cached(workdir: Path, process: int = 0) -> set[bytes]:
     """Keys of the text vectors that a process has kept, each once."""
-    home = workdir.with_name(f"{workdir.name}.{process}.home")
-    shards = list(home.rglob("*.safetensors"))
+    shards = list(home(workdir, process).rglob("*.safetensors"))
     keys = [key.tobytes() for shard in shards for key in safetensors.numpy.load_file(shard)["keys"]]
     assert len(keys) == len(set(keys))
     return set(keys)
@@ -120,20 +120,36 @@ def check_parameters(workdir: Path, alone: Path) -> None:
     mine, theirs = (arrays(folder / "select" / "checkpoints", 10) for folder in (workdir, alone))
     assert mine.keys() == theirs.keys() != set()
     for name, array in theirs.items():
-        np.testing.assert_allclose(mine[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
+        # Of the largest entry: a processor may round the vectors of a text differently in batches of another shape.
+        np.testing.assert_allclose(
+            mine[name], array, rtol=1e-5, atol=max(1e-7, 1e-5 * np.abs(array).max()), err_msg=name
+        )
+
+
+def home(workdir: Path, process: int = 0) -> Path:
+    return workdir.with_name(f"{workdir.name}.{process}.home")
 
 
 def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
     """One of them comes late; only the first writes. Sums of two devices are the same in any order.
 
-    Each encodes half of the texts, and has the vectors of all in its cache afterwards.
+    All have the same text vectors: some processors round those of a text differently in batches of another shape, and
+    ten steps of AdamW make 1e-5 of 1e-7 where a gradient is nearly zero.
     """
     workdir = tmp_path / "run"
+    for process in range(2):
+        shutil.copytree(home(alone), home(workdir, process))
     assert run(tables, workdir, 2, late=LATE, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
     check_metrics(workdir, alone)
     check_parameters(workdir, alone)
     assert "ndcg@10" in text_batch(workdir)
     assert "results:" not in text_batch(workdir, 1)
+
+
+def test_two_processes_divide_the_texts(tables, alone, tmp_path):
+    """Each encodes half of the texts, and has the vectors of all in its cache afterwards."""
+    workdir = tmp_path / "run"
+    assert run(tables, workdir, 2, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
     caches = [cached(alone), cached(workdir), cached(workdir, 1)]
     assert len(caches[0]) > 30
     assert caches[0] == caches[1] == caches[2]

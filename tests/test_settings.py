@@ -205,7 +205,7 @@ def kinds(*names, **more):
             {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True}},
             "add_prefix_space is True, and the ByteLevel of tokenizer.json does otherwise",
         ),
-        ({"added_tokens.json": {"<new>": 290}}, "gives '<new>' the id 290, and tokenizer.json None; write both anew"),
+        ({"added_tokens.json": {"<new>": 290}}, "gives '<new>' the id 290, and tokenizer.json None; write both again"),
         (
             {"tokenizer_config.json": {"split_special_tokens": "yes"}},
             "split_special_tokens is 'yes'; it must be of type",

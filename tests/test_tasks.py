@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,9 @@ def encoder():
         return np.stack(vectors).astype(np.float32)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "open_model", lambda name, **_: None)
+        patch.setattr(
+            preparing, "open_model", lambda name, **_: SimpleNamespace(config=SimpleNamespace(hidden_size=12))
+        )
         patch.setattr(preparing, "encode_texts", embed)
         yield
 

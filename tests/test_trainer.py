@@ -445,7 +445,9 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
     """A fault of the tables ends the command with the file, the row and the remedy, and no traceback."""
     bad = tmp_path / "bad"
     bad.mkdir()
-    (bad / "interactions.csv").write_text("user_id,item_id,value\nA,X,1.0\nA,Y,nan\n,X,2.0\nB,X,1.0\n")
+    (bad / "interactions.csv").write_text(
+        "user_id,item_id,timestamp\nA,X,1700000000\nA,Y,soon\n,X,1700000001\nB,X,1700000002\n"
+    )
     done = subprocess.run(
         train_command(bad, cache, tmp_path / "run"), env=environment(cache), capture_output=True, text=True, check=False
     )

@@ -156,7 +156,7 @@ def text_mean(interactions: Interactions, *, own: float) -> Partial:
 def als(interactions: Interactions, *, factors: int, regularization: float, alpha: float, seed: int) -> Partial:
     """Factors of weighted least squares (Hu, Koren and Volinsky, ICDM 2008), by the `implicit` library.
 
-    Minimises sum c (p - x y)^2 + regularisation * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
+    Minimises sum c (p - x y)^2 + regularization * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
     (Takacs et al., RecSys 2011); p is 1 with confidence c = alpha for a seen pair and 0 with c = 1 for any other, so
     alpha is 1 + the paper's. The same seed gives the same factors, whatever the number of threads.
 
@@ -164,7 +164,7 @@ def als(interactions: Interactions, *, factors: int, regularization: float, alph
       ImportError: `implicit` is not installed.
       InsufficientMemoryError: the factors do not fit.
     """
-    for name, value, least in (("factors", factors, 1), ("regularisation", regularization, 0), ("alpha", alpha, 1)):
+    for name, value, least in (("factors", factors, 1), ("regularization", regularization, 0), ("alpha", alpha, 1)):
         if not value >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     try:

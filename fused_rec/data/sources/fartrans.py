@@ -81,7 +81,7 @@ def read_prices(file: Path) -> pa.Table:
         LOG.info("%s", note)
     there = rows.column_names
     if wrong := [name for name in needed if there.count(name) != 1]:
-        faults = [f"column {name} is there {there.count(name)} times (there: {', '.join(there)})" for name in wrong]
+        faults = [f"column {name} occurs {there.count(name)} times (there: {', '.join(there)})" for name in wrong]
         raise DataError([Problem(file.name, None, fault, f"name the columns {', '.join(needed)}") for fault in faults])
     rows = _known(rows.select(needed))
     _refuse(file.name, np.asarray(rows["ISIN"].is_null()), rows["ISIN"], "ISIN", "give each row its id")
