@@ -87,7 +87,7 @@ def test_what_it_says():
 
 @pytest.mark.parametrize("none", [math.nan, None])
 def test_a_metric_without_a_value_is_left_out(none):
-    matter, below = front_matter(card(results(accuracy=none), AMOUNTS, DIGESTS, "x"))
+    matter, below = front_matter(card(results(auc=none), AMOUNTS, DIGESTS, "x"))
     [entry] = matter["model-index"]
     types = [(r["dataset"]["split"], m["type"]) for r in entry["results"] for m in r["metrics"]]
     assert ("validation", "auc") not in types and ("test", "auc") in types

@@ -204,7 +204,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
             id="four times",
         ),
         pytest.param([("batch", 23)], [{"select": 20, "refit": 3}], id="in the second phase"),
-        pytest.param([("measure_users", 1)], [None], id="in the test part's measurement"),
+        pytest.param([("evaluate_users", 1)], [None], id="in the test part's measurement"),
         pytest.param([("write_json", 2)], [None], id="before the results are written"),
     ],
 )
