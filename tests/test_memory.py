@@ -45,13 +45,13 @@ def limited(code: str) -> str:
 @pytest.mark.parametrize(
     ("call", "need"),
     [
-        ("closed_form.ease(seen(60_000, 60_000), l2=100.0)", 28.8),  # 8 bytes an element: weights, and on the device
-        ("closed_form.ease(seen(30_000, 60_000), l2=100.0)", 14.4),  # the same of scores, users being fewer
-        ("closed_form.text_ease(seen(60_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 28.8),
-        ("closed_form.text_ease(seen(30_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 18.0),
-        ("closed_form.gf_cf(seen(60_000, 60_000), rank=16, alpha=1.0)", 28.8),
-        ("closed_form.spectrum(seen(60_000, 60_000), rank=1024, l2=100.0)", 3.1),
-        ("baselines.als(seen(3_000_000, 60_000), factors=64, regularisation=1.0, alpha=10.0, seed=0)", 1.6),
+        ("linear.ease(seen(60_000, 60_000), l2=100.0)", 28.8),  # 8 bytes an element: weights, and on the device
+        ("linear.ease(seen(30_000, 60_000), l2=100.0)", 14.4),  # the same of scores, users being fewer
+        ("linear.text_ease(seen(60_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 28.8),
+        ("linear.text_ease(seen(30_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 18.0),
+        ("linear.gf_cf(seen(60_000, 60_000), rank=16, alpha=1.0)", 28.8),
+        ("linear.low_rank_ease(seen(60_000, 60_000), rank=1024, l2=100.0)", 3.1),
+        ("neighbors.als(seen(3_000_000, 60_000), factors=64, regularization=1.0, alpha=10.0, seed=0)", 1.6),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_begins(call, need):
@@ -77,10 +77,10 @@ def test_what_fits_is_computed_under_the_same_limit():
     said = limited(
         """
         data = seen(3000, 2500, 20_000)
-        whole = closed_form.ease(data, l2=100.0)(np.arange(3))
+        whole = linear.ease(data, l2=100.0)(np.arange(3))
         limit(600_000_000)
         for _ in range(4):  # what one has freed is there for the next
-            assert np.array_equal(whole, closed_form.ease(data, l2=100.0)(np.arange(3)))
+            assert np.array_equal(whole, linear.ease(data, l2=100.0)(np.arange(3)))
         print("the same")
         """
     )
@@ -210,8 +210,9 @@ def test_other_steps_are_refused_before_they_begin():
 
         counts = {"user": 400_000, "item": 100_000}
         one = np.zeros(1, np.int64)
-        graph = hetero_graph(counts, bidirectional_edges(INTERACTS, INTERACTED_BY, one, one, counts), np.zeros((500_000,
-        1), np.float32)) task = GraphInputs(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
+        edges = bidirectional_edges(INTERACTS, INTERACTED_BY, one, one, counts)
+        graph = hetero_graph(counts, edges, np.zeros((500_000, 1), np.float32))
+        inputs = GraphInputs(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
         config = Config(model=ModelConfig(variant="graph", dim=1024))
         words = np.broadcast_to(np.float32(1), (3_000_000, 2))
         nobody = ranking.item_sets(one[:0], one[:0], 3_000_000)
@@ -220,8 +221,8 @@ def test_other_steps_are_refused_before_they_begin():
         items = pa.table({"item_id": [str(number) for number in range(1000)]})
         data = Dataset("x", ids, items, ids, empty_reviews(), empty_ties())
         limit(1_500_000_000)
-        refused(lambda: require_step(config, task))
-        refused(lambda: require_embedding(config, task))
+        refused(lambda: require_step(config, inputs))
+        refused(lambda: require_embedding(config, inputs))
         refused(lambda: text_knn_edges(words, 100))
         refused(lambda: ranking.top_k(scorer, np.arange(3_000_000), seen=nobody, n_items=10, k=100))
         refused(lambda: ranking.top_k(scorer, np.arange(3), seen=nobody, n_items=100_000_000, k=1, batch=16))
@@ -232,7 +233,7 @@ def test_other_steps_are_refused_before_they_begin():
     begin = [
         "training over 500,000 nodes with 1024 dimensions",
         "the embeddings of 400,000 users and 100,000 items",
-        "graph.text_knn, 100 neighbours of each of 3,000,000 nodes",
+        "graph.text_knn, 100 neighbors of each of 3,000,000 nodes",
         "the rankings of 3,000,000 users",
         "a ranking of 100,000,000 items for 3 users at a time",
         "a bootstrap of 40 runs over 3,000,000 users",
