@@ -207,7 +207,10 @@ def _tables_typed(folder: Path, data: bytes) -> object:
 
 
 def _config(_: Path, data: bytes) -> object:
-    values = json.loads(data)
+    try:
+        values = json.loads(data)
+    except RecursionError as error:  # of Python's own parser, before any of our code
+        raise ValueError("nested too deeply") from error
     config = from_dict(values)
     assert from_dict(json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
     return config
