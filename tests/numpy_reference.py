@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "peers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "competitors"))
 
 from protocol import answer  # pyright: ignore[reportMissingImports]
 

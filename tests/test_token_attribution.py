@@ -129,9 +129,9 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     shares = np.array([[text.weight * (text.side == side) for text in found.texts] for side in (USER, ITEM)])
     own = np.stack([read.means[USER][user], read.means[ITEM][item]])
     rest = own - shares @ read.vectors[texts]
-    space = [np.array([True, True]), *(np.stack([read.spaces[side][part] for side in (USER, ITEM)]) for part in (0, 1))]
-    assert read.tfidf_model is not None
-    weights, directions = read.tfidf_model.weights[texts].toarray(), read.tfidf_model.directions
+    space = [np.array([True, True]), *(np.stack([read.whitenings[side][part] for side in (USER, ITEM)]) for part in (0, 1))]
+    assert read.tfidf is not None
+    weights, directions = read.tfidf.weights[texts].toarray(), read.tfidf.directions
 
     def at(share: float, place: int, token: int, term: int, step: float) -> float:
         vectors = []
@@ -169,10 +169,10 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     tokens_of = [n for n, (start, end) in enumerate(cut.spans) if naive.start <= start < end <= naive.end]
     assert sum(value(of_user, token=n) for n in tokens_of) == pytest.approx(naive.value, rel=0.03, abs=2e-5)
     # A counted term of the item's text: its share of the words that it stands in is what its tokens leave.
-    start, end, row = next(iter(read.tfidf_model.occurrences(found.texts[of_item].text)))
+    start, end, row = next(iter(read.tfidf.occurrences(found.texts[of_item].text)))
     [counted] = [word for word in found.tokens if word.text == of_item and word.start == start]
     assert counted.end == end
-    often = sum(row == other for *_, other in read.tfidf_model.occurrences(found.texts[of_item].text))
+    often = sum(row == other for *_, other in read.tfidf.occurrences(found.texts[of_item].text))
     tokens_of = [n for n, span in enumerate(moved[of_item].tokens.spans) if start <= span[0] < span[1] <= end]
     by_hand = sum(value(of_item, token=n) for n in tokens_of) + value(of_item, term=row) / often
     assert by_hand == pytest.approx(counted.value, rel=0.03, abs=2e-5)
