@@ -131,7 +131,7 @@ def test_the_text_variant_by_hand():
     same(out(config, params), ((own[USER] + matrix @ own[ITEM]) / 2, own[ITEM] / 2))
 
 
-@pytest.mark.parametrize(("config", "hears_words"), [(FUSED, True), (GRAPH_ONLY, False), (TEXT_ONLY, True)])
+@pytest.mark.parametrize(("config", "uses_text_edges"), [(FUSED, True), (GRAPH_ONLY, False), (TEXT_ONLY, True)])
 def test_whose_output_follows_the_words(config, uses_text_edges):
     params = anywhere(config)
     one, other = out(config, params), out(config, params, tiny.graph(tiny.words(seed=1)))

@@ -182,7 +182,7 @@ def test_settings_that_contradict_each_other_are_refused():
         ModelConfig(layer_combination="mean")
     with pytest.raises(
         ValueError,
-        match=r"model\.layer_combination is 'mean_without_input'; it must be learned or even where model\.num_layers",
+        match=r"model\.layer_combination is 'mean_without_input'; it must be learned or mean where model\.num_layers",
     ):
         ModelConfig(layer_combination="mean_without_input", relation_gates=False, num_layers=0)
     with pytest.raises(

@@ -71,7 +71,7 @@ def kept(workdir: Path) -> tuple[list[str], list[dict], dict, dict]:
 def test_a_run_sends_curves_results_and_settings(tmp_path):
     code = f"""
 from fused_rec.data.synthetic import make_synthetic
-fr.train(fr.configure(**{SETTINGS!r}), workdir, make_market(0, 60, 30))
+fr.train(fr.configure(**{SETTINGS!r}), workdir, make_synthetic(0, 60, 30))
 """
     done = ran(code, tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_with_the_same_one(tmp_path):
     code = f"""
 from fused_rec.runs.loggers import CurveLogger, metric_writer
 workdir.mkdir(exist_ok=True)
-with metric_writer(fr.configure(**{SETTINGS!r}), workdir) as shown, CurveLogger(workdir / "choose", shown) as curves:
+with metric_writer(fr.configure(**{SETTINGS!r}), workdir) as shown, CurveLogger(workdir / "select", shown) as curves:
     curves.rewind(FIRST)
     for step in (FIRST + 5, FIRST + 10):
         curves.write(step, {{"loss": 100.0 - step}})
