@@ -305,7 +305,7 @@ def test_groups_of_an_attribute():
     with pytest.raises(ValueError, match="no column 'sex'; they have user_id, age"):
         groups_of(users, "sex", np.array([0]))
     more = pa.table({"country": [["CH", "DE"], ["CH"]], "empty": pa.nulls(2), "born": [{"year": 1}, {"year": 2}]})
-    with pytest.raises(ValueError, match=r"users.country holds list<.*> values; groups need a column of one word or"):
+    with pytest.raises(ValueError, match=r"users.country holds list<.*> values; groups need a column with one text or"):
         groups_of(more, "country", np.array([0]))
     with pytest.raises(ValueError, match="users.born holds struct<year: int64> values"):
         groups_of(more, "born", np.array([0]))
