@@ -129,7 +129,10 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     shares = np.array([[text.weight * (text.side == side) for text in found.texts] for side in (USER, ITEM)])
     own = np.stack([read.means[USER][user], read.means[ITEM][item]])
     rest = own - shares @ read.vectors[texts]
-    space = [np.array([True, True]), *(np.stack([read.whitenings[side][part] for side in (USER, ITEM)]) for part in (0, 1))]
+    space = [
+        np.array([True, True]),
+        *(np.stack([read.whitenings[side][part] for side in (USER, ITEM)]) for part in (0, 1)),
+    ]
     assert read.tfidf is not None
     weights, directions = read.tfidf.weights[texts].toarray(), read.tfidf.directions
 
