@@ -561,8 +561,8 @@ class StopHereError(Exception):
 
 def test_a_run_over_sampled_neighbors_resumes_bit_for_bit(tables, cache, tmp_path):
     """Stopped at an evaluation and taken up from the checkpoint before it."""
-    changes = {"train__loss": "sampled_softmax", "train__neighbours": 2, "model__variant": "graph"}
-    config = small(tables, cache, train__negatives=2, model__holding_dropout=0.2, **changes)
+    changes = {"train__loss": "sampled_softmax", "train__num_neighbors": 2, "model__variant": "graph"}
+    config = small(tables, cache, train__num_negatives=2, model__edge_dropout=0.2, **changes)
     prepared = prepare(config, *read(config))
     straight, through = trainer.fit(config, prepared, tmp_path / "straight")
 
