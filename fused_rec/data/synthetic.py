@@ -1,12 +1,16 @@
-"""A generated financial market whose tastes are known, so that a model can be checked without anybody's data.
+"""Generator of a synthetic financial market with known latent factors, to check models without real data.
 
-Five facets decide what a user holds, and no single source shows them all. An item's description states its theme,
-region, risk and whether it pays out or grows, but not the concern it meets in daily use, which alone tells apart
-items described alike. A user's own words state some of their facets. Referral ties run mostly between users of the
-same concern, and holdings spread along them by word of mouth. Holdings follow everything at once, with noise, and
-half of the users hold nine items or fewer. Reviews repeat the item's facets and sometimes name the concern. So words,
-ties and holdings each rank fairly, and together clearly better. Timestamps carry no taste.
-All names, words and numbers are made up here.
+Five latent factors determine what a user buys, and no single source reveals them all:
+
+- The text of an item states its theme, region, risk and style (income or growth), but not its concern. Only the
+  concern distinguishes items with equal descriptions.
+- The text of a user states some of their factors.
+- Social edges (referrals) connect mostly users of the same concern, and interactions spread along them.
+- Interactions depend on all factors, with noise. Half of the users have nine items or fewer.
+- Reviews repeat the factors of the item and sometimes name the concern.
+
+So text, social edges and interactions each rank moderately well, and best in combination. Timestamps carry no
+information about preferences. All names, texts and numbers are invented.
 """
 
 from typing import NamedTuple
@@ -86,7 +90,15 @@ BLAME = ("I miss {} here.", "Fine otherwise, but nothing is done for {}.", "Othe
 
 
 class LatentFactors(NamedTuple):
-    """The facets of n users or items, as positions in THEMES, REGIONS, RISKS, STYLES and CONCERNS."""
+    """Latent factors of n users or items.
+
+    Attributes:
+      theme: int64 [n], index into THEMES.
+      region: int64 [n], index into REGIONS.
+      risk: int64 [n], index into RISKS.
+      style: int64 [n], index into STYLES.
+      concern: int64 [n], index into CONCERNS.
+    """
 
     theme: Int64[np.ndarray, "n"]
     region: Int64[np.ndarray, "n"]
@@ -96,8 +108,15 @@ class LatentFactors(NamedTuple):
 
 
 def sample_latent_factors(seed: int, n_users: int, n_items: int) -> tuple[LatentFactors, LatentFactors]:
-    """The facets of the users and of the items of `make_synthetic` with the same arguments: the truth to compare
-    with.
+    """Samples the true factors behind `make_synthetic` with the same arguments.
+
+    Args:
+      seed: of the generator.
+      n_users: number of users.
+      n_items: number of items.
+
+    Returns:
+      The factors of the users and of the items.
     """
     users, items = (
         LatentFactors(*(rng.integers(0, len(facet), n) for facet in (THEMES, REGIONS, RISKS, STYLES, CONCERNS)))
@@ -107,12 +126,24 @@ def sample_latent_factors(seed: int, n_users: int, n_items: int) -> tuple[Latent
 
 
 def make_synthetic(seed: int = 0, n_users: int = 2000, n_items: int = 400) -> Dataset:
-    """A market with texts, holdings over three years, reviews and referral ties; equal for equal arguments.
+    """Generates a market with texts, interactions over three years, reviews and social edges.
 
-    users: `user_id` C0001…, `text` (null for one in ten), `risk_tolerance` 1-5, `age_band`, `jurisdiction`.
-    items: `item_id` P001…, `name`, `text`, `category`, `sector`, `region`, `risk_band` 1-5.
-    interactions, reviews and ties (kind "referral") carry timestamps and stand in order of time.
-    Raises ValueError for fewer than 20 users or items.
+    Equal arguments give equal data. Columns of the tables:
+
+    - users: `user_id` C0001…, `text` (null for one in ten), `risk_tolerance` 1-5, `age_band`, `jurisdiction`;
+    - items: `item_id` P001…, `name`, `text`, `category`, `sector`, `region`, `risk_band` 1-5;
+    - interactions, reviews and ties (kind "referral"): sorted by `timestamp`, in unix seconds.
+
+    Args:
+      seed: of the generator.
+      n_users: number of users, at least 20.
+      n_items: number of items, at least 20.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      ValueError: fewer than 20 users or items.
     """
     if min(n_users, n_items) < 20:
         raise ValueError(f"n_users is {n_users} and n_items {n_items}; a market needs at least 20 of each")
@@ -143,7 +174,7 @@ def _rng(seed: int, stream: int) -> np.random.Generator:
 
 
 def _first_seconds(rng: np.random.Generator, n: int) -> Int64[np.ndarray, "n"]:
-    """When users join or items are launched, in seconds after START: half at the start, the rest over two years."""
+    """Samples when users join or items launch, in seconds after START: half at 0, the rest over two years."""
     return rng.integers(0, SECONDS * 2 // 3, n) * (rng.random(n) < 0.5)
 
 
@@ -160,7 +191,7 @@ def _by_time(seconds: Int64[np.ndarray, "_"], **columns: pa.Array) -> pa.Table:
 
 
 def _referrals(rng: np.random.Generator, users: LatentFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ties (source, target), 17 in 20 of them drawn among the users of one concern."""
+    """Samples distinct social edges (source, target); 85% have a target of the same concern."""
     n = len(users.theme)
     source = np.repeat(np.arange(n), np.minimum(rng.poisson(3, n), 12))
     by_concern = np.argsort(users.concern, kind="stable")
@@ -175,7 +206,7 @@ def _referrals(rng: np.random.Generator, users: LatentFactors) -> tuple[np.ndarr
 def _holdings(
     rng: np.random.Generator, users: LatentFactors, items: LatentFactors, source: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (user, item): those of highest utility, which a Gumbel term turns into a draw without replacement."""
+    """Samples pairs (user, item) of highest utility; a Gumbel term makes this sampling without replacement."""
     n_users, n_items = len(users.theme), len(items.theme)
     utility = (
         3.0 * (users.theme[:, None] == items.theme)
@@ -258,7 +289,7 @@ def _item_table(rng: np.random.Generator, items: LatentFactors) -> pa.Table:
 def _reviews(
     rng: np.random.Generator, users: LatentFactors, items: LatentFactors, user: np.ndarray, item: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
-    """Positions of the three in ten holdings that are reviewed and the words; two in five name the user's concern."""
+    """Samples the positions of the 30% of interactions with a review, and its text; 40% name the user's concern."""
     reviewed = np.flatnonzero(rng.random(len(user)) < 0.3)
     names_concern = rng.random(len(reviewed)) < 0.4
     texts = []

@@ -1,10 +1,10 @@
-"""Texts as CSV cells that no spreadsheet computes, and back.
+"""Escaping of texts as CSV cells so that spreadsheets do not run them as formulas.
 
-A spreadsheet takes a cell for a formula that begins with = + - or @, and a formula can call programs or send the sheet
-away (CWE-1236; OWASP, "CSV injection"). Ids and names come from tables that others wrote. The convention here: a text
-that begins with one of these, or with ', whatever white space or unprintable characters stand before it, or with a tab
-or line break, gets one ' in front. So a cell that begins with ' holds the text behind that first '; every other cell
-holds the text as it is. Numbers that this project computes are written as numbers.
+Spreadsheets treat a cell that begins with = + - or @ as a formula, which can start programs or send data
+(CWE-1236; OWASP, "CSV injection"). Ids and names come from tables of others. The convention: one ' is put in front of
+a text that begins with one of these characters or with ', also after white space or unprintable characters, or with a
+tab or line break. To read a cell, remove one leading ' if there is one. Numbers that this project computes are not
+escaped.
 """
 
 import re
@@ -15,10 +15,10 @@ _FORMULA = re.compile(rf"[\t\r\n]|{_UNSEEN}*['=+\-@＝＋－＠]")
 
 
 def escape_csv(text: str) -> str:
-    """The text as a CSV cell that is no formula: itself, or with one ' in front."""
+    """Returns the text as a safe CSV cell: unchanged, or with one ' in front."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def unescape_csv(cell: str) -> str:
-    """The inverse of `escape_csv`."""
+    """Inverts `escape_csv`."""
     return cell.removeprefix("'")

@@ -1,9 +1,9 @@
-"""How a text file of rows is written: its encoding, its delimiter, and the line that Excel puts before the header.
+"""Detection of how a text table is written: its encoding, its delimiter, and a `sep=` line of Excel before the header.
 
-The encoding is UTF-8 unless a byte order mark, or a zero in every second byte, says UTF-16 or UTF-32; other encodings
-cannot be told from each other and are named by the user. Even then a file whose bytes beyond ASCII are all sound UTF-8
-is read as that, for text of another encoding is never so by chance. The delimiter is the one that gives the columns
-that the table must have, which no two delimiters do.
+The encoding is UTF-8 unless a byte order mark, or a zero in every second byte, indicates UTF-16 or UTF-32. Other
+encodings cannot be distinguished, so the user names them. Even then, a file that is valid UTF-8 and not only ASCII is
+read as UTF-8, because text in another encoding is practically never valid UTF-8. The delimiter is the one that yields
+the required columns of the table; no two delimiters do.
 """
 
 import codecs
@@ -33,14 +33,20 @@ _SEPARATOR = re.compile('"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's own line b
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """delimiter: one character. encoding: as Python names it. skip: lines before the header."""
+    """Format of a text table.
+
+    Attributes:
+      delimiter: one character.
+      encoding: Python's name of the encoding.
+      skip: number of lines before the header.
+    """
 
     delimiter: str
     encoding: str = UTF8
     skip: int = 0
 
     def note(self, file: str) -> str:
-        """What is worth saying of a file that is read so; empty for commas (tabs in .tsv) and UTF-8."""
+        """Describes an unusual format of a file; empty for UTF-8 with commas (tabs in .tsv)."""
         expected = "\t" if ".tsv" in file.lower() else ","
         said = []
         if self.delimiter != expected:
@@ -51,13 +57,24 @@ class Dialect:
 
 
 def open_bytes(file: Path) -> gzip.GzipFile | io.BufferedReader:
-    """The file's bytes, unpacked where its name ends in .gz."""
+    """Opens a file for reading bytes, decompressed if its name ends in .gz."""
     return gzip.GzipFile(file) if file.suffix.lower() == ".gz" else open(file, "rb")
 
 
 @contextlib.contextmanager
 def open_text(file: Path, dialect: Dialect, errors: str = "strict") -> Iterator[io.TextIOWrapper]:
-    """The file's characters from the header on, line ends as they are; cells of any length are read by `csv`."""
+    """Opens a file as text after the skipped lines, with line ends unchanged.
+
+    Inside the block, `csv` accepts cells of any length.
+
+    Args:
+      file: plain or .gz.
+      dialect: its format.
+      errors: error handling of the decoder, as in `open`.
+
+    Yields:
+      The text stream.
+    """
     encoding = "utf-8-sig" if dialect.encoding == UTF8 else dialect.encoding
     before = csv.field_size_limit(sys.maxsize)
     try:
@@ -70,18 +87,21 @@ def open_text(file: Path, dialect: Dialect, errors: str = "strict") -> Iterator[
 
 
 def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], delimiter: str, encoding: str) -> Dialect:
-    """How a table is written.
+    """Detects the format of a text table.
 
     Args:
       file: plain or .gz.
       required: columns that the table must have.
       known: further columns of its format.
       delimiter: tried before the usual ones; empty = none.
-      encoding: of files that do not say theirs and are not UTF-8; empty = UTF-8.
+      encoding: of files without a byte order mark that are not UTF-8; empty = UTF-8.
+
+    Returns:
+      The format.
 
     Raises:
       DataError: no delimiter divides the header.
-      OSError, EOFError, zlib.error, UnicodeError: it cannot be read.
+      OSError, EOFError, zlib.error, UnicodeError: the file cannot be read.
     """
     encoding = _encoding(file, encoding)
     with open_text(file, Dialect(",", encoding), "replace") as lines:  # wrong bytes are named by who reads it all
@@ -129,7 +149,7 @@ def _encoding(file: Path, given: str) -> str:
 
 
 def _is_utf8(file: Path) -> bool:
-    """Whether there are bytes beyond ASCII, all of them sound UTF-8, and no zeros, which other encodings have."""
+    """Returns whether a file is valid UTF-8 with non-ASCII characters and no zero bytes, which other encodings have."""
     decoder, beyond = codecs.getincrementaldecoder("utf-8")(), False
     with open_bytes(file) as source:
         try:

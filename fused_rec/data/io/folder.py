@@ -1,15 +1,15 @@
-"""Which files and folders of a folder are tables, and which look like tables and cannot be read.
+"""Classification of the files of a data folder: tables, unreadable files that look like tables, and others.
 
-A name is taken apart at its first dot into stem and ending; capitals do not matter. Every entry is one of these:
+A name is divided at its first dot into stem and ending; case is ignored. Each entry is one of:
 
-  a table       its stem is the name of a table and its ending one of READ; a folder of such a name, or of the bare
-                name, is one table in parts
+  a table       its stem is the name of a table and its ending one of READ; or a folder with such a name or the bare
+                name, whose files are the parts of one table
   a fault       any other entry that is named after a table (`items`, `item.json`, `items_2024.txt`) or has the ending
                 of a table format anywhere in its name (`prices.csv`, `holdings.xlsx`)
-  not a table   everything else: documents and pictures of any name (`items.md`), other folders, and what editors and
-                systems leave, names that begin with `.`, `~$` or `#` or end with `~`
+  not a table   everything else: documents and pictures (`items.md`), other folders, and temporary files of editors and
+                systems (names that begin with `.`, `~$` or `#` or end with `~`)
 
-So no file that may be a table goes unread without a word.
+So no file that may be a table is skipped silently.
 """
 
 import contextlib
@@ -58,14 +58,27 @@ _EXPORT = "export it as CSV or Parquet"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A file of a table. values: of the columns that its folders name (`sector=oil`), null as None."""
+    """File of a table.
+
+    Attributes:
+      file: its path.
+      values: values of the columns that its folders name (`sector=oil`); null is None.
+    """
 
     file: Path
     values: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
 
 def find_tables(folder: Path, names: Sequence[str]) -> tuple[dict[str, Path], list[Problem]]:
-    """The file or folder of each table that is there, and what is wrong with the others. names: of the tables."""
+    """Finds the file or folder of each table.
+
+    Args:
+      folder: the data folder.
+      names: names of the tables.
+
+    Returns:
+      The path of each table that exists, and the faults of other entries.
+    """
     found: dict[str, list[Path]] = {name: [] for name in names}
     problems: list[Problem] = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -88,9 +101,18 @@ def find_tables(folder: Path, names: Sequence[str]) -> tuple[dict[str, Path], li
 
 
 def list_parts(table: Path) -> list[Part]:
-    """The parts of a folder that is one table, in the order of their numbers. Raises DataError naming what is no part.
+    """Lists the parts of a folder that is one table, in the order of their numbers.
 
     As in Spark and Hive, names that begin with `_` or `.` are no parts, and a folder `column=value` gives a column.
+
+    Args:
+      table: the folder.
+
+    Returns:
+      The parts.
+
+    Raises:
+      DataError: an entry is not a part, or the folder has none; lists all faults.
     """
     problems: list[Problem] = []
     parts = list(_parts(table, table, {}, problems))
@@ -112,12 +134,12 @@ def list_parts(table: Path) -> list[Part]:
 
 
 def is_parquet(file: Path) -> bool:
-    """Whether the name says that it is a Parquet file."""
+    """Returns whether the name is that of a Parquet file."""
     return _ending(file) in PARQUET
 
 
 def name_in(table: Path, file: Path) -> str:
-    """The name of a part for reports: with those of the folders from the table on."""
+    """Returns the name of a part for reports, with the folders from the table on."""
     return file.relative_to(table.parent).as_posix()
 
 
@@ -166,7 +188,7 @@ def _taken_apart(entry: Path) -> tuple[str, str]:
 
 
 def _ending(file: Path) -> str:
-    """The last ending, with .gz the last two: parts are called `part-00000-a.c000.snappy.parquet`."""
+    """Returns the last ending, or the last two for .gz: parts have names like `part-00000-a.c000.snappy.parquet`."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     return "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
 
@@ -180,12 +202,12 @@ def _is_left_over(name: str) -> bool:
 
 
 def _is_special(entry: Path) -> bool:
-    """A pipe or device, which whoever opens it may wait for without end."""
+    """Returns whether an entry is a pipe or device, which can block a reader forever."""
     return entry.exists() and not entry.is_file() and not entry.is_dir()
 
 
 def _is_album(folder: Path) -> bool:
-    """A folder of documents or pictures alone, such as `items/1.png`."""
+    """Returns whether a folder holds only documents or pictures, such as `items/1.png`."""
     files = [entry for entry in _entries(folder) if not _is_left_over(entry.name)]
     return bool(files) and all(entry.is_file() and _last(entry) in DOCUMENTS for entry in files)
 
@@ -217,10 +239,10 @@ def _unread(entry: Path, names: Sequence[str]) -> Problem:
 
 
 def _numbered(name: str) -> list[tuple[int, str]]:
-    """Sorts `part.2` before `part.10`."""
+    """Returns a sort key that orders `part.2` before `part.10`."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in re.split(r"([0-9]+)", name)]
 
 
 def _unescaped(word: str) -> str:
-    """Hive writes characters that a path cannot hold as %XX."""
+    """Decodes %XX, as which Hive writes characters that a path cannot hold."""
     return re.sub("(?:%[0-9A-Fa-f]{2})+", lambda codes: bytes.fromhex(codes[0].replace("%", "")).decode(), word)

@@ -1,4 +1,4 @@
-"""Columns of text -> numbers, where that changes no value: codes such as 0x1A, 1E5 and 007 stay text."""
+"""Conversion of text columns to numbers if it changes no value: codes such as 0x1A, 1E5 and 007 stay text."""
 
 import decimal
 import re
@@ -20,9 +20,13 @@ _EXACT = 2**53  # integers up to here are 64-bit floats
 
 
 def typed(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
-    """Integers or floats where every value is a number that gives its text back; else text.
+    """Converts texts to integers or floats if each text equals the output of its number.
 
-    Also the first row that makes it text, where others, or that one, look like numbers.
+    Args:
+      column: texts.
+
+    Returns:
+      The column, and the first row that keeps it text if some texts look like numbers, else None.
     """
     column = known(column.cast(pa.string()))  # ids and kinds are read as dictionaries, whatever table they stand in
     if not len(column.drop_null()):
@@ -46,12 +50,12 @@ def typed(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
 
 
 def _fits(column: pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
-    """Which integers fit into 64 bits."""
+    """Returns which integers fit into 64 bits."""
     return np.array([value is None or -(2**63) <= int(value[:25]) < 2**63 for value in column.to_pylist()], bool)
 
 
 def _gives_back(column: pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
-    """Which texts are a number that a 64-bit float writes back as it stands, zeros at the end of decimals apart."""
+    """Returns which texts equal the output of their 64-bit float, except for trailing zeros of decimals."""
     fixed = flags(pc.match_substring_regex(column, _DECIMAL))
     sure = fixed & flags(pc.match_substring_regex(column, _SHORT))
     rest = np.flatnonzero(~sure & flags(column.is_valid()))

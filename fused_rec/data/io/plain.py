@@ -1,10 +1,10 @@
-"""Columns as Arrow, pandas, polars, DuckDB and Spark write them -> the few types that the rest of the package reads.
+"""Conversion of columns from Arrow, pandas, polars, DuckDB and Spark to the few types that the package reads.
 
-Plain are text, booleans, integers, floats (of 32 and 64 bits), decimals, dates, times, times of day, nothing at all
-(null), and lists of these. Whatever encodes one of them becomes plain, with the same values: views and large offsets,
-dictionaries (categories, enums) and runs, lists of every layout, half floats, small decimals, UUIDs, JSON and bool8.
-Structs, maps, unions, bytes, durations, intervals, lists of lists and numbers of an unknown meaning (an extension
-such as the periods of pandas) stay as they are, for the checks to refuse by name.
+Plain types are text, booleans, integers, floats (32 and 64 bits), decimals, dates, timestamps, times of day, null, and
+lists of these. Encodings of them are converted with the same values: views and large offsets, dictionaries
+(categories, enums) and runs, all list layouts, half floats, small decimals, UUIDs, JSON and bool8. Structs, maps,
+unions, bytes, durations, intervals, lists of lists and numbers of unknown meaning (extensions such as pandas periods)
+stay unchanged; the checks refuse them by name.
 """
 
 import uuid
@@ -20,7 +20,7 @@ _EXTENSION = b"ARROW:extension:name"  # of a type that nobody has registered her
 
 
 def plain_table(table: pa.Table) -> pa.Table:
-    """The table with plain columns where they can be, without metadata, which differs by what wrote it."""
+    """Converts all columns to plain types where possible, and drops metadata, which depends on the writer."""
     columns = []
     for place, field in enumerate(table.schema):
         column = table.column(place)
@@ -30,7 +30,7 @@ def plain_table(table: pa.Table) -> pa.Table:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column with the same values in a plain type, or as it is where its type has none."""
+    """Converts a column to a plain type with the same values; unchanged if its type has none."""
     kind, types = column.type, pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return _of_extension(column, kind)
@@ -45,7 +45,7 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def is_single(kind: pa.DataType) -> bool:
-    """Whether the type is plain and no list."""
+    """Returns whether the type is plain and no list."""
     types = pa.types
     tests = (types.is_string, types.is_boolean, types.is_integer, types.is_float32, types.is_float64)
     others = (types.is_decimal, types.is_date, types.is_timestamp, types.is_time, types.is_null)
@@ -53,7 +53,7 @@ def is_single(kind: pa.DataType) -> bool:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether the type is plain: one value a row, or a list of such."""
+    """Returns whether the type is plain: one value per row, or a list of values."""
     return is_single(kind) or (pa.types.is_list(kind) and is_single(kind.value_type))
 
 
@@ -111,7 +111,7 @@ def _unknown(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def _decoded(column: pa.ChunkedArray, spell: Callable[[bytes], str] | None = None) -> pa.ChunkedArray:
-    """The values of dictionaries; spell: how one is written as text, where the dictionary has no plain type."""
+    """Returns the values of a dictionary column; `spell` converts values without a plain type to text."""
     chunks = []
     kind = pa.string() if spell else _plain_type(column.type.value_type)
     for chunk in column.chunks:

@@ -1,11 +1,11 @@
-"""Times as tables hold them -> unix seconds, by one rule for every table.
+"""Parser of times to unix seconds, with the same rules for all tables.
 
-Read: unix seconds, as numbers or as text; dates and times of ISO 8601 (calendar, week and ordinal dates, basic and
+Accepted: unix seconds, as numbers or as text; dates and times of ISO 8601 (calendar, week and ordinal dates, basic and
 extended, with a fraction and a zone), in UTC without a zone; date, timestamp and decimal columns. Seven or eight digits
-that read as a date between 1900 and 2100 are a date, in text and in numbers: 20241201 is 1 December 2024.
+that form a date between 1900 and 2100 are a date, in text and in numbers: 20241201 is 1 December 2024.
 
-Refused, because a guess could put a row on the wrong side of a split by time: a month or week without its day, columns
-of years, months or day numbers, and times of 1970 in a column of much later ones.
+Refused, because a wrong guess could put a row on the wrong side of a temporal split: months or weeks without a day,
+columns of years, months or day numbers, and times in 1970 in a column of much later ones.
 """
 
 import datetime
@@ -32,7 +32,7 @@ MOST = 2**62  # a number beyond is no time of any unit
 
 
 class Fault(enum.IntEnum):
-    """Why a value is refused as a time."""
+    """Reason why a value is refused as a time."""
 
     NONE = 0
     UNREADABLE = enum.auto()
@@ -70,10 +70,13 @@ _SAYS = {
 
 
 class Times(NamedTuple):
-    """The times of a column of R rows.
+    """Times of a column of R rows.
 
-    seconds: unix seconds, fractions cut off; 0 where there are none. good: which rows have a time that can be used.
-    faults: of the others, a `Fault`; NONE where the value is missing. kind: the type of the column.
+    Attributes:
+      seconds: int64 [R], unix seconds rounded down; 0 for missing values.
+      good: bool [R], which rows have a valid time.
+      faults: int8 [R], `Fault` of the other rows; NONE for missing values.
+      kind: Arrow type of the column.
     """
 
     seconds: Int64[np.ndarray, "R"]
@@ -82,7 +85,7 @@ class Times(NamedTuple):
     kind: pa.DataType
 
     def says(self, row: int) -> str:
-        """What is wrong with the value of a row that has a fault, with a remedy where it is a special one."""
+        """Describes the fault of a row, with a specific remedy if there is one."""
         fault, seconds = Fault(int(self.faults[row])), int(self.seconds[row])
         units = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
         fits = [unit for unit, a_second in units.items() if seconds // a_second < LATEST]
@@ -101,7 +104,7 @@ def _holds_times(kind: pa.DataType) -> bool:
 
 
 class _Parsed(NamedTuple):
-    """What each value says on its own. number: it is one that does not read as a date. digits: it does."""
+    """Each value parsed on its own. number: it is a number that is no date; digits: it is a date in digits."""
 
     seconds: Int64[np.ndarray, "R"]
     readable: Bool[np.ndarray, "R"]
@@ -111,9 +114,14 @@ class _Parsed(NamedTuple):
 
 
 def read_times(column: pa.ChunkedArray, *, zero: bool = False) -> Times:
-    """The times of a column of any type.
+    """Parses and checks the times of a column of any type.
 
-    zero: 0 stands for "from the start" and is taken among later times too, as ties and reviews may have it.
+    Args:
+      column: R rows.
+      zero: accept 0 ("from the start") beside later times, as for ties and reviews.
+
+    Returns:
+      The times and the faults.
     """
     parsed = _parse(column)
     seconds, faults = parsed.seconds, parsed.faults
@@ -135,10 +143,14 @@ def read_times(column: pa.ChunkedArray, *, zero: bool = False) -> Times:
 
 
 def parse_times(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[np.ndarray, "R"]]:
-    """Unix seconds (fractions cut off, 0 where there are none) and which rows could be read as a time, each alone.
+    """Parses the times of a column, each value on its own; `read_times` also checks ranges and compares values.
 
-    A missing value is not read. What a time must be beyond that, and what the others of its column say of it, is of
-    `read_times`.
+    Args:
+      column: R rows.
+
+    Returns:
+      seconds: int64 [R], unix seconds rounded down; 0 for missing values.
+      readable: bool [R], which rows were parsed; False for missing values.
     """
     parsed = _parse(column)
     return parsed.seconds, parsed.readable
@@ -186,7 +198,7 @@ def _taken(column: pa.ChunkedArray) -> tuple[Int64[np.ndarray, "R"], Bool[np.nda
 
 
 def _dates(numbers: Int64[np.ndarray, "R"]) -> tuple[Int64[np.ndarray, "R"], Bool[np.ndarray, "R"]]:
-    """Seconds of the numbers that read as a date, 20241201 or 2024336, between 1900 and 2100; and which do."""
+    """Returns the unix seconds of numbers that form a date between 1900 and 2100 (20241201, 2024336), and which do."""
     calendar = (numbers >= 19_000_101) & (numbers <= 21_001_231)
     ordinal = (numbers >= 1_900_001) & (numbers <= 2_100_366)
     year = np.where(calendar, numbers // 10_000, np.where(ordinal, numbers // 1000, 1970))
@@ -202,7 +214,7 @@ def _dates(numbers: Int64[np.ndarray, "R"]) -> tuple[Int64[np.ndarray, "R"], Boo
 
 
 def _is_stamp(numbers: Int64[np.ndarray, "R"]) -> Bool[np.ndarray, "R"]:
-    """Which numbers read as a date and a time, 202412010930 or 20241201093000."""
+    """Returns which numbers form a date and a time, 202412010930 or 20241201093000."""
     long = numbers >= 10**13
     date, time = (
         np.where(long, numbers // 10**6, numbers // 10**4),
@@ -213,7 +225,7 @@ def _is_stamp(numbers: Int64[np.ndarray, "R"]) -> Bool[np.ndarray, "R"]:
 
 
 def _kinds(numbers: Int64[np.ndarray, "R"]) -> Int8[np.ndarray, "R"]:
-    """What else than unix seconds each number can be, a `Fault`; NONE for the others."""
+    """Returns as `Fault` what each number may be other than unix seconds; NONE if nothing."""
     rest, last = numbers // 100, numbers % 100
     is_month = (last >= 1) & (last <= 12)
     year_last = (numbers % 10**4 >= 1900) & (numbers % 10**4 <= 2100)
@@ -233,7 +245,7 @@ def _are_days(month: np.ndarray, day: np.ndarray) -> Bool[np.ndarray, "R"]:
 
 
 def _seconds(times: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whole seconds of dates and timestamps, rounded down. Arrow keeps zoned times in UTC."""
+    """Converts dates and timestamps to whole seconds, rounded down. Arrow keeps zoned times in UTC."""
     if pa.types.is_date32(times.type):
         return pc.multiply(times.cast(pa.int32()).cast(pa.int64()), DAY)
     unit = "ms" if pa.types.is_date64(times.type) else times.type.unit
@@ -242,7 +254,7 @@ def _seconds(times: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Numbers rounded down; null for what is not a number, or is too large."""
+    """Rounds numbers down to int64; null for values that are no number or too large."""
     types, kind = pa.types, column.type
     if types.is_uint64(kind):
         column = pc.if_else(pc.less(column, pa.scalar(MOST, kind)), column, pa.scalar(None, kind))
@@ -283,7 +295,7 @@ def _as_integers(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _as_cut(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Decimals of numbers from 0 on cut off: 1733011200.0, as a column with gaps is often written."""
+    """Removes the decimals of non-negative numbers: 1733011200.0, as columns with missing values are often written."""
     return pc.replace_substring_regex(column, r"\A([0-9]+)\.[0-9]*\z", r"\1").cast(pa.int64())
 
 
@@ -308,14 +320,14 @@ def _as_extended_zoned(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _extended(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Times of the basic form, or with longer fractions, as Arrow reads them; others as they are."""
+    """Rewrites times in basic form or with long fractions so that Arrow can parse them; others stay unchanged."""
     basic = r"\A([0-9]{4})([0-9]{2})([0-9]{2})[Tt ]([0-9]{2})([0-9]{2})([0-9]{2})"
     column = pc.replace_substring_regex(column, basic, r"\1-\2-\3T\4:\5:\6")
     return pc.replace_substring_regex(column, r"(:[0-9]{2}:[0-9]{2})[.,]([0-9]{1,6})[0-9]*", r"\1.\2")
 
 
 def _read_iso(value: str) -> int | None:
-    """Unix seconds of a date, or of a date and a time, of ISO 8601."""
+    """Parses a date, or a date and a time, of ISO 8601 to unix seconds."""
     found = _ISO.fullmatch(value)
     if found is None:
         return None
@@ -351,7 +363,7 @@ def _read_iso(value: str) -> int | None:
 
 
 def periods_as_times(table: pa.Table) -> pa.Table:
-    """The table with columns of periods of a day or less as timestamps, of their starts; longer ones as they are."""
+    """Converts columns of pandas periods of a day or less to timestamps of their starts; longer ones stay unchanged."""
     for field in table.schema:
         if (unit := _period_of(field)) is None:
             continue
@@ -383,7 +395,7 @@ _PERIODS = {
 
 
 def _period_of(field: pa.Field) -> str | None:
-    """The unit of a column of pandas periods, known to Arrow or only named beside it; None for other columns."""
+    """Returns the unit of a column of pandas periods, from its Arrow extension or metadata; None for other columns."""
     if isinstance(field.type, pa.BaseExtensionType):
         return str(getattr(field.type, "freq", "")) if field.type.extension_name == "pandas.period" else None
     named = field.metadata or {}

@@ -1,6 +1,6 @@
-"""Dataset -> files that others read: own tables as Parquet, RecBole's atomic files, a Hugging Face dataset folder.
+"""Writers of datasets: own tables as Parquet, RecBole's atomic files, a Hugging Face dataset folder.
 
-The first and the last give the same dataset again.
+Parquet tables and the Hugging Face folder read back as the same dataset.
 """
 
 import os
@@ -23,15 +23,29 @@ _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
 
 
 def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str = "tables") -> dict[str, int]:
-    """Writes the dataset into a new or empty folder, all or nothing; returns what the layout has no room for, counted.
+    """Writes the dataset atomically into a new or empty folder.
 
-    layout: "tables", Parquet files that `fused_rec.data.io.tables.read_tables` makes the same dataset of (with `repair`
-      where users hold nothing); "recbole", atomic files named after the folder, with the types in their headers; or
-      "huggingface", a folder of Parquet shards a table and a card that names them, which `datasets.load_dataset(folder,
-      "interactions")` and `fused_rec.data.sources.huggingface` read. Interactions with a `part` are divided by it.
+    Layouts:
 
-    Raises ValueError for another layout or an id that the layout cannot hold, FileExistsError where the folder holds
-    anything, SaveError where it cannot be written.
+    - "tables": Parquet files, which `fused_rec.data.io.tables.read_tables` reads as the same dataset (with `repair` if
+      users have no interactions);
+    - "recbole": atomic files named after the folder, with types in their headers;
+    - "huggingface": a folder of Parquet shards per table and a dataset card, which
+      `datasets.load_dataset(folder, "interactions")` and `fused_rec.data.sources.huggingface` read. Interactions with a
+      column `split` are divided by it.
+
+    Args:
+      dataset: the data.
+      folder: a new or empty folder.
+      layout: name of the layout.
+
+    Returns:
+      Description and number of what the layout cannot hold.
+
+    Raises:
+      ValueError: the layout is unknown, or cannot hold an id.
+      FileExistsError: the folder is not empty.
+      SaveError: the folder cannot be written.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
@@ -40,7 +54,14 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str =
 
 
 def named(dataset: Dataset) -> dict[str, pa.Table]:
-    """The five tables with ids in place of rows: as `fused_rec.data.io.tables` reads them, an empty one left out."""
+    """Replaces row indices by ids, as `fused_rec.data.io.tables` reads them.
+
+    Args:
+      dataset: the data.
+
+    Returns:
+      The tables by name, without empty ones.
+    """
     users, items = (
         table.column(name).combine_chunks() for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
     )
@@ -61,7 +82,7 @@ def _write_tables(dataset: Dataset, folder: Path, _: str) -> dict[str, int]:
 
 
 def _write_recbole(dataset: Dataset, folder: Path, name: str) -> dict[str, int]:
-    """A pair's reviews become one text; ids, tokens and words are what stands between tabs."""
+    """Writes atomic files; the reviews of a pair become one text."""
     tables, lost = named(dataset), {}
     events, reviews = tables.pop("interactions"), tables.pop("reviews", None)
     if reviews is not None:
@@ -127,7 +148,7 @@ LAYOUTS: dict[str, Callable[[Dataset, Path, str], dict[str, int]]] = {
 
 
 def _texts_of_pairs(dataset: Dataset) -> tuple[pa.Array, dict[str, int]]:
-    """What the user of each interaction wrote about its item, all of it, and how much belongs to no interaction."""
+    """Joins the reviews of each interaction's pair, and counts the reviews that this cannot keep."""
     keys = [
         column(table, "user").astype(np.int64) * dataset.n_items + column(table, "item")
         for table in (dataset.interactions, dataset.reviews)
@@ -179,7 +200,7 @@ def _write_atomic(file: Path, table: pa.Table, lost: dict[str, int]) -> None:
 
 
 def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
-    """The type of an atomic column and its cells as text, the entries of a list with blanks between."""
+    """Returns the type of an atomic column and its cells as text; blanks separate the elements of a list."""
     kind = values.type
     if pa.types.is_integer(kind) and any(abs(end.as_py() or 0) > EXACT for end in pc.min_max(values).values()):
         return "token", values.cast(pa.string())  # a float would round them
@@ -194,7 +215,7 @@ def _cells(name: str, values: pa.ChunkedArray) -> tuple[str, pa.ChunkedArray]:
 
 
 def _unlike(values: pa.ChunkedArray, texts: pa.ChunkedArray) -> int:
-    """How many lists would be read with other entries, blanks dividing them."""
+    """Counts the lists that blank-separated text would read back with other elements."""
     if not pa.types.is_list(values.type):
         return 0
     entries = values.cast(pa.list_(pa.string())).to_pylist()

@@ -1,8 +1,8 @@
-"""Fetches public datasets from their publishers: python -m fused_rec.data.sources.download NAME [--out DIR].
+"""Download of public datasets from their publishers: python -m fused_rec.data.sources.download NAME [--out DIR].
 
-Publishers give no checksums, and pack and check out the same text with different line ends. So the SHA-256 sums here
-are of each single file without its carriage returns, computed from the copies the readers are tested on. A file
-without a sum is only checked to be complete.
+Publishers give no checksums, and distribute the same text with different line ends. So the SHA-256 sums here are of
+single files without carriage returns, computed from the copies on which the readers are tested. A file without a sum
+is only checked for completeness.
 """
 
 import dataclasses
@@ -22,10 +22,13 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One address. path: its place below the output folder, of a folder where it is an archive.
+    """File or archive at a publisher.
 
-    sha256: of the file without carriage returns, "" where there is no trusted copy. members: of an archive, the
-    files wanted, with their sums.
+    Attributes:
+      url: its address.
+      path: its path below the output folder; for an archive, the folder of its members.
+      sha256: digest of the file without carriage returns, empty without a trusted copy.
+      members: for an archive, the required files and their digests.
     """
 
     url: str
@@ -36,7 +39,13 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Publication:
-    """A dataset as its publisher offers it, and the name of its reader. The first word on its terms, not the last."""
+    """Dataset as its publisher offers it.
+
+    Attributes:
+      sources: its files and archives.
+      reader: name of its reader, for `data.name`.
+      terms: summary of its terms of use, which does not replace them.
+    """
 
     sources: tuple[Source, ...]
     reader: str
@@ -147,9 +156,17 @@ PUBLICATIONS: dict[str, Publication] = {
 
 
 def download(publication: Publication, out: Path) -> list[Path]:
-    """The publication's files below `out`, fetched where they are not there already.
+    """Downloads the files of a publication that are missing or differ from the published ones.
 
-    Raises DownloadError where a transfer fails, and where a file is not the one that was published.
+    Args:
+      publication: the dataset.
+      out: folder of all datasets.
+
+    Returns:
+      Paths of the files.
+
+    Raises:
+      DownloadError: a transfer failed, or a file differs from the published one.
     """
     files = []
     for source in publication.sources:
@@ -165,10 +182,18 @@ def download(publication: Publication, out: Path) -> list[Path]:
 
 
 def fetch_dataset(name: str, out: str | os.PathLike[str] | None = None) -> Path:
-    """Downloads one of `PUBLICATIONS` and returns its folder, for `load_dataset` or `config.data.path`.
+    """Downloads a dataset, for `load_dataset` or `config.data.path`; existing files are verified and kept.
 
-    out: the folder of all datasets; None = $FUSED_REC_DATA, or `data` where that is not set. What lies there already
-    is verified, not fetched again. Raises ValueError for an unknown name, and DownloadError.
+    Args:
+      name: a key of `PUBLICATIONS`.
+      out: folder of all datasets; None = $FUSED_REC_DATA, or `data` if that is not set.
+
+    Returns:
+      The folder of the dataset.
+
+    Raises:
+      ValueError: the name is unknown.
+      DownloadError: as in `download`.
     """
     if name not in PUBLICATIONS:
         offered = ", ".join(f"{known} ({publication.terms})" for known, publication in PUBLICATIONS.items())
@@ -181,7 +206,7 @@ def fetch_dataset(name: str, out: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _install(source: Source, out: Path) -> None:
-    """The wanted members of an archive, all of them verified before the first is moved into place."""
+    """Downloads an archive and moves its required members into place after all of them are verified."""
     archive = out / PurePosixPath(source.url).name
     fetch(source.url, archive)
     with scratch(archive) as unpacked:
@@ -199,7 +224,7 @@ def _install(source: Source, out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Downloads the publication named by the one argument, and says how to read it."""
+    """Downloads the publication named by the argument, and prints how to read it."""
     if len(argv) != 2 or argv[1] not in PUBLICATIONS:
         names = "\n".join(f"  {name}  ({publication.terms})" for name, publication in PUBLICATIONS.items())
         raise app.UsageError(f"name one of\n{names}")

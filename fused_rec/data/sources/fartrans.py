@@ -2,9 +2,9 @@
 
 Folder: `customer_information.csv`, `asset_information.csv`, `transactions.csv`, `close_prices.csv`, as published
 (doi:10.5525/gla.researchdata.1658, CC BY 4.0). An interaction is a customer and an asset of one of their purchases, at
-the earliest; sales are counted and not read. Customers and assets stand there once for each update of their data: the
-last one is read, which the publisher made at its own time, so what follows from an attribute (a suitability rule, a
-group) is as of then and not as of the trade.
+the earliest time; sales are counted and not read. The tables of customers and assets have a row per update. The last
+update is read, so a result that depends on an attribute (a suitability rule, a group) reflects its latest value and
+not the one at the time of the trade.
 """
 
 import logging
@@ -30,9 +30,18 @@ UNKNOWN = ("Not_Available",)  # how the publisher writes that a customer's answe
 
 
 def fartrans(path: Path, repair: bool) -> Dataset:
-    """Customers with type, risk level and capacity, assets with category, sector and market, purchases by time.
+    """Reads customers (type, risk level, capacity), assets (category, sector, market) and purchases with their times.
 
-    A risk level or capacity that the publisher predicted keeps its prefix "Predicted_". value: the purchase's total.
+    Args:
+      path: folder of the files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset; `value` is the total of the purchase. Risk levels and capacities that the publisher predicted keep
+      their prefix "Predicted_".
+
+    Raises:
+      DataError: lists all faults.
     """
     notes: dict[str, int] = {}
     trades = _read(path, "transactions.csv", ("customerID", "ISIN", "transactionType", "timestamp", "totalValue"))
@@ -69,11 +78,16 @@ def fartrans(path: Path, repair: bool) -> Dataset:
 
 
 def read_prices(file: Path) -> pa.Table:
-    """`close_prices.csv`, or a file like it, a row an asset and day.
+    """Reads `close_prices.csv`, or a file of that format, with a row per asset and day.
 
-    Returns `item_id` string, `timestamp` int64 (unix seconds), `price` float64.
+    Args:
+      file: the CSV file.
 
-    Raises DataError for times that cannot be read and prices that are no numbers of 0 or more.
+    Returns:
+      Columns `item_id` string, `timestamp` int64 (unix seconds), `price` float64.
+
+    Raises:
+      DataError: a time cannot be read, or a price is no number of 0 or more.
     """
     needed = ("ISIN", "timestamp", "closePrice")
     rows, note = read_cells(file, needed[:2], needed[2:])  # the user's own file, as a spreadsheet writes it
@@ -100,7 +114,7 @@ def _known(table: pa.Table) -> pa.Table:
 
 
 def _latest(path: Path, file: str, key: str, columns: tuple[str, ...], table: str, notes: dict[str, int]) -> pa.Table:
-    """Of each key its last row by `timestamp`, and by place in the file where times are equal; in the order of keys."""
+    """Selects the last row of each key by `timestamp`, for equal times by position in the file, ordered by key."""
     rows = _read(path, file, (key, "timestamp", *columns))
     times = _times(rows, file)
     _refuse(file, np.asarray(rows[key].is_null()), rows[key], key, "give each row its id")
@@ -113,7 +127,7 @@ def _latest(path: Path, file: str, key: str, columns: tuple[str, ...], table: st
 
 
 def _times(rows: pa.Table, file: str) -> Int64[np.ndarray, "R"]:
-    """Unix seconds of every row; each has to have a time, by the rule of all tables."""
+    """Returns the unix seconds of all rows; raises DataError for rows without a valid time."""
     times = read_times(rows["timestamp"])
     faults = {row: times.says(row) for row in np.flatnonzero(times.faults)[:EXAMPLES].tolist()}
     _refuse(file, ~times.good, rows["timestamp"], "timestamp", "give a date as 2020-01-31", faults)
@@ -128,7 +142,7 @@ def _refuse(
     remedy: str,
     faults: Mapping[int, str] = MappingProxyType({}),
 ) -> None:
-    """Raises DataError with the rows that are bad. faults: what is wrong with some of them."""
+    """Raises DataError for the rows that are bad; `faults` describes some of them."""
     found = np.flatnonzero(bad)
     problems = [
         Problem(

@@ -1,4 +1,4 @@
-"""Files from the network and out of archives: resumed, bounded, verified, and only then moved into place."""
+"""Downloads and unpacking of archives: resumed, limited in size, verified, and only then moved into place."""
 
 import gzip
 import hashlib
@@ -34,14 +34,23 @@ BROKEN = (
 
 
 class DownloadError(RuntimeError):
-    """A transfer that did not succeed, or a file that is not what was published."""
+    """Error for a failed transfer, or a file that differs from the published one."""
 
 
 def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> None:
-    """The file at `url`, moved to `target` once it is complete and verified.
+    """Downloads a file and moves it to `target` when it is complete and verified.
 
-    What arrives is kept in `target`.part, and asked for from there on (HTTP Range) after a break or by a later call.
-    Raises DownloadError after 5 breaks, for an HTTP error, more than `limit` bytes, or another SHA-256.
+    Received bytes are kept in `target`.part. After a broken connection, and in a later call, the download continues there
+    (HTTP Range).
+
+    Args:
+      url: address of the file.
+      target: path of the file.
+      sha256: expected digest as of `digest`, empty = not checked.
+      limit: maximum size in bytes, also of the content of a .gz file.
+
+    Raises:
+      DownloadError: the connection broke 5 times, an HTTP error, too many bytes, or another SHA-256.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -70,11 +79,17 @@ def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> No
 
 
 def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
-    """Every file of a .zip or .tar.gz, below `folder`; an archive inside is a file like others, and not unpacked.
+    """Unpacks a .zip or .tar.gz; archives inside it are not unpacked.
 
-    Raises DownloadError, before anything is written, where a member is no plain file or folder, its name leads out of
-    `folder`, is there twice or cannot be shown, it is encrypted or packed other than by DEFLATE, there are more than
-    1,000 members or they come to more than `limit` bytes; and where the archive is corrupt.
+    Args:
+      archive: the file.
+      folder: output folder.
+      limit: maximum total size of the content in bytes.
+
+    Raises:
+      DownloadError: before anything is written, if the archive is corrupt, has more than 1,000 members or more than
+        `limit` bytes, or if a member is no plain file or folder, has a path outside `folder`, a repeated or unprintable
+        name, encryption or a compression other than DEFLATE.
     """
     try:
         with open(archive, "rb") as raw:
@@ -92,7 +107,7 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
 
 
 class _Measured:
-    """A file of which HEADERS bytes may be read until `left` is raised: neither parser bounds its own tables."""
+    """File of which at most HEADERS bytes can be read until `left` is raised, because neither parser limits its tables."""
 
     def __init__(self, file: gzip.GzipFile | BinaryIO, name: str):
         self.left, self._file, self._name = HEADERS, file, name
@@ -107,7 +122,7 @@ class _Measured:
 
 
 def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: str, limit: int) -> list[tuple[PurePosixPath, Any]]:
-    """The place of each file and what its reader asks for. What is read of a member is bounded by its declared size."""
+    """Checks the members and returns path and handle of each file; readers are limited by the declared sizes."""
     total = 0
     folders: set[PurePosixPath] = set()
     files: dict[PurePosixPath, Any] = {}
@@ -152,7 +167,17 @@ def _write(
 
 
 def verify(file: Path, name: str, sha256: str, limit: int = LIMIT) -> None:
-    """Raises DownloadError where the file called `name` has another sum, or is a .gz file cut short or too large."""
+    """Checks the digest of a file, and that a .gz file is complete.
+
+    Args:
+      file: the file.
+      name: its final name, for the ending and for messages.
+      sha256: expected digest as of `digest`, empty = not checked.
+      limit: maximum size in bytes of the content of a .gz file.
+
+    Raises:
+      DownloadError: another digest, or an incomplete or too large .gz file.
+    """
     if sha256 and digest(file) != sha256:
         raise DownloadError(f"{name} is not the published file: its SHA-256 is {digest(file)}, {sha256} is due")
     if name.endswith(".gz"):
@@ -168,7 +193,7 @@ def verify(file: Path, name: str, sha256: str, limit: int = LIMIT) -> None:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of the file without its carriage returns."""
+    """Returns the SHA-256 of a file without its carriage returns, in hexadecimal."""
     total = hashlib.sha256()
     with open(file, "rb") as source:
         while chunk := source.read(CHUNK):

@@ -1,9 +1,8 @@
-"""Last.fm listening, tags and friends of HetRec 2011 (Cantador, Brusilovsky, Kuflik), raw and in two published splits.
+"""Last.fm listens, tags and friends of HetRec 2011 (Cantador, Brusilovsky, Kuflik), raw and in two published splits.
 
 All three readers take the folder of the raw `*.dat` files, with `sociallgn_split/` and `lightgcn_split/` inside it.
-Ids are the raw ones. A tag assignment is one review, dated by day; 1,538 name artists nothing else is known of and
-4 are dated before 1970, which is counted. Tags are evidence of a listen: `splits.observe` takes those of held-out
-pairs away.
+Ids are the raw ones. A tag assignment is one review, dated by day; 1,538 of them name unknown artists and 4 have a
+date before 1970; both are counted. Tags reveal a listen, so `splits.observe` removes those of held-out pairs.
 """
 
 import json
@@ -21,7 +20,18 @@ AUTO_REPAIR = ("bad time", "unknown review", "unknown id")
 
 
 def lastfm(path: Path, repair: bool) -> Dataset:
-    """1,892 users, 17,632 artists, 92,834 listens; value = plays. An item's name and text are the artist's name."""
+    """Reads the raw data: 1,892 users, 17,632 artists, 92,834 listens.
+
+    Args:
+      path: folder of the raw files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset; `value` is the number of plays, and the artist's name is `name` and `text` of an item.
+
+    Raises:
+      DataError: lists all faults.
+    """
     friends = read_delimited(path / "user_friends.dat", needed=("userID", "friendID"))
     friends = pa.table({"source_id": friends["userID"], "target_id": friends["friendID"]})
     tables = Tables(_listens(path), items=_artists(path), reviews=_tags(path), ties=_as_friends(friends))
@@ -29,7 +39,18 @@ def lastfm(path: Path, repair: bool) -> Dataset:
 
 
 def lastfm_sociallgn(path: Path, repair: bool) -> Dataset:
-    """The SocialLGN split, 74,267 / 18,567: all 1,892 users and 17,632 artists, in the published order."""
+    """Reads the SocialLGN split: 74,267 training and 18,567 test pairs of all 1,892 users and 17,632 artists.
+
+    Args:
+      path: folder of the raw files and `sociallgn_split/`.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset with the predefined split; users and items are in the published order.
+
+    Raises:
+      DataError: lists all faults.
+    """
     split = path / "sociallgn_split"
     users, items = _reindexed(split / "userReindex.json"), _reindexed(split / "itemReindex.json")
     parts = {}
@@ -45,10 +66,20 @@ def lastfm_sociallgn(path: Path, repair: bool) -> Dataset:
 
 
 def lastfm_lightgcn(path: Path, repair: bool) -> Dataset:
-    """The LightGCN-PyTorch split, 42,135 / 10,533: 1,892 users and the 4,489 artists of 3 to 100 listeners.
+    """Reads the LightGCN-PyTorch split: 42,135 training and 10,533 test pairs, 1,892 users and 4,489 artists.
 
-    The split numbers users and those artists from 1 in the order of their raw ids, which gives the raw ids back.
-    Raises DataError where that does not lead to a listen of the raw files.
+    The artists are those of 3 to 100 listeners. The split numbers users and artists from 1 in the order of their raw
+    ids, from which the raw ids are restored.
+
+    Args:
+      path: folder of the raw files and `lightgcn_split/`.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset with the predefined split.
+
+    Raises:
+      DataError: lists all faults, including pairs that are no listen of the raw files.
     """
     split = path / "lightgcn_split"
     raw = _listens(path)
@@ -124,7 +155,7 @@ def _as_friends(ties: pa.Table) -> pa.Table:
 
 
 def _reindexed(file: Path) -> pa.Array:
-    """Raw ids in the order of the positions that the file gives them. Raises DataError where it gives others."""
+    """Returns the raw ids in the order of their positions in a JSON file; raises DataError for invalid positions."""
     try:
         positions = json.loads("".join(read_lines(file)))
         ids = sorted(positions, key=positions.__getitem__)
@@ -139,7 +170,7 @@ def _reindexed(file: Path) -> pa.Array:
 
 
 def _pick(ids: pa.Array, rows: pa.Table, name: str, file: Path, first: int = 0) -> pa.ChunkedArray:
-    """The ids at the positions in a column, which count from `first`; a file has a header where they count from 0."""
+    """Returns the ids at the positions in a column, which count from `first`; files with positions from 0 have a header."""
     positions = integers(rows, name, file, header=first == 0) - first
     if bad := np.flatnonzero((positions < 0) | (positions >= len(ids)))[:1].tolist():
         found = f"{name} is {positions[bad[0]] + first}, and there are {first} to {len(ids) - 1 + first}"
@@ -149,7 +180,7 @@ def _pick(ids: pa.Array, rows: pa.Table, name: str, file: Path, first: int = 0) 
 
 
 def _identifiers(rows: pa.Table, name: str, file: Path) -> np.ndarray:
-    """Ids as integers that two of fit into 64 bits."""
+    """Returns ids as integers below 2^31, so that a pair fits into 64 bits."""
     ids = integers(rows, name, file)
     if len(ids) and not 0 <= ids.min() <= ids.max() < 2**31:
         found = f"{name} reaches from {ids.min()} to {ids.max()}"

@@ -1,8 +1,9 @@
-"""StockNet (Xu & Cohen, ACL 2018): who tweeted about which ticker, with company profiles. Internal use only.
+"""StockNet (Xu & Cohen, ACL 2018): tweets of users about stock tickers, with company profiles. Internal use only.
 
 Folder: `tweets.jsonl.gz`, `items.jsonl.gz`, `users.jsonl.gz`. An interaction is a user and a ticker of one of the
-user's tweets, at the earliest time; every tweet and symbol is a review, with the tickers masked, since a tweet
-names its label. The counts of mentions in `items` are taken over the whole period, test included, and not read.
+user's tweets, at the earliest time. Each pair of tweet and symbol is a review; tickers in its text are masked, because
+they name the label. The counts of mentions in `items` cover the whole period including the test period, so they are
+not read.
 """
 
 import re
@@ -23,10 +24,20 @@ _CASHTAG = re.compile(r"\$[A-Za-z]\w*(?:[.\-][A-Za-z]{1,2}\b)?")
 
 
 def stocknet(path: Path, repair: bool) -> Dataset:
-    """25,100 users, 5,720 tickers, 118,531 pairs from 62,410 tweets; 3,078 tickers have a name and a text.
+    """Reads StockNet: 25,100 users, 5,720 tickers (3,078 with name and text), 118,531 pairs from 62,410 tweets.
 
-    Ties: kind retweet, reply or mention (of others than the account retweeted or answered), one row for each
-    tweet, account and symbol. Those to accounts without a tweet here, or to oneself, are left out and counted.
+    The kind of a social edge is retweet, reply or mention (of accounts other than the one retweeted or replied to), with
+    one row per tweet, account and symbol. Edges to accounts without tweets and self-loops are removed and counted.
+
+    Args:
+      path: folder of the files.
+      repair: as in `fused_rec.data.io.tables.read_tables`.
+
+    Returns:
+      The dataset.
+
+    Raises:
+      DataError: lists all faults.
     """
     tweets = read_json_lines(
         path / "tweets.jsonl.gz",
@@ -55,7 +66,15 @@ def stocknet(path: Path, repair: bool) -> Dataset:
 
 
 def mask_tickers(text: str, symbols: Sequence[str]) -> str:
-    """The text with every cashtag, and the tweet's own symbols in capitals or as hashtags, replaced by `MASK`."""
+    """Replaces all cashtags, and the tweet's own symbols in capitals or as hashtags, by `MASK`.
+
+    Args:
+      text: of the tweet.
+      symbols: the tweet's symbols.
+
+    Returns:
+      The masked text.
+    """
     text = _CASHTAG.sub(MASK, text)
     forms = {form for symbol in symbols for form in (symbol, symbol.replace("-", "."))}
     for form in sorted(form for form in forms if form.upper() in text.upper()):
@@ -65,7 +84,7 @@ def mask_tickers(text: str, symbols: Sequence[str]) -> str:
 
 
 def _refuse_gaps(tweets: pa.Table, file: Path) -> None:
-    """Raises DataError where a tweet has no text or symbols, or where one of its symbols or mentions is null."""
+    """Raises DataError if a tweet has no text or symbols, or if one of its symbols or mentions is null."""
     for name in ("text", "symbols", "mentions"):
         gaps = np.zeros(len(tweets), bool) if name == "mentions" else flags(pc.is_null(tweets[name]))
         if name != "text":
