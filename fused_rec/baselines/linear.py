@@ -1,10 +1,10 @@
-"""Item-item recommenders in closed form: EASE, EASE towards item words, graph filters; and EASE as rows of items.
+"""Item-item baselines in closed form: EASE, EASE with a text prior, graph filters; and low-rank EASE.
 
-Arguments, scorers and errors as in `fused_rec.baselines.neighbors`. X is the history, float32 U x I of 0 and 1. Each
-inverts, or takes eigenvectors of, a matrix of min(U, I) squared numbers, a graph filter of more than `EXACT` squared
-approximately; its scorer holds I x I numbers, or U x I where U < I. `low_rank_ease` is no recommender but a part of one
-(`fused_rec.model.model.append_ease`), and needs I x rank numbers. What does not fit into memory is refused before it
-begins (`fused_rec.memory`, docs/SCALE.md).
+Arguments, scorers and errors as in `fused_rec.baselines.neighbors`. X is the interaction matrix, float32 U x I of 0 and
+1. Each baseline inverts, or computes eigenvectors of, a matrix of side min(U, I); a graph filter above side `EXACT`
+approximately. Its scorer holds I x I numbers, or U x I if U < I. `low_rank_ease` is no baseline but a component of the
+model (`fused_rec.model.model.append_ease`), and needs I x rank numbers. Insufficient memory raises an error before the
+computation (`fused_rec.memory`, docs/SCALE.md).
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,14 @@ LESS = "raise data.k_core, take another recommender (item_knn keeps only the nea
 def ease(interactions: Interactions, *, l2: float) -> Partial:
     """Embarrassingly shallow autoencoder (Steck, WWW 2019): the item-item regression X B with a zero diagonal.
 
-    With P = (X'X + l2 I)^-1, B = I - P diag(1 / diag P) (the paper's closed form); `text_ease` where l2_text is 0.
+    With P = (X'X + l2 I)^-1, B = I - P diag(1 / diag P) (the paper's closed form); `text_ease` with l2_text = 0.
+
+    Args:
+      interactions: the inputs.
+      l2: ridge penalty, above 0.
+
+    Returns:
+      The scorer.
 
     Raises:
       InsufficientMemoryError: the matrices do not fit.
@@ -46,28 +53,37 @@ def ease(interactions: Interactions, *, l2: float) -> Partial:
 
 
 def text_ease(interactions: Interactions, *, l2: float, l2_text: float, l2_words: float) -> Partial:
-    """EASE whose weights are drawn towards those that item words alone would give (L3AE; Moon et al., CIKM 2025).
+    """EASE with weights regularized towards those computed from item text alone (L3AE; Moon et al., CIKM 2025).
 
-    The words' weights S are EASE on the text vectors T (I x D), each dimension in the place of a user. With
+    The text weights S are EASE on the text vectors T (I x D), with dimensions in the place of users. With
     N = (T'T + l2_words I)^-1, Woodbury's identity turns the I x I inverse into one of D x D:
     S = T N T' diag(1 / d) off its zero diagonal, where d = 1 - diag(T N T').
 
-    Then minimise |X - X B|^2 + l2 |B|^2 + l2_text |B - S|^2 over B with a zero diagonal. A Lagrange multiplier m_j for
+    Then minimize |X - X B|^2 + l2 |B|^2 + l2_text |B - S|^2 over B with a zero diagonal. A Lagrange multiplier m_j for
     each B_jj makes the gradient (X'X + l I) B - X'X - l2_text S + diag(m) = 0, with l = l2 + l2_text. With
     P = (X'X + l I)^-1 and P X'X = I - l P,
     B = I + l2_text P S - P diag(l + m).
-    S may have any diagonal: it goes into m, so W = T N T' diag(1 / d) stands for it. B_jj = 0 gives
+    The diagonal of S is arbitrary, as m absorbs it, so W = T N T' diag(1 / d) replaces S. B_jj = 0 gives
     l + m_j = n_j = (1 + l2_text (P W)_jj) / P_jj.
 
-    Where users are fewer than items, the U x U inverse M = (X X' + l I)^-1 gives the same scores:
+    With fewer users than items, the U x U inverse M = (X X' + l I)^-1 gives the same scores:
     P = (I - X'M X) / l and X P = M X, so X B = X + l2_text (M X) W - (M X) diag(n).
 
-    An item j without interactions has P_jj = 1 / l and P_ij = 0, so B_ij = l2_text (P S)_ij: it is scored by its words'
-    weights with the user's items and with what is held beside them.
+    An item j without interactions has P_jj = 1 / l and P_ij = 0, so B_ij = l2_text (P S)_ij: its score is computed from
+    its text weights with the user's items and with items that co-occur with them.
+
+    Args:
+      interactions: the inputs.
+      l2: ridge penalty, above 0.
+      l2_text: penalty of the distance to the text weights, 0 or more.
+      l2_words: ridge penalty of the text weights, above 0.
+
+    Returns:
+      The scorer.
 
     Raises:
       InsufficientMemoryError: the matrices do not fit.
-      NotApplicableError: no item has words.
+      NotApplicableError: no item has text.
     """
     if not l2_text >= 0:
         raise ValueError(f"l2_text is {l2_text}; it must be 0 or more")
@@ -102,8 +118,8 @@ def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRan
     weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
     most min(U, I). With fewer, the last directions kept are approximate.
 
-    Deterministic on one machine with one number of threads; on others rows may differ by a rotation, which leaves their
-    products equal.
+    Deterministic on one machine with one number of threads; on others rows may differ by a rotation, which keeps their
+    products.
 
     Args:
       interactions: the training interactions X.
@@ -133,11 +149,18 @@ def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRan
 
 
 def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
-    """Graph filters (GF-CF; Shen et al., CIKM 2021): a linear one, and an ideal low-pass one weighted alpha.
+    """Graph filters (GF-CF; Shen et al., CIKM 2021): a linear filter plus alpha times an ideal low-pass filter.
 
-    With R = Du^-1/2 X Di^-1/2, Du and Di the degrees of users and items, and V the right singular vectors of R's
-    `rank` largest singular values (all that are not zero where there are fewer),
-    scores = X (R'R + alpha Di^-1/2 V V' Di^1/2).
+    With R = Du^-1/2 X Di^-1/2, Du and Di the degrees of users and items, and V the right singular vectors of the `rank`
+    largest singular values of R (or of all nonzero ones, if fewer), scores = X (R'R + alpha Di^-1/2 V V' Di^1/2).
+
+    Args:
+      interactions: the inputs.
+      rank: number of singular vectors of the low-pass filter.
+      alpha: weight of the low-pass filter.
+
+    Returns:
+      The scorer.
 
     Raises:
       InsufficientMemoryError: the matrices do not fit.
@@ -170,13 +193,13 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
 
 
 def _blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
-    """Rows of a matrix, so many at a time that they have about `BLOCK` elements."""
+    """Yields blocks of rows with about `BLOCK` elements each."""
     step = max(1, BLOCK // max(n_columns, 1))
     return (slice(start, start + step) for start in range(0, n_rows, step))
 
 
 def _require_room(name: str, seen: Interactions, words: bool) -> None:
-    """Raises where `_regression` cannot be, which holds two of its largest matrices at a time."""
+    """Raises InsufficientMemoryError if `_regression`, with two of its largest matrices at a time, does not fit."""
     n_users, n_items = seen.n_users, seen.n_items
     n = min(n_users, n_items)
     inverse = 4 * n_users**2 if n_users < n_items else 0  # beside scores; weights are made in its place
@@ -185,14 +208,14 @@ def _require_room(name: str, seen: Interactions, words: bool) -> None:
 
 
 def _require_subspace(name: str, seen: Interactions, rank: int, remedy: str) -> None:
-    """Raises where directions of users and items in float64 do not fit, of which there are three copies."""
+    """Raises InsufficientMemoryError if three copies of the directions of users and items in float64 do not fit."""
     columns = rank + OVERSAMPLES
     need = 24 * columns * (seen.n_users + seen.n_items)
     require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes", remedy)
 
 
 def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
-    """The largest singular values, and right singular vectors, by subspace iteration (Halko et al., 2011)."""
+    """Computes the largest singular values and right singular vectors by subspace iteration (Halko et al., 2011)."""
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.tfidf`
 
     decompose: Any = randomized_svd  # its annotations know neither a number of iterations nor what it returns
@@ -203,9 +226,10 @@ def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"
 
 
 def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
-    """From the smaller Gram matrix, exactly up to `EXACT`: each connected component of the history has a singular value
-    1, and Lanczos methods (`svds`) miss copies of equal ones: of Last.fm's 10 they found 3. Beyond, by subspace
-    iteration, whose block is wide enough for the copies.
+    """Computes right singular vectors, up to side `EXACT` exactly from the smaller Gram matrix.
+
+    Each connected component of the history has a singular value 1, and Lanczos methods (`svds`) miss repeated values:
+    of Last.fm's 10 they found 3. Above `EXACT`, it uses subspace iteration, whose block is wide enough for these.
     """
     n_rows, n_columns = matrix.shape
     if min(matrix.shape) > EXACT:
@@ -219,7 +243,7 @@ def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
 
 
 def _regression(history, l2: float, l2_text: float, left, right, known) -> Partial:
-    """Scores X B of `text_ease`, W being `left` (I x D) @ `right` (D x I)."""
+    """Computes the scorer of X B of `text_ease`, with W = `left` (I x D) @ `right` (D x I)."""
     if not l2 > 0:
         raise ValueError(f"l2 is {l2}; it must be above 0")
     ridge = l2 + l2_text  # the docstring's l
@@ -254,7 +278,7 @@ def _regression(history, l2: float, l2_text: float, left, right, known) -> Parti
 def _drawn(
     dense: Float32[np.ndarray, "n I"], towards: Float32[np.ndarray, "n I"] | None, l2_text: float
 ) -> Float32[np.ndarray, "n I"]:
-    """`dense` plus what draws it towards words, in its own memory."""
+    """Adds l2_text times `towards` to `dense` in place."""
     if towards is not None:
         towards *= np.float32(l2_text)
         dense += towards
@@ -262,7 +286,7 @@ def _drawn(
 
 
 def _regularized_inverse(rows: Any, l2: float) -> Float32[np.ndarray, "n n"]:
-    """(rows @ rows' + l2 I)^-1 of a sparse matrix, in the memory of the one dense matrix."""
+    """Computes (rows @ rows' + l2 I)^-1 of a sparse matrix, in the memory of one dense matrix."""
     n, columns = rows.shape[0], rows.T.tocsr()
     matrix = np.empty((n, n), np.float32, order="F")
     for block in _blocks(n, n):  # as a whole, the sparse product may take three times as much as the matrix
@@ -275,10 +299,10 @@ def _regularized_inverse(rows: Any, l2: float) -> Float32[np.ndarray, "n n"]:
 
 
 def _invert(matrix: Float32[np.ndarray, "n n"]) -> bool:
-    """Puts the inverse of a symmetric matrix in its place; False, and nothing of use there, where it is not positive.
+    """Inverts a symmetric matrix in place; returns False, with undefined content, if it is not positive definite.
 
-    Of more than `WHOLE` rows by the inverses of a block A and of its Schur complement S = C - B' A^-1 B: with
-    W = A^-1 B, [[A, B], [B', C]] has the inverse [[A^-1 + W S^-1 W', -W S^-1], [-S^-1 W', S^-1]].
+    Above `WHOLE` rows it uses the inverses of a block A and of its Schur complement S = C - B' A^-1 B: with W = A^-1 B,
+    [[A, B], [B', C]] has the inverse [[A^-1 + W S^-1 W', -W S^-1], [-S^-1 W', S^-1]].
     """
     n, half = len(matrix), len(matrix) // 2
     if n <= WHOLE:
@@ -314,7 +338,7 @@ def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
 
 
 def _scorer(history, dense: Float32[np.ndarray, "n I"], known) -> Partial:
-    """Of scores U x I where users are fewer than items, else of item-item weights I x I."""
+    """Returns the scorer of a U x I score matrix if U < I, else of I x I item-item weights."""
     n_users, n_items = history.shape
     on_device = jax.device_put(dense)  # jnp.asarray takes one more copy on the way
     if n_users < n_items:

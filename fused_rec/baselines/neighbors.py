@@ -1,11 +1,11 @@
-"""Recommenders without gradient training: popularity, neighbours, friends, item words, alternating least squares.
+"""Baselines without gradient training: popularity, neighbors, social averages, text centroids, and ALS.
 
-Each takes what may be `Interactions` and returns a scorer: user ids (B,) to scores of the whole catalogue, float32 (B,
-I), as `fused_rec.evaluation.ranking` takes them. The host prepares with SciPy; scorers are `jax.tree_util.Partial`s of
-their arrays. A user about whom nothing is seen (no history, friends or words) gets equal scores; items that a method
-knows nothing about, for most those without interactions, all get the user's lowest score. Settings have no
-defaults: validation chooses them. All raise ValueError for ids outside 0..n-1 and for settings outside their bounds.
-The item-item regressions and filters stand in `fused_rec.baselines.linear`.
+Each function takes `Interactions` and returns a scorer: user indices (B,) to scores of all items, float32 (B, I), as
+`fused_rec.evaluation.ranking` takes them. The host prepares with SciPy; scorers are `jax.tree_util.Partial`s of their
+arrays. A user without the inputs of a method (history, social edges or text) gets equal scores. Items that a method
+cannot score, for most those without interactions, get the user's lowest score. Settings have no defaults: validation
+chooses them. All raise ValueError for indices outside 0..n-1 and for settings outside their bounds. Item-item
+regressions and graph filters are in `fused_rec.baselines.linear`.
 """
 
 from collections.abc import Iterator
@@ -25,19 +25,25 @@ SIMILARITIES = 1 << 24  # between rows that are sorted at once; each takes some 
 
 
 class NotApplicableError(ValueError):
-    """A recommender cannot be made of these tables: they lack what it needs (words, ties), or are too large to index.
+    """Error for a baseline that does not apply: the tables lack its input, or are too large to index.
 
-    Where memory lacks, it is `fused_rec.memory.InsufficientMemoryError`.
+    If memory does not suffice, it is `fused_rec.memory.InsufficientMemoryError`.
     """
 
 
 class Interactions(NamedTuple):
-    """What may be seen of U users and I items.
+    """Inputs of the baselines, for U users and I items.
 
-    user, item: [E], the interactions; a repeated pair counts once.
-    user_text, item_text: float32 [U, D] and [I, D], unit rows, zero where there are no words.
-    source, target: [F], users of whom the first is tied to the second; a repeated tie counts once.
-    age: [E], days by which each interaction is older than the newest one.
+    Attributes:
+      user: int [E], users of the interactions.
+      item: int [E], their items; a repeated pair counts once.
+      n_users: U.
+      n_items: I.
+      user_text: float32 [U, D], unit text vectors; zero rows for users without text.
+      item_text: float32 [I, D], unit text vectors; zero rows for items without text.
+      source: int [F], users with a social edge.
+      target: int [F], the users it leads to; a repeated edge counts once.
+      age: float32 [E], days from each interaction to the newest one.
     """
 
     user: Int[np.ndarray, "E"]
@@ -51,17 +57,37 @@ class Interactions(NamedTuple):
     age: Float32[np.ndarray, "E"] | None = None
 
     def history(self) -> scipy.sparse.csr_array:
-        """Float32 [U, I]: 1 where the user has the item."""
+        """Returns the interaction matrix, float32 [U, I] of 0 and 1."""
         return _pairs(self.user, self.item, self.n_users, self.n_items, "user", "item")
 
     def ties(self, asked_by: str) -> scipy.sparse.csr_array:
-        """Float32 [U, U]: 1 where the row's user is tied to the column's. Raises NotApplicableError without any."""
+        """Returns the social adjacency, float32 [U, U] of 0 and 1, rows = sources.
+
+        Args:
+          asked_by: name of the baseline, for the message.
+
+        Returns:
+          The sparse matrix.
+
+        Raises:
+          NotApplicableError: there are no social edges.
+        """
         if self.source is None or self.target is None or not len(self.source):
             raise NotApplicableError(f"{asked_by} needs ties and none are seen; leave it out for these tables")
         return _pairs(self.source, self.target, self.n_users, self.n_users, "source", "target")
 
     def require_item_text(self, asked_by: str) -> Float32[np.ndarray, "I D"]:
-        """`item_text`. Raises NotApplicableError where no item has words."""
+        """Returns `item_text`.
+
+        Args:
+          asked_by: name of the baseline, for the message.
+
+        Returns:
+          float32 [I, D].
+
+        Raises:
+          NotApplicableError: no item has text.
+        """
         if self.item_text is None or not self.item_text.any():
             raise NotApplicableError(
                 f"{asked_by} needs item words and none are seen; leave it out for these tables, or for a variant "
@@ -71,9 +97,14 @@ class Interactions(NamedTuple):
 
 
 def popularity(interactions: Interactions, *, half_life: float = 0) -> Partial:
-    """Every user gets the items most users have (TopPop of Cremonesi et al., RecSys 2010): score = the item's users.
+    """Recommends the items with most users (TopPop of Cremonesi et al., RecSys 2010): score = number of users.
 
-    half_life: days after which an interaction counts half; 0 = all count in full, a repeated pair once.
+    Args:
+      interactions: the inputs.
+      half_life: days after which the weight of an interaction halves; 0 = no decay, a repeated pair counts once.
+
+    Returns:
+      The scorer.
     """
     if not half_life:
         return Partial(_same_for_all, jnp.asarray(interactions.history().sum(0), jnp.float32).reshape(-1))
@@ -84,11 +115,19 @@ def popularity(interactions: Interactions, *, half_life: float = 0) -> Partial:
 def item_counts(
     item: Int[np.ndarray, "E"], age: Float[np.ndarray, "E"], half_life: float, n_items: int
 ) -> Float32[np.ndarray, "I"]:
-    """How many interactions each item has, one of `popularity_half_life` days counting half; of half_life 0 all in
-    full.
+    """Counts the interactions of each item, with exponential decay.
 
-    Aged counts are scaled so that they add up to E as full ones do: what log(1 + count) makes of them then depends on
-    the items' proportions and not on how long ago the tables ended.
+    Decayed counts are rescaled to the sum E, so that log(1 + count) depends on the proportions of the items and not on
+    the age of the tables.
+
+    Args:
+      item: int [E], items of the interactions.
+      age: float [E], age of each interaction in days.
+      half_life: days after which the weight of an interaction halves; 0 = no decay.
+      n_items: I.
+
+    Returns:
+      float32 [I].
     """
     weight = None
     if half_life and len(item):
@@ -99,10 +138,18 @@ def item_counts(
 
 
 def item_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:
-    """Items like those the user has (Deshpande and Karypis, ACM TOIS 2004).
+    """Item-based collaborative filtering (Deshpande and Karypis, ACM TOIS 2004).
 
-    Score of item j: sum of sim(i, j) over the user's items i that have j among their `num_neighbors` most similar;
-    sim(i, j) = (users of both) / (sqrt(users of i x users of j) + shrink), the cosine where shrink is 0.
+    Score of item j: sum of sim(i, j) over the user's items i that have j among their `num_neighbors` most similar, with
+    sim(i, j) = (users of both) / (sqrt(users of i x users of j) + shrink), the cosine for shrink = 0.
+
+    Args:
+      interactions: the inputs.
+      num_neighbors: neighbors per item, 1 or more.
+      shrink: shrinkage of similarities with few common users, 0 or more.
+
+    Returns:
+      The scorer.
     """
     history = interactions.history()
     similar = _nearest("item_knn", history.T.tocsr(), num_neighbors, shrink)
@@ -110,10 +157,18 @@ def item_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -
 
 
 def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:
-    """Items of users like this one (Sarwar et al., EC 2000, with cosine).
+    """User-based collaborative filtering (Sarwar et al., EC 2000, with cosine).
 
-    Score of item j: sum of sim(u, v) over those of u's `num_neighbors` most similar users v who have j, with the
-    sim of `item_knn`, items for users.
+    Score of item j: sum of sim(u, v) over those of u's `num_neighbors` most similar users v who have j, with sim as in
+    `item_knn`, users in the place of items.
+
+    Args:
+      interactions: the inputs.
+      num_neighbors: neighbors per user, 1 or more.
+      shrink: shrinkage of similarities with few common items, 0 or more.
+
+    Returns:
+      The scorer.
     """
     history = interactions.history()
     similar = _nearest("user_knn", history, num_neighbors, shrink)
@@ -121,12 +176,19 @@ def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -
 
 
 def friends_mean(interactions: Interactions) -> Partial:
-    """Items of the user's friends: score = share of the users u is tied to (u = `source`) who have the item.
+    """Recommends the items of a user's friends: score = share of the friends with the item.
 
-    The averaging over ties of Ma et al. (WSDM 2011), of histories instead of learned factors.
+    Friends of u are the targets of the social edges from u. This is the social average of Ma et al. (WSDM 2011), of
+    histories instead of latent factors.
+
+    Args:
+      interactions: the inputs.
+
+    Returns:
+      The scorer.
 
     Raises:
-      NotApplicableError: there are no ties.
+      NotApplicableError: there are no social edges.
     """
     history, ties = interactions.history(), interactions.ties("friends_mean")
     degree = np.diff(ties.indptr)
@@ -135,14 +197,21 @@ def friends_mean(interactions: Interactions) -> Partial:
 
 
 def text_mean(interactions: Interactions, *, own: float) -> Partial:
-    """Items whose words are near those of the user's items: frozen text vectors, nothing learned.
+    """Recommends items whose frozen text vectors are close to those of the user's items.
 
-    Score: cosine of the item's words and of m / |m| + own * (the user's words), m being the mean of the words of the
-    user's items (the centroid profile of content-based recommenders, Lops et al., 2011). Items need no
-    interactions, only words.
+    Score: cosine of the item's text vector and m / |m| + own * (the user's text vector), where m is the mean of the
+    text vectors of the user's items (the centroid profile of content-based recommenders, Lops et al., 2011). Items need
+    no interactions, only text.
+
+    Args:
+      interactions: the inputs.
+      own: weight of the user's own text, 0 or more.
+
+    Returns:
+      The scorer.
 
     Raises:
-      NotApplicableError: no item has words.
+      NotApplicableError: no item has text.
     """
     if not own >= 0:
         raise ValueError(f"own is {own}; it must be 0 or more")
@@ -154,11 +223,21 @@ def text_mean(interactions: Interactions, *, own: float) -> Partial:
 
 
 def als(interactions: Interactions, *, factors: int, regularization: float, alpha: float, seed: int) -> Partial:
-    """Factors of weighted least squares (Hu, Koren and Volinsky, ICDM 2008), by the `implicit` library.
+    """Weighted matrix factorization (Hu, Koren and Volinsky, ICDM 2008) by alternating least squares, with `implicit`.
 
-    Minimises sum c (p - x y)^2 + regularization * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
-    (Takacs et al., RecSys 2011); p is 1 with confidence c = alpha for a seen pair and 0 with c = 1 for any other, so
-    alpha is 1 + the paper's. The same seed gives the same factors, whatever the number of threads.
+    Minimizes sum c (p - x y)^2 + regularization * (|x|^2 + |y|^2) over all cells in 15 rounds of conjugate gradients
+    (Takacs et al., RecSys 2011); p is 1 with confidence c = alpha for an observed pair and 0 with c = 1 otherwise, so
+    alpha is 1 + the paper's. The same seed gives the same factors for any number of threads.
+
+    Args:
+      interactions: the inputs.
+      factors: dimension of the factors, 1 or more.
+      regularization: L2 penalty.
+      alpha: confidence of observed pairs.
+      seed: of the initial factors.
+
+    Returns:
+      The scorer.
 
     Raises:
       ImportError: `implicit` is not installed.
@@ -186,12 +265,20 @@ def als(interactions: Interactions, *, factors: int, regularization: float, alph
 
 
 def has_interactions(history) -> Bool[np.ndarray, "I"]:
-    """Whether an item has interactions."""
+    """Returns which items have interactions."""
     return np.bincount(history.indices, minlength=history.shape[1]) > 0
 
 
 def rank_unscorable_last(scorer: Partial, known: Bool[np.ndarray, "I"]) -> Partial:
-    """`scorer`, items not `known` at each user's lowest score: what the formula gives them is no judgement."""
+    """Wraps a scorer so that unscorable items get each user's lowest score.
+
+    Args:
+      scorer: the scorer.
+      known: bool [I], which items its formula can score.
+
+    Returns:
+      The new scorer.
+    """
     return scorer if known.all() else Partial(_rank_unscorable_last, scorer, jnp.asarray(known))
 
 
@@ -215,7 +302,7 @@ def _pairs(row, column, n_rows: int, n_columns: int, row_name: str, column_name:
 
 
 def _nearest(name: str, vectors: scipy.sparse.csr_array, num_neighbors: int, shrink: float) -> scipy.sparse.csr_array:
-    """Each row's most similar other rows, ties by lower row; rows without anything in common are no neighbours."""
+    """Finds the most similar other rows of each row, ties by lower index; rows without overlap are no neighbors."""
     if num_neighbors < 1:
         raise ValueError(f"num_neighbors is {num_neighbors}; it must be at least 1")
     if shrink < 0:
@@ -245,7 +332,7 @@ def _nearest(name: str, vectors: scipy.sparse.csr_array, num_neighbors: int, shr
 
 
 def _row_blocks(most: Float[np.ndarray, "n"]) -> Iterator[slice]:
-    """Up to 1,024 rows at a time, and no more than have `SIMILARITIES` together, but one at least."""
+    """Yields blocks of up to 1,024 rows with at most `SIMILARITIES` entries together, but at least one row."""
     total, start = np.concatenate([[0], np.cumsum(most)]), 0
     while start < len(most):
         stop = int(np.searchsorted(total, total[start] + SIMILARITIES, side="right")) - 1
@@ -259,7 +346,13 @@ MOST_ENTRIES = 2**31 - 1 - CHUNK  # of a matrix on the device, which numbers the
 
 
 class Entries(NamedTuple):
-    """A sparse matrix in compressed rows, on the device: row r has entries indptr[r] to indptr[r + 1] - 1."""
+    """Sparse matrix in compressed rows on the device: row r has entries indptr[r] to indptr[r + 1] - 1.
+
+    Attributes:
+      indptr: int32 [rows + 1].
+      columns: int32 [E].
+      values: float32 [E].
+    """
 
     indptr: Int32[Array, "rows"]
     columns: Int32[Array, "E"]
@@ -267,7 +360,17 @@ class Entries(NamedTuple):
 
 
 def entries(matrix: scipy.sparse.csr_array) -> Entries:
-    """The matrix on the device. Raises NotApplicableError for more than `MOST_ENTRIES`, which would be misnumbered."""
+    """Copies a sparse matrix to the device.
+
+    Args:
+      matrix: the matrix.
+
+    Returns:
+      Its entries.
+
+    Raises:
+      NotApplicableError: it has more than `MOST_ENTRIES` entries, which int32 cannot index.
+    """
     if matrix.nnz > MOST_ENTRIES:
         raise NotApplicableError(
             f"a sparse matrix of {matrix.nnz:,} entries is needed, and at most {MOST_ENTRIES:,} are numbered on a "
@@ -295,7 +398,7 @@ def _dot(users: Float32[Array, "U K"], items: Float32[Array, "I K"], batch: Int3
 def _sum_sparse_rows(
     left: Entries, right: Entries, zeros: Float32[Array, "I"], users: Int32[Array, "B"]
 ) -> Float32[Array, "B I"]:
-    """left[users] @ right, in time of the entries it touches: rows differ too much in length to pad them."""
+    """Computes left[users] @ right in time proportional to the entries used; row lengths differ too much to pad."""
 
     def of_user(user):
         def add_row(entry, scores):

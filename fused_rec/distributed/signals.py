@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM as a request to stop, answered where nothing is lost by it.
+"""SIGINT and SIGTERM as requests to stop, answered where no work is lost.
 
-Python runs a handler between any two instructions. Most of a run may end there: what it writes is written in whole
-files, and the rest is computed again. Where work in memory must be saved first, `deferred` lets the request wait for a
-safe point. Signals belong to the whole process, and so does what this module remembers of them.
+Python runs a signal handler between any two instructions. Most of a run may stop there: files are written atomically,
+and the rest is recomputed. Where work in memory must be saved first, `deferred` delays the request to a safe point.
+Signals belong to the whole process, and so does the state of this module.
 """
 
 import _thread
@@ -25,9 +25,9 @@ REPEAT_SECONDS = 0.005
 
 
 class Stopped(BaseException):
-    """The process was asked to end, which is no failure: `except Exception` lets it pass, as it does Ctrl-C.
+    """Exception for a requested stop. It is no failure: like Ctrl-C, it passes `except Exception`.
 
-    Notes (`add_note`) say what was saved on the way out.
+    Notes (`add_note`) list what was saved before the stop.
     """
 
     def __init__(self, signum: int):
@@ -36,7 +36,13 @@ class Stopped(BaseException):
 
 
 class _Request:
-    """What was asked so far, and how many `deferred` blocks the main thread is in."""
+    """State of the process.
+
+    Attributes:
+      signum: the signal received first, None without any.
+      deferred: number of nested `deferred` blocks of the main thread.
+      repeats: signals that this module sent itself and the listener has not processed yet.
+    """
 
     signum: int | None = None
     deferred: int = 0
@@ -48,12 +54,12 @@ _REQUEST = _Request()
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM raises Stopped: at once, or at the end of a `deferred` block.
+    """Raises Stopped at the first SIGINT or SIGTERM inside the block: at once, or at the end of a `deferred` block.
 
-    A second one ends the process at once, also while the main thread compiles or waits for a device; handlers in
-    Python would have to wait with it, so a thread listens. The earlier handlers are put back after the block. A signal
-    that the process was started to ignore stays ignored. Outside the main thread, where Python allows no handlers, the
-    block changes nothing.
+    A second signal ends the process at once, also while the main thread compiles or waits for a device: a Python
+    handler would wait too, so a thread handles it. Earlier handlers are restored after the block. Signals that the
+    process was started to ignore stay ignored. Outside the main thread, where Python allows no handlers, the block has
+    no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -81,7 +87,7 @@ def handle_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within the block a request waits: for `raise_if_requested`, a `immediate` block or the end of the block."""
+    """Delays requests inside the block to `raise_if_requested`, an `immediate` block or the end of the block."""
     raise_if_requested()
     _REQUEST.deferred += 1
     try:
@@ -94,7 +100,7 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def immediate() -> Iterator[None]:
-    """Within the block, inside a `deferred` one, a request is answered at once."""
+    """Answers requests at once inside the block, which lies in a `deferred` block."""
     holds, _REQUEST.deferred = _REQUEST.deferred, 0
     try:
         raise_if_requested()
@@ -104,9 +110,13 @@ def immediate() -> Iterator[None]:
 
 
 def raise_if_requested(agree: Callable[[bool], bool] = bool) -> None:
-    """Raises Stopped where the process was asked to stop; a safe point of a `deferred` block.
+    """Raises Stopped if a stop was requested; marks a safe point of a `deferred` block.
 
-    agree: what all processes of a run make of one's having been asked.
+    Args:
+      agree: combines the request of this process with those of the other processes of a run.
+
+    Raises:
+      Stopped: a stop was requested.
     """
     if agree(_REQUEST.signum is not None):
         raise Stopped(_REQUEST.signum or signal.SIGTERM)
@@ -120,7 +130,7 @@ def _request_stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Asks again where Stopped was raised in a place that cannot pass it on, as a finalizer or a callback of C code."""
+    """Repeats the request if Stopped was raised where it cannot propagate, as in a finalizer or a callback from C."""
     if isinstance(unraisable.exc_value, Stopped):
         threading.Timer(REPEAT_SECONDS, _repeat, [_REQUEST.signum or signal.SIGTERM]).start()
     else:

@@ -1,11 +1,11 @@
-"""The only Orbax: training states on disk that are whole, checked, and independent of the devices.
+"""Checkpoints of training states: complete, verified, and independent of the devices. The only module that uses Orbax.
 
 Orbax writes the arrays. It does not notice flipped bits, casts wrong dtypes, saves NaN and takes an empty folder for
-the latest step, so each step folder is made complete under a hidden name and then renamed:
+the latest step, so each step folder is completed under a hidden name and then renamed:
 
-    <folder>/<step>/state/            the arrays, as Orbax lays them out
+    <folder>/<step>/state/            the arrays, as Orbax writes them
     <folder>/<step>/checkpoint.json   step, best, extras, and the name, shape and dtype of every leaf
-    <folder>/<step>/manifest.sha256   a digest of every other file, as `sha256sum --check` reads it; written last
+    <folder>/<step>/manifest.sha256   a digest of every other file, in the format of `sha256sum --check`; written last
 """
 
 import contextlib
@@ -34,15 +34,14 @@ PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders that
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is absent, damaged, not fit to be saved, or of another model."""
+    """Error for a checkpoint that is missing, damaged, invalid, or of another model."""
 
 
 class Checkpoints:
-    """The checkpoints of one run: the best one and the last `keep_last`, each a folder named after its step.
+    """The checkpoints of one run: the best one and the last `keep_last`, each in a folder named after its step.
 
-    One process writes at a time. Reading never changes the folder, which may be read-only. Saving is synchronous:
-    a state is small, a few tables of rows and their moments, so there is little time to win, and a save that
-    returned is on disk, where one in the background might still fail unseen or be lost with the process.
+    One process writes at a time. Reading never changes the folder, which may be read-only. Saving is synchronous: a
+    state is small, so an asynchronous save would gain little time, and after `save` returns, the checkpoint is on disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 2):
@@ -52,23 +51,23 @@ class Checkpoints:
         self._keep_last = keep_last
 
     def save(self, step: int, state: PyTree, extras: Mapping[str, Any], *, best: bool, replace: bool = False) -> None:
-        """Returns once the checkpoint is on disk; a process killed before leaves every earlier one untouched.
+        """Saves a checkpoint, and returns when it is on disk.
 
-        Damaged checkpoints of this step and later ones are replaced, and the log says so: the run was taken up again
-        before them. Where writing fails, it is tried once more.
+        A process killed before that leaves all earlier checkpoints unchanged. Damaged checkpoints of this and later
+        steps are replaced, and logged, because the run was resumed before them. A failed write is retried once.
 
         Args:
-          step: optimiser steps taken, 0 or more.
-          state: arrays in any tree that JAX knows, without a device axis, all values finite.
-          extras: the configuration and the loop's bookkeeping, as JSON; tuples come back as lists.
-          best: whether no earlier step of this run is better.
-          replace: a sound checkpoint of this very step gives way; the run was stopped there before it was measured.
+          step: optimizer steps taken, 0 or more.
+          state: tree of arrays without a device axis, all values finite.
+          extras: configuration and bookkeeping of the loop, as JSON; tuples become lists.
+          best: whether this is the best step of the run so far.
+          replace: replace a valid checkpoint of this step, where the run was stopped before its evaluation.
 
         Raises:
-          CheckpointError: a value that is not finite or no array, extras that JSON cannot hold, or a sound checkpoint
-            of this step or a later one is there already.
-          SaveError: the folder cannot be written; names it, the reason and the last good step. Nothing is left of
-            the failed save, and every earlier checkpoint is as it was.
+          CheckpointError: a value is not finite or no array, JSON cannot hold the extras, or a valid checkpoint of
+            this step or a later one exists.
+          SaveError: the folder cannot be written; names it, the reason and the last valid step. Nothing of the failed
+            save remains, and all earlier checkpoints are unchanged.
         """
         if step < 0:
             raise CheckpointError(f"step is {step}; it must be 0 or more")
@@ -130,14 +129,14 @@ class Checkpoints:
         return "No checkpoint was saved before." if good is None else f"The last good checkpoint is step {good}."
 
     def steps(self) -> list[int]:
-        """Steps whose save was completed, ascending. A folder without its manifest is left out and logged."""
+        """Returns the completed steps, ascending. Folders without a manifest are skipped and logged."""
         complete = self._complete()
         for step in set(self._folders()) - set(complete):
             logging.warning("%s has no %s and is no checkpoint; ignored.", self._folder / str(step), MANIFEST)
         return complete
 
     def best_step(self) -> int | None:
-        """The latest completed step that was saved as the best so far; None where there is none."""
+        """Returns the latest completed step that was saved as the best; None if there is none."""
         for step in reversed(self._complete()):
             try:
                 if self._record(step)["best"]:
@@ -147,7 +146,7 @@ class Checkpoints:
         return None
 
     def last_good(self) -> int | None:
-        """The latest completed step whose every byte is as it was written; damaged ones after it are logged by name."""
+        """Returns the latest completed step with matching digests, or None; damaged later steps are logged."""
         for step in reversed(self.steps()):
             problem = self._problem(step)
             if problem is None:
@@ -156,16 +155,19 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """The state saved at `step` and its extras.
+        """Restores a checkpoint.
 
         Args:
           step: one of `steps()`.
-          like: a tree of arrays or jax.ShapeDtypeStruct of the state's structure, shapes and dtypes. Each leaf is
-            placed as its counterpart is; NumPy arrays stay on the host.
+          like: tree of arrays or jax.ShapeDtypeStruct with the state's structure, shapes and dtypes. Each leaf is
+            placed on the devices of its counterpart; NumPy arrays stay on the host.
+
+        Returns:
+          The state and its extras.
 
         Raises:
-          CheckpointError: the step is absent or damaged, or a leaf is missing, left over, or of another shape or
-            dtype than in `like`; names the leaf. Nothing is ever cast.
+          CheckpointError: the step is missing or damaged, or a leaf is missing, unknown, or of another shape or dtype
+            than in `like`; names the leaf. Nothing is cast.
         """
         path = self._folder / str(step)
         if not (path / MANIFEST).is_file():
@@ -191,7 +193,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), placed), record["extras"]
 
     def digest(self, step: int) -> str:
-        """SHA-256 of the step's manifest, and so of every byte of one of `steps()` that `restore` takes for sound."""
+        """Returns the SHA-256 of the manifest of a step, which covers all bytes that `restore` verifies."""
         return hashlib.sha256((self._folder / str(step) / MANIFEST).read_bytes()).hexdigest()
 
     def _folders(self) -> list[int]:
@@ -203,7 +205,7 @@ class Checkpoints:
         return [step for step in self._folders() if (self._folder / str(step) / MANIFEST).is_file()]
 
     def _problem(self, step: int) -> str | None:
-        """What is wrong with the step, after reading every byte of it; None where nothing is."""
+        """Verifies all bytes of a step, and describes the fault; None if there is none."""
         path = self._folder / str(step)
         try:
             listed, now = (path / MANIFEST).read_bytes(), _manifest(path).encode()
@@ -252,7 +254,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.Checkpointer]:
-    """A synchronous Orbax checkpointer that logs only warnings while it is in use."""
+    """Yields a synchronous Orbax checkpointer that logs only warnings."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
     try:
@@ -270,7 +272,7 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The tree's leaves in its own order by names such as params/gates/kernel."""
+    """Returns the leaves of a tree in its order, by names such as params/gates/kernel."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
     if len(leaves) < len(paths):
@@ -311,7 +313,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _manifest(folder: Path) -> str:
-    """What the manifest of the folder's present files would say, in the format of `sha256sum`."""
+    """Returns the manifest of the files in a folder, in the format of `sha256sum`."""
     return "".join(f"{_digest(folder / file)}  {file}\n" for file in _files(folder) if file != MANIFEST)
 
 
@@ -321,7 +323,7 @@ def _digest(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Asks the system to put a file or the entries of a folder on the disk now."""
+    """Flushes a file or the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

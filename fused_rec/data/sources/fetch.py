@@ -40,8 +40,8 @@ class DownloadError(RuntimeError):
 def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> None:
     """Downloads a file and moves it to `target` when it is complete and verified.
 
-    Received bytes are kept in `target`.part. After a broken connection, and in a later call, the download continues there
-    (HTTP Range).
+    Received bytes are kept in `target`.part. After a broken connection, and in a later call, the download continues
+    there (HTTP Range).
 
     Args:
       url: address of the file.
@@ -107,7 +107,7 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
 
 
 class _Measured:
-    """File of which at most HEADERS bytes can be read until `left` is raised, because neither parser limits its tables."""
+    """File of which at most HEADERS bytes can be read until `left` is raised, as neither parser limits its tables."""
 
     def __init__(self, file: gzip.GzipFile | BinaryIO, name: str):
         self.left, self._file, self._name = HEADERS, file, name

@@ -170,7 +170,7 @@ def _reindexed(file: Path) -> pa.Array:
 
 
 def _pick(ids: pa.Array, rows: pa.Table, name: str, file: Path, first: int = 0) -> pa.ChunkedArray:
-    """Returns the ids at the positions in a column, which count from `first`; files with positions from 0 have a header."""
+    """Returns the ids at the positions in a column, counted from `first`; files with positions from 0 have a header."""
     positions = integers(rows, name, file, header=first == 0) - first
     if bad := np.flatnonzero((positions < 0) | (positions >= len(ids)))[:1].tolist():
         found = f"{name} is {positions[bad[0]] + first}, and there are {first} to {len(ids) - 1 + first}"

@@ -26,8 +26,8 @@ _CASHTAG = re.compile(r"\$[A-Za-z]\w*(?:[.\-][A-Za-z]{1,2}\b)?")
 def stocknet(path: Path, repair: bool) -> Dataset:
     """Reads StockNet: 25,100 users, 5,720 tickers (3,078 with name and text), 118,531 pairs from 62,410 tweets.
 
-    The kind of a social edge is retweet, reply or mention (of accounts other than the one retweeted or replied to), with
-    one row per tweet, account and symbol. Edges to accounts without tweets and self-loops are removed and counted.
+    The kind of a social edge is retweet, reply or mention (of accounts other than the one retweeted or replied to),
+    with one row per tweet, account and symbol. Edges to accounts without tweets and self-loops are removed and counted.
 
     Args:
       path: folder of the files.

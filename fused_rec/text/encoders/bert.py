@@ -1,7 +1,7 @@
-"""The BERT encoder (Devlin et al., 2019, arXiv 1810.04805) and its kin in Flax: token ids to hidden states.
+"""BERT encoder (Devlin et al., 2019, arXiv 1810.04805) and related models in Flax: token ids to hidden states.
 
-RoBERTa (arXiv 1907.11692), XLM-R (1911.02116), DistilBERT (1910.01108) and MPNet (2004.09297) differ from it in where
-positions begin, in whether there are segments, and in whether scores depend on distance; all normalise after each sum.
+RoBERTa (arXiv 1907.11692), XLM-R (1911.02116), DistilBERT (1910.01108) and MPNet (2004.09297) differ in the first
+position, in segment embeddings, and in relative position biases; all apply post-layer normalization.
 
 Dimensions: B texts, L tokens, D hidden size, H heads, K = D / H.
 """
@@ -61,11 +61,14 @@ MPNET_FARTHEST = 128
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of an encoder of BERT's family. Raises ValueError on values that cannot be.
+    """Architecture of a BERT-like encoder, under the names of its config.json.
 
-    type_vocab_size: 0 where there are no segments. padding_token: the id, where tokens are counted from the position
-    after it, as in RoBERTa; None where they are counted from 0. distance_buckets: 0 where scores do not depend on
-    distance. The other names are those of config.json.
+    Raises ValueError for invalid values.
+
+    Attributes:
+      type_vocab_size: number of segment embeddings; 0 for none.
+      padding_token: id, if positions start after it, as in RoBERTa; None if they start at 0.
+      distance_buckets: number of relative position buckets (MPNet); 0 for none.
     """
 
     vocab_size: int
@@ -92,23 +95,23 @@ class BertConfig:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text: as many as there are positions for."""
+        """Returns the maximum number of tokens of a text."""
         first = 0 if self.padding_token is None else self.padding_token + 1
         return self.max_position_embeddings - first
 
 
 def read_bert(stored: Mapping[str, Any]) -> BertConfig:
-    """From a config.json of model_type bert. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type bert; raises ValueError for unsupported settings."""
     return _read(stored, type_vocab_size=_segments(stored))
 
 
 def read_roberta(stored: Mapping[str, Any]) -> BertConfig:
-    """From a config.json of model_type roberta or xlm-roberta. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type roberta or xlm-roberta; raises ValueError for unsupported settings."""
     return _read(stored, type_vocab_size=_segments(stored), padding_token=field(stored, "pad_token_id", int, 1))
 
 
 def read_distilbert(stored: Mapping[str, Any]) -> BertConfig:
-    """From a config.json of model_type distilbert. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type distilbert; raises ValueError for unsupported settings."""
     names = {
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",
@@ -120,7 +123,7 @@ def read_distilbert(stored: Mapping[str, Any]) -> BertConfig:
 
 
 def read_mpnet(stored: Mapping[str, Any]) -> BertConfig:
-    """From a config.json of model_type mpnet. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type mpnet; raises ValueError for unsupported settings."""
     require(stored, relative_attention_num_buckets=MPNET_BUCKETS)
     return _read(stored, padding_token=1, distance_buckets=MPNET_BUCKETS)  # 1 whatever pad_token_id says
 
@@ -141,7 +144,7 @@ def _segments(stored: Mapping[str, Any]) -> int:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each token over its text. bias: 0 on tokens, a large negative number on padding."""
+    """Multi-head attention over the tokens of a text; the bias is 0 for tokens and very negative for padding."""
 
     config: BertConfig
 
@@ -163,7 +166,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer block, normalised after each residual sum; a body for `nn.scan`, hence the second result."""
+    """Transformer block with post-layer normalization; the second result is for `nn.scan`."""
 
     config: BertConfig
 
@@ -179,10 +182,11 @@ class Layer(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """Token ids and their mask (False = padding, on either side) to the last layer's hidden states.
+    """Encoder: token ids and mask (False = padding, on either side) to the hidden states of the last layer.
 
-    Positions count a text's tokens, so that padding moves none. The layers are scanned over, their weights stacked on a
-    first axis: XLA compiles one layer instead of all, in about a quarter of the time, and runs as fast.
+    Positions count only the tokens of a text, so padding does not change them. The layers are scanned, with weights
+    stacked on a leading axis: XLA compiles one layer instead of all, in about a quarter of the time, and runs equally
+    fast.
     """
 
     config: BertConfig
@@ -215,7 +219,7 @@ class BertEncoder(nn.Module):
 def _positions(
     input_ids: Int32[Array, "B L"], mask: Bool[Array, "B L"], padding_token: int | None
 ) -> Int32[Array, "B L"]:
-    """Of each token, counted from 0; or from the number after a padding token's, whose own is what padding gets."""
+    """Returns the position of each token, from 0, or from `padding_token` + 1 where padding gets `padding_token`."""
     if padding_token is None:
         return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     counted = mask & (input_ids != padding_token)  # a text may spell the padding token out
@@ -223,7 +227,7 @@ def _positions(
 
 
 def _distance_buckets(length: int) -> Int32[np.ndarray, "L L"]:
-    """Which of MPNet's classes a key's distance from a query is in: 8 exact ones a side, then 8 that widen."""
+    """Returns the MPNet bucket of each distance of query and key: 8 exact ones per side, then 8 of growing width."""
     side, exact = MPNET_BUCKETS // 2, MPNET_BUCKETS // 4
     far = np.arange(length, dtype=np.float32)
     # In float32 and in this order, as it was trained: at 16, 32 and 64 a last digit decides the class.

@@ -1,11 +1,11 @@
-"""The decoders Llama, Mistral, Qwen2 and Qwen3 in Flax, as encoders of text: token ids to hidden states.
+"""Decoders Llama, Mistral, Qwen2 and Qwen3 in Flax, as text encoders: token ids to hidden states.
 
 Llama: Touvron et al. 2023, arXiv 2302.13971; Mistral: Jiang et al. 2023, 2310.06825; Qwen2: Yang et al. 2024,
-2407.10671; Qwen3: Yang et al. 2025, 2505.09388. All normalise by the mean square before each block, rotate positions,
-share keys among groups of queries and gate the inner layer; they differ in biases, windows and the norm of queries
-and keys. The head that predicts the next token is left out: no text vector depends on it.
+2407.10671; Qwen3: Yang et al. 2025, 2505.09388. All use RMS pre-normalization, rotary positions, grouped-query
+attention and a gated feed-forward layer; they differ in biases, windows and the normalization of queries and keys. The
+head for next-token prediction is left out, since text vectors do not depend on it.
 
-Dimensions: B texts, L tokens, D hidden size, G key heads, R query heads a key head, K numbers a head, N layers.
+Dimensions: B texts, L tokens, D hidden size, G key heads, R query heads per key head, K numbers per head, N layers.
 """
 
 import dataclasses
@@ -40,12 +40,18 @@ EVERYWHERE = LARGEST  # tokens a layer without a window reaches
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder, under the names of its config.json. Raises ValueError on values that cannot be.
+    """Architecture of a decoder, under the names of its config.json.
 
-    windows: of each layer, a token sees those less than so many before it. qkv_bias, output_bias, inner_bias: whether
-    the projections to queries, keys and values, back from the heads, and of the inner layer add one. head_norms:
-    whether queries and keys are normalised. tied: whether the head that predicts tokens has the words' weights.
-    causal: whether a token sees only those before it.
+    Raises ValueError for invalid values.
+
+    Attributes:
+      windows: of each layer; a token attends to tokens less than this number of positions before it.
+      qkv_bias: whether the projections to queries, keys and values have a bias.
+      output_bias: whether the output projection of attention has a bias.
+      inner_bias: whether the feed-forward layer has biases.
+      head_norms: whether queries and keys are normalized.
+      tied: whether the prediction head shares the token embeddings.
+      causal: whether a token attends only to itself and earlier tokens.
     """
 
     vocab_size: int
@@ -73,19 +79,19 @@ class DecoderConfig:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text."""
+        """Returns the maximum number of tokens of a text."""
         return self.max_position_embeddings
 
 
 def read_llama(stored: Mapping[str, Any]) -> DecoderConfig:
-    """From a config.json of model_type llama. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type llama; raises ValueError for unsupported settings."""
     bias = field(stored, "attention_bias", bool, False)
     inner = field(stored, "mlp_bias", bool, False)
     return _read(stored, _everywhere(stored), qkv_bias=bias, output_bias=bias, inner_bias=inner)
 
 
 def read_mistral(stored: Mapping[str, Any]) -> DecoderConfig:
-    """From a config.json of model_type mistral. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type mistral; raises ValueError for unsupported settings."""
     window = field(
         {"sliding_window": 4096, **stored}, "sliding_window", int, EVERYWHERE
     )  # null says that there is none
@@ -93,12 +99,12 @@ def read_mistral(stored: Mapping[str, Any]) -> DecoderConfig:
 
 
 def read_qwen2(stored: Mapping[str, Any]) -> DecoderConfig:
-    """From a config.json of model_type qwen2. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type qwen2; raises ValueError for unsupported settings."""
     return _read(stored, _qwen_windows(stored), qkv_bias=True)
 
 
 def read_qwen3(stored: Mapping[str, Any]) -> DecoderConfig:
-    """From a config.json of model_type qwen3. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type qwen3; raises ValueError for unsupported settings."""
     bias = field(stored, "attention_bias", bool, False)
     head_dim = field(stored, "head_dim", int, 128)
     return _read(
@@ -107,7 +113,7 @@ def read_qwen3(stored: Mapping[str, Any]) -> DecoderConfig:
 
 
 def layer_kinds(stored: Mapping[str, Any], layers: int) -> list[str] | None:
-    """Of each layer, sliding_attention or full_attention, where config.json says so (layer_types)."""
+    """Reads the kind of each layer, sliding_attention or full_attention, from `layer_types`; None without that key."""
     kinds = stored.get("layer_types")
     if kinds is None:
         return None
@@ -118,7 +124,7 @@ def layer_kinds(stored: Mapping[str, Any], layers: int) -> list[str] | None:
 
 
 def read_layers(stored: Mapping[str, Any]) -> int:
-    """How many layers, while each costs nothing yet but its number."""
+    """Reads the number of layers, before any are allocated."""
     layers = field(stored, "num_hidden_layers", int)
     if not 1 <= layers <= 1024:
         raise ValueError(f"num_hidden_layers is {layers}; it must be from 1 to 1,024")
@@ -126,9 +132,16 @@ def read_layers(stored: Mapping[str, Any]) -> int:
 
 
 def rope_settings(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The content of rope_parameters (transformers 5) or rope_scaling (before it).
+    """Reads `rope_parameters` (transformers 5) or `rope_scaling` (before it).
 
-    Raises ValueError where both are there and differ, and where the trained length stands outside and differs.
+    Args:
+      stored: content of config.json.
+
+    Returns:
+      The content of the key.
+
+    Raises:
+      ValueError: both keys exist and differ, or the trained length outside of them differs.
     """
     new, old = (field(stored, name, dict, {}) for name in ("rope_parameters", "rope_scaling"))
     if new and old and new != old:
@@ -195,7 +208,7 @@ def _read(stored: Mapping[str, Any], windows: tuple[int, ...], **more: bool) -> 
 
 
 class GroupedAttention(nn.Module):
-    """Attention of each token over those before it, groups of query heads sharing a head of keys and values."""
+    """Grouped-query attention: groups of query heads share a key and value head."""
 
     config: DecoderConfig
 
@@ -222,7 +235,7 @@ class GroupedAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block, normalised before attention and before the gated inner layer; a body for `nn.scan`."""
+    """Transformer block with pre-normalization and a gated feed-forward layer; a body for `nn.scan`."""
 
     config: DecoderConfig
 
@@ -241,9 +254,9 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids and their mask (False = padding, on either side) to the normalised hidden states of the last layer.
+    """Decoder: token ids and mask (False = padding, on either side) to the normalized hidden states of the last layer.
 
-    Only the distance of two tokens counts, so that padding moves none.
+    Only distances between tokens matter, so padding does not change the results.
     """
 
     config: DecoderConfig

@@ -1,7 +1,7 @@
-"""What the encoder families share: exact dense layers, norms, rotary positions, attention in blocks.
+"""Layers shared by the encoder families: dense layers with float32 products, norms, rotary positions, attention.
 
-Weights may be float32, bfloat16 or float16; every sum and product is float32.
-Dimensions: B texts, L tokens, G key heads, R query heads a key head, K numbers a head, P = K / 2 pairs of them.
+Weights may be float32, bfloat16 or float16; all sums and products are float32.
+Dimensions: B texts, L tokens, G key heads, R query heads per key head, K numbers per head, P = K / 2 rotary pairs.
 """
 
 import dataclasses
@@ -38,10 +38,16 @@ ROPE_SETTINGS = frozenset(
 
 
 def as_bits(params: Params) -> Params:
-    """The same parameters with bfloat16 matrices and tables as the bits they are, uint16.
+    """Reinterprets bfloat16 matrices and tables as their bits, uint16.
 
-    XLA for CPUs has no slices of bfloat16: of stacked layers it would widen all before it computes the first. Of NumPy
-    arrays these are views; within a program they would be copies.
+    XLA for CPUs cannot slice bfloat16: it would widen all stacked layers before it computes the first. For NumPy arrays
+    the results are views; inside a jitted function they would be copies.
+
+    Args:
+      params: parameters of an encoder.
+
+    Returns:
+      The parameters; arrays of other dtypes are unchanged.
     """
 
     def bits(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -52,14 +58,19 @@ def as_bits(params: Params) -> Params:
 
 
 def widened(weight: Shaped[Array, "*W"]) -> Float32[Array, "*W"]:
-    """A weight as float32; of bfloat16 also from its bits, which are the upper half of float32's."""
+    """Converts a weight to float32, from bfloat16 also from its bits, which are the upper half of a float32."""
     if weight.dtype != jnp.uint16:
         return weight.astype(jnp.float32)
     return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
 
 
 class Dense(nn.Module):
-    """A linear layer whose products are float32's."""
+    """Linear layer with float32 products.
+
+    Attributes:
+      features: output dimension.
+      use_bias: whether it adds a bias.
+    """
 
     features: int
     use_bias: bool = True
@@ -75,17 +86,22 @@ class Dense(nn.Module):
 
 
 def layer_norm(epsilon: float, name: str, use_bias: bool = True) -> nn.LayerNorm:
-    """Layer normalisation, its variance taken in two passes."""
+    """Creates a layer normalization with the two-pass variance."""
     return nn.LayerNorm(epsilon, dtype=jnp.float32, use_bias=use_bias, use_fast_variance=False, name=name)
 
 
 def rms_norm(epsilon: float, name: str) -> nn.RMSNorm:
-    """Division by the root of the mean square (Zhang and Sennrich, 2019, arXiv 1910.07467), times a weight."""
+    """Creates an RMS normalization (Zhang and Sennrich, 2019, arXiv 1910.07467)."""
     return nn.RMSNorm(epsilon, dtype=jnp.float32, name=name)
 
 
 class Embedding(nn.Module):
-    """Rows of a table as float32; of a table in half precision only the rows that are asked for are widened."""
+    """Embedding table with float32 output; only the looked-up rows of a half-precision table are widened.
+
+    Attributes:
+      rows: number of rows.
+      features: embedding dimension.
+    """
 
     rows: int
     features: int
@@ -98,9 +114,11 @@ class Embedding(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al., 2021, arXiv 2104.09864): radians a token for each pair of a head's numbers.
+    """Rotary position embedding (Su et al., 2021, arXiv 2104.09864).
 
-    scale: of the rotated queries and keys, for yarn.
+    Attributes:
+      frequencies: radians per token of each of the P pairs of a head.
+      scale: factor of the rotated queries and keys, for yarn.
     """
 
     frequencies: tuple[float, ...]
@@ -108,11 +126,22 @@ class Rope:
 
 
 def read_rope(stored: Mapping[str, Any], theta: float, dims: int, max_positions: int) -> Rope:
-    """The rotary positions that a config.json describes, for heads of `dims` numbers.
+    """Reads the rotary position embedding of a config.json.
 
-    stored: the content of `rope_parameters` (transformers 5) or `rope_scaling` (before it). theta: the base where that
-    names none. linear: Chen et al. 2023, arXiv 2306.15595; llama3: Grattafiori et al. 2024, arXiv 2407.21783; yarn:
-    Peng et al. 2023, arXiv 2309.00071. Raises ValueError on other types, and on values that cannot be.
+    Types: linear (Chen et al. 2023, arXiv 2306.15595), llama3 (Grattafiori et al. 2024, arXiv 2407.21783) and yarn
+    (Peng et al. 2023, arXiv 2309.00071).
+
+    Args:
+      stored: content of `rope_parameters` (transformers 5) or `rope_scaling` (before it).
+      theta: base, unless `stored` has one.
+      dims: K, numbers per head.
+      max_positions: maximum number of positions in config.json.
+
+    Returns:
+      The frequencies and the scale.
+
+    Raises:
+      ValueError: the type is not supported, or a value is invalid.
     """
     kind = stored.get("rope_type") or stored.get("type") or "default"
     one_of("the RoPE scaling type", kind, ROPES)
@@ -150,7 +179,7 @@ def read_rope(stored: Mapping[str, Any], theta: float, dims: int, max_positions:
 def _llama3(
     stored: Mapping[str, Any], turns: Float32[np.ndarray, "P"], factor: float, trained: int
 ) -> Float[np.ndarray, "P"]:
-    """Long waves are stretched by the factor, short ones kept, those between interpolated."""
+    """Divides frequencies of long wavelengths by the factor, keeps those of short ones, and interpolates between."""
     low, high = (field(stored, name, float) for name in ("low_freq_factor", "high_freq_factor"))
     if not (low >= 1e-6 and high - low >= 1e-6):
         raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}; they must be above 0 and ascend")
@@ -162,7 +191,7 @@ def _llama3(
 def _yarn(
     stored: Mapping[str, Any], turns: Float32[np.ndarray, "P"], factor: float, trained: int, theta: float
 ) -> tuple[Float[np.ndarray, "P"], float]:
-    """Pairs that turn often enough in the trained length are kept, the slow ones stretched, a ramp between them."""
+    """Keeps the frequencies of pairs with many turns in the trained length, stretches slow ones; linear in between."""
     dims = 2 * len(turns)
 
     def pair(rotations: float) -> float:
@@ -191,7 +220,16 @@ def _yarn_scale(factor: float, weight: float) -> float:
 def rotate(
     x: Float32[Array, "B L *H K"], frequencies: Float32[Array, "P"], scale: float | Float32[Array, ""]
 ) -> Float32[Array, "B L *H K"]:
-    """Turns number i of each head against number i + K/2, by its frequency times the token's place."""
+    """Rotates the pair of numbers i and i + K/2 of each head by frequency times position.
+
+    Args:
+      x: float32 [B, L, *H, K], queries or keys.
+      frequencies: float32 [P], radians per token.
+      scale: factor of the result.
+
+    Returns:
+      The rotated array, float32 [B, L, *H, K].
+    """
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequencies[None]
     angles = angles.reshape(1, x.shape[1], *[1] * (x.ndim - 3), len(frequencies))
     cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -207,10 +245,18 @@ def attend(
     window: Int32[Array, ""],
     causal: bool,
 ) -> Float32[Array, "B L G R K"]:
-    """Each token's mixture of the values of those it sees: tokens of its text less than `reach` away, if causal none
-    after it. Rows of padding hold numbers that mean nothing.
+    """Computes softmax attention within a window; queries of long texts are processed in blocks.
 
-    Long texts are taken a block of queries at a time.
+    Args:
+      query: float32 [B, L, G, R, K].
+      key: float32 [B, L, G, K].
+      value: float32 [B, L, G, K].
+      mask: bool [B, L], False = padding.
+      window: int32 scalar; a token attends to tokens less than `window` positions away.
+      causal: whether a token attends only to itself and earlier tokens.
+
+    Returns:
+      float32 [B, L, G, R, K]; values at padding are undefined.
     """
     length = query.shape[1]
     places = jnp.arange(length)

@@ -1,7 +1,7 @@
-"""The ModernBERT encoder (Warner et al., 2024, arXiv 2412.13663) in Flax: token ids to hidden states.
+"""ModernBERT encoder (Warner et al., 2024, arXiv 2412.13663) in Flax: token ids to hidden states.
 
-It normalises before each block, rotates positions and gates the inner layer. Some layers see the whole text, the
-others a window about each token, with a rotary base of their own.
+It uses pre-normalization, rotary positions and gated feed-forward layers. Some layers have full attention, the others
+attention in a window around each token, with a rotary base of their own.
 
 Dimensions: B texts, L tokens, D hidden size, H heads, K = D / H, N layers.
 """
@@ -50,10 +50,15 @@ THETAS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention
 
 @dataclasses.dataclass(frozen=True)
 class ModernBertConfig:
-    """The shape of a ModernBERT, under the names of its config.json. Raises ValueError on values that cannot be.
+    """Architecture of a ModernBERT, under the names of its config.json.
 
-    is_sliding: of each layer, whether a token sees only those less than `window` tokens away on either side. rope,
-    near_rope: rotary positions of the layers that see all and of the others.
+    Raises ValueError for invalid values.
+
+    Attributes:
+      window: in sliding layers, a token attends to tokens less than `window` positions away on either side.
+      is_sliding: of each layer, whether its attention is limited to the window.
+      rope: rotary positions of layers with full attention.
+      sliding_rope: rotary positions of sliding layers.
     """
 
     vocab_size: int
@@ -79,12 +84,12 @@ class ModernBertConfig:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text."""
+        """Returns the maximum number of tokens of a text."""
         return self.max_position_embeddings
 
 
 def read_modernbert(stored: Mapping[str, Any]) -> ModernBertConfig:
-    """From a config.json of model_type modernbert. Raises ValueError on what is not supported."""
+    """Reads a config.json of model_type modernbert; raises ValueError for unsupported settings."""
     layers = read_layers(stored)
     kinds = layer_kinds(stored, layers)
     if kinds is None:
@@ -128,7 +133,7 @@ def read_modernbert(stored: Mapping[str, Any]) -> ModernBertConfig:
 
 
 class WindowedAttention(nn.Module):
-    """Attention of each token over its text, or over those near it. near: which of the two."""
+    """Attention of each token over its text, or over a window of it where `is_sliding`."""
 
     config: ModernBertConfig
 
@@ -149,7 +154,7 @@ class WindowedAttention(nn.Module):
 
 
 class ModernBertLayer(nn.Module):
-    """One block, normalised before attention, unless it is the first, and before the gated inner layer."""
+    """Transformer block with pre-normalization (the first block has none before attention) and a gated feed-forward."""
 
     config: ModernBertConfig
     first: bool = False
@@ -168,9 +173,9 @@ class ModernBertLayer(nn.Module):
 
 
 class ModernBert(nn.Module):
-    """Token ids and their mask (False = padding, on either side) to the normalised hidden states of the last layer.
+    """Encoder: token ids and mask (False = padding, on either side) to the normalized hidden states of the last layer.
 
-    Only the distance of two tokens counts, so that padding moves none.
+    Only distances between tokens matter, so padding does not change the results.
     """
 
     config: ModernBertConfig
