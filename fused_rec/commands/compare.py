@@ -1,9 +1,9 @@
-"""Compare variants of one config, baselines among them, over seeds: means, intervals, tests, slices, figures.
+"""Compares variants of one config and baselines over seeds: means, intervals, tests, slices, figures.
 
     python -m experiments.compare --config=experiments/configs/lastfm.py --out=runs/compare_lastfm
 
-Each variant is trained with each seed (train.seed; the split keeps its own); runs that are there are not repeated,
-so the same command resumes, and more variants or seeds add to what there is.
+Each variant is trained with each seed (train.seed; the split keeps its own seed). Finished runs are reused, so the same
+command resumes, and more variants or seeds extend the comparison.
 """
 
 import sys
@@ -29,7 +29,7 @@ TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned varian
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, runs, prints the table and where things lie; ends with status 1 where a run failed."""
+    """Runs the comparison, and prints the table and the paths; exits with status 1 if a run failed."""
     try:
         check_names(NAMES.value)
     except ValueError as error:

@@ -1,11 +1,10 @@
-"""Write a dataset as files that others read: own tables as Parquet, RecBole's atomic files, or a Hugging Face folder.
+"""Converts a dataset to own tables as Parquet, RecBole's atomic files, or a Hugging Face dataset folder.
 
     python -m experiments.convert --data=lastfm --to=recbole --out=dataset/lastfm
     python -m experiments.convert --data=recbole --path=dataset/ml-100k --to=tables --out=ml_100k
     python -m experiments.convert --data=lastfm --to=huggingface --out=lastfm_hub
 
---data is any dataset that can be read (fused_rec/data/sources/registry.py). What the other layout has no room for is
-counted.
+--data is any readable dataset (fused_rec/data/sources/registry.py). What the new layout cannot hold is counted.
 """
 
 from absl import flags
@@ -16,20 +15,20 @@ from fused_rec.data.io.writers import LAYOUTS, save_dataset
 from fused_rec.data.sources.registry import READERS, load
 from fused_rec.storage import check_new
 
-DATA = flags.DEFINE_enum("data", "tables", list(READERS), "What is read.")
-PATH = DEFINE_path("path", existing_folder, "Its folder; without this flag its own under $FUSED_REC_DATA.")
-TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "What is written.", required=True)
+DATA = flags.DEFINE_enum("data", "tables", list(READERS), "Dataset to read.")
+PATH = DEFINE_path("path", existing_folder, "Its folder; default: its own under $FUSED_REC_DATA.")
+TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "Layout to write.", required=True)
 OUT = DEFINE_path("out", written_folder, "New folder; RecBole's files get its name.", required=True)
-REPAIR = flags.DEFINE_bool("repair", False, "Mend what can be mended in the files read.")
-CORE = flags.DEFINE_integer("k_core", 1, "Keep users and items with so many interactions, repeatedly.", lower_bound=1)
-MIN_VALUE = flags.DEFINE_float("min_value", None, "Rows whose value is below it are no interactions.")
+REPAIR = flags.DEFINE_bool("repair", False, "Repair the faults that can be repaired.")
+CORE = flags.DEFINE_integer("k_core", 1, "Filter to the k-core: users and items with at least k interactions.", lower_bound=1)
+MIN_VALUE = flags.DEFINE_float("min_value", None, "Minimum value of an interaction.")
 
-DELIMITER = flags.DEFINE_string("delimiter", "", "Of your own tables as text; empty = found from the header.")
-ENCODING = flags.DEFINE_string("encoding", "", "Of own tables that are not UTF-8, such as cp1252.")
+DELIMITER = flags.DEFINE_string("delimiter", "", "Delimiter of own text tables; empty = detected from the header.")
+ENCODING = flags.DEFINE_string("encoding", "", "Encoding of own tables that are not UTF-8, such as cp1252.")
 
 
 def main(argv: list[str]) -> None:
-    """Reads, writes, prints what was mended, what is worth knowing and what found no room."""
+    """Reads and writes the dataset, and prints repairs, notes and what the layout cannot hold."""
     check_new(OUT.value)
     config = DataConfig(
         DATA.value,
@@ -44,8 +43,8 @@ def main(argv: list[str]) -> None:
     lost = save_dataset(dataset, OUT.value, TO.value)
     print(f"{dataset} in {OUT.value}")
     for what, count in dataset.repairs.items():
-        print(f"mended: {what}: {count:,}")
+        print(f"repaired: {what}: {count:,}")
     for what, count in dataset.notes.items():
         print(f"note: {what}: {count:,}")
     for what, count in lost.items():
-        print(f"no room for: {what}: {count:,}")
+        print(f"left out: {what}: {count:,}")

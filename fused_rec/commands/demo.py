@@ -1,7 +1,7 @@
-"""The whole path on the built-in market: `make demo`.
+"""Runs the whole pipeline on the synthetic market: `make demo`.
 
-Trains text alone, graph alone and both fused, ranks the whole catalogue on held-out data, prints one table, one
-customer's recommendations and where everything lies, and writes a page to look at.
+Trains the text, graph and fused variants, ranks all items for held-out interactions, prints a table of metrics, one
+user's recommendations and the paths of all outputs, and writes a report page.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ SHOWN = ["recall@10", "ndcg@10", "auc"]
 
 
 def variant_config(variant: str) -> Config:
-    """The synthetic config with another variant."""
+    """Returns the synthetic config with another variant."""
     config = from_dict(get_config().to_dict())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, variant=variant))
 
 
 def main(argv: list[str]) -> None:
-    """Runs or resumes the three trainings and shows what came out."""
+    """Runs or resumes the three trainings, and prints the results."""
     workdir = WORKDIR.value
     trained = {}
     for variant, name in VARIANTS.items():
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def show_customer(customer: Customer) -> None:
-    """Prints a customer's recommendations with the products' names."""
+    """Prints a user's recommendations with the names of the items."""
     print(f"\nFor customer {customer.user_id}:\n")
     for item in customer.items:
         print(f"  {item.rank}. {item.item_id}  {item.name}  (score {item.score:.3f})")

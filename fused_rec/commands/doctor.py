@@ -1,10 +1,9 @@
-"""Is this installation sound? Versions, kernel, devices, data, language model, cache, extras and a small training.
+"""Checks the installation: versions, kernels, devices, data, language model, cache, extras and a small training.
 
     python -m experiments.doctor
 
-A line each, and below it what to do where something is amiss: `ok`, `note` (works without it) or `FAIL`, with which
-the command ends in status 1. The self-test takes a step of training on a market of 60 customers, ranks, and adds up an
-explanation.
+It prints a line per check: `ok`, `note` (optional) or `FAIL`, with the remedy below it. After a `FAIL` the command
+exits with status 1. The self-test trains one step on a synthetic market of 60 users, ranks, and sums up an explanation.
 """
 
 import contextlib
@@ -35,7 +34,14 @@ TOLERANCE = 1e-4  # relative, of the sum of a score's parts: they are summed in 
 
 
 class Line(NamedTuple):
-    """One finding. remedy: what to do, empty where nothing is amiss."""
+    """Result of a check.
+
+    Attributes:
+      verdict: ok, note or FAIL.
+      what: name of the check.
+      found: its result.
+      remedy: what to do; empty if nothing.
+    """
 
     verdict: Literal["ok", "note", "FAIL"]
     what: str
@@ -44,12 +50,12 @@ class Line(NamedTuple):
 
 
 def check_python() -> Line:
-    """Which interpreter this is: the one that the libraries are looked for in."""
+    """Reports the Python version and interpreter."""
     return Line("ok", "python", f"{platform.python_version()} at {sys.executable}")
 
 
 def check_versions(requirements: list[str], version: Callable[[str], str] = importlib.metadata.version) -> Line:
-    """Every library that the installation asks for, extras apart."""
+    """Checks the versions of all required libraries, without extras."""
     wrong, shown = [], []
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -69,7 +75,7 @@ def check_versions(requirements: list[str], version: Callable[[str], str] = impo
 
 
 def check_kernel() -> Line:
-    """The compiled kernels, which only a CPU uses."""
+    """Checks whether the compiled kernels, which only CPUs use, are available."""
     import jax
 
     from fused_rec import kernels
@@ -81,7 +87,7 @@ def check_kernel() -> Line:
 
 
 def check_there() -> Line:
-    """The devices that JAX has."""
+    """Checks the devices of JAX."""
     import jax
 
     from fused_rec.distributed import devices
@@ -96,7 +102,16 @@ def check_there() -> Line:
 
 
 def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Line:
-    """accelerators: the drivers' files that tell of one, whether or not JAX uses it."""
+    """Checks that JAX uses an accelerator if there is one.
+
+    Args:
+      backend: JAX's default backend.
+      kinds: kinds of its devices.
+      accelerators: device files of drivers, whether or not JAX uses the device.
+
+    Returns:
+      The result.
+    """
     found = f"{len(kinds)} {backend}: {', '.join(sorted(set(kinds)))}"
     if backend == "cpu" and accelerators:
         build = "tpu" if any("accel" in file for file in accelerators) else "cuda12"
@@ -106,7 +121,7 @@ def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Li
 
 
 def check_data(environment: Mapping[str, str]) -> Line:
-    """The folder of the public datasets. Own tables and the synthetic market need none."""
+    """Checks the folder of the public datasets, which own tables and the synthetic market do not need."""
     get = "python -m fused_rec.data.sources.download lastfm"
     if not (root := environment.get("FUSED_REC_DATA", "")):
         return Line("note", "data", "FUSED_REC_DATA is not set", f"export FUSED_REC_DATA=DIR, then: {get}")
@@ -121,7 +136,7 @@ def check_data(environment: Mapping[str, str]) -> Line:
 
 
 def check_weights(model: str = TextConfig.model) -> Line:
-    """The sentence encoder."""
+    """Checks the sentence encoder."""
     from fused_rec.text.pretrained import open_model
 
     try:
@@ -133,7 +148,7 @@ def check_weights(model: str = TextConfig.model) -> Line:
 
 
 def check_cache(cache: str) -> Line:
-    """Whether text vectors can be kept, and only their owner can read them."""
+    """Checks that the cache of text vectors can be written, and that only its owner can read it."""
     remedy = "--config.text.cache=DIR names another folder (--cache=DIR where a run is opened)"
     try:
         folder = top_folder(cache)
@@ -151,12 +166,12 @@ def check_cache(cache: str) -> Line:
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     return Line(
-        "ok", "cache", f"{folder}: {len(files)} files, {size:,.1f} MB (experiments.encode --purge deletes them)"
+        "ok", "cache", f"{folder}: {len(files)} files, {size:,.1f} MB (fused-rec encode --purge deletes them)"
     )
 
 
 def check_extras(requirements: list[str], there: Callable[[str], object] = importlib.metadata.version) -> Line:
-    """What single commands need."""
+    """Checks the optional libraries."""
     missing = {}
     for requirement in map(Requirement, requirements):
         for extra in ("plots", "sweeps", "als", "faiss", "wandb", "notebooks"):
@@ -176,7 +191,7 @@ def check_extras(requirements: list[str], there: Callable[[str], object] = impor
 
 
 def check_end_to_end() -> Line:
-    """A market of 60 customers: a step of training without words, a ranking, and a score split into its parts."""
+    """Trains one step without text on a market of 60 users, ranks, and checks the decomposition of a score."""
     import jax
 
     import fused_rec as fr
@@ -220,7 +235,7 @@ def check_end_to_end() -> Line:
 
 
 def lines() -> Iterator[Line]:
-    """Every check, in an order in which a fault's cause comes before what follows from it."""
+    """Yields the results of all checks, causes before their consequences."""
     yield checked("python", check_python)
     try:
         requirements = importlib.metadata.requires("fused_rec") or []
@@ -244,7 +259,7 @@ def lines() -> Iterator[Line]:
 
 
 def checked(what: str, check: Callable[[], Line]) -> Line:
-    """The finding of a check; that it failed itself, and how, where it did."""
+    """Runs a check; an exception becomes a FAIL."""
     try:
         return check()
     except Exception as error:  # whatever is broken here: it is the doctor who is asked about it
@@ -253,13 +268,13 @@ def checked(what: str, check: Callable[[], Line]) -> Line:
 
 
 def shown(line: Line) -> str:
-    """The line as it is printed."""
+    """Formats a result for printing."""
     remedy = f"\n{'':22}-> {line.remedy}" if line.remedy else ""
     return f"{line.verdict:4}  {line.what:15} {line.found}{remedy}"
 
 
 def main(argv: list[str]) -> None:
-    """Prints each finding as it comes; status 1 where one is a fault."""
+    """Prints each result as it comes; exits with status 1 after a FAIL."""
     logging.getLogger("fused_rec").setLevel(logging.WARNING)
     failed = 0
     for line in lines():

@@ -1,6 +1,6 @@
-"""Drawings as SVG, 336 units wide: a phone shows them at about their own size, and no letter shrinks.
+"""SVG figures of width 336, so that phones show them at about their own size and letters stay readable.
 
-Each has a title and a description for those who do not see it; what it shows stands in words or in a table beside it.
+Each figure has a title and a description for screen readers; its content is also in the text or in a table.
 """
 
 import math
@@ -21,7 +21,15 @@ MEET = 70  # below a node: where it is told how the path goes on to the product
 
 
 class Bar(NamedTuple):
-    """One row: `low` and `high` are the ends of its interval, None where it has none."""
+    """Row of a bar chart.
+
+    Attributes:
+      label: text beside the bar.
+      value: length of the bar.
+      low: lower end of the interval, None without one.
+      high: upper end of the interval, None without one.
+      own: whether it is the model of the report.
+    """
 
     label: str
     value: Number
@@ -31,7 +39,13 @@ class Bar(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A node of a path and how it is reached from the one above. key tells it from all others of the diagram."""
+    """Node of a path.
+
+    Attributes:
+      key: unique in the diagram.
+      label: text at the node.
+      by: how it is reached from the node above.
+    """
 
     key: str
     label: str
@@ -39,9 +53,13 @@ class Step(NamedTuple):
 
 
 class PathDiagram(NamedTuple):
-    """A path from the customer down to the product: its nodes without the product, and how the last one leads there.
+    """Path from the user down to the item.
 
-    alike: it ends in likeness, and not in the product itself.
+    Attributes:
+      steps: its nodes without the item.
+      by: how the last node leads to the item.
+      alike: whether it ends at a similar node, and not at the item itself.
+      value: its contribution to the score.
     """
 
     steps: Sequence[Step]
@@ -51,7 +69,17 @@ class PathDiagram(NamedTuple):
 
 
 def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
-    """Horizontal bars from 0 with their intervals, the largest possible letters. name: unique on the page, for ids."""
+    """Draws horizontal bars from 0 with their intervals.
+
+    Args:
+      name: prefix of ids, unique on the page.
+      title: title of the figure.
+      rows: the bars, from top to bottom.
+      unit: label of the axis.
+
+    Returns:
+      The svg element.
+    """
     pitch, left, right, top = 42, 4, 58, 4
     ends = [end for row in rows for end in (row.value, row.low, row.high) if end is not None and _known(end)]
     ticks = _ticks(min([0.0, *ends]), max([0.0, *ends]))
@@ -89,7 +117,18 @@ def bars(name: str, title: str, rows: Sequence[Bar], unit: str) -> Element:
 
 
 def curve(name: str, title: str, points: Sequence[tuple[Number, Number | None]], unit: str, best: Number) -> Element:
-    """A line over training steps; `best` is the one that was chosen. A point without a value is a gap."""
+    """Draws a line over training steps.
+
+    Args:
+      name: prefix of ids, unique on the page.
+      title: title of the figure.
+      points: (step, value); None or a nonfinite value is a gap.
+      unit: name of the values.
+      best: the selected step.
+
+    Returns:
+      The svg element.
+    """
     left, right, top, height = 48, 14, 12, 150
     known = [(step, value) for step, value in points if value is not None and _known(value)]
     values = [value for _, value in known] or [0.0]
@@ -136,9 +175,18 @@ def curve(name: str, title: str, points: Sequence[tuple[Number, Number | None]],
 
 
 def path_diagrams(name: str, title: str, found: Sequence[PathDiagram], goal: str) -> Element:
-    """Paths from the customer at the top down to the product, wider where they add more to the score.
+    """Draws paths from the user at the top down to the item, wider for larger contributions.
 
-    Paths that begin alike share their nodes as far as they do, so no two lines cross. found: at least one, at most 3.
+    Paths share the nodes of a common beginning, so no two lines cross.
+
+    Args:
+      name: prefix of ids, unique on the page.
+      title: title of the figure.
+      found: 1 to 3 paths.
+      goal: label of the item.
+
+    Returns:
+      The svg element.
     """
     ordered = _in_branches(list(found))
     depth = max(len(way.steps) for way in ordered)
@@ -198,13 +246,13 @@ def path_diagrams(name: str, title: str, found: Sequence[PathDiagram], goal: str
 
 
 def in_words(way: PathDiagram) -> str:
-    """A path as a sentence."""
+    """Returns a path as a sentence."""
     parts = [way.steps[0].label, *(f"{step.by}: {step.label}" for step in way.steps[1:]), way.by]
     return f"{' → '.join(parts)} → the product: adds {way.value:.3f} to the score."
 
 
 def interval(value: Number, low: Number | None, high: Number | None) -> str:
-    """A number, with its interval where it has one."""
+    """Formats a number, with its interval if it has one."""
     if low is None or high is None or not (_known(low) and _known(high)):
         return _number(value)
     return f"{_number(value)} [{_number(low)}, {_number(high)}]"
@@ -220,7 +268,7 @@ def _figure(name: str, title: str, summary: str, height: Number) -> Element:
 
 
 def _in_branches(found: list[PathDiagram]) -> list[PathDiagram]:
-    """Paths with the same beginning side by side; those that meet first stand first."""
+    """Sorts paths so that those with a common beginning are adjacent, otherwise in the given order."""
     order: dict[tuple[str, ...], int] = {}
     for way in found:
         for length in range(1, len(way.steps) + 1):
@@ -263,7 +311,7 @@ def _known(value: Number) -> bool:
 
 
 def _number(value: Number) -> str:
-    """Three digits that say something: .0123, 1.23, 123."""
+    """Formats a number with three significant digits: 0.0123, 1.23, 123."""
     if not _known(value):
         return "–"
     if value == 0:
@@ -272,7 +320,7 @@ def _number(value: Number) -> str:
 
 
 def _ticks(low: Number, high: Number) -> list[Number]:
-    """Round numbers, about four of them, from at most `low` to at least `high`."""
+    """Returns about four round numbers, from at most `low` to at least `high`."""
     span = (high - low) or abs(high) or 1.0
     step = 10 ** math.floor(math.log10(span / 3))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= 4)

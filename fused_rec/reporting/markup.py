@@ -1,4 +1,4 @@
-"""HTML and SVG as trees. Text becomes markup in `document` alone, where the standard library escapes all of it."""
+"""HTML and SVG as element trees. Only `document` serializes them, with the escaping of the standard library."""
 
 import re
 from xml.etree import ElementTree
@@ -13,10 +13,16 @@ _UNSAFE = re.compile(
 
 
 def element(tag: str, *children: Child, **attributes: str | int | float | None) -> Element:
-    """An element with these children, in their order; a child that is None is left out.
+    """Creates an element.
 
-    Attributes: `class_` is class, `aria_label` is aria-label; None and False are left out, True is an attribute
-    without a value, numbers are rounded to 2 decimals.
+    Args:
+      tag: its name.
+      *children: elements and texts in order; None is skipped.
+      **attributes: `class_` is class, `aria_label` is aria-label. None and False are skipped, True is an attribute
+        without a value, numbers are rounded to 2 decimals.
+
+    Returns:
+      The element.
     """
     made = Element(tag)
     for name, value in attributes.items():
@@ -29,7 +35,7 @@ def element(tag: str, *children: Child, **attributes: str | int | float | None) 
 
 
 def append(parent: Element, child: Child) -> None:
-    """Adds an element or a text at the end."""
+    """Appends an element or a text; None is skipped."""
     if child is None:
         return
     if isinstance(child, Element):
@@ -41,17 +47,17 @@ def append(parent: Element, child: Child) -> None:
 
 
 def document(root: Element) -> str:
-    """The page as HTML."""
+    """Serializes the page as HTML."""
     return "<!DOCTYPE html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
 
 
 def visible(text: str) -> str:
-    """The text with characters that hide, cannot be encoded or turn what stands beside them spelt out."""
+    """Escapes characters that are invisible, cannot be encoded or change the direction of the text around them."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def cut(text: str, most: int) -> str:
-    """The text, or its beginning and … where it has more than `most` characters."""
+    """Shortens a text to `most` characters, with … at the end."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 

@@ -1,7 +1,6 @@
-"""A page about a finished run: one HTML file that needs nothing else, not even a script.
+"""Report page of a finished run: one self-contained HTML file without scripts.
 
-`render_page` is pure: facts go in, HTML comes out. Every text of the tables passes through
-`fused_rec.reporting.markup`.
+`render_page` is pure: data in, HTML out. All texts of the tables pass through `fused_rec.reporting.markup`.
 """
 
 import math
@@ -30,9 +29,16 @@ FAINT = 0.1  # of the weightiest word of a passage: what weighs less is not mark
 
 
 def render_page(facts: ReportData) -> str:
-    """The whole page, light or dark as the reader's system asks for.
+    """Renders the report, light or dark as the reader's system prefers.
 
-    Raises ValueError where it would have more than `LARGEST` bytes.
+    Args:
+      facts: content of the report.
+
+    Returns:
+      The HTML page.
+
+    Raises:
+      ValueError: it has more than `LARGEST` bytes.
     """
     name, variant = facts.results["dataset"], facts.results["variant"]
     sections = [
@@ -125,7 +131,7 @@ def _order(value: float) -> float:
 
 
 def _gain(found: Difference) -> tuple[str, str]:
-    """(the gain, its interval): relative where it can be."""
+    """Returns the gain and its interval, relative to the baseline where possible."""
     if math.isfinite(found.relative):
         low, high = found.relative_low, found.relative_high
         return f"{found.relative:+.1%}", f"95 % interval {low:+.1%} to {high:+.1%}"
@@ -242,7 +248,7 @@ def _p(value: float) -> str:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    """Bands of numbers by their first number, then words."""
+    """Returns a sort key that orders ranges of numbers by their first number, before words."""
     digits = name.split("-")[0].rstrip("+")
     return (0, int(digits), name) if digits.isdecimal() and len(digits) < 18 else (1, 0, name)
 
@@ -296,7 +302,7 @@ def _suitability(facts: ReportData) -> list[Element]:
 
 
 def _under_rules(attribute: str, metric: str, found: Mapping[str, Any]) -> Sliced:
-    """What `evaluate_rules` tells of groups. Its names end in "under" or "without", but for NDCG@10, which is under."""
+    """Selects results of `evaluate_rules` by group; names end in "under" or "without", except NDCG@10 under rules."""
     groups = {
         name: Group(of["users"], *(_nan(of[key]) for key in Group._fields[1:])) for name, of in found["groups"].items()
     }
@@ -407,7 +413,7 @@ def _path_diagram(route: Route) -> PathDiagram:
 
 
 def _passage(passage: Passage) -> Element:
-    """The text with its spans marked: for the product solid, against it dotted, both stronger where they weigh more."""
+    """Marks the spans of a text: solid for positive, dotted for negative contributions, stronger for larger ones."""
     most = max((abs(span.value) for span in passage.spans), default=0.0)
     quote, end = element("blockquote"), 0
     weighted = []
@@ -437,7 +443,7 @@ def _passage(passage: Passage) -> Element:
 def _table(
     caption: str, header: Sequence[str] | None, body: Sequence[Sequence[str]], own: Sequence[bool] | None = None
 ) -> Element:
-    """A table that scrolls inside its own box; the first cell of a row heads it."""
+    """Builds a table that scrolls in its own box; the first cell of each row is its header."""
     rows = [
         element(
             "tr",

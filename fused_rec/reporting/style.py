@@ -1,4 +1,4 @@
-"""How the page looks: two palettes, tested for contrast, and one style sheet without anything from elsewhere."""
+"""Style of the report page: two palettes with tested contrast, and one self-contained style sheet."""
 
 LIGHT = {
     "page": "#ffffff",
@@ -46,7 +46,15 @@ SEEN = tuple((ink, ground) for ink in ("own", "other", "against") for ground in 
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colours #rrggbb, from 1 to 21 (WCAG 2.2, "contrast ratio")."""
+    """Computes the contrast ratio of two colors (WCAG 2.2, "contrast ratio").
+
+    Args:
+      one: color as #rrggbb.
+      other: color as #rrggbb.
+
+    Returns:
+      The ratio, from 1 to 21.
+    """
     low, high = sorted(map(_luminance, (one, other)))
     return (high + 0.05) / (low + 0.05)
 
@@ -62,7 +70,7 @@ def _variables(palette: dict[str, str]) -> str:
 
 
 def stylesheet() -> str:
-    """The whole of it. It holds no name from any table: a style sheet is not escaped as text is."""
+    """Returns the style sheet. It must not contain text of tables, because style sheets are not escaped."""
     return "".join(
         [_variables(LIGHT), "@media (prefers-color-scheme:dark){", _variables(DARK), "}", " ".join(_RULES.split())]
     )

@@ -1,7 +1,4 @@
-"""Learning curves on disk: one JSON line a step, to be read by anything, and TensorBoard's files beside them.
-
-Where a run asks for it (train.wandb), Weights & Biases gets the same values, and its results in the end.
-"""
+"""Learning curves: one JSON line per step, the same as TensorBoard event files, and optionally Weights & Biases."""
 
 import contextlib
 import hashlib
@@ -26,9 +23,16 @@ LINES, TENSORBOARD, WANDB = "curves.jsonl", "tensorboard", "wandb.json"
 
 
 def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of <folder>/curves.jsonl, each a step; none where the file is not there.
+    """Reads <folder>/curves.jsonl.
 
-    Raises ValueError naming a line that is no record of a step.
+    Args:
+      folder: folder of the curves.
+
+    Returns:
+      A record per line; empty if the file is missing.
+
+    Raises:
+      ValueError: a line is no record of a step; names the line.
     """
     file, found = Path(folder) / LINES, []
     if not file.exists():
@@ -40,7 +44,14 @@ def read_curves(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def wandb_library() -> Any:
-    """The library of Weights & Biases. Raises ImportError naming the extra where it is not installed."""
+    """Imports Weights & Biases.
+
+    Returns:
+      The module.
+
+    Raises:
+      ImportError: it is not installed; names the extra.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -51,17 +62,23 @@ def wandb_library() -> Any:
 
 
 class MetricWriter:
-    """What one run shows at Weights & Biases."""
+    """Writer of the values of a run to Weights & Biases."""
 
     def __init__(self, run: Any):
         self._run = run
 
     def write(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        """The values of a step, under the name of the phase; a step that a resumed run repeats stands there twice."""
+        """Logs the values of a step.
+
+        Args:
+          phase: prefix of their names.
+          step: the step; a resumed run logs repeated steps twice.
+          values: values by name.
+        """
         self._run.log({f"{phase}/step": step, **{f"{phase}/{name}": value for name, value in values.items()}})
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """The summary of the run: metrics of both parts and what else of `results.json` is one number."""
+        """Logs the metrics of validation and test and the other numbers of `results.json` as the summary of the run."""
         found = {f"{part}/{name}": value for part in ("valid", "test") for name, value in results[part].items()}
         found |= {name: value for name, value in results.items() if isinstance(value, int | float)}
         self._run.summary.update(found)
@@ -69,15 +86,22 @@ class MetricWriter:
 
 @contextlib.contextmanager
 def metric_writer(config: Config, workdir: Path) -> Iterator[MetricWriter | None]:
-    """The run at Weights & Biases for a claimed workdir, ended with the block; None where train.wandb is empty.
+    """Opens a Weights & Biases run, which is finished at the end of the block.
 
-    Its id is made of host and folder, and kept in <workdir>/wandb.json, so that a resumed run goes on with it, wherever
-    its folder is then. Curves, results and settings are sent, folders of this machine left out; no code, no output,
-    nothing of the machine. WANDB_MODE=offline keeps it all in <workdir>/wandb.
+    Its id is a hash of host and folder, kept in <workdir>/wandb.json, so a resumed run continues it even if its folder
+    was moved. Curves, results and settings without local paths are sent; no code, console output or machine data. With
+    WANDB_MODE=offline, everything stays in <workdir>/wandb.
+
+    Args:
+      config: settings of the run; an empty train.wandb disables it.
+      workdir: folder of the run.
+
+    Yields:
+      The writer, or None if disabled.
 
     Raises:
       ImportError: the library is not installed.
-      ValueError: Weights & Biases refuses, for want of a key, say; or wandb.json is damaged.
+      ValueError: Weights & Biases refuses the run, for example without an API key; or wandb.json is damaged.
     """
     if not config.train.wandb:
         yield None
@@ -124,12 +148,14 @@ def _wandb_id(workdir: Path) -> str:
 
 
 class CurveLogger:
-    """Appends to <workdir>/curves.jsonl and <workdir>/tensorboard. One process writes at a time.
+    """Logger to <workdir>/curves.jsonl and <workdir>/tensorboard, for one process at a time.
 
-    board: also gets what is written, under the name of the folder.
+    An incomplete last line of a killed process is removed with a warning when the file is opened. A `with` statement
+    always closes both files.
 
-    A last line that a kill tore is dropped with a warning as the file is opened. In a `with` statement both files are
-    ended whatever happens.
+    Args:
+      workdir: folder of the files.
+      board: also gets the values, with the name of the folder as their phase.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], board: MetricWriter | None = None):
@@ -142,13 +168,17 @@ class CurveLogger:
         self._sent = board
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Adds one line {"step": step, name: value, ...}; whoever reads the files sees it at once.
+        """Appends one line {"step": step, name: value, ...} and flushes it.
 
-        A value that is not finite is null in JSON, which knows no other word for it, and itself in TensorBoard.
+        A nonfinite value is null in JSON and itself in TensorBoard.
+
+        Args:
+          step: the step.
+          values: values by name.
 
         Raises:
           ValueError: a value is named "step".
-          SaveError: the values could not be written; of the line nothing is there.
+          SaveError: the values could not be written; nothing of the line remains.
         """
         if "step" in values:
             raise ValueError('a value is named "step", which names the step itself; rename it')
@@ -163,13 +193,16 @@ class CurveLogger:
             self._sent.write(self._workdir.name, step, numbers)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged after `step`: a killed run may have logged past its last checkpoint.
+        """Removes the values after a step; a killed run may have logged values after its last checkpoint.
 
-        The JSON lines are replaced in one piece. TensorBoard's files only grow, and are told to hide later steps.
+        The JSON file is replaced atomically. TensorBoard files only grow; an event in them hides later steps.
+
+        Args:
+          step: last step to keep.
 
         Raises:
-          ValueError: a line is no record of a step; names the line. Nothing is dropped then.
-          SaveError: the files could not be written; the lines are as they were.
+          ValueError: a line is no record of a step; names the line. Nothing is removed then.
+          SaveError: the files could not be written; the lines are unchanged.
         """
         lines = self._lines.read_bytes().splitlines(keepends=True)
         kept = [line for number, line in enumerate(lines, 1) if _step(self._lines, number, line) <= step]
@@ -187,7 +220,7 @@ class CurveLogger:
             self.close()
 
     def close(self) -> None:
-        """Ends both files; nothing can be written afterwards."""
+        """Closes both files."""
         try:
             self._file.close()
         finally:
@@ -241,5 +274,5 @@ def _step(file: Path, number: int, line: bytes) -> int:
     except (ValueError, KeyError, TypeError):
         step = None
     if not isinstance(step, int):
-        raise ValueError(f"{file}, line {number} is no record of a step: {line!r}; mend or remove it")
+        raise ValueError(f"{file}, line {number} is no record of a step: {line!r}; repair or remove it")
     return step

@@ -1,4 +1,4 @@
-"""A model card: what a trained run is, in words for people and in the front matter that model hubs read."""
+"""Model card of a trained run: Markdown for people, front matter for model hubs."""
 
 import math
 from collections.abc import Mapping
@@ -14,35 +14,48 @@ NAMES = {"valid": "validation", "test": "test"}
 
 
 def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
-    """How much there is of what, by its name in words."""
-    tables = {"holdings and purchases": dataset.interactions, "reviews": dataset.reviews, "ties": dataset.ties}
+    """Counts users, items, rows of the tables and of the splits.
+
+    Args:
+      dataset: the tables.
+      data_split: their split.
+
+    Returns:
+      Numbers by their description in the card.
+    """
+    tables = {"interactions": dataset.interactions, "reviews": dataset.reviews, "social edges": dataset.ties}
     return {
         "customers": dataset.n_users,
         "products": dataset.n_items,
         **{name: table.num_rows for name, table in tables.items()},
-        **{f"in the {NAMES.get(part, 'training')} part": len(getattr(data_split, part)) for part in SPLIT_NAMES},
+        **{f"in the {NAMES.get(part, 'training')} split": len(getattr(data_split, part)) for part in SPLIT_NAMES},
     }
 
 
 def card(results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], checkpoint: str) -> str:
-    """Markdown with YAML front matter (Hugging Face's model-index), to lie in the run's folder.
+    """Writes the card of a run's folder, as Markdown with YAML front matter (model-index of Hugging Face).
 
-    results: as in `results.json`; its numbers stand in the front matter in full. digests: SHA-256 by what it is of.
-    checkpoint: where in the folder the chosen state lies.
+    Args:
+      results: content of `results.json`; the front matter has its numbers in full precision.
+      amounts: as `counts` returns them.
+      digests: SHA-256 by the name of the object.
+      checkpoint: path of the selected checkpoint in the folder.
+
+    Returns:
+      The card.
     """
     return _page(
         results,
         amounts,
         digests,
-        "All metrics, and the test part by slices, are in `results.json`.",
+        "All metrics, and those of slices of the test split, are in `results.json`.",
         f"""\
-The checkpoint is in `{checkpoint}` and ranks with the tables it was trained on, which `run.json` names; others
-are refused.
+The checkpoint is in `{checkpoint}`. It ranks only with the tables it was trained on, which `run.json` identifies.
 
 ```python
 from fused_rec.serving.recommender import load, recommend
 
-config, prepared, state = load("path/to/this/folder")  # data_path=DIR where the tables lie elsewhere now
+config, prepared, state = load("path/to/this/folder")  # data_path=DIR if the tables were moved
 recommend(config, prepared, state, ids=None, k=10)  # all customers; ids=["..."] names some
 ```""",
     )
@@ -51,9 +64,16 @@ recommend(config, prepared, state, ids=None, k=10)  # all customers; ids=["..."]
 def export_card(
     results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], files: Mapping[str, str]
 ) -> str:
-    """The same for a folder as `fused_rec.serving.export_bundle` writes it, which is read without this package.
+    """Writes the card of a folder of `fused_rec.serving.export_bundle`, which is read without this package.
 
-    files: what each file of the folder holds, by its name.
+    Args:
+      results: content of `results.json`.
+      amounts: as `counts` returns them.
+      digests: SHA-256 by the name of the object.
+      files: description of each file by its name.
+
+    Returns:
+      The card.
     """
     listed = "\n".join(f"| `{name}` | {what} |" for name, what in files.items())
     return _page(
@@ -66,9 +86,9 @@ def export_card(
 |---|---|
 {listed}
 
-The score of a customer and a product, by which products are ranked, is the inner product of their two vectors.
-What the customer holds already is ranked too, and no rule of who may get what is applied: leave out what must not be
-shown. A customer or product that is not listed has no vector until the model is exported anew.
+Products are ranked by the inner product of the customer's and the product's vector. Products that the customer already
+holds are included, and no suitability rule is applied: exclude products that must not be shown. New customers and
+products have no vector until a new model is exported.
 
 ```python
 import json
@@ -87,8 +107,8 @@ scores = items @ users[0]  # of the customer user_ids[0]
 best = [item_ids[row] for row in (-scores).argsort()[:10]]
 ```
 
-The same for many customers at once, on a CPU, GPU or TPU, with `jax` and `flatbuffers` (NaN for a row that is not
-there):
+The same for many customers at once, on a CPU, GPU or TPU, with `jax` and `flatbuffers` (NaN for a row outside the
+table):
 
 ```python
 import numpy as np
@@ -99,19 +119,19 @@ with open("score.stablehlo", "rb") as file:
 all_scores = score.call(users, items, np.arange(min(100, len(users)), dtype=np.int32))  # float32 [100, products]
 ```
 
-JAX promises that releases up to six months newer than the one that wrote `score.stablehlo` can run it.""",
+JAX guarantees that releases up to six months newer than the one that wrote `score.stablehlo` can run it.""",
     )
 
 
 def _page(
     results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], further: str, loading: str
 ) -> str:
-    """further: a sentence below the measurements. loading: Markdown."""
+    """Fills the template; `further` is a sentence below the metrics, `loading` Markdown of a section."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     basis = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
-    beside = ", with EASE as a part of the score" if config["model"]["ease_weight"] else ""
-    made_of = "trained anew on training and validation part" if config["train"]["refit"] else "as validation chose it"
+    beside = ", with EASE as a term of the score" if config["model"]["ease_weight"] else ""
+    made_of = "retrained on the training and validation splits" if config["train"]["refit"] else "selected on validation"
     language = "none" if variant == "graph" else in_markdown(config["text"]["model"])
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
     measured = "\n".join(
@@ -140,8 +160,8 @@ SHA-256:
 
 ## Measured
 
-The whole catalogue is ranked for every customer with held-out products, and what was known before is left out.
-Validation chose the step; the test part was read once, at the end.
+The whole catalogue is ranked for every customer with held-out products, without the products seen before. The step was
+selected on validation; the test split was evaluated once, at the end.
 
 | | validation | test |
 |---|---:|---:|
@@ -151,12 +171,12 @@ Validation chose the step; the test part was read once, at the end.
 
 ## Use and limits
 
-- For experiments with rankings of products. The model ranks: it does not judge whether a product suits a person, and
-  its rankings are no investment advice. Rules of who may get what are applied when it ranks, not learned.
-- It repeats what people held: what is popular, and for whom it works well, comes from the data. Nothing here was
-  measured on other customers, products or times than those above.
-- Parameters and vectors can tell of the people in the tables. Treat this folder as you treat them.
-- The code is under Apache-2.0. Tables and language model keep their own licences.
+- For experiments with rankings of products. The model does not judge whether a product suits a person, and its rankings
+  are no investment advice. Suitability rules are applied when it ranks, not learned.
+- It reproduces the popularity and the differences between groups of its data. It was not evaluated on other customers,
+  products or periods than those above.
+- Parameters and vectors contain information about the people in the tables. Protect this folder as the tables.
+- The code is under Apache-2.0. Tables and language model have their own licences.
 
 ## Loading
 

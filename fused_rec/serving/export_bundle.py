@@ -1,13 +1,13 @@
 """Export of a finished run: a folder readable without this package, in the layout of the Hugging Face Hub.
 
 OUT/
-  users.safetensors    `vectors` float32 [U, D] and, in the metadata, `ids`: JSON, one a row
-  items.safetensors    the same of products; the inner product of a row here and one there is the score
-  score.stablehlo      `jax.export` of the program that scores: see `score_program`
+  users.safetensors    `vectors` float32 [U, D] and, in the metadata, `ids`: JSON, one per row
+  items.safetensors    the same of items; the score is the inner product of a user's and an item's row
+  score.stablehlo      scoring function as exported by `jax.export`: see `score_program`
   model.safetensors    the parameters, by their path in the tree
-  config.json          `model_type`, the run's settings but for folders of this machine, versions
-  README.md            the model card, with its metadata and how to load all this
-  items.faiss          where asked for: an exact inner-product index of Faiss, its numbers the rows of the products
+  config.json          `model_type`, the run's settings without local paths, versions
+  README.md            the model card, with metadata and loading code
+  items.faiss          optional: an exact inner-product index of Faiss, whose numbers are the rows of the items
 
 The vectors contain information about the users, and ids are included: protect the folder as the tables.
 """
@@ -53,11 +53,11 @@ def check(out: Path, *, faiss: bool = False) -> None:
 
     Args:
       out: folder to write.
-      faiss: whether an index is asked for.
+      faiss: whether an index is requested.
 
     Raises:
-      FileExistsError: `out` is a file, a folder that holds anything, or where a disk is mounted.
-      ImportError: an index is asked for and Faiss is not installed.
+      FileExistsError: `out` is a file, a mount point, or a folder that is not empty.
+      ImportError: an index is requested and Faiss is not installed.
     """
     check_new(out)
     if faiss:
@@ -79,14 +79,14 @@ def export_bundle(
 
     Raises:
       FileExistsError, ImportError: as `check` does.
-      ValueError: the run was refitted, and the model is the one before; a vector is not finite; there are more ids than
-        a safetensors file holds.
+      ValueError: the run was refitted, and `state` is the one before; a vector is not finite; or there are more ids
+        than a safetensors file holds.
       InsufficientMemoryError: vectors or a file do not fit.
-      SaveError: the folder cannot be written; names it, the reason, and need and free space of a full disk.
+      SaveError: the folder cannot be written; names it and the reason, on a full disk also required and free space.
     """
     check(out, faiss=faiss)
     if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
-        raise ValueError("this model chose the step and was then trained anew; open the run's final one, part='test'")
+        raise ValueError("this model selected the step, and the run was refitted afterwards; open its final model, part='test'")
     dataset = prepared.dataset
     users, items = user_item_vectors(config, prepared, state)
     # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.
@@ -111,14 +111,21 @@ def export_bundle(
 
 
 def score_program(width: int) -> bytes:
-    """`jax.export` of (users float32 [u, width], items float32 [i, width], rows int32 [b]) -> scores float32 [b, i].
+    """Exports the scoring function with `jax.export`.
 
-    u, i and b are free; a row that is not there gets NaN. The vectors are arguments: as constants they would lie in the
-    folder twice, and a program is limited to 2 GB. It runs on `PLATFORMS` with float32 products on all of them, and
-    needs `jax` and `flatbuffers`, nothing of this package.
+    The function maps (users float32 [u, width], items float32 [i, width], rows int32 [b]) to scores float32 [b, i];
+    u, i and b are symbolic, and a row outside the table gives NaN. The vectors are arguments: as constants they
+    would be in the folder twice, and a program is limited to 2 GB. It runs on `PLATFORMS` with float32 products, and
+    needs only `jax` and `flatbuffers`.
 
-    JAX promises (docs.jax.dev, "Exporting and serializing", compatibility guarantees) that what a release exports runs
-    on those up to six months newer and up to three weeks older.
+    JAX guarantees (docs.jax.dev, "Exporting and serializing", compatibility guarantees) that an exported function runs
+    on releases up to six months newer and up to three weeks older.
+
+    Args:
+      width: dimension of the vectors.
+
+    Returns:
+      The serialized function.
     """
     u, i, b = jax.export.symbolic_shape("u, i, b")
     arguments = (

@@ -232,7 +232,7 @@ def require_table(dataset: Dataset, n_users: int, k: int) -> None:
         _mean_length(table, name) for table, name in ((dataset.users, "user_id"), (dataset.items, "item_id"))
     )
     what = f"a table of {k:,} products for {n_users:,} customers"
-    instead = "ask for fewer customers or a smaller k, or write a file by experiments.recommend, which ranks in parts"
+    instead = "ask for fewer customers or a smaller k, or write a file with `fused-rec recommend`, which ranks in parts"
     require_memory(int(row * n_users * min(k, dataset.n_items)), what, instead)
 
 

@@ -1,8 +1,8 @@
-"""Rankings on disk: written part by part, taken up again where they were left, one file at the end and its audit log.
+"""Resumable writer of rankings: written in parts, joined to one file with an audit log.
 
-OUT                   the rankings, .parquet or .csv, there only when whole
-OUT.audit.json        what made them, when, and what the rules excluded; written after OUT
-OUT.parts/            while it is not over: begun.json, what is being made, and 000000.parquet, ... whole parts
+OUT                   the rankings, .parquet or .csv; exists only when complete
+OUT.audit.json        inputs, times, and numbers of excluded items; written after OUT
+OUT.parts/            while incomplete: begun.json with the inputs, and the parts 000000.parquet, ...
 """
 
 import contextlib
@@ -36,7 +36,17 @@ ACCOUNT = b"account"  # of a part, in the metadata of its file
 
 
 def read_rules(file: str | os.PathLike[str]) -> tuple[tuple[Rule, ...], str]:
-    """The rules of a file and its SHA-256. Raises ValueError naming the file where they must not be used."""
+    """Reads a rules file.
+
+    Args:
+      file: JSON file.
+
+    Returns:
+      The rules and the SHA-256 of the file.
+
+    Raises:
+      ValueError: the rules are invalid; names the file.
+    """
     content = Path(file).read_bytes()
     try:
         return parse(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()
@@ -51,21 +61,24 @@ def write_rankings(
     parts: Callable[[int], Iterator[tuple[pa.Table, Mapping[str, Any]]]],
     command: str,
 ) -> dict[str, Any]:
-    """Writes all parts to `out`, those that are on disk from an earlier run taken as they are; returns the audit log.
+    """Writes all parts to `out`, and reuses those that an earlier call left on disk.
 
-    At any moment a process may be killed: what is at `out` is whole, and the same call goes on.
+    A process may be killed at any time: `out` is complete or missing, and the same call resumes.
 
     Args:
       out: a name that ends in .parquet or .csv.
-      inputs: what decides the rankings, hashes and settings, as JSON; parts of other rankings are never mixed in.
-      n_parts: how many there are, 1 or more.
-      parts: from a number on, each part's rows of `SCHEMA` and its `suitability.exclusion_counts`.
-      command: for the log.
+      inputs: hashes and settings that determine the rankings, as JSON; parts of other rankings are refused.
+      n_parts: number of parts, 1 or more.
+      parts: yields, from a given part on, the rows of `SCHEMA` and `suitability.exclusion_counts` of each part.
+      command: for the audit log.
+
+    Returns:
+      The audit log.
 
     Raises:
-      ValueError: parts of other rankings lie beside `out`, or a part is damaged.
-      BusyError: another process is writing them.
-      SaveError: the disk is full, or cannot be written; what was written before stays.
+      ValueError: parts of other rankings exist beside `out`, or a part is damaged.
+      BusyError: another process writes them.
+      SaveError: the disk is full or cannot be written; what was written before stays.
     """
     if out.suffix not in WRITERS:
         raise ValueError(f"the file is {out.name}; its name must end in one of {', '.join(WRITERS)}")
@@ -117,7 +130,7 @@ def _count_done(folder: Path, n_parts: int) -> int:
 
 
 def _claim(folder: Path, inputs: Mapping[str, Any]) -> str:
-    """When these rankings were begun. Raises ValueError where the folder holds others."""
+    """Returns when these rankings were started; raises ValueError if the folder holds others."""
     file = folder / BEGUN
     if not file.exists():
         if foreign := sorted({there.name for there in folder.iterdir() if there.name[0] != "."} - {LOCK}):
@@ -130,12 +143,12 @@ def _claim(folder: Path, inputs: Mapping[str, Any]) -> str:
         started_at, there = found["started_at"], found["inputs"]
         changed = [name for name in inputs.keys() | there.keys() if inputs.get(name) != there.get(name)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove {folder} to begin anew") from error
+        raise ValueError(f"{file} is damaged ({error}); remove {folder} to start again") from error
     if changed:
         name = min(changed)
         raise ValueError(
             f"{folder} holds parts of other rankings: {name} was {there.get(name)!r} and is {inputs.get(name)!r}; "
-            "remove the folder to begin anew, or name another file"
+            "remove the folder to start again, or name another file"
         )
     return started_at
 
@@ -160,7 +173,7 @@ def _read_part(file: Path) -> pa.Table:
 
 
 def _assemble(files: list[Path], out: Path) -> str:
-    """Writes `out`, a part in memory at a time, and returns its SHA-256."""
+    """Writes `out` with one part in memory at a time, and returns its SHA-256."""
 
     def fill(partial: Path) -> str:
         WRITERS[out.suffix](map(_read_part, files), partial)
@@ -171,14 +184,24 @@ def _assemble(files: list[Path], out: Path) -> str:
 
 
 def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
-    """The tables as Parquet, each a row group or more."""
+    """Writes tables as one Parquet file, with at least a row group per table.
+
+    Args:
+      tables: tables of `SCHEMA`.
+      file: the file.
+    """
     with pyarrow.parquet.ParquetWriter(file, SCHEMA) as writer:
         for table in tables:
             writer.write_table(table)
 
 
 def write_csv(tables: Iterable[pa.Table], file: Path) -> None:
-    """The tables as one CSV, its ids made harmless."""
+    """Writes tables as one CSV file, with ids escaped by `escape_csv`.
+
+    Args:
+      tables: tables of `SCHEMA`.
+      file: the file.
+    """
     with pyarrow.csv.CSVWriter(file, SCHEMA) as writer:
         for table in tables:
             for name in ("user_id", "item_id"):

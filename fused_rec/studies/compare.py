@@ -1,9 +1,9 @@
 """Comparison of variants and baselines over seeds: a run for each variant and seed, and a report.
 
 out/
-  runs/VARIANT/SEED/   as `fused_rec.training.trainer.run_training` leaves it; a baseline has seed 0 and no checkpoints
-  runs-tuned-N/        the same with settings chosen by N trials
-  sweeps/VARIANT/      trials that chose the variant's settings, where trials were asked for
+  runs/VARIANT/SEED/   as written by `fused_rec.training.trainer.run_training`; baselines: seed 0, no checkpoints
+  runs-tuned-N/        the same with settings selected by N trials
+  sweeps/VARIANT/      tuning trials of the variant, if requested
   compare.json         all numbers; compare.md, compare.csv, compare.tex: their table
   compare.png, slices.png
 """
@@ -54,12 +54,22 @@ KEPT = ("test", "valid", "slices", "seconds", "parameters")  # of a run's result
 
 
 class MissingExtraError(Exception):
-    """A baseline's library is not installed; the message names the extra that brings it."""
+    """Error for a baseline whose library is not installed; the message names the extra."""
 
 
 @dataclasses.dataclass
 class _Outcomes:
-    """Results, failures and skipped names so far."""
+    """Results, failures and skipped names so far.
+
+    Attributes:
+      task: name of the dataset.
+      out: folder of the comparison.
+      left: number of runs to do.
+      trials: tuning trials of each learned variant.
+      skipped: reason for each skipped name.
+      rows: results of the finished runs.
+      failures: variant, seed and message of the failed runs.
+    """
 
     task: str
     out: Path
@@ -74,7 +84,7 @@ class _Outcomes:
 
     @contextlib.contextmanager
     def run(self, name: str, seed: int) -> Iterator[Path]:
-        """The run's folder, in which the block leaves results or fails; either is told in one line."""
+        """Yields the run's folder, logs the result or failure of the block, and catches failures."""
         folder = self.folder(name, seed)
         self.left -= 1
         with self.caught(name, seed):
@@ -109,19 +119,26 @@ class _Outcomes:
 def compare_variants(
     config: Config, names: Sequence[str], seeds: Sequence[int], out: str | Path, *, trials: int = 0, command: str = ""
 ) -> dict[str, Any]:
-    """Runs or resumes what is missing, compares, writes, and returns what `compare.json` holds.
+    """Runs or resumes missing runs, compares all, and writes the report.
 
-    names: of `VARIANTS`, trained with each of the seeds in train.seed's place, and of `BASELINES`, measured once. Those
-      that would say nothing on these tables are told and left out. "fused", else the first, is the reference.
-    trials: of tuning each learned variant on validation; 0 takes the settings as they are.
-    command: what started this, kept with the results.
+    A failed run does not stop the others; the report lists it in "failures" and in all tables.
 
-    A run that fails does not stop the others; it stands in the report's "failures" and in every table.
+    Args:
+      config: the base config.
+      names: of `VARIANTS`, trained once per seed, and of `BASELINES`, evaluated once. Names that do not apply to the
+        tables are reported and skipped. The reference is "fused", or else the first name.
+      seeds: values of train.seed.
+      out: folder of runs and report.
+      trials: tuning trials of each learned variant on validation; 0 keeps the settings.
+      command: command line, kept with the results.
+
+    Returns:
+      The content of `compare.json`.
 
     Raises:
-      ValueError: an unknown name, none that applies, no seed, or `out` holds runs of another config.
-      TablesChangedError: `out` holds runs of other tables, finished ones too.
-      DataError, LeakError: the input must not be used.
+      ValueError: a name is unknown, no name applies, there is no seed, or `out` holds runs of another config.
+      TablesChangedError: `out` holds runs of other tables.
+      DataError, LeakError: the input is invalid.
       BusyError: another process works in `out`.
       SaveError: the report could not be written.
     """
@@ -189,7 +206,14 @@ def _compare_variants(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for no name, a repeated one, or one that is neither of `VARIANTS` nor of `BASELINES`."""
+    """Checks names of variants and baselines.
+
+    Args:
+      names: the names.
+
+    Raises:
+      ValueError: there is no name, a repeated one, or one that is neither in `VARIANTS` nor in `BASELINES`.
+    """
     known = [*VARIANTS, *BASELINES]
     wrong = sorted({name for name in names if name not in known or names.count(name) > 1})
     if wrong or not names:
@@ -276,7 +300,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
 
 
 def hardware() -> dict[str, Any]:
-    """Describes machine and devices, on which run times depend."""
+    """Describes the machine and its devices, on which run times depend."""
     devices = jax.local_devices()
     return {
         "machine": platform.machine(),
@@ -322,7 +346,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
         ]
         users = measured[0].users if users is None else users
         if not all(np.array_equal(users, per_user.users) for per_user in measured):
-            raise ValueError(f"the runs of {name} measured other users than those before it; begin anew in another out")
+            raise ValueError(f"the runs of {name} measured other users than those before it; start again in another out")
         by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
         # Who holds everything but the held-out items has nothing to compare them with; perhaps that is everyone.
         values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}

@@ -99,4 +99,4 @@ def load_vectors(file: Path) -> tuple[Float32[np.ndarray, "N D"], list[str]]:
         with safetensors.safe_open(file, framework="np") as opened:
             return opened.get_tensor("vectors"), json.loads((opened.metadata() or {}).get(IDS, "[]"))
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is no file of vectors ({error}); experiments.encode writes such files") from error
+        raise ValueError(f"{file} is no file of vectors ({error}); `fused-rec encode` writes such files") from error

@@ -632,7 +632,7 @@ def read_finished(workdir: Path) -> tuple[Config, int]:
       ValueError: its files are damaged.
     """
     if not (workdir / RESULTS).exists():
-        raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with experiments.train first")
+        raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with `fused-rec train` first")
     step = read_results(workdir).get("best_step")
     if not isinstance(step, int):
         raise ValueError(f"{workdir / RESULTS} has no best_step; train in a new workdir")

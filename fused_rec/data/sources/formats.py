@@ -209,7 +209,7 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
                 rows = replace(rows, name, pc.split_pattern(rows[name], " ").cast(pa.list_(pa.float64())))
         except pa.ArrowInvalid as error:
             fault = Problem(
-                file.name, None, f"{name}:{kind} holds something else: {error}", "mend the value or the type"
+                file.name, None, f"{name}:{kind} holds something else: {error}", "correct the value or the type"
             )
             raise DataError([fault]) from error
     if texts:
