@@ -114,7 +114,7 @@ best = fr.explain(run, customer, k=1)[0]
 
 # %%
 parts = pd.DataFrame(best["parts"]).fillna({"source": ""})
-parts.index = parts["kind"] + " " + parts["source"].where(parts["kind"] == "holding", "")
+parts.index = parts["kind"] + " " + parts["source"].where(parts["kind"] == "interaction", "")
 ax = parts["value"].head(12)[::-1].plot.barh(figsize=(7, 3.4))
 _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score']:.3f} in all")
 
@@ -122,7 +122,7 @@ _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score
 # A counterfactual recomputes score and rank without the interaction that contributes most.
 
 # %%
-holdings = parts[(parts["kind"] == "holding") & (parts["source"] != "")]
+holdings = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]
 fr.counterfactual(run, customer, best["item_id"], without=holdings["source"].iloc[0])
 
 # %% [markdown]

@@ -334,7 +334,7 @@ def test_hub_models_come_from_the_local_cache_when_offline(tmp_path, monkeypatch
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="not in the local hub cache; let it be downloaded"):
+    with pytest.raises(FileNotFoundError, match="not in the local hub cache; allow its download"):
         open_model(f"org/name@{COMMIT}")
     shutil.copytree(TINY, tmp_path / "models--org--name" / "snapshots" / COMMIT)
     assert open_model(f"org/name@{COMMIT}").digest == tiny.digest

@@ -34,7 +34,7 @@ SETTINGS = {
     "train.max_steps": 4,
     "train.eval_every": 2,
 }
-RUNS = [("fused", 0), ("fused", 1), ("no_ties", 0), ("no_ties", 1), ("popularity", 0)]
+RUNS = [("fused", 0), ("fused", 1), ("no_social_edges", 0), ("no_social_edges", 1), ("popularity", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-WHOLE = ("--variants=fused,no_ties,popularity", "--num_seeds=2")
+WHOLE = ("--variants=fused,no_social_edges,popularity", "--num_seeds=2")
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +116,15 @@ def test_the_report_is_what_the_runs_left(compared):
         assert {"items", "users", "ndcg@10", "recall@10"} <= set(row["slices"]["item_interactions"]["20+"])
         values.setdefault(row["variant"], []).append(users.metrics["ndcg@10"])
     assert report["rows"][0]["parameters"] > 4 * 30  # a row of 4 for each of 30 products, and more
-    found = [row for row in report["differences"] if (row["variant"], row["metric"]) == ("no_ties", "ndcg@10")]
-    expected = paired_bootstrap(np.stack(values["fused"]), np.stack(values["no_ties"]))
+    found = [row for row in report["differences"] if (row["variant"], row["metric"]) == ("no_social_edges", "ndcg@10")]
+    expected = paired_bootstrap(np.stack(values["fused"]), np.stack(values["no_social_edges"]))
     assert [(row["difference"], row["low"], row["p"]) for row in found] == [
         (expected.difference, expected.low, expected.p)
     ]
     for name in ("md", "csv", "tex"):
         assert "no" in (out / f"compare.{name}").read_text()
     assert (out / "compare.md").read_text().strip() in done.stdout
-    assert "no_ties, seed 1: ndcg@10" in done.stderr
+    assert "no_social_edges, seed 1: ndcg@10" in done.stderr
     assert "0 runs left" in done.stderr
 
 
@@ -138,7 +138,7 @@ def test_a_finished_study_trains_nothing_again(tables, compared):
     out, _ = compared
     before = {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")}
     rows = rows_of(out)
-    report = compare_variants(small(tables), ["no_ties", "popularity", "fused"], [0, 1], out)
+    report = compare_variants(small(tables), ["no_social_edges", "popularity", "fused"], [0, 1], out)
     assert {file: file.stat().st_mtime_ns for file in (out / "runs").rglob("*")} == before
     assert report["reference"] == "fused"
     assert rows_of(out) == rows
@@ -160,7 +160,7 @@ def test_a_finished_study_of_other_tables_is_refused(tables, cache, compared, tm
 
 def test_another_config_is_refused_before_any_work(tables, compared):
     out, _ = compared
-    other = variant(small(tables), "no_ties")
+    other = variant(small(tables), "no_social_edges")
     with pytest.raises(ValueError, match=r"graph\.social_edges is 'observed' there and 'none' here"):
         compare_variants(other, ["fused", "popularity"], [5, 1], out)
     assert not (out / "runs" / "fused" / "5").exists()
@@ -187,7 +187,7 @@ def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_pa
     if signum == signal.SIGTERM:  # which is no failure of that run, and no other one is begun
         assert process.returncode == 143
         assert "give the same command again" in stderr and "failed" not in stderr and "Traceback" not in stderr
-        assert not (out / "runs" / "no_ties").exists()
+        assert not (out / "runs" / "no_social_edges").exists()
     kept = (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns
     report = run(tables, out, cache, *WHOLE)
     assert report.returncode == 0, report.stderr
@@ -246,16 +246,16 @@ def test_tuned_settings_are_those_trained(tables, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_tuned", tuned)
     monkeypatch.setattr(module.trainer, "run_training", train)
-    report = compare_variants(small(tables), ["fused", "no_ties"], [3, 4], tmp_path, trials=7)
-    assert asked == [("sweeps/fused", 7), ("sweeps/no_ties", 7)]
+    report = compare_variants(small(tables), ["fused", "no_social_edges"], [3, 4], tmp_path, trials=7)
+    assert asked == [("sweeps/fused", 7), ("sweeps/no_social_edges", 7)]
     assert trained == [(0.5, 3, "runs-tuned-7/fused/3"), (0.5, 4, "runs-tuned-7/fused/4")]
     assert report["configs"]["fused"]["train"]["temperature"] == 0.5
     assert report["failures"] == [
         {"variant": "fused", "seed": 3, "message": "ArithmeticError: enough"},
         {"variant": "fused", "seed": 4, "message": "ArithmeticError: enough"},
-        {"variant": "no_ties", "seed": None, "message": "ValueError: no trial was completed"},
+        {"variant": "no_social_edges", "seed": None, "message": "ValueError: no trial was completed"},
     ]
-    assert "Failed: no_ties, tuning: ValueError" in (tmp_path / "compare.md").read_text()
+    assert "Failed: no_social_edges, tuning: ValueError" in (tmp_path / "compare.md").read_text()
 
 
 def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
@@ -263,12 +263,12 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
     config = Config(data=DataConfig(name="tables", path=str(tmp_path)), graph=GraphConfig(text_knn=0))
     kept, skipped = applicable(config, [*VARIANTS, "popularity"], *read(config))
     assert {"fused", "no_gates", "popularity"} <= set(kept)
-    assert skipped["rewired_ties"] == skipped["no_ties"] == "tables has no ties"
+    assert skipped["rewired_social_edges"] == skipped["no_social_edges"] == "tables has no ties"
     assert skipped["shuffled_text"] == skipped["random_text"] == skipped["text"] == "tables has no text"
     config = Config(data=DataConfig(name="tables", path=str(tables)), graph=GraphConfig(text_knn=0))
     kept, skipped = applicable(config, list(VARIANTS), *read(config))
     assert skipped["no_text_knn"] == "its settings are those of fused"
-    assert {"rewired_ties", "shuffled_text", "text", "graph"} <= set(kept)
+    assert {"rewired_social_edges", "shuffled_text", "text", "graph"} <= set(kept)
     no_text = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="graph"))
     _, skipped = applicable(no_text, list(VARIANTS), *read(no_text))
     assert skipped["shuffled_text"] == skipped["random_text"] == "the config reads no words"
@@ -279,7 +279,7 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
 def test_unknown_names_are_reported_with_those_known(cache, tables, tmp_path):
     done = run(tables, tmp_path / "out", cache, "--variants=fused,fuzed")
     assert done.returncode != 0
-    assert "fuzed" in done.stderr and "no_ties" in done.stderr and "popularity" in done.stderr
+    assert "fuzed" in done.stderr and "no_social_edges" in done.stderr and "popularity" in done.stderr
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="each once"):
         check_names(["fused", "fused"])

@@ -93,7 +93,7 @@ def test_every_holding_and_tie_has_its_part():
     named = set(zip(split.kind, split.source.tolist(), strict=True))
     assert {(INTERACTION, item) for item in (0, 1, 2)} | {("tie:trusts", 1), ("tie:trusts", 2)} <= named
     assert len(named) == len(split.kind)
-    assert {kind for kind, source in named if source < 0} == {"own_id", "own_words", "popularity"}
+    assert {kind for kind, source in named if source < 0} == {"own_id", "own_text", "popularity"}
 
 
 def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
@@ -274,14 +274,14 @@ def test_reasons_by_hand():
         *(
             ("tie:referral", 1, 0.3),
             ("tie:referral", 2, -0.1),
-            ("own_words", -1, -0.4),
+            ("own_text", -1, -0.4),
             (POPULARITY, -1, 0.29),
             ("own_id", -1, 0.01),
         ),
     )
     # In favour: holdings .5, popularity .29, referrals .2, the own id .01: 1 together.
     assert [(reason.code, round(reason.share, 6)) for reason in reasons(MARKET, split)] == [
-        ("HOLDINGS", 0.5),
+        ("INTERACTIONS", 0.5),
         ("POPULAR", 0.29),
         ("TIES", 0.2),
     ]

@@ -36,7 +36,6 @@ def test_a_file_becomes_a_row_a_line(tmp_path):
         f"--input={tmp_path / 'texts.txt'}",
         f"--out={output}",
         f"--cache={tmp_path / 'cache'}",
-        "--offline",
     )
     assert done.returncode == 0, done.stderr
     assert f"{len(texts)} texts, " in done.stdout and "tokens/s" in done.stdout

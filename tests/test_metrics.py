@@ -1,4 +1,4 @@
-"""Each metric against numbers worked out by hand, and pairwise accuracy against counting every pair."""
+"""Each metric against numbers worked out by hand, and pairwise AUC against counting every pair."""
 
 import math
 
@@ -61,7 +61,7 @@ ACCURACIES = pytest.mark.parametrize("auc", [metrics.pairwise_auc, metrics._pair
 
 
 @ACCURACIES
-def test_accuracy_by_hand(auc):
+def test_auc_by_hand(auc):
     # User 0 holds out items 0 and 3 (scores 3 and 1) against items 1, 2, 4 (scores 2, 1, 0):
     # item 0 beats all three; item 3 ties with 2 and beats 4: (3 + 1.5) / 6.
     # User 1 holds out item 4, the lowest of all. User 2 holds out item 1 and has nothing to compare it with.
@@ -73,7 +73,7 @@ def test_accuracy_by_hand(auc):
 
 
 @ACCURACIES
-def test_accuracy_equals_counting_every_pair(auc):
+def test_auc_equals_counting_every_pair(auc):
     rng = np.random.default_rng(1)
     n_users, n_items = 37, 211
     scores = rng.integers(-6, 6, (n_users, n_items)).astype(np.float32)  # ties everywhere
@@ -89,7 +89,7 @@ def test_accuracy_equals_counting_every_pair(auc):
     np.testing.assert_allclose(auc(*args), expected, rtol=1e-6)
 
 
-def test_accuracy_is_the_same_with_all_rows_at_once(monkeypatch):
+def test_auc_is_the_same_with_all_rows_at_once(monkeypatch):
     """What an accelerator runs: `map_rows` is `jax.vmap`; rows with fewer held-out items wait for the rest."""
     truth = [[0, 3], [4], [1, 2, 3, 4]]
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)

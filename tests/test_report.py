@@ -71,7 +71,7 @@ def hostile_facts() -> ReportData:
     )
     item = Recommended(
         *(1, attribute, img, 0.75),
-        (Reason("HOLDINGS", f"The customer holds {svg} (60% of what speaks for it).", 0.6),),
+        (Reason("INTERACTIONS", f"The customer holds {svg} (60% of what speaks for it).", 0.6),),
         routes,
         (mixed, CounterfactualEffect(0.75, 1, 0.5, 4)),
         (Passage(title, mixed, (Span(0, 4, 0.5), Span(7, 9, -0.25))), Passage("Long", "word " * 2000)),
@@ -115,7 +115,7 @@ def hostile_facts() -> ReportData:
             "users": 34,
             "k": 10,
             "suitable": {"without": 0.5, "under": 1.0},
-            "account": {
+            "exclusions": {
                 "users_without_recommendations": 2,
                 "rules": {img: {"excluded": 40, "excluded_only_by_rule": 3, "excluded_from_topk": 1}},
             },

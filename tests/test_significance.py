@@ -173,21 +173,21 @@ def test_item_slices_leave_out_what_is_no_candidate():
 def report() -> dict:
     values = {
         "fused": {"ndcg@10": np.array([[0.5, 0.6], [0.7, 0.8]])},
-        "no_ties": {"ndcg@10": np.array([[0.4, 0.5], [0.6, 0.7]])},
+        "no_social_edges": {"ndcg@10": np.array([[0.4, 0.5], [0.6, 0.7]])},
         "popularity": {"ndcg@10": np.array([[0.0, 0.0]])},
     }
     rows = [
         {"variant": name, "seed": seed, "test": {"ndcg@10": mean}, "seconds": 10.0 + seed, "parameters": parameters}
         for name, seed, mean, parameters in [
             *[("fused", 0, 0.55, 1200), ("fused", 1, 0.75, 1200)],
-            *[("no_ties", 0, 0.45, 1000), ("no_ties", 1, 0.65, 1000)],
+            *[("no_social_edges", 0, 0.45, 1000), ("no_social_edges", 1, 0.65, 1000)],
             *[("popularity", 0, 0.0, None), ("bad", 1, 0.3, 7)],
         ]
     ]
     failures = [{"variant": "bad", "seed": 0, "message": "NonFiniteLossError: 100 % | of_it is\nnan & <worse>"}]
     return {
         "reference": "fused",
-        "summary": summarise(["fused", "no_ties", "bad", "popularity"], rows, failures, values),
+        "summary": summarise(["fused", "no_social_edges", "bad", "popularity"], rows, failures, values),
         "differences": differences(values, "fused"),
         "failures": failures,
     }
@@ -200,18 +200,18 @@ def test_a_summary_by_hand(report):
     assert (fused["seeds"], fused["seconds"], fused["parameters"]) == (2, 10.5, 1200)
     assert popularity["metrics"]["ndcg@10"] == {"mean": 0, "sd": None, "low": 0, "high": 0}
     assert (bad["failed"], bad["metrics"]) == (True, {})  # though one seed went well
-    no_ties, against_popularity = report["differences"]
-    assert no_ties["difference"] == pytest.approx(0.1)
-    assert no_ties["p_holm"] == pytest.approx(2 * no_ties["p"])
+    no_social_edges, against_popularity = report["differences"]
+    assert no_social_edges["difference"] == pytest.approx(0.1)
+    assert no_social_edges["p_holm"] == pytest.approx(2 * no_social_edges["p"])
     assert math.isnan(against_popularity["relative"])
 
 
 def test_markdown_cell_by_cell(report):
     lines = markdown(report, ["ndcg@10"]).splitlines()
-    assert lines[0] == "| variant | seeds | ndcg@10 | fused less it | seconds | parameters |"
+    assert lines[0] == "| variant | seeds | ndcg@10 | fused vs. row | seconds | parameters |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| fused | 2 | 0.6500 ± 0.1414 | – | 10 | 1,200 |"
-    assert lines[3].startswith("| no_ties | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
+    assert lines[3].startswith("| no_social_edges | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
     assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
     assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
     assert lines[5].endswith("| 10 | – |")
@@ -230,9 +230,9 @@ def test_latex_is_escaped(report):
 
 def test_csv_keeps_every_number(report):
     rows = list(csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))))
-    assert [row["variant"] for row in rows] == ["fused", "no_ties", "bad", "popularity"]
-    assert float(rows[1]["ndcg@10 fused less it: difference"]) == report["differences"][0]["difference"]
-    assert rows[0]["ndcg@10 fused less it: p_holm"] == ""
+    assert [row["variant"] for row in rows] == ["fused", "no_social_edges", "bad", "popularity"]
+    assert float(rows[1]["ndcg@10 fused vs. row: difference"]) == report["differences"][0]["difference"]
+    assert rows[0]["ndcg@10 fused vs. row: p_holm"] == ""
     assert rows[2]["failed"].startswith("bad, seed 0: NonFiniteLossError")
     assert rows[3]["parameters"] == ""
 

@@ -345,9 +345,9 @@ def test_what_rules_do_to_a_market():
         prepared, given_scores(scores), "test", parsed, k=5, groups=["risk_tolerance"], prices=prices, days=100
     )
     assert report["suitable"]["under"] == 1.0
-    assert report["suitable"]["without"] == report["account"]["top_suitable"] / report["account"]["top"] < 0.6
+    assert report["suitable"]["without"] == report["exclusions"]["top_suitable"] / report["exclusions"]["top"] < 0.6
     # seen, and so no candidate
-    assert report["account"]["rules"]["mine"] == {"excluded": 0, "excluded_only_by_rule": 0, "excluded_from_topk": 0}
+    assert report["exclusions"]["rules"]["mine"] == {"excluded": 0, "excluded_only_by_rule": 0, "excluded_from_topk": 0}
     assert list(report["costs"]) == ["", "risk", "mine"]
     assert report["costs"][""] == report["costs"]["risk"] and report["costs"]["mine"]["difference"] == 0
     assert report["returns"]["under"]["mean"] == 1.0 and 0.9 < report["returns"]["under"]["priced"] < 1.0

@@ -106,7 +106,7 @@ def test_the_commands_of_the_tour_run(checkout):
         ranked = list(csv.DictReader(file))
     reasons = (checkout / "reasons.jsonl").read_text().splitlines()
     assert len(ranked) == len(reasons) > 60
-    assert json.loads((checkout / "ranked.csv.audit.json").read_text())["account"]["rules"]["risk"]["excluded"] > 0
+    assert json.loads((checkout / "ranked.csv.audit.json").read_text())["exclusions"]["rules"]["risk"]["excluded"] > 0
 
 
 @pytest.mark.parametrize("page", [TOUR, EXPLANATIONS], ids=lambda page: page.stem)

@@ -517,7 +517,7 @@ def test_recommend_explains_every_row(cache, finished, tmp_path):
             assert (row["user_id"], row["item_id"]) == (explained["user_id"], explained["item_id"])
             assert explained["score"] == pytest.approx(row["score"], rel=1e-4)
             assert sum(part["value"] for part in explained["parts"]) == pytest.approx(row["score"], rel=1e-4)
-            assert {"holding", "own_words", "popularity"} <= {part["kind"] for part in explained["parts"]}
+            assert {"interaction", "own_text", "popularity"} <= {part["kind"] for part in explained["parts"]}
             assert all(reason.keys() == {"code", "text"} for reason in explained["reasons"])
             # Nobody is told of another customer.
             assert not any("C0" in reason["text"].replace(row["user_id"], "") for reason in explained["reasons"])

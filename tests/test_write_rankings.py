@@ -70,7 +70,7 @@ def test_the_file_and_its_log(tmp_path, suffix):
         assert np.float32(read["score"]).tolist() == whole["score"].to_pylist()
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"{out.name}.audit.json"]
     assert json.loads((tmp_path / f"{out.name}.audit.json").read_text()) == reported
-    assert reported["account"] == {"users": 8, "rules": {"risk": {"excluded_only_by_rule": 6}}}
+    assert reported["exclusions"] == {"users": 8, "rules": {"risk": {"excluded_only_by_rule": 6}}}
     assert reported["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert (reported["inputs"], reported["command"], reported["file"]) == (MADE_OF, "a command", out.name)
     assert reported["started_at"] <= reported["finished"] and reported["finished"].endswith("+00:00")
@@ -120,7 +120,7 @@ def test_a_kill_in_the_middle_of_any_file_loses_no_more_than_it(tmp_path, syncs,
     assert began == ([parts] if parts < PARTS else [])
     undisturbed = written(tmp_path / "undisturbed.parquet")
     assert out.read_bytes() == (tmp_path / "undisturbed.parquet").read_bytes()
-    assert reported["account"] == undisturbed["account"] and reported["sha256"] == undisturbed["sha256"]
+    assert reported["exclusions"] == undisturbed["exclusions"] and reported["sha256"] == undisturbed["sha256"]
     assert len(list(tmp_path.iterdir())) == 4  # nothing is left of the parts
 
 
@@ -299,12 +299,12 @@ def test_the_command_under_rules_killed_and_taken_up_again(finished, tmp_path):
     reported = json.loads((tmp_path / "ranked.parquet.audit.json").read_text())
     pairs = [refuses(user, item) for user in users.values() for item in items.values()]
     for name in ("risk", "no notes", "held"):
-        assert reported["account"]["rules"][name]["excluded"] == sum(name in refused for refused in pairs)
-        assert reported["account"]["rules"][name]["excluded_only_by_rule"] == pairs.count([name])
+        assert reported["exclusions"]["rules"][name]["excluded"] == sum(name in refused for refused in pairs)
+        assert reported["exclusions"]["rules"][name]["excluded_only_by_rule"] == pairs.count([name])
     assert reported["inputs"]["rules"] == hashlib.sha256(rules.read_bytes()).hexdigest()
     assert reported["inputs"]["tables"] == json.loads((finished / "run.json").read_text())["tables"]
     assert len(reported["inputs"]["model"]) == 64 and "--rules" in reported["command"]
-    assert f"rule risk: excludes {reported['account']['rules']['risk']['excluded']} pairs" in again.stdout
+    assert f"rule risk: excludes {reported['exclusions']['rules']['risk']['excluded']} pairs" in again.stdout
 
 
 def test_what_is_held_is_refused_unless_asked_for():

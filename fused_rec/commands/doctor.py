@@ -165,9 +165,7 @@ def check_cache(cache: str) -> Line:
         return Line("note", "cache", f"{folder} is open to others (mode {mode:03o})", f"chmod -R go= {folder}")
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
-    return Line(
-        "ok", "cache", f"{folder}: {len(files)} files, {size:,.1f} MB (fused-rec encode --purge deletes them)"
-    )
+    return Line("ok", "cache", f"{folder}: {len(files)} files, {size:,.1f} MB (fused-rec encode --purge deletes them)")
 
 
 def check_extras(requirements: list[str], there: Callable[[str], object] = importlib.metadata.version) -> Line:

@@ -1,7 +1,7 @@
 """Encode the lines of a text file with a language model.
 
 python -m experiments.encode --input=texts.txt --out=vectors.safetensors
-python -m experiments.encode --model=ORG/NAME@COMMIT --nooffline --input=texts.txt --out=vectors.safetensors
+python -m experiments.encode --model=ORG/NAME@COMMIT --download --input=texts.txt --out=vectors.safetensors
 
 Writes `vectors`, float32, a row per line of the input. Cached embeddings are reused.
 
@@ -36,9 +36,7 @@ MAX_TOKENS = flags.DEFINE_integer(
 )
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens per encoder call.")
 PURGE = flags.DEFINE_bool("purge", False, "Delete all cached text embeddings instead.")
-OFFLINE = flags.DEFINE_bool(
-    "offline", DEFAULTS.offline, "Use local files only; --nooffline lets the model be downloaded."
-)
+DOWNLOAD = flags.DEFINE_bool("download", not DEFAULTS.offline, "Download a model that is not in the local cache.")
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +57,7 @@ def main(argv: list[str]) -> None:
     if CACHE.value:
         open_cache(CACHE.value)
     texts = read_lines(source)
-    model = open_model(MODEL.value, offline=OFFLINE.value, prompt=PROMPT.value)
+    model = open_model(MODEL.value, offline=not DOWNLOAD.value, prompt=PROMPT.value)
     began = time.perf_counter()
     vectors = encode_texts(
         texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value

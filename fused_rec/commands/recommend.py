@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
         return ((part.table, exclusion_counts(part.ranking, may.names)) for part in found)
 
     out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
-    exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["account"]
+    exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["exclusions"]
     for name, counts in exclusions["rules"].items():
         print(
             f"rule {name}: excludes {counts['excluded']} pairs, {counts['excluded_only_by_rule']} of them alone, "

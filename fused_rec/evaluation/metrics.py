@@ -108,7 +108,7 @@ def pairwise_auc(
       The AUC of each user; NaN for a user without a pair.
     """
     if kernels.usable():
-        call = jax.ffi.ffi_call(kernels.ACCURACY, jax.ShapeDtypeStruct((len(scores),), jnp.float32))
+        call = jax.ffi.ffi_call(kernels.AUC, jax.ShapeDtypeStruct((len(scores),), jnp.float32))
         return call(scores, negative, starts, truth)
     return _pairwise_auc(scores, negative, starts, truth)
 

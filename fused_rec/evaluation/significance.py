@@ -239,7 +239,7 @@ def csv_text(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     header = ["variant", "seeds"]
     for metric in metrics:
         header += [f"{metric} {name}" for name in moments]
-        header += [f"{metric} {report['reference']} less it: {name}" for name in tests]
+        header += [f"{metric} {report['reference']} vs. row: {name}" for name in tests]
     writer.writerow([*map(escape_csv, header), "seconds", "parameters", "failed"])
     for entry in report["summary"]:
         row = [escape_csv(entry["variant"]), entry["seeds"]]
@@ -257,7 +257,7 @@ def _cells(report: Mapping[str, Any], metrics: Sequence[str], named: Callable[[s
     """The table, header first; `named` makes a cell of a name."""
     header = ["variant", "seeds"]
     for metric in metrics:
-        header += [metric, f"{named(report['reference'])} less it"]
+        header += [metric, f"{named(report['reference'])} vs. row"]
     cells = [[*header, "seconds", "parameters"]]
     for entry in report["summary"]:
         row = [named(entry["variant"]), str(entry["seeds"])]

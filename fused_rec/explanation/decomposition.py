@@ -33,8 +33,8 @@ Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
 OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
     "own_id",
-    "own_words",
-    "holding",
+    "own_text",
+    "interaction",
     "similar_text",
     "popularity",
 )
@@ -240,7 +240,7 @@ def by_modality(decomposition: ScoreDecomposition, user: int, item: int) -> dict
       item: item row.
 
     Returns:
-      Contributions that sum to the score, by keys such as "own_id", "holding/words", "tie:friend/id" and "popularity".
+      Contributions that sum to the score, by keys such as "own_id", "interaction/text", "tie:friend/id" and "popularity".
     """
     contributed = contributions(decomposition, user, [item])
     found: dict[str, float] = {}
@@ -248,6 +248,6 @@ def by_modality(decomposition: ScoreDecomposition, user: int, item: int) -> dict
         if kind in (OWN_ID, OWN_TEXT, POPULARITY):
             found[kind] = float(contributed.value[number, 0])
             continue
-        for origin, values in (("id", contributed.ids), ("words", contributed.text)):
+        for origin, values in (("id", contributed.ids), ("text", contributed.text)):
             found[f"{kind}/{origin}"] = found.get(f"{kind}/{origin}", 0.0) + float(values[number, 0])
     return found

@@ -26,7 +26,7 @@ LEAST_SHARE = 0.05  # smallest share of the positive contributions that counts a
 # Codes are stable, since other systems count and filter by them. No sentence names another customer.
 OTHER_TIE = "TIES"
 CODES = {
-    INTERACTION: "HOLDINGS",
+    INTERACTION: "INTERACTIONS",
     OWN_TEXT: "OWN_TEXT",
     OWN_ID: "USER_EMBEDDING",
     SIMILAR_USERS: "SIMILAR_USERS",

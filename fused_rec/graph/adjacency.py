@@ -248,7 +248,7 @@ def _row_sum(
     n_targets = len(start) - 1
     if backend == "compiled":
         kernels.usable()  # registers the kernel in a process that received the adjacency
-        call = jax.ffi.ffi_call(kernels.NEIGHBOUR_SUM, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
+        call = jax.ffi.ffi_call(kernels.NEIGHBOR_SUM, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
         return call(start, source, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
     weight = weight if order is None else weight[order]
     matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(source), jnp.asarray(start)), shape=(n_targets, len(x)))

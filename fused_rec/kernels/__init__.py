@@ -12,7 +12,7 @@ import logging
 import jax
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOUR_SUM, BEST, ACCURACY = TARGETS = ("fused_rec_neighbour_sum", "fused_rec_best", "fused_rec_accuracy")
+NEIGHBOR_SUM, BEST, AUC = TARGETS = ("fused_rec_neighbor_sum", "fused_rec_best", "fused_rec_auc")
 LOG = logging.getLogger(__name__)
 
 

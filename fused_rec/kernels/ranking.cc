@@ -119,7 +119,7 @@ bool best_of_row(const float* scores, const bool* eligible, const int32_t* place
 }
 
 // other: room for n. The share of (held-out item, other item) pairs whose held-out item scores higher, ties half.
-FOR_EACH_PROCESSOR float accuracy_of_row(const float* scores, const bool* compared, int64_t n, const int32_t* truth,
+FOR_EACH_PROCESSOR float auc_of_row(const float* scores, const bool* compared, int64_t n, const int32_t* truth,
                                          int64_t n_truth, float* other) {
   const uint8_t* may = reinterpret_cast<const uint8_t*>(compared);
   int32_t pairs = 0;
@@ -173,8 +173,8 @@ ffi::Error best(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, ffi::Buffer<
   return ffi::Error::Success();
 }
 
-ffi::Error accuracy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, ffi::Buffer<ffi::PRED> compared,
-                    ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> truth, ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error auc(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, ffi::Buffer<ffi::PRED> compared,
+               ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> truth, ffi::ResultBuffer<ffi::F32> y) {
   const auto shape = scores.dimensions();
   if (shape.size() != 2 || compared.element_count() != scores.element_count() ||
       start.element_count() != shape[0] + 1 || y->element_count() != shape[0]) {
@@ -188,8 +188,8 @@ ffi::Error accuracy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> scores, ffi::Buf
   over_rows(pool, shape[0], n, [=](int64_t first, int64_t last) {
     std::vector<float> other(n);
     for (int64_t row = first; row < last; ++row) {
-      to[row] = accuracy_of_row(of + row * n, with + row * n, n, items + starts[row], starts[row + 1] - starts[row],
-                                other.data());
+      to[row] = auc_of_row(of + row * n, with + row * n, n, items + starts[row], starts[row + 1] - starts[row],
+                           other.data());
     }
   });
   return ffi::Error::Success();
@@ -207,7 +207,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_best, best,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::PRED>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_accuracy, accuracy,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_auc, auc,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

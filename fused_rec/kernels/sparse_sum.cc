@@ -90,9 +90,9 @@ void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t wi
   });
 }
 
-ffi::Error neighbour_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
-                         ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x,
-                         ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
+                        ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x,
+                        ffi::ResultBuffer<ffi::F32> y) {
   const auto shape = y->dimensions(), of_x = x.dimensions();
   if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1]) {
     return ffi::Error::InvalidArgument("x and y must be matrices of one width");
@@ -119,7 +119,7 @@ ffi::Error neighbour_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi:
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbour_sum, neighbour_sum,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::S32>>()

@@ -261,7 +261,7 @@ def _suitability(facts: ReportData) -> list[Element]:
             "exclude and cost stands here."
         )
         return [element("p", meaning)]
-    suited, account, k = rules["suitable"], rules["account"], rules["k"]
+    suited, exclusions, k = rules["suitable"], rules["exclusions"], rules["k"]
     rows = [Bar("without rules", _nan(suited["without"])), Bar("under the rules", _nan(suited["under"]), own=True)]
     title = f"Suitable share of the first {k}"
     caption = (
@@ -283,15 +283,15 @@ def _suitability(facts: ReportData) -> list[Element]:
     header = ["Rule", "Excludes", "Alone", "Of the first without rules"]
     body = [
         [name, *(f"{of[key]:,}" for key in ("excluded", "excluded_only_by_rule", "excluded_from_topk"))]
-        for name, of in account["rules"].items()
+        for name, of in exclusions["rules"].items()
     ]
     content = [
         element("div", *figures, class_="figures"),
         _table(f"(Customer, product) pairs of {rules['users']:,} customers that each rule excludes", header, body),
     ]
-    if account["users_without_recommendations"]:
+    if exclusions["users_without_recommendations"]:
         content.append(
-            element("p", f"{account['users_without_recommendations']:,} customers are left without any product.")
+            element("p", f"{exclusions['users_without_recommendations']:,} customers are left without any product.")
         )
     drawn = [
         _sliced(f"rules-{place}-{number}", _under_rules(attribute, metric, found), facts.split)

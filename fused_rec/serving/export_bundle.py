@@ -86,7 +86,9 @@ def export_bundle(
     """
     check(out, faiss=faiss)
     if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
-        raise ValueError("this model selected the step, and the run was refitted afterwards; open its final model, part='test'")
+        raise ValueError(
+            "this model selected the step, and the run was refitted afterwards; open its final model, part='test'"
+        )
     dataset = prepared.dataset
     users, items = user_item_vectors(config, prepared, state)
     # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.

@@ -32,7 +32,7 @@ from fused_rec.training.trainer import versions, write_json
 
 LOG = logging.getLogger(__name__)
 BEGUN, AUDIT = "begun.json", "audit.json"
-ACCOUNT = b"account"  # of a part, in the metadata of its file
+EXCLUSIONS = b"exclusions"  # of a part, in the metadata of its file
 
 
 def read_rules(file: str | os.PathLike[str]) -> tuple[tuple[Rule, ...], str]:
@@ -89,8 +89,8 @@ def write_rankings(
         if done:
             LOG.info("%d of %d parts are in %s already", done, n_parts, folder)
         try:
-            for number, (table, account) in enumerate(parts(done) if done < n_parts else (), start=done):
-                _write_part(_name(folder, number), table, account)
+            for number, (table, exclusions) in enumerate(parts(done) if done < n_parts else (), start=done):
+                _write_part(_name(folder, number), table, exclusions)
         except Stopped as stopped:
             stopped.add_note(f"{_count_done(folder, n_parts)} of {n_parts} parts are kept in {folder}")
             raise
@@ -105,7 +105,7 @@ def write_rankings(
             "finished": _now(),
             "command": command,
             "inputs": dict(inputs),
-            "account": functools.reduce(sum_counts, map(_account, files)),
+            "exclusions": functools.reduce(sum_counts, map(_exclusions, files)),
             "versions": versions(),
         }
         write_json(folder / AUDIT, audit)
@@ -153,15 +153,15 @@ def _claim(folder: Path, inputs: Mapping[str, Any]) -> str:
     return started_at
 
 
-def _write_part(file: Path, table: pa.Table, account: Mapping[str, Any]) -> None:
+def _write_part(file: Path, table: pa.Table, exclusions: Mapping[str, Any]) -> None:
     sink = pa.BufferOutputStream()
-    with_counts = table.replace_schema_metadata({ACCOUNT: json.dumps(account)})
+    with_counts = table.replace_schema_metadata({EXCLUSIONS: json.dumps(exclusions)})
     pyarrow.parquet.write_table(with_counts, sink, write_page_checksum=True)
     write_file(file, sink.getvalue().to_pybytes())
 
 
-def _account(file: Path) -> dict[str, Any]:
-    return json.loads(pyarrow.parquet.read_schema(file).metadata[ACCOUNT])
+def _exclusions(file: Path) -> dict[str, Any]:
+    return json.loads(pyarrow.parquet.read_schema(file).metadata[EXCLUSIONS])
 
 
 def _read_part(file: Path) -> pa.Table:

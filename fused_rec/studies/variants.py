@@ -51,7 +51,7 @@ VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
     "graph": Variant("without text", {"model": {"variant": "graph"}, "text": FROZEN}, needs=("text",)),
     "text": Variant("text alone", {"model": {"variant": "text", "ease_weight": 0.0}}, needs=("text",)),
-    "no_ties": Variant("without social edges", {"graph": {"social_edges": "none"}}, needs=("ties",)),
+    "no_social_edges": Variant("without social edges", {"graph": {"social_edges": "none"}}, needs=("ties",)),
     "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, needs=("text",)),
     "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}),
     "no_ease": Variant("without EASE", {"model": {"ease_weight": 0.0}}),
@@ -67,7 +67,7 @@ VARIANTS: dict[str, Variant] = {
     "random_text": Variant(
         "random vectors instead of text", {"text": FROZEN | {"features": "random"}}, ("text",), control=True
     ),
-    "rewired_ties": Variant(
+    "rewired_social_edges": Variant(
         "rewired social edges of equal degrees", {"graph": {"social_edges": "rewired"}}, ("ties",), control=True
     ),
     "bpr_mf": Variant(

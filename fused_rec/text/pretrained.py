@@ -166,10 +166,9 @@ def _hub_folder(repo: str, revision: str | None, offline: bool) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo}@{revision} is not in the local hub cache; "
-            + ("let it be downloaded (offline=False, or --nooffline)" if offline else "the hub could not be reached")
-        ) from error
+        allow = "allow its download (text.offline=False; offline=False in Python; --download of encode)"
+        remedy = allow if offline else "the hub could not be reached"
+        raise FileNotFoundError(f"{repo}@{revision} is not in the local hub cache; {remedy}") from error
 
 
 def _read_json(file: Path, default: Any = None, kind: type = dict) -> Any:

@@ -122,7 +122,7 @@ def evaluate_rules(
     """What rules do to the rankings of `part`, as JSON: shares of suitable products, costs, returns and group gaps.
 
     Of the users that `evaluate_mean` ranks for. "suitable": the mean share of suitable products in the first k, and
-    "account": `suitability.exclusion_counts`; "costs": what a metric gains without a rule, "" without any
+    "exclusions": `suitability.exclusion_counts`; "costs": what a metric gains without a rule, "" without any
     (`suitability.rule_costs`, ndcg@10); "groups": by attribute and metric, `suitability.group_gaps` under the rules;
     "returns", with `prices`: the mean over users of `suitability.realised_return`, from the last purchase known
     before the part, and the share of listed products that have one. A rule that refuses what is held knows what was
@@ -148,7 +148,7 @@ def evaluate_rules(
         "users": len(under.users),
         "k": k,
         "suitable": {name: _mean(share) for name, share in shares.items()},
-        "account": exclusion_counts(screened, may.names),
+        "exclusions": exclusion_counts(screened, may.names),
         "costs": {
             name: dataclasses.asdict(cost)
             for name, cost in rule_costs(scorer, may, **held_out, item_counts=counts).items()

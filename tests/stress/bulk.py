@@ -106,7 +106,7 @@ def main() -> None:
                 for part in rank_chunks(scorer, dataset, may, users, asked.k, first=first)
             ),
             "bulk",
-        )["account"]
+        )["exclusions"]
         size = Path(folder, "ranked.parquet").stat().st_size
     seconds = time.perf_counter() - start
     print(f"{reported['ranked']:,} rankings of {reported['users']:,} customers in {seconds:.1f} s, {size / 1e6:.0f} MB")
