@@ -26,7 +26,7 @@ Finetuning = Literal["frozen", "lora", "full"]
 SocialEdges = Literal["observed", "rewired", "none"]
 PLACES = (("data", "path"), ("text", "cache"))  # settings that name local folders
 # Settings of folders and speed, which change no result (`text.batch_tokens`: only by rounding). Tables are identified
-# by their digest, wherever they are. A run resumes with any of these changed; docs/commands.md, "Run directory", lists them.
+# by their digest, wherever they are. A run resumes with any of these changed (docs/commands.md, "Run directory").
 NEUTRAL = (*PLACES, ("text", "offline"), ("text", "batch_tokens"), ("train", "wandb"))
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates come from names that are not UTF-8
 

@@ -72,7 +72,7 @@ def test_a_hub_reads_it():
 def test_what_it_says():
     made = card(results(), AMOUNTS, DIGESTS, "select/checkpoints/40")
     for said in (
-        *("# market: fused model", "texts and graph", "1,234 parameters, seed 3", "step 40, as validation chose it"),
+        *("# market: fused model", "texts and graph", "1,234 parameters, seed 3", "step 40, selected on validation"),
         *(
             "| customers | 12,345 |",
             "| ndcg@10 | 0.0333 | 0.0143 |",

@@ -96,7 +96,7 @@ def hostile_facts() -> ReportData:
             "versions": {"python": "3.11", "jax": "0.10", "flax": "0.12"},
         },
         counts={
-            **{"customers": 3, "products": 10, "holdings and purchases": 99, "reviews": 0, "ties": 4},
+            **{"customers": 3, "products": 10, "interactions": 99, "reviews": 0, "social edges": 4},
             **{"in the training part": 66, "in the validation part": 11, "in the test part": 22},
         },
         digests={"tables": "ab" * 32, "model": "cd" * 32},
@@ -215,7 +215,7 @@ def test_the_page_says_what_was_found(read):
         *("0.250 [0.200, 0.300]", "0.125 [0.100, 0.150]", "ab" * 32, "cd" * 32),
         *("it falls from rank 1 to 4.", "40", "2 customers are left without any product."),
         *("holds 21 products, 2 ties", "and 9 more", "score 0.750", "Fund +0.500; Co -0.250"),
-        "Trained on 66 holdings and purchases of 3 customers and 10 products",
+        "Trained on 66 interactions of 3 customers and 10 products",
         "as wide by chance alone with p = 0.020",
     ):
         assert said in shown, said

@@ -221,7 +221,7 @@ def test_markdown_cell_by_cell(report):
 def test_latex_is_escaped(report):
     text = latex(report, ["ndcg@10"])
     assert r"\begin{tabular}{lrrrrr}" in text
-    assert r"no\_ties & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
+    assert r"no\_social\_edges & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
     assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
     assert text.count("\\\\\n") == 5
     report["failures"][0]["message"] = r"a\b~c^d{e}#$"

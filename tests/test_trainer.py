@@ -319,7 +319,7 @@ def test_a_run_has_a_model_card(finished):
     digests = {json.loads((finished / "run.json").read_text())["tables"], model_digest(finished)}
     assert set(re.findall("`([0-9a-f]{64})`", below)) == digests
     assert hashlib.sha256((folder / "manifest.sha256").read_bytes()).hexdigest() in digests
-    assert "| customers | 80 |" in below and "trained anew" in below
+    assert "| customers | 80 |" in below and "refitted on training and validation" in below
 
 
 def test_a_page_about_a_run(cache, tmp_path, finished):

@@ -20,9 +20,7 @@ PATH = DEFINE_path("path", existing_folder, "Its folder; default: its own under 
 TO = flags.DEFINE_enum("to", None, list(LAYOUTS), "Layout to write.", required=True)
 OUT = DEFINE_path("out", written_folder, "New folder; RecBole's files get its name.", required=True)
 REPAIR = flags.DEFINE_bool("repair", False, "Repair the faults that can be repaired.")
-CORE = flags.DEFINE_integer(
-    "k_core", 1, "Filter to the k-core: users and items with at least k interactions.", lower_bound=1
-)
+CORE = flags.DEFINE_integer("k_core", 1, "Filter to users and items with at least k interactions.", lower_bound=1)
 MIN_VALUE = flags.DEFINE_float("min_value", None, "Minimum value of an interaction.")
 
 DELIMITER = flags.DEFINE_string("delimiter", "", "Delimiter of own text tables; empty = detected from the header.")

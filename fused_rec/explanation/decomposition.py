@@ -240,7 +240,7 @@ def by_modality(decomposition: ScoreDecomposition, user: int, item: int) -> dict
       item: item row.
 
     Returns:
-      Contributions that sum to the score, by keys such as "own_id", "interaction/text", "tie:friend/id" and "popularity".
+      Contributions that sum to the score, by keys such as "own_id", "interaction/text" and "tie:friend/id".
     """
     contributed = contributions(decomposition, user, [item])
     found: dict[str, float] = {}

@@ -131,9 +131,7 @@ def _page(
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     basis = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
     beside = ", with EASE as a term of the score" if config["model"]["ease_weight"] else ""
-    made_of = (
-        "retrained on the training and validation splits" if config["train"]["refit"] else "selected on validation"
-    )
+    made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
     language = "none" if variant == "graph" else in_markdown(config["text"]["model"])
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
     measured = "\n".join(

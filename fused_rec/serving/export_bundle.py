@@ -86,9 +86,7 @@ def export_bundle(
     """
     check(out, faiss=faiss)
     if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
-        raise ValueError(
-            "this model selected the step, and the run was refitted afterwards; open its final model, part='test'"
-        )
+        raise ValueError("this model was refitted after selection; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = user_item_vectors(config, prepared, state)
     # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.

@@ -346,9 +346,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
         ]
         users = measured[0].users if users is None else users
         if not all(np.array_equal(users, per_user.users) for per_user in measured):
-            raise ValueError(
-                f"the runs of {name} measured other users than those before it; start again in another out"
-            )
+            raise ValueError(f"the runs of {name} measured other users than those before it; choose another out")
         by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
         # Who holds everything but the held-out items has nothing to compare them with; perhaps that is everyone.
         values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}

@@ -19,17 +19,13 @@ def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
     Missing elements are removed from lists. An empty list stays a value; a list of only missing elements becomes null.
 
     Args:
-      column: a column of any type.
+      column: of a plain type (`fused_rec.data.io.plain`) or a dictionary of texts; other types stay unchanged.
 
     Returns:
-      The column; lists with removed elements are plain lists.
+      The column, of the same type.
     """
     kind = column.type
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return known(column.cast(pa.list_(kind.value_type)))
     if pa.types.is_dictionary(kind):
-        if pa.types.is_floating(kind.value_type):
-            return known(column.cast(kind.value_type))
         if not _is_text(kind.value_type):
             return column
         encoded = column.unify_dictionaries().combine_chunks()
@@ -40,11 +36,11 @@ def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
         mask = pa.array(flags(encoded.indices.is_null()) | absent[np.asarray(filled)])
         indices = pc.if_else(mask, pa.scalar(None, encoded.indices.type), encoded.indices)
         return pa.chunked_array([pa.DictionaryArray.from_arrays(indices, encoded.dictionary)])
-    if _is_list(kind):
-        if not any(_has_gaps(chunk) for chunk in column.chunks):
+    if pa.types.is_list(kind):
+        if not any(missing(chunk.flatten()).any() for chunk in column.chunks):
             return column
         rows = [None if row is None else _without_gaps(row) for row in column.to_pylist()]
-        return pa.chunked_array([pa.array(rows, _plain_list(kind))])
+        return pa.chunked_array([pa.array(rows, kind)])
     absent = missing(column) if pa.types.is_floating(kind) or _is_text(kind) else np.zeros(0, bool)
     if not flags(column.is_valid())[: len(absent)][absent].any():
         return column
@@ -75,33 +71,11 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _plain_list(kind: pa.DataType) -> pa.DataType:
-    if _is_list(kind):
-        return pa.list_(_plain_list(kind.value_type))
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _has_gaps(values: pa.Array) -> bool:
-    """Returns whether any element of the lists is missing, at any depth."""
-    while _is_list(values.type):
-        values = values.flatten()
-        if values.null_count:
-            return True
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    return bool(missing(values).any())
-
-
 def _without_gaps(row: list[Any]) -> list[Any] | None:
     """Removes missing elements of a list; None where all are missing."""
-    elements = [_without_gaps(element) if isinstance(element, list) else element for element in row]
     present = [
         element
-        for element in elements
+        for element in row
         if element is not None and element == element and not (isinstance(element, str) and not element.strip())
     ]
     return present if present or not row else None
