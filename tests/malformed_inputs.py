@@ -24,11 +24,14 @@ import safetensors.numpy
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import DataError
 from fused_rec.data.io.tables import read_tables
+from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans, read_prices
 from fused_rec.data.sources.fetch import DownloadError, unpack, verify
-from fused_rec.data.sources.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.sources.huggingface import huggingface
 from fused_rec.data.sources.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
+from fused_rec.data.sources.lightgcn import lightgcn_text
+from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.stocknet import stocknet
 from fused_rec.evaluation.filters import apply
 from fused_rec.evaluation.ranking import UserMetrics, item_sets

@@ -20,7 +20,8 @@ from malformed_inputs import BETWEEN, KEYS, TARGETS, TINY, files, model_seed, tr
 
 from fused_rec.data.dataset import DataError, printable
 from fused_rec.data.io.tables import read_tables
-from fused_rec.data.sources.formats import lightgcn_text, recbole
+from fused_rec.data.sources.lightgcn import lightgcn_text
+from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.stocknet import stocknet
 from fused_rec.text.cache import read_vectors
 
@@ -222,7 +223,7 @@ def test_the_name_of_a_folder_is_made_printable(tmp_path):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from fused_rec.data.sources import formats, stocknet; from fused_rec.data.io import tables
+from fused_rec.data.sources import amazon, edges, stocknet; from fused_rec.data.io import tables
 from fused_rec.data.dataset import DataError
 
 def pages():
@@ -249,9 +250,9 @@ def test_a_packed_file_that_fills_the_memory_is_refused(tmp_path):
     """2 GB of spaces in 2 MB."""
     block = gzip.compress(b" " * (1 << 27))
     (tmp_path / "r.json.gz").write_bytes(block * 16)
-    assert "unpacks to more than 268,435,456 bytes" in limited(f"formats.amazon(Path({str(tmp_path)!r}), False)")
+    assert "unpacks to more than 268,435,456 bytes" in limited(f"amazon.amazon(Path({str(tmp_path)!r}), False)")
     (tmp_path / "train.tsv.gz").write_bytes(block * 16)
-    assert "unpacks to more than 268,435,456 bytes" in limited(f"formats.edges(Path({str(tmp_path)!r}), False)")
+    assert "unpacks to more than 268,435,456 bytes" in limited(f"edges.edges(Path({str(tmp_path)!r}), False)")
 
 
 def test_a_parquet_file_that_claims_too_many_rows_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from fused_rec.config import Config, to_dict
 from fused_rec.runs.model_card import METRICS, card
 from fused_rec.training.trainer import write_card
 
-AMOUNTS = {"customers": 12345, "products": 10, "in the training part": 7}
+AMOUNTS = {"customers": 12345, "products": 10, "in the training split": 7}
 DIGESTS = {"tables": "ab" * 32, "model": "cd" * 32}
 
 
@@ -53,7 +53,7 @@ def test_the_closed_form_is_reported():
     given = results(variant="graph")
     assert "by the graph alone. 1,234 parameters" in card(given, AMOUNTS, DIGESTS, "x")
     given["config"]["model"]["ease_weight"] = 4.0
-    assert "by the graph alone, with EASE as a part of the score. 1,234" in card(given, AMOUNTS, DIGESTS, "x")
+    assert "by the graph alone, with EASE as a term of the score. 1,234" in card(given, AMOUNTS, DIGESTS, "x")
 
 
 def test_a_hub_reads_it():

@@ -97,7 +97,7 @@ def hostile_facts() -> ReportData:
         },
         counts={
             **{"customers": 3, "products": 10, "interactions": 99, "reviews": 0, "social edges": 4},
-            **{"in the training part": 66, "in the validation part": 11, "in the test part": 22},
+            **{"in the training split": 66, "in the validation split": 11, "in the test split": 22},
         },
         digests={"tables": "ab" * 32, "model": "cd" * 32},
         split="valid",

@@ -15,9 +15,12 @@ from malformed_inputs import BETWEEN, FARTRANS, TARGETS
 
 from fused_rec.config import DataConfig
 from fused_rec.data.dataset import DataError, Dataset, column, empty_reviews
+from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans, read_prices
-from fused_rec.data.sources.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.sources.lastfm import lastfm
+from fused_rec.data.sources.lightgcn import lightgcn_text
+from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.registry import READERS, k_core, load
 from fused_rec.data.sources.stocknet import mask_tickers, stocknet
 

@@ -14,7 +14,7 @@ from fused_rec.config import DataConfig
 from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.io.tables import dataset_from_tables, read_tables
 from fused_rec.data.io.writers import save_dataset
-from fused_rec.data.sources.formats import recbole
+from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.registry import load
 from fused_rec.data.synthetic import make_synthetic
 

@@ -21,7 +21,7 @@ MEANING = {
     "auc": "how often a held-out product is ranked above another one",
 }
 TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
-SPLIT_TITLES = {"valid": "validation part", "test": "test part"}
+SPLIT_TITLES = {"valid": "validation split", "test": "test split"}
 NAME, SENTENCE, TEXT = 120, 600, 4000  # letters of a name, a reason and a passage that are shown
 HOLDINGS = 12  # of a customer, shown by name
 DEGREES = 4  # of highlighting
@@ -97,7 +97,7 @@ def _versions(results: Mapping[str, Any]) -> list[str]:
 def _lead(facts: ReportData) -> str:
     there, kind = facts.counts, facts.results["split"]
     return (
-        f"Trained on {there['in the training part']:,} holdings and purchases of {there['customers']:,} customers and "
+        f"Trained on {there['in the training split']:,} interactions of {there['customers']:,} customers and "
         f"{there['products']:,} products; the others are held out ({kind} split) and say how well it ranks."
     )
 
@@ -105,8 +105,12 @@ def _lead(facts: ReportData) -> str:
 def _tiles(facts: ReportData) -> Element:
     results = facts.results
     shown = [
-        ("NDCG@10, test part", f"{results['test']['ndcg@10']:.3f}", "as trained"),
-        ("NDCG@10, validation part", f"{results['valid']['ndcg@10']:.3f}", f"step {results['best_step']} chosen by it"),
+        ("NDCG@10, test split", f"{results['test']['ndcg@10']:.3f}", "as trained"),
+        (
+            "NDCG@10, validation split",
+            f"{results['valid']['ndcg@10']:.3f}",
+            f"step {results['best_step']} chosen by it",
+        ),
     ]
     others = [model for model in facts.models if model.against is not None]
     if others:
@@ -180,14 +184,14 @@ def _training(facts: ReportData) -> list[Element]:
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
     drawn = []
-    shown = ((f"valid/{metric}", metric, f"{metric} on the validation part"), ("loss", "loss", "Training loss"))
+    shown = ((f"valid/{metric}", metric, f"{metric} on the validation split"), ("loss", "loss", "Training loss"))
     for key, unit, title in shown:
         points = [(float(line["step"] or 0), line.get(key)) for line in facts.curve]
         if any(value is not None for _, value in points):
             svg = curve(f"curve-{unit.replace('@', '-')}", title, points, unit, results["best_step"])
             drawn.append(element("figure", element("h3", title), svg))
     none = None if drawn else element("p", "No curves were kept.", class_="muted")
-    header = ["Step", "Training loss", f"{metric} on the validation part"]
+    header = ["Step", "Training loss", f"{metric} on the validation split"]
     body = [[f"{line['step']:g}", _cell(line.get("loss")), _cell(line.get(f"valid/{metric}"))] for line in facts.curve]
     settings = [
         [f"{section}.{name}", repr(value)]
@@ -216,7 +220,7 @@ def _slices(facts: ReportData) -> list[Element]:
     by_item = facts.results.get("slices", {}).get("item_interactions", {})
     if by_item:
         rows = [Bar(f"{name} holders, {of['items']:,} products", of["ndcg@10"]) for name, of in by_item.items()]
-        title = "NDCG@10 by holders of the product, test part"
+        title = "NDCG@10 by holders of the product, test split"
         caption = "Only held-out products of the group count. As trained, without intervals."
         drawn = bars("slice-items", title, rows, "NDCG@10")
         found.append(element("figure", element("h3", title), drawn, element("figcaption", caption)))

@@ -35,6 +35,27 @@ INTEGER_DIGITS = 20  # digits of 64-bit integers
 JSON_ROWS = 65_536  # JSON lines in memory as Python objects at a time
 
 
+def only_file(path: Path, pattern: str) -> Path:
+    """Finds the one file of a folder that matches a pattern.
+
+    Args:
+      path: the folder.
+      pattern: as of `Path.glob`.
+
+    Returns:
+      The file.
+
+    Raises:
+      DataError: no file or several files match.
+    """
+    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    if len(found) != 1:
+        names = sorted(file.name for file in (found or path.iterdir()))
+        message = f"{len(found)} files match {pattern} in {path}, which must be one (there: {names})"
+        raise DataError([Problem(pattern, None, message, "name a folder that holds one dataset")])
+    return found[0]
+
+
 def read_parquet(file: Path) -> pa.Table:
     """Reads a Parquet file.
 

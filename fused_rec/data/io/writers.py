@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from fused_rec.data.dataset import Dataset, column, printable
 from fused_rec.data.io.arrow import pc, replace
-from fused_rec.data.sources.huggingface import ROW, SPLITS, shard
+from fused_rec.data.io.shards import ROW, SPLITS, shard
 from fused_rec.storage import fill_folder
 
 EXACT = 2**53  # integers up to here are 64-bit floats

@@ -21,17 +21,11 @@ from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.files import read_parquet
 from fused_rec.data.io.folder import FORMATS
+from fused_rec.data.io.shards import ROW, SPLITS, shard
 from fused_rec.data.io.tables import COLUMNS, select
 from fused_rec.data.io.validate import Tables, assemble
 
-SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # Hugging Face's names -> ours
-ROW = "row"  # column: index of an interaction before splitting
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
-
-
-def shard(split: str) -> str:
-    """Returns the file name of a split with one shard."""
-    return f"{split}-00000-of-00001.parquet"
 
 
 def huggingface(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:

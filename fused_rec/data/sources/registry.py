@@ -14,10 +14,13 @@ from fused_rec.config import DataConfig
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.io.arrow import flags, pc, replace
 from fused_rec.data.io.tables import read_tables
+from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans
-from fused_rec.data.sources.formats import amazon, edges, lightgcn_text, recbole
 from fused_rec.data.sources.huggingface import huggingface
 from fused_rec.data.sources.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
+from fused_rec.data.sources.lightgcn import lightgcn_text
+from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.stocknet import stocknet
 
 
