@@ -1,11 +1,11 @@
-"""Measure fused_rec beside the packages that people would otherwise use, in one run.
+"""Benchmarks fused_rec against third-party packages, in one run.
 
     FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --competitors=ENVIRONMENTS --out=train.json
 
-Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking the whole catalogue), encode (texts a
-language model reads), scale (a step from 1e5 to 1e7 edges). Each side is a process of its own, peers in environments
-of their own (experiments/competitors/*.txt); sides take turns, forth and back, and medians are told. Be alone on the
-machine. docs/SPEED.md says what is measured and how.
+Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking of all items), encode (texts per second
+of a language model), scale (a step with 1e5 to 1e7 edges). Each side runs in its own process, competitors in
+environments of their own (experiments/competitors/*.txt). Sides alternate, and medians are reported. Run nothing else
+on the machine. docs/SPEED.md describes what is measured and how.
 """
 
 import contextlib
@@ -67,7 +67,16 @@ EVERYTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Who holds what: the training part, ascending by (user, item), and the held-out part."""
+    """Interactions: the training split, sorted by (user, item), and the test split.
+
+    Attributes:
+      n_users: number of users.
+      n_items: number of items.
+      user: users of the training interactions.
+      item: their items.
+      test_user: users of the test interactions.
+      test_item: their items.
+    """
 
     n_users: int
     n_items: int
@@ -79,7 +88,17 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one comparison came to, before it is made rows. work: what a call gets done, for a rate; 0 = its time."""
+    """Result of one comparison.
+
+    Attributes:
+      name: name of the comparison.
+      figures: measured values by side.
+      left_out: reason by side that was not measured.
+      checks: what each side's result has in common with ours, in words.
+      setting: description of the setting.
+      work: work per call, to compute a rate; 0 = report the time.
+      unit: of the rate or time.
+    """
 
     name: str
     figures: Mapping[Side, Mapping[str, Any]]
@@ -91,7 +110,17 @@ class Measured:
 
 
 def read_pairs(name: str) -> Pairs:
-    """A named dataset's published split. Raises ValueError for a name that is none."""
+    """Reads the published split of a dataset.
+
+    Args:
+      name: `data.name`.
+
+    Returns:
+      The interactions.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
     if name.startswith("generated:"):
         return generated(int(float(name.removeprefix("generated:"))))
     readers = {"lastfm": "lastfm_lightgcn", "gowalla": "lightgcn_text"}
@@ -110,10 +139,16 @@ def read_pairs(name: str) -> Pairs:
 
 
 def generated(edges: int) -> Pairs:
-    """About `edges` distinct pairs, 30 a user and 60 an item in the mean, a few items with most of them; seeded.
+    """Generates about `edges` distinct pairs with a fixed seed, on average 30 per user and 60 per item.
 
-    One more pair in ten is held out. Items are drawn by a power of a uniform number, so that the most popular tenth has
-    half of the pairs.
+    Another pair in ten is held out. Items are sampled by a power of a uniform number, so that the most popular tenth
+    has half of the pairs.
+
+    Args:
+      edges: number of pairs.
+
+    Returns:
+      The interactions.
     """
     rng = np.random.default_rng(0)
     n_users, n_items = max(edges // 30, 8), max(edges // 60, 8)
@@ -126,9 +161,16 @@ def generated(edges: int) -> Pairs:
 
 
 def batches_of(pairs: Pairs, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """[S, B] users, each uniform over those that hold anything, one item each holds and one each does not.
+    """Samples S batches of B (user, positive item, negative item), users uniformly among those with interactions.
 
-    Users may come twice in a batch, as in the published training; every side is given the same ones.
+    A user may occur twice in a batch, as in the published training; all sides get the same batches.
+
+    Args:
+      pairs: the interactions.
+      rng: the random generator.
+
+    Returns:
+      Arrays [S, B] by name.
     """
     start = np.searchsorted(pairs.user, np.arange(pairs.n_users + 1))
     active = np.flatnonzero(np.diff(start))
@@ -145,9 +187,16 @@ def batches_of(pairs: Pairs, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
-    """Random rows after the rounds of LightGCN, without the rows themselves: untrained vectors to rank by.
+    """Averages random embeddings over the layers of LightGCN, without the input layer.
 
-    They rank better than chance, so that a metric of two packages can differ where they compute it differently.
+    These untrained embeddings rank better than chance, so a metric differs if two packages compute it differently.
+
+    Args:
+      pairs: the interactions.
+      rows: random embeddings of users and items.
+
+    Returns:
+      The averaged embeddings.
     """
     from scipy import sparse
 
@@ -162,8 +211,15 @@ def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
-    """The job's arrays, as `experiments/competitors/protocol.py` describes them. final: rows to rank with, not to
-    train.
+    """Writes the arrays of a job, as `experiments/competitors/protocol.py` describes them.
+
+    Args:
+      pairs: the interactions.
+      folder: output folder.
+      final: whether the embeddings are for ranking instead of training.
+
+    Returns:
+      The file.
     """
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((pairs.n_users + pairs.n_items, DIM), np.float32)
@@ -179,7 +235,7 @@ def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
 
 
 def write_atomic(pairs: Pairs, folder: Path) -> None:
-    """The same pairs as RecBole's atomic files."""
+    """Writes the interactions as RecBole's atomic files."""
     (folder / "pairs").mkdir()
     for part, ends in (("train", (pairs.user, pairs.item)), ("test", (pairs.test_user, pairs.test_item))):
         file = folder / "pairs" / f"pairs.{part}.inter"
@@ -188,13 +244,13 @@ def write_atomic(pairs: Pairs, folder: Path) -> None:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder for jobs and results that goes afterwards."""
+    """Yields a temporary folder for jobs and results."""
     with tempfile.TemporaryDirectory(prefix="fused_rec_benchmark_") as folder:
         yield Path(folder)
 
 
 def job_of(folder: Path, graph_inputs: str, arrays: Path, **settings: Any) -> dict[str, Any]:
-    """A job with the flags' and the task's settings."""
+    """Returns a job with the settings of the flags and of the task."""
     return {
         **{"task": graph_inputs, "folder": str(folder), "arrays": str(arrays), "atomic": str(folder)},
         **{"repeats": REPEATS.value, "warmup": WARMUP.value, "threads": THREADS.value},
@@ -214,9 +270,20 @@ def compared(
     visits: int = 1,
     **shown: Any,
 ) -> Measured:
-    """Runs ours and those of the peers that are installed; what is missing or fails is told, and stands in the rows.
+    """Runs our side and the installed competitors; missing or failed ones are reported in the rows.
 
-    check: of (our result, a side's): what the two have in common, in words.
+    Args:
+      name: name of the comparison.
+      sides: the competitors.
+      job: settings of the job.
+      check: called with our result and that of a side; describes in words what they have in common.
+      setting: description of the setting.
+      variables: environment variables of the processes.
+      visits: number of processes per side.
+      **shown: further fields of `Measured`.
+
+    Returns:
+      The measurements.
     """
     folder = None if PEERS.value is None else Path(PEERS.value)
     found = {side: competitors.python_of(side, folder) for side in (OURS, *sides)}
@@ -243,7 +310,18 @@ def compared(
 
 
 def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, higher: bool = False) -> Iterator[dict]:
-    """A row a peer (one without, where there is no peer at all) of one figure; ratio: how many times ours is ahead."""
+    """Yields a row per competitor of one figure (or one row without competitors).
+
+    Args:
+      measured: the measurements.
+      what: name of the figure.
+      of_sample: converts a sample to the figure.
+      unit: of the figure.
+      higher: whether larger is better; the ratio says how many times better our side is.
+
+    Yields:
+      The rows.
+    """
     figures, convert = measured.figures, of_sample or (lambda value: value)
     ours = competitors.spread([convert(sample) for sample in figures[OURS][what]])
     common = {
@@ -269,7 +347,7 @@ def rows_of(measured: Measured, what: str, of_sample=None, unit: str = "", *, hi
 
 
 def all_rows(measured: Measured, *also: str) -> list[dict[str, Any]]:
-    """The rows of the calls themselves, and of what else is named: compile_s, peak_mb, load_s."""
+    """Returns the rows of the call times, and of the other figures in `also`: compile_s, peak_mb, load_s."""
     work = measured.work
     convert = (lambda second: work / second) if work else (lambda second: 1e3 * second)
     rows = [*rows_of(measured, "seconds", convert, higher=bool(work))]
@@ -279,7 +357,7 @@ def all_rows(measured: Measured, *also: str) -> list[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-    """Hardware in words, and how busy it was (the one-minute load, this run's share included)."""
+    """Describes the hardware and its load (one-minute average, including this run)."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     total = [int(line.split()[1]) / 2**20 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     processor = names[0] if names else platform.processor() or platform.machine()
@@ -293,30 +371,30 @@ def _lines(file: str) -> list[str]:
 
 
 def same_loss(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Of the first step, from the same rows on the same pairs; some packages' loss includes their decay."""
+    """Compares the losses of the first step, from equal embeddings and pairs; the loss of some packages includes L2."""
     if np.isnan(theirs):
         return "one pass over all pairs; it has another loss"
     return f"first loss {float(ours):.4f} and {float(theirs):.4f}"
 
 
 def same_lists(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """How much of the ranked lists is the same, rank by rank."""
+    """Compares the ranked lists rank by rank."""
     return f"{np.mean(ours == theirs):.2%} of ranks hold the same item"
 
 
 def same_value(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """The metric itself, as both sides compute it."""
+    """Compares the metric as both sides compute it."""
     return f"recall@{K} {float(ours):.5f} and {float(theirs):.5f}"
 
 
 def same_vectors(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """The least cosine between the two vectors of a text."""
+    """Returns the smallest cosine between the two vectors of a text."""
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return f"cosine at least {((ours * theirs).sum(1) / lengths).min():.5f}"
 
 
 def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A step of LightGCN, its compilation, memory and loading; import to first step; a pass over all pairs."""
+    """Measures LightGCN: step, compilation, memory, loading, import to first step, and an epoch."""
     for name in names:
         with workplace() as folder:
             pairs = read_pairs(name)
@@ -345,7 +423,7 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def evaluate(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Customers a second: their 20 best of the whole catalogue, and that with metrics."""
+    """Measures users per second: their top 20 of all items, without and with metrics."""
     for name in names:
         with workplace() as folder:
             pairs = read_pairs(name)
@@ -362,7 +440,7 @@ def evaluate(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Tokens a second of real texts through MiniLM, its tokenizer included; special tokens counted, padding not."""
+    """Measures tokens per second of real texts in MiniLM with its tokenizer; counts special tokens, no padding."""
     from fused_rec.config import DataConfig, TextConfig
     from fused_rec.data.sources.registry import load
     from fused_rec.text.encode import count_tokens
@@ -390,7 +468,7 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A step, its memory, and the time from arrays on disk to its start, on ever larger graphs."""
+    """Measures step time, memory, and time from arrays on disk to the first step on growing graphs."""
     for name in names:
         with workplace() as folder:
             pairs = read_pairs(name)
@@ -401,7 +479,7 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table: medians, and how many times ours is ahead."""
+    """Formats the rows as a table of medians and ratios."""
     heading = ("", "ours", "peer", "", "unit", "ahead", "")
     cells: list[tuple[str, ...]] = [heading]
     for row in rows:
@@ -418,9 +496,10 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def keep_to_threads() -> None:
-    """This process, and all that it starts, on the first --threads cores: XLA takes as many threads as it has cores.
+    """Binds this process and its children to the first --threads cores; XLA uses as many threads as cores.
 
-    Raises ValueError where there are too few, or where the system cannot bind a process and has more.
+    Raises:
+      ValueError: there are too few cores, or the system cannot bind a process and has more.
     """
     there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else list(range(os.cpu_count() or 1))
     if THREADS.value > len(there):
@@ -432,7 +511,7 @@ def keep_to_threads() -> None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """The plot of the ratios, where there are any and Matplotlib is installed."""
+    """Plots the ratios, if there are any and Matplotlib is installed."""
     # A peer that compiles nothing has no time to be divided by; the table has both.
     rows = [row for row in rows if row["ratio"] and not row["name"].endswith(SUFFIXES["compile_s"])]
     if not rows:
@@ -447,7 +526,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, measures, prints the table and where things lie."""
+    """Parses flags, measures, and prints the table and the paths."""
     keep_to_threads()
     out, suite = Path(OUT.value), {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale}[SUITE.value]
     busy = os.getloadavg()[0]

@@ -21,8 +21,12 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One package. environment: its folder below --competitors and the name of its requirement file; "" = this
-    Python.
+    """Third-party package.
+
+    Attributes:
+      name: name in the table.
+      script: script that measures it.
+      environment: name of its environment below --competitors and of its requirements file; empty = this Python.
     """
 
     name: str

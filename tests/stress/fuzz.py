@@ -1,5 +1,4 @@
-"""Coverage-guided fuzzing of every reader of tests/malformed_inputs.py: nothing but documented errors, no hang, memory
-bounded.
+"""Coverage-guided fuzzing of every reader of tests/malformed_inputs.py: documented errors, bounded time and memory.
 
     pip install atheris
     python tests/stress/fuzz.py --seconds=1200                         # shared out among all targets
