@@ -1,8 +1,8 @@
-"""The console script `fused-rec`: every command, for those who installed the package.
+"""Console script `fused-rec` with all commands of the installed package.
 
     fused-rec train --config=tables --config.data.path=DIR --workdir=runs/mine
 
-The list of commands and the version need no library; a command's module is imported when the command is run.
+The list of commands and the version need no library; only the module of the given command is imported.
 """
 
 import importlib
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command that the first argument names, with the rest as its flags."""
+    """Runs the command named by the first argument, with the rest as its flags."""
     exit_on_interrupt()
     open_missing_streams()
     try:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _answer(arguments: list[str]) -> None:
-    """Returns where a command is named; else prints what was asked for, or what is wrong, and exits."""
+    """Returns if a command is given; else prints the help, the version or an error, and exits."""
     first = arguments[0] if arguments else ""
     if first in COMMANDS:
         return

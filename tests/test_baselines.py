@@ -216,9 +216,9 @@ def test_without_interactions_all_score_alike():
 
 
 def test_what_is_not_reported_is_asked_for():
-    with pytest.raises(NotApplicableError, match="friends_mean needs ties"):
+    with pytest.raises(NotApplicableError, match="friends_mean needs social edges"):
         friends_mean(TINY._replace(source=NONE, target=NONE))
-    with pytest.raises(NotApplicableError, match="text_mean needs item words"):
+    with pytest.raises(NotApplicableError, match="text_mean needs text of items"):
         text_mean(TINY._replace(item_text=np.zeros((4, 1), np.float32)), own=0.0)
 
 
@@ -347,5 +347,5 @@ def test_ties_reach_their_baseline_and_missing_words_are_reported(market):
     assert 0 < blank.sum() < 80
     expected[blank] = popular
     np.testing.assert_allclose(scores(baseline("friends_mean", seen, {}), 80), expected, atol=1e-6)
-    with pytest.raises(NotApplicableError, match="text_ease needs item words"):
+    with pytest.raises(NotApplicableError, match="text_ease needs text of items"):
         choose_settings("text_ease", alone)

@@ -271,7 +271,7 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
     assert {"rewired_social_edges", "shuffled_text", "text", "graph"} <= set(kept)
     no_text = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="graph"))
     _, skipped = applicable(no_text, list(VARIANTS), *read(no_text))
-    assert skipped["shuffled_text"] == skipped["random_text"] == "the config reads no words"
+    assert skipped["shuffled_text"] == skipped["random_text"] == "the config uses no text"
     with pytest.raises(ValueError, match="nothing is left to compare"):
         applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
 

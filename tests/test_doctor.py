@@ -27,7 +27,7 @@ def test_versions_are_compared_with_what_is_asked_for():
     assert sound == Line("ok", "libraries", "jax 0.12.1")
     old = doctor.check_versions(asked, versions(jax="0.9.2"))
     assert old.verdict == "FAIL" and "pip install" in old.remedy
-    assert old.found == "jax is 0.9.2, and >=0.10.0 is asked for; jraph==0.0.6.dev0 is not installed"
+    assert old.found == "jax is 0.9.2, and >=0.10.0 is required; jraph==0.0.6.dev0 is not installed"
 
 
 def test_extras_name_what_lacks():

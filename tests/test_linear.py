@@ -261,5 +261,5 @@ def test_refusals(call, message):
 
 
 def test_text_ease_asks_for_words():
-    with pytest.raises(NotApplicableError, match="text_ease needs item words"):
+    with pytest.raises(NotApplicableError, match="text_ease needs text of items"):
         text_ease(SQUARE, l2=1.0, l2_text=1.0, l2_words=1.0)

@@ -149,7 +149,7 @@ def test_the_command(tmp_path):
     done = subprocess.run([*command, f"--out={tmp_path}/atomic"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Dataset('tables': 40 users, 20 items")
-    assert "no room for: reviews: times left out:" in done.stdout
+    assert "not kept: reviews: times left out:" in done.stdout
     again = subprocess.run([*command, f"--out={tmp_path}/atomic"], capture_output=True, text=True)
     assert again.returncode == 1 and "holds files already; name a new folder" in again.stderr
 

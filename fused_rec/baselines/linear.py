@@ -22,14 +22,16 @@ from fused_rec.baselines.neighbors import Entries, Interactions, entries, has_in
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.memory import require_memory
 
-EXACT = 4096  # beyond, eigenvectors of a Gram matrix take minutes and subspace iteration seconds
-MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
+EXACT = 4096  # above it, eigenvectors of a Gram matrix take minutes, subspace iteration seconds
+MIN_ONE_MINUS_NORM = 1e-4  # weights then have three digits in float32
 # Rows of a matrix that LAPACK factorises as a whole. OpenBLAS 0.3.30 (SciPy 1.17) with 2 threads crashes on 46,300, of
 # 8.6 GB with 20 GB to spare; 20,000 rows work. The cause is likely its packing buffer, of fixed size, and not memory.
 WHOLE = 16_384
-BLOCK = 1 << 24  # elements of a dense matrix that are made at once from sparse ones
-OVERSAMPLES = 64  # directions beyond those asked for, of a subspace iteration
-LESS = "raise data.k_core, take another recommender (item_knn keeps only the nearest), or a machine with more memory"
+BLOCK = 1 << 24  # elements of a dense block computed at once from sparse matrices
+OVERSAMPLES = 64  # additional directions of a subspace iteration
+LESS = (
+    "raise data.k_core, use another baseline (item_knn keeps only nearest neighbors), or use a machine with more memory"
+)
 
 
 def ease(interactions: Interactions, *, l2: float) -> Partial:
@@ -135,7 +137,7 @@ def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRan
     """
     rank = min(rank, interactions.n_users, interactions.n_items)
     _require_subspace("model.ease_weight", interactions, rank, "lower model.ease_rank, or set model.ease_weight to 0")
-    # In float64: an item of n holders leaves about l2 / (l2 + n) of 1 - |S_i|^2.
+    # In float64: for an item with n interactions, 1 - |S_i|^2 is about l2 / (l2 + n).
     history = interactions.history().astype(np.float64)
     singular, right = _subspace(history, rank, iterations=4)
     rows = right * np.sqrt(singular**2 / (singular**2 + l2))
@@ -184,7 +186,7 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
     rows: Any  # SciPy's annotations take a slice of rows for None
     rows, linear = (history, normal.T) if interactions.n_users < interactions.n_items else (normal.T.tocsr(), None)
     dense = np.empty((rows.shape[0], interactions.n_items), np.float32)
-    for block in _blocks(*dense.shape):  # of float64, which as a whole would take twice as much and more
+    for block in _blocks(*dense.shape):  # a whole float64 matrix would need more than twice the memory
         if linear is None:
             dense[block] = (rows[block] @ normal).toarray() + left[block] @ right
         else:
@@ -202,7 +204,7 @@ def _require_room(name: str, seen: Interactions, words: bool) -> None:
     """Raises InsufficientMemoryError if `_regression`, with two of its largest matrices at a time, does not fit."""
     n_users, n_items = seen.n_users, seen.n_items
     n = min(n_users, n_items)
-    inverse = 4 * n_users**2 if n_users < n_items else 0  # beside scores; weights are made in its place
+    inverse = 4 * n_users**2 if n_users < n_items else 0  # in addition to scores; weights reuse its memory
     need = max(8 * n * n_items, inverse + (8 if words else 4) * n * n_items)
     require_memory(need, f"{name} of {n:,} x {n_items:,} {'scores' if inverse else 'weights'}", LESS)
 
@@ -218,7 +220,7 @@ def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"
     """Computes the largest singular values and right singular vectors by subspace iteration (Halko et al., 2011)."""
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.tfidf`
 
-    decompose: Any = randomized_svd  # its annotations know neither a number of iterations nor what it returns
+    decompose: Any = randomized_svd  # its annotations lack the number of iterations and the result
     _, singular, right = decompose(
         matrix, rank, n_oversamples=OVERSAMPLES, n_iter=iterations, power_iteration_normalizer="QR", random_state=0
     )
@@ -289,13 +291,13 @@ def _regularized_inverse(rows: Any, l2: float) -> Float32[np.ndarray, "n n"]:
     """Computes (rows @ rows' + l2 I)^-1 of a sparse matrix, in the memory of one dense matrix."""
     n, columns = rows.shape[0], rows.T.tocsr()
     matrix = np.empty((n, n), np.float32, order="F")
-    for block in _blocks(n, n):  # as a whole, the sparse product may take three times as much as the matrix
+    for block in _blocks(n, n):  # a whole sparse product may need three times the memory of the matrix
         (rows[block] @ columns).toarray(out=matrix.T[block])  # symmetric
     norm = matrix.sum(0).max()  # bounds the largest eigenvalue: no entry is negative
     matrix[np.diag_indices_from(matrix)] += np.float32(l2)
     if not _invert(matrix) or l2 < 1e-5 * norm:  # a condition number of 1e5 leaves float32 two digits
         raise ValueError(f"l2 is {l2}, too small for an inverse in float32; it must be at least {1e-5 * norm:.2g}")
-    return matrix.T  # the same, and in rows, as the device takes it without one more copy
+    return matrix.T  # equal by symmetry, in row order, which the device takes without a copy
 
 
 def _invert(matrix: Float32[np.ndarray, "n n"]) -> bool:
@@ -332,7 +334,7 @@ def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
     inverse, _ = potri(factor, lower=1, overwrite_c=1)
     for i in range(len(inverse)):  # LAPACK fills one triangle
         inverse[i, i + 1 :] = inverse[i + 1 :, i]
-    if not np.shares_memory(inverse, matrix):  # a block of a larger matrix, of which LAPACK took a copy
+    if not np.shares_memory(inverse, matrix):  # LAPACK copied a block of a larger matrix
         matrix[:] = inverse
     return True
 
@@ -340,7 +342,7 @@ def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
 def _scorer(history, dense: Float32[np.ndarray, "n I"], known) -> Partial:
     """Returns the scorer of a U x I score matrix if U < I, else of I x I item-item weights."""
     n_users, n_items = history.shape
-    on_device = jax.device_put(dense)  # jnp.asarray takes one more copy on the way
+    on_device = jax.device_put(dense)  # jnp.asarray would copy once more
     if n_users < n_items:
         return rank_unscorable_last(Partial(_rows_of, on_device), known)
     zeros = jnp.zeros(n_items, jnp.float32)

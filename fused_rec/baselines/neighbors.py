@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from fused_rec.memory import require_memory
 
 ITERATIONS = 15  # of ALS
-SIMILARITIES = 1 << 24  # between rows that are sorted at once; each takes some 64 bytes until only the nearest are left
+SIMILARITIES = 1 << 24  # similarities sorted at once, about 64 bytes each
 
 
 class NotApplicableError(ValueError):
@@ -73,7 +73,9 @@ class Interactions(NamedTuple):
           NotApplicableError: there are no social edges.
         """
         if self.source is None or self.target is None or not len(self.source):
-            raise NotApplicableError(f"{asked_by} needs ties and none are seen; leave it out for these tables")
+            raise NotApplicableError(
+                f"{asked_by} needs social edges, and there are none; leave it out for these tables"
+            )
         return _pairs(self.source, self.target, self.n_users, self.n_users, "source", "target")
 
     def require_item_text(self, asked_by: str) -> Float32[np.ndarray, "I D"]:
@@ -90,7 +92,7 @@ class Interactions(NamedTuple):
         """
         if self.item_text is None or not self.item_text.any():
             raise NotApplicableError(
-                f"{asked_by} needs item words and none are seen; leave it out for these tables, or for a variant "
+                f"{asked_by} needs text of items, and there is none; leave it out for these tables, or for a variant "
                 "that reads no text"
             )
         return self.item_text
@@ -254,7 +256,7 @@ def als(interactions: Interactions, *, factors: int, regularization: float, alph
     need = 8 * factors * (interactions.n_users + interactions.n_items)  # float32, and the device's copy
     require_memory(need, f"als, with {factors} factors of each user and item", "raise data.k_core, or leave als out")
     history = interactions.history()
-    # The library has threads of its own; those of BLAS beside them slow it tenfold, of which it warns.
+    # The library has its own threads; with BLAS threads it is ten times slower, and warns.
     with threadpool_limits(1, "blas"):
         model = AlternatingLeastSquares(
             factors, regularization=regularization, alpha=alpha, iterations=ITERATIONS, random_state=seed
@@ -310,10 +312,10 @@ def _nearest(name: str, vectors: scipy.sparse.csr_array, num_neighbors: int, shr
     norms = np.sqrt(np.diff(vectors.indptr))
     transposed = vectors.T.tocsr()
     n = len(norms)
-    # So many similarities a row has at most: one for each other holder of each of its columns.
+    # Upper bound of the similarities of a row: one per other entry of each of its columns.
     most = np.minimum(abs(vectors) @ np.diff(transposed.indptr).astype(np.float64), n)
     kept = int(np.minimum(most, num_neighbors).sum())
-    what = f"{name} with up to {num_neighbors} neighbours of each of {n:,} {'items' if name == 'item_knn' else 'users'}"
+    what = f"{name} with up to {num_neighbors} neighbors of each of {n:,} {'items' if name == 'item_knn' else 'users'}"
     require_memory(24 * kept + 64 * SIMILARITIES, what, f"raise data.k_core, or leave {name} out")
     blocks = []
     for rows in _row_blocks(most):
@@ -342,7 +344,7 @@ def _row_blocks(most: Float[np.ndarray, "n"]) -> Iterator[slice]:
 
 
 CHUNK = 128  # entries of a row added in one step
-MOST_ENTRIES = 2**31 - 1 - CHUNK  # of a matrix on the device, which numbers them by int32
+MOST_ENTRIES = 2**31 - 1 - CHUNK  # maximum entries of a matrix on the device, indexed by int32
 
 
 class Entries(NamedTuple):
@@ -373,10 +375,10 @@ def entries(matrix: scipy.sparse.csr_array) -> Entries:
     """
     if matrix.nnz > MOST_ENTRIES:
         raise NotApplicableError(
-            f"a sparse matrix of {matrix.nnz:,} entries is needed, and at most {MOST_ENTRIES:,} are numbered on a "
-            "device; raise data.k_core, or leave this recommender out"
+            f"a sparse matrix of {matrix.nnz:,} entries is needed, and a device indexes at most "
+            f"{MOST_ENTRIES:,}; raise data.k_core, or leave this baseline out"
         )
-    # One zero past the end, for what reads beyond a row (or an empty matrix) to find.
+    # A zero past the end, for reads beyond a row or of an empty matrix.
     columns, values = np.append(matrix.indices, 0), np.append(matrix.data, 0)
     return Entries(
         jnp.asarray(matrix.indptr, jnp.int32), jnp.asarray(columns, jnp.int32), jnp.asarray(values, jnp.float32)

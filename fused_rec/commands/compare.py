@@ -21,8 +21,8 @@ CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figures.", required=True)
 NAMES = flags.DEFINE_list(
     "variants",
-    [name for name in (*VARIANTS, *BASELINES) if name != "lora"],  # which takes as long as all others together
-    f"What is compared, of {', '.join((*VARIANTS, *BASELINES))}.",
+    [name for name in (*VARIANTS, *BASELINES) if name != "lora"],  # as slow as all others together
+    f"Variants and baselines to compare, of {', '.join((*VARIANTS, *BASELINES))}.",
 )
 SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
 TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned variant on validation.", lower_bound=0)

@@ -47,4 +47,4 @@ def main(argv: list[str]) -> None:
     for what, count in dataset.notes.items():
         print(f"note: {what}: {count:,}")
     for what, count in lost.items():
-        print(f"left out: {what}: {count:,}")
+        print(f"not kept: {what}: {count:,}")

@@ -66,7 +66,7 @@ def check_versions(requirements: list[str], version: Callable[[str], str] = impo
             wrong.append(f"{requirement} is not installed")
             continue
         if not requirement.specifier.contains(Version(there), prereleases=True):
-            wrong.append(f"{requirement.name} is {there}, and {requirement.specifier} is asked for")
+            wrong.append(f"{requirement.name} is {there}, and {requirement.specifier} is required")
         if requirement.name in ("jax", "flax", "numpy"):
             shown.append(f"{requirement.name} {there}")
     if wrong:
@@ -116,7 +116,7 @@ def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Li
     if backend == "cpu" and accelerators:
         build = "tpu" if any("accel" in file for file in accelerators) else "cuda12"
         remedy = f'pip install -U "jax[{build}]", and leave JAX_PLATFORMS unset'
-        return Line("note", "devices", f"{found}; {accelerators[0]} tells of an accelerator", remedy)
+        return Line("note", "devices", f"{found}; {accelerators[0]} indicates an accelerator", remedy)
     return Line("ok", "devices", found)
 
 
@@ -126,7 +126,7 @@ def check_data(environment: Mapping[str, str]) -> Line:
     if not (root := environment.get("FUSED_REC_DATA", "")):
         return Line("note", "data", "FUSED_REC_DATA is not set", f"export FUSED_REC_DATA=DIR, then: {get}")
     if not Path(root).is_dir():
-        return Line("FAIL", "data", f"FUSED_REC_DATA is {root}, which is no folder", "make it, or unset the variable")
+        return Line("FAIL", "data", f"FUSED_REC_DATA is {root}, which is no folder", "create it, or unset the variable")
     there = sorted(
         {reader.folder for reader in READERS.values() if reader.folder and Path(root, reader.folder).is_dir()}
     )
@@ -149,7 +149,7 @@ def check_weights(model: str = TextConfig.model) -> Line:
 
 def check_cache(cache: str) -> Line:
     """Checks that the cache of text vectors can be written, and that only its owner can read it."""
-    remedy = "--config.text.cache=DIR names another folder (--cache=DIR where a run is opened)"
+    remedy = "--config.text.cache=DIR names another folder (--cache=DIR for a finished run)"
     try:
         folder = top_folder(cache)
     except CacheError as error:
@@ -160,7 +160,7 @@ def check_cache(cache: str) -> Line:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return Line("FAIL", "cache", f"{nearest} cannot be written", remedy)
     if not folder.exists():
-        return Line("ok", "cache", f"{folder}, made when texts are encoded")
+        return Line("ok", "cache", f"{folder}, created when texts are encoded")
     if mode := stat.S_IMODE(folder.stat().st_mode) & 0o077:
         return Line("note", "cache", f"{folder} is open to others (mode {mode:03o})", f"chmod -R go= {folder}")
     files = [file for file in folder.rglob("*") if file.is_file()]
@@ -204,7 +204,7 @@ def check_end_to_end() -> Line:
     config = fr.configure(
         model={"variant": "graph", "dim": 8, "num_layers": 1}, train={"batch_size": 64, "positives_per_user": 8}
     )
-    # Compiled for one call each: what would make the program faster takes longer than it saves.
+    # Each program runs once, so optimization takes longer than it saves.
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         market = make_synthetic(0, 60, 30)
@@ -223,7 +223,7 @@ def check_end_to_end() -> Line:
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     total, score = sum(part["value"] for part in row["parts"]), row["score"]
-    remedy = "report it with this output: something here computes otherwise than the libraries that were tested"
+    remedy = "report it with this output: results differ from those of the tested libraries"
     if not np.isfinite(loss):
         return Line("FAIL", "self-test", f"the loss of the first step is {loss}", remedy)
     if not np.isclose(total, score, rtol=TOLERANCE):
@@ -260,7 +260,7 @@ def checked(what: str, check: Callable[[], Line]) -> Line:
     """Runs a check; an exception becomes a FAIL."""
     try:
         return check()
-    except Exception as error:  # whatever is broken here: it is the doctor who is asked about it
+    except Exception as error:  # any failure is a result of the check
         found = " ".join([f"{type(error).__name__}:", *str(error).split()])
         return Line("FAIL", what, f"could not be checked: {found:.500}", "report it with this output")
 

@@ -40,7 +40,7 @@ DOWNLOAD = flags.DEFINE_bool("download", not DEFAULTS.offline, "Download a model
 
 
 def main(argv: list[str]) -> None:
-    """Reads, encodes, writes; or empties the cache."""
+    """Encodes a file, or deletes the cache."""
     if PURGE.value:
         if INPUT.value or OUTPUT.value or not CACHE.value:
             raise app.UsageError("--purge takes no other flag than --cache, the folder whose text vectors go")

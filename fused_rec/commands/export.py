@@ -1,10 +1,10 @@
-"""Export a finished run to a folder of vectors, parameters, scoring program and model card, for sharing or serving.
+"""Exports a finished run as a folder of vectors, parameters, scoring function and model card, for sharing or serving.
 
     python -m experiments.export --workdir=runs/mine --out=exported/mine
     python -m experiments.export --workdir=runs/mine --out=exported/mine --faiss
 
 The folder is readable with safetensors, jax or Faiss alone; docs/INTEROP.md describes each file. --out is a new or
-empty folder. Vectors contain information about the users: protect the folder as you protect the tables.
+empty folder. Vectors contain information about the users: protect the folder as the tables.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ FAISS = flags.DEFINE_bool("faiss", False, "Also write items.faiss; needs the ext
 
 
 def main(argv: list[str]) -> None:
-    """Opens the run, writes the folder, lists it."""
+    """Opens the run, writes the folder, and lists its files."""
     export_bundle.check(Path(OUT.value), faiss=FAISS.value)
     run = fr.load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
     out = fr.export(run, OUT.value, faiss=FAISS.value)

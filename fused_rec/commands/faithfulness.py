@@ -35,7 +35,7 @@ OUT = DEFINE_path("out", written_file, "JSON file of the curves and areas.", req
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, measures, prints one table, writes it and the figure."""
+    """Measures, prints a table, and writes the results and the figure."""
     out = Path(OUT.value)
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")

@@ -1,7 +1,6 @@
-"""Runs a command: its flags are parsed, and a fault, a signal or a closed pipe ends it in order.
+"""Runs a command: parses its flags, and ends it with a report after a fault, a signal or a closed pipe.
 
-Status and messages are the same by `fused-rec NAME` and by `python -m experiments.NAME`; hints name the one that was
-used.
+Status and messages are the same for `fused-rec NAME` and `python -m experiments.NAME`; hints name the one in use.
 """
 
 import dataclasses
@@ -33,13 +32,13 @@ _MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other tha
 
 
 def start(main: Callable[[list[str]], None], launcher: str = "") -> None:
-    """Parses the flags and runs `main`; a fault of the input, a lack of memory or of a library ends in a report.
+    """Parses the flags and runs `main`; faults of the input, missing memory or libraries end in a report.
 
-    SIGINT and SIGTERM end it where nothing is lost, with status 130 and 143; the same command then goes on.
+    SIGINT and SIGTERM stop the command at a safe point, with status 130 and 143; the same command resumes.
 
     Args:
-        main: The function of a module of `fused_rec.commands`, or of the module that Python runs.
-        launcher: The console script by which the command was run; empty for `python -m`.
+      main: function of a module of `fused_rec.commands`, or of the module that Python runs.
+      launcher: the console script that runs the command; empty for `python -m`.
     """
     global _program
     _program = (launcher, main.__module__.rpartition(".")[2]) if launcher else ()
@@ -53,7 +52,7 @@ def start(main: Callable[[list[str]], None], launcher: str = "") -> None:
 
 
 def config_of(values: ml_collections.ConfigDict) -> Config:
-    """The config of a --config flag, its data path made absolute: runs keep it and are opened from elsewhere."""
+    """Returns the config of a --config flag with an absolute data path: runs are opened from any folder."""
     config = from_dict(values.to_dict())
     if not config.data.path:
         return config
@@ -62,7 +61,17 @@ def config_of(values: ml_collections.ConfigDict) -> Config:
 
 
 def absolute(path: str) -> Path:
-    """The path from the root, ~ and links resolved. Raises ValueError where that is impossible."""
+    """Returns the absolute path with ~ and links resolved.
+
+    Args:
+      path: the path.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      ValueError: it cannot be resolved.
+    """
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, OSError) as error:  # no home directory, links in a circle, too long
@@ -143,7 +152,7 @@ def _report(error: Exception) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """The time and, where it is more than information, how grave it is."""
+    """Log format: the time, and the level above INFO."""
 
     def format(self, record: logging.LogRecord) -> str:
         grave = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -158,7 +167,7 @@ def _log() -> None:
 
 
 def _describe(module: str) -> None:
-    """Lets --help show the command's text and flags; absl shows those of the module that Python runs."""
+    """Lets --help show the text and flags of the command; absl shows those of the module that Python runs."""
     if module == "__main__":
         return
     text = sys.modules[module].__doc__ or ""
@@ -168,7 +177,7 @@ def _describe(module: str) -> None:
 
 
 def command() -> str:
-    """The command line of this process, to be given again."""
+    """Returns the command line of this process, for another run."""
     if _program:
         return shlex.join([*_program, *sys.argv[1:]])
     module = sys.modules["__main__"].__spec__
@@ -176,5 +185,5 @@ def command() -> str:
 
 
 def command_named(name: str) -> str:
-    """How another command is run, by the way this one was."""
+    """Returns how to run another command, in the way this one was run."""
     return shlex.join([_program[0], name] if _program else ["python", "-m", f"experiments.{name}"])

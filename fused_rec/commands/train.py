@@ -1,14 +1,15 @@
-"""Train a model on a dataset and evaluate it on the held-out splits.
+"""Trains a model on a dataset and evaluates it on the held-out splits.
 
     python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
 
-The same command again resumes a run that was stopped. Any setting can be given: --config.model.dim=128.
+The same command resumes a stopped run. All settings are flags: --config.model.dim=128.
 
-Of a finished run it reads the tables and, where they are those of the run, shows the results again. Tables that changed
-end it with status 3, tables that cannot be read with status 4; what changed is named, and nothing is trained.
+For a finished run it reads the tables again and prints the stored results. If tables have changed, it names the changes
+and exits with status 3; if they cannot be read, with status 4.
 
-Over several processes, each with its own devices: the same command in each, with --distributed where the cluster says
-who is who (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --num_processes and --process_id.
+With several processes, each with its own devices, run the same command in each: with --distributed where the cluster
+assigns the processes (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --num_processes and
+--process_id.
 """
 
 from absl import flags
@@ -30,7 +31,7 @@ SHOWN = ("recall@10", "ndcg@10", "auc")
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, trains, and prints where things lie."""
+    """Trains, and prints the results and the paths."""
     config = config_of(CONFIG.value)
     given = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or any(part is not None for part in given):

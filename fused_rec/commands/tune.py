@@ -1,9 +1,9 @@
-"""Tune hyperparameters on the validation split; each trial trains a model.
+"""Tunes hyperparameters on the validation split; each trial trains a model.
 
     python -m experiments.tune --config=experiments/configs/lastfm.py --trials=30 --out=runs/lastfm_sweep
 
-Any number of processes, on any hosts that see the folder, work on the same trials when given the same command, and a
-sweep that was stopped goes on. OUT/best.py is the best config; the test part is never read.
+Any number of processes, on all hosts with access to the folder, share the trials when they run the same command, and a
+stopped study resumes. OUT/best.py is the best config. The test split is never read.
 """
 
 import json
@@ -20,7 +20,7 @@ OUT = DEFINE_path("out", written_folder, "Folder of the trials, best.py and best
 
 
 def main(argv: list[str]) -> None:
-    """Parses the flags, sweeps, and prints what was found."""
+    """Tunes, and prints the best trial."""
     from fused_rec.studies.tune import (  # needs Optuna: here, its absence is told in one line
         history,
         importances,

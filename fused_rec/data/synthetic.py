@@ -22,9 +22,9 @@ from jaxtyping import Int64
 from fused_rec.data.dataset import Dataset
 
 START = 1_609_459_200  # 2021-01-01 00:00 UTC
-SECONDS = 1095 * 86_400  # the three years of the record
+SECONDS = 1095 * 86_400  # three years
 
-THEMES = (  # sector, what an item invests in, what a user says they like
+THEMES = (  # sector, phrases of items, phrases of users
     ("clean energy", ("wind and solar parks", "renewable power and grid storage"), ("clean energy", "wind and sun")),
     ("healthcare", ("hospitals and medicines", "biotechnology and medical devices"), ("medicine", "healthcare")),
     ("technology", ("software and microchips", "cloud computing and semiconductors"), ("technology", "software")),
@@ -55,7 +55,7 @@ CATEGORIES = (
     ("pension", ("A pension plan invested in", "Retirement savings placed in")),
     ("insurance", ("A life insurance policy invested in", "Unit-linked insurance based on")),
 )
-RISKS = (  # by risk_band - 1: of an item, of a user
+RISKS = (  # by risk_band - 1: phrases of items, phrase of users
     (("Capital is protected and prices hardly move", "Very low risk of loss"), "I cannot afford any loss"),
     (("Low risk with small price swings", "Defensive and steady"), "I prefer to play it safe"),
     (("Moderate risk with occasional setbacks", "Medium volatility"), "I accept some ups and downs"),
@@ -66,7 +66,7 @@ STYLES = (
     (("It pays a regular income every quarter", "It distributes all dividends and coupons"), "a regular income"),
     (("It aims at long-term growth of capital", "It reinvests every gain for growth"), "growth over many years"),
 )
-CONCERNS = (  # what a circle of users cares about, and how a review says that an item meets it
+CONCERNS = (  # phrase of users, phrase of reviews of matching items
     ("a good mobile app", "it is easy to handle on the phone"),
     ("personal advice", "the adviser explains everything in the branch"),
     ("low fees", "there are hardly any charges"),
@@ -214,12 +214,12 @@ def _holdings(
         - 0.4 * np.abs(users.risk[:, None] - items.risk)
         + 0.6 * (users.style[:, None] == items.style)
         + 2.0 * (users.concern[:, None] == items.concern)
-        + rng.normal(0, 0.8, n_items)  # popularity that nothing else explains
+        + rng.normal(0, 0.8, n_items)  # popularity independent of the factors
         + rng.gumbel(size=(n_users, n_items))
     )
     count = np.minimum(4 + rng.lognormal(1.65, 1.1, n_users).astype(np.int64), n_items // 4)
     wanted = np.argsort(np.argsort(-utility, axis=1), axis=1) < count[:, None]
-    n_tied = np.zeros((n_users, n_items))  # how many tied users want it too
+    n_tied = np.zeros((n_users, n_items))  # number of connected users with this item
     np.add.at(n_tied, target, wanted[source])
     np.add.at(n_tied, source, wanted[target])
     ranked = np.argsort(-(utility + 1.2 * np.minimum(n_tied, 2)), axis=1)

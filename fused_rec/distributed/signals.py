@@ -17,7 +17,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds in which further signals are the same request: `timeout` and shells may send one twice, within a millisecond.
-# A person takes a tenth of a second to press Ctrl-C again.
+# Pressing Ctrl-C again takes a tenth of a second.
 ONE_REQUEST = 0.05
 
 
@@ -154,7 +154,7 @@ def _listen(reader: int) -> None:
         if first is None:
             first = time.monotonic()
             message = (
-                f"\n{signal.Signals(received[0]).name}: stopping as soon as nothing is lost by it; again stops at once"
+                f"\n{signal.Signals(received[0]).name}: stopping at the next safe point; another signal stops at once"
             )
             print(message, file=sys.stderr, flush=True)
         elif time.monotonic() - first > ONE_REQUEST:

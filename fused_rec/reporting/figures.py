@@ -14,10 +14,10 @@ Number = int | float
 
 WIDTH = 336
 LETTER = 6.3  # width of a letter of 12 units, on average
-LANE = 112  # of one path
+LANE = 112  # width of a path
 LABEL = 15  # letters a line of a node's label
-LEVEL = 108  # from one node of a path down to the next
-MEET = 70  # below a node: where it is told how the path goes on to the product
+LEVEL = 108  # vertical distance of two nodes of a path
+MEET = 70  # below a node: label of the last edge to the item
 
 
 class Bar(NamedTuple):
@@ -215,7 +215,7 @@ def path_diagrams(name: str, title: str, found: Sequence[PathDiagram], goal: str
     for place, way in enumerate(ordered):
         prefix = tuple(step.key for step in way.steps)
         y, share, down = top + LEVEL * (len(prefix) - 1), way.value / widest, lane[place]
-        last = top + LEVEL * (depth - 1) + MEET  # from here on the lanes run together
+        last = top + LEVEL * (depth - 1) + MEET  # from here on the lanes converge
         if len(prefix) > 1 or len(ordered) == 1:
             down = x(prefix) if len(members[prefix]) == 1 else down
         lines.append(_line(x(prefix), y, down, min(y + MEET, last), share, way.alike))

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 Element = ElementTree.Element
 Child = Element | str | None
 
-# What moves the cursor, turns the direction of the text around it, or cannot be encoded.
+# Characters that move the cursor, change the text direction, or cannot be encoded.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )

@@ -14,7 +14,7 @@ from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_
 from fused_rec.reporting.markup import Element, append, cut, document, element
 from fused_rec.reporting.style import stylesheet
 
-LARGEST = 5_000_000  # bytes of a page; what has more is slow on a phone
+LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 MEANING = {
     "ndcg@10": "how high the held-out products stand among the first ten",
     "recall@10": "the share of the held-out products found among the first ten",
@@ -22,10 +22,10 @@ MEANING = {
 }
 TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
 SPLIT_TITLES = {"valid": "validation split", "test": "test split"}
-NAME, SENTENCE, TEXT = 120, 600, 4000  # letters of a name, a reason and a passage that are shown
-HOLDINGS = 12  # of a customer, shown by name
-DEGREES = 4  # of highlighting
-FAINT = 0.1  # of the weightiest word of a passage: what weighs less is not marked
+NAME, SENTENCE, TEXT = 120, 600, 4000  # maximum characters shown of a name, a reason and a passage
+HOLDINGS = 12  # maximum interactions of a user shown by name
+DEGREES = 4  # number of highlighting levels
+FAINT = 0.1  # minimum weight of a marked token, relative to the largest of its passage
 
 
 def render_page(facts: ReportData) -> str:

@@ -36,7 +36,7 @@ DARK = {
     "minus-3": "#5a2925",
     "minus-4": "#6e302b",
 }
-# What is read stands on what; 4.5:1 at least (WCAG 2.2, 1.4.3). Bars and lines: 3:1 at least (1.4.11).
+# Text colors and backgrounds: at least 4.5:1 (WCAG 2.2, 1.4.3). Bars and lines: at least 3:1 (1.4.11).
 READ = (
     *((ink, ground) for ink in ("ink", "muted", "own", "against") for ground in ("page", "card")),
     *(("ink", f"{kind}-{degree}") for kind in ("mark", "minus") for degree in (1, 2, 3, 4)),

@@ -122,7 +122,7 @@ def metric_writer(config: Config, workdir: Path) -> Iterator[MetricWriter | None
         run = wandb.init(**of_run, config=portable(config), resume="allow", settings=options)
     except wandb.errors.Error as error:
         remedy = "run `wandb login`, set WANDB_MODE=offline, or leave train.wandb empty"
-        raise ValueError(f"Weights & Biases does not begin a run: {error}; {remedy}") from error
+        raise ValueError(f"Weights & Biases does not start a run: {error}; {remedy}") from error
     failed = True
     try:
         for phase in ("select", "refit"):  # steps of its own: W&B's count would drop what a resumed run repeats
@@ -215,7 +215,7 @@ class CurveLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        # What cannot be written cannot be written on closing either; the first error is the one to tell.
+        # If writing failed, closing fails too; the first error is the one to report.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
@@ -231,14 +231,14 @@ class CurveLogger:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            logging.warning("%s: the torn last line %r is dropped.", self._lines, content[whole:])
+            logging.warning("%s: the incomplete last line %r is removed.", self._lines, content[whole:])
             self._file.truncate(whole)
 
     def _append(self, content: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
             written = 0
-            while written < len(content):  # where the disk is nearly full, the system takes a part and then refuses
+            while written < len(content):  # on a nearly full disk a write may be partial before it fails
                 written += self._file.write(content[written:])
         except OSError:
             self._file.truncate(end)
@@ -249,12 +249,14 @@ class CurveLogger:
             self._board.write_event(event)
             self._board.flush()
         except OSError:
-            self._board = self._open_board()  # after half a record TensorBoard reads no further, but in the next file
+            self._board = (
+                self._open_board()
+            )  # TensorBoard stops at an incomplete record, and continues with the next file
             raise
 
     def _open_board(self, hide_from: int | None = None) -> EventsWriter:
-        # Not SummaryWriter: its queue to a thread outlives flush(), so a kill would lose values that were written.
-        # The suffix because file names count whole seconds: a second writer in one second would empty the first's file.
+        # Not SummaryWriter: its queue is not empty after flush(), so a killed process would lose values.
+        # The suffix makes names unique: with whole seconds, a second writer could truncate the first one's file.
         def attempt() -> EventsWriter:
             (self._workdir / TENSORBOARD).mkdir(exist_ok=True)
             board = EventsWriter(str(self._workdir / TENSORBOARD / "events"), f".{time.time_ns()}")

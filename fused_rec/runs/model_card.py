@@ -8,7 +8,7 @@ from fused_rec.data.dataset import Dataset, printable
 from fused_rec.data.splits import SPLIT_NAMES, Split
 from fused_rec.evaluation.significance import in_markdown
 
-LIBRARY = "library_name: fused_rec"  # a line of the front matter, by which a card is known for one of ours
+LIBRARY = "library_name: fused_rec"  # line of the front matter that identifies our cards
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
 NAMES = {"valid": "validation", "test": "test"}
 
@@ -189,7 +189,7 @@ selected on validation; the test split was evaluated once, at the end.
 
 
 def _front_matter(results: Mapping[str, Any]) -> str:
-    from huggingface_hub import EvalResult, ModelCardData  # takes a second
+    from huggingface_hub import EvalResult, ModelCardData  # slow import
 
     name = printable(results["dataset"])
     measured = [

@@ -38,7 +38,7 @@ from fused_rec.training.trainer import versions, write_json
 USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
 PROGRAM, CARD, INDEX = "score.stablehlo", "README.md", "items.faiss"
 PLATFORMS = ("cpu", "cuda", "tpu")
-FILES = {  # what each holds, for the card
+FILES = {  # descriptions for the card
     USERS: "`vectors` float32, a row a customer; `ids` in the metadata",
     ITEMS: "`vectors` float32, a row a product; `ids` in the metadata",
     PROGRAM: "the program that scores, for CPU, CUDA and TPU (`jax.export`)",
@@ -89,7 +89,7 @@ def export_bundle(
         raise ValueError("this model was refitted after selection; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = user_item_vectors(config, prepared, state)
-    # A file is whole in memory before it is written; the index is there twice, as Faiss has it and as bytes.
+    # Each file is built in memory; the index is there twice, as Faiss object and as bytes.
     need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
     require_memory(need, "the folder's largest file", "lower model.dim or model.ease_rank, or leave out --faiss")
 
@@ -140,7 +140,7 @@ def _score(
     users: Float32[Array, "u D"], items: Float32[Array, "i D"], rows: Int32[Array, "b"]
 ) -> Float32[Array, "b i"]:
     scores = jnp.dot(users[rows], items.T, precision=jax.lax.Precision.HIGHEST)
-    there = (rows >= 0) & (rows < users.shape[0])  # JAX would give the scores of the last row for one beyond it
+    there = (rows >= 0) & (rows < users.shape[0])  # JAX would clamp an index outside to the last row
     return jnp.where(there[:, None], scores, jnp.nan)
 
 

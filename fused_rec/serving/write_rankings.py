@@ -32,7 +32,7 @@ from fused_rec.training.trainer import versions, write_json
 
 LOG = logging.getLogger(__name__)
 BEGUN, AUDIT = "begun.json", "audit.json"
-EXCLUSIONS = b"exclusions"  # of a part, in the metadata of its file
+EXCLUSIONS = b"exclusions"  # metadata key of a part's file
 
 
 def read_rules(file: str | os.PathLike[str]) -> tuple[tuple[Rule, ...], str]:
@@ -96,7 +96,7 @@ def write_rankings(
             raise
         files = [_name(folder, number) for number in range(n_parts)]
         log = out.with_name(f"{out.name}.{AUDIT}")
-        log.unlink(missing_ok=True)  # it would tell of the file that is now replaced
+        log.unlink(missing_ok=True)  # it describes the file that is now replaced
         sha256 = _assemble(files, out)
         audit = {
             "file": out.name,
@@ -109,10 +109,10 @@ def write_rankings(
             "versions": versions(),
         }
         write_json(folder / AUDIT, audit)
-        (folder / AUDIT).replace(log)  # so that nothing half written is left beside the file
+        (folder / AUDIT).replace(log)  # atomic
         for file in (*files, folder / BEGUN, *folder.glob(".*.parquet.*"), *folder.glob(".*.json.*")):
             file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another process took it
+    with contextlib.suppress(OSError):  # another process uses it
         folder.rmdir()
     return audit
 
@@ -169,7 +169,7 @@ def _read_part(file: Path) -> pa.Table:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as part:
             return part.read().replace_schema_metadata(None)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it, and the same command makes it again") from error
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the same command writes it again") from error
 
 
 def _assemble(files: list[Path], out: Path) -> str:
@@ -205,7 +205,7 @@ def write_csv(tables: Iterable[pa.Table], file: Path) -> None:
     with pyarrow.csv.CSVWriter(file, SCHEMA) as writer:
         for table in tables:
             for name in ("user_id", "item_id"):
-                coded = pc.dictionary_encode(table[name]).combine_chunks()  # an id is spelt once, not once a row
+                coded = pc.dictionary_encode(table[name]).combine_chunks()  # escape each distinct id once
                 cells = pa.array(map(escape_csv, coded.dictionary.to_pylist()), pa.string())
                 table = replace(table, name, cells.take(coded.indices))
             writer.write_table(table)

@@ -50,7 +50,7 @@ from fused_rec.training.inputs import Prepared, prepare, read
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
 BASELINE_SEED = 0
-KEPT = ("test", "valid", "slices", "seconds", "parameters")  # of a run's results, in the report
+KEPT = ("test", "valid", "slices", "seconds", "parameters")  # keys of a run's results in the report
 
 
 class MissingExtraError(Exception):
@@ -99,14 +99,14 @@ class _Outcomes:
         try:
             yield
         except (NotApplicableError, MissingExtraError, InsufficientMemoryError) as error:
-            if any(row["variant"] == name for row in self.rows):  # memory was there for another of its seeds
+            if any(row["variant"] == name for row in self.rows):  # memory sufficed for another of its seeds
                 self._failed(name, seed, error)
                 return
             self.skipped[name] = str(error)
             LOG.info("%s is left out: %s", name, error)
-        except BrokenPipeError:  # nobody reads what this process says, and all further runs would end so
+        except BrokenPipeError:  # the reader of the output is gone; all further runs would fail too
             raise
-        except Exception as error:  # whatever it is, the other runs go on; being asked to stop is no Exception
+        except Exception as error:  # other runs continue; a requested stop is no Exception
             self._failed(name, seed, error)
 
     def _failed(self, name: str, seed: int | None, error: Exception) -> None:
@@ -144,7 +144,7 @@ def compare_variants(
     """
     check_names(names)
     if trials:
-        importlib.import_module("fused_rec.studies.tune")  # tells at once where its library is missing
+        importlib.import_module("fused_rec.studies.tune")  # fails early if Optuna is missing
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds is {list(seeds)}; give one or more, each once")
     with lock_run_dir(Path(out)):
@@ -164,10 +164,10 @@ def _compare_variants(
     for name in untrained:
         _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
     for name, of_variant in learned.items():
-        for seed in seeds:  # tuned settings are not known yet
+        for seed in seeds:  # tuned settings are unknown here
             _check_folder(outcomes.folder(name, seed), None if trials else _seeded(of_variant, seed), tables)
 
-    # Baselines come first: they are quick, and a fault of the input is told before anything is trained.
+    # Baselines first: they are fast, and report faults of the input before training.
     missing = [name for name in untrained if not (outcomes.folder(name, BASELINE_SEED) / trainer.RESULTS).exists()]
     prepared = _prepare_both(config, dataset, data_split) if missing else None
     for name in untrained:
@@ -250,7 +250,7 @@ def applicable(
         if absent:
             skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
         elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
-            skipped[name] = "the config reads no words"
+            skipped[name] = "the config uses no text"
         elif (settings := variant(config, name)) in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
         else:
@@ -291,7 +291,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
         "slices": evaluate_slices(seen, score, per_user, trainer.seen_splits(config)),
         "settings": settings,
         "seconds": round(seconds, 1),
-        "parameters": None,  # none is trained by gradients
+        "parameters": None,  # no gradient training
         "config": to_dict(config),
         "versions": trainer.versions(),
         "finished": trainer.now(),
@@ -348,7 +348,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
         if not all(np.array_equal(users, per_user.users) for per_user in measured):
             raise ValueError(f"the runs of {name} measured other users than those before it; choose another out")
         by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
-        # Who holds everything but the held-out items has nothing to compare them with; perhaps that is everyone.
+        # A user with all items except the held-out ones has no negatives; this may be all users.
         values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}
     reference = REFERENCE if REFERENCE in names else names[0]
     return {

@@ -30,7 +30,7 @@ from jaxtyping import PyTree
 from fused_rec.storage import persist
 
 STATE, RECORD, MANIFEST = "state", "checkpoint.json", "manifest.sha256"
-PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders that a killed process leaves behind
+PARTIAL, DISCARDED = ".partial", ".discarded"  # suffixes of hidden folders, which a killed process leaves behind
 
 
 class CheckpointError(ValueError):
@@ -87,7 +87,7 @@ class Checkpoints:
                 )
 
         def attempt() -> None:
-            # A name of its own: threads of an attempt that failed may still write under the name of that one.
+            # A unique name: threads of a failed attempt may still write under its name.
             partial = self._folder / f".{step}-{time.monotonic_ns()}{PARTIAL}"
             try:
                 self._write(partial, arrays, written)
@@ -111,11 +111,11 @@ class Checkpoints:
             logging.warning("Removing %s, left by a process that was stopped while it saved.", left)
             shutil.rmtree(left)
         partial.mkdir()
-        # TensorStore finds out in the middle, in threads that go on to complain after it is over.
+        # TensorStore would fail midway, in threads that still log errors afterwards.
         needed, free = sum(array.nbytes for array in arrays.values()), shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, and the state takes {needed / 1e6:.1f} MB")
-        # Orbax refuses arrays without elements; their shape and dtype, kept in the record, say all there is to know.
+        # Orbax refuses empty arrays; the record has their shapes and dtypes.
         if stored := {name: array for name, array in arrays.items() if array.size}:
             with _orbax() as orbax:
                 orbax.save((partial / STATE).absolute(), args=ocp.args.StandardSave(stored))
@@ -240,13 +240,13 @@ class Checkpoints:
         for step in set(steps) - set(steps[-self._keep_last :]) - {self.best_step()}:
             try:
                 self._discard(step)
-            except OSError as error:  # the new checkpoint is there all the same
+            except OSError as error:  # the new checkpoint is complete anyway
                 logging.warning(
                     "%s is not needed any more but could not be removed: %s", self._folder / str(step), error
                 )
 
     def _discard(self, step: int) -> None:
-        # Renamed first: a process killed half-way through the removal leaves no step that only looks complete.
+        # Renamed first, so that a process killed during the removal leaves no step that only looks complete.
         hidden = self._folder / f".{step}{DISCARDED}"
         (self._folder / str(step)).rename(hidden)
         shutil.rmtree(hidden)
@@ -258,7 +258,7 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
     try:
-        # Of several processes one writes and none waits for it here.
+        # With several processes, one writes and the others do not wait here.
         me = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},

@@ -1,4 +1,4 @@
-"""Configs that are installed: --config=NAME. Those of public datasets are in experiments/configs."""
+"""Installed configs: --config=NAME. Those of public datasets are in experiments/configs."""
 
 import dataclasses
 

@@ -9,7 +9,7 @@ from fused_rec.commands.configs import config_dict
 
 
 def get_config():
-    """Settings chosen on validation."""
+    """Returns settings selected on validation."""
     return config_dict(
         data={"name": "synthetic"},
         graph={"text_knn": 0},

@@ -4,7 +4,7 @@ from fused_rec.commands.configs import config_dict
 
 
 def get_config():
-    """Set the folder with --config.data.path=DIR, and --config.split.kind=time if interactions have timestamps."""
+    """Returns the defaults. Set --config.data.path=DIR, and --config.split.kind=time if there are timestamps."""
     return config_dict(
         data={"name": "tables"},
         model={"dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},

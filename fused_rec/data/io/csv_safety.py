@@ -10,7 +10,7 @@ escaped.
 import re
 
 _UNSEEN = r"[\s\x00-\x20\x7f-\xa0\xad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]"
-# The full-width forms count as well: spreadsheets in Chinese, Japanese and Korean compute them.
+# Full-width forms too: Chinese, Japanese and Korean spreadsheets treat them as formulas.
 _FORMULA = re.compile(rf"[\t\r\n]|{_UNSEEN}*['=+\-@＝＋－＠]")
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from fused_rec.data.dataset import DataError, Problem
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
-UTF8 = "utf8"  # as Arrow names it; a byte order mark is left out
-HEADER = 1 << 22  # characters of a header that are looked at
-_MARKS = (  # those of UTF-32 begin with those of UTF-16
+UTF8 = "utf8"  # Arrow's name; skips a byte order mark
+HEADER = 1 << 22  # maximum characters of a header
+_MARKS = (  # UTF-32 first: its marks begin with those of UTF-16
     *((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")),
 )
-_ZEROS = {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}  # of a header, which is ASCII: 1 for what is not zero
+_ZEROS = {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}  # of an ASCII header: 1 = nonzero byte
 _SHOWN = {"utf-16-le": "UTF-16", "utf-16-be": "UTF-16", "cp1252": "Windows-1252", "latin-1": "Latin-1"}
 _SEPARATOR = re.compile('"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's own line before the header
 
@@ -104,7 +104,7 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
       OSError, EOFError, zlib.error, UnicodeError: the file cannot be read.
     """
     encoding = _encoding(file, encoding)
-    with open_text(file, Dialect(",", encoding), "replace") as lines:  # wrong bytes are named by who reads it all
+    with open_text(file, Dialect(",", encoding), "replace") as lines:  # the reader of the table reports invalid bytes
         head = lines.read(HEADER)
     separator = _SEPARATOR.match(head)
     skip = 0
@@ -112,11 +112,11 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
         head, skip = head[separator.end() :], 1
     candidates = dict.fromkeys([*delimiter, *(separator[1] if separator else ""), *DELIMITERS])
     cells = {candidate: _cells(head, candidate) for candidate in candidates}
-    if file.suffixes[:1] and ".tsv" in file.name.lower():  # where two do as well
+    if file.suffixes[:1] and ".tsv" in file.name.lower():  # preferred if several fit equally
         cells = {"\t": cells["\t"], **cells}
 
     def fit(candidate: str) -> tuple[bool, int, int]:
-        there = set(cells[candidate])  # without the columns that are due it is refused, and shows them best like this
+        there = set(cells[candidate])  # without the required columns, the best fit for the message
         return there >= set(required), len(there & {*required, *known}), len(there)
 
     best = max(cells, key=fit)
@@ -129,8 +129,10 @@ def find_dialect(file: Path, required: Sequence[str], known: Sequence[str], deli
 
 def _cells(head: str, delimiter: str) -> list[str]:
     try:
-        return next(filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), [])  # as Arrow does
-    except (csv.Error, TypeError, ValueError):  # a delimiter that Python refuses, or a header that it cannot take apart
+        return next(
+            filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), []
+        )  # skips empty lines, like Arrow
+    except (csv.Error, TypeError, ValueError):  # Python refuses the delimiter or the header
         return []
 
 

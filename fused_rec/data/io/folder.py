@@ -23,7 +23,7 @@ from fused_rec.data.dataset import DataError, Problem
 PARQUET = (".parquet", ".pq")
 TEXT = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
 READ = (*TEXT, *PARQUET)
-# Of formats that hold tables and little else; .txt, .json and archives may hold anything, and count by their stem.
+# Endings of table formats. .txt, .json and archives may contain anything, so they count by their stem.
 FORMATS = {
     *("csv", "tsv", "psv", "tab", "parquet", "pq", "feather", "arrow", "ipc", "orc", "avro", "jsonl", "ndjson"),
     *("xls", "xlsx", "xlsm", "xlsb", "ods", "numbers", "dta", "sav", "sas7bdat"),
@@ -49,7 +49,7 @@ DOCUMENTS = {
     ),
     *("py", "ipynb", "r", "sh", "sql", "log", "yaml", "yml", "toml", "ini", "cfg"),
 }
-# Folders of Parquet files among which are some that are no part of the table any more.
+# Folders of Parquet files, some of which may no longer belong to the table.
 LAKES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi", "metadata": "Iceberg"}
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _SHARD = re.compile(r"[^.]+-[0-9]{5}-of-[0-9]{5}\.parquet")
@@ -224,7 +224,7 @@ def _looks_like_table(entry: Path, names: Sequence[str]) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    with contextlib.suppress(PermissionError):  # of which nobody can say that it holds tables
+    with contextlib.suppress(PermissionError):  # an unreadable folder is no table
         return sorted(folder.iterdir())
     return []
 

@@ -11,12 +11,12 @@ from fused_rec.data.io.arrow import flags, known, pc
 
 _INTEGER = r"\A(0|-?[1-9][0-9]*)\z"
 _DECIMAL = r"\A-?(0|[1-9][0-9]*)(\.[0-9]+)?\z"
-_SHORT = r"\A-?[0-9.]{1,15}\z"  # a 64-bit float gives back any 15 digits
-_POWER = re.compile(r"-?[1-9](\.[0-9]*[1-9])?e(\+[0-9]{2,}|-[0-9]+)")  # as programs write what is huge or tiny
-_NO_NUMBER = r"(?i)\A-?(nan|inf|infinity)\z"  # what floats hold beside numbers: missing, or refused by the checks
-# What somebody may take for a number: hexadecimal, signs, leading zeros, exponents, separators of thousands.
+_SHORT = r"\A-?[0-9.]{1,15}\z"  # a 64-bit float preserves 15 digits
+_POWER = re.compile(r"-?[1-9](\.[0-9]*[1-9])?e(\+[0-9]{2,}|-[0-9]+)")  # as programs write huge and tiny numbers
+_NO_NUMBER = r"(?i)\A-?(nan|inf|infinity)\z"  # nonfinite floats: missing, or refused by the checks
+# Texts that look like numbers: hexadecimal, signs, leading zeros, exponents, thousands separators.
 _LIKE = r"(?i)\A\s*[+-]?(0x[0-9a-f]+|([0-9][0-9_,' ]*)?\.?[0-9][0-9_,' ]*\.?(e[+-]?[0-9]+)?)\s*\z"
-_EXACT = 2**53  # integers up to here are 64-bit floats
+_EXACT = 2**53  # integers up to here are exact as 64-bit floats
 
 
 def typed(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
@@ -28,7 +28,7 @@ def typed(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
     Returns:
       The column, and the first row that keeps it text if some texts look like numbers, else None.
     """
-    column = known(column.cast(pa.string()))  # ids and kinds are read as dictionaries, whatever table they stand in
+    column = known(column.cast(pa.string()))  # columns of ids and kinds are read as dictionaries
     if not len(column.drop_null()):
         return column.cast(pa.int64()), None
     whole = flags(pc.match_substring_regex(column, _INTEGER))

@@ -16,7 +16,7 @@ import pyarrow as pa
 from fused_rec.data.io.arrow import pc
 
 PIECE = 1 << 20  # rows decoded at a time: Arrow's text has 32-bit offsets, which end at 2 GiB a chunk
-_EXTENSION = b"ARROW:extension:name"  # of a type that nobody has registered here; the column has its storage type
+_EXTENSION = b"ARROW:extension:name"  # metadata of an unregistered extension type, whose column has the storage type
 
 
 def plain_table(table: pa.Table) -> pa.Table:
@@ -74,7 +74,7 @@ def _of_value(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if types.is_decimal(kind) and kind.bit_width < 128:  # few of Arrow's functions take these
         return pa.decimal128(kind.precision, kind.scale)
-    if types.is_date64(kind):  # this and the next two are what Parquet makes of them
+    if types.is_date64(kind):  # this and the next two as Parquet converts them
         return pa.date32()
     if types.is_timestamp(kind) and kind.unit == "s":
         return pa.timestamp("ms", kind.tz)
@@ -99,7 +99,7 @@ def _of_extension(column: pa.ChunkedArray, kind: pa.BaseExtensionType) -> pa.Chu
         return _decoded(pc.dictionary_encode(stored), lambda value: str(uuid.UUID(bytes=value)))
     if kind.extension_name == "arrow.bool8":
         return stored.cast(pa.bool_())
-    if _is_number(kind.storage_type):  # a number that counts what the extension alone knows
+    if _is_number(kind.storage_type):  # a number whose meaning only the extension defines
         return column
     read = plain(stored)
     return read if is_plain(read.type) else column

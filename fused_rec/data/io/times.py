@@ -25,10 +25,10 @@ EARLIEST = 0  # 1970-01-01, inclusive, in unix seconds
 LATEST = 4_102_444_800  # 2100-01-01, exclusive
 REMEDY = "give unix seconds or ISO 8601 such as 2024-05-31T09:30:00Z, from 1970 to 2099"
 DAY, YEAR = 86_400, 365 * 86_400  # seconds; the first day and the first year
-MODERN = 631_152_000  # 1990-01-01: a column whose median is later has no place for 1970
-DAY_NUMBERS = 7_305, 73_050  # 1990 in days since 1970, and 2099 in those of a spreadsheet, since 1900
-EXACT = 2**24  # the integers below are floats of 32 bits
-MOST = 2**62  # a number beyond is no time of any unit
+MODERN = 631_152_000  # 1990-01-01: in a column with a later median, times in 1970 are faults
+DAY_NUMBERS = 7_305, 73_050  # from 1990 in days since 1970 to 2099 in days since 1900 (spreadsheets)
+EXACT = 2**24  # integers up to here are exact as 32-bit floats
+MOST = 2**62  # larger numbers are no times in any unit
 
 
 class Fault(enum.IntEnum):
@@ -274,7 +274,7 @@ def _floor(value: decimal.Decimal) -> int | None:
     return int(value.to_integral_value(decimal.ROUND_FLOOR)) if abs(value) < MOST else None
 
 
-# --- text. Arrow's readers take most columns at once; what they do not take is read value by value.
+# --- text. Arrow parses most columns at once; other values are parsed one by one.
 
 _NUMBER = (
     r"\A[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]{1,2})?\z"  # int() also takes 1_0 and other digits, Arrow 0x10
@@ -347,7 +347,7 @@ def _read_iso(value: str) -> int | None:
         int(found[part] or 0) for part in ("hour", "minute", "second", "zone_hour", "zone_minute")
     )
     fraction = found["fraction"] or "0"
-    unit = 1 if found["second"] else 60 if found["minute"] else 3600  # a fraction is one of the last part
+    unit = 1 if found["second"] else 60 if found["minute"] else 3600  # a fraction belongs to the smallest unit given
     since = hour * 3600 + minute * 60 + second
     leap = second == 60 and minute == 59
     if minute > 59 or (second > 59 and not leap) or zone_hour > 23 or zone_minute > 59:
@@ -359,7 +359,7 @@ def _read_iso(value: str) -> int | None:
     return (date.toordinal() - datetime.date(1970, 1, 1).toordinal()) * DAY + since - zone
 
 
-# --- periods of pandas, which count from 1970 in a unit of their own
+# --- pandas periods: integers since 1970 in their own unit
 
 
 def periods_as_times(table: pa.Table) -> pa.Table:
@@ -374,12 +374,12 @@ def periods_as_times(table: pa.Table) -> pa.Table:
             factor, kind = _PERIODS[unit]
             read = pc.multiply_checked(column.cast(pa.int64()), factor).cast(pa.timestamp(kind))
             table = replace(table, field.name, read)
-        except (KeyError, pa.ArrowException):  # the checks refuse the column by the name of its type
+        except (KeyError, pa.ArrowException):  # the checks refuse the column by its type
             continue
     return table
 
 
-# Frequencies of periods: how many of Arrow's units. Capitals are of older pandas.
+# Frequency of periods -> factor, Arrow unit. Capitals: older pandas.
 _PERIODS = {
     **{"D": (DAY, "s"), "h": (3600, "s"), "H": (3600, "s"), "min": (60, "s"), "T": (60, "s"), "s": (1, "s")},
     **{

@@ -17,8 +17,8 @@ from fused_rec.data.io.arrow import pc, replace
 from fused_rec.data.io.shards import ROW, SPLITS, shard
 from fused_rec.storage import fill_folder
 
-EXACT = 2**53  # integers up to here are 64-bit floats
-# What ends a cell or a line for one reader or another, and the quote that opens a cell for readers of quoted text.
+EXACT = 2**53  # integers up to here are exact as 64-bit floats
+# Characters that end a cell or a line for some reader, and a leading quote, which opens a quoted cell.
 _BREAKS = r'^"|[\t\n\v\f\r\x{1c}-\x{1e}\x{85}\x{2028}\x{2029}]+'
 
 
@@ -97,7 +97,7 @@ def _write_recbole(dataset: Dataset, folder: Path, name: str) -> dict[str, int]:
 
 
 def _write_huggingface(dataset: Dataset, folder: Path, _: str) -> dict[str, int]:
-    from huggingface_hub import DatasetCardData  # takes a second
+    from huggingface_hub import DatasetCardData  # slow import
 
     configs, listed = [], []
     for name, table in named(dataset).items():

@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 import tqdm
 
 CHUNK = 1 << 16
-LIMIT = 1 << 29  # bytes that a download, or what it unpacks to, may have
-MEMBERS = 1000  # files and folders that an archive may hold; the published ones hold about ten
-HEADERS = 1 << 19  # bytes that may describe them; what zipfile and tarfile make of these takes a hundred times as much
+LIMIT = 1 << 29  # maximum bytes of a download and of its content
+MEMBERS = 1000  # maximum entries of an archive; the published ones have about ten
+HEADERS = 1 << 19  # maximum bytes of headers; parsed by zipfile and tarfile, they take a hundred times the memory
 ATTEMPTS = 5
-# What zipfile and tarfile end in where bytes are not what they should be; each was seen in fuzzing.
+# Exceptions of zipfile and tarfile for corrupt archives; all were found by fuzzing.
 BROKEN = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, EOFError, OSError, ValueError, LookupError),
     *(OverflowError, NotImplementedError, RecursionError),
@@ -59,7 +59,7 @@ def fetch(url: str, target: Path, *, sha256: str = "", limit: int = LIMIT) -> No
             _receive(url, part, limit)
             break
         except DownloadError:
-            part.unlink(missing_ok=True)  # these bytes are not to be taken up again
+            part.unlink(missing_ok=True)  # not to be resumed
             raise
         except urllib.error.HTTPError as error:
             error.close()
@@ -95,12 +95,12 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> None:
         with open(archive, "rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             if packed:
-                verify(archive, archive.name, "", limit)  # tarfile stops at its own end mark, before that of gzip
+                verify(archive, archive.name, "", limit)  # tarfile stops at its end mark, before the checksum of gzip
             raw.seek(0)
             source: Any = _Measured(gzip.GzipFile(fileobj=raw) if packed else raw, archive.name)
             with tarfile.open(fileobj=source, mode="r:") if packed else zipfile.ZipFile(source) as opened:
                 members = _members(opened, archive.name, limit)
-                source.left = sys.maxsize  # what is read from here on is bounded by the sizes that members declare
+                source.left = sys.maxsize  # from here on, the declared sizes of members limit reading
                 _write(opened, members, folder)
     except BROKEN as error:
         raise DownloadError(f"{archive.name} cannot be unpacked: {error}") from error
@@ -130,7 +130,7 @@ def _members(opened: zipfile.ZipFile | tarfile.TarFile, archive: str, limit: int
         if isinstance(member, zipfile.ZipInfo):
             name, size = member.filename, member.file_size
             folder = name.endswith("/")
-            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)  # 0: packed where there are no modes
+            plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)  # 0: packed on a system without modes
             if member.flag_bits & 0x2041 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DownloadError(f"{archive} holds {name!r}, encrypted or packed other than by DEFLATE")
         else:
@@ -209,7 +209,7 @@ def _receive(url: str, part: Path, limit: int) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not held:
             raise
-        error.close()  # nothing lies beyond what is held: all of it is here, or it is of another file
+        error.close()  # no bytes after those on disk: the file is complete, or another one
         if error.headers.get("Content-Range") != f"bytes */{held}":
             part.unlink()
             _receive(url, part, limit)
@@ -218,7 +218,7 @@ def _receive(url: str, part: Path, limit: int) -> None:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
         if response.status == 206 and not resumed:
             raise DownloadError(f"{url} sends another range than the one asked for, from byte {held}")
-        held = held if resumed else 0  # a server without ranges sends the file from its start
+        held = held if resumed else 0  # a server without range support sends the whole file
         length = re.fullmatch("[0-9]{1,18}", response.headers.get("Content-Length", ""))
         total = held + int(length[0]) if length else None
         with (

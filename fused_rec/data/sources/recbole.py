@@ -72,7 +72,7 @@ def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
         raise DataError([Problem(file.name, None, message, "give one of them another name")])
     for name, kind in types.items():
         try:
-            if kind == "float" and name not in ("rating", "timestamp"):  # the checks read these two themselves
+            if kind == "float" and name not in ("rating", "timestamp"):  # parsed by the checks
                 _refuse_large(rows[name], f"{name}:{kind}", file)
                 rows = replace(rows, name, rows[name].cast(pa.float64()))
             elif kind == "float_seq":

@@ -44,7 +44,7 @@ class Reader:
     values: bool = False
 
 
-AMAZON = "amazon_musical_instruments"  # its folder, and its name as a download
+AMAZON = "amazon_musical_instruments"  # folder and download name
 
 
 TABLES = "tables"
@@ -166,7 +166,7 @@ def _folder(config: DataConfig, reader: Reader) -> Path:
     folder = Path(config.path or Path(root) / reader.folder)
     try:
         folder = folder.expanduser().resolve() if config.path else folder.resolve()
-    except (RuntimeError, OSError) as error:  # no home directory, or links in a circle
+    except (RuntimeError, OSError) as error:  # no home directory, or circular links
         raise NoFolderError(f"data.name {config.name!r} is read from {folder}: {error}; {_remedies(reader)}") from error
     if not folder.is_dir():
         raise NoFolderError(f"data.name {config.name!r} is read from {folder}, which is no folder: {_remedies(reader)}")

@@ -19,7 +19,7 @@ from fused_rec.text.encoders.config_fields import field, multiple, one_of, posit
 from fused_rec.text.encoders.layers import ACTIVATIONS, PRECISION, Dense, Embedding, layer_norm
 
 SUPPORTED_ACTIVATIONS = ("gelu", "gelu_new", "relu")
-# Where a published checkpoint keeps what the modules below call so; {} is the layer.
+# Names in published checkpoints by names of the modules below; {} is the layer.
 BERT_NAMES = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
@@ -125,7 +125,7 @@ def read_distilbert(stored: Mapping[str, Any]) -> BertConfig:
 def read_mpnet(stored: Mapping[str, Any]) -> BertConfig:
     """Reads a config.json of model_type mpnet; raises ValueError for unsupported settings."""
     require(stored, relative_attention_num_buckets=MPNET_BUCKETS)
-    return _read(stored, padding_token=1, distance_buckets=MPNET_BUCKETS)  # 1 whatever pad_token_id says
+    return _read(stored, padding_token=1, distance_buckets=MPNET_BUCKETS)  # independent of pad_token_id
 
 
 def _read(stored: Mapping[str, Any], *, type_vocab_size: int = 0, **more: Any) -> BertConfig:
@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
 
         query, key, value = project("query"), project("key"), project("value")
         scores = jnp.einsum("bqhk,bshk->bhqs", query * (size // heads) ** -0.5, key, precision=PRECISION) + bias
-        # Dividing after the weighted sum, where there are K numbers a token instead of L.
+        # Normalizes after the weighted sum: K numbers per token instead of L.
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed = jnp.einsum("bhqs,bshk->bhqk", weights, value, precision=PRECISION)
         mixed = mixed / weights.sum(axis=-1, keepdims=True)
@@ -222,7 +222,7 @@ def _positions(
     """Returns the position of each token, from 0, or from `padding_token` + 1 where padding gets `padding_token`."""
     if padding_token is None:
         return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    counted = mask & (input_ids != padding_token)  # a text may spell the padding token out
+    counted = mask & (input_ids != padding_token)  # a text may contain the padding token
     return jnp.where(counted, jnp.cumsum(counted, axis=1, dtype=jnp.int32), 0) + padding_token
 
 
@@ -230,7 +230,7 @@ def _distance_buckets(length: int) -> Int32[np.ndarray, "L L"]:
     """Returns the MPNet bucket of each distance of query and key: 8 exact ones per side, then 8 of growing width."""
     side, exact = MPNET_BUCKETS // 2, MPNET_BUCKETS // 4
     far = np.arange(length, dtype=np.float32)
-    # In float32 and in this order, as it was trained: at 16, 32 and 64 a last digit decides the class.
+    # In float32 and in this order, as in training: at 16, 32 and 64 the last digit determines the bucket.
     steps = np.log(np.maximum(far, exact) / np.float32(exact)) / np.float32(np.log(MPNET_FARTHEST / exact))
     wide = np.minimum(exact + (steps * np.float32(side - exact)).astype(np.int32), side - 1)
     classes = np.where(far < exact, far.astype(np.int32), wide)

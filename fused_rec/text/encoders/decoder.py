@@ -35,7 +35,7 @@ DECODER_NAMES = {
     "layers/down": "layers.{}.mlp.down_proj",
     "norm": "norm",
 }
-EVERYWHERE = LARGEST  # tokens a layer without a window reaches
+EVERYWHERE = LARGEST  # window of layers with full attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,7 @@ def read_llama(stored: Mapping[str, Any]) -> DecoderConfig:
 
 def read_mistral(stored: Mapping[str, Any]) -> DecoderConfig:
     """Reads a config.json of model_type mistral; raises ValueError for unsupported settings."""
-    window = field(
-        {"sliding_window": 4096, **stored}, "sliding_window", int, EVERYWHERE
-    )  # null says that there is none
+    window = field({"sliding_window": 4096, **stored}, "sliding_window", int, EVERYWHERE)  # null: no window
     return _read(stored, (window,) * len(_everywhere(stored)))
 
 
@@ -189,7 +187,7 @@ def _read(stored: Mapping[str, Any], windows: tuple[int, ...], **more: bool) -> 
         if rest:
             raise ValueError(f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads {heads}")
     causal = field(stored, "is_causal", bool, True)
-    if not causal:  # a window then reaches as many tokens to either side, as in the original
+    if not causal:  # the window then extends to both sides, as in the original
         windows = tuple(min(reach + 1, EVERYWHERE) for reach in windows)
     return DecoderConfig(
         **sizes,

@@ -20,9 +20,9 @@ from fused_rec.text.encoders.config_fields import field, one_of
 
 Params = dict[str, Any]
 
-# Without this a GPU multiplies float32 in TF32 and a TPU in bfloat16, and vectors move by 1e-3.
+# Otherwise GPUs multiply float32 in TF32 and TPUs in bfloat16, with errors of 1e-3 in the vectors.
 PRECISION = jax.lax.Precision.HIGHEST
-QUERY_BLOCK = 1024  # queries that are scored at once: L x L scores of a long text would not fit into memory
+QUERY_BLOCK = 1024  # queries per block: L x L scores of a long text would not fit into memory
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": functools.partial(nn.gelu, approximate=True),
@@ -33,7 +33,7 @@ ROPES = ("default", "linear", "llama3", "yarn")
 ROPE_SETTINGS = frozenset(
     ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
     + ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-    + ("low_freq_factor", "high_freq_factor", "finetuned")  # the last of the first files with yarn, for their readers
+    + ("low_freq_factor", "high_freq_factor", "finetuned")  # the last in early yarn files
 )
 
 
@@ -156,7 +156,7 @@ def read_rope(stored: Mapping[str, Any], theta: float, dims: int, max_positions:
         raise ValueError(f"RoPE scaling sets {', '.join(unknown)[:100]}, unknown here, which may change vectors")
     if field(stored, "partial_rotary_factor", float, 1.0) != 1:
         raise ValueError(f"partial_rotary_factor is {stored['partial_rotary_factor']}; supported is 1")
-    # In float32 as the models were trained: at position 10,000 the last digit of a frequency is 1e-3 radians.
+    # In float32, as in training: at position 10,000 the last digit of a frequency is 1e-3 radians.
     turns = np.float32(1) / np.float32(theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
     scale = 1.0
     if kind != "default":
@@ -183,7 +183,7 @@ def _llama3(
     low, high = (field(stored, name, float) for name in ("low_freq_factor", "high_freq_factor"))
     if not (low >= 1e-6 and high - low >= 1e-6):
         raise ValueError(f"low_freq_factor is {low} and high_freq_factor {high}; they must be above 0 and ascend")
-    waves = trained * turns / (2 * math.pi)  # in the length that the model was trained on
+    waves = trained * turns / (2 * math.pi)  # turns in the trained length
     kept = np.clip((waves - low) / (high - low), 0, 1)
     return (1 - kept) * turns / factor + kept * turns
 
