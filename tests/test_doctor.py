@@ -59,7 +59,7 @@ def test_a_model_that_cannot_be_opened(tmp_path):
 
 
 def test_the_cache(tmp_path):
-    assert "made when texts are encoded" in doctor.check_cache(str(tmp_path / "new")).found
+    assert "created when texts are encoded" in doctor.check_cache(str(tmp_path / "new")).found
     folder = tmp_path / TOP
     folder.mkdir(mode=0o700)
     (folder / "x").write_bytes(b"12")
