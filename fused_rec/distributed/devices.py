@@ -1,8 +1,8 @@
-"""The only `jax.pmap`: one program over all devices of all processes, and how arrays are sharded.
+"""Data parallelism over all devices of all processes: the only use of `jax.pmap`, and the sharding of arrays.
 
-Arrays are sharded by rows: of k devices, row v is on device v mod k as its row v // k. Adjacent rows of the tables,
-which are often similar in degree or age, are thus on different devices. An array [n, ...] on its way to
-k devices is [k, rows, ...], rows = ceil(n / k), and zero where n falls short; each device sees [rows, ...].
+Arrays are sharded by rows: with k devices, row v is on device v mod k as its row v // k. Adjacent rows of the tables,
+which are often similar in degree or age, are thus on different devices. An array [n, ...] is passed to k devices as
+[k, rows, ...] with rows = ceil(n / k), padded with zeros; each device sees [rows, ...].
 """
 
 import ctypes
@@ -31,10 +31,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> None:
-    """Lets the process keep what it frees, for what it asks for next; called before the first thread is started.
+    """Lets the process keep freed memory for later allocations; must be called before the first thread starts.
 
-    A step on a CPU frees its buffers and asks for the same ones again. glibc would hand them back to the system each
-    time, and to get them page by page takes up to a fourth of a step. Other C libraries are left as they are.
+    A step on a CPU frees its buffers and allocates the same sizes again. glibc would return them to the system each
+    time, and page faults would take up to a fourth of a step. Other C libraries are unchanged.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -43,11 +43,15 @@ def keep_memory() -> None:
 
 
 class DeviceError(RuntimeError):
-    """JAX has no device to compute on; the message names the setting that keeps it from one."""
+    """Error for JAX without a device; the message names the setting that prevents it."""
 
 
 def check_devices() -> None:
-    """Finds the devices, before any work is done that would be lost. Raises DeviceError where there is none."""
+    """Initializes the devices, before any work that would be lost.
+
+    Raises:
+      DeviceError: there is no device.
+    """
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an empty JAX_PLATFORMS fails an assertion of JAX
@@ -60,10 +64,16 @@ def check_devices() -> None:
 
 
 def computes(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates what a user calls and JAX computes: devices are checked first, and 64-bit types are off within.
+    """Decorates a public function that computes with JAX: checks devices first, and disables 64-bit types inside.
 
-    Every array here is float32 or int32, and the compiled kernels take no other. `jax_enable_x64`, usual in notebooks,
-    makes literals 64 bits wide; it stays on for everything else in the process.
+    All arrays here are float32 or int32, and the compiled kernels take no other types. `jax_enable_x64`, common in
+    notebooks, would make literals 64 bits wide; it stays enabled for the rest of the process.
+
+    Args:
+      function: the function.
+
+    Returns:
+      The decorated function.
     """
 
     @functools.wraps(function)
@@ -79,7 +89,11 @@ def computes(function: Callable[P, T]) -> Callable[P, T]:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """How many devices share the rows. The methods but `rows` are for use inside a program that runs on them."""
+    """Sharding of rows over devices. All methods except `rows` are for use inside a mapped function.
+
+    Attributes:
+      count: number of devices.
+    """
 
     count: int = 1
 
@@ -117,17 +131,31 @@ def local_indices(devices: int | None) -> list[int]:
 
 
 def shard_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
-    """Shards [n, ...] by rows; returns this process's part of [devices, rows, ...], padded with zeros."""
+    """Shards an array by rows.
+
+    Args:
+      x: [n, ...].
+      devices: number of devices, None = all.
+
+    Returns:
+      This process's part of [devices, rows, ...], padded with zeros.
+    """
     count = len(select_devices(devices))
     padded = np.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1))
     return padded.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)[local_indices(devices)]
 
 
 def device_put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
-    """Places arrays as `pmap_over_devices` expects them, which would copy them at each call otherwise.
+    """Places arrays on devices as `pmap_over_devices` expects them, which avoids a copy per call.
 
-    axes: a tree like `tree`, or a prefix of it: where each array has its devices; None: every device gets it whole. An
-    axis longer than this process's devices are many goes to them in blocks.
+    Args:
+      tree: arrays.
+      axes: tree like `tree`, or a prefix of it: the device axis of each array; None = replicated. An axis longer than
+        the number of this process's devices is divided into blocks.
+      devices: number of devices, None = all.
+
+    Returns:
+      The tree of placed arrays.
     """
     mesh = Mesh(np.array([select_devices(devices)[place] for place in local_indices(devices)]), (AXIS,))
 
@@ -138,12 +166,21 @@ def device_put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree
 
 
 def map_with_axes(function: Callable[..., Any], axes: PyTree, *trees: PyTree) -> PyTree:
-    """`function` of each axis, None among them, and of what the trees have there."""
+    """Maps a function over axes, including None, and the corresponding subtrees.
+
+    Args:
+      function: called with an axis and the subtrees at its position.
+      axes: tree of axes, a prefix of the trees.
+      *trees: trees of arrays.
+
+    Returns:
+      The tree of results.
+    """
     return jax.tree.map(function, axes, *trees, is_leaf=_is_none)
 
 
 class PmappedFn:
-    """A function compiled for one device and run on each; see `pmap_over_devices`."""
+    """Function that is compiled for one device and runs on each; see `pmap_over_devices`."""
 
     def __init__(
         self, function: Callable[..., Any], devices: int | None, in_axes: Any, out_axes: Any, donate: tuple[int, ...]
@@ -170,7 +207,7 @@ class PmappedFn:
         return self._out.unflatten(self._mapped(*self._in.flatten_up_to(arguments)))
 
     def lower(self, *arguments: Any) -> Any:
-        """As of a jitted function: the program before its compilation."""
+        """Lowers the function for arguments, like a jitted function."""
         return self._mapped.lower(*self._in.flatten_up_to(arguments))
 
 
@@ -181,8 +218,16 @@ def _is_none(axis: object) -> bool:
 def pmap_over_devices(
     function: Callable[..., Any], devices: int | None, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()
 ) -> PmappedFn:
-    """`function` for one device, with `AXIS` as the name of their numbers, over the first `devices`, None for all.
+    """Maps a function over devices.
 
-    in_axes, out_axes: as of `jax.pmap`; None where every device has the same. donate: arguments that are given up.
+    Args:
+      function: for one device; collectives use the axis name `AXIS`.
+      devices: number of devices, None = all.
+      in_axes: as of `jax.pmap`; None = replicated.
+      out_axes: as of `jax.pmap`; None = replicated.
+      donate: indices of donated arguments.
+
+    Returns:
+      The mapped function.
     """
     return PmappedFn(function, devices, in_axes, out_axes, donate)

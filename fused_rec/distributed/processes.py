@@ -1,7 +1,7 @@
-"""Several processes in one run, each with its own devices: initialization and collectives on the host.
+"""Runs of several processes, each with its own devices: initialization and collectives on the host.
 
-Every process reads the same tables and takes the same decisions; what only one can know (files of the workdir, a stop
-request) is broadcast. The first process writes.
+All processes read the same tables and make the same decisions; what only one can know (files of the workdir, a stop
+request) is broadcast. The first process writes files.
 """
 
 import json
@@ -20,15 +20,17 @@ _STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|
 
 
 def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins this process to the others; before anything else is done with JAX.
+    """Connects this process to the others; must be called before JAX is used.
 
-    coordinator: host and port of the first process; num_processes: how many; process_id: which one this is, from 0.
-    Where
-    none is given JAX asks the cluster: SLURM, Open MPI, Kubernetes (GKE), Cloud TPU.
+    Args:
+      coordinator: host and port of the first process.
+      num_processes: number of processes.
+      process_id: index of this process, from 0. If all three are None, JAX asks the cluster: SLURM, Open MPI,
+        Kubernetes (GKE), Cloud TPU.
 
     Raises:
-      ValueError: only some are given, or out of bounds.
-      RuntimeError: not all processes came in `START_SECONDS`, or no cluster answers.
+      ValueError: only some arguments are given, or one is out of bounds.
+      RuntimeError: not all processes connected within `START_SECONDS`, or no cluster answers.
     """
     given = coordinator, num_processes, process_id
     if any(part is None for part in given) and any(part is not None for part in given):
@@ -59,8 +61,7 @@ def is_single_process() -> bool:
 def is_collective_failure(error: Exception) -> bool:
     """Returns whether an error means that other processes of the run have ended or cannot be reached.
 
-    A broken collective comes as a RuntimeError, or, where it breaks while it is sent off, as a ValueError that begins
-    with its status.
+    A failed collective raises a RuntimeError, or, if it fails at dispatch, a ValueError that begins with its status.
     """
     broken = isinstance(error, RuntimeError) or _STATUS.match(str(error)) is not None
     return broken and not is_single_process()
@@ -72,7 +73,14 @@ def is_primary() -> bool:
 
 
 def broadcast_arrays(tree: PyTree) -> PyTree:
-    """Broadcasts the first process's arrays; shapes and dtypes must agree. Returns NumPy arrays."""
+    """Broadcasts the first process's arrays.
+
+    Args:
+      tree: arrays with the same shapes and dtypes in all processes.
+
+    Returns:
+      The first process's tree, as NumPy arrays.
+    """
     if is_single_process():
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
@@ -94,7 +102,7 @@ def any_process(flag: bool) -> bool:
 
 
 def any_process_elementwise(flags: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Returns the elementwise or of the flags of all processes, which have one length."""
+    """Returns the elementwise or of the flags of all processes, [n] in each."""
     return flags if is_single_process() else multihost_utils.process_allgather(flags).any(0)
 
 
@@ -104,7 +112,15 @@ def local_shard(rows: Int[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
 
 
 def gather_shards(rows: Int[np.ndarray, "n"], done: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "n D"]:
-    """Gathers the results [m, D] of all processes for their `local_shard`, in the order of the rows: [n, D]."""
+    """Gathers the results of all processes for their `local_shard`.
+
+    Args:
+      rows: int [n], the same rows in all processes.
+      done: [m, D], results of this process's shard.
+
+    Returns:
+      [n, D], in the order of the rows.
+    """
     if is_single_process():
         return done
     count = jax.process_count()
@@ -113,7 +129,15 @@ def gather_shards(rows: Int[np.ndarray, "n"], done: Float[np.ndarray, "m D"]) ->
 
 
 def check_equal_across_processes(what: str, value: str) -> None:
-    """Raises ValueError in every process whose value is not the first one's."""
+    """Checks that a value is the same in all processes.
+
+    Args:
+      what: name of the value, for the message.
+      value: the value.
+
+    Raises:
+      ValueError: this process's value differs from the first one's.
+    """
     if value != (first := broadcast_json(value)):
         raise ValueError(
             f"{what} is {value} in process {jax.process_index()} and {first} in process 0; start all processes of a "

@@ -256,10 +256,22 @@ def rank_chunks(
     first: int = 0,
     devices: int | None = None,
 ) -> Iterator[RankedChunk]:
-    """The k best eligible products of each customer, `CHUNK_USERS` customers at a time, from part number `first` on.
+    """Ranks the k best allowed items of each user, in chunks of `CHUNK_USERS` users.
 
-    What a part holds does not depend on the part it begins with, so that what was interrupted ends as if it had not
-    been. Only the parts that the caller keeps stay in memory.
+    The content of a chunk does not depend on `first`, so an interrupted ranking resumes with equal results. Only chunks
+    that the caller keeps stay in memory.
+
+    Args:
+      scorer: scorer of the model.
+      dataset: tables.
+      candidates: filter of the items of each user.
+      users: int64 [V], user rows.
+      k: items per user.
+      first: number of the first chunk.
+      devices: number of devices, None = all.
+
+    Yields:
+      The rankings of each chunk.
     """
     ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)

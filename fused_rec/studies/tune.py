@@ -2,11 +2,11 @@
 
 folder/
   run.json             config and digest of the tables; another config, or changed tables, are refused
-  journal.log          the study, as Optuna keeps it; a line an event, written under a lock
-  turn.lock            held for moments by the process that begins or ends a trial
-  trials/              checkpoints and a lock of each trial that is running or was stopped; gone when it is over
+  journal.log          Optuna's journal of the study, with an event per line, written under a lock
+  turn.lock            held briefly by the process that starts or ends a trial
+  trials/              checkpoints and a lock of each running or stopped trial; removed when it is finished
   best.py, best.json   the best trial so far, as a file of experiments/configs and with its value
-  trials.png           values of all trials over their settings, where Matplotlib is installed
+  trials.png           values of all trials over their settings, if Matplotlib is installed
 """
 
 import contextlib
@@ -68,16 +68,16 @@ POLL_SECONDS = 0.5
 def tune(config: Config, folder: str | Path, trials: int) -> Config:
     """Runs trials until `trials` of the folder's study are finished.
 
-    The first trial is `config` itself; the later ones are drawn from `space(config)` by a tree-structured Parzen
-    estimator (Bergstra et al., 2011) and stopped early where they fall below the median of the others. A trial sees
-    training and validation parts only. Every process that is given the same folder works on the same study, and
-    returns the same config; alone and with equal seeds, it repeats itself.
+    The first trial is `config` itself; later ones are sampled from `space(config)` by a tree-structured Parzen
+    estimator (Bergstra et al., 2011) and pruned below the median of the others. A trial sees only the training and
+    validation splits. All processes with the same folder work on the same study, and return the same config; a single process with
+    equal seeds is deterministic.
 
     A trial is finished when it is complete, pruned or has diverged. If its process was asked to stop, the next process
     resumes it from its checkpoint; if its process died, it is restarted once.
 
     Args:
-      config: settings of the first trial, and all that are not searched.
+      config: settings of the first trial, and all settings that are not searched.
       folder: of the study.
       trials: finished trials, over all processes.
 
@@ -85,10 +85,10 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
       The config of the best trial.
 
     Raises:
-      TablesChangedError: the folder's trials, running or over, were made of other tables.
-      ValueError: the folder is another config's or was begun with another space, `config` lies outside the space
-        where that cannot reach it, or no trial was completed.
-      DataError, LeakError: the input must not be used.
+      TablesChangedError: the folder's trials used other tables.
+      ValueError: the folder belongs to another config or was started with another space, `config` lies outside a space
+        that cannot be extended to it, or no trial was completed.
+      DataError, LeakError: the input is invalid.
     """
     if trials < 1:
         raise ValueError(f"trials is {trials}; it must be at least 1")
@@ -161,9 +161,17 @@ def work(config: Config, prepared: Prepared, folder: Path, trials: int) -> None:
 
 
 def ask_trial(study: "optuna.Study", searched: dict[str, BaseDistribution], seed: int) -> "optuna.trial.Trial":
-    """A new trial, its draw a function of the seed and of the trials before it.
+    """Creates a trial whose sample depends only on the seed and the trials before it.
 
-    Seeded anew for each trial: processes begun alike, or again, would otherwise repeat each other's draws.
+    The sampler is seeded for each trial: otherwise, processes with equal seeds would repeat each other's samples.
+
+    Args:
+      study: the study.
+      searched: search space.
+      seed: of the study.
+
+    Returns:
+      The trial.
     """
     drawn = np.random.SeedSequence((seed, len(study.get_trials(deepcopy=False)))).generate_state(1)
     study.sampler = optuna.samplers.TPESampler(seed=int(drawn[0]), multivariate=True, constant_liar=True)
@@ -173,7 +181,15 @@ def ask_trial(study: "optuna.Study", searched: dict[str, BaseDistribution], seed
 def run_trial(
     config: Config, prepared: Prepared, folder: Path, study: "optuna.Study", trial: "optuna.trial.Trial"
 ) -> None:
-    """Trains with the settings of a trial and reports its result to the study."""
+    """Trains with the settings of a trial and reports its result to the study.
+
+    Args:
+      config: the base config.
+      prepared: tables, split and graph.
+      folder: of the study.
+      study: the study.
+      trial: the trial.
+    """
     tried = with_settings(config, trial.params)
 
     def report(step: int, value: float) -> None:
@@ -211,12 +227,18 @@ def finished_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
 
 
 def fail_dead_trials(study: "optuna.Study", folder: Path) -> int:
-    """How many trials are running; those whose process is gone are ended, and begun anew the first time it happens.
+    """Marks trials of dead processes as failed, and restarts each once.
 
-    Those that were stopped are left to `resume_stopped_trial`.
+    Stopped trials are left to `resume_stopped_trial`.
+    A process holds a lock on its trial, which the system releases when the process ends. On file systems with locks per
+    host, a trial of another host may be considered dead and run twice.
 
-    A process holds the lock of its trial, and the system lets go of it when the process ends, however it ends. Where
-    hosts share a file system that keeps locks to one host, a trial of another may be taken for dead and run twice.
+    Args:
+      study: the study.
+      folder: of the study.
+
+    Returns:
+      The number of running trials.
     """
     running = 0
     for trial in _running_trials(study):
@@ -236,7 +258,15 @@ def fail_dead_trials(study: "optuna.Study", folder: Path) -> int:
 
 
 def resume_stopped_trial(study: "optuna.Study", folder: Path) -> "optuna.trial.Trial | None":
-    """Returns a trial whose process was asked to stop, to resume from its checkpoint; None if there is none."""
+    """Finds a trial whose process was asked to stop, to resume it from its checkpoint.
+
+    Args:
+      study: the study.
+      folder: of the study.
+
+    Returns:
+      The trial, or None if there is none.
+    """
     for begun in _running_trials(study):
         with _locked(_lock_of(folder, begun.number), wait=False) as free:
             if free and begun.user_attrs.get(STOPPED):
@@ -262,7 +292,18 @@ def open_study(folder: Path) -> "optuna.Study":
 
 
 def write_best(config: Config, folder: Path) -> Config:
-    """Writes best.py and best.json, and returns the config they hold. Raises ValueError where no trial is complete."""
+    """Writes best.py and best.json.
+
+    Args:
+      config: the base config.
+      folder: of the study.
+
+    Returns:
+      The config of the best trial.
+
+    Raises:
+      ValueError: no trial is complete.
+    """
     trials = finished_trials(open_study(folder))
     complete = [
         trial for trial in trials if trial.value is not None and trial.state == optuna.trial.TrialState.COMPLETE
@@ -284,7 +325,15 @@ def write_best(config: Config, folder: Path) -> Config:
 
 
 def as_source(config: Config, docstring: str) -> str:
-    """Formats a config as a file of experiments/configs, with the settings that differ from the defaults."""
+    """Formats a config as a file of experiments/configs, with the settings that differ from the defaults.
+
+    Args:
+      config: the config.
+      docstring: of the file.
+
+    Returns:
+      Python source.
+    """
     sections = []
     for name, defaults in to_dict(Config()).items():
         there = to_dict(config)[name]
@@ -299,9 +348,13 @@ def as_source(config: Config, docstring: str) -> str:
 
 
 def importances(folder: Path) -> dict[str, float]:
-    """Each setting's share in what tells good trials from bad (Watanabe et al., 2023), largest first.
+    """Computes the importance of each setting for the best trials (PED-ANOVA; Watanabe et al., 2023).
 
-    Empty below ten complete trials, of which nothing can be said.
+    Args:
+      folder: of the study.
+
+    Returns:
+      Shares by setting, largest first; empty for fewer than ten complete trials.
     """
     study = open_study(folder)
     if len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))) < 10:
@@ -318,7 +371,18 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with other settings, each named as section.setting. Raises ValueError for one that is not there."""
+    """Replaces settings of a config.
+
+    Args:
+      config: the config.
+      settings: values by name, such as "model.dim".
+
+    Returns:
+      The new config.
+
+    Raises:
+      ValueError: a name is unknown.
+    """
     values = to_dict(config)
     for name, value in settings.items():
         section, setting = name.split(".")
@@ -374,7 +438,7 @@ def _remove(folder: Path, number: int) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds a lock that ends with the process; without `wait`, whether it could be had."""
+    """Holds a lock that the system releases with the process; yields whether it was acquired."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         try:
