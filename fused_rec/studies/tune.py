@@ -70,8 +70,8 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
 
     The first trial is `config` itself; later ones are sampled from `space(config)` by a tree-structured Parzen
     estimator (Bergstra et al., 2011) and pruned below the median of the others. A trial sees only the training and
-    validation splits. All processes with the same folder work on the same study, and return the same config; a single process with
-    equal seeds is deterministic.
+    validation splits. All processes with the same folder work on the same study, and return the same config; a single
+    process with equal seeds is deterministic.
 
     A trial is finished when it is complete, pruned or has diverged. If its process was asked to stop, the next process
     resumes it from its checkpoint; if its process died, it is restarted once.
