@@ -94,7 +94,7 @@ def test_the_command_ends_by_what_it_found(tmp_path):
     command = [sys.executable, "-m", "experiments.doctor", f"--cache={tmp_path}"]
     sound = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert sound.returncode == 1, sound.stdout + sound.stderr  # the data folder alone
-    assert sound.stdout.count("FAIL") == 1 and "-> make it, or unset the variable" in sound.stdout
+    assert sound.stdout.count("FAIL") == 1 and "-> create it, or unset the variable" in sound.stdout
     reported = [line[6:21].strip() for line in sound.stdout.splitlines() if not line.startswith(" ")]
     for name in ("python", "libraries", "devices", "kernels", "data", "language model", "cache", "self-test"):
         assert reported.count(name) == 1, sound.stdout
