@@ -28,6 +28,7 @@ from fused_rec.data.io.files import plain_or_gz, read_lines
 from fused_rec.data.io.validate import Tables, assemble
 
 MAX_REPEATS = 4  # of a word in a text; 92 % of the words of an abstract occur fewer times
+REMEDY = "download it again, with the other files of the dataset"
 _ID = "[0-9]{1,9}"  # as many digits fit into 32 bits
 _COUNTED = f"{_ID}:{_ID}"
 
@@ -49,21 +50,20 @@ def citeulike_t(path: Path, repair: bool, *, train_size: int | None = None, tags
     Raises:
       DataError: lists the faults of the first faulty file.
     """
-    words, counts = _abstracts(path)
-    items = {"item_id": pa.array(np.arange(len(words))), "text": pa.chunked_array([_texts(path, words, counts)])}
+    texts = pa.chunked_array([_texts(path)])
+    items = {"item_id": np.arange(len(texts)), "text": texts}
     if tags:
-        listed = _tags(path, len(words))
+        listed = _tags(path, len(texts))
         items["tags"] = pa.array(listed, pa.list_(pa.string()))
-        joined = pa.chunked_array([pa.array([", ".join(own) or None for own in listed], pa.string())])
-        items["text"] = join_texts(items["text"], joined)
+        items["text"] = join_texts(texts, pa.chunked_array([pa.array([", ".join(own) or None for own in listed])]))
     files = {"": "users.dat"}
     if train_size is not None:
         files = {split: f"cf-{split}-{train_size}-users.dat" for split in ("train", "test")}
-    papers = {split: _id_lists(path / file, len(words)) for split, file in files.items()}
+    papers = {split: _lists(plain_or_gz(path / file), len(texts)) for split, file in files.items()}
     n_users = [len(lists) for lists in papers.values()]
     if len(set(n_users)) > 1:
         fault = f"has {n_users[1]:,} lines, and {files['train']} has {n_users[0]:,}"
-        raise DataError([Problem(files["test"], None, fault, "take both files of one split, a line a user")])
+        raise DataError([Problem(files["test"], None, fault, REMEDY)])
     tables = Tables(
         pa.concat_tables([_pairs(lists, split) for split, lists in papers.items()]),
         users=pa.table({"user_id": np.arange(n_users[0])}),
@@ -80,84 +80,63 @@ def _pairs(papers: list[Int64[np.ndarray, "_"]], split: str) -> pa.Table:
     return pairs.append_column("split", pa.array([split] * len(pairs), pa.string())) if split else pairs
 
 
-def _abstracts(path: Path) -> tuple[list[Int64[np.ndarray, "_"]], list[Int64[np.ndarray, "_"]]]:
-    """Reads the words of each paper, as lines of `vocabulary.dat`, and their counts."""
-    entries = _lists(path / "mult.dat", _COUNTED)
-    return [row[::2] for row in entries], [row[1::2] for row in entries]
-
-
-def _texts(path: Path, words: list[Int64[np.ndarray, "_"]], counts: list[Int64[np.ndarray, "_"]]) -> pa.Array:
+def _texts(path: Path) -> pa.Array:
     """Writes the words of each paper as a text; null without words."""
     vocabulary = np.array([line.strip() for line in read_lines(plain_or_gz(path / "vocabulary.dat"))], object)
-    _check_ids(plain_or_gz(path / "mult.dat"), words, len(vocabulary))
     texts = []
-    for ids, times in zip(words, counts, strict=True):
-        order = np.argsort(-times, kind="stable")
-        ids, times = ids[order], times[order]
-        rounds = [vocabulary[ids[times > repeat]] for repeat in range(MAX_REPEATS)]
-        texts.append(" ".join(filter(None, np.concatenate(rounds))) or None)
+    for entries in _lists(plain_or_gz(path / "mult.dat"), len(vocabulary), _COUNTED):
+        words, counts = entries[::2], entries[1::2]
+        order = np.argsort(-counts, kind="stable")
+        rounds = [vocabulary[words[order][counts[order] > repeat]] for repeat in range(MAX_REPEATS)]
+        texts.append(" ".join(filter(None, np.concatenate(rounds))) or None)  # one word of the vocabulary is blank
     return pa.array(texts, pa.string())
 
 
 def _tags(path: Path, n_items: int) -> list[list[str]]:
     """Reads the tags of each paper, those of most papers first."""
     names = [line.strip() for line in read_lines(plain_or_gz(path / "tags.dat"))]
-    papers = _id_lists(path / "tag-item.dat", n_items)
+    file = plain_or_gz(path / "tag-item.dat")
+    papers = _lists(file, n_items)
     if len(names) != len(papers):
-        file = plain_or_gz(path / "tag-item.dat").name
         fault = f"has {len(papers):,} lines, and tags.dat has {len(names):,}"
-        raise DataError([Problem(file, None, fault, "take both files of one release, a line a tag")])
+        raise DataError([Problem(file.name, None, fault, REMEDY)])
     tags: list[list[str]] = [[] for _ in range(n_items)]
     for tag in sorted(range(len(names)), key=lambda tag: -len(papers[tag])):
         for paper in papers[tag].tolist():
-            if names[tag]:
-                tags[paper].append(names[tag])
-    return tags
+            tags[paper].append(names[tag])
+    return [list(filter(None, own)) for own in tags]
 
 
-def _id_lists(file: Path, n_items: int) -> list[Int64[np.ndarray, "_"]]:
-    """Reads the papers of each line."""
-    rows = _lists(file, _ID)
-    _check_ids(plain_or_gz(file), rows, n_items)
-    return rows
+def _lists(file: Path, limit: int, entry: str = _ID) -> list[Int64[np.ndarray, "_"]]:
+    """Reads a file of lists.
 
+    Args:
+      file: a line a list: the number of entries, then the entries.
+      limit: number of papers or words; ids are below it.
+      entry: pattern of an entry, `_ID` or `_COUNTED`.
 
-def _lists(file: Path, entry: str) -> list[Int64[np.ndarray, "_"]]:
-    """Reads the integers of each line after the first, which is the number of entries; raises DataError."""
-    file = plain_or_gz(file)
-    line_pattern = re.compile(rf"\s*({_ID})((\s+{entry})*)\s*")
-    example = "3 10 11 12" if entry == _ID else "2 10:1 11:4"
-    rows, faults = [], {}
+    Returns:
+      The integers of each line after the first; of `_COUNTED` ids and counts by turns.
+
+    Raises:
+      DataError: lines are something else, have another number of entries, or ids of `limit` or more.
+    """
+    pattern, step = re.compile(rf"\s*({_ID})((?:\s+{entry})*)\s*"), 1 if entry == _ID else 2
+    lists, faults = [], {}
     for row, line in enumerate(read_lines(file), start=1):
-        if not (found := line_pattern.fullmatch(line)):
-            faults[row] = f"{line.strip()[:60]!r} is not a number of entries and the entries, as {example!r}"
+        if not (found := pattern.fullmatch(line)):
+            example = "'2 10 11'" if entry == _ID else "'2 10:1 11:4'"
+            faults[row] = f"{line.strip()[:60]!r} is not the number of entries and the entries, as {example}"
             continue
-        entries = found[2].split()
-        if len(entries) != int(found[1]):
-            faults[row] = f"it has {len(entries):,} entries, and {int(found[1]):,} are announced"
-        rows.append(np.array(found[2].replace(":", " ").split(), np.int64))
-    _refuse(file, faults)
-    return rows
-
-
-def _check_ids(file: Path, rows: list[Int64[np.ndarray, "_"]], count: int) -> None:
-    """Raises DataError where ids are not below `count`."""
-    largest = {row: int(ids.max(initial=0)) for row, ids in enumerate(rows, start=1) if len(ids)}
-    _refuse(
-        file,
-        {
-            row: f"its id {most} is not below {count}, the number there is"
-            for row, most in largest.items()
-            if most >= count
-        },
-    )
-
-
-def _refuse(file: Path, faults: dict[int, str]) -> None:
-    """Raises DataError with the first faults by row, and their number."""
-    remedy = "download it again, with the other files of the dataset"
-    problems = [Problem(file.name, row, fault, remedy) for row, fault in list(faults.items())[:EXAMPLES]]
+        numbers = np.array(found[2].replace(":", " ").split(), np.int64)
+        if len(numbers) != int(found[1]) * step:
+            faults[row] = f"{found[1]} entries are announced, and {len(numbers) // step} follow"
+        elif (largest := numbers[::step].max(initial=-1)) >= limit:
+            faults[row] = f"id {largest} is not below {limit}, the number of {'papers' if entry == _ID else 'words'}"
+        lists.append(numbers)
+    problems = [Problem(file.name, row, fault, REMEDY) for row, fault in list(faults.items())[:EXAMPLES]]
     if (rest := len(faults) - len(problems)) > 0:
-        problems.append(Problem(file.name, None, f"{len(faults):,} lines are faulty", remedy, rest))
+        problems.append(Problem(file.name, None, f"{len(faults):,} lines are faulty in all", REMEDY, rest))
     if problems:
         raise DataError(problems)
+    return lists

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Bool
 
 from fused_rec.data.dataset import DataError, Dataset, Problem
-from fused_rec.data.io.arrow import flags, pc
-from fused_rec.data.io.checks import EXAMPLES
+from fused_rec.data.io.arrow import flags, missing, pc
 from fused_rec.data.io.files import plain_or_gz, read_delimited
+from fused_rec.data.io.times import read_times
 from fused_rec.data.io.validate import Tables, assemble
 
-NEEDED = ("user_id", "item_id", "event_time")
+COLUMNS = ("user_id", "item_id", "event_time")
 
 
 def insurance(path: Path, repair: bool) -> Dataset:
@@ -28,29 +29,41 @@ def insurance(path: Path, repair: bool) -> Dataset:
       repair: as in `fused_rec.data.io.tables.read_tables`.
 
     Returns:
-      The dataset with a predefined split into train, validation and test, and times in UTC.
+      The dataset with a predefined split into train, validation and test, and times read as UTC.
 
     Raises:
-      DataError: lists all faults of the first faulty file, or of the values.
+      DataError: lists the faults of the first faulty file.
     """
-    files = {split: plain_or_gz(path / f"purchase_events_{split}.csv") for split in ("train", "test")}
-    train = read_delimited(files["train"], ",", needed=(*NEEDED, "valid"), quoted=True)
-    valid = pc.fill_null(train["valid"], "")
-    bad = np.flatnonzero(~flags(pc.is_in(valid, value_set=pa.array(["0", "1"]))))
-    remedy = "write 0 for train and 1 for validation"
-    problems = [
-        Problem(files["train"].name, int(row) + 2, f"valid is {valid[row].as_py()[:60]!r}", remedy)
-        for row in bad[:EXAMPLES]
-    ]
-    if len(bad) > EXAMPLES:
-        total = f"{len(bad):,} rows in all have another value of valid"
-        problems.append(Problem(files["train"].name, None, total, remedy, len(bad) - EXAMPLES))
-    if problems:
-        raise DataError(problems)
-    test = read_delimited(files["test"], ",", needed=NEEDED, quoted=True)
-    splits = pc.if_else(pc.equal(valid, "1"), "valid", "train"), pa.array(["test"] * len(test), pa.string())
-    events = [
-        rows.select(NEEDED).append_column("split", split) for rows, split in zip((train, test), splits, strict=True)
-    ]
-    tables = Tables(pa.concat_tables(events).rename_columns({"event_time": "timestamp"}))
-    return assemble("insurance", tables, repair=repair, auto_repair=("repeated interaction",))
+    train_file, test_file = (plain_or_gz(path / f"purchase_events_{split}.csv") for split in ("train", "test"))
+    train, test = _events(train_file, (*COLUMNS, "valid")), _events(test_file, COLUMNS)
+    known = flags(pc.is_in(train["valid"], value_set=pa.array(["0", "1"])))
+    if faults := _faults(train_file, train["valid"], ~known, "valid", "write 0 for train and 1 for validation"):
+        raise DataError(faults)
+    split = pc.if_else(pc.equal(train["valid"], "1"), "valid", "train")
+    events = pa.concat_tables([train.select(COLUMNS), test]).rename_columns({"event_time": "timestamp"})
+    events = events.append_column(
+        "split", pa.chunked_array([*split.chunks, pa.array(["test"] * len(test), pa.string())])
+    )
+    return assemble("insurance", Tables(events), repair=repair, auto_repair=("repeated interaction",))
+
+
+def _events(file: Path, columns: tuple[str, ...]) -> pa.Table:
+    """Reads columns of one file; raises DataError where an id or a time is missing or cannot be read."""
+    rows = read_delimited(file, ",", needed=columns, quoted=True).select(columns)
+    faults = _faults(
+        file, rows["event_time"], ~read_times(rows["event_time"]).good, "event_time", "write 2020-01-31 12:00:00"
+    )
+    for name in ("user_id", "item_id"):
+        faults += _faults(file, rows[name], missing(rows[name].cast(pa.string())), name, "give each row its id")
+    if faults:
+        raise DataError(faults)
+    return rows
+
+
+def _faults(file: Path, cells: pa.ChunkedArray, bad: Bool[np.ndarray, "R"], name: str, remedy: str) -> list[Problem]:
+    """Reports the first bad cell of a column, with the number of bad ones."""
+    if not bad.any():
+        return []
+    row, count = int(bad.argmax()), int(bad.sum())
+    message = f"{name} is {cells[row].as_py()!r:.60} ({count:,} such rows in all)"
+    return [Problem(file.name, row + 2, message, remedy, count)]
