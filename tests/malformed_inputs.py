@@ -25,10 +25,12 @@ from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.dataset import DataError
 from fused_rec.data.io.tables import read_tables
 from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.citeulike import citeulike_t
 from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans, read_prices
 from fused_rec.data.sources.fetch import DownloadError, unpack, verify
 from fused_rec.data.sources.huggingface import huggingface
+from fused_rec.data.sources.insurance import insurance
 from fused_rec.data.sources.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.sources.lightgcn import lightgcn_text
 from fused_rec.data.sources.recbole import recbole
@@ -141,6 +143,11 @@ SHARDS = (
     *(f"{table}/train-00000-of-00001.parquet" for table in ("items", "users", "ties", "reviews")),
     *("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"),
 )
+CITEULIKE = (
+    *("vocabulary.dat", "mult.dat", "tags.dat", "tag-item.dat.gz", "users.dat"),
+    *("cf-train-1-users.dat.gz", "cf-test-1-users.dat"),
+)
+INSURANCE = ("purchase_events_train.csv", "purchase_events_test.csv.gz")
 FARTRANS = ("customer_information.csv", "asset_information.csv", "transactions.csv", "close_prices.csv")
 
 
@@ -498,6 +505,39 @@ TARGETS: dict[str, Target] = {
         (b"\0" + files(b"1\t5\n2\t5\n", b"1\t6\n", b"1\t2\n9\t1\n2\t2\n"),),
         (DataError,),
         DELIMITED,
+    ),
+    "citeulike_t": Target(
+        _folder_of(
+            CITEULIKE, lambda path, repair: (citeulike_t(path, repair), citeulike_t(path, repair, train_size=1))
+        ),
+        (
+            b"\0"
+            + files(
+                b"graph\n\xc2\xa0\ntext",
+                b"2 2:1 0:6\n0\n1 1:1",
+                b"to-read\nml",
+                b"1 0\n2 0 2",
+                b"2 0 1\n1 2",
+                b"1 1\n1 2\n",
+                b"1 0\n0 \n",
+            ),
+        ),
+        (DataError,),
+        (b" ", b":", b"x", b"\n", b"\r", b"\xff", b"\x85", BETWEEN, *NUMBERS),
+    ),
+    "insurance": Target(
+        _folder_of(INSURANCE, insurance),
+        (
+            b"\0"
+            + files(
+                b"event_id,user_id,event_time,valid,item_id\r\n1,7,2018-10-01 07:42:23,0,item_2\r\n"
+                b"1,7,2018-10-01 07:42:23,0,item_1\r\n2,8,2020-06-01 00:00:00,1,item_1\r\n",
+                b"event_id,user_id,event_time,item_id\r\n3,7,2020-08-01 00:00:00,item_2\r\n"
+                b"4,9,2020-08-02 00:00:00,item_1\r\n",
+            ),
+        ),
+        (DataError,),
+        (*DELIMITED, b"valid", b"event_time", b"item_id"),
     ),
     "recbole": Target(
         _folder_of(ATOMIC, recbole),

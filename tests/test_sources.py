@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from malformed_inputs import BETWEEN, FARTRANS, TARGETS
+from malformed_inputs import BETWEEN, CITEULIKE, FARTRANS, INSURANCE, TARGETS
 
-from fused_rec.config import DataConfig
+from fused_rec.config import DataConfig, SplitConfig
 from fused_rec.data.dataset import DataError, Dataset, column, empty_reviews
 from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.citeulike import citeulike_t
 from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans, read_prices
+from fused_rec.data.sources.insurance import insurance
 from fused_rec.data.sources.lastfm import lastfm
 from fused_rec.data.sources.lightgcn import lightgcn_text
 from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.registry import READERS, k_core, load
 from fused_rec.data.sources.stocknet import mask_tickers, stocknet
+from fused_rec.data.splits import split
 
 DATA = Path(os.environ.get("FUSED_REC_DATA", ""))
 real = pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the folder of public data")
@@ -135,6 +138,48 @@ def test_douban_book():
     assert parts(dataset) == {"train": 478730, "test": 119690}
     assert dataset.repairs == {"ties: ties to oneself dropped": 169150 - len(dataset.ties)}
     assert dataset.notes == {"users: users without an interaction, kept as new users": dataset.n_users - 12859}
+
+
+@real
+def test_epinions():
+    dataset = read("epinions")
+    assert (dataset.name, dataset.n_users, dataset.n_items) == ("epinions", 18202, 47449)
+    assert parts(dataset) == {"train": 273946, "test": 64454}
+    assert (len(dataset.ties), dataset.repairs) == (595259 - 155, {"ties: ties to oneself dropped": 155})
+
+
+@real
+def test_insurance():
+    dataset = read("insurance")
+    assert (dataset.n_users, dataset.n_items, len(dataset.interactions)) == (44434, 16, 60135)
+    # 55,619 and 6,121 events, without repeats of a pair
+    assert dataset.repairs == {"interactions: rows that repeat a pair merged into its earliest": 61740 - 60135}
+    assert parts(dataset) == {"train": 48951, "valid": 5329, "test": 5855}
+    times = column(dataset.interactions, "timestamp")
+    assert (times.min(), times.max()) == (1538379743, 1601506437)  # 2018-10-01 07:42:23, 2020-09-30 22:53:57
+    latest = [times[np.asarray(dataset.interactions["split"]) == part].max() for part in ("train", "valid", "test")]
+    assert latest == sorted(latest)
+
+
+@real
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("citeulike_t_words", {}),
+        ("citeulike_t_p1", {"train": 7947, "test": 126913}),
+        ("citeulike_t_p10", {"train": 53399, "test": 81461}),
+    ],
+)
+def test_citeulike_t(name, counts):
+    dataset, every = read(name), read("citeulike_t")
+    assert (dataset.name, dataset.n_users, dataset.n_items) == (name, 7947, 25975)
+    assert len(dataset.interactions) == 134860 and dataset.repairs == {}
+    assert named(dataset) == named(every)  # train and test together are all pairs
+    assert not counts or parts(dataset) == counts
+    assert dataset.items["text"].null_count == (31 if name == "citeulike_t_words" else 0)
+    assert ("tags" in dataset.items.column_names) == (name != "citeulike_t_words")
+    for short, long in zip(*(d.items["text"].to_pylist() for d in (read("citeulike_t_words"), every)), strict=True):
+        assert long.startswith(short or "")
 
 
 @real
@@ -408,6 +453,119 @@ def test_edges(tmp_path):
         edges(tmp_path, False)
 
 
+def lay_out(folder: Path, names: tuple[str, ...], target: str, changes: dict[str, tuple[bytes, bytes]]) -> None:
+    """Writes a sound input of several files, some of them changed."""
+    for name, part in zip(names, TARGETS[target].seeds[0][1:].split(BETWEEN), strict=True):
+        old, new = changes.get(name.removesuffix(".gz"), (b"", b""))
+        assert old in part
+        part = part.replace(old, new, 1) if old else part
+        (folder / name).write_bytes(gzip.compress(part) if name.endswith(".gz") else part)
+
+
+def test_citeulike_t_texts_have_words_by_count_and_tags(tmp_path):
+    lay_out(tmp_path, CITEULIKE, "citeulike_t", {})
+    dataset = citeulike_t(tmp_path, False)
+    # mult.dat: "text" once and "graph" six times; nothing; a blank word of the vocabulary
+    assert dataset.items.to_pydict() == {
+        "item_id": ["0", "1", "2"],
+        "text": ["graph text graph graph graph. ml, to-read", None, "ml"],
+        "tags": [["ml", "to-read"], [], ["ml"]],
+    }
+    assert dataset.users.to_pydict() == {"user_id": ["0", "1"]}
+    assert dataset.interactions.to_pydict() == {"user": [0, 0, 1], "item": [0, 1, 2]}
+    words = citeulike_t(tmp_path, False, tags=False)
+    assert (words.name, words.items["text"].to_pylist()) == (
+        "citeulike_t_words",
+        ["graph text graph graph graph", None, None],
+    )
+    assert words.items.column_names == ["item_id", "text"]
+
+
+def test_citeulike_t_published_split(tmp_path):
+    lay_out(tmp_path, CITEULIKE, "citeulike_t", {})
+    dataset = citeulike_t(tmp_path, False, train_size=1)
+    assert dataset.name == "citeulike_t_p1"
+    assert dataset.interactions.to_pydict() == {
+        "user": [0, 1, 0],
+        "item": [1, 2, 0],
+        "split": ["train", "train", "test"],
+    }
+    with pytest.raises(DataError, match="cf-train-10-users.dat.gz: no such file"):
+        citeulike_t(tmp_path, False, train_size=10)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("users.dat", b"2 0 1", b"3 0 1", "users.dat, row 1: 3 entries are announced, and 2 follow. download it again"),
+        ("users.dat", b"1 2", b"1 3", "users.dat, row 2: id 3 is not below 3, the number of papers"),
+        ("users.dat", b"1 2", b"1 2.0", "users.dat, row 2: '1 2.0' is not the number of entries .* as '2 10 11'"),
+        ("users.dat", b"1 2", b"1 -1", "users.dat, row 2: '1 -1' is not the number of entries"),
+        ("mult.dat", b"0:6", b"0", "mult.dat, row 1: '2 2:1 0' is not the number of entries .* as '2 10:1 11:4'"),
+        ("mult.dat", b"0:6", b"3:6", "mult.dat, row 1: id 3 is not below 3, the number of words"),
+        ("tag-item.dat", b"2 0 2", b"2 0 9", "tag-item.dat.gz, row 2: id 9 is not below 3"),
+        ("tags.dat", b"to-read\n", b"", "tag-item.dat.gz: has 2 lines, and tags.dat has 1. download it again"),
+        ("cf-test-1-users.dat", b"0 \n", b"", "cf-test-1-users.dat: has 1 lines, and cf-train-1-users.dat has 2"),
+    ],
+)
+def test_citeulike_t_names_the_faulty_line(tmp_path, file, old, new, said):
+    lay_out(tmp_path, CITEULIKE, "citeulike_t", {file: (old, new)})
+    with pytest.raises(DataError, match=said):
+        citeulike_t(tmp_path, True, train_size=1 if file.startswith("cf") else None)
+
+
+def test_citeulike_t_lists_few_of_many_faulty_lines_and_refuses_a_cut_file(tmp_path):
+    lay_out(tmp_path, CITEULIKE, "citeulike_t", {})
+    (tmp_path / "users.dat").write_text("1 9\n" * 100)
+    with pytest.raises(
+        DataError, match="100 faults in the input:(?s:.*)users.dat: 100 lines are faulty in all"
+    ) as error:
+        citeulike_t(tmp_path, False)
+    assert len(error.value.problems) < 20
+    packed = (tmp_path / "tag-item.dat.gz").read_bytes()
+    (tmp_path / "tag-item.dat.gz").write_bytes(packed[:-9])
+    with pytest.raises(DataError, match="tag-item.dat.gz: cannot be read: .*download it again"):
+        citeulike_t(tmp_path, False)
+
+
+def test_insurance_has_its_published_validation_split_and_no_repeats(tmp_path):
+    lay_out(tmp_path, INSURANCE, "insurance", {})
+    dataset = insurance(tmp_path, False)
+    assert dataset.users["user_id"].to_pylist() == ["7", "8", "9"]
+    assert dataset.items["item_id"].to_pylist() == ["item_2", "item_1"]
+    assert dataset.interactions.to_pydict() == {
+        "user": [0, 0, 1, 2],
+        "item": [0, 1, 1, 1],
+        "timestamp": [1538379743, 1538379743, 1590969600, 1596326400],
+        "split": ["train", "train", "valid", "test"],
+    }
+    # 7 bought item_2 again in the test period: a known pair
+    assert dataset.repairs == {"interactions: rows that repeat a pair merged into its earliest": 1}
+    rows = split(dataset, SplitConfig(kind="predefined"))
+    assert (rows.train.tolist(), rows.valid.tolist(), rows.test.tolist()) == ([0, 1], [2], [3])
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "said"),
+    [
+        ("train", b",1,item_1", b",2,item_1", "train.csv, row 4: valid is '2' .1 such rows in all.. write 0 for train"),
+        ("train", b",1,item_1", b",,item_1", "train.csv, row 4: valid is None"),
+        ("train", b",7,", b",,", "train.csv, row 2: user_id is None .* give each row its id"),
+        (
+            "test",
+            b"2020-08-02 00:00:00",
+            b"soon",
+            "test.csv.gz, row 3: event_time is 'soon' .* write 2020-01-31 12:00:00",
+        ),
+        ("test", b"event_time", b"time", "test.csv.gz: column event_time occurs 0 times"),
+    ],
+)
+def test_insurance_names_the_faulty_row(tmp_path, part, old, new, said):
+    lay_out(tmp_path, INSURANCE, "insurance", {f"purchase_events_{part}.csv": (old, new)})
+    with pytest.raises(DataError, match=f"purchase_events_{said}"):
+        insurance(tmp_path, True)
+
+
 def test_recbole(tmp_path):
     (tmp_path / "x.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttext:token_seq\tdevice:token\nu\ti\t2.5\tso so\tphone\n"
@@ -541,5 +699,6 @@ def test_load_makes_the_synthetic_market_from_its_seed():
     assert one.interactions.equals(again.interactions) and not one.interactions.equals(other.interactions)
     assert set(READERS) == {
         *("synthetic", "tables", "lastfm", "lastfm_sociallgn", "lastfm_lightgcn", "stocknet"),
-        *("fartrans", "amazon", "lightgcn_text", "recbole", "huggingface", "edges"),
+        *("fartrans", "amazon", "lightgcn_text", "recbole", "huggingface", "edges", "epinions", "insurance"),
+        *(f"citeulike_t{split}{words}" for split in ("", "_p1", "_p10") for words in ("", "_words")),
     }

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import zlib
@@ -461,7 +462,7 @@ def _typed(
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """Reads the lines of a UTF-8 text file.
+    """Reads the lines of a UTF-8 text file, plain or .gz.
 
     Args:
       file: the file.
@@ -470,13 +471,19 @@ def read_lines(file: Path) -> Iterator[str]:
       Its lines, with line ends.
 
     Raises:
-      DataError: it is missing or not UTF-8.
+      DataError: it is missing, truncated, not UTF-8 or a .gz bomb.
     """
     try:
-        with open(file, encoding="utf-8") as lines:
+        _check_bytes(file)
+        with open_bytes(file) as source, io.TextIOWrapper(source, "utf-8") as lines:
             yield from lines
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError([_fault(file, error, "download it again")]) from error
+
+
+def plain_or_gz(file: Path) -> Path:
+    """Returns the file itself where it exists, else the one with .gz after its name."""
+    return file if file.is_file() else file.with_name(f"{file.name}.gz")
 
 
 def _check_bytes(file: Path, encoding: str = "") -> int:

@@ -1,6 +1,7 @@
 """Registry of data sets by name, and the function that loads the one of a configuration."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.io.arrow import flags, pc, replace
 from fused_rec.data.io.tables import read_tables
 from fused_rec.data.sources.amazon import amazon
+from fused_rec.data.sources.citeulike import citeulike_t
 from fused_rec.data.sources.edges import edges
 from fused_rec.data.sources.fartrans import fartrans
 from fused_rec.data.sources.huggingface import huggingface
+from fused_rec.data.sources.insurance import insurance
 from fused_rec.data.sources.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.sources.lightgcn import lightgcn_text
 from fused_rec.data.sources.recbole import recbole
@@ -63,6 +66,21 @@ READERS: dict[str, Reader] = {
     "recbole": Reader(recbole, "ml_100k", "RecBole atomic files (MovieLens 100k)", "ml_100k", values=True),
     "huggingface": Reader(huggingface, "", "Parquet shards in a folder a table, as of Hugging Face", values=True),
     "edges": Reader(edges, "douban_book", "integer edge tables with ties (Douban-Book)"),
+    "epinions": Reader(edges, "epinions", "rated products and trust between users (Epinions) in the GBSR split"),
+    "insurance": Reader(
+        insurance, "insurance", "purchases of insurance products (Bruun et al.), in the published split"
+    ),
+    "citeulike_t": Reader(citeulike_t, "citeulike_t", "papers saved, with words and tags (CiteULike-t)"),
+    "citeulike_t_words": Reader(functools.partial(citeulike_t, tags=False), "citeulike_t", "CiteULike-t without tags"),
+    **{
+        f"citeulike_t_p{size}{suffix}": Reader(
+            functools.partial(citeulike_t, train_size=size, tags=tags),
+            "citeulike_t",
+            f"CiteULike-t{without}, published split with up to {size} in train for each user",
+        )
+        for size in (1, 10)
+        for tags, suffix, without in ((True, "", ""), (False, "_words", " without tags"))
+    },
 }
 
 
