@@ -23,13 +23,11 @@ from webpage import Page
 
 from fused_rec.config import (
     METRICS,
-    NEUTRAL,
     Config,
     DataConfig,
     SplitConfig,
     TextConfig,
     TrainConfig,
-    differing,
     from_dict,
     to_dict,
 )
@@ -37,6 +35,7 @@ from fused_rec.distributed import signals
 from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.graph.build import INTERACTED_BY, INTERACTS
+from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training import trainer
@@ -46,8 +45,6 @@ from fused_rec.training.inputs import prepare, read
 from fused_rec.training.trainer import (
     NonFiniteLossError,
     Progress,
-    TablesChangedError,
-    init_run_dir,
     run_training,
     update_early_stopping,
 )
@@ -205,7 +202,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
         ),
         pytest.param([("batch", 23)], [{"select": 20, "refit": 3}], id="in the second phase"),
         pytest.param([("evaluate_users", 1)], [None], id="in the test part's measurement"),
-        pytest.param([("write_json", 2)], [None], id="before the results are written"),
+        pytest.param([("write_json", 1)], [None], id="before the results are written"),
     ],
 )
 def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
@@ -378,30 +375,6 @@ def test_a_finished_run_is_not_trained_again(tables, cache, finished):
     )
     assert again.returncode == 0, again.stderr
     assert (finished / "select" / "curves.jsonl").read_text() == before
-
-
-def test_a_workdir_is_one_config_only(tmp_path):
-    tables = "digest"
-    init_run_dir(Config(), tables, tmp_path)
-    init_run_dir(Config(), tables, tmp_path)
-    with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
-        init_run_dir(Config(train=TrainConfig(seed=1)), tables, tmp_path)
-    with pytest.raises(TablesChangedError, match="the tables have changed"):
-        init_run_dir(Config(), "another", tmp_path)
-
-
-def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
-    """Settings that change no result are no other config; the last ones given are those by which a run is opened."""
-    tables = "digest"
-    init_run_dir(Config(), tables, tmp_path)
-    moved = Config(
-        data=DataConfig(path="elsewhere"),
-        text=TextConfig(cache="other", offline=False, batch_tokens=512),
-        train=TrainConfig(wandb="project"),
-    )
-    assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
-    init_run_dir(moved, tables, tmp_path)
-    assert from_dict(trainer.read_run(tmp_path)["config"]) == moved
 
 
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):

@@ -19,6 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from experiments.configs import config_dict
 from fused_rec.config import Config, DataConfig, ModelConfig, TextConfig, TrainConfig, from_dict, to_dict
 from fused_rec.distributed import signals
+from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.studies import tune as sweeping
 from fused_rec.studies.tune import (
     as_source,
@@ -30,7 +31,7 @@ from fused_rec.studies.tune import (
     with_settings,
 )
 from fused_rec.training import evaluate, trainer
-from fused_rec.training.trainer import NonFiniteLossError, TablesChangedError
+from fused_rec.training.trainer import NonFiniteLossError
 
 COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
 SETTINGS = {
