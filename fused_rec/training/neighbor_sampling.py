@@ -1,4 +1,4 @@
-"""Graph inputs of each step: the whole graph, or a sampled subgraph per step (train.num_neighbors).
+"""A sampled subgraph per step (train.num_neighbors).
 
 A step on a subgraph is the step on the whole graph with fewer rows: `train_step` reads the ID embeddings of the sampled
 nodes, and dropout, noise, degrees and popularity follow node IDs of the whole graph. All devices share one sample.
@@ -28,11 +28,6 @@ from fused_rec.training.train_step import GraphInputs
 Sampler = Callable[[int, Batch], tuple[GraphInputs, Batch]]
 PROBE_BATCHES = 3  # batches sampled to estimate the usual capacity
 SAMPLE_STREAM = 2  # third number of the seed; batches use 0 and 1
-
-
-def full_graph_sampler(graph_inputs: GraphInputs) -> Sampler:
-    """Returns a sampler that gives every step the same sharded graph inputs and leaves the batch unchanged."""
-    return lambda step, batch: (graph_inputs, batch)
 
 
 def neighbor_sampler(

@@ -1,8 +1,7 @@
 """The training run: from a config and tables to a checkpointed model and `results.json`.
 
 `run_training(config, workdir)` reads, splits and prepares the tables, selects a step by validation (`fit`), optionally
-refits on train and valid, and evaluates on the test split once. The
-files are those of `fused_rec.runs.run_dir`.
+refits on train and valid, and evaluates on the test split once. The files are those of `fused_rec.runs.run_dir`.
 """
 
 import contextlib
@@ -10,23 +9,21 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from fused_rec.config import Config, TrainConfig, to_dict
-from fused_rec.data.batches import Batch, UserItems, batch, steps_per_epoch, user_items
+from fused_rec.config import Config, to_dict
+from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.splits import Split
 from fused_rec.distributed import processes, signals
-from fused_rec.distributed.devices import computes
+from fused_rec.distributed.devices import AnyArray, computes
 from fused_rec.evaluation.ranking import mean
 from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wandb_library
 from fused_rec.runs.model_card import card, counts
@@ -46,8 +43,9 @@ from fused_rec.runs.run_dir import (
     write_json,
     write_users,
 )
-from fused_rec.training import finetune
+from fused_rec.training.batch_sources import batch_of, batch_source, interruptible
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
+from fused_rec.training.early_stopping import Progress, update_early_stopping
 from fused_rec.training.evaluate import (
     evaluate_mean,
     evaluate_slices,
@@ -57,8 +55,7 @@ from fused_rec.training.evaluate import (
 )
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import Prepared, init_state, prepare, read, read_dataset, with_finetuned_text
-from fused_rec.training.neighbor_sampling import PROBE_BATCHES, full_graph_sampler, neighbor_sampler
-from fused_rec.training.sharding import gather_state, parallel_train_step, shard_graph_inputs, shard_state
+from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -67,16 +64,6 @@ LOSS_EVERY = 10  # steps between reads of the loss; each read waits for the devi
 
 class NonFiniteLossError(FloatingPointError):
     """A loss that is NaN or infinite; the message names the step and the last good checkpoint."""
-
-
-class Progress(NamedTuple):
-    """The state of the training loop besides the model, saved with each checkpoint."""
-
-    best: float | None = None  # the best validation value, at `best_step`
-    best_step: int = 0
-    evals_since_best: int = 0  # evaluations since `best_step`
-    seconds: float = 0.0  # of training and validation
-    losses: Sequence[float] = ()  # losses since the last evaluation, of a run stopped between two evaluations
 
 
 @computes
@@ -221,135 +208,160 @@ def fit(
       CheckpointError: the checkpoint of the best step is damaged.
       Stopped: a signal requested a stop; the state is saved.
     """
-    settings = config.train
-    dataset, observed = prepared.dataset, prepared.observed
-    if settings.num_neighbors:  # validation embeds the whole graph
+    if config.train.num_neighbors:  # validation embeds the whole graph
         require_embedding(config, prepared.graph_inputs)
     else:
         require_step(config, prepared.graph_inputs, prepared.encoder_data)
-    interactions = user_items(
-        observed.user, observed.item, dataset.n_users, np.asarray(prepared.graph_inputs.trained_items)
-    )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    batch_at = functools.partial(batch_of, settings, interactions)
-    whole, progress = resume(config, prepared, checkpoints)
-    step: Any = parallel_train_step(config)
-    graph_inputs, cache = prepared.graph_inputs, None
-    if prepared.encoder_data is not None:
-        cache = finetune.encode_all_texts(config, prepared.encoder_data, graph_inputs, whole.encoder_snapshot)
-        graph_inputs, step = cache.graph_inputs, finetune.parallel_finetune_step(config, prepared.encoder_data)
-        whole = dataclasses.replace(whole, encoder_snapshot=())
-    # With neighbor sampling the devices get the whole graph for validation only.
-    sharded = None if settings.num_neighbors else shard_graph_inputs(graph_inputs)
-    if sharded is None:
-        inputs_at = neighbor_sampler(config, graph_inputs, [batch_at(0, number) for number in range(PROBE_BATCHES)])
-    else:
-        inputs_at = full_graph_sampler(sharded)
-    first, last, began = int(whole.step), steps or settings.max_steps, time.monotonic()
-    state = shard_state(whole)
-    if first:
-        LOG.info("%s: resumes from the checkpoint of step %d", folder.name, first)
-    LOG.info("%s: %d steps per epoch", folder.name, steps_per_epoch(interactions, settings.batch_size))
-
-    losses = [jnp.float32(loss) for loss in progress.losses]
-    progress = progress._replace(losses=())
-    bar = tqdm(total=last, initial=first, desc=folder.name, unit="step", dynamic_ncols=True)
-    taken = saved = first
-
-    def save(*, best: bool) -> None:
-        gathered = gather_state(state, whole)
-        if cache is not None:
-            gathered = dataclasses.replace(gathered, encoder_snapshot=cache.encoder_params)
-        extras = {"config": to_dict(config), "progress": progress._asdict()}
-        if processes.is_primary():
-            checkpoints.save(taken, gathered, extras, best=best, replace=taken == saved)
-
-    # A stop request waits for the end of a step: only there do state and progress agree.
-    with (
-        signals.deferred(),
-        bar,
-        CurveLogger(folder, metric_writer_of) if processes.is_primary() else contextlib.nullcontext() as curves,
-    ):
-        if curves is not None:
-            curves.rewind(first)
-        try:
-            while True:
-                if losses and (taken % settings.eval_every == 0 or taken == last):
-                    scalars = {"loss": mean_loss(losses)}
-                    improved = False
-                    if cache is not None and (steps is None or taken < last):
-                        with signals.immediate() if processes.is_single_process() else contextlib.nullcontext():
-                            trained = gather_state(state, whole).params[finetune.ENCODER]
-                            cache = finetune.encode_all_texts(config, cache.encoder_data, cache.graph_inputs, trained)
-                            sharded = shard_graph_inputs(cache.graph_inputs)
-                            inputs_at = full_graph_sampler(sharded)
-                    if steps is None:
-                        # With several processes a stop here would leave the others waiting in a collective.
-                        with signals.immediate() if processes.is_single_process() else contextlib.nullcontext():
-                            full_graph = sharded or shard_graph_inputs(prepared.graph_inputs)
-                            values = evaluate_mean(prepared, sharded_scorer(config, full_graph, state.params), "valid")
-                        scalars |= {f"valid/{name}": value for name, value in values.items()}
-                        progress = update_early_stopping(progress, values[settings.metric], taken)
-                        improved = progress.evals_since_best == 0
-                        if on_evaluation is not None:
-                            on_evaluation(taken, values[settings.metric])
-                    progress = progress._replace(seconds=progress.seconds + time.monotonic() - began)
-                    began = time.monotonic()
-                    if curves is not None:
-                        curves.write(taken, scalars)
-                    save(best=improved)
-                    saved, losses = taken, []
-                if taken == last or progress.evals_since_best >= settings.patience:
-                    break
-                signals.raise_if_requested(processes.any_process)
-                users = batch_at(settings.seed, taken)
-                text_batch = () if cache is None else (finetune.make_text_batch(config, cache, users, taken),)
-                # Dispatch is asynchronous: the host samples this step while the devices may still run the last one.
-                state, loss = step(state, *inputs_at(taken, users), *text_batch)
-                taken += 1
-                losses.append(loss)
-                bar.update()
-                if taken % settings.eval_every == 0 or taken == last or len(losses) % LOSS_EVERY == 0:
-                    check_finite(losses, taken, checkpoints, folder)
-                    bar.set_postfix_str(progress_text(float(losses[-1]), settings.metric, progress))
-        except signals.Stopped as stopped:
-            if taken > saved:
-                check_finite(losses, taken, checkpoints, folder)
-                progress = progress._replace(
-                    losses=np.asarray(jax.device_get(losses), np.float32).tolist(),
-                    seconds=progress.seconds + time.monotonic() - began,
-                )
-                save(best=False)
-            stopped.add_note(f"step {taken} of {last} is saved in {folder}")
-            raise
-    if steps is not None:
-        return gather_state(state, whole), progress
-    if cache is not None:
-        whole = dataclasses.replace(whole, encoder_snapshot=cache.encoder_params)
-    best = checkpoints.restore(progress.best_step, like=whole)[0] if processes.is_primary() else whole
-    return processes.broadcast_arrays(best), progress
+    return Trainer(config, prepared, folder, steps, on_evaluation, metric_writer_of).train()
 
 
-def batch_of(settings: TrainConfig, user_items_of: UserItems, seed: int, step: int) -> Batch:
-    """Samples the batch of a step.
+class Trainer:
+    """The training of one model in one folder: steps, evaluations, checkpoints.
 
-    Args:
-      settings: sizes of the batch and the loss.
-      user_items_of: training interactions by user.
-      seed: seed of the run.
-      step: the number of steps taken before it.
-
-    Returns:
-      The batch, on the host; a function of the arguments.
+    Several processes take the same steps; the first writes curves and checkpoints.
     """
-    return batch(
-        user_items_of,
-        step,
-        seed=seed,
-        batch_size=settings.batch_size,
-        positives_per_user=settings.positives_per_user,
-        num_negatives=settings.positives_per_user if settings.loss == "bpr" else settings.num_negatives,
-    )
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        folder: Path,
+        steps: int | None = None,
+        on_evaluation: Callable[[int, float], None] | None = None,
+        metric_writer_of: MetricWriter | None = None,
+    ):
+        """Restores the newest checkpoint, or initializes a state. Arguments as of `fit`."""
+        self._config, self._prepared, self._folder = config, prepared, folder
+        self._on_evaluation, self._metric_writer = on_evaluation, metric_writer_of
+        self._curves: CurveLogger | None = None
+        self._validates, self._last = steps is None, steps or config.train.max_steps
+        self._checkpoints = Checkpoints(folder / "checkpoints")
+        state, self.progress = resume(config, prepared, self._checkpoints)
+        self._whole = dataclasses.replace(state, encoder_snapshot=())  # for shapes
+        interactions = training_interactions(prepared)
+        batches = functools.partial(batch_of, config.train, interactions)
+        self._source = batch_source(config, prepared, state.encoder_snapshot, batches)
+        self._state = shard_state(self._whole)
+        self.taken = self._saved = int(state.step)
+        self._pending: list[dict[str, Any]] = [
+            {name: np.float32(value) for name, value in of_step.items()} for of_step in self.progress.pending
+        ]
+        self.progress = self.progress._replace(pending=())
+        self._began = time.monotonic()
+        if self.taken:
+            LOG.info("%s: resumes from the checkpoint of step %d", folder.name, self.taken)
+        LOG.info("%s: %d steps per epoch", folder.name, steps_per_epoch(interactions, config.train.batch_size))
+
+    def train(self) -> tuple[TrainState, Progress]:
+        """Trains to the end, and returns the selected state, unsharded, on the host, and the progress.
+
+        Raises:
+          NonFiniteLossError: a loss is not finite.
+          Stopped: a signal requested a stop; the state is saved.
+        """
+        bar = tqdm(total=self._last, initial=self.taken, desc=self._folder.name, unit="step", dynamic_ncols=True)
+        writes = processes.is_primary()
+        curves = CurveLogger(self._folder, self._metric_writer) if writes else contextlib.nullcontext()
+        # A stop request waits for the end of a step: only there do state and progress agree.
+        with signals.deferred(), bar, curves as self._curves:
+            if self._curves is not None:
+                self._curves.rewind(self.taken)
+            try:
+                self._take_steps(bar)
+            except signals.Stopped as stopped:
+                if self.taken > self._saved:
+                    self._check_finite()
+                    self._add_seconds()
+                    self.checkpoint()
+                stopped.add_note(f"step {self.taken} of {self._last} is saved in {self._folder}")
+                raise
+        return self._selected(), self.progress
+
+    def _take_steps(self, bar: tqdm) -> None:
+        """Takes steps until the last one or until early stopping, and evaluates between them."""
+        while True:
+            if self._pending and self._is_evaluated():
+                self.evaluate()
+            if self.taken == self._last or self.progress.evals_since_best >= self._config.train.patience:
+                return
+            signals.raise_if_requested(processes.any_process)
+            self.step()
+            bar.update()
+            if self._is_evaluated() or len(self._pending) % LOSS_EVERY == 0:
+                self._check_finite()
+                loss = float(self._pending[-1]["loss"])
+                bar.set_postfix_str(progress_text(loss, self._config.train.metric, self.progress))
+
+    def _is_evaluated(self) -> bool:
+        """Whether an evaluation follows the step taken last."""
+        return self.taken % self._config.train.eval_every == 0 or self.taken == self._last
+
+    def step(self) -> None:
+        """Takes one step."""
+        # Dispatch is asynchronous: the host samples this step while the devices may still run the last one.
+        inputs = self._source.step_inputs(self.taken)
+        self._state, metrics = self._source.train_step(self._state, *inputs)
+        self.taken += 1
+        self._pending.append(metrics)
+
+    def evaluate(self) -> None:
+        """Validates, updates early stopping, and writes curves and a checkpoint of the step taken last."""
+        values, improved = mean_metrics(self._pending), False
+        if self._validates or self.taken < self._last:
+            self._source.refresh(self._state.params)
+        if self._validates:
+            with interruptible():
+                score = sharded_scorer(self._config, self._source.validation_inputs(), self._state.params)
+                found = evaluate_mean(self._prepared, score, "valid")
+            values |= {f"valid/{name}": value for name, value in found.items()}
+            value = found[self._config.train.metric]
+            self.progress = update_early_stopping(self.progress, value, self.taken)
+            improved = self.progress.evals_since_best == 0
+            if self._on_evaluation is not None:
+                self._on_evaluation(self.taken, value)
+        self._add_seconds()
+        if self._curves is not None:
+            self._curves.write(self.taken, values)
+        self._pending = []
+        self.checkpoint(best=improved)
+
+    def checkpoint(self, *, best: bool = False) -> None:
+        """Saves state and progress.
+
+        Args:
+          best: whether no earlier step is better.
+        """
+        gathered = dataclasses.replace(
+            gather_state(self._state, self._whole), encoder_snapshot=self._source.encoder_snapshot
+        )
+        pending = jax.tree.map(float, jax.device_get(self._pending))
+        extras = {"config": to_dict(self._config), "progress": self.progress._replace(pending=pending)._asdict()}
+        if processes.is_primary():
+            self._checkpoints.save(self.taken, gathered, extras, best=best, replace=self.taken == self._saved)
+        self._saved = self.taken
+
+    def _check_finite(self) -> None:
+        check_finite([metrics["loss"] for metrics in self._pending], self.taken, self._checkpoints, self._folder)
+
+    def _add_seconds(self) -> None:
+        now = time.monotonic()
+        self.progress = self.progress._replace(seconds=self.progress.seconds + now - self._began)
+        self._began = now
+
+    def _selected(self) -> TrainState:
+        """The best state of a training with validation, else the last."""
+        if not self._validates:
+            return gather_state(self._state, self._whole)
+        whole = dataclasses.replace(self._whole, encoder_snapshot=self._source.encoder_snapshot)
+        if processes.is_primary():
+            whole, _ = self._checkpoints.restore(self.progress.best_step, like=whole)
+        return processes.broadcast_arrays(whole)
+
+
+def training_interactions(prepared: Prepared) -> UserItems:
+    """Returns the observed interactions by user, from which batches are sampled."""
+    observed, trained_items = prepared.observed, np.asarray(prepared.graph_inputs.trained_items)
+    return user_items(observed.user, observed.item, prepared.dataset.n_users, trained_items)
 
 
 def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tuple[TrainState, Progress]:
@@ -381,32 +393,10 @@ def resume(config: Config, prepared: Prepared, checkpoints: Checkpoints) -> tupl
     return processes.broadcast_arrays(state), Progress(**processes.broadcast_json(progress._asdict()))
 
 
-def mean_loss(losses: list[jax.Array]) -> float:
-    """Returns the mean of float32 scalars; bitwise equal whether they come from a checkpoint or from the device."""
-    return float(np.mean(np.asarray(jax.device_get(losses), np.float32)))
-
-
-def update_early_stopping(progress: Progress, value: float, step: int) -> Progress:
-    """Updates the progress with a validation value; a value equal to the best does not improve on it.
-
-    Args:
-      progress: before the evaluation.
-      value: the value of train.metric; higher is better.
-      step: the number of steps taken.
-
-    Returns:
-      The progress with `best`, `best_step` and `evals_since_best` updated.
-
-    Raises:
-      ValueError: the value is NaN.
-    """
-    if math.isnan(value):
-        raise ValueError(
-            f"the validation metric of step {step} is not a number: the validation split has no pair to compare"
-        )
-    if progress.best is None or value > progress.best:
-        return progress._replace(best=value, best_step=step, evals_since_best=0)
-    return progress._replace(evals_since_best=progress.evals_since_best + 1)
+def mean_metrics(steps: Sequence[Mapping[str, AnyArray]]) -> dict[str, float]:
+    """Returns the mean of each metric over steps; bitwise equal whether they come from a checkpoint or the device."""
+    found = jax.device_get(steps)
+    return {name: float(np.mean(np.asarray([of_step[name] for of_step in found], np.float32))) for name in found[0]}
 
 
 def progress_text(loss: float, metric: str, progress: Progress) -> str:
