@@ -38,15 +38,13 @@ from fused_rec.graph.build import INTERACTED_BY, INTERACTS
 from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training import trainer
+from fused_rec.training import batch_sources, trainer
 from fused_rec.training.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.training.evaluate import evaluate_mean, scorer
 from fused_rec.training.inputs import prepare, read
 from fused_rec.training.trainer import (
     NonFiniteLossError,
-    Progress,
     run_training,
-    update_early_stopping,
 )
 
 SETTINGS = {
@@ -176,14 +174,15 @@ def undisturbed(tables, cache, tmp_path_factory) -> Path:
 
 def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """A real SIGTERM as the loop calls one of its functions for the call-th time."""
-    real, calls = getattr(trainer, name), itertools.count(1)
+    owner = batch_sources if name == "batch" else trainer
+    real, calls = getattr(owner, name), itertools.count(1)
 
     def asking(*arguments, **settings):
         if next(calls) == call:
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments, **settings)
 
-    patch.setattr(trainer, name, asking)
+    patch.setattr(owner, name, asking)
 
 
 @pytest.mark.parametrize(
@@ -380,15 +379,6 @@ def test_a_finished_run_is_not_trained_again(tables, cache, finished):
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
     with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan; there is no checkpoint yet"):
         run_training(small(tables, cache, model__variant="graph", train__learning_rate=1e38), tmp_path)
-
-
-def test_judge_keeps_the_first_of_equals():
-    progress = update_early_stopping(Progress(), 0.2, 10)
-    assert (progress.best, progress.best_step, progress.evals_since_best) == (0.2, 10, 0)
-    progress = update_early_stopping(progress, 0.2, 20)
-    assert (progress.best_step, progress.evals_since_best) == (10, 1)
-    progress = update_early_stopping(progress, 0.3, 30)
-    assert (progress.best_step, progress.evals_since_best) == (30, 0)
 
 
 def test_load_wants_a_finished_run(tmp_path):
