@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from fused_rec.config import Config, to_dict
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
-from fused_rec.data.dataset import Dataset, contents, digest
-from fused_rec.data.splits import Split
+from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import AnyArray, computes
 from fused_rec.evaluation.ranking import mean
@@ -38,6 +37,7 @@ from fused_rec.runs.run_dir import (
     finished_results,
     init_run_dir,
     lock_run_dir,
+    read_run,
     when_finished,
     write_card,
     write_json,
@@ -119,21 +119,13 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
     if processes.is_primary():
         init_run_dir(config, tables, workdir, contents(dataset))
     with metric_writer(config, workdir) if processes.is_primary() else contextlib.nullcontext() as shown:
-        results = _chosen_and_tested(config, workdir, dataset, data_split, prepared, tables, shown)
+        results = _select_and_test(config, workdir, prepared, shown)
         if shown is not None:
             shown.write_results(results)
     return results
 
 
-def _chosen_and_tested(
-    config: Config,
-    workdir: Path,
-    dataset: Dataset,
-    data_split: Split,
-    prepared: Prepared,
-    tables: str,
-    shown: MetricWriter | None,
-) -> dict[str, Any]:
+def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
     """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
     state, progress = fit(config, prepared, workdir / "select", metric_writer_of=shown)
     seconds = progress.seconds
@@ -142,7 +134,7 @@ def _chosen_and_tested(
 
     known = seen_splits(config)
     if config.train.refit:
-        prepared = prepare(config, dataset, data_split, known)
+        prepared = prepare(config, prepared.dataset, prepared.split, known)
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
         prepared = with_finetuned_text(config, prepared, state)
         seconds += refitted.seconds
@@ -151,8 +143,8 @@ def _chosen_and_tested(
     score = scorer(config, prepared, state)
     per_user = evaluate_users(prepared, score, "test")
     results = RunResults(
-        dataset=dataset.name,
-        split=data_split.kind,
+        dataset=prepared.dataset.name,
+        split=prepared.split.kind,
         variant=config.model.variant,
         seed=config.train.seed,
         valid=valid,
@@ -165,13 +157,17 @@ def _chosen_and_tested(
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        checkpoints = Path("refit" if config.train.refit else "select") / "checkpoints"
-        model = Checkpoints(workdir / checkpoints).digest(progress.best_step)
-        amounts, chosen = counts(dataset, data_split), checkpoints / str(progress.best_step)
-        digests = {"tables": tables, "model": model}
-        write_card(workdir / CARD, card(results, amounts, digests, chosen.as_posix()))
+        write_card(workdir / CARD, _card(workdir, prepared, results))
         write_json(workdir / RESULTS, results)
     return results
+
+
+def _card(workdir: Path, prepared: Prepared, results: Mapping[str, Any]) -> str:
+    """The model card of the selected checkpoint."""
+    checkpoints = Path("refit" if results["config"]["train"]["refit"] else "select") / "checkpoints"
+    step = results["best_step"]
+    digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
+    return card(results, counts(prepared.dataset, prepared.split), digests, (checkpoints / str(step)).as_posix())
 
 
 def seen_splits(config: Config) -> tuple[str, ...]:
@@ -243,9 +239,9 @@ class Trainer:
         self._source = batch_source(config, prepared, state.encoder_snapshot, batches)
         self._state = shard_state(self._whole)
         self.taken = self._saved = int(state.step)
-        self._pending: list[dict[str, Any]] = [
-            {name: np.float32(value) for name, value in of_step.items()} for of_step in self.progress.pending
-        ]
+        self._pending: list[Any] = jax.tree.map(
+            functools.partial(np.asarray, dtype=np.float32), [*self.progress.pending]
+        )
         self.progress = self.progress._replace(pending=())
         self._began = time.monotonic()
         if self.taken:
