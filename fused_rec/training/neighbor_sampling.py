@@ -4,7 +4,7 @@ A step on a subgraph is the step on the whole graph with fewer rows: `train_step
 nodes, and dropout, noise, degrees and popularity follow node IDs of the whole graph. All devices share one sample.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -88,11 +88,12 @@ def neighbor_sampler(
         part = shard_graph_inputs(
             GraphInputs(graph, adjacencies, graph_inputs.trained_items, popularity), devices, edges
         )
-        return part, Batch(
-            users=places[USER][batch.users],
-            items=places[ITEM][batch.items],
-            mask=batch.mask,
-            negatives=places[ITEM][batch.negatives],
-        )
+        return part, _renumbered(batch, places)
 
     return of_step
+
+
+def _renumbered(batch: Batch, places: Mapping[str, np.ndarray]) -> Batch:
+    """The batch in the node numbers of a subgraph."""
+    users, items = places[USER], places[ITEM]
+    return Batch(users[batch.users], items[batch.items], batch.mask, items[batch.negatives])
