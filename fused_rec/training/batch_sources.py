@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import PyTree
 
@@ -22,6 +22,7 @@ from fused_rec.training.train_step import GraphInputs
 Batches = Callable[[int, int], Batch]  # the batch of (seed, step)
 
 
+@runtime_checkable  # for checks of types in tests
 class BatchSource(Protocol):
     """Gives each step its inputs.
 

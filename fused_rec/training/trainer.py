@@ -401,7 +401,7 @@ def progress_text(loss: float, metric: str, progress: Progress) -> str:
     return f"loss {loss:.4f}{best}"
 
 
-def check_finite(losses: list[jax.Array], step: int, checkpoints: Checkpoints, folder: Path) -> None:
+def check_finite(losses: Sequence[AnyArray], step: int, checkpoints: Checkpoints, folder: Path) -> None:
     """Checks that the last losses are finite.
 
     Args:
