@@ -37,6 +37,7 @@ from fused_rec.reporting.data import (
 from fused_rec.reporting.page import render_page
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.model_card import counts
+from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import SCHEMA, as_texts, candidate_filter, model_digest, user_rows
 from fused_rec.serving.write_rankings import read_rules
@@ -48,14 +49,7 @@ from fused_rec.text.pretrained import open_model
 from fused_rec.training.evaluate import BASELINES, evaluate_rules, scorer
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
-from fused_rec.training.trainer import (
-    RUN,
-    TABLES,
-    TablesChangedError,
-    read_results,
-    read_run,
-    run_training,
-)
+from fused_rec.training.trainer import run_training
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

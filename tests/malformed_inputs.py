@@ -37,10 +37,10 @@ from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.stocknet import stocknet
 from fused_rec.evaluation.filters import apply
 from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.runs import run_dir
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.text.cache import read_vectors, write_vectors
 from fused_rec.text.pretrained import open_model
-from fused_rec.training import trainer
 
 TINY = Path(__file__).parent / "golden" / "tiny_bert"
 FAMILIES = sorted(path.parent for path in TINY.parent.glob("families/*/config.json"))
@@ -245,20 +245,20 @@ def _rules(folder: Path, data: bytes) -> object:
 
 def _run(folder: Path, data: bytes) -> object:
     _lay_out(folder, data, ("run.json", "results.json"))
-    trainer.check_config(Config(), folder)
-    trainer.check_tables("a", folder)
-    return trainer.read_finished(folder)
+    run_dir.check_config(Config(), folder)
+    run_dir.check_tables("a", folder)
+    return run_dir.read_finished(folder)
 
 
 def _users(folder: Path, data: bytes) -> object:
     (folder / "test_metrics_per_user.npz").write_bytes(data)
-    return trainer.read_users(folder / "test_metrics_per_user.npz")
+    return run_dir.read_users(folder / "test_metrics_per_user.npz")
 
 
 def _users_seed() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         metrics = {"ndcg@10": np.ones(2, np.float32), "auc": np.zeros(2, np.float32)}
-        trainer.write_users(Path(folder, "a"), UserMetrics(np.arange(2, dtype=np.int32), metrics, {}))
+        run_dir.write_users(Path(folder, "a"), UserMetrics(np.arange(2, dtype=np.int32), metrics, {}))
         return Path(folder, "a").read_bytes()
 
 

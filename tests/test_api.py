@@ -20,8 +20,8 @@ from tiny import quick_compilation  # noqa: F401
 import fused_rec as fr
 from fused_rec.data.dataset import digest
 from fused_rec.data.synthetic import make_synthetic
+from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import user_rows
-from fused_rec.training.trainer import TablesChangedError
 
 PACKAGE = Path(fr.__file__).parent
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")

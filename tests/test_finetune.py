@@ -27,7 +27,7 @@ from fused_rec.graph.build import ITEM, USER
 from fused_rec.serving.recommender import load, recommend
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.text import encode as embed_module
-from fused_rec.training import finetune, trainer
+from fused_rec.training import batch_sources, finetune, finetune_step, sharding, trainer
 from fused_rec.training.checkpoint import RECORD, Checkpoints
 from fused_rec.training.evaluate import evaluate_mean, scorer
 from fused_rec.training.inputs import init_state, prepare, with_finetuned_text, with_pretrained_text
@@ -95,28 +95,30 @@ def text_of(graph_inputs) -> np.ndarray:
 
 def taken(config, prepared, state, cache, steps: int, devices: int = 1):
     """Losses of some steps and the parameters after them."""
-    step = finetune.parallel_finetune_step(config, prepared.encoder_data, devices)
+    step = finetune_step.parallel_finetune_step(config, prepared.encoder_data, devices)
+    fixed = finetune_step.frozen_parts(config, prepared.encoder_data)
     there, graph_inputs, losses = shard_state(state, devices), shard_graph_inputs(cache.graph_inputs, devices), []
     for number in range(steps):
         users = batch_of(prepared, number)
-        there, loss = step(there, graph_inputs, users, finetune.make_text_batch(config, cache, users, number, devices))
-        losses.append(float(loss))
+        text_batch = finetune_step.make_text_batch(config, cache, users, number, devices)
+        there, metrics = step(there, graph_inputs, users, text_batch, fixed)
+        losses.append(float(metrics["loss"]))
     return np.array(losses), gather_state(there, state, devices).params
 
 
 @pytest.fixture
 def descent(monkeypatch):
     """Plain descent: Adam divides a gradient by its size, and hides one that is twice too large."""
-    monkeypatch.setattr(finetune, "_optimizer", lambda config: optax.sgd(config.train.learning_rate))
-    finetune.mapped_finetune_step.cache_clear()
+    monkeypatch.setattr(finetune, "optimizer", lambda config: optax.sgd(config.train.learning_rate))
+    sharding._mapped_step.cache_clear()
     yield
-    finetune.mapped_finetune_step.cache_clear()
+    sharding._mapped_step.cache_clear()
 
 
 def begin(config, prepared):
     """A state for `descent`, its adapters on their way."""
     state = moved(init_state(config, prepared))
-    return dataclasses.replace(state, opt_state=finetune._optimizer(config).init(state.params))
+    return dataclasses.replace(state, opt_state=finetune.optimizer(config).init(state.params))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -153,19 +155,19 @@ def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
     users = batch_of(prepared, 0)
     own = {USER: set(users.users.tolist()), ITEM: set(users.items[users.mask > 0].tolist())}
     for devices in (1, 4):
-        text_batch = finetune.make_text_batch(config, before, users, 0, devices)
+        text_batch = finetune_step.make_text_batch(config, before, users, 0, devices)
         change = np.zeros((np.prod(text_batch.mask.shape[:3]), after.vectors.shape[1]), np.float32)
-        texts = finetune.sample_texts(config, prepared.encoder_data, users, 0)
+        texts = finetune_step.sample_texts(config, prepared.encoder_data, users, 0)
         change[: len(texts)] = after.vectors[texts] - before.vectors[texts]
         touched = {t: rows.nodes[rows.nodes >= 0] for t, rows in text_batch.node_updates.items()}
-        _, matrices = finetune.frozen_parts(config, prepared.encoder_data)
+        _, matrices = finetune_step.frozen_parts(config, prepared.encoder_data)
         graph_inputs = shard_graph_inputs(before.graph_inputs, devices)
 
         def rows(graph_inputs, text_batch, change, matrices):
-            nodes: Any = finetune.update_node_text(graph_inputs, text_batch, change, matrices).graph.graph.nodes
+            nodes: Any = finetune_step.update_node_text(graph_inputs, text_batch, change, matrices).graph.graph.nodes
             return nodes["text"]
 
-        axes_of = graph_inputs_axes(graph_inputs), finetune.text_batch_axes(), None, None
+        axes_of = graph_inputs_axes(graph_inputs), finetune_step.text_batch_axes(), None, None
         found = pmap_over_devices(rows, devices, in_axes=axes_of, out_axes=1)(
             graph_inputs, text_batch, change, matrices
         )
@@ -198,7 +200,7 @@ def test_the_gradient_is_that_of_encoding_everything(cache, short, descent, monk
         np.ones((users, items), np.float32),
         np.zeros((users, 2), np.int32),
     )
-    assert len(finetune.sample_texts(config, short.encoder_data, everyone, 0)) == len(short.encoder_data.tokens)
+    assert len(finetune_step.sample_texts(config, short.encoder_data, everyone, 0)) == len(short.encoder_data.tokens)
     monkeypatch.setitem(globals(), "batch_of", lambda prepared, step: everyone)
     state = begin(config, short)
     there = finetune.encode_all_texts(config, short.encoder_data, short.graph_inputs, state.params[finetune.ENCODER])
@@ -246,10 +248,10 @@ def test_what_comes_out_is_the_same_on_every_device(cache, market):
     users = batch_of(whole, 0)
     graph_inputs = shard_graph_inputs(dataclasses.replace(start.graph_inputs, adjacencies=adjacency))
     arguments = (
-        *(shard_state(state), graph_inputs, shard_batch(users), finetune.make_text_batch(config, start, users, 0)),
-        finetune.frozen_parts(config, whole.encoder_data),
+        *(shard_state(state), graph_inputs, shard_batch(users), finetune_step.make_text_batch(config, start, users, 0)),
+        finetune_step.frozen_parts(config, whole.encoder_data),
     )
-    at = sharding_axes(state), graph_inputs_axes(graph_inputs), 0, finetune.text_batch_axes(), None
+    at = sharding_axes(state), graph_inputs_axes(graph_inputs), 0, finetune_step.text_batch_axes(), None
     # jax 0.12 has no rule of this check for the polynomial inside of erf, and so of GELU.
     language_model = dataclasses.replace(whole.encoder_data.model.config, hidden_act="relu")
     encoder = language_model, whole.encoder_data.model.pooling, whole.encoder_data.model.normalize
@@ -261,8 +263,8 @@ def test_what_comes_out_is_the_same_on_every_device(cache, market):
         return jax.tree.map(of, axes, tree, is_leaf=lambda axis: axis is None)
 
     def step(*arguments):
-        after, loss = finetune.finetune_step(config, encoder, *each(jnp.squeeze, at, arguments))
-        return each(jnp.expand_dims, at[0], after), loss
+        after, metrics = finetune_step.finetune_step(config, encoder, *each(jnp.squeeze, at, arguments))
+        return each(jnp.expand_dims, at[0], after), metrics
 
     def specs(axes):
         def of(axis):
@@ -273,9 +275,9 @@ def test_what_comes_out_is_the_same_on_every_device(cache, market):
     mesh = Mesh(np.array(jax.devices()), (AXIS,))
     out_specs = specs(at[0]), PartitionSpec()
     mapped = jax.shard_map(step, mesh=mesh, in_specs=specs(at), out_specs=out_specs, check_vma=True)
-    after, loss = jax.eval_shape(mapped, *arguments)
+    after, metrics = jax.eval_shape(mapped, *arguments)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, arguments[0])
-    assert loss.shape == ()
+    assert {value.shape for value in metrics.values()} == {()}
 
 
 # --- the draw ------------------------------------------------------------------------------------------------------
@@ -292,9 +294,9 @@ def test_a_draw_is_of_the_batchs_texts_bounded_distinct_and_repeatable(cache, pr
     shapes, seen = set(), set()
     for step in range(30):
         users = batch_of(prepared, step)
-        text_batch, again = (finetune.make_text_batch(config, start, users, step) for _ in range(2))
+        text_batch, again = (finetune_step.make_text_batch(config, start, users, step) for _ in range(2))
         jax.tree.map(np.testing.assert_array_equal, text_batch, again)
-        texts = finetune.sample_texts(config, words, users, step)
+        texts = finetune_step.sample_texts(config, words, users, step)
         assert 0 < len(texts) == len(set(texts.tolist())) <= 5
         for row, text in enumerate(texts):
             there = text_batch.mask.reshape(-1, text_batch.mask.shape[-1])[row]
@@ -323,7 +325,7 @@ def test_a_batch_without_words_changes_no_row(cache, prepared):
         config, prepared.encoder_data, prepared.graph_inputs, init_state(config, prepared).encoder_snapshot
     )
     no_user = batch_of(prepared, 0)._replace(mask=np.zeros((USERS, 2), np.float32))
-    text_batch = finetune.make_text_batch(config, start, no_user, 0)
+    text_batch = finetune_step.make_text_batch(config, start, no_user, 0)
     assert text_batch.mask.any(-1).all()  # each of what fills up has a token, or its mean would have no derivative
     for rows in text_batch.node_updates.values():
         assert (rows.nodes == -1).all() and not rows.weights.any()
@@ -346,16 +348,13 @@ def test_what_a_step_keeps_does_not_grow_with_its_texts(cache, short):
         shard_state(dataclasses.replace(state, encoder_snapshot=()), 1),
         shard_graph_inputs(start.graph_inputs, 1),
     )
-    model, need = short.encoder_data.model, []
+    need = []
     for texts, tokens in ((8, 8), (64, 8), (64, 64 * 8)):
         config = sized(config_of(cache, max_tokens=8), texts, tokens)
-        text_batch = finetune.make_text_batch(config, start, users, 0, 1)
-        encoder = model.config, model.pooling, model.normalize
-        structures = jax.tree.structure(there), jax.tree.structure(graph_inputs)
-        step = finetune.mapped_finetune_step(finetune.finetune_compile_key(config), encoder, 1, *structures)
-        program = step.lower(
-            there, graph_inputs, shard_batch(users, 1), text_batch, finetune.frozen_parts(config, short.encoder_data)
-        ).compile()
+        text_batch = finetune_step.make_text_batch(config, start, users, 0, 1)
+        step = finetune_step.parallel_finetune_step(config, short.encoder_data, 1).compiled(there, graph_inputs)
+        fixed = finetune_step.frozen_parts(config, short.encoder_data)
+        program = step.lower(there, graph_inputs, shard_batch(users, 1), text_batch, fixed).compile()
         need.append(program.memory_analysis().temp_size_in_bytes)
     few, many, at_once = need
     assert many < 1.5 * few and 2 * many < at_once
@@ -398,10 +397,10 @@ def ask_to_stop(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "kept"),
     [
-        pytest.param(trainer, "batch", 3, {"select": 3}, id="before anything was encoded anew"),
-        pytest.param(trainer, "batch", 7, {"select": 7}, id="between two evaluations"),
+        pytest.param(batch_sources, "batch", 3, {"select": 3}, id="before anything was encoded anew"),
+        pytest.param(batch_sources, "batch", 7, {"select": 7}, id="between two evaluations"),
         pytest.param(finetune, "encode_all_texts", 3, {"select": 8}, id="while all texts are encoded"),
-        pytest.param(trainer, "batch", 17, {"select": 10, "refit": 7}, id="in the second phase"),
+        pytest.param(batch_sources, "batch", 17, {"select": 10, "refit": 7}, id="in the second phase"),
     ],
 )
 def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, finished, owner, name, call, kept):

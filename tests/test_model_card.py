@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fused_rec.config import Config, to_dict
 from fused_rec.runs.model_card import METRICS, card
-from fused_rec.training.trainer import write_card
+from fused_rec.runs.run_dir import write_card
 
 AMOUNTS = {"customers": 12345, "products": 10, "in the training split": 7}
 DIGESTS = {"tables": "ab" * 32, "model": "cd" * 32}

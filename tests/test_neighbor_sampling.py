@@ -80,9 +80,9 @@ def slope(config, graph_inputs, users, devices):
     """(loss, gradient) of the third step."""
     whole = jax.tree.map(np.asarray, init(config, task_of()))
     whole = dataclasses.replace(whole, step=jnp.int32(3))
-    state, loss = parallel_train_step(config, devices)(shard_state(whole, devices), graph_inputs, users)
+    state, metrics = parallel_train_step(config, devices)(shard_state(whole, devices), graph_inputs, users)
     after = gather_state(state, whole, devices).params
-    return float(loss), jax.tree.map(lambda before, now: before - now, whole.params, after)
+    return float(metrics["loss"]), jax.tree.map(lambda before, now: before - now, whole.params, after)
 
 
 def same_slope(one, other):
@@ -213,8 +213,8 @@ def test_steps_share_a_compiled_program(monkeypatch):
         step, of_step = parallel_train_step(config, 1), neighbor_sampler(config, graph_inputs, batches[:3], 1)
         state = shard_state(init(config, graph_inputs), 1)
         for number, users in enumerate(batches):
-            state, loss = step(state, *of_step(number, users))
-        assert np.isfinite(loss)
+            state, metrics = step(state, *of_step(number, users))
+        assert np.isfinite(metrics["loss"])
     sharding._mapped_step.cache_clear()
     assert len(traces) == 1
 
@@ -224,8 +224,8 @@ def test_who_has_no_neighbors_is_there_all_the_same():
     alone = Batch(np.array([6], np.int32), *(np.full((1, 1), x) for x in (np.int32(5), np.float32(1), np.int32(5))))
     config = config_of(num_neighbors=1)
     part, users = neighbor_sampler(config, task_of(), [alone], 1)(0, alone)
-    state, loss = parallel_train_step(config, 1)(shard_state(init(config, task_of()), 1), part, users)
-    assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    state, metrics = parallel_train_step(config, 1)(shard_state(init(config, task_of()), 1), part, users)
+    assert np.isfinite(metrics["loss"]) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_what_cannot_be_sampled_is_refused():

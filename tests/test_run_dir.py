@@ -12,14 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fused_rec.config import Config
+from fused_rec.config import NEUTRAL, Config, DataConfig, TextConfig, TrainConfig, differing, from_dict, to_dict
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.runs import run_dir
 from fused_rec.runs.loggers import CurveLogger
-from fused_rec.runs.run_dir import LOCK, BusyError, lock_run_dir
+from fused_rec.runs.run_dir import (
+    LOCK,
+    BusyError,
+    TablesChangedError,
+    init_run_dir,
+    lock_run_dir,
+    read_run,
+    write_json,
+    write_users,
+)
 from fused_rec.storage import SaveError, persist, write_file
 from fused_rec.training.checkpoint import Checkpoints
-from fused_rec.training.trainer import init_run_dir, write_json, write_users
 
 HOLDER = """
 import sys, time
@@ -228,3 +236,27 @@ def test_a_read_only_folder_is_named():
         finally:
             os.seteuid(user)
             folder.chmod(0o755)
+
+
+def test_a_workdir_is_one_config_only(tmp_path):
+    tables = "digest"
+    init_run_dir(Config(), tables, tmp_path)
+    init_run_dir(Config(), tables, tmp_path)
+    with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
+        init_run_dir(Config(train=TrainConfig(seed=1)), tables, tmp_path)
+    with pytest.raises(TablesChangedError, match="the tables have changed"):
+        init_run_dir(Config(), "another", tmp_path)
+
+
+def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
+    """Settings that change no result are no other config; the last ones given are those by which a run is opened."""
+    tables = "digest"
+    init_run_dir(Config(), tables, tmp_path)
+    moved = Config(
+        data=DataConfig(path="elsewhere"),
+        text=TextConfig(cache="other", offline=False, batch_tokens=512),
+        train=TrainConfig(wandb="project"),
+    )
+    assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
+    init_run_dir(moved, tables, tmp_path)
+    assert from_dict(read_run(tmp_path)["config"]) == moved

@@ -122,8 +122,8 @@ def trained(step, config, devices, steps):
     )
     losses = []
     for number in range(steps):
-        state, loss = step(state, graph_inputs, batch_of(number))
-        losses.append(loss)
+        state, metrics = step(state, graph_inputs, batch_of(number))
+        losses.append(metrics["loss"])
     assert int(state.step) == steps
     return np.array(losses), gather_state(state, whole, devices).params
 
@@ -143,14 +143,14 @@ def test_a_step_in_bfloat16_is_nearly_the_same_and_keeps_float32(loss):
     for compute in typing.get_args(ComputeDtype):
         config = of_model(config_of("fused", loss, temperature=1.0, compute_dtype=compute), edge_dropout=0.0)
         before, graph_inputs = start(config), shard_graph_inputs(task_of(), 1)
-        state, value = parallel_train_step(config, 1)(shard_state(before, 1), graph_inputs, batch_of(0))
+        state, metrics = parallel_train_step(config, 1)(shard_state(before, 1), graph_inputs, batch_of(0))
         after = gather_state(state, start(config), 1)
         assert {leaf.dtype for leaf in jax.tree.leaves((after.params, after.opt_state))} <= {
             np.dtype(np.float32),
             np.dtype(np.int32),
         }
         means = [leaf.mu for leaf in after.opt_state if hasattr(leaf, "mu")]
-        moved[compute] = float(value), jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(means)])
+        moved[compute] = float(metrics["loss"]), jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(means)])
     (value, slope), (narrow_value, narrow_slope) = (moved[compute] for compute in typing.get_args(ComputeDtype))
     assert narrow_value != value
     assert narrow_value == pytest.approx(value, rel=0.01)
@@ -162,7 +162,7 @@ def test_what_is_ranked_is_float32_however_a_step_computes():
     config = config_of(compute_dtype="bfloat16")
     text = jax.jit(embed_nodes, static_argnums=0).lower(config, start(config).params, task_of()).as_text()
     assert "bf16" not in text
-    step = sharding.mapped_step(config, 1, shard_state(start(config), 1), shard_graph_inputs(task_of(), 1))
+    step = parallel_train_step(config, 1).compiled(shard_state(start(config), 1), shard_graph_inputs(task_of(), 1))
     batch_there = shard_batch(batch_of(0), 1)
     assert "bf16" in step.lower(shard_state(start(config), 1), shard_graph_inputs(task_of(), 1), batch_there).as_text()
 
@@ -196,6 +196,20 @@ def test_any_number_of_devices_gives_the_same(variant, loss, monkeypatch):
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_norm_is_of_the_gradient_of_all_parameters(devices, monkeypatch):
+    """A step of descent at rate 1 moves the parameters by it; shared rows count once, divided rows on their device."""
+    monkeypatch.setattr(step_module, "make_optimizer", lambda config: optax.sgd(1.0))
+    sharding._mapped_step.cache_clear()
+    config = config_of(temperature=1.0)
+    before, graph_inputs = start(config), shard_graph_inputs(task_of(), devices)
+    state, metrics = parallel_train_step(config, devices)(shard_state(before, devices), graph_inputs, batch_of(0))
+    sharding._mapped_step.cache_clear()
+    moved = jax.tree.map(np.subtract, gather_state(state, start(config), devices).params, start(config).params)
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(moved)))
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 def test_so_do_eight():
     """As many as a host may have, and more than four of which a child process is made."""
     flags = os.environ["XLA_FLAGS"].replace("count=4", "count=8")
@@ -217,8 +231,8 @@ def check_replication(config):
     at = sharding_axes(whole), graph_inputs_axes(graph_inputs), 0
 
     def step(*arguments):
-        (state, loss) = train_step(config, *each(lambda axis, x: jnp.squeeze(x, axis), at, arguments))
-        return each(jnp.expand_dims, at[0], state, swap=True), loss
+        state, metrics = train_step(config, *each(lambda axis, x: jnp.squeeze(x, axis), at, arguments))
+        return each(jnp.expand_dims, at[0], state, swap=True), metrics
 
     def each(function, axes, tree, swap=False):
         def leaf(axis, x):
@@ -246,9 +260,9 @@ def check_replication(config):
 
 @pytest.mark.parametrize(("variant", "loss"), PAIRS)
 def test_what_comes_out_is_the_same_on_every_device(variant, loss):
-    before, (after, value) = check_replication(config_of(variant, loss))
+    before, (after, metrics) = check_replication(config_of(variant, loss))
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, before)
-    assert value.shape == ()
+    assert {"loss", "gradient_norm"} <= metrics.keys() and {value.shape for value in metrics.values()} == {()}
 
 
 @pytest.mark.parametrize("forgotten", ["loss", "gradient", "both"])
@@ -375,7 +389,7 @@ def test_one_step_lowers_the_loss_of_its_batch(learner):
     graph_inputs, state = shard_graph_inputs(task_of()), shard_state(start(LEARNING))
     state, before = step(state, graph_inputs, batch_of(0))
     state, after = step(dataclasses.replace(state, step=shard_state(jnp.int32(0))), graph_inputs, batch_of(0))
-    assert float(after) < float(before)
+    assert float(after["loss"]) < float(before["loss"])
 
 
 def test_dropout_follows_the_step(learner):
@@ -385,7 +399,7 @@ def test_dropout_follows_the_step(learner):
     for number in (0, 1, 2):
         state = dataclasses.replace(start(LEARNING), step=jnp.int32(number))
         graph_inputs, state = shard_graph_inputs(task_of()), shard_state(state)
-        losses.append(float(step(state, graph_inputs, batch_of(0))[1]))
+        losses.append(float(step(state, graph_inputs, batch_of(0))[1]["loss"]))
     assert len(set(losses)) == 3
 
 
@@ -479,8 +493,8 @@ def test_no_step_receives_the_ease():
     losses = []
     for given in (graph_inputs, dataclasses.replace(graph_inputs, ease=tiny.low_rank_ease())):
         step = parallel_train_step(config, 1)
-        state, loss = step(shard_state(start(config), 1), shard_graph_inputs(given, 1), batch_of(0))
-        losses.append((float(loss), jax.device_get(state.params)))
+        state, metrics = step(shard_state(start(config), 1), shard_graph_inputs(given, 1), batch_of(0))
+        losses.append((float(metrics["loss"]), jax.device_get(state.params)))
     jax.tree.map(np.testing.assert_array_equal, *losses)
 
 
@@ -558,9 +572,9 @@ def test_dropout_follows_the_seed(learner):
     for seed in (0, 1, 2, 0):
         state = dataclasses.replace(start(LEARNING), seed=jnp.int32(seed))
         graph_inputs, state = shard_graph_inputs(task_of()), shard_state(state)
-        state, loss = step(state, graph_inputs, batch_of(0))
+        state, metrics = step(state, graph_inputs, batch_of(0))
         assert int(state.seed) == seed
-        losses.append(float(loss))
+        losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
     assert losses[3] == losses[0]
 
@@ -620,8 +634,8 @@ def two_branches():
 
 def one_step(step, params):
     state = dataclasses.replace(start(TWO), params=jax.tree.map(jnp.array, params))
-    divided, loss = step(shard_state(state, 2), shard_graph_inputs(task_of(), 2), batch_of(0))
-    return gather_state(divided, state, 2).params, float(loss)
+    divided, metrics = step(shard_state(state, 2), shard_graph_inputs(task_of(), 2), batch_of(0))
+    return gather_state(divided, state, 2).params, jax.device_get(metrics)
 
 
 def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
@@ -633,7 +647,9 @@ def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
         vectors = jax.jit(branch.apply)({"params": params[name]}, graph_inputs.graph, graph_inputs.adjacencies)
         own.append(branch_loss(vectors, TWO, batch_of(0)))
     assert abs(own[0] - own[1]) > 0.01
-    assert one_step(two_branches, params)[1] == pytest.approx(sum(own), rel=1e-5)
+    metrics = one_step(two_branches, params)[1]
+    expected = {"loss": sum(own), "loss/main": own[0], "loss/words": own[1]}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_branch_learns_from_its_own_loss_alone(two_branches):

@@ -23,13 +23,11 @@ from webpage import Page
 
 from fused_rec.config import (
     METRICS,
-    NEUTRAL,
     Config,
     DataConfig,
     SplitConfig,
     TextConfig,
     TrainConfig,
-    differing,
     from_dict,
     to_dict,
 )
@@ -37,19 +35,16 @@ from fused_rec.distributed import signals
 from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.graph.build import INTERACTED_BY, INTERACTS
+from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training import trainer
+from fused_rec.training import batch_sources, trainer
 from fused_rec.training.checkpoint import RECORD, CheckpointError, Checkpoints
 from fused_rec.training.evaluate import evaluate_mean, scorer
 from fused_rec.training.inputs import prepare, read
 from fused_rec.training.trainer import (
     NonFiniteLossError,
-    Progress,
-    TablesChangedError,
-    init_run_dir,
     run_training,
-    update_early_stopping,
 )
 
 SETTINGS = {
@@ -179,14 +174,15 @@ def undisturbed(tables, cache, tmp_path_factory) -> Path:
 
 def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """A real SIGTERM as the loop calls one of its functions for the call-th time."""
-    real, calls = getattr(trainer, name), itertools.count(1)
+    owner = batch_sources if name == "batch" else trainer
+    real, calls = getattr(owner, name), itertools.count(1)
 
     def asking(*arguments, **settings):
         if next(calls) == call:
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments, **settings)
 
-    patch.setattr(trainer, name, asking)
+    patch.setattr(owner, name, asking)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +201,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
         ),
         pytest.param([("batch", 23)], [{"select": 20, "refit": 3}], id="in the second phase"),
         pytest.param([("evaluate_users", 1)], [None], id="in the test part's measurement"),
-        pytest.param([("write_json", 2)], [None], id="before the results are written"),
+        pytest.param([("write_json", 1)], [None], id="before the results are written"),
     ],
 )
 def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
@@ -380,42 +376,9 @@ def test_a_finished_run_is_not_trained_again(tables, cache, finished):
     assert (finished / "select" / "curves.jsonl").read_text() == before
 
 
-def test_a_workdir_is_one_config_only(tmp_path):
-    tables = "digest"
-    init_run_dir(Config(), tables, tmp_path)
-    init_run_dir(Config(), tables, tmp_path)
-    with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
-        init_run_dir(Config(train=TrainConfig(seed=1)), tables, tmp_path)
-    with pytest.raises(TablesChangedError, match="the tables have changed"):
-        init_run_dir(Config(), "another", tmp_path)
-
-
-def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
-    """Settings that change no result are no other config; the last ones given are those by which a run is opened."""
-    tables = "digest"
-    init_run_dir(Config(), tables, tmp_path)
-    moved = Config(
-        data=DataConfig(path="elsewhere"),
-        text=TextConfig(cache="other", offline=False, batch_tokens=512),
-        train=TrainConfig(wandb="project"),
-    )
-    assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
-    init_run_dir(moved, tables, tmp_path)
-    assert from_dict(trainer.read_run(tmp_path)["config"]) == moved
-
-
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
     with pytest.raises(NonFiniteLossError, match="loss of step 2 is nan; there is no checkpoint yet"):
         run_training(small(tables, cache, model__variant="graph", train__learning_rate=1e38), tmp_path)
-
-
-def test_judge_keeps_the_first_of_equals():
-    progress = update_early_stopping(Progress(), 0.2, 10)
-    assert (progress.best, progress.best_step, progress.evals_since_best) == (0.2, 10, 0)
-    progress = update_early_stopping(progress, 0.2, 20)
-    assert (progress.best_step, progress.evals_since_best) == (10, 1)
-    progress = update_early_stopping(progress, 0.3, 30)
-    assert (progress.best_step, progress.evals_since_best) == (30, 0)
 
 
 def test_load_wants_a_finished_run(tmp_path):

@@ -19,6 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from experiments.configs import config_dict
 from fused_rec.config import Config, DataConfig, ModelConfig, TextConfig, TrainConfig, from_dict, to_dict
 from fused_rec.distributed import signals
+from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.studies import tune as sweeping
 from fused_rec.studies.tune import (
     as_source,
@@ -29,8 +30,9 @@ from fused_rec.studies.tune import (
     tune,
     with_settings,
 )
-from fused_rec.training import evaluate, trainer
-from fused_rec.training.trainer import NonFiniteLossError, TablesChangedError
+from fused_rec.training import batch_sources, evaluate, trainer
+from fused_rec.training.early_stopping import Progress
+from fused_rec.training.trainer import NonFiniteLossError
 
 COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[name] for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
 SETTINGS = {
@@ -63,7 +65,7 @@ def narrow(monkeypatch):
 
 def by_rate(tried, prepared, folder, on_evaluation):
     """In place of training: the lower the learning rate, the better."""
-    return None, trainer.Progress(best=1 - tried.train.learning_rate)
+    return None, Progress(best=1 - tried.train.learning_rate)
 
 
 def states(folder: Path) -> list[optuna.trial.TrialState]:
@@ -166,8 +168,8 @@ def test_the_best_config_loads_from_its_file_and_trains_to_its_value(swept, tmp_
 def test_a_sweep_that_is_asked_to_stop_repeats_the_one_that_was_not(config, swept, tmp_path, monkeypatch):
     """Stopped in the second trial, once between evaluations and once in one, that trial goes on and fails nothing."""
     monkeypatch.setattr(sweeping, "SPACE", RATE)
-    for name, call in (("batch", 8), ("evaluate_mean", 1)):
-        real, calls = getattr(trainer, name), itertools.count(1)
+    for owner, name, call in ((batch_sources, "batch", 8), (trainer, "evaluate_mean", 1)):
+        real, calls = getattr(owner, name), itertools.count(1)
 
         def asking(*arguments, real=real, calls=calls, call=call, **settings):
             if next(calls) == call:
@@ -175,7 +177,7 @@ def test_a_sweep_that_is_asked_to_stop_repeats_the_one_that_was_not(config, swep
             return real(*arguments, **settings)
 
         with monkeypatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
-            patch.setattr(trainer, name, asking)
+            patch.setattr(owner, name, asking)
             tune(config, tmp_path, 2)
         assert states(tmp_path) == [COMPLETE, RUNNING]
         assert [path.name for path in (tmp_path / "trials" / "trial_1" / "checkpoints").iterdir()]
@@ -193,7 +195,7 @@ def test_a_hopeless_trial_is_stopped_early_and_counts(config, tmp_path, monkeypa
         for step in range(3, 31, 3):
             calls.append((number, step))
             on_evaluation(step, 0.5 - number / 100 + step / 1000)
-        return None, trainer.Progress(best=0.5 - number / 100)
+        return None, Progress(best=0.5 - number / 100)
 
     monkeypatch.setattr(sweeping, "fit", fit)
     tune(config, tmp_path, 7)
@@ -229,7 +231,7 @@ def test_divergence_ends_a_trial_and_an_error_ends_the_sweep(config, tmp_path, m
         fate = next(fates)
         if isinstance(fate, Exception):
             raise fate
-        return None, trainer.Progress(best=fate)
+        return None, Progress(best=fate)
 
     monkeypatch.setattr(sweeping, "fit", fit)
     with pytest.raises(ValueError, match="none of the 1 trials .* was completed: each diverged"):
@@ -250,7 +252,7 @@ def test_a_trial_that_fails_twice_is_left(config, tmp_path, monkeypatch, narrow)
         attempts.append(tried.train.learning_rate)
         if tried == config:
             raise MemoryError
-        return None, trainer.Progress(best=0.1)
+        return None, Progress(best=0.1)
 
     monkeypatch.setattr(sweeping, "fit", fit)
     for _ in range(2):
@@ -263,7 +265,7 @@ def test_a_trial_that_fails_twice_is_left(config, tmp_path, monkeypatch, narrow)
 
 
 def test_a_folder_is_one_config_only(config, tmp_path, narrow, monkeypatch):
-    monkeypatch.setattr(sweeping, "fit", lambda *_, **__: (None, trainer.Progress(best=0.1)))
+    monkeypatch.setattr(sweeping, "fit", lambda *_, **__: (None, Progress(best=0.1)))
     tune(config, tmp_path, 1)
     with pytest.raises(ValueError, match=r"train\.seed is 0 there and 1 here"):
         tune(with_settings(config, {"train.seed": 1}), tmp_path, 1)
@@ -288,7 +290,7 @@ def test_the_space_reaches_to_the_config():
 
 def test_importances_name_the_setting_that_matters(config, tmp_path, monkeypatch):
     def fit(tried, prepared, folder, on_evaluation):
-        return None, trainer.Progress(best=tried.train.temperature + 0.001 * tried.model.id_embedding_dropout)
+        return None, Progress(best=tried.train.temperature + 0.001 * tried.model.id_embedding_dropout)
 
     monkeypatch.setattr(sweeping, "fit", fit)
     tune(config, tmp_path, 9)

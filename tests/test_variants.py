@@ -134,8 +134,8 @@ def steps(config: Config, devices: int, count: int):
     graph_inputs, state = shard_graph_inputs(graph_inputs, devices), shard_state(whole, devices)
     step, losses = parallel_train_step(config, devices), []
     for number in range(count):
-        state, loss = step(state, graph_inputs, batch_of(number))
-        losses.append(float(loss))
+        state, metrics = step(state, graph_inputs, batch_of(number))
+        losses.append(jax.device_get(metrics))
     return losses, gather_state(state, whole, devices).params
 
 
@@ -155,9 +155,14 @@ def test_the_contrast_by_hand():
     assert len(set(items.tolist())) < len(items) == len(set(users.tolist()))
     contrast = sum(cosine_contrast(out, h[1], np.unique(nodes)) for nodes in (users, USERS + items))
     for devices in (1, 2):
-        with_it = steps(config, devices, 1)[0][0]
+        [with_it] = steps(config, devices, 1)[0]
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, contrastive_weight=0.0))
-        assert with_it - steps(plain, devices, 1)[0][0] == pytest.approx(0.5 * contrast, rel=1e-5)
+        [without] = steps(plain, devices, 1)[0]
+        assert with_it["loss"] - without["loss"] == pytest.approx(0.5 * contrast, rel=1e-5)
+        parts = with_it["loss/contrastive_user"] + with_it["loss/contrastive_item"]
+        assert parts == pytest.approx(0.5 * contrast, rel=1e-5)
+        assert with_it["loss/main"] + parts == pytest.approx(with_it["loss"], rel=1e-6)
+        assert without.keys() == {"loss", "loss/main", "gradient_norm"}
 
 
 def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatch):
@@ -167,7 +172,8 @@ def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatc
     start = init(config, task_of("xsimgcl")).params
     (alone, params), (losses, others) = (steps(config, devices, 20) for devices in (1, 2))
     assert np.abs(params["main"]["id_user"] - start["main"]["id_user"]).max() > 0.003
-    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    for one, other in zip(alone, losses, strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(others), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 

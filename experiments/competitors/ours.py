@@ -53,9 +53,9 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
 
     def call(number: int) -> float:
         nonlocal state
-        state, loss = once(state, graph_inputs, batches[number % len(batches)])
+        state, metrics = once(state, graph_inputs, batches[number % len(batches)])
         jax.block_until_ready(state)
-        return float(loss)
+        return float(metrics["loss"])
 
     return call
 

@@ -25,10 +25,11 @@ from fused_rec.reporting.data import (
 from fused_rec.reporting.page import render_page
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.model_card import counts
+from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_results, read_run, read_users
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, user_rows
 from fused_rec.storage import write_file
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
-from fused_rec.training.trainer import TEST_METRICS_PER_USER, read_results, read_run, read_users, run_training
+from fused_rec.training.trainer import run_training
 
 WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}

@@ -214,7 +214,7 @@ def check_end_to_end() -> Line:
         )
         users = batch(held, 0, seed=0, batch_size=64, positives_per_user=8, num_negatives=8)
         state = init(config, prepared.graph_inputs)
-        stepped, loss = parallel_train_step(config)(
+        stepped, metrics = parallel_train_step(config)(
             shard_state(state), shard_graph_inputs(prepared.graph_inputs), users
         )
         run = fr.Run(Path(), config, prepared, gather_state(stepped, state), {})
@@ -224,7 +224,7 @@ def check_end_to_end() -> Line:
         jax.config.update("jax_disable_most_optimizations", False)
     total, score = sum(part["value"] for part in row["parts"]), row["score"]
     remedy = "report it with this output: results differ from those of the tested libraries"
-    if not np.isfinite(loss):
+    if not np.isfinite(loss := metrics["loss"]):
         return Line("FAIL", "self-test", f"the loss of the first step is {loss}", remedy)
     if not np.isclose(total, score, rtol=TOLERANCE):
         return Line("FAIL", "self-test", f"the parts of a score sum to {total}, and the score is {score}", remedy)

@@ -27,6 +27,7 @@ from fused_rec.config import METRICS
 from fused_rec.data.sources.fartrans import read_prices
 from fused_rec.evaluation.significance import table
 from fused_rec.evaluation.suitability import check_groups
+from fused_rec.runs.run_dir import write_json
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training.evaluate import (
@@ -38,7 +39,6 @@ from fused_rec.training.evaluate import (
     scorer,
 )
 from fused_rec.training.inputs import prepare, with_pretrained_text
-from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)

@@ -22,9 +22,9 @@ from fused_rec.commands.places import FINISHED, KEPT, MOVED, DEFINE_path, existi
 from fused_rec.evaluation.plots import by_share
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.explanation.faithfulness import SHARES, curves, summary
+from fused_rec.runs.run_dir import write_json
 from fused_rec.serving.recommender import load
 from fused_rec.storage import write_figure
-from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)

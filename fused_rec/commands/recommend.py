@@ -45,6 +45,7 @@ from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.evaluation.suitability import exclusion_counts
 from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
 from fused_rec.explanation.reasons import record
+from fused_rec.runs.run_dir import read_run
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
     candidate_filter,
@@ -57,7 +58,6 @@ from fused_rec.serving.recommender import (
 from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
 from fused_rec.storage import fill_file
 from fused_rec.training.evaluate import scorer
-from fused_rec.training.trainer import read_run
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)

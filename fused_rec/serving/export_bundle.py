@@ -27,13 +27,13 @@ from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
 from fused_rec.memory import require_memory
 from fused_rec.runs.model_card import counts, export_card
+from fused_rec.runs.run_dir import versions, write_json
 from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.training.checkpoint import named_leaves
 from fused_rec.training.evaluate import user_item_vectors
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
-from fused_rec.training.trainer import versions, write_json
 
 USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
 PROGRAM, CARD, INDEX = "score.stablehlo", "README.md", "items.faiss"

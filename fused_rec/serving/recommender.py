@@ -17,11 +17,11 @@ from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
 from fused_rec.evaluation.ranking import CandidateFilter, Scorer, item_sets, users_per_batch
 from fused_rec.evaluation.suitability import FilteredRanking, rank_with_filters
 from fused_rec.memory import require_memory
+from fused_rec.runs.run_dir import TABLES, check_tables, read_finished
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.evaluate import scorer
 from fused_rec.training.inputs import Prepared, init_state, prepare, read, with_finetuned_text
 from fused_rec.training.train_step import TrainState
-from fused_rec.training.trainer import TABLES, check_tables, read_finished
 
 CHUNK_USERS = 65_536  # users whose rankings are in memory at once
 SCHEMA = pa.schema(

@@ -25,10 +25,9 @@ from fused_rec.data.io.csv_safety import escape_csv
 from fused_rec.distributed.signals import Stopped
 from fused_rec.evaluation.filters import Rule, parse
 from fused_rec.evaluation.suitability import sum_counts
-from fused_rec.runs.run_dir import LOCK, lock_run_dir
+from fused_rec.runs.run_dir import LOCK, lock_run_dir, versions, write_json
 from fused_rec.serving.recommender import SCHEMA
 from fused_rec.storage import fill_file, write_file
-from fused_rec.training.trainer import versions, write_json
 
 LOG = logging.getLogger(__name__)
 BEGUN, AUDIT = "begun.json", "audit.json"

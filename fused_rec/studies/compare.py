@@ -33,7 +33,8 @@ from fused_rec.evaluation import plots, significance
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
-from fused_rec.runs.run_dir import lock_run_dir
+from fused_rec.runs import run_dir
+from fused_rec.runs.run_dir import RunResults, lock_run_dir
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
@@ -89,7 +90,7 @@ class _Outcomes:
         self.left -= 1
         with self.caught(name, seed):
             yield folder
-            results = trainer.read_results(folder)
+            results = run_dir.read_results(folder)
             self.rows.append({"task": self.task, "variant": name, "seed": seed} | {key: results[key] for key in KEPT})
             shown = results["test"]["ndcg@10"], results["seconds"], self.left
             LOG.info("%s, seed %d: ndcg@10 %.4f, %.1f s; %d runs left", name, seed, *shown)
@@ -168,7 +169,7 @@ def _compare_variants(
             _check_folder(outcomes.folder(name, seed), None if trials else _seeded(of_variant, seed), tables)
 
     # Baselines first: they are fast, and report faults of the input before training.
-    missing = [name for name in untrained if not (outcomes.folder(name, BASELINE_SEED) / trainer.RESULTS).exists()]
+    missing = [name for name in untrained if not (outcomes.folder(name, BASELINE_SEED) / run_dir.RESULTS).exists()]
     prepared = _prepare_both(config, dataset, data_split) if missing else None
     for name in untrained:
         with outcomes.run(name, BASELINE_SEED) as folder:
@@ -191,8 +192,8 @@ def _compare_variants(
         configs[name] = to_dict(of_variant)
         for seed in seeds:
             with outcomes.run(name, seed) as folder:
-                if (folder / trainer.RESULTS).exists():
-                    trainer.finished_results(_seeded(of_variant, seed), *tables, folder)
+                if (folder / run_dir.RESULTS).exists():
+                    run_dir.finished_results(_seeded(of_variant, seed), *tables, folder)
                 else:
                     trainer.run_training(_seeded(of_variant, seed), folder)
 
@@ -200,7 +201,7 @@ def _compare_variants(
         raise ValueError(f"nothing is left to compare: {outcomes.skipped}")
     made = _report(names, outcomes)
     made |= {"config": to_dict(config), "configs": configs, "seeds": list(seeds), "trials": trials}
-    made |= {"versions": trainer.versions(), "hardware": hardware(), "command": command}
+    made |= {"versions": run_dir.versions(), "hardware": hardware(), "command": command}
     _write(made, outcomes.out)
     return made
 
@@ -279,24 +280,22 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
     seconds = time.monotonic() - began
     valid = evaluate_mean(alone, score if seen is alone else baseline(name, alone, settings), "valid")
     per_user = evaluate_users(seen, score, "test")
-    trainer.init_run_dir(config, digest(seen.dataset), folder, contents(seen.dataset))
-    trainer.write_users(folder / trainer.TEST_METRICS_PER_USER, per_user)
-    results = {
-        "dataset": seen.dataset.name,
-        "split": seen.split.kind,
-        "variant": name,
-        "seed": BASELINE_SEED,
-        "valid": valid,
-        "test": mean(per_user),
-        "slices": evaluate_slices(seen, score, per_user, trainer.seen_splits(config)),
-        "settings": settings,
-        "seconds": round(seconds, 1),
-        "parameters": None,  # no gradient training
-        "config": to_dict(config),
-        "versions": trainer.versions(),
-        "finished": trainer.now(),
-    }
-    trainer.write_json(folder / trainer.RESULTS, results)
+    run_dir.init_run_dir(config, digest(seen.dataset), folder, contents(seen.dataset))
+    run_dir.write_users(folder / run_dir.TEST_METRICS_PER_USER, per_user)
+    results = RunResults(
+        dataset=seen.dataset.name,
+        split=seen.split.kind,
+        variant=name,
+        seed=BASELINE_SEED,
+        valid=valid,
+        test=mean(per_user),
+        slices=evaluate_slices(seen, score, per_user, trainer.seen_splits(config)),
+        selected={"settings": settings},
+        seconds=seconds,
+        parameters=None,
+        config=config,
+    )
+    run_dir.write_json(folder / run_dir.RESULTS, results.contents())
 
 
 def hardware() -> dict[str, Any]:
@@ -326,10 +325,10 @@ def _seeded(config: Config, seed: int) -> Config:
 
 
 def _check_folder(folder: Path, config: Config | None, tables: tuple[str, Mapping[str, Any]]) -> None:
-    if (folder / trainer.RUN).exists():
-        trainer.check_tables(tables[0], folder, tables[1])
+    if (folder / run_dir.RUN).exists():
+        run_dir.check_tables(tables[0], folder, tables[1])
         if config is not None:
-            trainer.check_config(config, folder)
+            run_dir.check_config(config, folder)
 
 
 def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
@@ -342,7 +341,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
         if name in failed:
             continue
         measured = [
-            trainer.read_users(outcomes.folder(name, row["seed"]) / trainer.TEST_METRICS_PER_USER) for row in own
+            run_dir.read_users(outcomes.folder(name, row["seed"]) / run_dir.TEST_METRICS_PER_USER) for row in own
         ]
         users = measured[0].users if users is None else users
         if not all(np.array_equal(users, per_user.users) for per_user in measured):
@@ -363,7 +362,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    trainer.write_json(out / "compare.json", report)
+    run_dir.write_json(out / "compare.json", report)
     for suffix, text in (("md", significance.markdown), ("csv", significance.csv_text), ("tex", significance.latex)):
         write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:

@@ -27,16 +27,10 @@ from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation import plots
+from fused_rec.runs.run_dir import RUN, check_config, init_run_dir, write_json
 from fused_rec.storage import write_figure, write_file
 from fused_rec.training.inputs import Prepared, prepare, read
-from fused_rec.training.trainer import (
-    RUN,
-    NonFiniteLossError,
-    check_config,
-    fit,
-    init_run_dir,
-    write_json,
-)
+from fused_rec.training.trainer import NonFiniteLossError, fit
 
 try:
     import optuna

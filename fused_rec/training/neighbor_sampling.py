@@ -1,10 +1,10 @@
-"""Graph inputs of each step: the whole graph, or a sampled subgraph per step (train.num_neighbors).
+"""A sampled subgraph per step (train.num_neighbors).
 
 A step on a subgraph is the step on the whole graph with fewer rows: `train_step` reads the ID embeddings of the sampled
 nodes, and dropout, noise, degrees and popularity follow node IDs of the whole graph. All devices share one sample.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,11 +28,6 @@ from fused_rec.training.train_step import GraphInputs
 Sampler = Callable[[int, Batch], tuple[GraphInputs, Batch]]
 PROBE_BATCHES = 3  # batches sampled to estimate the usual capacity
 SAMPLE_STREAM = 2  # third number of the seed; batches use 0 and 1
-
-
-def full_graph_sampler(graph_inputs: GraphInputs) -> Sampler:
-    """Returns a sampler that gives every step the same sharded graph inputs and leaves the batch unchanged."""
-    return lambda step, batch: (graph_inputs, batch)
 
 
 def neighbor_sampler(
@@ -93,11 +88,12 @@ def neighbor_sampler(
         part = shard_graph_inputs(
             GraphInputs(graph, adjacencies, graph_inputs.trained_items, popularity), devices, edges
         )
-        return part, Batch(
-            users=places[USER][batch.users],
-            items=places[ITEM][batch.items],
-            mask=batch.mask,
-            negatives=places[ITEM][batch.negatives],
-        )
+        return part, _renumbered(batch, places)
 
     return of_step
+
+
+def _renumbered(batch: Batch, places: Mapping[str, np.ndarray]) -> Batch:
+    """The batch in the node numbers of a subgraph."""
+    users, items = places[USER], places[ITEM]
+    return Batch(users[batch.users], items[batch.items], batch.mask, items[batch.negatives])

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, PyTree
+from jaxtyping import PyTree
 
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
@@ -26,13 +26,70 @@ from fused_rec.distributed.devices import (
 from fused_rec.graph.adjacency import shard_adjacency
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.model.model import Vectors
-from fused_rec.training.train_step import GraphInputs, TrainState, compile_key, embed_nodes, sharding_axes, train_step
+from fused_rec.training.train_step import (
+    GraphInputs,
+    Metrics,
+    TrainState,
+    compile_key,
+    embed_nodes,
+    sharding_axes,
+    train_step,
+)
 
-Step = Callable[[TrainState, GraphInputs, Batch], tuple[TrainState, Float32[Array, ""]]]
 Embed = Callable[[PyTree, GraphInputs], Vectors]
 
 
-def parallel_train_step(config: Config, devices: int | None = None) -> Step:
+@dataclasses.dataclass(frozen=True)
+class ParallelStep:
+    """A step on several devices, compiled once per structure of its arguments; equal steps share compiled programs.
+
+    Attributes:
+      step: a function of (*static, state, graph inputs, batch, *others) on one device's shares that returns (state,
+        metrics).
+      static: its first arguments, hashable.
+      other_axes: device axes of its arguments after the batch; None: replicated.
+      devices: the number of devices; None: all devices of all processes.
+    """
+
+    step: Callable[..., tuple[TrainState, Metrics]]
+    static: tuple[Hashable, ...]
+    other_axes: tuple = ()
+    devices: int | None = None
+
+    def __call__(
+        self, state: TrainState, graph_inputs: GraphInputs, batch: Batch, *others: PyTree
+    ) -> tuple[TrainState, Metrics]:
+        """Takes a step from a sharded state, whose buffers are donated.
+
+        Args:
+          state: sharded.
+          graph_inputs: sharded.
+          batch: unsharded, on the host.
+          others: sharded as `other_axes`.
+
+        Returns:
+          The next state, sharded, and the metrics, replicated.
+        """
+        return self.compiled(state, graph_inputs)(state, graph_inputs, shard_batch(batch, self.devices), *others)
+
+    def compiled(self, state: TrainState, graph_inputs: GraphInputs) -> PmappedFn:
+        """Returns the compiled program for such a state and graph inputs, of sharded arguments."""
+        return _mapped_step(self, jax.tree.structure(state), jax.tree.structure(graph_inputs))
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_step(parallel: ParallelStep, states: Hashable, tasks: Hashable) -> PmappedFn:
+    state, graph_inputs = sharding_axes(tree_of_structure(states)), graph_inputs_axes(tree_of_structure(tasks))
+    return pmap_over_devices(
+        functools.partial(parallel.step, *parallel.static),
+        parallel.devices,
+        in_axes=(state, graph_inputs, SHARDED, *parallel.other_axes),
+        out_axes=(state, None),
+        donate=(0,),
+    )
+
+
+def parallel_train_step(config: Config, devices: int | None = None) -> ParallelStep:
     """Builds the parallel `train_step`.
 
     Args:
@@ -40,10 +97,9 @@ def parallel_train_step(config: Config, devices: int | None = None) -> Step:
       devices: the number of devices; None: all devices of all processes.
 
     Returns:
-      A function of (sharded state, sharded graph inputs, unsharded batch) that returns (state, loss); the state's
-      buffers are donated.
+      A function of (sharded state, sharded graph inputs, unsharded batch).
     """
-    return functools.partial(_step, compile_key(config), devices)
+    return ParallelStep(train_step, (compile_key(config),), devices=devices)
 
 
 def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
@@ -58,24 +114,6 @@ def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
       replicated on every device.
     """
     return functools.partial(_embed, compile_key(config), devices)
-
-
-def _step(
-    config: Config, devices: int | None, state: TrainState, graph_inputs: GraphInputs, batch: Batch
-) -> tuple[TrainState, Float32[Array, ""]]:
-    return mapped_step(config, devices, state, graph_inputs)(state, graph_inputs, shard_batch(batch, devices))
-
-
-def mapped_step(config: Config, devices: int | None, state: TrainState, graph_inputs: GraphInputs) -> PmappedFn:
-    """Returns the compiled program of `parallel_train_step`, for a sharded batch."""
-    return _mapped_step(compile_key(config), devices, jax.tree.structure(state), jax.tree.structure(graph_inputs))
-
-
-@functools.lru_cache(maxsize=8)
-def _mapped_step(config: Config, devices: int | None, states: Hashable, tasks: Hashable) -> PmappedFn:
-    state, graph_inputs = sharding_axes(tree_of_structure(states)), graph_inputs_axes(tree_of_structure(tasks))
-    step = functools.partial(train_step, config)
-    return pmap_over_devices(step, devices, in_axes=(state, graph_inputs, SHARDED), out_axes=(state, None), donate=(0,))
 
 
 def _embed(config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Vectors:

@@ -16,7 +16,7 @@ from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
 from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import ITEM
+from fused_rec.graph.build import ITEM, USER
 from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.model import losses
 from fused_rec.model.model import (
@@ -30,6 +30,9 @@ from fused_rec.model.model import (
     item_degree,
 )
 
+Metrics = dict[str, Float32[Array, ""]]
+LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it is the sum of
+BRANCHES = ("main", "words")  # the branches of `FusedModel`, by the names of their parameters
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -175,31 +178,47 @@ def _append_popularity(config: Config, graph_inputs: GraphInputs, vectors: Vecto
 
 
 def train_step(
-    config: Config,
-    state: TrainState,
-    graph_inputs: GraphInputs,
-    batch: Batch,
-    tx: optax.GradientTransformation | None = None,
-    text_update_fn: Callable[[PyTree, GraphInputs], GraphInputs] | None = None,
-) -> tuple[TrainState, Float32[Array, ""]]:
+    config: Config, state: TrainState, graph_inputs: GraphInputs, batch: Batch
+) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; runs on each device of `AXIS` with its share of the batch and of the node rows.
-
-    The only random key is fold_in(seed, step): dropout must not depend on the number of devices, and a resumed run must
-    repeat it.
 
     Args:
       config: settings of the model and of training.
       state: parameters, optimizer state, step and seed.
       graph_inputs: the graph, whole or sampled.
       batch: users with positives, and negatives.
-      tx: the optimizer; None: `make_optimizer`.
-      text_update_fn: computes graph inputs from parameters, where parameters produce text embeddings; None: the inputs
-        stay as they are.
 
     Returns:
-      The next state, and the mean loss of the batch, float32.
+      The next state, and the metrics of `optimize`.
     """
-    tx = tx or make_optimizer(config.train)
+
+    def loss_fn(params: PyTree, graph_inputs: GraphInputs, dropout: PRNGKeyArray) -> LossParts:
+        return batch_loss(config, params, graph_inputs, batch, dropout)
+
+    return optimize(state, graph_inputs, loss_fn, make_optimizer(config.train))
+
+
+def optimize(
+    state: TrainState,
+    graph_inputs: GraphInputs,
+    loss_fn: Callable[[PyTree, GraphInputs, PRNGKeyArray], LossParts],
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """Updates the parameters by the gradient of a loss; runs on each device of `AXIS`.
+
+    The only random key is fold_in(seed, step): dropout must not depend on the number of devices, and a resumed run must
+    repeat it.
+
+    Args:
+      state: parameters, optimizer state, step and seed.
+      graph_inputs: the graph, whole or sampled.
+      loss_fn: of parameters, graph inputs and a random key: this device's share of the loss and of its parts.
+      optimizer: of the parameters.
+
+    Returns:
+      The next state, and float32 scalars of the whole batch before the update: `loss`, its parts, and `gradient_norm`,
+      the L2 norm of the gradient of all parameters.
+    """
     dropout = jax.random.fold_in(jax.random.key(state.seed + 1), state.step)
     # Each device differentiates its own loss. Without this, JAX would sum the gradients of replicated values on its
     # own, and the psum below would sum them again.
@@ -211,21 +230,23 @@ def train_step(
         trained_items=per_device(graph_inputs.trained_items),
         popularity=per_device(graph_inputs.popularity),
     )
-
-    def mean_loss(params: PyTree) -> Float32[Array, ""]:
-        weighted = _losses(
-            config, params, text_update_fn(params, graph_inputs) if text_update_fn else graph_inputs, batch, dropout
-        )
-        # Each device's share of the means; the psum below completes them.
-        shares = [weight * total / jnp.maximum(jax.lax.psum(count, AXIS), 1) for weight, (total, count) in weighted]
-        return jnp.stack(shares).sum()
-
-    loss, gradient = jax.value_and_grad(mean_loss)(params)
+    loss, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, graph_inputs, dropout)
     # Gradients of sharded rows are complete: the transpose of their all-gather is a sum over devices.
-    loss, whole = jax.lax.psum((loss, _replicated_leaves(divided, gradient)), AXIS)
+    (total, parts), whole = jax.lax.psum((loss, _replicated_leaves(divided, gradient)), AXIS)
     gradient = _merge_leaves(divided, whole, gradient)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-    return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), opt_state), loss
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    metrics = {"loss": total, **parts, "gradient_norm": _global_norm(divided, gradient)}
+    return TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _global_norm(divided: PyTree, gradient: PyTree) -> Float32[Array, ""]:
+    """The L2 norm of a gradient whose sharded leaves are divided over devices."""
+    replicated = jax.tree.leaves(_replicated_leaves(divided, gradient))
+    sharded = jax.tree.leaves(map_with_axes(lambda axis, x: None if axis is None else x, divided, gradient))
+    squares = sum(jnp.square(leaf).sum() for leaf in replicated)
+    if sharded:
+        squares += jax.lax.psum(sum(jnp.square(leaf).sum() for leaf in sharded), AXIS)
+    return jnp.sqrt(squares)
 
 
 def _replicated_leaves(divided: PyTree, tree: PyTree) -> PyTree:
@@ -238,10 +259,23 @@ def _merge_leaves(divided: PyTree, whole: PyTree, tree: PyTree) -> PyTree:
     return map_with_axes(lambda axis, x, y: x if axis is None else y, divided, whole, tree)
 
 
-def _losses(
+def batch_loss(
     config: Config, params: PyTree, graph_inputs: GraphInputs, batch: Batch, dropout: PRNGKeyArray
-) -> list[tuple[float, losses.Sum]]:
-    """(weight, loss): the sum of all branches' losses, and contrastive losses of the first branch if configured."""
+) -> LossParts:
+    """Computes this device's share of a batch's mean loss: the sum of all branches' losses, and contrastive losses.
+
+    Args:
+      config: settings of the model and of training.
+      params: parameters of `FusedModel`.
+      graph_inputs: the graph, whole or sampled.
+      batch: this device's share of the batch.
+      dropout: random key.
+
+    Returns:
+      The loss, and the parts that it is the sum of: `loss/BRANCH` for each branch, and with train.contrastive_weight
+      `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch. The sum over devices completes
+      the means.
+    """
     branches: Any
     intermediates: Any
     branches, intermediates = FusedModel(config.model, config.train.compute_dtype).apply(
@@ -255,13 +289,21 @@ def _losses(
         _branch_loss(config, _append_popularity(config, graph_inputs, vectors), graph_inputs, batch)
         for vectors in branches
     ]
-    weighted = [(1.0, (jnp.stack([total for total, _ in sums]).sum(), sums[0][1]))]
+    parts = {f"loss/{name}": _mean(*own) for name, own in zip(BRANCHES, sums, strict=False)}
+    shares = [_mean(jnp.stack([total for total, _ in sums]).sum(), sums[0][1])]
     if config.train.contrastive_weight:
         [first_layer] = intermediates["intermediates"]["main"][FIRST_LAYER]
-        weighted += [
-            (config.train.contrastive_weight, part) for part in _contrastive_losses(branches[0], first_layer, batch)
-        ]
-    return weighted
+        for node_type, (total, count) in zip(
+            (USER, ITEM), _contrastive_losses(branches[0], first_layer, batch), strict=True
+        ):
+            shares.append(_mean(config.train.contrastive_weight * total, count))
+            parts[f"loss/contrastive_{node_type}"] = shares[-1]
+    return jnp.stack(shares).sum(), parts
+
+
+def _mean(total: Float32[Array, ""], count: Float32[Array, ""]) -> Float32[Array, ""]:
+    """This device's share of a mean over the counts of all devices."""
+    return total / jnp.maximum(jax.lax.psum(count, AXIS), 1)
 
 
 def _params_of_nodes(graph: HeteroGraph, params: PyTree) -> PyTree:

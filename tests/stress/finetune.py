@@ -18,7 +18,8 @@ import numpy as np
 from experiments.configs import amazon
 from fused_rec.config import Config, from_dict
 from fused_rec.data.batches import batch, user_items
-from fused_rec.training import finetune
+from fused_rec.distributed.devices import device_put
+from fused_rec.training import finetune, finetune_step
 from fused_rec.training.inputs import init_state, prepare, read
 from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
 
@@ -39,7 +40,8 @@ def measured(config: Config, steps: int) -> None:
         shard_state(dataclasses.replace(whole, encoder_snapshot=())),
         shard_graph_inputs(prepared.graph_inputs),
     )
-    step: Any = parallel_train_step(config) if words is None else finetune.parallel_finetune_step(config, words)
+    fixed = None if words is None else device_put(finetune_step.frozen_parts(config, words), None)
+    step: Any = parallel_train_step(config) if words is None else finetune_step.parallel_finetune_step(config, words)
     print(
         f"\ntext.train={config.text.finetune}: {sum(leaf.size for leaf in jax.tree.leaves(whole.params)):,} parameters"
     )
@@ -59,8 +61,8 @@ def measured(config: Config, steps: int) -> None:
         users = batch(held, number, seed=0, **sizes)
         began, text_batch = time.process_time(), ()
         if cache is not None:
-            text_batch = (finetune.make_text_batch(config, cache, users, number),)
-        state, loss = jax.block_until_ready(step(state, graph_inputs, users, *text_batch))
+            text_batch = finetune_step.make_text_batch(config, cache, users, number), fixed
+        state, _ = jax.block_until_ready(step(state, graph_inputs, users, *text_batch))
         shape = text_batch[0].ids.shape[1:] if text_batch else ()
         compiled = " compiled" if shape not in shapes else ""
         shapes.add(shape)

@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
     from fused_rec.graph.hetero import hetero_graph
     from fused_rec.studies.variants import variant
-    from fused_rec.training.neighbor_sampling import PROBE_BATCHES, full_graph_sampler, neighbor_sampler
+    from fused_rec.training.neighbor_sampling import PROBE_BATCHES, neighbor_sampler
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
 
@@ -75,15 +75,12 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     shape = {"seed": 0, "batch_size": arguments.batch, "positives_per_user": 1, "num_negatives": 1}
     batches = [batch(held, step, **shape) for step in range(arguments.steps + 1)]
     state, step = shard_state(init(config, graph_inputs)), parallel_train_step(config)
-    tasks = (
-        neighbor_sampler(config, graph_inputs, batches[:PROBE_BATCHES])
-        if num_neighbors
-        else full_graph_sampler(shard_graph_inputs(graph_inputs))
-    )
+    sample = neighbor_sampler(config, graph_inputs, batches[:PROBE_BATCHES]) if num_neighbors else None
+    whole = graph_inputs if num_neighbors else shard_graph_inputs(graph_inputs)
     steps, draws, part = [], [], graph_inputs
     for number, users in enumerate(batches):
         began = time.process_time()
-        part, users = tasks(number, users)
+        part, users = sample(number, users) if sample else (whole, users)
         draws.append(time.process_time() - began)
         state, _ = jax.block_until_ready(step(state, part, users))
         steps.append(time.process_time() - began)

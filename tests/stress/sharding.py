@@ -48,7 +48,7 @@ def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
     from fused_rec.graph.adjacency import build_adjacencies
     from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges
     from fused_rec.graph.hetero import hetero_graph
-    from fused_rec.training.sharding import mapped_step, shard_batch, shard_graph_inputs, shard_state
+    from fused_rec.training.sharding import parallel_train_step, shard_batch, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
 
     rng = np.random.default_rng(0)
@@ -66,7 +66,8 @@ def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
     shape = BATCH, POSITIVES
     ids = np.zeros(shape, np.int32)
     batch = shard_batch(Batch(ids[:, 0], ids, np.ones(shape, np.float32), ids), devices)
-    cost = mapped_step(config, devices, state, graph_inputs).lower(state, graph_inputs, batch).compile().cost_analysis()
+    program = parallel_train_step(config, devices).compiled(state, graph_inputs)
+    cost = program.lower(state, graph_inputs, batch).compile().cost_analysis()
     kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, graph_inputs)))
     return {"flops": cost["flops"], "bytes accessed": cost["bytes accessed"], "bytes of state": float(kept)}
 
