@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
 from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.io.arrow import pc
@@ -28,7 +29,6 @@ from fused_rec.explanation.reasons import record
 from fused_rec.reporting.data import (
     ReportData,
     compared,
-    evaluate_models,
     passages,
     recommended,
     sample,
@@ -45,7 +45,7 @@ from fused_rec.studies.compare import compare_variants
 from fused_rec.studies.variants import VARIANTS
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
-from fused_rec.training.evaluate import BASELINES, evaluate_rules, scorer
+from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, scorer
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import (
@@ -275,7 +275,7 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
     Args:
       run: a finished run.
       split: "valid" or "test". Use "test" once, after all choices are made.
-      baselines: names in `fused_rec.training.evaluate.BASELINES`; each is tuned on the validation split.
+      baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
 
     Returns:
       Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
@@ -292,8 +292,7 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
         raise ValueError(f"split is {split!r}; it must be valid or test")
     if split == "valid" and run.config.train.refit:
         run = _reload(run, split)
-    own = run.config.model.variant
-    found = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
+    found = evaluate_with_baselines(*_model(run), split, baselines)
     return {name: mean(per_user) for name, per_user in found.items()}
 
 
@@ -517,7 +516,7 @@ def report(
       workdir: folder of the run.
       out: file to write; None = report.html in the workdir.
       split: held-out split to evaluate, "valid" or "test".
-      baselines: names in `fused_rec.training.evaluate.BASELINES` to compare with.
+      baselines: names in `fused_rec.baselines.registry.BASELINES` to compare with.
       users: ids of the users to show, as text or integers; None = a random sample.
       num_users: size of the random sample.
       k: recommended items per user.
@@ -543,7 +542,7 @@ def report(
     run = load(workdir, split, data_path=data_path, cache=cache)
     check_groups(run.prepared.dataset.users, groups)
     own = run.config.model.variant
-    measured = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
+    measured = evaluate_with_baselines(*_model(run), split, baselines)
     found = None
     if rules is not None:
         found = evaluate_rules(run.prepared, scorer(*_model(run)), split, given, groups=groups)

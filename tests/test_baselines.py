@@ -24,10 +24,11 @@ from fused_rec.baselines.neighbors import (
     text_mean,
     user_knn,
 )
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, ModelConfig
 from fused_rec.evaluation import ranking
 from fused_rec.evaluation.ranking import evaluate, item_sets, mean
-from fused_rec.training.evaluate import BASELINES, baseline, choose_settings, evaluate_mean
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_mean
 from fused_rec.training.inputs import prepare, read
 
 # user 0: items 0 1    user 1: items 1 2    user 2: items 1 2 3    user 3: none; one pair given twice
@@ -320,10 +321,10 @@ def test_validation_chooses_the_settings(market):
         evaluate_mean(
             alone, item_knn(Interactions(users, items, alone.dataset.n_users, alone.dataset.n_items), **tried), "valid"
         )
-        for tried in BASELINES["item_knn"][1]
+        for tried in BASELINES["item_knn"].grid
     ]
     chosen = choose_settings("item_knn", alone)
-    assert chosen == max(zip(values, BASELINES["item_knn"][1], strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
+    assert chosen == max(zip(values, BASELINES["item_knn"].grid, strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
     expected = item_knn(Interactions(seen.observed.user, seen.observed.item, 80, 30), **chosen)
     np.testing.assert_array_equal(scores(baseline("item_knn", seen, chosen), 80), scores(expected, 80))
 

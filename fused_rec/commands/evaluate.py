@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     FINISHED,
     KEPT,
@@ -25,19 +26,12 @@ from fused_rec.commands.places import (
 )
 from fused_rec.config import METRICS
 from fused_rec.data.sources.fartrans import read_prices
+from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.significance import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training.evaluate import (
-    BASELINES,
-    baseline,
-    choose_settings,
-    evaluate_mean,
-    evaluate_rules,
-    scorer,
-)
-from fused_rec.training.inputs import prepare, with_pretrained_text
+from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, scorer
 from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
@@ -70,16 +64,9 @@ def main(argv: list[str]) -> None:
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
-    # Text and social edges of a refitted run include the validation split, on which baselines are tuned.
-    seen = with_pretrained_text(prepared)
-    alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen
-    rows = {}
-    for name in BASELINE.value:
-        made = baseline(name, seen, choose_settings(name, alone))
-        rows[name] = evaluate_mean(prepared, made, SPLIT.value)
-    rows[config.model.variant] = evaluate_mean(prepared, scorer(config, prepared, state), SPLIT.value)
+    measured = evaluate_with_baselines(config, prepared, state, SPLIT.value, BASELINE.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {SPLIT.value} part")
-    print(table(rows, METRIC.value))
+    print(table({name: mean(per_user) for name, per_user in measured.items()}, METRIC.value))
     if RULES.value and OUT.value:
         trained = scorer(config, prepared, state)
         about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}

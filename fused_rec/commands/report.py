@@ -10,6 +10,7 @@ those of results.json. Items are recommended as by experiments.recommend. docs/E
 from absl import app, flags
 
 from fused_rec.api import report
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     FINISHED,
     KEPT,
@@ -21,7 +22,6 @@ from fused_rec.commands.places import (
     new_folder,
     written_file,
 )
-from fused_rec.training.evaluate import BASELINES
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
 DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)

@@ -90,6 +90,14 @@ def paired_bootstrap(
     return Difference(*map(float, values))
 
 
+def mean_interval(
+    values: Float[np.ndarray, "S V"], *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Computes the mean over users and seeds, and the ends of its 95 % interval (`paired_bootstrap` against 0)."""
+    found = paired_bootstrap(values, np.zeros_like(values[:1]), draws=draws, seed=seed)
+    return found.difference, found.low, found.high
+
+
 def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random.Generator) -> Float64[np.ndarray, "N"]:
     """Computes bootstrap means: of V users drawn with replacement, `draws` times.
 
@@ -186,12 +194,12 @@ def summarise(
         entry: dict[str, Any] = {"variant": name, "seeds": len(own), "failed": failed, "metrics": {}}
         for metric in values.get(name, ()) if not failed else ():
             of_seeds = [row["test"][metric] for row in own]
-            interval = paired_bootstrap(values[name][metric], np.zeros_like(values[name][metric][:1]))
+            _, low, high = mean_interval(values[name][metric])
             entry["metrics"][metric] = {
                 "mean": float(np.mean(of_seeds)),
                 "sd": float(np.std(of_seeds, ddof=1)) if len(own) > 1 else None,
-                "low": interval.low,
-                "high": interval.high,
+                "low": low,
+                "high": high,
             }
         entry["seconds"] = float(np.mean([row["seconds"] for row in own])) if own else None
         entry["parameters"] = own[0]["parameters"] if own else None

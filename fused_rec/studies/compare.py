@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from fused_rec.baselines.neighbors import NotApplicableError
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, to_dict
 from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
@@ -38,7 +39,6 @@ from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
 from fused_rec.training.evaluate import (
-    BASELINES,
     baseline,
     choose_settings,
     evaluate_mean,

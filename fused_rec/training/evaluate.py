@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
+from tqdm import tqdm
 
-from fused_rec.baselines import linear, neighbors
+from fused_rec.baselines.neighbors import Interactions
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
@@ -34,42 +36,11 @@ from fused_rec.evaluation.suitability import (
 )
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.training.footprint import require_embedding
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import Prepared, prepare, with_pretrained_text
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import GraphInputs, TrainState
 
 LOG = logging.getLogger(__name__)
-
-NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
-# Recommenders without gradient training, each with the settings among which validation chooses: at most 8, so that
-# none is better for having been tuned more.
-BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, Any], ...]]] = {
-    "popularity": (neighbors.popularity, tuple({"half_life": days} for days in (0.0, 365.0, 180.0, 90.0, 30.0))),
-    "item_knn": (neighbors.item_knn, NEIGHBOR_GRID),
-    "user_knn": (neighbors.user_knn, NEIGHBOR_GRID),
-    "friends_mean": (neighbors.friends_mean, ({},)),
-    "text_mean": (neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
-    "als": (
-        neighbors.als,
-        tuple(
-            {"factors": k, "regularization": r, "alpha": a, "seed": 0}
-            for k in (32, 64)
-            for r in (10.0, 100.0)
-            for a in (10.0, 40.0)
-        ),
-    ),
-    "gf_cf": (linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
-    "ease": (linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
-    "text_ease": (
-        linear.text_ease,
-        tuple(
-            {"l2": l2, "l2_text": t, "l2_words": w}
-            for l2 in (30.0, 300.0)
-            for t in (30.0, 300.0)
-            for w in (10.0, 100.0)
-        ),
-    ),
-}
 
 
 def evaluate_mean(prepared: Prepared, scorer: Scorer, split: str) -> dict[str, float]:
@@ -84,28 +55,47 @@ def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetric
     return evaluate(scorer, **_held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
 
 
-def evaluate_slices(
-    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
-) -> dict[str, Slices]:
-    """The test part divided by who asks and by what was held out; an empty slice is left out.
+def user_groups(
+    prepared: Prepared, splits: tuple[str, ...] = ("train",)
+) -> dict[str, dict[str, Bool[np.ndarray, "U"]]]:
+    """Groups users by number of observed interactions, and by whether they have social edges.
 
-    user_interactions, user_ties: means over a slice's users. item_interactions: only held-out items of the slice
-    count. Interactions and ties are those that `parts`, what the model has seen, tell of; the ties are the true
-    ones also where a control trains on others, so that all variants are measured on the same slices.
+    Args:
+      prepared: tables, split and observed interactions.
+      splits: splits whose ties count: the true ones also where a control trains on others, so that all variants are
+        evaluated on the same groups.
 
-    per_user: of `evaluate_users` on the test part.
+    Returns:
+      By "user_interactions" and "user_social_degree", a mask of users for each group.
     """
     dataset = prepared.dataset
     ties = observe(dataset, prepared.split, splits).ties
     tied = np.zeros(dataset.n_users, bool)
     tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
-    users = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
-    items = bands(np.bincount(prepared.observed.item, minlength=dataset.n_items))
     return {
-        "user_interactions": user_slices(per_user, users),
-        "user_social_degree": user_slices(per_user, {"with": tied, "without": ~tied}),
-        "item_interactions": item_slices(scorer, items, **_held_out(prepared, "test")),
+        "user_interactions": bands(np.bincount(prepared.observed.user, minlength=dataset.n_users)),
+        "user_social_degree": {"with": tied, "without": ~tied},
     }
+
+
+def evaluate_slices(
+    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
+) -> dict[str, Slices]:
+    """Divides the metrics of the test split by groups of users and by groups of held-out items.
+
+    Args:
+      prepared: tables, split and observed interactions.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      per_user: of `evaluate_users` on the test split.
+      splits: observed splits, as for `user_groups`.
+
+    Returns:
+      Means over the users of each of `user_groups`, and under "item_interactions" means that count only the held-out
+      items of a band; empty slices are left out.
+    """
+    items = bands(np.bincount(prepared.observed.item, minlength=prepared.dataset.n_items))
+    of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared, splits).items()}
+    return of_users | {"item_interactions": item_slices(scorer, items, **_held_out(prepared, "test"))}
 
 
 def evaluate_rules(
@@ -281,7 +271,7 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
             f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
             f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
         )
-    _, grid = BASELINES[name]
+    grid = BASELINES[name].grid
     if len(grid) == 1:
         return grid[0]
     values = [evaluate_mean(prepared, baseline(name, prepared, tried), "valid")[metric] for tried in grid]
@@ -298,12 +288,45 @@ def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
     Raises:
       NotApplicableError: the tables tell nothing of what it needs.
     """
-    make, _ = BASELINES[name]
     return jax.tree_util.Partial(
         _popularity_where_unscorable,
-        make(_interactions(prepared), **settings),
+        BASELINES[name].fit(_interactions(prepared), **settings),
         jnp.asarray(prepared.graph_inputs.popularity),
     )
+
+
+def evaluate_with_baselines(
+    config: Config, prepared: Prepared, state: TrainState, split: str, baselines: Sequence[str] = ()
+) -> dict[str, UserMetrics]:
+    """Evaluates baselines, each tuned on validation, and a trained model on the same held-out split.
+
+    Baselines use the text embeddings of the pretrained encoder, also where the model's encoder is fine-tuned.
+
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model, with text embeddings of its encoder.
+      state: unsharded.
+      split: "valid" or "test".
+      baselines: names in `BASELINES`.
+
+    Returns:
+      Metrics per user by name; the model is the last, under the name of its variant.
+
+    Raises:
+      ValueError: an unknown baseline.
+      NotApplicableError: the tables lack what a baseline needs.
+    """
+    if unknown := set(baselines) - set(BASELINES):
+        raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
+    pretrained = alone = with_pretrained_text(prepared)
+    # The texts and ties of a refitted run include the validation split, on which settings are chosen.
+    if baselines and len(prepared.observed.user) != len(prepared.split.train):
+        alone = prepare(config, prepared.dataset, prepared.split)
+    found = {}
+    for name in tqdm(baselines, desc="baselines", disable=not baselines):
+        fitted = baseline(name, pretrained, choose_settings(name, alone))
+        found[name] = evaluate_users(prepared, fitted, split)
+    return found | {config.model.variant: evaluate_users(prepared, scorer(config, prepared, state), split)}
 
 
 def _popularity_where_unscorable(scorer: Callable[..., Any], popularity: AnyArray, users: AnyArray) -> jax.Array:
@@ -316,9 +339,9 @@ def _has_equal_scores(scores: Any) -> jax.Array:
     return scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
 
 
-def _interactions(prepared: Prepared) -> neighbors.Interactions:
+def _interactions(prepared: Prepared) -> Interactions:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
     text = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
-    return neighbors.Interactions(*pairs, *text, *ties, age=observed.age)
+    return Interactions(*pairs, *text, *ties, age=observed.age)
