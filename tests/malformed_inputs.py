@@ -31,7 +31,8 @@ from fused_rec.data.sources.huggingface import huggingface
 from fused_rec.data.sources.lastfm import lastfm, lastfm_lightgcn, lastfm_sociallgn
 from fused_rec.data.sources.stocknet import stocknet
 from fused_rec.evaluation.filters import apply
-from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.text.cache import read_vectors, write_vectors
 from fused_rec.text.pretrained import open_model

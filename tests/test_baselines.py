@@ -27,7 +27,9 @@ from fused_rec.baselines.neighbors import (
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, ModelConfig
 from fused_rec.evaluation import ranking
-from fused_rec.evaluation.ranking import evaluate, item_sets, mean
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean
+from fused_rec.evaluation.top_k import TieBreak
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_mean
 from fused_rec.training.inputs import prepare, read
 
@@ -275,8 +277,8 @@ def test_lastfm_figures_of_equal_scores(lastfm, monkeypatch):
     """A few friends leave many scores equal. The notes' .1112 and .1431 and ours lie between the orders by number."""
     ours, by_number = measured(lastfm, friends_mean), []
     for columns in (np.arange(LASTFM[1]), np.arange(LASTFM[1])[::-1].copy()):
-        order = ranking.TieBreak(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
-        monkeypatch.setattr(ranking, "catalogue", lambda n, *_, order=order: (jnp.ones(n, bool), order))
+        order = TieBreak(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
+        monkeypatch.setattr(ranking, "random_order", lambda *_, order=order: order)
         by_number.append(measured(lastfm, friends_mean))
     first, last = by_number
     for name, figure in (("recall@10", 0.1112), ("ndcg@10", 0.1431)):
@@ -290,17 +292,15 @@ def measured(lastfm, make):
     return mean(
         evaluate(
             make(Interactions(train[0], train[1], *LASTFM, source=ties[0], target=ties[1])),
-            truth=item_sets(test[0], test[1], n_users),
-            seen=item_sets(train[0], train[1], n_users),
-            n_items=n_items,
-            item_counts=np.bincount(train[1], minlength=n_items),
+            RankingSpec(item_sets(train[0], train[1], n_users), n_items),
+            item_sets(test[0], test[1], n_users),
         )
     )
 
 
 def test_all_are_tuned_alike():
     """No more than 8 settings each, all different."""
-    for name, (_, grid) in BASELINES.items():
+    for name, grid in ((name, entry.grid) for name, entry in BASELINES.items()):
         assert 1 <= len(grid) <= 8, name
         assert len({str(settings) for settings in grid}) == len(grid), name
 

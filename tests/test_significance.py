@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import RankingSpec, UserMetrics
 from fused_rec.evaluation.significance import (
     csv_text,
     differences,
@@ -141,9 +142,8 @@ def test_item_slices_rank_against_everything(partial):
             "cold": np.array([0, 1, 0, 0, 1], bool),
             "warm": np.array([0, 0, 1, 1, 0], bool),
         },
-        truth=item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
-        seen=item_sets(np.array([0]), np.array([4]), 2),
-        n_items=5,
+        RankingSpec(item_sets(np.array([0]), np.array([4]), 2), 5),
+        item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
     )
     second = 1 / math.log2(3)
     assert list(found) == ["cold", "warm"]
@@ -160,10 +160,8 @@ def test_item_slices_leave_out_what_is_no_candidate():
     found = item_slices(
         lambda users: scores[users],
         {"a": np.array([1, 0, 0], bool), "b": np.array([0, 1, 0], bool)},
-        truth=item_sets(np.array([0, 0]), np.array([0, 1]), 1),
-        seen=item_sets(np.array([], int), np.array([], int), 1),
-        n_items=3,
-        candidates=np.array([1, 2]),
+        RankingSpec(item_sets(np.array([], int), np.array([], int), 1), 3, np.array([1, 2])),
+        item_sets(np.array([0, 0]), np.array([0, 1]), 1),
     )
     assert list(found) == ["b"]
     assert found["b"]["ndcg@10"] == pytest.approx(1 / math.log2(3))

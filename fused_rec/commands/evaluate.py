@@ -31,7 +31,7 @@ from fused_rec.evaluation.significance import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, scorer
+from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, returns_after, scorer
 from fused_rec.training.trainer import write_json
 
 WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
     print(table({name: mean(per_user) for name, per_user in measured.items()}, METRIC.value))
     if RULES.value and OUT.value:
         trained = scorer(config, prepared, state)
-        about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}
-        report = evaluate_rules(prepared, trained, SPLIT.value, rules, **about)
+        returns = None if prices is None else returns_after(prepared, SPLIT.value, prices, DAYS.value)
+        report = evaluate_rules(prepared, trained, SPLIT.value, rules, groups=GROUPS.value, returns=returns)
         write_json(Path(OUT.value), report)
         print(f"suitable among the first 10: {json.dumps(report['suitable'])}")
         for name, cost in report["costs"].items():

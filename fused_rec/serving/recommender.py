@@ -1,5 +1,6 @@
 """Serving a finished run: load it from its workdir and rank items for users under rules, in chunks of users."""
 
+import dataclasses
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.distributed.devices import computes, select_devices
 from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
-from fused_rec.evaluation.ranking import CandidateFilter, Scorer, item_sets, users_per_batch
-from fused_rec.evaluation.suitability import FilteredRanking, rank_with_filters
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.evaluate import scorer
@@ -30,7 +31,7 @@ SCHEMA = pa.schema(
 
 
 class RankedChunk(NamedTuple):
-    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank_with_filters`."""
+    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank`."""
 
     table: pa.Table
     users: Int64[np.ndarray, "V"]
@@ -265,20 +266,12 @@ def rank_chunks(
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     # Of the last part too: a score may depend on the shape.
     batch = min(users_per_batch(dataset.n_items), -(-len(users) // len(select_devices(devices))))
+    spec = RankingSpec(nothing, dataset.n_items, filter=candidates, batch_size=batch, devices=devices)
     n_parts = count_chunks(len(users))
     for part in range(first, n_parts):
         own = users[part * CHUNK_USERS : (part + 1) * CHUNK_USERS]
-        ranking = rank_with_filters(
-            scorer,
-            candidates,
-            own,
-            seen=nothing,
-            n_items=dataset.n_items,
-            k=k,
-            batch=batch,
-            progress=f"rank, part {part + 1} of {n_parts}",
-            devices=devices,
-        )
+        of_part = dataclasses.replace(spec, progress=f"rank, part {part + 1} of {n_parts}")
+        ranking = rank(scorer, own, of_part, k)
         yield RankedChunk(_rows(own, ranking, *ids), own, ranking)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Array, Bool, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float32, Float64, Int32, PyTree
 from tqdm import tqdm
 
 from fused_rec.baselines.neighbors import Interactions
@@ -19,7 +19,8 @@ from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.filters import Rule, apply
-from fused_rec.evaluation.ranking import Scorer, UserMetrics, evaluate, item_sets, mean, users_per_batch
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, evaluate, mean, rank, users_per_batch
 from fused_rec.evaluation.slices import Slices, bands, item_slices, user_slices
 from fused_rec.evaluation.suitability import (
     Gaps,
@@ -28,7 +29,6 @@ from fused_rec.evaluation.suitability import (
     group_gaps,
     groups_of,
     period_returns,
-    rank_with_filters,
     realised_return,
     rule_costs,
     suitable,
@@ -52,7 +52,7 @@ def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetric
     """What `evaluate_mean` averages."""
     dataset = prepared.dataset
     items = column(dataset.interactions, "item")[prepared.split.train]
-    return evaluate(scorer, **_held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
+    return evaluate(scorer, *_held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
 
 
 def user_groups(
@@ -95,7 +95,7 @@ def evaluate_slices(
     """
     items = bands(np.bincount(prepared.observed.item, minlength=prepared.dataset.n_items))
     of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared, splits).items()}
-    return of_users | {"item_interactions": item_slices(scorer, items, **_held_out(prepared, "test"))}
+    return of_users | {"item_interactions": item_slices(scorer, items, *_held_out(prepared, "test"))}
 
 
 def evaluate_rules(
@@ -106,53 +106,47 @@ def evaluate_rules(
     *,
     k: int = 10,
     groups: Sequence[str] = (),
-    prices: pa.Table | None = None,
-    days: int = 180,
+    returns: Float64[np.ndarray, "I"] | None = None,
 ) -> dict[str, Any]:
-    """What rules do to the rankings of `part`, as JSON: shares of suitable products, costs, returns and group gaps.
+    """Reports the effects of suitability rules on the rankings of a held-out split.
 
-    Of the users that `evaluate_mean` ranks for. "suitable": the mean share of suitable products in the first k, and
-    "account": `suitability.exclusion_counts`; "costs": what a metric gains without a rule, "" without any
-    (`suitability.rule_costs`, ndcg@10); "groups": by attribute and metric, `suitability.group_gaps` under the rules;
-    "returns", with `prices`: the mean over users of `suitability.realised_return`, from the last purchase known
-    before the part, and the share of listed products that have one. A rule that refuses what is held knows what was
-    held before the part.
+    Args:
+      prepared: tables and split.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      split: "valid" or "test".
+      rules: suitability rules; one that refuses what is held refuses the interactions before the split.
+      k: length of the lists.
+      groups: columns of the users.
+      returns: return of each item (`returns_after`), NaN where unknown.
 
-    prices, days: as of `suitability.period_returns`. groups: columns of the users.
+    Returns:
+      As JSON, of the users that `evaluate_mean` ranks for: "suitable", the mean share of suitable items in the first k;
+      "account", `suitability.exclusion_counts`; "costs", `suitability.rule_costs` of ndcg@10; with `returns` "returns",
+      the mean over users of `suitability.realised_return` and the share of listed items with a return; and "groups", by
+      attribute and metric, `suitability.group_gaps` under the rules.
 
     Raises:
-      ValueError: rules that the tables do not bear, attributes that make no groups, prices but no times of purchases.
+      ValueError: the rules do not fit the tables, or an attribute defines no groups.
     """
-    dataset, held_out = prepared.dataset, _held_out(prepared, split)
+    dataset, (spec, truth) = prepared.dataset, _held_out(prepared, split)
     check_groups(dataset.users, groups)
-    may = apply(rules, dataset.users, dataset.items, held_out["seen"])
-    returns = None if prices is None else _returns(prepared, split, prices, days)
-    counts = np.zeros(dataset.n_items, np.int64)  # novelty is not asked for
-    under = evaluate(scorer, **held_out, item_counts=counts, eligible=may)
-    where = {name: held_out[name] for name in ("seen", "n_items", "candidates")}
-    screened = rank_with_filters(scorer, may, under.users, **where, k=k)
-    lists = {"without": screened.before, "under": screened.items}
-    shares = {name: suitable_share(suitable(may, under.users, items), items) for name, items in lists.items()}
+    candidates = apply(rules, dataset.users, dataset.items, spec.seen)
+    spec = dataclasses.replace(spec, filter=candidates)
+    under = evaluate(scorer, spec, truth)
+    ranking = rank(scorer, under.users, spec, k)
+    lists = {"without": ranking.before, "under": ranking.items}
+    shares = {name: suitable_share(suitable(candidates, under.users, items), items) for name, items in lists.items()}
     of_users = {"ndcg@10": under.metrics["ndcg@10"], f"suitable@{k} without": shares["without"]}
     report: dict[str, Any] = {
         "users": len(under.users),
         "k": k,
         "suitable": {name: _mean(share) for name, share in shares.items()},
-        "account": exclusion_counts(screened, may.names),
-        "costs": {
-            name: dataclasses.asdict(cost)
-            for name, cost in rule_costs(scorer, may, **held_out, item_counts=counts).items()
-        },
+        "account": exclusion_counts(ranking, candidates.names),
+        "costs": {name: dataclasses.asdict(cost) for name, cost in rule_costs(scorer, spec, truth).items()},
     }
     if returns is not None:
-        of_users["return under"] = realised_return(screened.items, returns)
-        report["returns"] = {
-            name: {
-                "mean": _mean(realised_return(items, returns)),
-                "priced": float(np.isfinite(returns[items[items >= 0]]).mean()) if (items >= 0).any() else None,
-            }
-            for name, items in lists.items()
-        }
+        of_users["return under"] = realised_return(ranking.items, returns)
+        report["returns"] = {name: _returns_of(items, returns) for name, items in lists.items()}
     report["groups"] = {
         attribute: {
             metric: _gaps(group_gaps(values, groups_of(dataset.users, attribute, under.users)))
@@ -161,6 +155,31 @@ def evaluate_rules(
         for attribute in groups
     }
     return report
+
+
+def returns_after(prepared: Prepared, split: str, prices: pa.Table, days: int) -> Float64[np.ndarray, "I"]:
+    """Computes each item's return from the last interaction known before a split (`suitability.period_returns`).
+
+    Args:
+      prepared: tables and split.
+      split: "valid" or "test".
+      prices: as for `suitability.period_returns`.
+      days: horizon.
+
+    Raises:
+      ValueError: the interactions have no timestamps, or the horizon is below one day.
+    """
+    dataset, data_split = prepared.dataset, prepared.split
+    if "timestamp" not in dataset.interactions.column_names:
+        raise ValueError(f"{dataset.name} has no times of purchases; returns are counted from the last one known")
+    known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
+    start = int(np.nanmax(column(dataset.interactions, "timestamp")[known]))
+    return period_returns(prices, dataset.items.column("item_id"), start, days)
+
+
+def _returns_of(items: np.ndarray, returns: np.ndarray) -> dict[str, float | None]:
+    priced = float(np.isfinite(returns[items[items >= 0]]).mean()) if (items >= 0).any() else None
+    return {"mean": _mean(realised_return(items, returns)), "priced": priced}
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -173,27 +192,15 @@ def _gaps(gaps: Gaps) -> dict[str, Any]:
     return {name: getattr(gaps, name) for name in ("best", "worst", "gap", "low", "high", "p")} | {"groups": found}
 
 
-def _returns(prepared: Prepared, split: str, prices: pa.Table, days: int) -> np.ndarray:
-    dataset, data_split = prepared.dataset, prepared.split
-    if "timestamp" not in dataset.interactions.column_names:
-        raise ValueError(f"{dataset.name} has no times of purchases; returns are counted from the last one known")
-    known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    start = int(np.nanmax(column(dataset.interactions, "timestamp")[known]))
-    return period_returns(prices, dataset.items.column("item_id"), start, days)
-
-
-def _held_out(prepared: Prepared, split: str) -> dict[str, Any]:
-    """Arguments of `evaluate`."""
+def _held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]:
+    """Returns what may be recommended when a split is evaluated, and its held-out items."""
     dataset, data_split = prepared.dataset, prepared.split
     users, items = (column(dataset.interactions, name) for name in ("user", "item"))
     rows = getattr(data_split, split)
     known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    return {
-        "truth": item_sets(users[rows], items[rows], dataset.n_users),
-        "seen": item_sets(users[known], items[known], dataset.n_users),
-        "n_items": dataset.n_items,
-        "candidates": data_split.valid_candidates if split == "valid" else data_split.test_candidates,
-    }
+    seen, truth = (item_sets(users[of], items[of], dataset.n_users) for of in (known, rows))
+    candidates = data_split.valid_candidates if split == "valid" else data_split.test_candidates
+    return RankingSpec(seen, dataset.n_items, candidates), truth
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
