@@ -27,7 +27,7 @@ from fused_rec.commands.places import (
 from fused_rec.config import METRICS
 from fused_rec.data.sources.fartrans import read_prices
 from fused_rec.evaluation.ranking import mean
-from fused_rec.evaluation.significance import table
+from fused_rec.evaluation.result_tables import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules

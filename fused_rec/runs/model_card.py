@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fused_rec.config import ModelConfig
 from fused_rec.data.dataset import Dataset, printable
 from fused_rec.data.splits import SPLIT_NAMES, Split
-from fused_rec.evaluation.significance import in_markdown
+from fused_rec.evaluation.result_tables import in_markdown
 
 LIBRARY = "library_name: fused_rec"  # a line of the front matter, by which a card is known for one of ours
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
@@ -40,10 +41,10 @@ The checkpoint is in `{checkpoint}` and ranks with the tables it was trained on,
 are refused.
 
 ```python
-from fused_rec.serving.recommender import load, recommend
+import fused_rec as fr
 
-config, prepared, state = load("path/to/this/folder")  # data_path=DIR where the tables lie elsewhere now
-recommend(config, prepared, state, ids=None, k=10)  # all customers; ids=["..."] names some
+run = fr.load("path/to/this/folder")  # data_path=DIR where the tables lie elsewhere now
+fr.recommend(run, k=10)  # all users; users=["..."] names some
 ```""",
     )
 
@@ -109,10 +110,11 @@ def _page(
     """further: a sentence below the measurements. loading: Markdown."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
-    basis = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
-    beside = ", with EASE as a part of the score" if config["model"]["ease_weight"] else ""
+    model = ModelConfig(**config["model"])
+    basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
+    beside = ", with EASE as a part of the score" if model.ease_weight else ""
     made_of = "trained anew on training and validation part" if config["train"]["refit"] else "as validation chose it"
-    language = "none" if variant == "graph" else in_markdown(config["text"]["model"])
+    language = in_markdown(config["text"]["model"]) if model.uses_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
     measured = "\n".join(
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS

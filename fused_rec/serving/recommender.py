@@ -19,7 +19,6 @@ from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.training.checkpoint import Checkpoints
-from fused_rec.training.evaluate import scorer
 from fused_rec.training.inputs import Prepared, init_state, prepare, read, with_finetuned_text
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import TABLES, check_tables, read_finished
@@ -182,40 +181,6 @@ def candidate_filter(dataset: Dataset, rules: Sequence[Rule] = (), *, include_se
         rules = (*rules, Refuse(SEEN_RULE, held=True))
     held = item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
     return apply(rules, dataset.users, dataset.items, held)
-
-
-@computes
-def recommend(
-    config: Config,
-    prepared: Prepared,
-    state: TrainState,
-    ids: Any,
-    k: int,
-    *,
-    include_seen: bool = False,
-) -> pa.Table:
-    """Recommends the k best items to each user. For many users, or with rules: `rank_chunks`.
-
-    Args:
-      config: settings of the run.
-      prepared: tables, split and graph.
-      state: of the selected step.
-      ids: user ids; None = all users.
-      k: items per user.
-      include_seen: also recommend items that the user has interacted with in any split.
-
-    Returns:
-      A table of `SCHEMA`; a user with fewer than k candidates has fewer rows.
-
-    Raises:
-      ValueError: an id is unknown (names it).
-    """
-    dataset = prepared.dataset
-    candidates = candidate_filter(dataset, include_seen=include_seen)
-    rows = user_rows(dataset, ids)
-    require_table(dataset, len(rows), k)
-    chunks = rank_chunks(scorer(config, prepared, state), dataset, candidates, rows, k)
-    return pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:

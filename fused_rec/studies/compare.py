@@ -30,7 +30,7 @@ from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
 from fused_rec.distributed.devices import computes
-from fused_rec.evaluation import plots, significance
+from fused_rec.evaluation import plots, result_tables, significance
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
@@ -225,7 +225,7 @@ def applicable(
         absent = [what for what in VARIANTS[name].needs if not there[what]]
         if absent:
             skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
-        elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
+        elif "text" in VARIANTS[name].needs and not config.model.uses_text:
             skipped[name] = "the config reads no words"
         elif (settings := variant(config, name)) in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
@@ -330,7 +330,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
     return {
         "task": outcomes.task,
         "reference": reference,
-        "summary": significance.summarise(names, rows, outcomes.failures, values),
+        "summary": significance.summarize(names, rows, outcomes.failures, values),
         "differences": significance.differences(values, reference) if reference in values else [],
         "failures": outcomes.failures,
         "skipped": outcomes.skipped,
@@ -340,7 +340,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], out: Path) -> None:
     trainer.write_json(out / "compare.json", report)
-    for suffix, text in (("md", significance.markdown), ("csv", significance.csv_text), ("tex", significance.latex)):
+    for suffix, text in (("md", result_tables.markdown), ("csv", result_tables.csv_text), ("tex", result_tables.latex)):
         write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:
         LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')
