@@ -21,6 +21,7 @@ from fused_rec.data.io.tables import read_tables
 from fused_rec.data.io.writers import save_dataset
 from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
+from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.suitability import check_groups, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
@@ -45,7 +46,8 @@ from fused_rec.studies.compare import compare_variants
 from fused_rec.studies.variants import VARIANTS
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
-from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, scorer
+from fused_rec.training.evaluate import evaluate_with_baselines, scorer
+from fused_rec.training.evaluate_rules import evaluate_rules
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import (
@@ -538,15 +540,10 @@ def report(
     """
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
-    given, rules_digest = read_rules(rules) if rules is not None else ((), None)
+    given, rules_digest = read_rules(rules) if rules is not None else (None, None)
     run = load(workdir, split, data_path=data_path, cache=cache)
     check_groups(run.prepared.dataset.users, groups)
-    own = run.config.model.variant
-    measured = evaluate_with_baselines(*_model(run), split, baselines)
-    found = None
-    if rules is not None:
-        found = evaluate_rules(run.prepared, scorer(*_model(run)), split, given, groups=groups)
-    slices = sliced(run.prepared, measured[own], groups)
+    evaluation = _evaluation(run, split, baselines, given, groups)
     if run.config.train.refit and split == "valid":  # recommend with the final model, trained on more interactions
         run = _reload(run, "test")
     dataset = run.prepared.dataset
@@ -557,15 +554,25 @@ def report(
         counts=counts(dataset, run.prepared.split),
         digests=digests | ({"rules": rules_digest} if rules_digest else {}),
         split=split,
-        models=compared(measured, own),
         curve=tuple(read_curves(workdir / "select")),
-        slices=slices,
-        rules=found,
-        customers=recommended(*_model(run), candidate_filter(dataset, given), rows, k, passages(*_model(run))),
+        customers=recommended(*_model(run), candidate_filter(dataset, given or ()), rows, k, passages(*_model(run))),
         selection="drawn at random" if users is None else "as named",
+        **evaluation,
     )
     write_file(out, render_page(facts).encode())
     return out
+
+
+def _evaluation(
+    run: Run, split: str, baselines: Sequence[str], rules: Sequence[Rule] | None, groups: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the fields of `ReportData` that are evaluated on a held-out split."""
+    per_user, own = evaluate_with_baselines(*_model(run), split, baselines), run.config.model.variant
+    of_rules = None
+    if rules is not None:
+        of_rules = evaluate_rules(run.prepared, scorer(*_model(run)), split, rules, groups=groups)
+    slices = sliced(run.prepared, per_user[own], groups)
+    return {"models": compared(per_user, own), "slices": slices, "rules": of_rules}
 
 
 def _model(run: Run) -> tuple[Config, Prepared, TrainState]:

@@ -30,7 +30,7 @@ from fused_rec.evaluation.suitability import (
     suitable_share,
     sum_counts,
 )
-from fused_rec.training.evaluate import evaluate_rules, returns_after
+from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
 from fused_rec.training.inputs import prepare
 
 N_USERS, N_ITEMS, K = 9, 12, 3

@@ -14,14 +14,13 @@ from absl import app, flags
 
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
-    FINISHED,
-    KEPT,
-    MOVED,
-    RULES_FILE,
+    DEFINE_baselines,
     DEFINE_path,
+    DEFINE_rules,
+    DEFINE_run,
+    DEFINE_split,
     existing_file,
-    existing_folder,
-    new_folder,
+    require_known,
     written_file,
 )
 from fused_rec.config import METRICS
@@ -31,18 +30,17 @@ from fused_rec.evaluation.result_tables import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training.evaluate import evaluate_rules, evaluate_with_baselines, returns_after, scorer
+from fused_rec.training.evaluate import evaluate_with_baselines, scorer
+from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
 from fused_rec.training.trainer import write_json
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
-SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
-BASELINE = flags.DEFINE_list("baselines", [], f"Baselines to compare with: any of {', '.join(BASELINES)}.")
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+SPLIT = DEFINE_split()
+BASELINE = DEFINE_baselines(BASELINES, default=[])
 METRIC = flags.DEFINE_list(
     "metrics", ["recall@10", "ndcg@10", "auc"], f"Metrics to print: any of {', '.join(METRICS)}."
 )
-RULES = DEFINE_path("rules", existing_file, RULES_FILE)
+RULES = DEFINE_rules()
 GROUPS = flags.DEFINE_list("groups", [], "With --rules: user attributes whose groups are compared.")
 PRICES = DEFINE_path("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
 DAYS = flags.DEFINE_integer("days", 180, "With --prices: horizon of the returns in days.", lower_bound=1)
@@ -51,9 +49,8 @@ OUT = DEFINE_path("out", written_file, "With --rules: JSON file of their effects
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, prints one table."""
-    for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
-        if unknown := set(flag.value) - set(known):
-            raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
+    require_known(BASELINE, BASELINES)
+    require_known(METRIC, METRICS)
     if not METRIC.value:
         raise app.UsageError("--metrics is empty; leave it out, or name one or more")
     if (RULES.value is None) != (OUT.value is None):
