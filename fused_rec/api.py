@@ -550,11 +550,8 @@ def report(
     rows = sample(run.prepared, num_users) if users is None else user_rows(dataset, users)
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
     facts = ReportData(
-        run.results,
         counts=counts(dataset, run.prepared.split),
         digests=digests | ({"rules": rules_digest} if rules_digest else {}),
-        split=split,
-        curve=tuple(read_curves(workdir / "select")),
         customers=recommended(*_model(run), candidate_filter(dataset, given or ()), rows, k, passages(*_model(run))),
         selection="drawn at random" if users is None else "as named",
         **evaluation,
@@ -566,13 +563,20 @@ def report(
 def _evaluation(
     run: Run, split: str, baselines: Sequence[str], rules: Sequence[Rule] | None, groups: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the fields of `ReportData` that are evaluated on a held-out split."""
+    """Returns the fields of `ReportData` about training and evaluation."""
     per_user, own = evaluate_with_baselines(*_model(run), split, baselines), run.config.model.variant
     of_rules = None
     if rules is not None:
         of_rules = evaluate_rules(run.prepared, scorer(*_model(run)), split, rules, groups=groups)
     slices = sliced(run.prepared, per_user[own], groups)
-    return {"models": compared(per_user, own), "slices": slices, "rules": of_rules}
+    return {
+        "results": run.results,
+        "split": split,
+        "models": compared(per_user, own),
+        "curve": tuple(read_curves(run.workdir / "select")),
+        "slices": slices,
+        "rules": of_rules,
+    }
 
 
 def _model(run: Run) -> tuple[Config, Prepared, TrainState]:

@@ -1,4 +1,4 @@
-"""How good a scorer is on a held-out part of prepared tables."""
+"""Scorers of a trained model and of baselines, and their evaluation on a held-out split."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -29,12 +29,21 @@ LOG = logging.getLogger(__name__)
 
 
 def evaluate_mean(prepared: Prepared, scorer: Scorer, split: str) -> dict[str, float]:
-    """Ranks the whole catalogue for the users with held-out items in `part`, items known before it left out."""
+    """Averages `evaluate_users` over users (`fused_rec.evaluation.ranking.mean`)."""
     return mean(evaluate_users(prepared, scorer, split))
 
 
 def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetrics:
-    """What `evaluate_mean` averages."""
+    """Evaluates full-catalogue rankings of the users with held-out items in a split.
+
+    Args:
+      prepared: tables and split.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      split: "valid" or "test". Items that a user interacted with before it are not ranked.
+
+    Returns:
+      Metrics per user; novelty counts the interactions of the training split.
+    """
     dataset = prepared.dataset
     items = column(dataset.interactions, "item")[prepared.split.train]
     return evaluate(scorer, *held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
@@ -100,15 +109,21 @@ def held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
-    """Of a whole state: scores of the catalogue for a batch of users, as `fused_rec.evaluation.ranking` takes them.
+    """Builds the scorer of a trained model.
 
-    A user of whom the model knows nothing gets what is popular, as from a `baseline`.
+    A user about whom the model knows nothing, so that all scores are equal, is scored by popularity, as by a
+    `baseline`.
+
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model.
+      state: unsharded.
     """
     return sharded_scorer(config, shard_graph_inputs(prepared.graph_inputs), shard_state(state.params))
 
 
 def sharded_scorer(config: Config, graph_inputs: GraphInputs, params: PyTree) -> jax.tree_util.Partial:
-    """The same of a task and parameters that the devices share already."""
+    """Builds the same scorer from inputs and parameters that are sharded already."""
     return jax.tree_util.Partial(
         scores_of, *parallel_embed_nodes(config)(params, graph_inputs), graph_inputs.popularity
     )
@@ -120,20 +135,39 @@ def scores_of(
     popularity: Float32[AnyArray, "I"],
     batch: Int32[AnyArray, "B"],
 ) -> Float32[Array, "B I"]:
-    """What `scorer` gives a batch of users, of the vectors of all users and items."""
+    """Computes the scores of `scorer` from embeddings.
+
+    Args:
+      users: embeddings of all users.
+      items: embeddings of all items.
+      popularity: interactions of each item, the scores of a user about whom nothing is known.
+      batch: user rows.
+
+    Returns:
+      Scores of all items.
+    """
     return _popularity_where_unscorable(lambda batch: users[batch] @ items.T, popularity, batch)
 
 
 def user_item_vectors(
     config: Config, prepared: Prepared, state: TrainState
 ) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
-    """Of a whole state: one vector a user and an item, on the host, whose inner products are the scores of `scorer`.
+    """Computes vectors of all users and items, on the host, whose inner products are the scores of `scorer`.
 
-    Towers, their weights, popularity and EASE's part are columns of what `embed` gives. Only users of whom the model
-    knows nothing, whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each
-    item's popularity, and such a user's vector is 1 there and 0 elsewhere.
+    Branches and their weights, popularity and EASE are columns. Where there are users about whom the model knows
+    nothing, one more column holds each item's popularity; such a user's vector is 1 there and 0 elsewhere.
 
-    Raises ValueError where a vector is not finite, InsufficientMemoryError where they do not fit.
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model.
+      state: unsharded.
+
+    Returns:
+      User vectors and item vectors.
+
+    Raises:
+      ValueError: a vector is not finite.
+      InsufficientMemoryError: the vectors do not fit.
     """
     require_embedding(config, prepared.graph_inputs, "lower model.dim or model.ease_rank")
     users, items = parallel_embed_nodes(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
@@ -162,12 +196,19 @@ def _unscorable_users(
 
 
 def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> dict[str, Any]:
-    """Of one of `BASELINES`, by this metric on validation; the first of the best.
+    """Tunes a baseline on validation.
 
-    prepared: of the training part alone, words and ties included.
+    Args:
+      name: a key of `BASELINES`.
+      prepared: inputs of the training split alone, texts and ties included.
+      metric: name of the metric that decides.
+
+    Returns:
+      The best settings of the grid, the first of equal ones.
 
     Raises:
-      NotApplicableError: the tables tell nothing of what it needs.
+      NotApplicableError: the tables lack what the baseline needs.
+      ValueError: `prepared` includes other splits.
     """
     if len(prepared.observed.user) != len(prepared.split.train):
         raise ValueError(
@@ -184,12 +225,17 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
 
 
 def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
-    """One of `BASELINES`, made of all that `prepared` tells; a user of whom it knows nothing gets what is popular.
+    """Fits a baseline; a user about whom it knows nothing, so that all scores are equal, is scored by popularity.
 
-    So would anyone serve it, and a table says by how much a model ranks better, not for how many it ranks at all.
+    Otherwise a comparison would show for how many users a model ranks at all, not by how much it ranks better.
+
+    Args:
+      name: a key of `BASELINES`.
+      prepared: observed interactions, text features and social edges.
+      settings: an entry of the baseline's grid.
 
     Raises:
-      NotApplicableError: the tables tell nothing of what it needs.
+      NotApplicableError: the tables lack what the baseline needs.
     """
     return jax.tree_util.Partial(
         _popularity_where_unscorable,
