@@ -230,7 +230,7 @@ def rank_chunks(
     ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     # Of the last part too: a score may depend on the shape.
-    batch = min(users_per_batch(dataset.n_items), -(-len(users) // len(select_devices(devices))))
+    batch = min(users_per_batch(dataset.n_items), max(1, -(-len(users) // len(select_devices(devices)))))
     spec = RankingSpec(nothing, dataset.n_items, filter=candidates, batch_size=batch, devices=devices)
     n_parts = count_chunks(len(users))
     for part in range(first, n_parts):
