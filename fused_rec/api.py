@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
 from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.io.arrow import pc
@@ -20,6 +21,7 @@ from fused_rec.data.io.tables import read_tables
 from fused_rec.data.io.writers import save_dataset
 from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
+from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.suitability import check_groups, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
@@ -28,7 +30,6 @@ from fused_rec.explanation.reasons import record
 from fused_rec.reporting.data import (
     ReportData,
     compared,
-    evaluate_models,
     passages,
     recommended,
     sample,
@@ -46,7 +47,8 @@ from fused_rec.studies.compare import compare_variants
 from fused_rec.studies.variants import VARIANTS
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
-from fused_rec.training.evaluate import BASELINES, evaluate_rules, scorer
+from fused_rec.training.evaluate import evaluate_with_baselines, scorer
+from fused_rec.training.evaluate_rules import evaluate_rules
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import run_training
@@ -269,7 +271,7 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
     Args:
       run: a finished run.
       split: "valid" or "test". Use "test" once, after all choices are made.
-      baselines: names in `fused_rec.training.evaluate.BASELINES`; each is tuned on the validation split.
+      baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
 
     Returns:
       Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
@@ -286,8 +288,7 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
         raise ValueError(f"split is {split!r}; it must be valid or test")
     if split == "valid" and run.config.train.refit:
         run = _reload(run, split)
-    own = run.config.model.variant
-    found = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
+    found = evaluate_with_baselines(*_model(run), split, baselines)
     return {name: mean(per_user) for name, per_user in found.items()}
 
 
@@ -511,7 +512,7 @@ def report(
       workdir: folder of the run.
       out: file to write; None = report.html in the workdir.
       split: held-out split to evaluate, "valid" or "test".
-      baselines: names in `fused_rec.training.evaluate.BASELINES` to compare with.
+      baselines: names in `fused_rec.baselines.registry.BASELINES` to compare with.
       users: ids of the users to show, as text or integers; None = a random sample.
       num_users: size of the random sample.
       k: recommended items per user.
@@ -533,34 +534,43 @@ def report(
     """
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
-    given, rules_digest = read_rules(rules) if rules is not None else ((), None)
+    given, rules_digest = read_rules(rules) if rules is not None else (None, None)
     run = load(workdir, split, data_path=data_path, cache=cache)
     check_groups(run.prepared.dataset.users, groups)
-    own = run.config.model.variant
-    measured = evaluate_models(run.config, run.prepared, run.state, split, baselines, own)
-    found = None
-    if rules is not None:
-        found = evaluate_rules(run.prepared, scorer(*_model(run)), split, given, groups=groups)
-    slices = sliced(run.prepared, measured[own], groups)
+    evaluation = _evaluation(run, split, baselines, given, groups)
     if run.config.train.refit and split == "valid":  # recommend with the final model, trained on more interactions
         run = _reload(run, "test")
     dataset = run.prepared.dataset
     rows = sample(run.prepared, num_users) if users is None else user_rows(dataset, users)
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
     facts = ReportData(
-        run.results,
         counts=counts(dataset, run.prepared.split),
         digests=digests | ({"rules": rules_digest} if rules_digest else {}),
-        split=split,
-        models=compared(measured, own),
-        curve=tuple(read_curves(workdir / "select")),
-        slices=slices,
-        rules=found,
-        customers=recommended(*_model(run), candidate_filter(dataset, given), rows, k, passages(*_model(run))),
+        customers=recommended(*_model(run), candidate_filter(dataset, given or ()), rows, k, passages(*_model(run))),
         selection="drawn at random" if users is None else "as named",
+        **evaluation,
     )
     write_file(out, render_page(facts).encode())
     return out
+
+
+def _evaluation(
+    run: Run, split: str, baselines: Sequence[str], rules: Sequence[Rule] | None, groups: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the fields of `ReportData` about training and evaluation."""
+    per_user, own = evaluate_with_baselines(*_model(run), split, baselines), run.config.model.variant
+    of_rules = None
+    if rules is not None:
+        of_rules = evaluate_rules(run.prepared, scorer(*_model(run)), split, rules, groups=groups)
+    slices = sliced(run.prepared, per_user[own], groups)
+    return {
+        "results": run.results,
+        "split": split,
+        "models": compared(per_user, own),
+        "curve": tuple(read_curves(run.workdir / "select")),
+        "slices": slices,
+        "rules": of_rules,
+    }
 
 
 def _model(run: Run) -> tuple[Config, Prepared, TrainState]:

@@ -216,13 +216,37 @@ class ModelConfig:
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
         for name in ("popularity_weight", "popularity_half_life", "ease_weight"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
-        fits = not self.ease_weight or self.variant != "text"
+        fits = not self.ease_weight or self.uses_ids
         _require(
             fits, "model.ease_weight", self.ease_weight, "0 where model.variant is text, which scores by text alone"
         )
         _require(self.ease_rank >= 1, "model.ease_rank", self.ease_rank, "at least 1")
         _require(self.ease_l2 > 0, "model.ease_l2", self.ease_l2, "above 0")
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
+
+    @property
+    def uses_ids(self) -> bool:
+        """Whether nodes have ID embeddings, propagated over all relations; if not, a user is the mean item text."""
+        return self.variant != "text"
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether text is an input, and so must be encoded."""
+        return self.variant != "graph"
+
+    @property
+    def fuses_text(self) -> bool:
+        """Whether text gates the graph's messages, and a second branch scores by text alone (`text_branch`)."""
+        return self.uses_ids and self.uses_text
+
+    @property
+    def effective_layers(self) -> int:
+        """Layers that are propagated: one at most where a user is the mean item text."""
+        return self.num_layers if self.uses_ids else min(self.num_layers, 1)
+
+    def text_branch(self) -> "ModelConfig":
+        """Returns the settings of the second branch of a model that fuses text."""
+        return dataclasses.replace(self, variant="text", ease_weight=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +309,7 @@ class Config:
     def __post_init__(self):
         fits = not self.train.contrastive_weight or self.model.num_layers > 0
         _require(fits, "train.contrastive_weight", self.train.contrastive_weight, "0 where model.num_layers is 0")
-        fits = self.text.finetune == "frozen" or self.model.variant != "graph"
+        fits = self.text.finetune == "frozen" or self.model.uses_text
         _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which uses no text")
         fits = self.text.finetune == "frozen" or not self.train.num_neighbors
         _require(
@@ -296,6 +320,11 @@ class Config:
         )
         fits = self.text.finetune == "frozen" or self.text.features != "random"
         _require(fits, "text.finetune", self.text.finetune, "frozen where text.features is random: no text is encoded")
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether the language model encodes the texts of the tables."""
+        return self.model.uses_text and self.text.features != "random"
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

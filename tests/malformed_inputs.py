@@ -36,7 +36,8 @@ from fused_rec.data.sources.lightgcn import lightgcn_text
 from fused_rec.data.sources.recbole import recbole
 from fused_rec.data.sources.stocknet import stocknet
 from fused_rec.evaluation.filters import apply
-from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.runs import run_dir
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.text.cache import read_vectors, write_vectors

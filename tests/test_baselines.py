@@ -24,10 +24,13 @@ from fused_rec.baselines.neighbors import (
     text_mean,
     user_knn,
 )
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, ModelConfig
 from fused_rec.evaluation import ranking
-from fused_rec.evaluation.ranking import evaluate, item_sets, mean
-from fused_rec.training.evaluate import BASELINES, baseline, choose_settings, evaluate_mean
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean
+from fused_rec.evaluation.top_k import TieBreak
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_mean
 from fused_rec.training.inputs import prepare, read
 
 # user 0: items 0 1    user 1: items 1 2    user 2: items 1 2 3    user 3: none; one pair given twice
@@ -274,8 +277,8 @@ def test_lastfm_figures_of_equal_scores(lastfm, monkeypatch):
     """A few friends leave many scores equal. The notes' .1112 and .1431 and ours lie between the orders by number."""
     ours, by_number = measured(lastfm, friends_mean), []
     for columns in (np.arange(LASTFM[1]), np.arange(LASTFM[1])[::-1].copy()):
-        order = ranking.TieBreak(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
-        monkeypatch.setattr(ranking, "catalogue", lambda n, *_, order=order: (jnp.ones(n, bool), order))
+        order = TieBreak(jnp.asarray(columns, jnp.int32), jnp.zeros(1, jnp.int32))
+        monkeypatch.setattr(ranking, "random_order", lambda *_, order=order: order)
         by_number.append(measured(lastfm, friends_mean))
     first, last = by_number
     for name, figure in (("recall@10", 0.1112), ("ndcg@10", 0.1431)):
@@ -289,17 +292,15 @@ def measured(lastfm, make):
     return mean(
         evaluate(
             make(Interactions(train[0], train[1], *LASTFM, source=ties[0], target=ties[1])),
-            truth=item_sets(test[0], test[1], n_users),
-            seen=item_sets(train[0], train[1], n_users),
-            n_items=n_items,
-            item_counts=np.bincount(train[1], minlength=n_items),
+            RankingSpec(item_sets(train[0], train[1], n_users), n_items),
+            item_sets(test[0], test[1], n_users),
         )
     )
 
 
 def test_all_are_tuned_alike():
     """No more than 8 settings each, all different."""
-    for name, (_, grid) in BASELINES.items():
+    for name, grid in ((name, entry.grid) for name, entry in BASELINES.items()):
         assert 1 <= len(grid) <= 8, name
         assert len({str(settings) for settings in grid}) == len(grid), name
 
@@ -320,10 +321,10 @@ def test_validation_chooses_the_settings(market):
         evaluate_mean(
             alone, item_knn(Interactions(users, items, alone.dataset.n_users, alone.dataset.n_items), **tried), "valid"
         )
-        for tried in BASELINES["item_knn"][1]
+        for tried in BASELINES["item_knn"].grid
     ]
     chosen = choose_settings("item_knn", alone)
-    assert chosen == max(zip(values, BASELINES["item_knn"][1], strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
+    assert chosen == max(zip(values, BASELINES["item_knn"].grid, strict=True), key=lambda pair: pair[0]["ndcg@10"])[1]
     expected = item_knn(Interactions(seen.observed.user, seen.observed.item, 80, 30), **chosen)
     np.testing.assert_array_equal(scores(baseline("item_knn", seen, chosen), 80), scores(expected, 80))
 

@@ -15,13 +15,13 @@ import pytest
 from market import write_tables
 
 from experiments.configs.tables import get_config
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, GraphConfig, ModelConfig, from_dict
 from fused_rec.evaluation.significance import paired_bootstrap
 from fused_rec.runs.run_dir import BusyError, lock_run_dir, read_users
 from fused_rec.studies import compare as module
 from fused_rec.studies.compare import applicable, check_names, compare_variants
 from fused_rec.studies.variants import VARIANTS, variant
-from fused_rec.training.evaluate import BASELINES
 from fused_rec.training.inputs import read
 
 # No words, so that no language model is opened: "fused" is a graph without them.

@@ -208,3 +208,16 @@ def test_a_model_of_words_alone_has_no_closed_form():
 )
 def test_the_bound_itself_is_allowed(section, setting, value):
     assert to_dict(from_dict({section: {setting: value}}))[section][setting] == value
+
+
+@pytest.mark.parametrize(
+    ("variant", "ids", "text", "fused", "layers"),
+    [("fused", True, True, True, 3), ("graph", True, False, False, 3), ("text", False, True, False, 1)],
+)
+def test_what_a_variant_uses(variant, ids, text, fused, layers):
+    model = C.ModelConfig(variant=variant, num_layers=3)
+    assert (model.uses_ids, model.uses_text, model.fuses_text, model.effective_layers) == (ids, text, fused, layers)
+    assert C.ModelConfig(variant=variant, num_layers=0, relation_gates=False).effective_layers == 0
+    assert C.Config(model=model).encodes_text == text
+    assert not C.Config(model=model, text=C.TextConfig(features="random")).encodes_text
+    assert model.text_branch() == C.ModelConfig(variant="text", num_layers=3)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fused_rec.data.io.tables import dataset_from_tables
 from fused_rec.evaluation.filters import apply, excluded_by, parse
-from fused_rec.evaluation.ranking import CandidateFilter, item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import CandidateFilter
 
 USERS = pa.table(
     {

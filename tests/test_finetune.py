@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from market import differences, write_tables
 from tiny import quick_compilation  # noqa: F401
 
+import fused_rec as fr
 from fused_rec.config import Config, from_dict
 from fused_rec.data.batches import Batch, batch, user_items
 from fused_rec.data.dataset import empty_reviews
@@ -24,7 +25,7 @@ from fused_rec.data.synthetic import make_synthetic
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import AXIS, pmap_over_devices
 from fused_rec.graph.build import ITEM, USER
-from fused_rec.serving.recommender import load, recommend
+from fused_rec.serving.recommender import load
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.text import encode as embed_module
 from fused_rec.training import batch_sources, finetune, finetune_step, sharding, trainer
@@ -429,7 +430,7 @@ def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
     results = json.loads((finished / "results.json").read_text())
     measured = evaluate_mean(prepared, scorer(config, prepared, state), part)
     assert {name: measured[name] for name in results[part]} == results[part]
-    assert recommend(config, prepared, state, ["C0001"], 4).num_rows == 4
+    assert fr.recommend(fr.load(finished, part), ["C0001"], 4).num_rows == 4
 
 
 def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):

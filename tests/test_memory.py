@@ -190,7 +190,8 @@ def test_other_steps_are_refused_before_they_begin():
         import numpy as np
         from fused_rec.config import Config, ModelConfig
         from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
-        from fused_rec.evaluation import ranking
+        from fused_rec.evaluation.item_sets import item_sets
+        from fused_rec.evaluation.ranking import RankingSpec, rank
         from fused_rec.evaluation.significance import paired_bootstrap
         from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges, text_knn_edges
         from fused_rec.graph.hetero import hetero_graph
@@ -215,7 +216,7 @@ def test_other_steps_are_refused_before_they_begin():
         inputs = GraphInputs(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
         config = Config(model=ModelConfig(variant="graph", dim=1024))
         words = np.broadcast_to(np.float32(1), (3_000_000, 2))
-        nobody = ranking.item_sets(one[:0], one[:0], 3_000_000)
+        nobody = item_sets(one[:0], one[:0], 3_000_000)
         scorer = jax.tree_util.Partial(lambda users: jnp.zeros((len(users), 10)))
         ids = pa.table({"user_id": ["u"] * 10, "item_id": ["i"] * 10})
         items = pa.table({"item_id": [str(number) for number in range(1000)]})
@@ -224,8 +225,8 @@ def test_other_steps_are_refused_before_they_begin():
         refused(lambda: require_step(config, inputs))
         refused(lambda: require_embedding(config, inputs))
         refused(lambda: text_knn_edges(words, 100))
-        refused(lambda: ranking.top_k(scorer, np.arange(3_000_000), seen=nobody, n_items=10, k=100))
-        refused(lambda: ranking.top_k(scorer, np.arange(3), seen=nobody, n_items=100_000_000, k=1, batch=16))
+        refused(lambda: rank(scorer, np.arange(3_000_000), RankingSpec(nobody, 10), 100))
+        refused(lambda: rank(scorer, np.arange(3), RankingSpec(nobody, 100_000_000, batch_size=16), 1))
         refused(lambda: paired_bootstrap(*[np.broadcast_to(np.float32(1), (20, 3_000_000))] * 2))
         refused(lambda: require_table(data, 10_000_000, 1000))
         """

@@ -11,8 +11,10 @@ from ir_measures import AP, RR, P, R, Success, nDCG
 from jax.tree_util import Partial
 
 from fused_rec import kernels
-from fused_rec.evaluation import ranking
-from fused_rec.evaluation.ranking import UserItemSets, catalogue, evaluate, item_sets, mean, top_k
+from fused_rec.evaluation import top_k as top_k_module
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank
+from fused_rec.evaluation.top_k import random_order, top_k_filtered
 
 
 def _lookup(table, users):
@@ -31,6 +33,11 @@ def sets_of(lists):
 def sets_where(mask):
     user, item = np.nonzero(mask)
     return item_sets(user, item, len(mask))
+
+
+def ranked(scorer, users, k, **spec):
+    found = rank(scorer, users, RankingSpec(**spec), k)
+    return found.items, found.scores
 
 
 def lists_of(sets: UserItemSets):
@@ -65,12 +72,13 @@ TRUTH = [[2, 4], [2], []]
 
 
 def _by_hand(**changes):
-    arguments: dict[str, Any] = {"truth": sets_of(TRUTH), "seen": sets_of(SEEN), "n_items": 5, "ks": (2, 4)}
-    return evaluate(scorer_of(TABLE), **{**arguments, "item_counts": np.array([1, 0, 1, 2, 3]), **changes})
+    arguments: dict[str, Any] = {"truth": sets_of(TRUTH), "ks": (2, 4), "item_counts": np.array([1, 0, 1, 2, 3])}
+    arguments |= {name: changes.pop(name) for name in (*arguments,) if name in changes}
+    return evaluate(scorer_of(TABLE), RankingSpec(**{"seen": sets_of(SEEN), "n_items": 5, **changes}), **arguments)
 
 
-def test_top_k_by_hand():
-    items, scores = top_k(scorer_of(TABLE), np.array([2, 0, 1]), seen=sets_of(SEEN), n_items=5, k=4, batch=2)
+def test_rank_by_hand():
+    items, scores = ranked(scorer_of(TABLE), np.array([2, 0, 1]), seen=sets_of(SEEN), n_items=5, k=4, batch_size=2)
     assert items.tolist() == [[1, 3, 4, 0], [1, 2, 3, 4], [2, 1, 0, -1]]
     np.testing.assert_allclose(scores[2], [0.3, 0.2, 0.1, -np.inf], rtol=1e-6)
     assert (items.dtype, scores.dtype) == (np.int32, np.float32)
@@ -104,6 +112,13 @@ def test_evaluate_by_hand():
     assert set(means) == set(per_user.metrics) | {"coverage@10"}
 
 
+def test_without_item_counts_only_novelty_is_missing():
+    per_user, without = _by_hand(), _by_hand(item_counts=None)
+    assert set(per_user.metrics) - set(without.metrics) == {"novelty@10"}
+    for name, values in without.metrics.items():
+        np.testing.assert_array_equal(values, per_user.metrics[name], err_msg=name)
+
+
 def test_evaluate_among_candidates():
     # Of 0, 1 and 4, user 0 has 1 and 4 left and holds out 4; user 1 has 1 and 0 left and holds out none of them.
     per_user = _by_hand(candidates=np.array([4, 0, 1]))
@@ -124,7 +139,7 @@ def test_mean_leaves_out_users_without_pairs():
 
 def test_users_who_have_seen_everything():
     seen = sets_of([[0, 1, 2, 3, 4], [0, 1, 2, 3], []])
-    items, scores = top_k(scorer_of(TABLE), np.arange(3), seen=seen, n_items=5, k=7)
+    items, scores = ranked(scorer_of(TABLE), np.arange(3), seen=seen, n_items=5, k=7)
     assert items.tolist() == [[-1] * 7, [4] + [-1] * 6, [1, 3, 4, 2, 0, -1, -1]]
     assert np.isneginf(scores[0]).all()
 
@@ -137,7 +152,7 @@ def test_empty_ranks_hit_nothing():
 
 
 def test_no_users_no_rows():
-    items, scores = top_k(scorer_of(TABLE), np.array([], int), seen=sets_of(SEEN), n_items=5, k=3)
+    items, scores = ranked(scorer_of(TABLE), np.array([], int), seen=sets_of(SEEN), n_items=5, k=3)
     assert items.shape == scores.shape == (0, 3)
 
 
@@ -155,16 +170,13 @@ def test_equals_ir_measures(rounded):
     assert truth.sizes.min() > 0
     per_user = evaluate(
         scorer_of(table),
-        truth=truth,
-        seen=seen,
-        n_items=n_items,
-        ks=ks,
+        RankingSpec(seen, n_items, batch_size=64, seed=seed),
+        truth,
         item_counts=(kind == 2).sum(0),
-        batch=64,
-        seed=seed,
+        ks=ks,
     )
 
-    place = np.argsort(catalogue(n_items, None, seed)[1].items(n_items))
+    place = np.argsort(random_order(n_items, seed).items(n_items))
     run, judged = [], []
     for user in range(n_users):
         open_to = np.flatnonzero(kind[user] != 2)
@@ -187,8 +199,8 @@ def test_the_best_columns_hold_the_best_items(n_items, k):
     rng = np.random.default_rng(n_items)
     table = rng.integers(0, 9, (12, n_items)) * 1.0
     kind = rng.random((12, n_items)) < np.linspace(0, 1, 12)[:, None]
-    items, scores = top_k(scorer_of(table), np.arange(12), seen=sets_where(kind), n_items=n_items, k=k)
-    in_order = catalogue(n_items, None, 0)[1].items(n_items)
+    items, scores = ranked(scorer_of(table), np.arange(12), seen=sets_where(kind), n_items=n_items, k=k)
+    in_order = random_order(n_items, 0).items(n_items)
     assert sorted(in_order) == list(range(n_items))
     place = np.argsort(in_order)
     for user in range(12):
@@ -205,8 +217,8 @@ def test_masks_hold_for_every_user():
     candidates = np.sort(rng.choice(n_items, 25, replace=False))
     table = rng.normal(size=(n_users, n_items))
     seen = sets_where(kind)
-    items, _ = top_k(
-        scorer_of(table), np.arange(n_users), seen=seen, n_items=n_items, k=40, candidates=candidates, batch=16
+    items, _ = ranked(
+        scorer_of(table), np.arange(n_users), seen=seen, n_items=n_items, k=40, candidates=candidates, batch_size=16
     )
     for user in range(n_users):
         open_to = np.setdiff1d(candidates, np.flatnonzero(kind[user]))
@@ -221,8 +233,8 @@ def test_batch_size_changes_nothing():
     truth, seen = sets_where(kind == 0), sets_where(kind == 2)
     table = np.round(rng.normal(size=(n_users, n_items)), 1)
     results = [
-        evaluate(scorer_of(table), truth=truth, seen=seen, n_items=n_items, item_counts=(kind == 2).sum(0), batch=batch)
-        for batch in (7, 52, 1000)
+        evaluate(scorer_of(table), RankingSpec(seen, n_items, batch_size=size), truth, item_counts=(kind == 2).sum(0))
+        for size in (7, 52, 1000)
     ]
     for result in results[1:]:
         assert result.users.tolist() == results[0].users.tolist()
@@ -248,10 +260,10 @@ def test_the_kernel_finds_what_plain_jax_finds(rows, n_items, k, kind):
     }[kind]
     eligible = rng.random((rows, n_items)) < rng.random((rows, 1))  # of some rows hardly any, of others nearly all
     eligible[0] = False
-    _, order = catalogue(n_items, None, 0)
+    order = random_order(n_items, 0)
     for got, expected in zip(
-        jax.jit(ranking.top_k_filtered, static_argnums=3)(scores, eligible, order, k),
-        (*jax.jit(ranking._top_k_filtered, static_argnums=3)(scores, eligible, order, k), np.ones(rows, bool)),
+        jax.jit(top_k_filtered, static_argnums=3)(scores, eligible, order, k),
+        (*jax.jit(top_k_module._top_k_filtered, static_argnums=3)(scores, eligible, order, k), np.ones(rows, bool)),
         strict=True,
     ):
         np.testing.assert_array_equal(got, expected)
@@ -262,8 +274,8 @@ def test_the_kernel_finds_what_plain_jax_finds(rows, n_items, k, kind):
 def test_rows_that_are_not_finite_are_reported(strange):
     scores = np.zeros((3, 130), np.float32)
     scores[1, 128] = strange
-    _, order = catalogue(130, None, 0)
-    assert ranking.top_k_filtered(jnp.asarray(scores), jnp.zeros((3, 130), bool), order, 4)[2].tolist() == [
+    order = random_order(130, 0)
+    assert top_k_filtered(jnp.asarray(scores), jnp.zeros((3, 130), bool), order, 4)[2].tolist() == [
         True,
         False,
         True,
@@ -272,7 +284,7 @@ def test_rows_that_are_not_finite_are_reported(strange):
 
 def test_places_are_the_order():
     for n_items in (1, 2, 5, 20, 41, 1000):
-        _, order = catalogue(n_items, None, 3)
+        order = random_order(n_items, 3)
         assert np.argsort(order.places(n_items)).tolist() == order.items(n_items).tolist()
 
 
@@ -282,10 +294,9 @@ def test_places_are_the_order():
 def test_a_constant_scorer_is_chance():
     """Half the items are held out by everybody and have the low ids: preferring low ids would give recall 10/20."""
     n_users, n_items = 8, 40
-    arguments = {"truth": sets_of([list(range(20))] * n_users), "seen": sets_of([[]] * n_users), "n_items": n_items}
+    truth, seen = sets_of([list(range(20))] * n_users), sets_of([[]] * n_users)
     scorer = scorer_of(np.ones((n_users, n_items)))
-    counts = np.ones(n_items, int)
-    recalls = [mean(evaluate(scorer, **arguments, ks=(10,), item_counts=counts, seed=seed)) for seed in range(60)]
+    recalls = [mean(evaluate(scorer, RankingSpec(seen, n_items, seed=seed), truth, ks=(10,))) for seed in range(60)]
     assert all(r["auc"] == 0.5 for r in recalls)
     # Hypergeometric: mean 10 * 20 / 40 / 20 = 1/4, deviation of the mean of 60 draws .0088.
     assert np.mean([r["recall@10"] for r in recalls]) == pytest.approx(1 / 4, abs=0.03)
@@ -293,12 +304,12 @@ def test_a_constant_scorer_is_chance():
 
 def test_negative_zero_ties_with_zero():
     table = np.where(np.arange(20) % 2, -0.0, 0.0)[None, :]
-    items, _ = top_k(scorer_of(table), np.array([0]), seen=sets_of([[]]), n_items=20, k=20, seed=4)
+    items, _ = ranked(scorer_of(table), np.array([0]), seen=sets_of([[]]), n_items=20, k=20, seed=4)
     assert items[0].tolist() == np.random.default_rng(4).permutation(20).tolist()
 
 
 def test_a_plain_function_is_a_scorer():
-    items, _ = top_k(lambda users: jnp.asarray(TABLE)[users], np.arange(3), seen=sets_of(SEEN), n_items=5, k=1)
+    items, _ = ranked(lambda users: jnp.asarray(TABLE)[users], np.arange(3), seen=sets_of(SEEN), n_items=5, k=1)
     assert items.tolist() == [[1], [2], [1]]
 
 
@@ -314,14 +325,19 @@ def test_new_parameters_and_the_last_batch_need_no_compilation():
 
     seen = sets_of([[]] * 10)
     for scale in (1.0, 2.0):
-        top_k(
-            Partial(score, jnp.arange(50.0).reshape(10, 5) * scale), np.arange(10), seen=seen, n_items=5, k=2, batch=4
+        ranked(
+            Partial(score, jnp.arange(50.0).reshape(10, 5) * scale),
+            np.arange(10),
+            seen=seen,
+            n_items=5,
+            k=2,
+            batch_size=4,
         )
     assert len(traced) == 1
 
 
 def test_half_precision_scores_are_ranked():
-    items, scores = top_k(
+    items, scores = ranked(
         Partial(_lookup, jnp.asarray(TABLE, jnp.bfloat16)), np.array([0]), seen=sets_of(SEEN), n_items=5, k=2
     )
     assert items.tolist() == [[1, 2]]
@@ -336,11 +352,9 @@ def test_scores_that_are_not_finite(bad):
     table = np.array(TABLE)
     table[1, 3] = bad  # also where the item is seen: a broken scorer must not hide behind a mask
     with pytest.raises(ValueError, match="user 1 hold NaN or infinity"):
-        top_k(scorer_of(table), np.array([0, 2, 1]), seen=sets_of(SEEN), n_items=5, k=1)
+        ranked(scorer_of(table), np.array([0, 2, 1]), seen=sets_of(SEEN), n_items=5, k=1)
     with pytest.raises(ValueError, match="user 1 hold NaN or infinity"):
-        evaluate(
-            scorer_of(table), truth=sets_of(TRUTH), seen=sets_of(SEEN), n_items=5, item_counts=np.ones(5, int), ks=(1,)
-        )
+        evaluate(scorer_of(table), RankingSpec(sets_of(SEEN), 5), sets_of(TRUTH), ks=(1,))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +362,7 @@ def test_scores_that_are_not_finite(bad):
     [
         ({"ks": ()}, "at least 1"),
         ({"ks": (0, 5)}, "at least 1"),
-        ({"batch": 0}, "batch is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"candidates": np.array([], int)}, "0..4"),
         ({"candidates": np.array([5])}, "0..4"),
         ({"candidates": np.array([3])}, "no user has a held-out item"),
@@ -367,11 +381,11 @@ def test_evaluate_refuses(changes, message):
 
 
 @pytest.mark.parametrize(("users", "k", "message"), [([0, 3], 1, "0..2"), ([-1], 1, "0..2"), ([0], 0, "k is 0")])
-def test_top_k_refuses(users, k, message):
+def test_rank_refuses(users, k, message):
     with pytest.raises(ValueError, match=message):
-        top_k(scorer_of(TABLE), np.array(users), seen=sets_of(SEEN), n_items=5, k=k)
+        ranked(scorer_of(TABLE), np.array(users), seen=sets_of(SEEN), n_items=5, k=k)
 
 
 def test_a_bar_shows_progress(capfd):
-    top_k(scorer_of(TABLE), np.arange(3), seen=sets_of(SEEN), n_items=5, k=1, progress=True)
+    ranked(scorer_of(TABLE), np.arange(3), seen=sets_of(SEEN), n_items=5, k=1, progress="rank")
     assert "rank" in capfd.readouterr().err

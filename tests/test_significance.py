@@ -1,8 +1,6 @@
-"""Differences against closed forms and SciPy, adjusted p values and slices by hand, tables cell by cell."""
+"""Differences against closed forms and SciPy; adjusted p values, slices and summaries by hand."""
 
-import csv
 import dataclasses
-import io
 import math
 
 import jax
@@ -11,15 +9,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fused_rec.evaluation.ranking import UserMetrics, item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import RankingSpec, UserMetrics
 from fused_rec.evaluation.significance import (
-    csv_text,
     differences,
     holm,
-    latex,
-    markdown,
     paired_bootstrap,
-    summarise,
+    summarize,
 )
 from fused_rec.evaluation.slices import bands, item_slices, user_slices
 
@@ -141,9 +137,8 @@ def test_item_slices_rank_against_everything(partial):
             "cold": np.array([0, 1, 0, 0, 1], bool),
             "warm": np.array([0, 0, 1, 1, 0], bool),
         },
-        truth=item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
-        seen=item_sets(np.array([0]), np.array([4]), 2),
-        n_items=5,
+        RankingSpec(item_sets(np.array([0]), np.array([4]), 2), 5),
+        item_sets(np.array([0, 0, 1]), np.array([3, 1, 2]), 2),
     )
     second = 1 / math.log2(3)
     assert list(found) == ["cold", "warm"]
@@ -160,10 +155,8 @@ def test_item_slices_leave_out_what_is_no_candidate():
     found = item_slices(
         lambda users: scores[users],
         {"a": np.array([1, 0, 0], bool), "b": np.array([0, 1, 0], bool)},
-        truth=item_sets(np.array([0, 0]), np.array([0, 1]), 1),
-        seen=item_sets(np.array([], int), np.array([], int), 1),
-        n_items=3,
-        candidates=np.array([1, 2]),
+        RankingSpec(item_sets(np.array([], int), np.array([], int), 1), 3, np.array([1, 2])),
+        item_sets(np.array([0, 0]), np.array([0, 1]), 1),
     )
     assert list(found) == ["b"]
     assert found["b"]["ndcg@10"] == pytest.approx(1 / math.log2(3))
@@ -187,7 +180,7 @@ def report() -> dict:
     failures = [{"variant": "bad", "seed": 0, "message": "NonFiniteLossError: 100 % | of_it is\nnan & <worse>"}]
     return {
         "reference": "fused",
-        "summary": summarise(["fused", "no_social_edges", "bad", "popularity"], rows, failures, values),
+        "summary": summarize(["fused", "no_social_edges", "bad", "popularity"], rows, failures, values),
         "differences": differences(values, "fused"),
         "failures": failures,
     }
@@ -204,71 +197,3 @@ def test_a_summary_by_hand(report):
     assert no_social_edges["difference"] == pytest.approx(0.1)
     assert no_social_edges["p_holm"] == pytest.approx(2 * no_social_edges["p"])
     assert math.isnan(against_popularity["relative"])
-
-
-def test_markdown_cell_by_cell(report):
-    lines = markdown(report, ["ndcg@10"]).splitlines()
-    assert lines[0] == "| variant | seeds | ndcg@10 | fused vs. row | seconds | parameters |"
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
-    assert lines[2] == "| fused | 2 | 0.6500 ± 0.1414 | – | 10 | 1,200 |"
-    assert lines[3].startswith("| no_social_edges | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
-    assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
-    assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
-    assert lines[5].endswith("| 10 | – |")
-    assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % \\| of_it is nan &amp; &lt;worse&gt;"
-
-
-def test_latex_is_escaped(report):
-    text = latex(report, ["ndcg@10"])
-    assert r"\begin{tabular}{lrrrrr}" in text
-    assert r"no\_social\_edges & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
-    assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
-    assert text.count("\\\\\n") == 5
-    report["failures"][0]["message"] = r"a\b~c^d{e}#$"
-    assert r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$" in latex(report, ["ndcg@10"])
-
-
-def test_csv_keeps_every_number(report):
-    rows = list(csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))))
-    assert [row["variant"] for row in rows] == ["fused", "no_social_edges", "bad", "popularity"]
-    assert float(rows[1]["ndcg@10 fused vs. row: difference"]) == report["differences"][0]["difference"]
-    assert rows[0]["ndcg@10 fused vs. row: p_holm"] == ""
-    assert rows[2]["failed"].startswith("bad, seed 0: NonFiniteLossError")
-    assert rows[3]["parameters"] == ""
-
-
-HOSTILE = "a|b`c*_d_<i>&\\e${f}$ [x](y)\n=1\x1b[31m\u202e"
-
-
-def test_hostile_names_are_text_in_every_table(report):
-    """A name may come from a folder or a table: no cell, markup, command or formula comes of it."""
-    for entry in (report["summary"][1], *report["differences"][:1], report["failures"][0]):
-        entry["variant"] = HOSTILE
-    cell = r"a\|b\`c\*\_d\_&lt;i&gt;&amp;\\e\$\{f\}\$ \[x\](y) =1\\x1b\[31m\\u202e"
-    lines = markdown(report, ["ndcg@10"]).splitlines()
-    assert lines[3].startswith(f"| {cell} | 2 | 0.5500")
-    assert lines[-1].startswith(f"Failed: {cell}, seed 0: ") and len(lines) == 8
-
-    tex = r"a\textbar{}b{`}c*\_d\_$<$i$>$\&\textbackslash{}e\$\{f\}\$ [x](y) =1\textbackslash{}x1b[31m"
-    assert f"{tex}\\textbackslash{{}}u202e & 2 & 0.5500" in latex(report, ["ndcg@10"])
-
-    [row] = [row for row in csv.DictReader(io.StringIO(csv_text(report, ["ndcg@10"]))) if row["variant"] == HOSTILE]
-    assert row["seeds"] == "2" and row["failed"].startswith("a|b`c*_d_<i>")
-
-
-@pytest.mark.parametrize("name", ["[3pt] x", "*x"])
-def test_a_row_of_latex_begins_with_no_argument(report, name):
-    report["summary"][1]["variant"] = report["summary"][0]["variant"] = name
-    rows = latex(report, ["ndcg@10"]).splitlines()
-    assert sum(row.startswith(("{}[3pt] x &", "{}*x &")) for row in rows) == 2
-
-
-@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", " @SUM(1)", "+1", "-1"])
-def test_csv_computes_no_name(report, name):
-    for entry in (report["summary"][1], report["failures"][0]):
-        entry["variant"] = name
-    report["reference"] = name
-    cells = [cell for row in csv.reader(io.StringIO(csv_text(report, ["ndcg@10"]))) for cell in row]
-    assert f"'{name}" in cells
-    texts = [cell for cell in cells if cell and not cell.lstrip("-").replace(".", "").replace("e-", "").isdigit()]
-    assert not [cell for cell in texts if cell.lstrip()[0] in "=+-@"]

@@ -15,7 +15,8 @@ from fused_rec.data.dataset import column
 from fused_rec.data.splits import split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation.filters import apply, parse
-from fused_rec.evaluation.ranking import CandidateFilter, UserItemSets, evaluate, item_sets, top_k
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, evaluate, rank
 from fused_rec.evaluation.suitability import (
     DAY,
     check_groups,
@@ -23,14 +24,13 @@ from fused_rec.evaluation.suitability import (
     group_gaps,
     groups_of,
     period_returns,
-    rank_with_filters,
     realised_return,
     rule_costs,
     suitable,
     suitable_share,
     sum_counts,
 )
-from fused_rec.training.evaluate import evaluate_rules
+from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
 from fused_rec.training.inputs import prepare
 
 N_USERS, N_ITEMS, K = 9, 12, 3
@@ -110,9 +110,8 @@ def test_nothing_unsuitable_is_ever_recommended_and_every_exclusion_is_counted(m
     pairs = np.array(sorted(held), np.int64).reshape(-1, 2)
     eligible = apply(parse(json.dumps({"rules": RULES})), users, items, item_sets(pairs[:, 0], pairs[:, 1], N_USERS))
     asked = rng.permutation(N_USERS)[:7]
-    found = rank_with_filters(
-        given_scores(scores), eligible, asked, seen=none_held(), n_items=N_ITEMS, k=K, batch=2, devices=devices
-    )
+    spec = RankingSpec(none_held(), N_ITEMS, filter=eligible, batch_size=2, devices=devices)
+    found = rank(given_scores(scores), asked, spec, K)
 
     passes = passes_by_hand(users, items, held)[:, asked]
     fine = np.asarray(passes.all(0))
@@ -168,21 +167,24 @@ def risk_and_list(*withdrawn: str) -> CandidateFilter:
     return apply(parse(json.dumps({"rules": rules})), FOUR, PRODUCTS, none_held(4))
 
 
-def test_top_k_and_evaluate_take_the_same_masks():
+def test_rank_and_evaluate_take_the_same_masks():
     eligible = risk_and_list("x")
-    items, _ = top_k(given_scores(SCORES), np.arange(4), seen=none_held(4), n_items=4, k=3, eligible=eligible)
-    assert items.tolist() == [[0, 2, -1], [3, -1, -1], [2, 3, -1], [-1, -1, -1]]
+    spec = RankingSpec(none_held(4), 4, filter=eligible)
+    assert rank(given_scores(SCORES), np.arange(4), spec, 3).items.tolist() == [
+        [0, 2, -1],
+        [3, -1, -1],
+        [2, 3, -1],
+        [-1, -1, -1],
+    ]
     # Held out: a bought z, which the pair rule refuses, and y; b z; c x, which is withdrawn; d nothing suitable.
     truth = item_sets(np.array([0, 0, 1, 2, 3]), np.array([3, 2, 3, 1, 0]), 4)
-    counts = np.ones(4, np.int64)
-    held_out = {"truth": truth, "seen": none_held(4), "n_items": 4, "item_counts": counts, "ks": (1, 2)}
-    measured = evaluate(given_scores(SCORES), eligible=eligible, **held_out)
+    measured = evaluate(given_scores(SCORES), spec, truth, ks=(1, 2))
     assert measured.metrics["recall@2"].tolist() == [0.5, 1, 0, 0]
     assert measured.metrics["recall@1"].tolist() == [0, 1, 0, 0]
-    open_to_all = evaluate(given_scores(SCORES), **held_out)
+    open_to_all = evaluate(given_scores(SCORES), RankingSpec(none_held(4), 4), truth, ks=(1, 2))
     assert open_to_all.metrics["recall@2"].tolist() == [0, 0, 1, 1]
 
-    costs = rule_costs(given_scores(SCORES), eligible, "recall@2", **held_out)
+    costs = rule_costs(given_scores(SCORES), spec, truth, "recall@2", ks=(1, 2))
     assert list(costs) == ["", "risk", "withdrawn", "not for a"]
     assert costs[""].difference == pytest.approx(0.5 - 0.375)
     # Without the risk rule: a: w, y; b: w, y, z; c: w, y; d: w, y.
@@ -201,14 +203,15 @@ def test_shares_by_hand():
 
 
 def test_without_rules_a_screen_is_a_ranking():
-    found = rank_with_filters(given_scores(SCORES), CandidateFilter(), np.arange(4), seen=none_held(4), n_items=4, k=2)
+    spec = RankingSpec(none_held(4), 4)
+    found = rank(given_scores(SCORES), np.arange(4), spec, 2)
     assert found.items.tolist() == found.before.tolist() == [[0, 1]] * 4
     assert exclusion_counts(found, ())["top_suitable"] == 8
     for users in (np.array([4]), np.array([-1])):
         with pytest.raises(ValueError, match=r"they must lie in 0\.\.3, those of seen"):
-            rank_with_filters(given_scores(SCORES), CandidateFilter(), users, seen=none_held(4), n_items=4, k=2)
+            rank(given_scores(SCORES), users, spec, 2)
     with pytest.raises(ValueError, match="k is 0"):
-        rank_with_filters(given_scores(SCORES), CandidateFilter(), np.arange(4), seen=none_held(4), n_items=4, k=0)
+        rank(given_scores(SCORES), np.arange(4), spec, 0)
 
 
 # --- returns
@@ -341,8 +344,9 @@ def test_what_rules_do_to_a_market():
         }
     )
     parsed = parse(json.dumps({"rules": rules}))
+    returns = returns_after(prepared, "test", prices, 100)
     report = evaluate_rules(
-        prepared, given_scores(scores), "test", parsed, k=5, groups=["risk_tolerance"], prices=prices, days=100
+        prepared, given_scores(scores), "test", parsed, k=5, groups=["risk_tolerance"], returns=returns
     )
     assert report["suitable"]["under"] == 1.0
     assert report["suitable"]["without"] == report["exclusions"]["top_suitable"] / report["exclusions"]["top"] < 0.6

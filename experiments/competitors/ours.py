@@ -64,28 +64,30 @@ def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     """The k best unseen items of every user."""
     import jax
 
-    from fused_rec.evaluation.ranking import item_sets, top_k
+    from fused_rec.evaluation.item_sets import item_sets
+    from fused_rec.evaluation.ranking import RankingSpec, rank
 
     n_users, n_items = map(int, arrays["shape"])
-    seen = item_sets(arrays["user"], arrays["item"], n_users)
+    spec = RankingSpec(item_sets(arrays["user"], arrays["item"], n_users), n_items)
     scorer, everyone = jax.tree_util.Partial(_dot, *_vectors(arrays)), np.arange(n_users, dtype=np.int32)
-    return lambda number: top_k(scorer, everyone, seen=seen, n_items=n_items, k=job["k"])[0]
+    return lambda number: rank(scorer, everyone, spec, job["k"]).items
 
 
 def measure(job: Job, arrays: Arrays) -> Callable[[int], float]:
     """Recall at k of every user with held-out items; all other metrics are computed with it."""
     import jax
 
-    from fused_rec.evaluation.ranking import evaluate, item_sets, mean
+    from fused_rec.evaluation.item_sets import item_sets
+    from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean
 
     n_users, n_items = map(int, arrays["shape"])
-    seen = item_sets(arrays["user"], arrays["item"], n_users)
+    spec = RankingSpec(item_sets(arrays["user"], arrays["item"], n_users), n_items)
     truth = item_sets(arrays["test_user"], arrays["test_item"], n_users)
     counts = np.bincount(arrays["item"], minlength=n_items)
     scorer, k = jax.tree_util.Partial(_dot, *_vectors(arrays)), job["k"]
 
     def call(number: int) -> float:
-        found = evaluate(scorer, truth=truth, seen=seen, n_items=n_items, item_counts=counts, ks=(k,))
+        found = evaluate(scorer, spec, truth, item_counts=counts, ks=(k,))
         return mean(found)[f"recall@{k}"]
 
     return call

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import app, flags
 
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.launch import command, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
 from fused_rec.studies.compare import check_names, compare_variants
 from fused_rec.studies.variants import VARIANTS
-from fused_rec.training.evaluate import BASELINES
 
 CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figures.", required=True)

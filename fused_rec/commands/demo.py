@@ -12,7 +12,7 @@ from fused_rec.commands.configs.synthetic import get_config
 from fused_rec.commands.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
 from fused_rec.evaluation.ranking import UserMetrics, mean
-from fused_rec.evaluation.significance import table
+from fused_rec.evaluation.result_tables import table
 from fused_rec.reporting.data import (
     Customer,
     ReportData,

@@ -12,43 +12,35 @@ from pathlib import Path
 
 from absl import app, flags
 
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
-    FINISHED,
-    KEPT,
-    MOVED,
-    RULES_FILE,
+    DEFINE_baselines,
     DEFINE_path,
+    DEFINE_rules,
+    DEFINE_run,
+    DEFINE_split,
     existing_file,
-    existing_folder,
-    new_folder,
+    require_known,
     written_file,
 )
 from fused_rec.config import METRICS
 from fused_rec.data.sources.fartrans import read_prices
-from fused_rec.evaluation.significance import table
+from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.result_tables import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.runs.run_dir import write_json
 from fused_rec.serving.recommender import load
 from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training.evaluate import (
-    BASELINES,
-    baseline,
-    choose_settings,
-    evaluate_mean,
-    evaluate_rules,
-    scorer,
-)
-from fused_rec.training.inputs import prepare, with_pretrained_text
+from fused_rec.training.evaluate import evaluate_with_baselines, scorer
+from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
-SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
-BASELINE = flags.DEFINE_list("baselines", [], f"Baselines to compare with: any of {', '.join(BASELINES)}.")
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+SPLIT = DEFINE_split()
+BASELINE = DEFINE_baselines(BASELINES, default=[])
 METRIC = flags.DEFINE_list(
     "metrics", ["recall@10", "ndcg@10", "auc"], f"Metrics to print: any of {', '.join(METRICS)}."
 )
-RULES = DEFINE_path("rules", existing_file, RULES_FILE)
+RULES = DEFINE_rules()
 GROUPS = flags.DEFINE_list("groups", [], "With --rules: user attributes whose groups are compared.")
 PRICES = DEFINE_path("prices", existing_file, "With --rules: CSV of ISIN, timestamp, closePrice, as FAR-Trans has it.")
 DAYS = flags.DEFINE_integer("days", 180, "With --prices: horizon of the returns in days.", lower_bound=1)
@@ -57,9 +49,8 @@ OUT = DEFINE_path("out", written_file, "With --rules: JSON file of their effects
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, prints one table."""
-    for flag, known in ((BASELINE, tuple(BASELINES)), (METRIC, METRICS)):
-        if unknown := set(flag.value) - set(known):
-            raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
+    require_known(BASELINE, BASELINES)
+    require_known(METRIC, METRICS)
     if not METRIC.value:
         raise app.UsageError("--metrics is empty; leave it out, or name one or more")
     if (RULES.value is None) != (OUT.value is None):
@@ -70,20 +61,13 @@ def main(argv: list[str]) -> None:
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
     config, prepared, state = load(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
-    # Text and social edges of a refitted run include the validation split, on which baselines are tuned.
-    seen = with_pretrained_text(prepared)
-    alone = prepare(config, prepared.dataset, prepared.split) if BASELINE.value and config.train.refit else seen
-    rows = {}
-    for name in BASELINE.value:
-        made = baseline(name, seen, choose_settings(name, alone))
-        rows[name] = evaluate_mean(prepared, made, SPLIT.value)
-    rows[config.model.variant] = evaluate_mean(prepared, scorer(config, prepared, state), SPLIT.value)
+    measured = evaluate_with_baselines(config, prepared, state, SPLIT.value, BASELINE.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {SPLIT.value} part")
-    print(table(rows, METRIC.value))
+    print(table({name: mean(per_user) for name, per_user in measured.items()}, METRIC.value))
     if RULES.value and OUT.value:
         trained = scorer(config, prepared, state)
-        about = {"groups": GROUPS.value, "prices": prices, "days": DAYS.value}
-        report = evaluate_rules(prepared, trained, SPLIT.value, rules, **about)
+        returns = None if prices is None else returns_after(prepared, SPLIT.value, prices, DAYS.value)
+        report = evaluate_rules(prepared, trained, SPLIT.value, rules, groups=GROUPS.value, returns=returns)
         write_json(Path(OUT.value), report)
         print(f"suitable among the first 10: {json.dumps(report['suitable'])}")
         for name, cost in report["costs"].items():

@@ -12,12 +12,10 @@ from pathlib import Path
 from absl import flags
 
 import fused_rec as fr
-from fused_rec.commands.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_folder
+from fused_rec.commands.places import DEFINE_path, DEFINE_run, written_folder
 from fused_rec.serving import export_bundle
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 OUT = DEFINE_path("out", written_folder, "Folder to write, new or empty.", required=True)
 FAISS = flags.DEFINE_bool("faiss", False, "Also write items.faiss; needs the extra faiss.")
 

@@ -18,7 +18,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from fused_rec.commands.launch import command
-from fused_rec.commands.places import FINISHED, KEPT, MOVED, DEFINE_path, existing_folder, new_folder, written_file
+from fused_rec.commands.places import DEFINE_path, DEFINE_run, written_file
 from fused_rec.evaluation.plots import by_share
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.explanation.faithfulness import SHARES, curves, summary
@@ -26,9 +26,7 @@ from fused_rec.runs.run_dir import write_json
 from fused_rec.serving.recommender import load
 from fused_rec.storage import write_figure
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 USERS = flags.DEFINE_integer("users", 200, "Users; fewer if too few qualify.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Random seed of the users, the random order and the bootstrap.", lower_bound=0)
 OUT = DEFINE_path("out", written_file, "JSON file of the curves and areas.", required=True)

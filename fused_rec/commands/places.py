@@ -1,19 +1,18 @@
-"""Flags that name files and folders. A name that cannot serve is refused when flags are parsed, before any work."""
+"""Flags that several commands share, most of them names of files and folders.
+
+A name that cannot serve is refused when flags are parsed, before any work.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
-FINISHED = "Folder of a finished run."
-MOVED = "Current folder of the run's tables, if they have moved; other tables are refused."
-KEPT = "Folder of cached text embeddings; that of the training by default."
-RULES_FILE = "JSON file of suitability rules; see docs/SUITABILITY.md."
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 CONFIGS = Path(__file__).with_name("configs")
 CONFIG_NAMES = sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem != "__init__")
@@ -83,6 +82,40 @@ def DEFINE_path(  # noqa: N802 - as absl names what defines a flag
     """
     given = None if default is None else Path(default)
     return flags.DEFINE(_Place(check, optional), name, given, about, required=required)
+
+
+def DEFINE_run() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]:  # noqa: N802
+    """Defines --workdir of a finished run, which is required, --data_path and --cache."""
+    return (
+        DEFINE_path("workdir", existing_folder, "Folder of a finished run.", required=True),
+        DEFINE_path(
+            "data_path",
+            existing_folder,
+            "Current folder of the run's tables, if they have moved; other tables are refused.",
+        ),
+        DEFINE_path("cache", new_folder, "Folder of cached text embeddings; that of the training by default."),
+    )
+
+
+def DEFINE_split() -> flags.FlagHolder:  # noqa: N802
+    """Defines --split, the held-out split to evaluate."""
+    return flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
+
+
+def DEFINE_baselines(known: Iterable[str], default: Sequence[str]) -> flags.FlagHolder:  # noqa: N802
+    """Defines --baselines, names of `known`."""
+    return flags.DEFINE_list("baselines", list(default), f"Baselines to compare with: any of {', '.join(known)}.")
+
+
+def DEFINE_rules() -> flags.FlagHolder:  # noqa: N802
+    """Defines --rules, a file of suitability rules."""
+    return DEFINE_path("rules", existing_file, "JSON file of suitability rules; see docs/SUITABILITY.md.")
+
+
+def require_known(flag: flags.FlagHolder, known: Iterable[str]) -> None:
+    """Raises UsageError for entries of a list that are not known."""
+    if unknown := set(flag.value) - set(known):
+        raise app.UsageError(f"--{flag.name} has {sorted(unknown)}; they must be of {', '.join(known)}")
 
 
 def existing_folder(path: Path) -> str:

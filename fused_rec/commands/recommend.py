@@ -28,17 +28,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from fused_rec.commands.launch import command
-from fused_rec.commands.places import (
-    FINISHED,
-    KEPT,
-    MOVED,
-    RULES_FILE,
-    DEFINE_path,
-    existing_file,
-    existing_folder,
-    new_folder,
-    written_file,
-)
+from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, written_file
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
@@ -59,13 +49,11 @@ from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
 from fused_rec.storage import fill_file
 from fused_rec.training.evaluate import scorer
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 USERS = flags.DEFINE_list("users", None, "User ids; all users by default.")
 K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
-RULES = DEFINE_path("rules", existing_file, RULES_FILE)
+RULES = DEFINE_rules()
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Also rank items that the user has interacted with.")
 

@@ -10,31 +10,25 @@ those of results.json. Items are recommended as by experiments.recommend. docs/E
 from absl import app, flags
 
 from fused_rec.api import report
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
-    FINISHED,
-    KEPT,
-    MOVED,
-    RULES_FILE,
+    DEFINE_baselines,
     DEFINE_path,
-    existing_file,
-    existing_folder,
-    new_folder,
+    DEFINE_rules,
+    DEFINE_run,
+    DEFINE_split,
+    require_known,
     written_file,
 )
-from fused_rec.training.evaluate import BASELINES
 
-WORKDIR = DEFINE_path("workdir", existing_folder, FINISHED, required=True)
-DATA_PATH = DEFINE_path("data_path", existing_folder, MOVED)
-CACHE = DEFINE_path("cache", new_folder, KEPT)
+WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir by default.")
-SPLIT = flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")
-BASELINE = flags.DEFINE_list(
-    "baselines", ["popularity", "item_knn"], f"Baselines to compare with: any of {', '.join(BASELINES)}."
-)
+SPLIT = DEFINE_split()
+BASELINE = DEFINE_baselines(BASELINES, default=["popularity", "item_knn"])
 USERS = flags.DEFINE_list("users", None, "Ids of the users to show; a random sample by default.")
 NUM_USERS = flags.DEFINE_integer("num_users", 5, "Size of the random sample of users.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Items per user.", lower_bound=1)
-RULES = DEFINE_path("rules", existing_file, RULES_FILE)
+RULES = DEFINE_rules()
 GROUPS = flags.DEFINE_list("groups", [], "User attributes whose groups are compared.")
 
 SHOWN = 500  # recommendations: of the names of real tables they take less than the page may have
@@ -42,8 +36,7 @@ SHOWN = 500  # recommendations: of the names of real tables they take less than 
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, explains, writes."""
-    if unknown := set(BASELINE.value) - set(BASELINES):
-        raise app.UsageError(f"--baselines has {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
+    require_known(BASELINE, BASELINES)
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to draw customers at random")
     count = len(USERS.value or range(NUM_USERS.value))

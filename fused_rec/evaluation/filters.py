@@ -35,7 +35,8 @@ from jaxtyping import Array, Bool, Int32, Int64
 from fused_rec.data.dataset import printable
 from fused_rec.data.io.arrow import known as known_values
 from fused_rec.data.io.arrow import pc
-from fused_rec.evaluation.ranking import CandidateFilter, UserItemSets, item_sets
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import CandidateFilter
 
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")

@@ -20,7 +20,7 @@ PLAIN: dict[str, Any] = {"parse_math": False}
 def by_variant(summary: Sequence[Mapping[str, Any]], metric: str, title: str, controls: Collection[str]) -> "Figure":
     """Plots mean and 95 % interval of each variant, best on top; controls in grey, failed variants omitted.
 
-    summary: of `fused_rec.evaluation.significance.summarise`.
+    summary: of `fused_rec.evaluation.significance.summarize`.
     """
     import matplotlib
     from matplotlib.figure import Figure

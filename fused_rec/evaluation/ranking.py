@@ -1,6 +1,7 @@
 """Full-catalogue ranking and evaluation: every item is scored for every user, without sampled candidates.
 
-U users, I items; B users per batch, k ranks. Dense [B, I] scores exist for one batch at a time, and only here.
+U users, I items, R rules; B users per batch, k ranks; V users that are ranked. Dense [B, I] scores exist for one batch
+at a time, and only here.
 """
 
 import dataclasses
@@ -12,21 +13,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Int64
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from tqdm import tqdm
 
-from fused_rec import kernels
+from fused_rec.config import KS
 from fused_rec.distributed.devices import (
     SHARDED,
-    AnyArray,
     Shards,
     device_put,
-    local_indices,
     pmap_over_devices,
     select_devices,
     shard_rows,
 )
 from fused_rec.evaluation import metrics
+from fused_rec.evaluation.item_sets import (
+    PaddedSets,
+    UserItemSets,
+    check_disjoint,
+    check_sets,
+    item_sets,
+    padded_batches,
+)
+from fused_rec.evaluation.top_k import TieBreak, random_order, top_k_filtered
 from fused_rec.memory import require_device_memory, require_memory
 
 Scorer = Callable[[Int32[Array, "B"]], Float[Array, "B I"]]
@@ -41,53 +50,12 @@ need no new compilation. A closure compiles once per closure, and JAX's compilat
 # after `devices.keep_memory` they differ by less than an eighth. The value for accelerators is not measured.
 SCORES_PER_DEVICE, SCORES_PER_ACCELERATOR, MAX_USERS_PER_BATCH = 3 << 20, 1 << 27, 8192
 COVERAGE_K = 10  # cutoff of coverage and novelty
-MAX_K = 20  # the usual largest cutoff
 
 
 def users_per_batch(n_items: int) -> int:
     """Returns the default batch size per device: a power of two from 16 to `MAX_USERS_PER_BATCH`."""
     at_once = SCORES_PER_DEVICE if jax.default_backend() == "cpu" else SCORES_PER_ACCELERATOR
     return min(1 << max(4, (at_once // max(n_items, 1)).bit_length() - 1), MAX_USERS_PER_BATCH)
-
-
-def require_room(n_users: int, n_items: int, batch: int, bytes_a_user: int) -> None:
-    """Checks, before the first batch, that the rankings fit in memory.
-
-    Args:
-      n_users: users to rank.
-      n_items: I.
-      batch: users per batch and device; each has two float32 scores and four masks per item.
-      bytes_a_user: host memory of the results of one user.
-
-    Raises:
-      InsufficientMemoryError: a batch or the results do not fit.
-    """
-    batch = min(batch, max(n_users, 1))
-    what = f"a ranking of {n_items:,} items for {batch:,} users at a time"
-    require_device_memory(12 * batch * n_items, what, "rank fewer users at a time (batch), or raise data.k_core")
-    what = f"the rankings of {n_users:,} users"
-    require_memory(bytes_a_user * n_users, what, "ask for fewer users at a time, or a smaller k")
-
-
-@dataclasses.dataclass(frozen=True)
-class UserItemSets:
-    """Set of items per user in CSR form: user u has `items[indptr[u]:indptr[u + 1]]`, ascending."""
-
-    indptr: Int64[np.ndarray, "rows"]  # rows = U + 1
-    items: Int32[np.ndarray, "E"]
-
-    @property
-    def n_users(self) -> int:
-        return len(self.indptr) - 1
-
-    @property
-    def sizes(self) -> Int64[np.ndarray, "U"]:
-        return np.diff(self.indptr)
-
-    @property
-    def users(self) -> Int64[np.ndarray, "E"]:
-        """User row of each entry of `items`."""
-        return np.repeat(np.arange(self.n_users), self.sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +65,12 @@ class CandidateFilter:
     Attributes:
       names: of the tests, followed by those of the excluded sets.
       tests: functions from users [B] to Bool [B, I], True where the item passes; like `Scorer`, each is a
-        `jax.tree_util.Partial` of a function and its arrays.
+        `Partial` of a function and its arrays.
       excluded: sets of items that each user must not get, for rules about pairs rather than attributes.
     """
 
     names: tuple[str, ...] = ()
-    tests: tuple[jax.tree_util.Partial, ...] = ()
+    tests: tuple[Partial, ...] = ()
     excluded: tuple[UserItemSets, ...] = ()
 
     def without(self, name: str) -> "CandidateFilter":
@@ -116,30 +84,52 @@ class CandidateFilter:
         )
 
 
-def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: int) -> UserItemSets:
-    """Groups (user, item) pairs by user; a repeated pair counts once.
+@dataclasses.dataclass(frozen=True)
+class RankingSpec:
+    """What may be recommended to whom, and how rankings are computed.
 
-    Args:
-      user: user row of each pair.
-      item: item row of each pair.
-      n_users: U.
-
-    Returns:
-      The item sets of all users.
+    Attributes:
+      seen: items that are never recommended to the user.
+      n_items: I.
+      candidates: items that may be recommended; None = all.
+      filter: filter of (user, item) candidates.
+      batch_size: users per batch and device, of which the last batch is padded; None = `users_per_batch`.
+      devices: number of devices that share the users; None = all.
+      seed: random seed of the order of equal scores (`TieBreak`).
+      progress: label of the progress bar; empty = no bar.
 
     Raises:
-      ValueError: a user outside 0..n_users-1 or a negative item.
+      ValueError: no candidate, or one outside 0..n_items-1; a batch size below 1.
     """
-    if len(user) and not (0 <= user.min() and user.max() < n_users):
-        raise ValueError(f"users span {user.min()}..{user.max()}; they must lie in 0..{n_users - 1}")
-    if len(item) and item.min() < 0:
-        raise ValueError(f"item {item.min()} is negative; items are rows from 0")
-    order = np.lexsort((item, user))
-    user, item = user[order], item[order]
-    new = np.ones(len(user), bool)
-    new[1:] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
-    sizes = np.bincount(user[new], minlength=n_users)
-    return UserItemSets(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), item[new].astype(np.int32))
+
+    seen: UserItemSets
+    n_items: int
+    candidates: Int[np.ndarray, "C"] | None = None
+    filter: CandidateFilter = CandidateFilter()
+    batch_size: int | None = None
+    devices: int | None = None
+    seed: int = 0
+    progress: str = ""
+
+    def __post_init__(self):
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if (given := self.candidates) is not None and (
+            len(given) == 0 or given.min() < 0 or given.max() >= self.n_items
+        ):
+            raise ValueError(f"candidates must be one or more items in 0..{self.n_items - 1}; got {given}")
+
+    @property
+    def users_at_once(self) -> int:
+        """Users per batch and device."""
+        return self.batch_size or users_per_batch(self.n_items)
+
+    def candidate_mask(self) -> Bool[np.ndarray, "I"]:
+        """Returns which items are candidates."""
+        mask = np.full(self.n_items, self.candidates is None)
+        if self.candidates is not None:
+            mask[self.candidates] = True
+        return mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,233 +156,38 @@ def mean(per_user: UserMetrics) -> dict[str, float]:
     return means | dict(per_user.aggregate)
 
 
-class TieBreak(NamedTuple):
-    """Random order of items with equal scores: first by column, then by row, in the orders of these arrays.
+class FilteredRanking(NamedTuple):
+    """Rankings of V users with and without R rules, and the number of excluded candidates.
 
-    Item i is in row i // C and column i % C. Item rows often follow popularity or time; the items of a column are far
-    apart, and the order of the columns is random.
+    Attributes:
+      items: the k best items that pass every rule; -1 if fewer do.
+      scores: their scores; -inf if fewer.
+      before: the k best items without rules; -1 if fewer.
+      passes: whether each item of `before` passes each rule, in the order of `CandidateFilter.names`; False at empty
+        ranks.
+      excluded: number of candidates that each rule refuses.
+      excluded_alone: number of those that no other rule refuses.
     """
 
-    columns: Int32[AnyArray, "C"]
-    rows: Int32[AnyArray, "R"]
-
-    def items(self, n_items: int) -> Int32[np.ndarray, "I"]:
-        """Returns all items in this order."""
-        columns, rows = np.asarray(self.columns), np.asarray(self.rows)
-        ordered = (columns[:, None] + len(columns) * rows).ravel()
-        return ordered[ordered < n_items]
-
-    def places(self, n_items: int) -> Int32[Array, "I"]:
-        """Returns each item's position in this order, with gaps; traceable."""
-        row, column = jnp.divmod(jnp.arange(n_items, dtype=jnp.int32), len(self.columns))
-        return jnp.argsort(self.columns)[column] * len(self.rows) + jnp.argsort(self.rows)[row]
+    items: Int32[np.ndarray, "V k"]
+    scores: Float32[np.ndarray, "V k"]
+    before: Int32[np.ndarray, "V k"]
+    passes: Bool[np.ndarray, "V k R"]
+    excluded: Int32[np.ndarray, "V R"]
+    excluded_alone: Int32[np.ndarray, "V R"]
 
 
-class PaddedSets(NamedTuple):
-    """Item sets of a batch, padded to the same shape for all batches: row b has `items[starts[b]:starts[b + 1]]`."""
-
-    starts: Int32[AnyArray, "rows"]
-    items: Int32[AnyArray, "F"]
-
-    def mask(self, n_items: int) -> Bool[Array, "B I"]:
-        """Converts the sets to a dense mask."""
-        n_rows = self.starts.shape[0] - 1
-        slots = jnp.arange(self.items.shape[0])
-        row = jnp.searchsorted(self.starts[1:], slots, side="right")  # padding gets row B and is dropped
-        return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
-
-
-def _rows(sets: UserItemSets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[PaddedSets]:
-    """Yields for each batch the padded sets of this process's devices, stacked."""
-    count = len(select_devices(devices))
-    sizes = sets.sizes[batches].reshape(len(batches), -1, count)
-    # A power of two, so that calls for different chunks of users share compilations.
-    width = 1 << max(0, int(sizes.sum(1).max()) - 1).bit_length()
-    for users, size in zip(batches, sizes, strict=True):
-        stacked = []
-        for place in local_indices(devices):
-            own, starts = size[:, place], np.concatenate([[0], np.cumsum(size[:, place])])
-            items = np.zeros(width, np.int32)
-            source = np.repeat(sets.indptr[users[place::count]] - starts[:-1], own) + np.arange(starts[-1])
-            items[: starts[-1]] = sets.items[source]
-            stacked.append((starts.astype(np.int32), items))
-        yield PaddedSets(*map(np.stack, zip(*stacked, strict=True)))
-
-
-def scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
-    """Computes float32 scores and checks their shape; traceable.
-
-    Args:
-      scorer: see `Scorer`.
-      users: user rows of the batch.
-      n_items: I.
-
-    Returns:
-      The scores of all items.
-
-    Raises:
-      ValueError: the scorer returns another shape.
-    """
-    scores = scorer(users)
-    if scores.shape != (users.shape[0], n_items):
-        raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
-    return scores.astype(jnp.float32)
-
-
-def top_k_filtered(
-    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "TieBreak", k: int
-) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"], Bool[Array, "B"]]:
-    """Selects the k best eligible items of each user; traceable.
-
-    Args:
-      scores: scores of all items.
-      eligible: candidates.
-      order: of equal scores.
-      k: number of items.
-
-    Returns:
-      Items (-1 if fewer), their scores (-inf if fewer), and whether all scores of a row are finite; if they are not,
-      the row's items and scores are undefined.
-    """
-    if not kernels.usable():
-        return *_top_k_filtered(scores, eligible, order, k), jnp.isfinite(scores).all(1)
-    lists = jax.ShapeDtypeStruct((len(scores), k), jnp.int32)
-    results = (lists, lists.update(dtype=jnp.float32), jax.ShapeDtypeStruct((len(scores),), bool))
-    items, top, finite = jax.ffi.ffi_call(kernels.BEST, results)(scores, eligible, order.places(scores.shape[1]))
-    return items, top, finite
-
-
-def _top_k_filtered(
-    scores: Float32[Array, "B I"], eligible: Bool[Array, "B I"], order: "TieBreak", k: int
-) -> tuple[Int32[Array, "B k"], Float32[Array, "B k"]]:
-    """Selects the k columns of `order` with the largest maxima, which contain the k best items, then those items."""
-    n_columns, n_rows = len(order.columns), len(order.rows)
-    scores = jnp.where(scores == 0, 0.0, scores)  # top_k puts -0.0 below 0.0
-    masked = jnp.where(eligible, scores, -jnp.inf)
-    masked = jnp.pad(masked, ((0, 0), (0, n_rows * n_columns - scores.shape[1])), constant_values=-jnp.inf)
-    maxima = masked.reshape(-1, n_rows, n_columns).max(1)[:, order.columns]
-    _, positions = jax.lax.top_k(maxima, min(k, n_columns))
-    columns = order.columns[jnp.sort(positions, axis=1)]  # sorted, so that equal scores follow the column order
-    candidates = (columns[:, :, None] + n_columns * order.rows[None, None, :]).reshape(len(scores), -1)
-    top, positions = jax.lax.top_k(jnp.take_along_axis(masked, candidates, axis=1), min(k, candidates.shape[1]))
-    items = jnp.where(top == -jnp.inf, -1, jnp.take_along_axis(candidates, positions, axis=1))
-    short = ((0, 0), (0, k - items.shape[1]))
-    return jnp.pad(items, short, constant_values=-1), jnp.pad(top, short, constant_values=-jnp.inf)
-
-
-def passed(
-    tests: tuple[jax.tree_util.Partial, ...], excluded: tuple[PaddedSets, ...], users: Int32[Array, "B"], n_items: int
-) -> tuple[Bool[Array, "B I"], ...]:
-    """Computes one mask for each name of a `CandidateFilter`; traceable."""
-    return *(test(users) for test in tests), *(~rows.mask(n_items) for rows in excluded)
-
-
-def _candidate_mask(tests, excluded, users, seen: PaddedSets, allowed) -> Bool[Array, "B I"]:
-    """Returns the candidates that the user has not seen and that pass the filter."""
-    n_items = allowed.shape[0]
-    unseen = allowed[None, :] & ~seen.mask(n_items)
-    return functools.reduce(jnp.logical_and, passed(tests, excluded, users, n_items), unseen)
-
-
-@functools.lru_cache(maxsize=16)
-def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """Maps `function` over devices: replicated arguments, then each device's users and their sets."""
-    shards = Shards(len(select_devices(devices)))
-
-    def whole(common, users, sets):
-        return jax.tree.map(shards.all_gather, function(*common, users, *sets, **static))
-
-    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED), out_axes=None)
-
-
-def over_batches(
-    function: Callable[..., Any],
-    common: tuple[Any, ...],
-    users: Int[np.ndarray, "V"],
-    sets: tuple[UserItemSets, ...],
-    *,
-    batch: int,
-    devices: int | None,
-    progress: str = "",
-    **static: Any,
-) -> Iterator[tuple[Int32[np.ndarray, "B"], Any]]:
-    """Applies `function(*common, users, *sets, **static)` to batches of users, divided over devices.
-
-    Args:
-      function: pure and defined at module level, since its compilations are cached; the leading axis of its results is
-        that of the users.
-      common: pytrees that are replicated on every device.
-      users: V user rows.
-      sets: item sets; the function gets the `PaddedSets` of the batch.
-      batch: users per device and batch.
-      devices: number of devices; None = all.
-      progress: label of the progress bar; empty = no bar.
-      **static: further static arguments of the function.
-
-    Yields:
-      The users of each batch, the last batch padded, and the function's results on the host.
-    """
-    batches = _pad_to_batches(users, batch, devices)
-    common = device_put(common, None, devices)
-    mapped = _mapped(function, devices, **static)
-    bar = tqdm(batches, desc=progress, unit="batch", disable=not progress)
-    for rows, *of_rows in zip(bar, *(_rows(of_users, batches, devices) for of_users in sets), strict=True):
-        yield rows, jax.device_get(mapped(common, shard_rows(rows, devices), tuple(of_rows)))
-
-
-def _top_batch(scorer, tests, allowed, order, users, seen, *barred, k):
-    scores = scored(scorer, users, allowed.shape[0])
-    return top_k_filtered(scores, _candidate_mask(tests, barred, users, seen, allowed), order, k)
-
-
-def _measure_batch(scorer, tests, allowed, order, item_counts, users, seen, truth, *barred, ks, n_users):
-    n_items = allowed.shape[0]
-    scores = scored(scorer, users, n_items)
-    eligible = _candidate_mask(tests, barred, users, seen, allowed)
-    items, _, finite = top_k_filtered(scores, eligible, order, max(*ks, COVERAGE_K))
-    relevant = truth.mask(n_items)
-    hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
-    n_truth = jnp.diff(truth.starts)
-    values = {f"{name}@{k}": measure(hits, n_truth, k) for name, measure in metrics.RANKED.items() for k in ks}
-    values["auc"] = metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)
-    values[f"novelty@{COVERAGE_K}"] = metrics.novelty(items, item_counts, n_users, COVERAGE_K)
-    return values, items[:, :COVERAGE_K], finite
-
-
-def top_k(
-    scorer: Scorer,
-    users: Int[np.ndarray, "B"],
-    *,
-    seen: UserItemSets,
-    n_items: int,
-    k: int,
-    candidates: Int[np.ndarray, "C"] | None = None,
-    eligible: CandidateFilter = CandidateFilter(),
-    batch: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    devices: int | None = None,
-) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
-    """Ranks the k best unseen candidates of each user.
-
-    Equal scores are ordered by a random `TieBreak`: `lax.top_k` alone would prefer low item rows, which often follow
-    popularity or time, and a constant scorer would rank better than chance.
+def rank(scorer: Scorer, users: Int[np.ndarray, "V"], spec: RankingSpec, k: int) -> FilteredRanking:
+    """Ranks the k best unseen candidates of each user, with and without the filter.
 
     Args:
       scorer: see `Scorer`.
       users: user rows in any order, repetitions allowed.
-      seen: items that are never recommended to the user.
-      n_items: I.
+      spec: what may be recommended.
       k: number of ranks; may exceed the number of candidates.
-      candidates: items that may be recommended; None = all.
-      eligible: filter of (user, item) candidates.
-      batch: users per batch and device; None = `users_per_batch`. The last batch is padded to the same shape.
-      seed: random seed of the order of equal scores.
-      progress: show a progress bar.
-      devices: number of devices that share the users; None = all.
 
     Returns:
-      Items, best first, and their scores; -1 and -inf where there are fewer than k candidates.
+      The rankings of all users, best first.
 
     Raises:
       InsufficientMemoryError: the results or a batch of scores do not fit.
@@ -400,64 +195,48 @@ def top_k(
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")
-    allowed, order = catalogue(n_items, candidates, seed)
-    check_sets(users, n_items, seen=seen, barred=eligible.excluded)
-    require_room(len(users), n_items, batch or users_per_batch(n_items), 8 * k)
-    items, scores = np.full((len(users), k), -1, np.int32), np.full((len(users), k), -np.inf, np.float32)
-    if len(users) == 0:
-        return items, scores
-    done = 0
-    for rows, found in over_batches(
-        _top_batch,
-        (as_argument(scorer), eligible.tests, allowed, order),
-        users,
-        (seen, *eligible.excluded),
-        batch=users_per_batch(n_items) if batch is None else batch,
-        devices=devices,
-        progress="rank" if progress else "",
-        k=k,
-    ):
-        check_finite(rows, found[2])
-        n = min(len(rows), len(users) - done)
-        items[done : done + n], scores[done : done + n] = found[0][:n], found[1][:n]
-        done += n
-    return items, scores
+    check_sets(users, spec.n_items, seen=spec.seen, barred=spec.filter.excluded)
+    n, rules = len(users), len(spec.filter.names)
+    _require_room(n, spec, (12 + rules) * k + 8 * rules)
+    found = FilteredRanking(
+        np.full((n, k), -1, np.int32),
+        np.full((n, k), -np.inf, np.float32),
+        np.full((n, k), -1, np.int32),
+        np.zeros((n, k, rules), bool),
+        np.zeros((n, rules), np.int32),
+        np.zeros((n, rules), np.int32),
+    )
+    sets = spec.seen, *spec.filter.excluded
+    for rows, (ranked, of_rules) in _over_batches(_rank_batch, _Replicated.of(scorer, spec), users, sets, spec, k=k):
+        for whole, part in zip(found[:3], ranked, strict=True):
+            whole[rows] = part
+        for rule, of_rule in enumerate(of_rules):
+            for whole, part in zip(found[3:], of_rule, strict=True):
+                whole[rows, ..., rule] = part
+    return found
 
 
 def evaluate(
     scorer: Scorer,
-    *,
+    spec: RankingSpec,
     truth: UserItemSets,
-    seen: UserItemSets,
-    n_items: int,
-    item_counts: Int[np.ndarray, "I"],
-    ks: Sequence[int] = (5, 10, 20, 50),
-    candidates: Int[np.ndarray, "C"] | None = None,
-    eligible: CandidateFilter = CandidateFilter(),
-    batch: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    devices: int | None = None,
+    *,
+    item_counts: Int[np.ndarray, "I"] | None = None,
+    ks: Sequence[int] = KS,
 ) -> UserMetrics:
     """Evaluates full-catalogue rankings of all users with held-out items among the candidates.
 
-    Metrics: those of `metrics.RANKED` at each k; "auc" (pairwise, over all unseen candidates); "novelty@10"; and the
-    aggregate "coverage@10", the share of candidates that are among the first 10 of at least one evaluated user (Ge et
-    al., RecSys 2010). Equal scores are ordered as in `top_k`.
+    Metrics: those of `metrics.RANKED` at each k; "auc" (pairwise, over all unseen candidates); with `item_counts`
+    "novelty@10"; and the aggregate "coverage@10", the share of candidates that are among the first 10 of at least one
+    evaluated user (Ge et al., RecSys 2010).
 
     Args:
       scorer: see `Scorer`.
-      truth: held-out items. Those outside `candidates` are neither hits nor in denominators.
-      seen: items that are never recommended to the user; must be disjoint from `truth`.
-      n_items: I.
+      spec: what may be recommended. A held-out item that its filter excludes counts as missed.
+      truth: held-out items, disjoint from `spec.seen`. Those outside the candidates are neither hits nor in
+        denominators.
       item_counts: training users of each item, for novelty.
       ks: cutoffs.
-      candidates: items that may be recommended; None = all.
-      eligible: filter of (user, item) candidates. A held-out item that it excludes counts as missed.
-      batch: users per batch and device; None = `users_per_batch`. The last batch is padded to the same shape.
-      seed: random seed of the order of equal scores.
-      progress: show a progress bar.
-      devices: number of devices that share the users; None = all.
 
     Returns:
       Metrics per user and aggregates.
@@ -470,128 +249,192 @@ def evaluate(
     ks = tuple(sorted(set(ks)))
     if not ks or ks[0] < 1:
         raise ValueError(f"ks is {ks}; it must hold cutoffs of at least 1")
-    allowed, order = catalogue(n_items, candidates, seed)
-    if truth.n_users != seen.n_users:
-        raise ValueError(f"truth is of {truth.n_users} users and seen of {seen.n_users}; they must be the same users")
-    if len(item_counts) != n_items or item_counts.min() < 0 or item_counts.max() > seen.n_users:
-        raise ValueError(
-            f"item_counts has {len(item_counts)} entries in {item_counts.min()}..{item_counts.max()}; it must have "
-            f"{n_items}, each the number of distinct users of an item, at most {seen.n_users}"
-        )
-    check_sets(truth.users, n_items, seen=seen, truth=truth, barred=eligible.excluded)
-    _check_disjoint(truth, seen, n_items)
-    kept = np.asarray(allowed)[truth.items]
+    _check_truth(spec, truth, item_counts)
+    allowed = spec.candidate_mask()
+    kept = allowed[truth.items]
     truth = item_sets(truth.users[kept], truth.items[kept], truth.n_users)
     users = np.flatnonzero(truth.sizes).astype(np.int32)
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
     # The metrics per batch, and concatenated.
-    require_room(len(users), n_items, batch or users_per_batch(n_items), 8 * (len(metrics.RANKED) * len(ks) + 2))
+    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2))
 
     parts: list[dict[str, np.ndarray]] = []
-    recommended = np.zeros(n_items, bool)
-    for rows, (values, items, finite) in over_batches(
-        _measure_batch,
-        (as_argument(scorer), eligible.tests, allowed, order, item_counts.astype(np.int32)),
-        users,
-        (seen, truth, *eligible.excluded),
-        batch=users_per_batch(n_items) if batch is None else batch,
-        devices=devices,
-        progress="evaluate" if progress else "",
-        ks=ks,
-        n_users=seen.n_users,
-    ):
-        check_finite(rows, finite)
+    recommended = np.zeros(spec.n_items, bool)
+    sets, n_users = (spec.seen, truth, *spec.filter.excluded), spec.seen.n_users
+    arrays = _Replicated.of(scorer, spec, item_counts)
+    for _, (values, items) in _over_batches(_evaluate_batch, arrays, users, sets, spec, ks=ks, n_users=n_users):
         recommended[items[items >= 0]] = True
         parts.append(values)
-    names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "auc", f"novelty@{COVERAGE_K}"]
-    columns = {name: np.concatenate([part[name] for part in parts])[: len(users)] for name in names}
-    return UserMetrics(users, columns, {f"coverage@{COVERAGE_K}": float(recommended.sum() / np.asarray(allowed).sum())})
+    names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "auc"]
+    names += [f"novelty@{COVERAGE_K}"] * (item_counts is not None)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return UserMetrics(users, columns, {f"coverage@{COVERAGE_K}": float(recommended.sum() / allowed.sum())})
 
 
-def as_argument(scorer: Scorer) -> jax.tree_util.Partial:
-    """Wraps a scorer so that it can be an argument of a compiled function."""
-    return scorer if isinstance(scorer, jax.tree_util.Partial) else jax.tree_util.Partial(scorer)
+def _check_truth(spec: RankingSpec, truth: UserItemSets, item_counts: Int[np.ndarray, "I"] | None) -> None:
+    n_users, n_items = spec.seen.n_users, spec.n_items
+    if truth.n_users != n_users:
+        raise ValueError(f"truth is of {truth.n_users} users and seen of {n_users}; they must be the same users")
+    if item_counts is not None and (
+        len(item_counts) != n_items or item_counts.min() < 0 or item_counts.max() > n_users
+    ):
+        raise ValueError(
+            f"item_counts has {len(item_counts)} entries in {item_counts.min()}..{item_counts.max()}; it must have "
+            f"{n_items}, each the number of distinct users of an item, at most {n_users}"
+        )
+    check_sets(truth.users, n_items, seen=spec.seen, truth=truth, barred=spec.filter.excluded)
+    check_disjoint(truth, spec.seen, n_items)
 
 
-def catalogue(n_items: int, candidates: np.ndarray | None, seed: int) -> tuple[Bool[Array, "I"], TieBreak]:
-    """Returns the mask of candidate items and a random order of equal scores.
+def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
+    """Raises InsufficientMemoryError, before the first batch, if a batch or the results do not fit.
+
+    Of each user in a batch there are two float32 scores and four masks per item.
+    """
+    batch = min(spec.users_at_once, max(n_users, 1))
+    what = f"a ranking of {spec.n_items:,} items for {batch:,} users at a time"
+    remedy = "rank fewer users at a time (batch_size), or raise data.k_core"
+    require_device_memory(12 * batch * spec.n_items, what, remedy)
+    what = f"the rankings of {n_users:,} users"
+    require_memory(bytes_a_user * n_users, what, "ask for fewer users at a time, or a smaller k")
+
+
+class _Replicated(NamedTuple):
+    """Arguments of a batch that every device has whole."""
+
+    scorer: Partial
+    tests: tuple[Partial, ...]
+    candidates: Bool[Array, "I"]
+    order: TieBreak
+    item_counts: Int32[Array, "I"] | None
+
+    @classmethod
+    def of(cls, scorer: Scorer, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
+        counts = None if item_counts is None else jnp.asarray(item_counts, jnp.int32)
+        order = random_order(spec.n_items, spec.seed)
+        return cls(as_argument(scorer), spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
+
+
+def _over_batches(
+    function: Callable[..., Any],
+    arrays: _Replicated,
+    users: Int[np.ndarray, "V"],
+    sets: tuple[UserItemSets, ...],
+    spec: RankingSpec,
+    **static: Any,
+) -> Iterator[tuple[slice, Any]]:
+    """Applies a function to batches of users, divided over devices.
 
     Args:
-      n_items: I.
-      candidates: items that may be recommended; None = all.
-      seed: random seed of the order.
+      function: (arrays, users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading axis is that of
+        the users, and Bool [B], whether all scores of a user are finite; defined at module level, since its
+        compilations are cached.
+      arrays: replicated on every device.
+      users: V user rows.
+      sets: item sets.
+      spec: batch size, devices and progress bar.
+      **static: static arguments of the function.
 
-    Returns:
-      Bool [I] and the `TieBreak`.
+    Yields:
+      The places of each batch in `users`, and the function's results on the host.
 
     Raises:
-      ValueError: no candidate, or one outside 0..n_items-1.
+      ValueError: names the first user with a score that is not finite.
     """
-    allowed = np.full(n_items, candidates is None)
-    if candidates is not None:
-        if len(candidates) == 0 or candidates.min() < 0 or candidates.max() >= n_items:
-            raise ValueError(f"candidates must be one or more items in 0..{n_items - 1}; got {candidates}")
-        allowed[candidates] = True
-    rng = np.random.default_rng(seed)
-    n_rows = max(1, math.isqrt(n_items // MAX_K))  # balances the search for MAX_K columns and for MAX_K items in them
-    columns, rows = rng.permutation(-(-n_items // n_rows)), rng.permutation(n_rows)
-    return jnp.asarray(allowed), TieBreak(jnp.asarray(columns, jnp.int32), jnp.asarray(rows, jnp.int32))
+    if not len(users):
+        return
+    batches = _pad_to_batches(users, spec.users_at_once, spec.devices)
+    arrays = device_put(arrays, None, spec.devices)
+    mapped = _mapped(function, spec.devices, **static)
+    bar = tqdm(batches, desc=spec.progress, unit="batch", disable=not spec.progress)
+    of_batches = (padded_batches(of_users, batches, spec.devices) for of_users in sets)
+    done = 0
+    for rows, *of_rows in zip(bar, *of_batches, strict=True):
+        found, finite = jax.device_get(mapped(arrays, shard_rows(rows, spec.devices), tuple(of_rows)))
+        if not finite.all():
+            raise ValueError(
+                f"the scores of user {rows[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
+                "(exclude items with `seen` or `candidates` instead)"
+            )
+        n = min(len(rows), len(users) - done)
+        yield slice(done, done + n), jax.tree.map(lambda part, n=n: part[:n], found)
+        done += n
 
 
 def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None) -> Int32[np.ndarray, "M B"]:
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; it must be at least 1")
     count = len(select_devices(devices))
     batch = min(batch, -(-len(users) // count)) * count
     padding = np.full(-len(users) % batch, users[-1])  # repeats the last user; removed from the results
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
 
 
-def check_sets(users: Int[np.ndarray, "V"], n_items: int, **sets: UserItemSets | tuple[UserItemSets, ...]) -> None:
-    """Checks that sets have only items of the catalogue and a row for every user.
+@functools.lru_cache(maxsize=16)
+def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
+    """Maps `function` over devices: replicated arrays, then each device's users and their sets."""
+    shards = Shards(len(select_devices(devices)))
 
-    Args:
-      users: user rows to rank.
-      n_items: I.
-      **sets: item sets, or tuples of them, by the name that an error gives.
+    def whole(arrays, users, sets):
+        return jax.tree.map(shards.all_gather, function(arrays, users, sets, **static))
 
-    Raises:
-      ValueError: names the set, the item or users, and the bound.
-    """
-    for name, given in sets.items():
-        for of_users in given if isinstance(given, tuple) else (given,):
-            if len(of_users.items) and of_users.items.max() >= n_items:
-                raise ValueError(f"{name} holds item {of_users.items.max()}; items must lie in 0..{n_items - 1}")
-            if len(users) and not (0 <= users.min() and users.max() < of_users.n_users):
-                span = f"{users.min()}..{users.max()}"
-                raise ValueError(f"users span {span}; they must lie in 0..{of_users.n_users - 1}, those of {name}")
+    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED), out_axes=None)
 
 
-def _check_disjoint(truth: UserItemSets, seen: UserItemSets, n_items: int) -> None:
-    held_out, known = (sets.users * n_items + sets.items for sets in (truth, seen))  # both ascend
-    at = np.searchsorted(known, held_out)
-    both = held_out[np.append(known, -1)[at] == held_out]
-    if len(both):
-        user, item = divmod(int(both[0]), n_items)
-        raise ValueError(
-            f"{len(both)} held-out pairs are seen as well, first user {user} with item {item}; a seen item is never "
-            "recommended, so remove it from `truth` or `seen`"
+def _rank_batch(arrays, users, sets, *, k):
+    n_items = len(arrays.candidates)
+    scores = _scored(arrays.scorer, users, n_items)
+    unseen, masks = _unseen(arrays, sets[0]), _passed(arrays.tests, sets[1:], users, n_items)
+    refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
+    items, top, finite = top_k_filtered(scores, unseen & (refused == 0), arrays.order, k)
+    before = top_k_filtered(scores, unseen, arrays.order, k)[0] if masks else items
+
+    filled = before >= 0
+    of_rules = tuple(
+        (
+            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & filled,
+            (unseen & ~mask).sum(1, dtype=jnp.int32),
+            (unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32),
         )
+        for mask in masks
+    )
+    return ((items, top, before), of_rules), finite
 
 
-def check_finite(users: Int32[np.ndarray, "B"], finite: Bool[np.ndarray, "B"]) -> None:
-    """Checks the flags of finite scores.
+def _evaluate_batch(arrays, users, sets, *, ks, n_users):
+    seen, truth, *barred = sets
+    n_items = len(arrays.candidates)
+    scores = _scored(arrays.scorer, users, n_items)
+    masks = _passed(arrays.tests, barred, users, n_items)
+    eligible = functools.reduce(jnp.logical_and, masks, _unseen(arrays, seen))
+    items, _, finite = top_k_filtered(scores, eligible, arrays.order, max(*ks, COVERAGE_K))
+    relevant = truth.mask(n_items)
+    hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
+    n_truth = jnp.diff(truth.starts)
+    values = {f"{name}@{k}": metric(hits, n_truth, k) for name, metric in metrics.RANKED.items() for k in ks}
+    values["auc"] = metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)
+    if arrays.item_counts is not None:
+        values[f"novelty@{COVERAGE_K}"] = metrics.novelty(items, arrays.item_counts, n_users, COVERAGE_K)
+    return (values, items[:, :COVERAGE_K]), finite
 
-    Args:
-      users: users of the batch.
-      finite: whether all scores of a user are finite.
 
-    Raises:
-      ValueError: names the first user with a score that is not finite.
-    """
-    if not finite.all():
-        raise ValueError(
-            f"the scores of user {users[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
-            "(exclude items with `seen` or `candidates` instead)"
-        )
+def _scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
+    scores = scorer(users)
+    if scores.shape != (users.shape[0], n_items):
+        raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
+    return scores.astype(jnp.float32)
+
+
+def _unseen(arrays: _Replicated, seen: PaddedSets) -> Bool[Array, "B I"]:
+    return arrays.candidates[None, :] & ~seen.mask(len(arrays.candidates))
+
+
+def _passed(
+    tests: tuple[Partial, ...], excluded: Sequence[PaddedSets], users: Int32[Array, "B"], n_items: int
+) -> tuple[Bool[Array, "B I"], ...]:
+    """Computes one mask for each name of a `CandidateFilter`."""
+    return *(test(users) for test in tests), *(~rows.mask(n_items) for rows in excluded)
+
+
+def as_argument(scorer: Scorer) -> Partial:
+    """Wraps a scorer so that it can be an argument of a compiled function."""
+    return scorer if isinstance(scorer, Partial) else Partial(scorer)

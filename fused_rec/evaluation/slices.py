@@ -1,5 +1,6 @@
 """Metrics by slices of users or of held-out items."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -7,15 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from fused_rec.evaluation.ranking import (
-    Scorer,
-    UserItemSets,
-    UserMetrics,
-    as_argument,
-    evaluate,
-    item_sets,
-    mean,
-)
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, as_argument, evaluate, mean
 
 METRICS = ("ndcg@10", "recall@10", "auc")
 BANDS = (0, 1, 5, 20)  # first interaction count of each band
@@ -48,13 +42,7 @@ def user_slices(per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U
 
 
 def item_slices(
-    scorer: Scorer,
-    members: Mapping[str, Bool[np.ndarray, "I"]],
-    *,
-    truth: UserItemSets,
-    seen: UserItemSets,
-    n_items: int,
-    candidates: Int[np.ndarray, "C"] | None = None,
+    scorer: Scorer, members: Mapping[str, Bool[np.ndarray, "I"]], spec: RankingSpec, truth: UserItemSets
 ) -> Slices:
     """Evaluates with only the held-out items of a slice as relevant; empty slices are omitted.
 
@@ -64,40 +52,31 @@ def item_slices(
     Args:
       scorer: see `ranking.Scorer`.
       members: items of each slice.
+      spec: what may be recommended, without a filter.
       truth: held-out items.
-      seen: items that are never recommended to the user.
-      n_items: I.
-      candidates: items that may be recommended; None = all.
 
     Returns:
       Means by slice.
     """
-    held_out = np.zeros(n_items, bool)
+    assert not spec.filter.names  # its tests are of users, not of rows of slices
+    held_out = np.zeros(spec.n_items, bool)
     held_out[truth.items] = True
-    if candidates is not None:
-        held_out &= np.isin(np.arange(n_items), candidates)
+    held_out &= spec.candidate_mask()
     members = {name: mask for name, mask in members.items() if (mask & held_out).any()}
     # User u of slice s is row s * U + u, so that one compiled pass evaluates all slices.
-    n_users, n_slices = truth.n_users, len(members)
-    user, item = truth.users, truth.items
-    counted = np.stack([mask[item] for mask in members.values()])
+    n_users, n_slices, seen = truth.n_users, len(members), spec.seen
+    counted = np.stack([mask[truth.items] for mask in members.values()])
     row, pair = np.nonzero(counted)
+    row_of_seen = np.repeat(np.arange(n_slices), len(seen.items)) * n_users + np.tile(seen.users, n_slices)
     of_slices = evaluate(
         jax.tree_util.Partial(_of_user, as_argument(scorer), jnp.int32(n_users)),
-        truth=item_sets(row * n_users + user[pair], item[pair], n_slices * n_users),
-        seen=item_sets(
-            np.repeat(np.arange(n_slices), len(seen.items)) * n_users + np.tile(seen.users, n_slices),
-            np.tile(seen.items, n_slices),
-            n_slices * n_users,
-        ),
-        n_items=n_items,
-        item_counts=np.zeros(n_items, np.int64),  # novelty is not asked for
+        dataclasses.replace(spec, seen=item_sets(row_of_seen, np.tile(seen.items, n_slices), n_slices * n_users)),
+        item_sets(row * n_users + truth.users[pair], truth.items[pair], n_slices * n_users),
         ks=(10,),
-        candidates=candidates,
     )
     slice_of = np.arange(n_slices * n_users) // n_users
-    measured = user_slices(of_slices, {name: slice_of == place for place, name in enumerate(members)})
-    return {name: {"items": int((members[name] & held_out).sum())} | values for name, values in measured.items()}
+    found = user_slices(of_slices, {name: slice_of == place for place, name in enumerate(members)})
+    return {name: {"items": int((members[name] & held_out).sum())} | values for name, values in found.items()}
 
 
 def _of_user(scorer: jax.tree_util.Partial, n_users: Int32[Array, ""], rows: Int32[Array, "B"]) -> Float[Array, "B I"]:

@@ -14,145 +14,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Float32, Float64, Int, Int32
+from jaxtyping import Bool, Float, Float32, Float64, Int
 
+from fused_rec.config import KS
 from fused_rec.data.io.arrow import known, pc
 from fused_rec.data.io.plain import is_single
-from fused_rec.evaluation.ranking import (
-    CandidateFilter,
-    Scorer,
-    UserItemSets,
-    as_argument,
-    catalogue,
-    check_finite,
-    check_sets,
-    evaluate,
-    over_batches,
-    passed,
-    require_room,
-    scored,
-    top_k_filtered,
-    users_per_batch,
-)
+from fused_rec.evaluation.item_sets import UserItemSets
+from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, evaluate
 from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
 
 DAY = 86_400  # seconds
 STALE = 30 * DAY  # an older price is ignored: the item is no longer traded
 SMALLEST = 10  # smallest group that a gap is computed for
-
-
-class FilteredRanking(NamedTuple):
-    """Rankings of V users with and without R rules, and the number of excluded candidates.
-
-    Attributes:
-      items: the k best items that pass every rule; -1 if fewer do.
-      scores: their scores; -inf if fewer.
-      before: the k best items without rules; -1 if fewer.
-      passes: whether each item of `before` passes each rule, in the order of `CandidateFilter.names`; False at empty
-        ranks.
-      excluded: number of candidates that each rule refuses.
-      excluded_alone: number of those that no other rule refuses.
-    """
-
-    items: Int32[np.ndarray, "V k"]
-    scores: Float32[np.ndarray, "V k"]
-    before: Int32[np.ndarray, "V k"]
-    passes: Bool[np.ndarray, "V k R"]
-    excluded: Int32[np.ndarray, "V R"]
-    excluded_alone: Int32[np.ndarray, "V R"]
-
-
-def rank_with_filters(
-    scorer: Scorer,
-    eligible: CandidateFilter,
-    users: Int[np.ndarray, "V"],
-    *,
-    seen: UserItemSets,
-    n_items: int,
-    k: int,
-    candidates: Int[np.ndarray, "C"] | None = None,
-    batch: int | None = None,
-    progress: str = "",
-    devices: int | None = None,
-) -> FilteredRanking:
-    """Ranks the k best items of each user with and without the rules.
-
-    Args:
-      scorer: see `ranking.Scorer`.
-      eligible: the rules.
-      users: user rows.
-      seen: items that are never recommended to the user.
-      n_items: I.
-      k: number of ranks.
-      candidates: items that may be recommended; None = all.
-      batch: users per batch and device; None = `users_per_batch`.
-      progress: label of the progress bar; empty = no bar.
-      devices: number of devices that share the users; None = all.
-
-    Returns:
-      The rankings of all users.
-
-    Raises:
-      InsufficientMemoryError: the results or a batch of scores do not fit.
-      ValueError: a score is not finite (names the user), or users, items or k are out of bounds.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}; it must be at least 1")
-    allowed, order = catalogue(n_items, candidates, seed=0)
-    check_sets(users, n_items, seen=seen, barred=eligible.excluded)
-    n, rules = len(users), len(eligible.names)
-    require_room(n, n_items, batch or users_per_batch(n_items), (12 + rules) * k + 8 * rules)
-    found = FilteredRanking(
-        np.full((n, k), -1, np.int32),
-        np.full((n, k), -np.inf, np.float32),
-        np.full((n, k), -1, np.int32),
-        np.zeros((n, k, rules), bool),
-        np.zeros((n, rules), np.int32),
-        np.zeros((n, rules), np.int32),
-    )
-    if n == 0:
-        return found
-    done = 0
-    for rows, (ranked, of_rules, finite) in over_batches(
-        _rank_batch,
-        (as_argument(scorer), eligible.tests, allowed, order),
-        users,
-        (seen, *eligible.excluded),
-        batch=users_per_batch(n_items) if batch is None else batch,
-        devices=devices,
-        progress=progress,
-        k=k,
-    ):
-        check_finite(rows, finite)
-        own = min(len(rows), n - done)
-        for whole, part in zip(found[:3], ranked, strict=True):
-            whole[done : done + own] = part[:own]
-        for rule, of_rule in enumerate(of_rules):
-            for whole, part in zip(found[3:], of_rule, strict=True):
-                whole[done : done + own, ..., rule] = part[:own]
-        done += own
-    return found
-
-
-def _rank_batch(scorer, tests, allowed, order, users, seen, *barred, k):
-    n_items = allowed.shape[0]
-    scores = scored(scorer, users, n_items)
-    unseen = allowed[None, :] & ~seen.mask(n_items)
-    masks = passed(tests, barred, users, n_items)
-    refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
-    items, top, finite = top_k_filtered(scores, unseen & (refused == 0), order, k)
-    before, _, _ = top_k_filtered(scores, unseen, order, k)
-
-    filled = before >= 0
-    of_rules = tuple(
-        (
-            jnp.take_along_axis(mask, jnp.maximum(before, 0), axis=1) & filled,
-            (unseen & ~mask).sum(1, dtype=jnp.int32),
-            (unseen & ~mask & (refused == 1)).sum(1, dtype=jnp.int32),
-        )
-        for mask in masks
-    )
-    return (items, top, before), of_rules, finite
 
 
 def exclusion_counts(screened: FilteredRanking, names: Sequence[str]) -> dict[str, Any]:
@@ -229,7 +102,7 @@ def suitable_share(fine: Bool[np.ndarray, "V k"], items: Int[np.ndarray, "V k"])
 
 
 def rule_costs(
-    scorer: Scorer, eligible: CandidateFilter, metric: str = "ndcg@10", **held_out: Any
+    scorer: Scorer, spec: RankingSpec, truth: UserItemSets, metric: str = "ndcg@10", ks: Sequence[int] = KS
 ) -> dict[str, Difference]:
     """Computes the cost of each rule in a metric, paired over users (`significance.paired_bootstrap`).
 
@@ -237,19 +110,20 @@ def rule_costs(
 
     Args:
       scorer: see `ranking.Scorer`.
-      eligible: the rules.
+      spec: what may be recommended; its filter holds the rules.
+      truth: held-out items.
       metric: name of a metric of `ranking.evaluate`.
-      **held_out: further arguments of `ranking.evaluate`.
+      ks: cutoffs of `ranking.evaluate`.
 
     Returns:
       By rule, the metric without this rule minus the metric with all rules; under "", without any rule minus with all.
     """
 
     def values(under: CandidateFilter) -> Float32[np.ndarray, "1 V"]:
-        return evaluate(scorer, eligible=under, **held_out).metrics[metric][None]
+        return evaluate(scorer, dataclasses.replace(spec, filter=under), truth, ks=ks).metrics[metric][None]
 
-    with_all = values(eligible)
-    others = {"": CandidateFilter()} | {name: eligible.without(name) for name in eligible.names}
+    with_all = values(spec.filter)
+    others = {"": CandidateFilter()} | {name: spec.filter.without(name) for name in spec.filter.names}
     return {name: paired_bootstrap(values(under), with_all) for name, under in others.items()}
 
 

@@ -119,7 +119,7 @@ def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor
     Raises:
       ValueError: the model uses no text (variant graph, features random, or no texts), or its encoder is fine-tuned.
     """
-    if config.model.variant == "graph" or config.text.features == "random":
+    if not config.encodes_text:
         why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
         raise ValueError(
             f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"

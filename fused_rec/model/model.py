@@ -81,9 +81,9 @@ def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
       Relations in the order of the graph.
     """
     relations = [relation for relation, count in graph.relations if count]
-    if config.variant == "text":
+    if not config.uses_ids:
         return [relation for relation in relations if relation == INTERACTED_BY]
-    if config.variant == "graph":
+    if not config.uses_text:
         return [relation for relation in relations if relation.name != "similar_text"]
     return relations
 
@@ -107,8 +107,8 @@ class FusedModel(nn.Module):
         self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
     ) -> list[Vectors]:
         branches = [Branch(self.config, self.compute_dtype, name="main")(graph, adjacencies, dropout)]
-        if self.config.variant == "fused" and graph.text(ITEM).shape[1] > NO_TEXT_DIM:
-            text_config = dataclasses.replace(self.config, variant="text", ease_weight=0.0)
+        if self.config.fuses_text and graph.text(ITEM).shape[1] > NO_TEXT_DIM:
+            text_config = self.config.text_branch()
             branches.append(Branch(text_config, self.compute_dtype, name="words")(graph, adjacencies, dropout))
         return branches
 
@@ -249,14 +249,14 @@ class Branch(nn.Module):
         for index, (node_type, _) in enumerate(graph.node_types):
             shape = (graph.rows(node_type), config.dim)
             ids[node_type] = text[node_type] = jnp.zeros(shape)
-            if config.variant != "text" and (node_type != USER or config.user_id_embedding):
+            if config.uses_ids and (node_type != USER or config.user_id_embedding):
                 rows = self.param(ID_EMBEDDING + node_type, nn.initializers.normal(config.id_init_std), shape)
                 if dropout is not None and config.id_embedding_dropout:
                     numbers = graph.global_ids(node_type, jnp.arange(len(rows)))
                     kept = _row_keep_mask(jax.random.fold_in(dropout, index), config.id_embedding_dropout, numbers)
                     rows = rows * kept[:, None] / (1 - config.id_embedding_dropout)
                 ids[node_type] = rows
-            if config.variant != "graph" and node_type in self.text_node_types:
+            if config.uses_text and node_type in self.text_node_types:
                 project = TextInput(config.dim, config.id_init_std, self.compute_dtype, name=f"text_{node_type}")
                 text[node_type] = project(graph.text(node_type))
         return ids, text
@@ -272,16 +272,15 @@ class Branch(nn.Module):
           The coefficients of `propagate_layers`; L is at most 1 in variant text.
         """
         config = self.config
-        levels = min(config.num_layers, 1) if config.variant == "text" else config.num_layers
-        uses_text = config.variant == "fused"
+        levels = config.effective_layers
         edge, source_scale, gate, text_gate = {}, {}, {}, {}
         for relation in active_relations(config, graph):
             adjacency = adjacencies[relation]
-            target = graph.text(relation.target) * uses_text
+            target = graph.text(relation.target) * config.fuses_text
             edge[relation] = adjacency.weight
             source_scale[relation] = self.source_scale(f"source_scale_{relation}", adjacency.degrees.log_out_degree)
             gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(adjacency.degrees.log_in_degree))
-        if uses_text:
+        if config.fuses_text:
             for node_type in self.text_node_types:
                 text = graph.text(node_type)
                 text_gate[node_type] = self.gate(f"gate_text_{node_type}", levels, text, jnp.zeros(len(text)))
@@ -309,7 +308,7 @@ class Branch(nn.Module):
         """
         if self.config.layer_combination != "learned" or not self.config.relation_gates:
             return jnp.ones(len(log_out_degree))
-        exponent = self.param(name, nn.initializers.constant(0.5 * (self.config.variant == "text")), ())
+        exponent = self.param(name, nn.initializers.constant(0.5 * (not self.config.uses_ids)), ())
         return jnp.exp(exponent * log_out_degree)
 
     def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:

@@ -11,7 +11,6 @@ text features and degrees. Text thus enters as an input, in every node update, a
 Inference on one device: no dropout, no sampling, no sharding.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ def embeddings(
     users, items = branch(config, params["main"], graph)
     if "words" not in params:
         return users, items
-    text_users, text_items = branch(dataclasses.replace(config, variant="text"), params["words"], graph)
+    text_users, text_items = branch(config.text_branch(), params["words"], graph)
     degree = np.bincount(graph.edges(INTERACTS).receivers, minlength=graph.count(ITEM))
     share = (degree / (degree + 1))[:, None]  # an item without interactions is ranked by its text alone
     return jnp.hstack([users, text_users]), jnp.hstack([share * items, (1 - share) * text_items])
@@ -52,7 +51,7 @@ def embeddings(
 
 def branch(config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph) -> tuple[Array, Array]:
     """Computes the embeddings of users and items of one branch: inputs, L layers, their weighted sum."""
-    num_layers = min(config.num_layers, 1) if config.variant == "text" else config.num_layers
+    num_layers = config.effective_layers
     relations = active_relations(config, graph)
     ids, text, text_gate = node_inputs(config, params, graph, num_layers)
     scale, gate = relation_factors(config, params, graph, relations, num_layers)
@@ -104,7 +103,7 @@ def node_inputs(
         if f"text_{node_type}" in params:
             features = graph.text(node_type)
             text = text.at[at].set(features @ params[f"text_{node_type}"]["kernel"])
-            if config.variant == "fused":
+            if config.fuses_text:
                 gates = gate_of(params.get(f"gate_text_{node_type}"), features, np.zeros(count), num_layers)
                 text_gate = text_gate.at[at].set(gates)
     return ids, text, text_gate
@@ -122,7 +121,7 @@ def relation_factors(
         in_degree = centered_log_degree(edges.receivers, graph.count(relation.target))
         exponent = params.get(f"source_scale_{relation}", 0.0)
         scale = scale.at[graph.node_slice(relation.source), r].set(jnp.exp(exponent * out_degree))
-        features = graph.text(relation.target) * (config.variant == "fused")
+        features = graph.text(relation.target) * config.fuses_text
         gates = gate_of(params.get(f"gate_{relation}"), features, in_degree / (in_degree.std() + 1e-6), num_layers)
         gate = gate.at[graph.node_slice(relation.target), r].set(gates)
     return scale, gate

@@ -11,10 +11,8 @@ from tqdm import tqdm
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset, column
-from fused_rec.data.splits import observe
 from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
-from fused_rec.evaluation.significance import Difference, paired_bootstrap
-from fused_rec.evaluation.slices import bands
+from fused_rec.evaluation.significance import Difference, mean_interval, paired_bootstrap
 from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions, contributions, decompose
@@ -24,8 +22,8 @@ from fused_rec.explanation.token_attribution import attribute_tokens, attributor
 from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, attribute_values
 from fused_rec.graph.hetero import Relation
 from fused_rec.serving.recommender import rank_chunks as ranked
-from fused_rec.training.evaluate import BASELINES, baseline, choose_settings, evaluate_users, scorer
-from fused_rec.training.inputs import Prepared, prepare
+from fused_rec.training.evaluate import scorer, user_groups
+from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -138,31 +136,12 @@ class ReportData:
 TokenPassages = Callable[[int, int], tuple[Passage, ...]]
 
 
-def evaluate_models(
-    config: Config, prepared: Prepared, state: TrainState, split: str, baselines: Sequence[str], own: str
-) -> dict[str, UserMetrics]:
-    """What `evaluate_users` finds of each of the `BASELINES` named, tuned on validation, and last of the run's model.
-
-    own: name of the run's model. Raises ValueError for an unknown baseline and NotApplicableError as `baseline` does.
-    """
-    if unknown := set(baselines) - set(BASELINES):
-        raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
-    # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
-    alone = prepared
-    if baselines and len(prepared.observed.user) != len(prepared.split.train):
-        alone = prepare(config, prepared.dataset, prepared.split)
-    found = {}
-    for name in tqdm(baselines, desc="baselines", disable=not baselines):
-        found[name] = evaluate_users(prepared, baseline(name, prepared, choose_settings(name, alone)), split)
-    return found | {own: evaluate_users(prepared, scorer(config, prepared, state), split)}
-
-
 def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
     """Computes means with 95 % intervals, and paired differences of the own model minus each other; the own is last."""
     found = []
     for name in [*(other for other in measured if other != own), own]:
         values = {metric: measured[name].metrics[metric][None] for metric in METRICS}
-        metrics = {metric: _interval(values[metric]) for metric in METRICS}
+        metrics = {metric: mean_interval(values[metric], draws=DRAWS) for metric in METRICS}
         against = None
         if name != own:
             ours = measured[own].metrics
@@ -171,24 +150,15 @@ def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]
     return tuple(found)
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    zero = paired_bootstrap(values, np.zeros_like(values), draws=DRAWS)
-    return zero.difference, zero.low, zero.high
-
-
 def sliced(prepared: Prepared, per_user: UserMetrics, groups: Sequence[str]) -> tuple[Sliced, ...]:
     """Computes NDCG@10 by number of interactions, presence of social edges, and customer attributes."""
-    dataset = prepared.dataset
     values, rows = per_user.metrics["ndcg@10"], per_user.users
-    held = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
-    ties = observe(dataset, prepared.split).ties
-    tied = np.zeros(dataset.n_users, bool)
-    tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
-    found = [Sliced("Products held", "ndcg@10", group_gaps(values, _named(held, rows)))]
-    if tied.any():
-        found.append(Sliced("Ties", "ndcg@10", group_gaps(values, _named({"with": tied, "without": ~tied}, rows))))
+    of_users = user_groups(prepared)
+    found = [Sliced("Products held", "ndcg@10", group_gaps(values, _named(of_users["user_interactions"], rows)))]
+    if of_users["user_social_degree"]["with"].any():
+        found.append(Sliced("Ties", "ndcg@10", group_gaps(values, _named(of_users["user_social_degree"], rows))))
     for name in groups:
-        found.append(Sliced(name, "ndcg@10", group_gaps(values, groups_of(dataset.users, name, rows))))
+        found.append(Sliced(name, "ndcg@10", group_gaps(values, groups_of(prepared.dataset.users, name, rows))))
     return tuple(found)
 
 

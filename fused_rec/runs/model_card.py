@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fused_rec.config import ModelConfig
 from fused_rec.data.dataset import Dataset, printable
 from fused_rec.data.splits import SPLIT_NAMES, Split
-from fused_rec.evaluation.significance import in_markdown
+from fused_rec.evaluation.result_tables import in_markdown
 
 LIBRARY = "library_name: fused_rec"  # line of the front matter that identifies our cards
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
@@ -53,10 +54,10 @@ def card(results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mappin
 The checkpoint is in `{checkpoint}`. It ranks only with the tables it was trained on, which `run.json` identifies.
 
 ```python
-from fused_rec.serving.recommender import load, recommend
+import fused_rec as fr
 
-config, prepared, state = load("path/to/this/folder")  # data_path=DIR if the tables were moved
-recommend(config, prepared, state, ids=None, k=10)  # all customers; ids=["..."] names some
+run = fr.load("path/to/this/folder")  # data_path=DIR if the tables were moved
+fr.recommend(run, k=10)  # all users; users=["..."] names some
 ```""",
     )
 
@@ -129,10 +130,11 @@ def _page(
     """Fills the template; `further` is a sentence below the metrics, `loading` Markdown of a section."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
-    basis = {"fused": "texts and graph", "graph": "the graph alone", "text": "texts alone"}[variant]
-    beside = ", with EASE as a term of the score" if config["model"]["ease_weight"] else ""
+    model = ModelConfig(**config["model"])
+    basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
+    beside = ", with EASE as a term of the score" if model.ease_weight else ""
     made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
-    language = "none" if variant == "graph" else in_markdown(config["text"]["model"])
+    language = in_markdown(config["text"]["model"]) if model.uses_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
     measured = "\n".join(
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS

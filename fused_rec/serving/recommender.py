@@ -1,5 +1,6 @@
 """Serving a finished run: load it from its workdir and rank items for users under rules, in chunks of users."""
 
+import dataclasses
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,11 @@ from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.distributed.devices import computes, select_devices
 from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
-from fused_rec.evaluation.ranking import CandidateFilter, Scorer, item_sets, users_per_batch
-from fused_rec.evaluation.suitability import FilteredRanking, rank_with_filters
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.runs.run_dir import TABLES, check_tables, read_finished
 from fused_rec.training.checkpoint import Checkpoints
-from fused_rec.training.evaluate import scorer
 from fused_rec.training.inputs import Prepared, init_state, prepare, read, with_finetuned_text
 from fused_rec.training.train_step import TrainState
 
@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 
 
 class RankedChunk(NamedTuple):
-    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank_with_filters`."""
+    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank`."""
 
     table: pa.Table
     users: Int64[np.ndarray, "V"]
@@ -183,40 +183,6 @@ def candidate_filter(dataset: Dataset, rules: Sequence[Rule] = (), *, include_se
     return apply(rules, dataset.users, dataset.items, held)
 
 
-@computes
-def recommend(
-    config: Config,
-    prepared: Prepared,
-    state: TrainState,
-    ids: Any,
-    k: int,
-    *,
-    include_seen: bool = False,
-) -> pa.Table:
-    """Recommends the k best items to each user. For many users, or with rules: `rank_chunks`.
-
-    Args:
-      config: settings of the run.
-      prepared: tables, split and graph.
-      state: of the selected step.
-      ids: user ids; None = all users.
-      k: items per user.
-      include_seen: also recommend items that the user has interacted with in any split.
-
-    Returns:
-      A table of `SCHEMA`; a user with fewer than k candidates has fewer rows.
-
-    Raises:
-      ValueError: an id is unknown (names it).
-    """
-    dataset = prepared.dataset
-    candidates = candidate_filter(dataset, include_seen=include_seen)
-    rows = user_rows(dataset, ids)
-    require_table(dataset, len(rows), k)
-    chunks = rank_chunks(scorer(config, prepared, state), dataset, candidates, rows, k)
-    return pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
-
-
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
     """Checks that the rankings of all users fit in memory as one table.
 
@@ -276,21 +242,13 @@ def rank_chunks(
     ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     # Of the last part too: a score may depend on the shape.
-    batch = min(users_per_batch(dataset.n_items), -(-len(users) // len(select_devices(devices))))
+    batch = min(users_per_batch(dataset.n_items), max(1, -(-len(users) // len(select_devices(devices)))))
+    spec = RankingSpec(nothing, dataset.n_items, filter=candidates, batch_size=batch, devices=devices)
     n_parts = count_chunks(len(users))
     for part in range(first, n_parts):
         own = users[part * CHUNK_USERS : (part + 1) * CHUNK_USERS]
-        ranking = rank_with_filters(
-            scorer,
-            candidates,
-            own,
-            seen=nothing,
-            n_items=dataset.n_items,
-            k=k,
-            batch=batch,
-            progress=f"rank, part {part + 1} of {n_parts}",
-            devices=devices,
-        )
+        of_part = dataclasses.replace(spec, progress=f"rank, part {part + 1} of {n_parts}")
+        ranking = rank(scorer, own, of_part, k)
         yield RankedChunk(_rows(own, ranking, *ids), own, ranking)
 
 

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 from fused_rec.baselines.neighbors import NotApplicableError
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, to_dict
 from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
 from fused_rec.distributed.devices import computes
-from fused_rec.evaluation import plots, significance
+from fused_rec.evaluation import plots, result_tables, significance
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
@@ -39,7 +40,6 @@ from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
 from fused_rec.training.evaluate import (
-    BASELINES,
     baseline,
     choose_settings,
     evaluate_mean,
@@ -250,7 +250,7 @@ def applicable(
         absent = [what for what in VARIANTS[name].needs if not there[what]]
         if absent:
             skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
-        elif "text" in VARIANTS[name].needs and config.model.variant == "graph":
+        elif "text" in VARIANTS[name].needs and not config.model.uses_text:
             skipped[name] = "the config uses no text"
         elif (settings := variant(config, name)) in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
@@ -353,7 +353,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
     return {
         "task": outcomes.task,
         "reference": reference,
-        "summary": significance.summarise(names, rows, outcomes.failures, values),
+        "summary": significance.summarize(names, rows, outcomes.failures, values),
         "differences": significance.differences(values, reference) if reference in values else [],
         "failures": outcomes.failures,
         "skipped": outcomes.skipped,
@@ -363,7 +363,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 
 def _write(report: dict[str, Any], out: Path) -> None:
     run_dir.write_json(out / "compare.json", report)
-    for suffix, text in (("md", significance.markdown), ("csv", significance.csv_text), ("tex", significance.latex)):
+    for suffix, text in (("md", result_tables.markdown), ("csv", result_tables.csv_text), ("tex", result_tables.latex)):
         write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:
         LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')

@@ -111,7 +111,7 @@ def space(config: Config) -> dict[str, BaseDistribution]:
     found = dict(SPACE)
     if config.model.score == "dot":
         found["train.temperature"] = DOT_TEMPERATURE
-    if config.model.variant == "text":
+    if not config.model.uses_ids:
         found.pop("model.id_embedding_dropout", None)
     if config.model.num_layers == 0:
         found.pop("model.edge_dropout", None)

@@ -1,6 +1,5 @@
-"""How good a scorer is on a held-out part of prepared tables."""
+"""Scorers of a trained model and of baselines, and their evaluation on a held-out split."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,214 +7,123 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
+from tqdm import tqdm
 
-from fused_rec.baselines import linear, neighbors
+from fused_rec.baselines.neighbors import Interactions
+from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.evaluation.filters import Rule, apply
-from fused_rec.evaluation.ranking import Scorer, UserMetrics, evaluate, item_sets, mean, users_per_batch
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
+from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, evaluate, mean, users_per_batch
 from fused_rec.evaluation.slices import Slices, bands, item_slices, user_slices
-from fused_rec.evaluation.suitability import (
-    Gaps,
-    check_groups,
-    exclusion_counts,
-    group_gaps,
-    groups_of,
-    period_returns,
-    rank_with_filters,
-    realised_return,
-    rule_costs,
-    suitable,
-    suitable_share,
-)
 from fused_rec.graph.build import ITEM, USER
 from fused_rec.training.footprint import require_embedding
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import Prepared, prepare, with_pretrained_text
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import GraphInputs, TrainState
 
 LOG = logging.getLogger(__name__)
 
-NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
-# Recommenders without gradient training, each with the settings among which validation chooses: at most 8, so that
-# none is better for having been tuned more.
-BASELINES: dict[str, tuple[Callable[..., Scorer], tuple[dict[str, Any], ...]]] = {
-    "popularity": (neighbors.popularity, tuple({"half_life": days} for days in (0.0, 365.0, 180.0, 90.0, 30.0))),
-    "item_knn": (neighbors.item_knn, NEIGHBOR_GRID),
-    "user_knn": (neighbors.user_knn, NEIGHBOR_GRID),
-    "friends_mean": (neighbors.friends_mean, ({},)),
-    "text_mean": (neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
-    "als": (
-        neighbors.als,
-        tuple(
-            {"factors": k, "regularization": r, "alpha": a, "seed": 0}
-            for k in (32, 64)
-            for r in (10.0, 100.0)
-            for a in (10.0, 40.0)
-        ),
-    ),
-    "gf_cf": (linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
-    "ease": (linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
-    "text_ease": (
-        linear.text_ease,
-        tuple(
-            {"l2": l2, "l2_text": t, "l2_words": w}
-            for l2 in (30.0, 300.0)
-            for t in (30.0, 300.0)
-            for w in (10.0, 100.0)
-        ),
-    ),
-}
-
 
 def evaluate_mean(prepared: Prepared, scorer: Scorer, split: str) -> dict[str, float]:
-    """Ranks the whole catalogue for the users with held-out items in `part`, items known before it left out."""
+    """Averages `evaluate_users` over users (`fused_rec.evaluation.ranking.mean`)."""
     return mean(evaluate_users(prepared, scorer, split))
 
 
 def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetrics:
-    """What `evaluate_mean` averages."""
+    """Evaluates full-catalogue rankings of the users with held-out items in a split.
+
+    Args:
+      prepared: tables and split.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      split: "valid" or "test". Items that a user interacted with before it are not ranked.
+
+    Returns:
+      Metrics per user; novelty counts the interactions of the training split.
+    """
     dataset = prepared.dataset
     items = column(dataset.interactions, "item")[prepared.split.train]
-    return evaluate(scorer, **_held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
+    return evaluate(scorer, *held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
 
 
-def evaluate_slices(
-    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
-) -> dict[str, Slices]:
-    """The test part divided by who asks and by what was held out; an empty slice is left out.
+def user_groups(
+    prepared: Prepared, splits: tuple[str, ...] = ("train",)
+) -> dict[str, dict[str, Bool[np.ndarray, "U"]]]:
+    """Groups users by number of observed interactions, and by whether they have social edges.
 
-    user_interactions, user_ties: means over a slice's users. item_interactions: only held-out items of the slice
-    count. Interactions and ties are those that `parts`, what the model has seen, tell of; the ties are the true
-    ones also where a control trains on others, so that all variants are measured on the same slices.
+    Args:
+      prepared: tables, split and observed interactions.
+      splits: splits whose ties count: the true ones also where a control trains on others, so that all variants are
+        evaluated on the same groups.
 
-    per_user: of `evaluate_users` on the test part.
+    Returns:
+      By "user_interactions" and "user_social_degree", a mask of users for each group.
     """
     dataset = prepared.dataset
     ties = observe(dataset, prepared.split, splits).ties
     tied = np.zeros(dataset.n_users, bool)
     tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
-    users = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
-    items = bands(np.bincount(prepared.observed.item, minlength=dataset.n_items))
     return {
-        "user_interactions": user_slices(per_user, users),
-        "user_social_degree": user_slices(per_user, {"with": tied, "without": ~tied}),
-        "item_interactions": item_slices(scorer, items, **_held_out(prepared, "test")),
+        "user_interactions": bands(np.bincount(prepared.observed.user, minlength=dataset.n_users)),
+        "user_social_degree": {"with": tied, "without": ~tied},
     }
 
 
-def evaluate_rules(
-    prepared: Prepared,
-    scorer: Scorer,
-    split: str,
-    rules: Sequence[Rule],
-    *,
-    k: int = 10,
-    groups: Sequence[str] = (),
-    prices: pa.Table | None = None,
-    days: int = 180,
-) -> dict[str, Any]:
-    """What rules do to the rankings of `part`, as JSON: shares of suitable products, costs, returns and group gaps.
+def evaluate_slices(
+    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
+) -> dict[str, Slices]:
+    """Divides the metrics of the test split by groups of users and by groups of held-out items.
 
-    Of the users that `evaluate_mean` ranks for. "suitable": the mean share of suitable products in the first k, and
-    "exclusions": `suitability.exclusion_counts`; "costs": what a metric gains without a rule, "" without any
-    (`suitability.rule_costs`, ndcg@10); "groups": by attribute and metric, `suitability.group_gaps` under the rules;
-    "returns", with `prices`: the mean over users of `suitability.realised_return`, from the last purchase known
-    before the part, and the share of listed products that have one. A rule that refuses what is held knows what was
-    held before the part.
+    Args:
+      prepared: tables, split and observed interactions.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      per_user: of `evaluate_users` on the test split.
+      splits: observed splits, as for `user_groups`.
 
-    prices, days: as of `suitability.period_returns`. groups: columns of the users.
-
-    Raises:
-      ValueError: rules that the tables do not bear, attributes that make no groups, prices but no times of purchases.
+    Returns:
+      Means over the users of each of `user_groups`, and under "item_interactions" means that count only the held-out
+      items of a band; empty slices are left out.
     """
-    dataset, held_out = prepared.dataset, _held_out(prepared, split)
-    check_groups(dataset.users, groups)
-    may = apply(rules, dataset.users, dataset.items, held_out["seen"])
-    returns = None if prices is None else _returns(prepared, split, prices, days)
-    counts = np.zeros(dataset.n_items, np.int64)  # novelty is not asked for
-    under = evaluate(scorer, **held_out, item_counts=counts, eligible=may)
-    where = {name: held_out[name] for name in ("seen", "n_items", "candidates")}
-    screened = rank_with_filters(scorer, may, under.users, **where, k=k)
-    lists = {"without": screened.before, "under": screened.items}
-    shares = {name: suitable_share(suitable(may, under.users, items), items) for name, items in lists.items()}
-    of_users = {"ndcg@10": under.metrics["ndcg@10"], f"suitable@{k} without": shares["without"]}
-    report: dict[str, Any] = {
-        "users": len(under.users),
-        "k": k,
-        "suitable": {name: _mean(share) for name, share in shares.items()},
-        "exclusions": exclusion_counts(screened, may.names),
-        "costs": {
-            name: dataclasses.asdict(cost)
-            for name, cost in rule_costs(scorer, may, **held_out, item_counts=counts).items()
-        },
-    }
-    if returns is not None:
-        of_users["return under"] = realised_return(screened.items, returns)
-        report["returns"] = {
-            name: {
-                "mean": _mean(realised_return(items, returns)),
-                "priced": float(np.isfinite(returns[items[items >= 0]]).mean()) if (items >= 0).any() else None,
-            }
-            for name, items in lists.items()
-        }
-    report["groups"] = {
-        attribute: {
-            metric: _gaps(group_gaps(values, groups_of(dataset.users, attribute, under.users)))
-            for metric, values in of_users.items()
-        }
-        for attribute in groups
-    }
-    return report
+    items = bands(np.bincount(prepared.observed.item, minlength=prepared.dataset.n_items))
+    of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared, splits).items()}
+    return of_users | {"item_interactions": item_slices(scorer, items, *held_out(prepared, "test"))}
 
 
-def _mean(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean(dtype=np.float64)) if len(known) else None
+def held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]:
+    """Returns what may be recommended when a split is evaluated, and its held-out items.
 
-
-def _gaps(gaps: Gaps) -> dict[str, Any]:
-    found = {name: group._asdict() for name, group in gaps.groups.items()}
-    return {name: getattr(gaps, name) for name in ("best", "worst", "gap", "low", "high", "p")} | {"groups": found}
-
-
-def _returns(prepared: Prepared, split: str, prices: pa.Table, days: int) -> np.ndarray:
-    dataset, data_split = prepared.dataset, prepared.split
-    if "timestamp" not in dataset.interactions.column_names:
-        raise ValueError(f"{dataset.name} has no times of purchases; returns are counted from the last one known")
-    known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    start = int(np.nanmax(column(dataset.interactions, "timestamp")[known]))
-    return period_returns(prices, dataset.items.column("item_id"), start, days)
-
-
-def _held_out(prepared: Prepared, split: str) -> dict[str, Any]:
-    """Arguments of `evaluate`."""
+    Args:
+      prepared: tables and split.
+      split: "valid" or "test".
+    """
     dataset, data_split = prepared.dataset, prepared.split
     users, items = (column(dataset.interactions, name) for name in ("user", "item"))
     rows = getattr(data_split, split)
     known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    return {
-        "truth": item_sets(users[rows], items[rows], dataset.n_users),
-        "seen": item_sets(users[known], items[known], dataset.n_users),
-        "n_items": dataset.n_items,
-        "candidates": data_split.valid_candidates if split == "valid" else data_split.test_candidates,
-    }
+    seen, truth = (item_sets(users[of], items[of], dataset.n_users) for of in (known, rows))
+    candidates = data_split.valid_candidates if split == "valid" else data_split.test_candidates
+    return RankingSpec(seen, dataset.n_items, candidates), truth
 
 
 def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
-    """Of a whole state: scores of the catalogue for a batch of users, as `fused_rec.evaluation.ranking` takes them.
+    """Builds the scorer of a trained model.
 
-    A user of whom the model knows nothing gets what is popular, as from a `baseline`.
+    A user about whom the model knows nothing, so that all scores are equal, is scored by popularity, as by a
+    `baseline`.
+
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model.
+      state: unsharded.
     """
     return sharded_scorer(config, shard_graph_inputs(prepared.graph_inputs), shard_state(state.params))
 
 
 def sharded_scorer(config: Config, graph_inputs: GraphInputs, params: PyTree) -> jax.tree_util.Partial:
-    """The same of a task and parameters that the devices share already."""
+    """Builds the same scorer from inputs and parameters that are sharded already."""
     return jax.tree_util.Partial(
         scores_of, *parallel_embed_nodes(config)(params, graph_inputs), graph_inputs.popularity
     )
@@ -227,20 +135,39 @@ def scores_of(
     popularity: Float32[AnyArray, "I"],
     batch: Int32[AnyArray, "B"],
 ) -> Float32[Array, "B I"]:
-    """What `scorer` gives a batch of users, of the vectors of all users and items."""
+    """Computes the scores of `scorer` from embeddings.
+
+    Args:
+      users: embeddings of all users.
+      items: embeddings of all items.
+      popularity: interactions of each item, the scores of a user about whom nothing is known.
+      batch: user rows.
+
+    Returns:
+      Scores of all items.
+    """
     return _popularity_where_unscorable(lambda batch: users[batch] @ items.T, popularity, batch)
 
 
 def user_item_vectors(
     config: Config, prepared: Prepared, state: TrainState
 ) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
-    """Of a whole state: one vector a user and an item, on the host, whose inner products are the scores of `scorer`.
+    """Computes vectors of all users and items, on the host, whose inner products are the scores of `scorer`.
 
-    Towers, their weights, popularity and EASE's part are columns of what `embed` gives. Only users of whom the model
-    knows nothing, whom `scorer` gives what is popular, are not in it: where there are any, one more column holds each
-    item's popularity, and such a user's vector is 1 there and 0 elsewhere.
+    Branches and their weights, popularity and EASE are columns. Where there are users about whom the model knows
+    nothing, one more column holds each item's popularity; such a user's vector is 1 there and 0 elsewhere.
 
-    Raises ValueError where a vector is not finite, InsufficientMemoryError where they do not fit.
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model.
+      state: unsharded.
+
+    Returns:
+      User vectors and item vectors.
+
+    Raises:
+      ValueError: a vector is not finite.
+      InsufficientMemoryError: the vectors do not fit.
     """
     require_embedding(config, prepared.graph_inputs, "lower model.dim or model.ease_rank")
     users, items = parallel_embed_nodes(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
@@ -269,19 +196,26 @@ def _unscorable_users(
 
 
 def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> dict[str, Any]:
-    """Of one of `BASELINES`, by this metric on validation; the first of the best.
+    """Tunes a baseline on validation.
 
-    prepared: of the training part alone, words and ties included.
+    Args:
+      name: a key of `BASELINES`.
+      prepared: inputs of the training split alone, texts and ties included.
+      metric: name of the metric that decides.
+
+    Returns:
+      The best settings of the grid, the first of equal ones.
 
     Raises:
-      NotApplicableError: the tables tell nothing of what it needs.
+      NotApplicableError: the tables lack what the baseline needs.
+      ValueError: `prepared` includes other splits.
     """
     if len(prepared.observed.user) != len(prepared.split.train):
         raise ValueError(
             f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
             f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
         )
-    _, grid = BASELINES[name]
+    grid = BASELINES[name].grid
     if len(grid) == 1:
         return grid[0]
     values = [evaluate_mean(prepared, baseline(name, prepared, tried), "valid")[metric] for tried in grid]
@@ -291,19 +225,57 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
 
 
 def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
-    """One of `BASELINES`, made of all that `prepared` tells; a user of whom it knows nothing gets what is popular.
+    """Fits a baseline; a user about whom it knows nothing, so that all scores are equal, is scored by popularity.
 
-    So would anyone serve it, and a table says by how much a model ranks better, not for how many it ranks at all.
+    Otherwise a comparison would show for how many users a model ranks at all, not by how much it ranks better.
+
+    Args:
+      name: a key of `BASELINES`.
+      prepared: observed interactions, text features and social edges.
+      settings: an entry of the baseline's grid.
 
     Raises:
-      NotApplicableError: the tables tell nothing of what it needs.
+      NotApplicableError: the tables lack what the baseline needs.
     """
-    make, _ = BASELINES[name]
     return jax.tree_util.Partial(
         _popularity_where_unscorable,
-        make(_interactions(prepared), **settings),
+        BASELINES[name].fit(_interactions(prepared), **settings),
         jnp.asarray(prepared.graph_inputs.popularity),
     )
+
+
+def evaluate_with_baselines(
+    config: Config, prepared: Prepared, state: TrainState, split: str, baselines: Sequence[str] = ()
+) -> dict[str, UserMetrics]:
+    """Evaluates baselines, each tuned on validation, and a trained model on the same held-out split.
+
+    Baselines use the text embeddings of the pretrained encoder, also where the model's encoder is fine-tuned.
+
+    Args:
+      config: settings of the run.
+      prepared: inputs of the model, with text embeddings of its encoder.
+      state: unsharded.
+      split: "valid" or "test".
+      baselines: names in `BASELINES`.
+
+    Returns:
+      Metrics per user by name; the model is the last, under the name of its variant.
+
+    Raises:
+      ValueError: an unknown baseline.
+      NotApplicableError: the tables lack what a baseline needs.
+    """
+    if unknown := set(baselines) - set(BASELINES):
+        raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
+    pretrained = alone = with_pretrained_text(prepared)
+    # The texts and ties of a refitted run include the validation split, on which settings are chosen.
+    if baselines and len(prepared.observed.user) != len(prepared.split.train):
+        alone = prepare(config, prepared.dataset, prepared.split)
+    found = {}
+    for name in tqdm(baselines, desc="baselines", disable=not baselines):
+        fitted = baseline(name, pretrained, choose_settings(name, alone))
+        found[name] = evaluate_users(prepared, fitted, split)
+    return found | {config.model.variant: evaluate_users(prepared, scorer(config, prepared, state), split)}
 
 
 def _popularity_where_unscorable(scorer: Callable[..., Any], popularity: AnyArray, users: AnyArray) -> jax.Array:
@@ -316,9 +288,9 @@ def _has_equal_scores(scores: Any) -> jax.Array:
     return scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
 
 
-def _interactions(prepared: Prepared) -> neighbors.Interactions:
+def _interactions(prepared: Prepared) -> Interactions:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
     text = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
-    return neighbors.Interactions(*pairs, *text, *ties, age=observed.age)
+    return Interactions(*pairs, *text, *ties, age=observed.age)

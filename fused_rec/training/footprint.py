@@ -20,7 +20,7 @@ REMEDY = "lower train.batch_size or model.dim, sample neighbors (docs/SCALE.md),
 
 
 def _num_branches(config: Config, graph: HeteroGraph) -> int:
-    return 2 if config.model.variant == "fused" and graph.text(ITEM).shape[1] > NO_TEXT_DIM else 1
+    return 2 if config.model.fuses_text and graph.text(ITEM).shape[1] > NO_TEXT_DIM else 1
 
 
 def task_bytes(graph: HeteroGraph, devices: int) -> int:
@@ -33,7 +33,7 @@ def task_bytes(graph: HeteroGraph, devices: int) -> int:
 
 def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
     """Returns the bytes of one device's ID embeddings, their gradient and AdamW's two moments."""
-    if config.model.variant == "text":
+    if not config.model.uses_ids:
         return 0
     rows = sum(count for node_type, count in graph.node_types if node_type != USER or config.model.user_id_embedding)
     return 4 * NUMBER * rows * config.model.dim // devices

@@ -54,7 +54,7 @@ def read(config: Config) -> tuple[Dataset, Split]:
       CacheError: texts will be encoded and the cache of their embeddings cannot be made; before anything is read.
       DataError, NoFolderError, ValueError: as `read_dataset`.
     """
-    if config.model.variant != "graph" and config.text.features != "random":
+    if config.encodes_text:
         open_cache(config.text.cache)
     dataset = read_dataset(config)
     return dataset, split(dataset, config.split)
@@ -210,7 +210,7 @@ def encode_node_texts(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.n
     Raises:
       InsufficientMemoryError: text embeddings do not fit in memory.
     """
-    if config.model.variant == "graph" or not texts.texts:
+    if not config.model.uses_text or not texts.texts:
         return texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32)
     model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
     _require_room(texts, model.config.hidden_size + config.text.tfidf_dim)

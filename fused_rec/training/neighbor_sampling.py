@@ -61,7 +61,7 @@ def neighbor_sampler(
     adjacencies = {
         relation: graph_inputs.adjacencies[relation] for relation in active_relations(config.model, graph_inputs.graph)
     }
-    num_layers = min(config.model.num_layers, 1) if config.model.variant == "text" else config.model.num_layers
+    num_layers = config.model.effective_layers
 
     def draw_sample(seed: int, step: int, batch: Batch) -> Sample:
         items = np.concatenate([batch.items.ravel(), batch.negatives.ravel()])

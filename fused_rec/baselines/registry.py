@@ -1,0 +1,45 @@
+"""Baselines by name, each with the settings among which validation chooses."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.tree_util import Partial
+
+from fused_rec.baselines import linear, neighbors
+
+
+class Baseline(NamedTuple):
+    """Recommender without gradient training.
+
+    Attributes:
+      fit: function (interactions, **settings) -> scorer.
+      grid: settings that are tried on validation; at most 8, so that no baseline is better for having been tuned more.
+    """
+
+    fit: Callable[..., Partial]
+    grid: tuple[dict[str, Any], ...]
+
+
+_NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
+_ALS_GRID = tuple(
+    {"factors": k, "regularization": r, "alpha": a, "seed": 0}
+    for k in (32, 64)
+    for r in (10.0, 100.0)
+    for a in (10.0, 40.0)
+)
+_TEXT_EASE_GRID = tuple(
+    {"l2": l2, "l2_text": t, "l2_words": w} for l2 in (30.0, 300.0) for t in (30.0, 300.0) for w in (10.0, 100.0)
+)
+BASELINES: dict[str, Baseline] = {
+    "popularity": Baseline(
+        neighbors.popularity, tuple({"half_life": days} for days in (0.0, 365.0, 180.0, 90.0, 30.0))
+    ),
+    "item_knn": Baseline(neighbors.item_knn, _NEIGHBOR_GRID),
+    "user_knn": Baseline(neighbors.user_knn, _NEIGHBOR_GRID),
+    "friends_mean": Baseline(neighbors.friends_mean, ({},)),
+    "text_mean": Baseline(neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
+    "als": Baseline(neighbors.als, _ALS_GRID),
+    "gf_cf": Baseline(linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
+    "ease": Baseline(linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
+    "text_ease": Baseline(linear.text_ease, _TEXT_EASE_GRID),
+}

@@ -1,0 +1,65 @@
+"""One evaluation of a run and of baselines beside it, whoever asks for it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from market import write_tables
+from tiny import quick_compilation  # noqa: F401
+
+import fused_rec as fr
+from fused_rec import api
+from fused_rec.evaluation.ranking import mean
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
+from fused_rec.training.inputs import prepare, with_pretrained_text
+
+TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
+BASELINES = ("text_mean", "text_ease", "item_knn")
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory) -> fr.Run:
+    """A run whose language model has moved far from the pretrained one, refitted on validation."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    data = {"name": "tables", "path": str(write_tables(folder / "tables", n_users=40, n_items=20))}
+    text = {"model": TINY, "cache": str(folder / "cache"), "finetune": "lora", "finetune_texts_per_step": 8}
+    config = fr.configure(
+        data=data,
+        text=text | {"finetune_learning_rate": 0.1, "tfidf_dim": 0, "max_tokens": 12},
+        model={"dim": 4, "num_layers": 1},
+        train={"batch_size": 16, "max_steps": 6, "eval_every": 3, "refit": True},
+    )
+    return fr.train(config, folder / "run")
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monkeypatch, tmp_path):
+    """Baselines get the text embeddings of the pretrained encoder, as they would without the fine-tuned model."""
+    run = fr.load(finetuned.workdir, split)
+    alone = prepare(run.config, run.prepared.dataset, run.prepared.split)
+    pretrained = with_pretrained_text(run.prepared)
+    expected = {}
+    for name in BASELINES:
+        fitted = baseline(name, pretrained, choose_settings(name, alone))
+        expected[name] = mean(evaluate_users(run.prepared, fitted, split))
+
+    by_api = fr.evaluate(run, split, BASELINES)
+    assert {name: by_api[name] for name in BASELINES} == expected
+    assert by_api["fused"]["ndcg@10"] == pytest.approx(run.results[split]["ndcg@10"], abs=1e-6)
+
+    pages = []
+    monkeypatch.setattr(api, "render_page", lambda facts: pages.append(facts) or "")
+    fr.report(finetuned.workdir, tmp_path / "page.html", split=split, baselines=BASELINES, num_users=0)
+    shown = ("ndcg@10", "recall@10", "auc")
+    for model in pages[0].models:
+        for metric in shown:
+            assert model.metrics[metric][0] == pytest.approx(by_api[model.name][metric], abs=1e-6), (model, metric)
+
+    flags = f"--workdir={finetuned.workdir}", f"--split={split}", f"--baselines={','.join(BASELINES)}"
+    command = [sys.executable, "-m", "experiments.evaluate", *flags, f"--metrics={','.join(shown)}"]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[-1 - len(BASELINES) :]]
+    assert rows == [[name, *(f"{by_api[name][metric]:.4f}" for metric in shown)] for name in (*BASELINES, "fused")]
