@@ -149,7 +149,7 @@ def evaluate_models(
         raise ValueError(f"baselines are {sorted(unknown)}; they must be of {', '.join(BASELINES)}")
     # The words and ties of a refitted run tell of the validation part, on which settings are chosen.
     alone = prepared
-    if baselines and len(prepared.observed.user) != len(prepared.split.train):
+    if baselines and prepared.splits != ("train",):
         alone = prepare(config, prepared.dataset, prepared.split)
     found = {}
     for name in tqdm(baselines, desc="baselines", disable=not baselines):

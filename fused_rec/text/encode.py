@@ -145,8 +145,7 @@ def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: in
     Raises:
       ValueError: `max_tokens` is out of bounds.
     """
-    prompted = [model.prompt + text for text in texts]
-    return np.array([len(ids) for ids in _tokenize(prompted, model, _token_limit(model, max_tokens))], np.int32)
+    return np.array([len(ids) for ids in token_ids(texts, model, max_tokens=max_tokens)], np.int32)
 
 
 @functools.cache
@@ -203,7 +202,7 @@ def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0)
 
 
 def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Int32[np.ndarray, "L"]]:
-    """Tokenizes texts, without the model's prompt, to ids.
+    """Tokenizes texts, with the model's prompt, to ids.
 
     Args:
       texts: texts.
@@ -216,7 +215,7 @@ def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int =
     Raises:
       ValueError: `max_tokens` is out of bounds.
     """
-    return _tokenize(texts, model, _token_limit(model, max_tokens))
+    return _tokenize([model.prompt + text for text in texts], model, _token_limit(model, max_tokens))
 
 
 def _token_limit(model: PretrainedModel, max_tokens: int) -> int:

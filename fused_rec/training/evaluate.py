@@ -84,19 +84,17 @@ def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetric
     return evaluate(scorer, **_held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
 
 
-def evaluate_slices(
-    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
-) -> dict[str, Slices]:
+def evaluate_slices(prepared: Prepared, scorer: Scorer, per_user: UserMetrics) -> dict[str, Slices]:
     """The test part divided by who asks and by what was held out; an empty slice is left out.
 
     user_interactions, user_ties: means over a slice's users. item_interactions: only held-out items of the slice
-    count. Interactions and ties are those that `parts`, what the model has seen, tell of; the ties are the true
-    ones also where a control trains on others, so that all variants are measured on the same slices.
+    count. Interactions and ties are those of the observed splits; the ties are the true ones also where a control
+    trains on others, so that all variants are measured on the same slices.
 
     per_user: of `evaluate_users` on the test part.
     """
     dataset = prepared.dataset
-    ties = observe(dataset, prepared.split, splits).ties
+    ties = observe(dataset, prepared.split, prepared.splits).ties
     tied = np.zeros(dataset.n_users, bool)
     tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
     users = bands(np.bincount(prepared.observed.user, minlength=dataset.n_users))
@@ -276,10 +274,10 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
     Raises:
       NotApplicableError: the tables tell nothing of what it needs.
     """
-    if len(prepared.observed.user) != len(prepared.split.train):
+    if prepared.splits != ("train",):
         raise ValueError(
-            f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
-            f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
+            f"settings are to be chosen on data prepared from {', '.join(prepared.splits)}; prepare the split train "
+            "alone, or what is seen gives away what validation asks"
         )
     _, grid = BASELINES[name]
     if len(grid) == 1:

@@ -56,7 +56,15 @@ from fused_rec.training.evaluate import (
     sharded_scorer,
 )
 from fused_rec.training.footprint import require_embedding, require_step
-from fused_rec.training.inputs import Prepared, init_state, prepare, read, read_dataset, with_finetuned_text
+from fused_rec.training.inputs import (
+    Prepared,
+    init_state,
+    prepare,
+    read,
+    read_dataset,
+    seen_splits,
+    with_finetuned_text,
+)
 from fused_rec.training.neighbor_sampling import PROBE_BATCHES, full_graph_sampler, neighbor_sampler
 from fused_rec.training.sharding import gather_state, parallel_train_step, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import TrainState
@@ -168,9 +176,8 @@ def _chosen_and_tested(
     prepared = with_finetuned_text(config, prepared, state)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
-    known = seen_splits(config)
     if config.train.refit:
-        prepared = prepare(config, dataset, data_split, known)
+        prepared = prepare(config, dataset, data_split, seen_splits(refit=True))
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
         prepared = with_finetuned_text(config, prepared, state)
         seconds += refitted.seconds
@@ -185,7 +192,7 @@ def _chosen_and_tested(
         "seed": config.train.seed,
         "valid": valid,
         "test": mean(per_user),
-        "slices": evaluate_slices(prepared, score, per_user, known),
+        "slices": evaluate_slices(prepared, score, per_user),
         "best_step": progress.best_step,
         "seconds": round(seconds, 1),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -202,11 +209,6 @@ def _chosen_and_tested(
         write_card(workdir / CARD, card(results, amounts, digests, chosen.as_posix()))
         write_json(workdir / RESULTS, results)
     return results
-
-
-def seen_splits(config: Config) -> tuple[str, ...]:
-    """Returns the splits that the final model is trained on: train, and valid with train.refit."""
-    return ("train", "valid") if config.train.refit else ("train",)
 
 
 def fit(
