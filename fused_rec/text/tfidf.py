@@ -77,7 +77,7 @@ def fit_tfidf(texts: Sequence[str], dims: int) -> tuple[TfidfModel, TfidfVectors
     return TfidfModel(terms, np.asarray(first.components_).T), TfidfVectors(vectors, weights)
 
 
-def _term_weights(texts: Sequence[str]) -> tuple["csr_matrix", Mapping[str, int]]:
+def _term_weights(texts: Sequence[str]) -> tuple[Any, Mapping[str, int]]:
     """Computes the TF-IDF matrix [T, V] of texts, and the column of each term."""
     if len(texts) < 4:  # no term is in two texts and in at most half of them
         return _no_terms(len(texts))
@@ -92,7 +92,7 @@ def _term_weights(texts: Sequence[str]) -> tuple["csr_matrix", Mapping[str, int]
         return _no_terms(len(texts))
 
 
-def _no_terms(n_texts: int) -> tuple["csr_matrix", Mapping[str, int]]:
+def _no_terms(n_texts: int) -> tuple[Any, Mapping[str, int]]:
     """Returns the TF-IDF matrix of texts that share no term, [T, 0]."""
     from scipy.sparse import csr_matrix
 
