@@ -10,7 +10,7 @@ from fused_rec.config import Config, TextConfig
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.data.leakage import audit
-from fused_rec.data.node_texts import node_texts
+from fused_rec.data.node_texts import USER, node_texts
 from fused_rec.data.splits import observe
 from fused_rec.training import inputs as preparing
 
@@ -101,5 +101,5 @@ def test_isolated_users_of_the_market_get_words():
     assert made == expected and own.count(None) > 100
     observed = observe(market, data_split)
     texts = node_texts(market, observed)
-    assert set(texts.user_rows) == set(range(market.n_users))
+    assert set(texts.links[USER].nodes) == set(range(market.n_users))
     assert audit(market, data_split, observed, texts)["texts of nodes"] > market.n_users

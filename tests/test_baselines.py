@@ -330,7 +330,7 @@ def test_validation_chooses_the_settings(market):
 
 
 def test_settings_are_not_chosen_where_the_answers_are_seen(market):
-    with pytest.raises(ValueError, match="prepare it alone"):
+    with pytest.raises(ValueError, match="data prepared from train, valid; prepare the split train alone"):
         choose_settings("popularity", market[1])
 
 

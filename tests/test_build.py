@@ -9,7 +9,6 @@ import pytest
 from fused_rec.config import GraphConfig
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.data.io.tables import dataset_from_tables
-from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
 from fused_rec.graph.build import (
     INTERACTED_BY,
@@ -17,7 +16,6 @@ from fused_rec.graph.build import (
     attribute_edges,
     build,
     check_relations,
-    node_vectors,
     social_relations,
     text_knn_edges,
 )
@@ -56,19 +54,7 @@ def observed(ties: pa.Table = TIES) -> Observed:
     return Observed(USER, ITEM, empty_reviews(), ties, np.zeros(len(USER), np.float32))
 
 
-def texts_given(rows, texts, weights=None):
-    return (
-        np.array(rows, np.int32),
-        np.array(texts, np.int32),
-        np.ones(len(rows), np.float32) if weights is None else np.array(weights, np.float32),
-    )
-
-
-def no_words() -> NodeTexts:
-    return NodeTexts([], *texts_given([], []), *texts_given([], []))
-
-
-NO_VECTORS = np.zeros((0, 4), np.float32)
+NO_TEXT = {"user": np.zeros((4, 4), np.float32), "item": np.zeros((5, 4), np.float32)}
 
 
 def rows(edges):
@@ -82,7 +68,7 @@ def approx(expected):
 
 
 def test_holdings_by_hand():
-    graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig())
+    graph = build(dataset(), observed(), NO_TEXT, GraphConfig())
     assert graph.node_types == (("user", 4), ("item", 5))
     # 1 / sqrt(degree of user * degree of item)
     assert rows(graph.edges(INTERACTS)) == approx(
@@ -110,12 +96,12 @@ def test_one_way_among_mutual_ties_gives_both_relations():
 
 def test_no_ties_no_relation():
     assert social_relations(empty_ties(), FOUR) == {}
-    graph = build(dataset(ties=empty_ties()), observed(empty_ties()), no_words(), NO_VECTORS, GraphConfig())
+    graph = build(dataset(ties=empty_ties()), observed(empty_ties()), NO_TEXT, GraphConfig())
     assert [relation for relation, _ in graph.relations] == [INTERACTS, INTERACTED_BY]
 
 
 def test_attributes_by_hand():
-    graph = build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("sector",)))
+    graph = build(dataset(), observed(), NO_TEXT, GraphConfig(attributes=("sector",)))
     assert graph.node_types[2:] == (("sector", 2),)  # 0 bank, 1 energy
     # Two items are banks, one is energy; the nulls of items 2 and 4 are no sector.
     assert rows(graph.edges(Relation("item", "in_sector", "sector"))) == approx(
@@ -146,9 +132,7 @@ def test_attribute_edges(values, expected):
 
 def test_a_column_without_values_makes_no_nodes():
     items = dataset().items.append_column("issuer", pa.array([None] * 5, pa.string()))
-    graph = build(
-        dataset(items=items), observed(), no_words(), NO_VECTORS, GraphConfig(attributes=("issuer", "sector"))
-    )
+    graph = build(dataset(items=items), observed(), NO_TEXT, GraphConfig(attributes=("issuer", "sector")))
     assert graph.node_types[2:] == (("issuer", 0), ("sector", 2))
     assert dict(graph.relations)[Relation("issuer", "issuer_of", "item")] == 0
 
@@ -166,7 +150,7 @@ def test_a_column_without_values_makes_no_nodes():
 )
 def test_attributes_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
-        build(dataset(), observed(), no_words(), NO_VECTORS, GraphConfig(**changes))
+        build(dataset(), observed(), NO_TEXT, GraphConfig(**changes))
 
 
 def test_names_that_collide_are_refused():
@@ -175,9 +159,9 @@ def test_names_that_collide_are_refused():
         social_relations(ties, FOUR)
 
 
-def test_vectors_of_another_split_are_refused():
-    with pytest.raises(ValueError, match="3 vectors for 0 texts; encode the texts of this split"):
-        build(dataset(), observed(), no_words(), np.zeros((3, 4), np.float32), GraphConfig())
+def test_text_of_other_nodes_is_refused():
+    with pytest.raises(ValueError, match="text has 10 rows for 9 nodes"):
+        build(dataset(), observed(), NO_TEXT | {"user": np.zeros((5, 4), np.float32)}, GraphConfig())
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
@@ -215,55 +199,6 @@ def test_nearest_texts_in_blocks(monkeypatch):
         assert sum(w for (_, receiver), w in whole.items() if receiver == node) == pytest.approx(float(len(best) > 0))
 
 
-def test_node_vectors_by_hand():
-    # One direction: nodes 0, 1, 3 stand at 0, 2 and 4 (the mean of 2 and 6), so around 2 they are at -2, 0, 2.
-    vectors = np.array([[0], [2], [6]], np.float32)
-    rows, texts, weights = texts_given([0, 1, 3, 3], [0, 1, 1, 2], [1, 1, 0.5, 0.5])
-    assert node_vectors(rows, texts, weights, vectors, 5).tolist() == [[-1], [0], [0], [1], [0]]
-
-
-def test_whitening_evens_out_the_directions():
-    # Around their mean (5, 5) the nodes stand at (+-2, +-1): variances 16/3 and 4/3 (n - 1 = 3), 10/3 on average.
-    vectors = 5 + np.array([[2, 1], [-2, 1], [2, -1], [-2, -1]], np.float32)
-    step = np.array([2 / np.sqrt(16 / 3 + 10 / 3), 1 / np.sqrt(4 / 3 + 10 / 3)])
-    expected = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]]) * step / np.linalg.norm(step)
-    every = texts_given(range(4), range(4))
-    np.testing.assert_allclose(node_vectors(*every, vectors, 4), expected, rtol=1e-5)
-
-
-def test_rows_are_unit_and_textless_nodes_zero():
-    vectors = np.random.default_rng(0).normal(2, 1, size=(6, 3)).astype(np.float32)
-    out = node_vectors(*texts_given([0, 2, 3, 4, 4], [0, 1, 2, 3, 5], [1, 1, 1, 0.3, 0.7]), vectors, 6)
-    assert out.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(out, axis=1), [1, 0, 1, 1, 1, 0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [[], [2]])
-def test_too_few_words_to_compare_are_none(rows):
-    assert not node_vectors(*texts_given(rows, rows), np.ones((3, 2), np.float32), 4).any()
-
-
-def test_words_that_all_nodes_share_say_nothing():
-    vector = np.random.default_rng(0).normal(size=(1, 8)).astype(np.float32)
-    for nodes in (2, 3, 7, 100):
-        assert not node_vectors(*texts_given(range(nodes), [0] * nodes), vector, nodes).any()
-
-
-def test_vectors_do_not_depend_on_the_signs_of_the_directions(monkeypatch):
-    """LAPACK may turn an eigenvector round; the parameters of a checkpoint must meet the same words again."""
-    vectors = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
-    every = texts_given(range(8), range(8))
-    here = node_vectors(*every, vectors, 8)
-    eigh = np.linalg.eigh
-
-    def elsewhere(matrix):
-        variance, directions = eigh(matrix)
-        return variance, directions * np.array([[-1, 1, -1]])
-
-    monkeypatch.setattr(np.linalg, "eigh", elsewhere)
-    np.testing.assert_allclose(node_vectors(*every, vectors, 8), here, atol=1e-6)
-
-
 # --- the law -------------------------------------------------------------------------------------------------------
 
 
@@ -271,17 +206,15 @@ def test_permuting_the_users_permutes_the_graph():
     """User u becomes user at[u]; items keep their places."""
     rng = np.random.default_rng(0)
     at = np.array([2, 0, 3, 1])
-    vectors = rng.normal(size=(9, 3)).astype(np.float32)
-    users, items = texts_given(range(4), [0, 1, 2, 3]), texts_given(range(5), [4, 5, 6, 7, 8])
+    text = {name: rng.normal(size=(count, 3)).astype(np.float32) for name, count in FOUR.items()}
+    text = {name: rows / np.linalg.norm(rows, axis=1, keepdims=True) for name, rows in text.items()}
     config = GraphConfig(attributes=("sector",), text_knn=2)
 
-    before = build(dataset(), observed(), NodeTexts(list("abcdefghi"), *users, *items), vectors, config)
-    order = np.argsort(at)
+    before = build(dataset(), observed(), text, config)
     moved = TIES.set_column(0, "source", pa.array(at[TIES["source"]], pa.int32()))
     moved = moved.set_column(1, "target", pa.array(at[TIES["target"]], pa.int32()))
     seen = Observed(at[USER].astype(np.int32), ITEM, empty_reviews(), moved, np.zeros(len(USER), np.float32))
-    texts = NodeTexts(list("abcdefghi"), np.arange(4, dtype=np.int32), users[1][order], users[2], *items)
-    after = build(dataset(ties=moved), seen, texts, vectors, config)
+    after = build(dataset(ties=moved), seen, text | {"user": text["user"][np.argsort(at)]}, config)
 
     np.testing.assert_allclose(after.text("user")[at], before.text("user"), atol=1e-5)
     np.testing.assert_allclose(after.text("item"), before.text("item"), atol=1e-6)
@@ -299,7 +232,7 @@ def test_too_many_kinds_of_ties_are_refused():
     check_relations(dataset().items, ties.slice(1), GraphConfig())
     refused = r"ties.kind has 65 distinct values \('kind 0', 'kind 1', 'kind 2', ...\).* takes at most 64. Merge"
     with pytest.raises(ValueError, match=refused):
-        build(dataset(ties=ties), observed(ties), no_words(), NO_VECTORS, GraphConfig())
+        build(dataset(ties=ties), observed(ties), NO_TEXT, GraphConfig())
 
 
 def test_attributes_that_connect_nothing_are_refused_or_logged(caplog):

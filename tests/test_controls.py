@@ -5,13 +5,15 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretrained import model_of_width
 
 from fused_rec.config import SplitConfig, from_dict
 from fused_rec.data.controls import random_texts, rewire, shuffle_texts
-from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks, NodeTexts, node_texts
 from fused_rec.data.splits import observe, split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.graph.hetero import Relation
+from fused_rec.text import features
 from fused_rec.training import inputs as preparing
 
 
@@ -111,17 +113,16 @@ def test_mutual_ties_have_no_direction():
 def finetuned() -> NodeTexts:
     """Users 1, 2, 5 and 7 have words, user 5 two texts; items 0 and 3 too; text 2 is a user's and an item's."""
     f32, i32 = np.float32, np.int32
-    return NodeTexts(
-        ["a", "b", "c", "d", "e"],
-        np.array([1, 2, 5, 5, 7], i32), np.array([0, 1, 1, 2, 3], i32), np.array([1, 1, 0.25, 0.75, 1], f32),
-        np.array([0, 3, 3], i32), np.array([2, 0, 4], i32), np.array([1, 0.5, 0.5], f32),
-    )  # fmt: skip
+    users = np.array([1, 2, 5, 5, 7], i32), np.array([0, 1, 1, 2, 3], i32), np.array([1, 1, 0.25, 0.75, 1], f32)
+    items = np.array([0, 3, 3], i32), np.array([2, 0, 4], i32), np.array([1, 0.5, 0.5], f32)
+    return NodeTexts(["a", "b", "c", "d", "e"], {USER: NodeTextLinks(*users, 9), ITEM: NodeTextLinks(*items, 4)})
 
 
 def texts_given(texts: NodeTexts, node: str) -> dict[int, list[tuple[int, float]]]:
     out: dict[int, list[tuple[int, float]]] = {}
-    parts = (getattr(texts, f"{node}_{part}").tolist() for part in ("rows", "texts", "weights"))
-    for row, text, weight in zip(*parts, strict=True):
+    links = texts.links[node]
+    assert links.n_nodes == {USER: 9, ITEM: 4}[node]
+    for row, text, weight in zip(links.nodes.tolist(), links.texts.tolist(), links.weights.tolist(), strict=True):
         out.setdefault(row, []).append((text, weight))
     return out
 
@@ -164,15 +165,11 @@ def market(monkeypatch):
     """A small market, its split, and an encoder that says how often it was asked; words are told by length."""
     dataset = make_synthetic(0, n_users=60, n_items=25)
 
-    class Model:
-        class config:  # noqa: N801
-            hidden_size = 6
-
     def embed(texts, model, **_):
         return np.stack([np.random.default_rng(len(text)).standard_normal(6) for text in texts]).astype(np.float32)
 
-    monkeypatch.setattr(preparing, "open_model", lambda name, **_: Model)
-    monkeypatch.setattr(preparing, "encode_texts", embed)
+    monkeypatch.setattr(features, "open_model", lambda name, **_: model_of_width(6))
+    monkeypatch.setattr(features, "encode_texts", embed)
     return dataset, split(dataset, SplitConfig())
 
 
@@ -256,7 +253,7 @@ def test_random_words_need_the_encoder_for_its_width_only(market, monkeypatch):
         raise AssertionError("encoded")
 
     true = prepared(market)
-    monkeypatch.setattr(preparing, "encode_texts", refuse)
+    monkeypatch.setattr(features, "encode_texts", refuse)
     drawn = prepared(market, text="random")
     for node in ("user", "item"):
         before, after = (np.asarray(done.graph_inputs.graph.text(node)) for done in (true, drawn))

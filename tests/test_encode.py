@@ -16,7 +16,7 @@ from safetensors.numpy import load, load_file
 
 from fused_rec.text import encode as embed_module
 from fused_rec.text.cache import purge, read_vectors, write_vectors
-from fused_rec.text.encode import count_tokens, encode_texts
+from fused_rec.text.encode import count_tokens, encode_texts, token_ids
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,6 +95,15 @@ def test_order_and_batch_size_do_not_matter(tiny, fresh):
     np.testing.assert_allclose(shuffled, fresh[order], atol=1e-5)
     alone = encode_texts(TEXTS[:3], tiny, cache=None, batch_tokens=1, progress=False)
     np.testing.assert_allclose(alone, fresh[:3], atol=1e-5)
+
+
+def test_token_ids_start_with_the_prompt(tiny):
+    """Fine-tuning encodes them, and compares with cached vectors, whose texts have it."""
+    prompted = dataclasses.replace(tiny, prompt="query: ")
+    expected = token_ids([f"query: {text}" for text in TEXTS], tiny, max_tokens=9)
+    found = token_ids(TEXTS, prompted, max_tokens=9)
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+    assert [len(ids) for ids in found] == count_tokens(TEXTS, prompted, max_tokens=9).tolist()
 
 
 def test_equal_texts_are_encoded_once(tiny, monkeypatch):

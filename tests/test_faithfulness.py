@@ -30,7 +30,6 @@ from fused_rec.explanation.faithfulness import (
 )
 from fused_rec.graph.adjacency import build_adjacencies
 from fused_rec.graph.build import INTERACTED_BY, INTERACTS, build
-from fused_rec.training import inputs as preparing
 from fused_rec.training.inputs import prepare
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
@@ -44,7 +43,7 @@ CONFIG = Config(
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """(config, prepared, params, texts, vectors) of a model with parameters as after some training."""
+    """(config, prepared, params, text features of nodes) of a model with parameters as after some training."""
     text = dataclasses.replace(CONFIG.text, cache=str(tmp_path_factory.mktemp("cache")))
     config = dataclasses.replace(CONFIG, text=text)
     market = make_synthetic(0, n_users=40, n_items=24)
@@ -52,8 +51,7 @@ def opened(tmp_path_factory):
     leaves, tree = jax.tree.flatten(init(config, prepared.graph_inputs).params)
     rng = np.random.default_rng(0)
     params = jax.tree.unflatten(tree, [x + rng.normal(size=x.shape).astype(np.float32) / 3 for x in leaves])
-    texts = preparing.node_texts(prepared.dataset, prepared.observed)
-    return config, prepared, params, *preparing.encode_node_texts(config, texts)
+    return config, prepared, params, {name: nodes.rows for name, nodes in prepared.text.node_rows().items()}
 
 
 def given(config, params, graph_inputs, user) -> np.ndarray:
@@ -101,7 +99,7 @@ def test_without_one_holding_as_computed_anew(opened):
 
 def test_without_holdings_and_ties_as_built_anew(opened):
     """All that a user holds and whom they are tied to, taken out of the tables before the graph is built."""
-    config, prepared, params, texts, vectors = opened
+    config, prepared, params, text = opened
     user, observed = a_user(prepared), prepared.observed
     gone = [source for source in sources(prepared.graph_inputs, user) if source.kind != SIMILAR_USERS]
     assert {source.kind for source in gone} == {INTERACTION, "tie:referral", "tie:referral_of"}
@@ -112,7 +110,7 @@ def test_without_holdings_and_ties_as_built_anew(opened):
         **{name: getattr(observed, name)[kept] for name in ("user", "item", "age")},
         ties=observed.ties.filter(pa.array(~tied)),
     )
-    graph = build(prepared.dataset, less, texts, vectors, config.graph)
+    graph = build(prepared.dataset, less, text, config.graph)
     popularity = item_counts(less.item, less.age, config.model.popularity_half_life, prepared.dataset.n_items)
     anew = GraphInputs(graph, build_adjacencies(graph), prepared.graph_inputs.trained_items, popularity)
     graph_inputs = without_sources(config, observed, prepared.graph_inputs, user, gone)
@@ -135,13 +133,13 @@ def test_who_is_left_of_those_with_similar_words_is_active_more(opened):
 
 
 def test_mutual_ties_are_their_own_way_back(opened):
-    config, prepared, _, texts, vectors = opened
+    config, prepared, _, text = opened
     one = prepared.observed.ties
     there = np.stack([one.column("source").to_numpy(), one.column("target").to_numpy()], 1)
     pairs = np.unique(np.concatenate([there, there[:, ::-1]]), axis=0).astype(np.int32)
     kinds = pa.array(["friend"] * len(pairs))
     ties = pa.table({"source": pairs[:, 0], "target": pairs[:, 1], "kind": kinds})
-    graph = build(prepared.dataset, dataclasses.replace(prepared.observed, ties=ties), texts, vectors, config.graph)
+    graph = build(prepared.dataset, dataclasses.replace(prepared.observed, ties=ties), text, config.graph)
     graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=graph, adjacencies=build_adjacencies(graph))
     user = int(pairs[0, 0])
     friends = [source for source in sources(graph_inputs, user) if source.kind == "tie:friend"]

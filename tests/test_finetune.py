@@ -313,7 +313,8 @@ def test_a_draw_is_of_the_batchs_texts_bounded_distinct_and_repeatable(cache, pr
             linked = np.isin(links.texts, texts)
             real = rows.weights > 0
             found = zip(rows.nodes[rows.places[real]], texts[rows.texts[real]], rows.weights[real], strict=True)
-            assert sorted(found) == sorted(zip(*(part[linked] for part in links), strict=True))
+            expected = zip(links.nodes[linked], links.texts[linked], links.weights[linked], strict=True)
+            assert sorted(found) == sorted(expected)
         shapes.add(jax.tree.structure(text_batch).unflatten(map(np.shape, jax.tree.leaves(text_batch))).ids)
         seen |= set(texts.tolist())
     assert len(shapes) <= finetune.LENGTH_BUCKETS

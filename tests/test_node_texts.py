@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
-from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.node_texts import USER, NodeTexts, node_texts
 from fused_rec.data.splits import Observed
 
 
@@ -27,10 +27,10 @@ def words(users: list[str | None] | None, items: list[str | None] | None, texts_
     return node_texts(data, Observed(pairs, pairs, texts_given, empty_ties(), np.zeros(len(pairs), np.float32)))
 
 
-def by_node(texts: NodeTexts, side: str) -> dict[int, dict[str, float]]:
-    columns = (getattr(texts, f"{side}_{name}").tolist() for name in ("rows", "texts", "weights"))
+def by_node(texts: NodeTexts, node_type: str) -> dict[int, dict[str, float]]:
     nodes: dict[int, dict[str, float]] = {}
-    for row, text, weight in zip(*columns, strict=True):
+    links = texts.links[node_type]
+    for row, text, weight in zip(links.nodes.tolist(), links.texts.tolist(), links.weights.tolist(), strict=True):
         assert texts.texts[text] not in nodes.setdefault(row, {})
         nodes[row][texts.texts[text]] = weight
     return nodes
@@ -47,8 +47,9 @@ def test_description_has_half_and_reviews_share_half():
         1: {"good": 1},
         2: {"bad": 2 * third, "so so": third},
     }
-    assert texts.user_rows.tolist() == [0, 0, 0, 0, 1]
-    assert (texts.user_rows.dtype, texts.user_weights.dtype) == (np.int32, np.float32)
+    users = texts.links[USER]
+    assert users.nodes.tolist() == [0, 0, 0, 0, 1]
+    assert (users.nodes.dtype, users.weights.dtype, users.n_nodes) == (np.int32, np.float32, 3)
 
 
 def test_blank_reviews_are_nobodys_words():
@@ -65,7 +66,8 @@ def test_a_review_that_repeats_the_description_adds_to_it():
 
 def test_without_any_words():
     texts = words(None, None, empty_reviews())
-    assert texts.texts == [] and len(texts.user_rows) == len(texts.item_weights) == 0
+    assert texts.texts == []
+    assert [(len(links.nodes), len(links.weights), links.n_nodes) for links in texts.links.values()] == [(0, 0, 3)] * 2
 
 
 def test_weights_sum_to_one_and_keep_first_appearance_order():
@@ -73,6 +75,6 @@ def test_weights_sum_to_one_and_keep_first_appearance_order():
     texts_given = reviews([(int(u), int(i), f"text {t}") for u, i, t in rng.integers(0, 3, (500, 3))])
     texts = words([None, "text 1", "zebra"], ["apple", None, "text 1"], texts_given)
     assert texts.texts[:3] == ["text 1", "zebra", "apple"]
-    for rows, weights in ((texts.user_rows, texts.user_weights), (texts.item_rows, texts.item_weights)):
-        np.testing.assert_allclose(np.bincount(rows, weights), 1, atol=1e-6)
-        assert (np.diff(rows) >= 0).all()
+    for links in texts.links.values():
+        np.testing.assert_allclose(np.bincount(links.nodes, links.weights), 1, atol=1e-6)
+        assert (np.diff(links.nodes) >= 0).all()

@@ -4,22 +4,23 @@ import dataclasses
 import importlib
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from pretrained import model_of_width
 
 from experiments import configs
 from fused_rec.config import Config, SplitConfig, from_dict
 from fused_rec.data.dataset import Dataset, column
-from fused_rec.data.node_texts import node_texts
+from fused_rec.data.node_texts import ITEM, node_texts
 from fused_rec.data.sources.registry import load
 from fused_rec.data.splits import SPLIT_NAMES, Split, observe, split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.studies.tune import with_settings
+from fused_rec.text import features
 from fused_rec.training import inputs as preparing
 from fused_rec.training import trainer
 from fused_rec.training.evaluate import evaluate_mean, scorer
@@ -88,7 +89,7 @@ def test_a_task_splits_as_it_says(config_name):
     assert counted == COUNTS[config_name]
     if config.split.kind == "new_items":  # their words are all that is known
         texts_given = node_texts(dataset, known)
-        assert np.isin(new_items(data_split), texts_given.item_rows).all()
+        assert np.isin(new_items(data_split), texts_given.links[ITEM].nodes).all()
 
 
 @pytest.mark.skipif("FUSED_REC_DATA" not in os.environ, reason="set FUSED_REC_DATA to the folder of the real datasets")
@@ -123,10 +124,8 @@ def encoder():
         return np.stack(vectors).astype(np.float32)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            preparing, "open_model", lambda name, **_: SimpleNamespace(config=SimpleNamespace(hidden_size=12))
-        )
-        patch.setattr(preparing, "encode_texts", embed)
+        patch.setattr(features, "open_model", lambda name, **_: model_of_width(12))
+        patch.setattr(features, "encode_texts", embed)
         yield
 
 

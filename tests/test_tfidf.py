@@ -1,13 +1,10 @@
-"""Vectors of counted words on texts small enough to count by hand, and their place beside the language model's."""
+"""TF-IDF vectors of texts small enough to count by hand."""
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from fused_rec.config import Config, from_dict
-from fused_rec.data.node_texts import NodeTexts
-from fused_rec.text.tfidf import concat_normalized, tfidf_vectors
-from fused_rec.training import inputs as preparing
+from fused_rec.text.tfidf import fit_tfidf
 
 # Every term is in two of the six texts, so all weigh the same.
 CHAIN = ["gold ore", "gold coin", "bank coin", "bank loan", "loan", "ore"]
@@ -20,6 +17,11 @@ CHAIN_COSINES = [
     [0, 0, 0, ROOT, 1, 0],
     [ROOT, 0, 0, 0, 0, 1],
 ]
+
+
+def tfidf_vectors(texts: list[str], dims: int) -> np.ndarray:
+    _, found = fit_tfidf(texts, dims)
+    return found.vectors
 
 
 def test_likeness_by_hand():
@@ -98,71 +100,21 @@ def test_another_fault_is_not_taken_for_too_few_terms(monkeypatch):
         tfidf_vectors(CHAIN, 4)
 
 
-# --- beside other vectors ------------------------------------------------------------------------------------------
+def test_vectors_are_weights_in_the_directions_of_the_model():
+    model, found = fit_tfidf(CHAIN, 3)
+    assert (model.directions.shape, found.weights.shape) == ((len(model.terms), 3), (6, 5))
+    np.testing.assert_allclose(found.weights @ model.directions, found.vectors, atol=1e-6)
 
 
-def test_each_view_is_scaled_by_its_spread():
-    one = np.array([[3, 4], [-3, -4], [3, 4], [-3, -4]], np.float32)  # 5 from the mean, 0
-    other = np.array([[10], [14], [10], [14]], np.float32)  # 2 from the mean, 12, which stays in
-    joined = concat_normalized(one, np.zeros((4, 0), np.float32), other)
-    np.testing.assert_allclose(joined, [[0.6, 0.8, 5], [-0.6, -0.8, 7], [0.6, 0.8, 5], [-0.6, -0.8, 7]], rtol=1e-6)
-    assert joined.dtype == np.float32
+def test_terms_are_found_at_their_characters():
+    """A capital İ is two characters in lower case, the second of which ends a word."""
+    texts = ["Red_fox and İstanbul fox", "red_fox istanbul", "fox İstanbul and", "x", "y", "z"]
+    model, _ = fit_tfidf(texts, 8)
+    places = list(model.occurrences(texts[0]))
+    assert [texts[0][start:end] for start, end, _ in places] == ["Red_fox", "and", "stanbul", "fox"]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_equal_rows_are_not_blown_up(rows):
-    """The mean of seven equal rows is off by a rounding error, which is no spread."""
-    view = np.tile(np.array([[0.1, 0.3, 0.7]], np.float32), (rows, 1))
-    np.testing.assert_array_equal(concat_normalized(view), view)
-    np.testing.assert_array_equal(concat_normalized(np.zeros_like(view)), np.zeros_like(view))
-
-
-# --- among the words of a run --------------------------------------------------------------------------------------
-
-
-def texts_of(texts_given: list[str]) -> NodeTexts:
-    """Users say the first half of the texts, items the rest, one each."""
-    half, places = len(texts_given) // 2, np.arange(len(texts_given), dtype=np.int32)
-    users, items = places[:half], places[half:]
-    return NodeTexts(
-        texts_given, users, users, np.ones(len(users), np.float32), items - half, items, np.ones(len(items), np.float32)
-    )
-
-
-@pytest.fixture
-def encoder(monkeypatch) -> np.ndarray:
-    """What a made-up language model says of `CHAIN`."""
-
-    class Model:
-        class config:  # noqa: N801
-            hidden_size = 3
-
-    vectors = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-    monkeypatch.setattr(preparing, "open_model", lambda name, **_: Model)
-    monkeypatch.setattr(preparing, "encode_texts", lambda texts, model, **_: vectors)
-    return vectors
-
-
-@pytest.mark.parametrize("control", ["real", "shuffled"])
-def test_counted_words_stand_beside_the_language_model(encoder, control):
-    config = from_dict({"text": {"features": control, "tfidf_dim": 4}})
-    texts, vectors = preparing.encode_node_texts(config, texts_of(CHAIN))
-    assert texts.texts == CHAIN
-    np.testing.assert_array_equal(vectors, concat_normalized(encoder, tfidf_vectors(CHAIN, 4)))
-    assert vectors.shape == (6, 3 + 4)
-    assert np.array_equal(texts.user_texts, [0, 1, 2]) == (control == "real")
-
-
-def test_without_counted_words_the_language_model_is_untouched(encoder, monkeypatch):
-    monkeypatch.setattr(preparing, "concat_normalized", None)  # not to be called
-    _, vectors = preparing.encode_node_texts(from_dict({"text": {"tfidf_dim": 0}}), texts_of(CHAIN))
-    np.testing.assert_array_equal(vectors, encoder)
-
-
-def test_a_variant_without_words_reads_none(monkeypatch):
-    for name in ("open_model", "encode_texts", "tfidf_vectors", "concat_normalized"):
-        monkeypatch.setattr(preparing, name, None)  # not to be called
-    texts, vectors = preparing.encode_node_texts(from_dict({"model": {"variant": "graph"}}), texts_of(CHAIN))
-    assert texts.texts == CHAIN
-    assert len(vectors) == 6 and not vectors.any()
-    assert Config().text.tfidf_dim  # though they are asked for
+def test_a_model_without_terms_finds_none():
+    model, found = fit_tfidf(CHAIN, 0)
+    assert list(model.occurrences(CHAIN[0])) == []
+    assert found.weights[2].toarray().shape == (1, 0) == (1, len(model.directions))

@@ -124,17 +124,17 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     sides = [text.side for text in found.texts]
     [of_user] = [place for place, text in enumerate(found.texts) if text.text == SCRIPTS]
     of_item = sides.index(ITEM)
-    texts = np.array([read.texts.texts.index(text.text) for text in found.texts])
+    texts = np.array([read.features.texts.texts.index(text.text) for text in found.texts])
     moved = subject._embed_tokens(read, texts)
     shares = np.array([[text.weight * (text.side == side) for text in found.texts] for side in (USER, ITEM)])
     own = np.stack([read.means[USER][user], read.means[ITEM][item]])
     rest = own - shares @ read.vectors[texts]
     space = [
         np.array([True, True]),
-        *(np.stack([read.whitenings[side][part] for side in (USER, ITEM)]) for part in (0, 1)),
+        *(np.stack([read.features.fitted.whitening[side][part] for side in (USER, ITEM)]) for part in (0, 1)),
     ]
-    assert read.tfidf is not None
-    weights, directions = read.tfidf.weights[texts].toarray(), read.tfidf.directions
+    scales, tfidf = read.features.fitted.scales, read.features.fitted.tfidf
+    weights, directions = read.features.tfidf.weights[texts].toarray(), tfidf.directions
 
     def at(share: float, place: int, token: int, term: int, step: float) -> float:
         vectors = []
@@ -146,12 +146,8 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
                 counts[term] += step * weights[number, term] * (term >= 0)
             embeddings = (factors[:, None] * text.embeddings).astype(np.float32)
             model = read.model
-            encoded = subject._encode(
-                read.weights, embeddings[None], text.mask, model.config, model.pooling, model.normalize
-            )
-            vectors.append(
-                np.concatenate([np.asarray(encoded)[0] / read.scale[0], counts @ directions / read.scale[1]])
-            )
+            encoded = subject._encode(read.weights, embeddings[None], text.mask, subject._encoder(model))
+            vectors.append(np.concatenate([np.asarray(encoded)[0] / scales.lm, counts @ directions / scales.tfidf]))
         means = (rest + shares @ np.stack(vectors)).astype(np.float32)
         settings = subject.compile_key(read.config)
         rows = np.array([user, item], np.int32)
@@ -172,10 +168,10 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     tokens_of = [n for n, (start, end) in enumerate(cut.spans) if naive.start <= start < end <= naive.end]
     assert sum(value(of_user, token=n) for n in tokens_of) == pytest.approx(naive.value, rel=0.03, abs=2e-5)
     # A counted term of the item's text: its share of the words that it stands in is what its tokens leave.
-    start, end, row = next(iter(read.tfidf.occurrences(found.texts[of_item].text)))
+    start, end, row = next(iter(tfidf.occurrences(found.texts[of_item].text)))
     [counted] = [word for word in found.tokens if word.text == of_item and word.start == start]
     assert counted.end == end
-    often = sum(row == other for *_, other in read.tfidf.occurrences(found.texts[of_item].text))
+    often = sum(row == other for *_, other in tfidf.occurrences(found.texts[of_item].text))
     tokens_of = [n for n, span in enumerate(moved[of_item].tokens.spans) if start <= span[0] < span[1] <= end]
     by_hand = sum(value(of_item, token=n) for n in tokens_of) + value(of_item, term=row) / often
     assert by_hand == pytest.approx(counted.value, rel=0.03, abs=2e-5)
@@ -192,7 +188,7 @@ def test_a_node_without_words_has_none(opened):
 
 def test_the_texts_that_change_most_are_split(opened):
     _, prepared, read = opened("fused")
-    count = np.bincount(read.texts.item_rows)
+    count = np.bincount(read.features.texts.links[ITEM].nodes)
     item = int(count.argmax())
     assert count[item] > 3
     few, more = attribute_tokens(read, 0, item, limit=2), attribute_tokens(read, 0, item, limit=100)
@@ -208,9 +204,26 @@ def test_what_cannot_be_split_is_refused(opened):
     for changes in ({"model": {"variant": "graph"}}, {"text": {"features": "random"}}):
         with pytest.raises(ValueError, match="token attribution needs a variant that uses text"):
             attributor(from_dict(changes), None, prepared)
-    other = opened("shuffled")[1].graph_inputs
-    with pytest.raises(ValueError, match=r"user 0: the texts give another vector than the graph has"):
-        attribute_tokens(dataclasses.replace(read, graph_inputs=other), 0, 3)
+
+
+@pytest.mark.parametrize("name", ["fused", "text", "shuffled"])
+def test_the_two_nodes_start_at_their_rows_of_the_graph(opened, name):
+    _, prepared, read = opened(name)
+    for rows in ((0, 3), (5, 7), (1, 2)):  # user 1 and item 2 have no text
+        own = np.stack([read.means[side][row] for side, row in zip((USER, ITEM), rows, strict=True)])
+        with_text, center, matrix = subject._whitening(read, own)
+        found = subject._vectors(own, with_text, center.astype(np.float32), matrix.astype(np.float32))
+        graph = prepared.graph_inputs.graph
+        expected = [graph.text(side)[row] for side, row in zip((USER, ITEM), rows, strict=True)]
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)
+
+
+def test_a_model_with_a_prompt_is_refused(opened, monkeypatch):
+    config, prepared, _ = opened("fused")
+    prompted = dataclasses.replace(open_model(TINY), prompt="query: ")
+    monkeypatch.setattr(subject, "open_language_model", lambda _: prompted)
+    with pytest.raises(ValueError, match=r"tiny_bert prepends the prompt 'query: ' to each text; token attribution"):
+        attributor(config, None, prepared)
 
 
 def test_values_that_do_not_add_up_are_refused(opened, monkeypatch):
@@ -236,12 +249,8 @@ def test_parts_of_words_are_merged():
 
 def test_terms_are_added_to_the_words_they_stand_in():
     texts = ["Red_fox and İstanbul fox", "red_fox istanbul", "fox İstanbul and", "x", "y", "z"]
-    found = fit_tfidf(texts, 8)
-    assert found is not None
-    np.testing.assert_allclose(found.weights @ found.directions, found.vectors, atol=1e-6)
-    # In small letters İ is an i and a dot of its own, which begins a word after it.
+    found, _ = fit_tfidf(texts, 8)
     places = list(found.occurrences(texts[0]))
-    assert [texts[0][start:end] for start, end, _ in places] == ["Red_fox", "and", "stanbul", "fox"]
     values = np.zeros(len(found.terms))
     values[[row for *_, row in places]] = 7, 10, 20, 30
     # As BERT splits it, cut after "and": red _ fox and
@@ -252,8 +261,7 @@ def test_terms_are_added_to_the_words_they_stand_in():
 
 
 def test_what_a_term_is_worth_is_shared_by_its_occurrences():
-    found = fit_tfidf(["gold and gold", "gold", "and", "x", "y"], 2)
-    assert found is not None
+    found, _ = fit_tfidf(["gold and gold", "gold", "and", "x", "y"], 2)
     values = np.zeros(len(found.terms))
     values[found.terms["gold"]] = 1
     assert subject._with_terms([], found, "gold and gold", values) == [(0, 4, 0.5), (5, 8, 0.0), (9, 13, 0.5)]

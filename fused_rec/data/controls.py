@@ -5,10 +5,10 @@ A model that is no better with the real data does not use it. Each control has i
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int64
 
 from fused_rec.data.dataset import column
-from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks, NodeTexts
 
 SHUFFLE, RANDOM, REWIRE = 2, 3, 4  # random streams (third number of the seeds); batches use 0 and 1
 ROUNDS = 40  # each edge is in one proposal per round, and in about 20 swaps in total
@@ -28,9 +28,7 @@ def shuffle_texts(texts: NodeTexts, seed: int) -> NodeTexts:
       The same texts assigned to other nodes.
     """
     rng = np.random.default_rng((seed, 0, SHUFFLE))
-    users = _permuted(texts.user_rows, texts.user_texts, texts.user_weights, rng)
-    items = _permuted(texts.item_rows, texts.item_texts, texts.item_weights, rng)
-    return NodeTexts(texts.texts, *users, *items)
+    return NodeTexts(texts.texts, {node_type: _permuted(texts.links[node_type], rng) for node_type in (USER, ITEM)})
 
 
 def random_texts(texts: NodeTexts, width: int, seed: int) -> tuple[NodeTexts, Float32[np.ndarray, "T D"]]:
@@ -47,18 +45,17 @@ def random_texts(texts: NodeTexts, width: int, seed: int) -> tuple[NodeTexts, Fl
       Node texts with one placeholder text per node, and the vectors of these T placeholders, uniform on the unit
       sphere.
     """
-    users, items = np.unique(texts.user_rows), np.unique(texts.item_rows)
-    count = len(users) + len(items)
+    with_text = {node_type: np.unique(texts.links[node_type].nodes) for node_type in (USER, ITEM)}
+    count = sum(map(len, with_text.values()))
     vectors = np.random.default_rng((seed, 0, RANDOM)).standard_normal((count, width))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    indices = np.arange(count, dtype=np.int32)
-    of_users, of_items = indices[: len(users)], indices[len(users) :]
-    placeholders = NodeTexts(
-        [f"random vector {index}" for index in indices],
-        *(users, of_users, np.ones(len(users), np.float32)),
-        *(items, of_items, np.ones(len(items), np.float32)),
-    )
-    return placeholders, vectors.astype(np.float32)
+    links, start = {}, 0
+    for node_type, nodes in with_text.items():
+        placeholders = np.arange(start, start + len(nodes), dtype=np.int32)
+        weights = np.ones(len(nodes), np.float32)
+        links[node_type] = NodeTextLinks(nodes, placeholders, weights, texts.links[node_type].n_nodes)
+        start += len(nodes)
+    return NodeTexts([f"random vector {index}" for index in range(count)], links), vectors.astype(np.float32)
 
 
 def rewire(ties: pa.Table, seed: int) -> pa.Table:
@@ -106,17 +103,15 @@ def rewire(ties: pa.Table, seed: int) -> pa.Table:
     return ties
 
 
-def _permuted(
-    rows: Int32[np.ndarray, "K"], texts: Int32[np.ndarray, "K"], weights: Float32[np.ndarray, "K"], rng
-) -> tuple[Int32[np.ndarray, "K"], Int32[np.ndarray, "K"], Float32[np.ndarray, "K"]]:
+def _permuted(links: NodeTextLinks, rng: np.random.Generator) -> NodeTextLinks:
     """Moves the texts of each node to the next one of a random cycle through all nodes with text."""
-    nodes = np.unique(rows)
+    nodes = np.unique(links.nodes)
     cycle = rng.permutation(nodes)
     receiver = np.empty(len(nodes), np.int32)
     receiver[np.searchsorted(nodes, cycle)] = np.roll(cycle, 1)
-    new = receiver[np.searchsorted(nodes, rows)]
-    order = np.lexsort((texts, new))
-    return new[order], texts[order], weights[order]
+    new = receiver[np.searchsorted(nodes, links.nodes)]
+    order = np.lexsort((links.texts, new))
+    return NodeTextLinks(new[order], links.texts[order], links.weights[order], links.n_nodes)
 
 
 def _keys(pairs: Int64[np.ndarray, "E 2"], n_users: int) -> Int64[np.ndarray, "E"]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.data.dataset import Dataset, column
-from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.node_texts import ITEM, USER, NodeTexts
 from fused_rec.data.splits import SPLIT_NAMES, Observed, Split
 from fused_rec.memory import require_memory
 
@@ -81,7 +81,7 @@ def audit(
         "withheld reviews": sum(map(bool, review_faults)),
         "observed ties": observed.ties.num_rows,
         "withheld tie rows": sum(map(bool, tie_faults)),
-        "texts of nodes": len(texts.user_rows) + len(texts.item_rows),
+        "texts of nodes": sum(len(links.nodes) for links in texts.links.values()),
         "withheld passages searched for": sum(map(len, passages.values())),
     }
 
@@ -225,16 +225,14 @@ def _in_table(what: str, table: pa.Table, faults: list[str], observed: pa.Table)
 def _in_node_texts(dataset: Dataset, texts: NodeTexts, review_faults: list[str]) -> Iterator[str]:
     """Checks that each text of a node is its description or an observable review of it."""
     review_texts = [text and text.strip() for text in _cells(dataset.reviews, "text")]
-    for what, table, nodes, of_node in (
-        ("user", dataset.users, texts.user_rows, texts.user_texts),
-        ("item", dataset.items, texts.item_rows, texts.item_texts),
-    ):
+    for what, table in ((USER, dataset.users), (ITEM, dataset.items)):
+        links = texts.links[what]
         allowed = {(node, text and text.strip()) for node, text in enumerate(_cells(table, "text"))}
         reviews = zip(_cells(dataset.reviews, what), review_texts, review_faults, strict=True)
         allowed |= {(node, text) for node, text, fault in reviews if not fault}
         leaks = [
             f"{what} {node} has {texts.texts[text]!r:.60}"
-            for node, text in zip(nodes.tolist(), of_node.tolist(), strict=True)
+            for node, text in zip(links.nodes.tolist(), links.texts.tolist(), strict=True)
             if (node, texts.texts[text]) not in allowed
         ]
         remedy = "Build the texts with fused_rec.data.node_texts.node_texts from the observed reviews"

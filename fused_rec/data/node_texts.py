@@ -1,6 +1,8 @@
 """Texts of every user and item: their own description and their observed reviews, with weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +10,20 @@ from jaxtyping import Float32, Int32
 
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.splits import Observed
+
+USER, ITEM = "user", "item"  # types of the nodes that have texts
+
+
+class NodeTextLinks(NamedTuple):
+    """Weighted links between the nodes of one type and their texts: node `nodes[k]` has text `texts[k]`.
+
+    Sorted by (node, text), each pair once; the weights of a node sum to 1; nodes without text have no link.
+    """
+
+    nodes: Int32[np.ndarray, "K"]
+    texts: Int32[np.ndarray, "K"]
+    weights: Float32[np.ndarray, "K"]
+    n_nodes: int  # nodes of the type, with or without text
 
 
 @dataclass(frozen=True)
@@ -17,19 +33,11 @@ class NodeTexts:
     Attributes:
       texts: T texts, stripped and not blank, in order of first appearance: user descriptions, item descriptions,
         reviews.
-      user_rows, user_texts, user_weights: COO entries; user `user_rows[k]` has text `texts[user_texts[k]]` with weight
-        `user_weights[k]`. Sorted by (user, text), each pair once; the weights of a user sum to 1; users without text
-        have no entry.
-      item_rows, item_texts, item_weights: the same for items.
+      links: which nodes have which texts, for the node types `USER` and `ITEM`.
     """
 
     texts: list[str]
-    user_rows: Int32[np.ndarray, "K_users"]
-    user_texts: Int32[np.ndarray, "K_users"]
-    user_weights: Float32[np.ndarray, "K_users"]
-    item_rows: Int32[np.ndarray, "K_items"]
-    item_texts: Int32[np.ndarray, "K_items"]
-    item_weights: Float32[np.ndarray, "K_items"]
+    links: Mapping[str, NodeTextLinks]
 
 
 def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
@@ -50,9 +58,8 @@ def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
     codes = encoded.indices.fill_null(-1).to_numpy()
     users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in texts_of_tables])[:-1])
     writer, about = column(observed.reviews, "user"), column(observed.reviews, "item")
-    return NodeTexts(
-        encoded.dictionary.to_pylist(), *_weighted(users, writer, reviews), *_weighted(items, about, reviews)
-    )
+    links = {USER: _weighted(users, writer, reviews), ITEM: _weighted(items, about, reviews)}
+    return NodeTexts(encoded.dictionary.to_pylist(), links)
 
 
 def _texts(table: pa.Table) -> list[str | None]:
@@ -64,8 +71,8 @@ def _texts(table: pa.Table) -> list[str | None]:
 
 def _weighted(
     description: Int32[np.ndarray, "n"], reviewed: Int32[np.ndarray, "R"], review: Int32[np.ndarray, "R"]
-) -> tuple[Int32[np.ndarray, "K"], Int32[np.ndarray, "K"], Float32[np.ndarray, "K"]]:
-    """Computes rows, texts and weights of n nodes from their descriptions and R reviews; -1 = no text."""
+) -> NodeTextLinks:
+    """Computes the links of n nodes from their descriptions and R reviews; -1 = no text."""
     described = np.flatnonzero(description >= 0)
     reviewed, review = reviewed[review >= 0], review[review >= 0]
     count = np.bincount(reviewed, minlength=len(description))
@@ -76,4 +83,5 @@ def _weighted(
     n_texts = int(text.max(initial=0)) + 1
     pairs, position = np.unique(node * n_texts + text, return_inverse=True)
     weights = np.bincount(position, weight, minlength=len(pairs))
-    return (pairs // n_texts).astype(np.int32), (pairs % n_texts).astype(np.int32), weights.astype(np.float32)
+    nodes, texts = (pairs // n_texts).astype(np.int32), (pairs % n_texts).astype(np.int32)
+    return NodeTextLinks(nodes, texts, weights.astype(np.float32), len(description))

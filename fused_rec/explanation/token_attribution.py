@@ -12,7 +12,7 @@ whitening, and those texts of the two nodes that are not attributed.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,30 +21,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, PyTree
 
 from fused_rec.config import Config
-from fused_rec.data.controls import shuffle_texts
-from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.node_texts import ITEM, USER
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitening
-from fused_rec.text.encode import Tokens, encode_texts, tokens
+from fused_rec.text.encode import Tokens, tokens
 from fused_rec.text.encoders.registry import apply_encoder
-from fused_rec.text.pretrained import PretrainedModel, open_model
-from fused_rec.text.tfidf import TfidfModel, concat_normalized, fit_tfidf, rms_norm
+from fused_rec.text.features import TextFeatures, node_means, open_language_model
+from fused_rec.text.pretrained import PretrainedModel
+from fused_rec.text.tfidf import TfidfModel
 from fused_rec.training.inputs import Prepared
-from fused_rec.training.train_step import GraphInputs, compile_key
-from fused_rec.training.train_step import embed_nodes as embed_nodes
+from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 SIDES = (USER, ITEM)
-POINTS = (
-    24,
-    48,
-    96,
-    192,
-)  # Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %
+# Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %.
+POINTS = (24, 48, 96, 192)
 TOGETHER = 8  # points per encoder call
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
 LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
-AGREES = 1e-3  # largest deviation of a recomputed unit vector from the graph's
 
 
 class Text(NamedTuple):
@@ -90,34 +83,43 @@ class TokenAttribution(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attributor:
-    """Encoder, text vectors and whitening of a run. means: mean text vector of each node, by side."""
+    """A trained model and the text features of its graph.
+
+    Attributes:
+      config: settings of the run.
+      params: parameters, on the device.
+      graph_inputs: the graph, on the device.
+      model: the language model.
+      weights: its parameters, on the device.
+      features: texts, their vectors, and the fitted transforms.
+      vectors: vectors of all texts, as of `TextFeatures.vectors`.
+      means: mean text vector of each node, by side.
+    """
 
     config: Config
     params: PyTree
     graph_inputs: GraphInputs
     model: PretrainedModel
-    weights: PyTree  # the encoder's, on the device
-    texts: NodeTexts
+    weights: PyTree
+    features: TextFeatures
     vectors: Float32[np.ndarray, "T D"]
-    scale: tuple[float, float]  # of the encoder's and of the TF-IDF columns of `vectors`
-    tfidf: TfidfModel | None
-    means: dict[str, Float32[np.ndarray, "_ D"]]
-    whitenings: dict[str, Whitening]
+    means: Mapping[str, Float32[np.ndarray, "_ D"]]
 
 
 def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor:
-    """Prepares token attribution for a trained model: encodes all texts (cached) and fits TF-IDF.
+    """Prepares token attribution for a trained model.
 
     Args:
       config: settings of the run.
       params: parameters.
-      prepared: tables, split and graph.
+      prepared: tables, split, text features and graph.
 
     Returns:
       The input of `attribute_tokens`.
 
     Raises:
-      ValueError: the model uses no text (variant graph, features random, or no texts), or its encoder is fine-tuned.
+      ValueError: the model uses no text (variant graph, features random, or no texts), its encoder is fine-tuned, or
+        the language model has a prompt.
     """
     if not config.encodes_text:
         why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
@@ -127,27 +129,20 @@ def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor
     if config.text.finetune != "frozen":
         why = f"text.finetune is {config.text.finetune}"
         raise ValueError(f"{why}; token attribution needs a frozen encoder, a run with text.finetune frozen")
-    texts = node_texts(prepared.dataset, prepared.observed)
-    if not texts.texts:
+    features = prepared.text
+    if not features.texts.texts:
         raise ValueError(f"{prepared.dataset.name} has no texts; token attribution needs texts")
-    model, limits = open_model(config.text.model, offline=config.text.offline), config.text
-    encoded = encode_texts(
-        texts.texts, model, cache=limits.cache, batch_tokens=limits.batch_tokens, max_tokens=limits.max_tokens
-    )
-    counted = fit_tfidf(texts.texts, limits.tfidf_dim)
-    if limits.features == "shuffled":
-        texts = shuffle_texts(texts, config.train.seed)
-    vectors, scale = encoded, (1.0, 1.0)
-    if counted is not None:
-        vectors, scale = concat_normalized(encoded, counted.vectors), (rms_norm(encoded), rms_norm(counted.vectors))
-    means, spaces = {}, {}
-    for side, count in zip(SIDES, (prepared.dataset.n_users, prepared.dataset.n_items), strict=True):
-        means[side], named = node_means(*_links_of(texts, side), vectors, count)
-        if named.sum() >= 2:
-            spaces[side] = whitening(means[side][named])
+    model = open_language_model(config.text)
+    if model.prompt:
+        raise ValueError(
+            f"{config.text.model} prepends the prompt {model.prompt!r} to each text; token attribution needs a "
+            "language model without a prompt"
+        )
+    vectors = features.vectors()
+    means = {side: node_means(features.texts.links[side], vectors)[0] for side in SIDES}
     on_device: Any = jax.device_put((params, prepared.graph_inputs, model.params))
     params, graph_inputs, weights = on_device
-    return Attributor(config, params, graph_inputs, model, weights, texts, vectors, scale, counted, means, spaces)
+    return Attributor(config, params, graph_inputs, model, weights, features, vectors, means)
 
 
 def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIMIT) -> TokenAttribution:
@@ -167,37 +162,26 @@ def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIM
 
     Raises:
       ArithmeticError: 192 points miss the score difference by more than `TOLERANCE`.
-      ValueError: the texts no longer give the vectors that the graph has.
     """
     rows = user, item
-    spaces = [read.whitenings.get(side) for side in SIDES]
-    width = read.vectors.shape[1]
     own = np.stack([read.means[side][row] for side, row in zip(SIDES, rows, strict=True)])
-    with_text = np.array([space is not None and bool(mean.any()) for space, mean in zip(spaces, own, strict=True)])
-    centre = np.stack([np.zeros(width) if space is None else space.center for space in spaces])
-    matrix = np.stack([np.zeros((width, width)) if space is None else space.matrix for space in spaces])
-    space: Any = jax.device_put((with_text, centre.astype(np.float32), matrix.astype(np.float32)))
+    with_text, center, matrix = _whitening(read, own)
+    space: Any = jax.device_put((with_text, center.astype(np.float32), matrix.astype(np.float32)))
     settings, at = compile_key(read.config), np.array(rows, np.int32)
 
     def scored(means: Float[np.ndarray, "2 D"]) -> tuple[float, Float32[np.ndarray, "2 D"]]:
         value, slope = _score(settings, read.params, read.graph_inputs, at, means.astype(np.float32), *space)
         return float(value), np.asarray(slope)
 
-    _check_vectors(read, rows, np.asarray(_vectors(own, *space)))
     score, slope = scored(own)
-    sides, texts, shares = _chosen(read, rows, with_text, slope, centre, limit)
-    count = sum(int((_links_of(read.texts, side)[0] == row).sum()) for side, row in zip(SIDES, rows, strict=True))
-    moved = _embed_tokens(read, texts)
-    # The mean of each node without the attributed texts.
-    weight = (sides[None, :] == np.arange(2)[:, None]) * shares[None, :].astype(np.float64)
-    rest = own - weight @ read.vectors[texts]
-    baseline_vectors = np.zeros((len(moved), read.model.config.hidden_size), np.float32)
-    for place, text in enumerate(moved):
+    path = _path(read, own, *_chosen(read, rows, with_text, slope, center, limit))
+    baseline_vectors = np.zeros((len(path.texts), read.model.config.hidden_size), np.float32)
+    for place, text in enumerate(path.embedded):
         baseline_vectors[place] = _encoded(read, text, np.zeros(1))[0]
-    baseline, _ = scored(rest + weight @ _joined(read, baseline_vectors, 0.0 * _counted(read, texts)))
+    baseline, _ = scored(_means(read, path, baseline_vectors, 0.0))
     difference = score - baseline
-    for points in POINTS if len(texts) else (0,):
-        by_token, by_term = _integrated(read, moved, texts, weight, rest, points, scored)
+    for points in POINTS if len(path.texts) else (0,):
+        by_token, by_term = _integrated(read, path, points, scored)
         total = sum(float(values.sum()) for values in (*by_token, *by_term))
         error = abs(total - difference) / max(abs(difference), LEAST * abs(score), 1e-12)
         if error <= TOLERANCE:
@@ -207,35 +191,23 @@ def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIM
             f"{POINTS[-1]} points leave the words' values {error:.1%} from the difference of scores, {difference:.2e}; "
             f"it must be {TOLERANCE:.0%} at most. Split fewer texts: limit is {limit}"
         )
-    found = []
-    for place, text in enumerate(texts):
-        written = read.texts.texts[text]
-        spans = _spans(moved[place].tokens, by_token[place])
-        if read.tfidf is not None:
-            spans = _with_terms(spans, read.tfidf, written, by_term[place])
-        side = SIDES[sides[place]]
-        found += [TokenValue(side, place, start, end, written[start:end], value) for start, end, value in spans]
-    named = [
-        Text(SIDES[side], read.texts.texts[text], float(share))
-        for side, text, share in zip(sides, texts, shares, strict=True)
-    ]
-    return TokenAttribution(found, named, count - len(texts), score, baseline, error, points)
+    count = sum(
+        int((read.features.texts.links[side].nodes == row).sum()) for side, row in zip(SIDES, rows, strict=True)
+    )
+    found, texts = _values(read, path, by_token, by_term), _texts(read, path)
+    return TokenAttribution(found, texts, count - len(texts), score, baseline, error, points)
 
 
-def _links_of(texts: NodeTexts, side: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if side == USER:
-        return texts.user_rows, texts.user_texts, texts.user_weights
-    return texts.item_rows, texts.item_texts, texts.item_weights
-
-
-def _check_vectors(read: Attributor, rows: tuple[int, int], made: Float32[np.ndarray, "2 D"]) -> None:
-    for side, row, vector in zip(SIDES, rows, made, strict=True):
-        strays = float(np.abs(np.asarray(read.graph_inputs.graph.text(side)[row]) - vector).max())
-        if strays > AGREES:
-            raise ValueError(
-                f"{side} {row}: the texts give another vector than the graph has, by {strays:.1e} and at most "
-                f"{AGREES:.0e}; open config, parameters and tables of one and the same run"
-            )
+def _whitening(
+    read: Attributor, own: Float32[np.ndarray, "2 D"]
+) -> tuple[Bool[np.ndarray, "2"], Float64[np.ndarray, "2 D"], Float64[np.ndarray, "2 D D"]]:
+    """Which of the two nodes have text, and center and matrix of their whitening, zero where there is none."""
+    found, width = [read.features.fitted.whitening[side] for side in SIDES], own.shape[1]
+    return (
+        np.array([by is not None and bool(mean.any()) for by, mean in zip(found, own, strict=True)]),
+        np.stack([np.zeros(width) if by is None else by.center for by in found]),
+        np.stack([np.zeros((width, width)) if by is None else by.matrix for by in found]),
+    )
 
 
 def _chosen(
@@ -243,16 +215,16 @@ def _chosen(
     rows: tuple[int, int],
     with_text: Bool[np.ndarray, "2"],
     slope: Float32[np.ndarray, "2 D"],
-    centre: Float64[np.ndarray, "2 D"],
+    center: Float64[np.ndarray, "2 D"],
     limit: int,
 ) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"], Float32[np.ndarray, "B"]]:
-    """(0 for the user's and 1 for the item's, text, weight) of the texts that are split."""
+    """(0 for the user's and 1 for the item's, text, weight) of the texts that are attributed."""
     found = []
     for number, (side, row) in enumerate(zip(SIDES, rows, strict=True)):
-        at, texts, weights = _links_of(read.texts, side)
-        mine = np.flatnonzero(at == row)[: None if with_text[number] else 0]
-        texts, weights = texts[mine], weights[mine]
-        effect = np.abs(weights * ((read.vectors[texts] - centre[number]) @ slope[number]))
+        links = read.features.texts.links[side]
+        mine = np.flatnonzero(links.nodes == row)[: None if with_text[number] else 0]
+        texts, weights = links.texts[mine], links.weights[mine]
+        effect = np.abs(weights * ((read.vectors[texts] - center[number]) @ slope[number]))
         first = np.sort(np.argsort(-effect, kind="stable")[:limit])
         found.append((np.full(len(first), number), texts[first], weights[first]))
     sides, texts, weights = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -268,9 +240,67 @@ class _EmbeddedTokens(NamedTuple):
     moves: Bool[np.ndarray, "L"]
 
 
+class _Path(NamedTuple):
+    """The straight line from baseline texts to the B attributed texts.
+
+    Attributes:
+      texts: the texts.
+      sides: index into `SIDES` of each text.
+      shares: weight of each text in the mean of its node.
+      embedded: their token embeddings.
+      weight: the shares as a matrix, from texts to nodes.
+      rest: mean of each node without the attributed texts.
+    """
+
+    texts: Int[np.ndarray, "B"]
+    sides: Int[np.ndarray, "B"]
+    shares: Float32[np.ndarray, "B"]
+    embedded: list[_EmbeddedTokens]
+    weight: Float64[np.ndarray, "2 B"]
+    rest: Float64[np.ndarray, "2 D"]
+
+
+def _path(
+    read: Attributor,
+    own: Float32[np.ndarray, "2 D"],
+    sides: Int[np.ndarray, "B"],
+    texts: Int[np.ndarray, "B"],
+    shares: Float32[np.ndarray, "B"],
+) -> _Path:
+    weight = (sides[None, :] == np.arange(2)[:, None]) * shares[None, :].astype(np.float64)
+    rest = own - weight @ read.vectors[texts]
+    return _Path(texts, sides, shares, _embed_tokens(read, texts), weight, rest)
+
+
+def _means(
+    read: Attributor, path: _Path, encoded: Float32[np.ndarray, "B H"], share: float
+) -> Float64[np.ndarray, "2 D"]:
+    """Computes the mean vectors of the two nodes at a position of the path, given the encoder's vectors there."""
+    counted = share * read.features.tfidf.vectors[path.texts]
+    return path.rest + path.weight @ read.features.fitted.scales.concat(encoded, counted)
+
+
+def _texts(read: Attributor, path: _Path) -> list[Text]:
+    each = zip(path.sides, path.texts, path.shares, strict=True)
+    return [Text(SIDES[side], read.features.texts.texts[text], float(share)) for side, text, share in each]
+
+
+def _values(
+    read: Attributor, path: _Path, by_token: Sequence[np.ndarray], by_term: Sequence[np.ndarray]
+) -> list[TokenValue]:
+    """Merges the attributions of tokens and terms into words, in the order of texts and positions."""
+    found = []
+    for place, text in enumerate(path.texts):
+        written, side = read.features.texts.texts[text], SIDES[path.sides[place]]
+        spans = _spans(path.embedded[place].tokens, by_token[place])
+        spans = _with_terms(spans, read.features.fitted.tfidf, written, by_term[place])
+        found += [TokenValue(side, place, start, end, written[start:end], value) for start, end, value in spans]
+    return found
+
+
 def _embed_tokens(read: Attributor, texts: Int[np.ndarray, "B"]) -> list[_EmbeddedTokens]:
     table, found = read.model.params["word"]["embedding"], []
-    written = [read.texts.texts[text] for text in texts]
+    written = [read.features.texts.texts[text] for text in texts]
     for cut in tokens(written, read.model, max_tokens=read.config.text.max_tokens) if written else ():
         # Powers of two limit the number of compilations.
         length = min(max(16, 1 << (len(cut.ids) - 1).bit_length()), read.model.config.max_position_embeddings)
@@ -280,24 +310,9 @@ def _embed_tokens(read: Attributor, texts: Int[np.ndarray, "B"]) -> list[_Embedd
     return found
 
 
-def _counted(read: Attributor, texts: Int[np.ndarray, "B"]) -> Float32[np.ndarray, "B _"]:
-    return np.zeros((len(texts), 0), np.float32) if read.tfidf is None else read.tfidf.vectors[texts]
-
-
-def _joined(
-    read: Attributor, encoded: Float[np.ndarray, "B H"], counted: Float[np.ndarray, "B _"]
-) -> Float[np.ndarray, "B D"]:
-    """Concatenates vectors as `concat_normalized` does, with the scales of all texts."""
-    return np.concatenate([encoded / read.scale[0], counted / read.scale[1]], axis=1)
-
-
 def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"]) -> Float32[np.ndarray, "n H"]:
     """Encodes a text at these positions of the path."""
-    model = read.model
-    made = [
-        _encode(read.weights, _at(text, some), text.mask, model.config, model.pooling, model.normalize)
-        for some in _together(shares)
-    ]
+    made = [_encode(read.weights, _at(text, some), text.mask, _encoder(read.model)) for some in _together(shares)]
     return np.concatenate([np.asarray(x) for x in made])[: len(shares)]
 
 
@@ -305,19 +320,18 @@ def _token_gradients(
     read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"], slope: Float[np.ndarray, "n H"]
 ) -> Float32[np.ndarray, "n L"]:
     """Computes the dot product of each token embedding with its gradient, by point and token."""
-    model, own = read.model, np.where(text.moves[:, None], text.embeddings, 0)
+    own = np.where(text.moves[:, None], text.embeddings, 0)
     slopes = _together(slope.astype(np.float32))
     made = [
-        np.asarray(
-            _embedding_gradient(read.weights, _at(text, some), text.mask, back, own, model.config, *_pooling(model))
-        )
+        np.asarray(_embedding_gradient(read.weights, _at(text, some), text.mask, back, own, _encoder(read.model)))
         for some, back in zip(_together(shares), slopes, strict=True)
     ]
     return np.concatenate(made)[: len(shares)]
 
 
-def _pooling(model: PretrainedModel) -> tuple[str, bool]:
-    return model.pooling, model.normalize
+def _encoder(model: PretrainedModel) -> tuple:
+    """The static arguments of `apply_encoder`."""
+    return model.config, model.pooling, model.normalize
 
 
 def _together(x: Float[np.ndarray, "n ..."]) -> list[np.ndarray]:
@@ -332,37 +346,29 @@ def _at(text: _EmbeddedTokens, shares: Float[np.ndarray, "n"]) -> Float32[np.nda
 
 
 def _integrated(
-    read: Attributor,
-    moved: Sequence[_EmbeddedTokens],
-    texts: Int[np.ndarray, "B"],
-    weight: Float64[np.ndarray, "2 B"],
-    rest: Float[np.ndarray, "2 D"],
-    points: int,
-    scored: Any,
+    read: Attributor, path: _Path, points: int, scored: Callable[[np.ndarray], tuple[float, np.ndarray]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Integrates the attributions of tokens [L] and of TF-IDF terms [V] of each text."""
     if not points:
         return [], []
     nodes, parts = np.polynomial.legendre.leggauss(points)
     shares, parts = (nodes + 1) / 2, parts / 2
-    encoded = np.stack([_encoded(read, text, shares) for text in moved], axis=1)
-    counted, hidden = _counted(read, texts), encoded.shape[2]
+    encoded = np.stack([_encoded(read, text, shares) for text in path.embedded], axis=1)
     slopes = []
     for share, vectors in zip(shares, encoded, strict=True):
-        _, slope = scored(rest + weight @ _joined(read, vectors, share * counted))
-        slopes.append(weight.T @ slope)
-    slope = np.stack(slopes)  # [n, B, D]
-    of_encoder, of_terms = slope[:, :, :hidden] / read.scale[0], slope[:, :, hidden:] / read.scale[1]
+        _, slope = scored(_means(read, path, vectors, share))
+        slopes.append(path.weight.T @ slope)
+    slope, hidden = np.stack(slopes), encoded.shape[2]  # [n, B, D]
+    scales, fitted, tfidf = read.features.fitted.scales, read.features.fitted.tfidf, read.features.tfidf
+    of_encoder, of_terms = slope[:, :, :hidden] / scales.lm, slope[:, :, hidden:] / scales.tfidf
     by_token = [
         parts @ _token_gradients(read, text, shares, of_encoder[:, place]).astype(np.float64)
-        for place, text in enumerate(moved)
+        for place, text in enumerate(path.embedded)
     ]
-    if read.tfidf is None:
-        return by_token, [np.zeros(0) for _ in moved]
     mean = np.einsum("n,nbd->bd", parts, of_terms)
     by_term = [
-        read.tfidf.weights[int(text)].toarray()[0] * (read.tfidf.directions @ mean[place])
-        for place, text in enumerate(texts)
+        tfidf.weights[int(text)].toarray()[0] * (fitted.directions @ mean[place])
+        for place, text in enumerate(path.texts)
     ]
     return by_token, by_term
 
@@ -396,46 +402,40 @@ def _with_terms(
     return sorted([*zip(starts.tolist(), ends.tolist(), total.tolist(), strict=True), *more])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pooling", "normalize"))
+@functools.partial(jax.jit, static_argnames="encoder")
 def _encode(
-    weights: PyTree,
-    embeddings: Float32[AnyArray, "n L H"],
-    mask: Bool[AnyArray, "L"],
-    config: Any,
-    pooling: Any,
-    normalize: bool,
+    weights: PyTree, embeddings: Float32[AnyArray, "n L H"], mask: Bool[AnyArray, "L"], encoder: tuple
 ) -> Float32[Array, "n H"]:
     """Encodes from token embeddings, which form a temporary vocabulary."""
+    config, *pooling = encoder
     count, length, width = embeddings.shape
     own = dataclasses.replace(config, vocab_size=count * length)
     weights = {**weights, "word": {"embedding": jnp.reshape(embeddings, (-1, width))}}
     ids = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
-    return apply_encoder(weights, ids, jnp.broadcast_to(mask, (count, length)), own, pooling, normalize)
+    return apply_encoder(weights, ids, jnp.broadcast_to(mask, (count, length)), own, *pooling)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pooling", "normalize"))
+@functools.partial(jax.jit, static_argnames="encoder")
 def _embedding_gradient(
     weights: PyTree,
     embeddings: Float32[AnyArray, "n L H"],
     mask: Bool[AnyArray, "L"],
     slope: Float32[AnyArray, "n H"],
     own: Float32[AnyArray, "L H"],
-    config: Any,
-    pooling: Any,
-    normalize: bool,
+    encoder: tuple,
 ) -> Float32[Array, "n L"]:
-    _, back = jax.vjp(lambda x: _encode(weights, x, mask, config, pooling, normalize), jnp.asarray(embeddings))
+    _, back = jax.vjp(lambda x: _encode(weights, x, mask, encoder), jnp.asarray(embeddings))
     return jnp.einsum("nlh,lh->nl", back(slope)[0], own, precision=jax.lax.Precision.HIGHEST)
 
 
 def _vectors(
     means: Float32[AnyArray, "2 D"],
     with_text: Bool[AnyArray, "2"],
-    centre: Float32[AnyArray, "2 D"],
+    center: Float32[AnyArray, "2 D"],
     matrix: Float32[AnyArray, "2 D D"],
 ) -> Float32[Array, "2 D"]:
-    """Computes the text features of the two nodes, as `node_vectors` does."""
-    out = jnp.einsum("sd,sde->se", means - centre, matrix, precision=jax.lax.Precision.HIGHEST)
+    """Computes the text features of the two nodes, as `TextFeatures.node_rows` does."""
+    out = jnp.einsum("sd,sde->se", means - center, matrix, precision=jax.lax.Precision.HIGHEST)
     length = jnp.sqrt(jnp.maximum((out * out).sum(1, keepdims=True), 1e-24))
     return jnp.where(with_text[:, None], out / length, 0)
 

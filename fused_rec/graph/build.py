@@ -1,22 +1,19 @@
-"""Construction of the graph from observed data: interactions, social edges, text-kNN edges and attribute nodes.
-
-Also the text embeddings of nodes: weighted means of the embeddings of their texts, whitened per node type.
-"""
+"""Construction of the graph from observed data: interactions, social edges, text-kNN edges and attribute nodes."""
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Float64, Int32
+from jaxtyping import Float32
 
 from fused_rec.config import GraphConfig
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.io.arrow import known as known_values
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.plain import is_single
-from fused_rec.data.node_texts import NodeTexts
+from fused_rec.data.node_texts import ITEM, USER
 from fused_rec.data.splits import Observed
 from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
 from fused_rec.memory import require_memory
@@ -26,7 +23,6 @@ BLOCK_SCORES = 2**25  # cosines in memory at a time, 128 MiB
 LONG = 10**14  # multiplications: an hour on two CPU cores
 MOST_RELATIONS = 64  # kinds of ties, or attributes: each compiles to two relations in every layer of every branch
 MANY_VALUES = 1000  # above this, an attribute whose values are all distinct is refused as a mistake
-USER, ITEM = "user", "item"
 NO_TEXT_DIM = 1  # width of text embeddings where no text is used: dense layers need a column
 INTERACTS = Relation(USER, "holds", ITEM)
 INTERACTED_BY = Relation(ITEM, "held_by", USER)
@@ -35,8 +31,7 @@ INTERACTED_BY = Relation(ITEM, "held_by", USER)
 def build(
     dataset: Dataset,
     observed: Observed,
-    texts: NodeTexts,
-    vectors: Float32[np.ndarray, "T D"],
+    text: Mapping[str, Float32[np.ndarray, "_ D"]],
     config: GraphConfig,
 ) -> HeteroGraph:
     """Builds the heterogeneous graph of observed data, every relation in both directions.
@@ -47,24 +42,18 @@ def build(
     Args:
       dataset: the tables, for the numbers of nodes and the items' attributes.
       observed: the interactions and ties that the model may see.
-      texts: which texts belong to which nodes.
-      vectors: float32 [T, D], embeddings of `texts.texts`.
+      text: text embeddings of users and items, float32 [n, D], by node type.
       config: the graph's settings.
 
     Returns:
-      The graph, with whitened text embeddings of width D.
+      The graph, with text embeddings of width D.
 
     Raises:
-      ValueError: as `check_relations`; vectors that do not match the texts; or two relations of the same name.
+      ValueError: as `check_relations`; or two relations of the same name.
     """
     check_relations(dataset.items, observed.ties, config)
-    if len(vectors) != len(texts.texts):
-        raise ValueError(f"{len(vectors)} vectors for {len(texts.texts)} texts; encode the texts of this split")
     counts = {USER: dataset.n_users, ITEM: dataset.n_items}
-    text = {
-        USER: node_vectors(texts.user_rows, texts.user_texts, texts.user_weights, vectors, dataset.n_users),
-        ITEM: node_vectors(texts.item_rows, texts.item_texts, texts.item_weights, vectors, dataset.n_items),
-    }
+    text = {node_type: text[node_type] for node_type in counts}
     parts = [
         bidirectional_edges(INTERACTS, INTERACTED_BY, observed.user, observed.item, counts),
         social_relations(observed.ties, counts),
@@ -72,7 +61,7 @@ def build(
     for name in config.attributes:
         values, edges = attribute_edges(dataset.items, name)
         counts[name] = values
-        text[name] = np.zeros((values, vectors.shape[1]), np.float32)
+        text[name] = np.zeros((values, text[ITEM].shape[1]), np.float32)
         pair = Relation(ITEM, f"in_{name}", name), Relation(name, f"{name}_of", ITEM)
         parts.append(bidirectional_edges(*pair, *edges, counts))
     for node_type in (USER, ITEM):
@@ -132,110 +121,6 @@ def _merge_relations(parts: Iterable[Mapping[Relation, Edges]]) -> dict[Relation
                 raise ValueError(f"two relations are named {relation}; rename that kind of tie or that attribute")
             relations[relation] = edges
     return relations
-
-
-class Whitening(NamedTuple):
-    """A whitening transform: (x - center) @ matrix has nearly equal variance in every direction."""
-
-    center: Float64[np.ndarray, "D"]
-    matrix: Float64[np.ndarray, "D D"]
-
-
-def node_vectors(
-    rows: Int32[np.ndarray, "K"],
-    texts: Int32[np.ndarray, "K"],
-    weights: Float32[np.ndarray, "K"],
-    vectors: Float32[np.ndarray, "T D"],
-    n_nodes: int,
-) -> Float32[np.ndarray, "n_nodes D"]:
-    """Computes text embeddings of the nodes of one type: weighted means of their texts' embeddings, whitened.
-
-    Args:
-      rows: int32 [K], the node of each link between a node and a text.
-      texts: int32 [K], the text of each link, an index into `vectors`.
-      weights: float32 [K], the weight of each link; a node's sum to 1.
-      vectors: float32 [T, D], embeddings of the texts.
-      n_nodes: the number of nodes of the type.
-
-    Returns:
-      float32 [n_nodes, D], rows of unit length; zero for a node without text, and for all nodes where fewer than two
-      have text.
-    """
-    means, has_text = node_means(rows, texts, weights, vectors, n_nodes)
-    return whitened(means, has_text, whitening(means[has_text]))[0]
-
-
-def node_means(
-    rows: Int32[np.ndarray, "K"],
-    texts: Int32[np.ndarray, "K"],
-    weights: Float32[np.ndarray, "K"],
-    vectors: Float32[np.ndarray, "T D"],
-    n_nodes: int,
-) -> tuple[Float32[np.ndarray, "n_nodes D"], Bool[np.ndarray, "n_nodes"]]:
-    """Averages the embeddings of each node's texts.
-
-    Args:
-      rows: int32 [K], the node of each link between a node and a text.
-      texts: int32 [K], the text of each link, an index into `vectors`.
-      weights: float32 [K], the weight of each link; a node's sum to 1.
-      vectors: float32 [T, D], embeddings of the texts.
-      n_nodes: the number of nodes of the type.
-
-    Returns:
-      float32 [n_nodes, D], weighted means, zero for a node without text; and bool [n_nodes], whether a node has text.
-    """
-    # Imported here: importing scipy takes 0.2 s, which `import fused_rec.graph` should not.
-    from scipy import sparse
-
-    mean = sparse.csr_matrix((weights, (rows, texts)), shape=(n_nodes, len(vectors)), dtype=np.float32) @ vectors
-    has_text = np.zeros(n_nodes, bool)
-    has_text[rows] = True
-    return mean, has_text
-
-
-def whitening(means: Float32[np.ndarray, "n D"]) -> Whitening | None:
-    """Fits a regularized ZCA whitening.
-
-    Sentence embeddings lie in a narrow cone (Ethayarajh, 2019): the mean is subtracted and principal directions are
-    scaled to 1 / sqrt(variance + mean variance), so that directions of small variance are not amplified to noise. The
-    result is rotated back to the encoder's axes: it does not depend on the signs that a linear algebra library gives
-    the eigenvectors, and a checkpoint finds the same embeddings on another machine.
-
-    Args:
-      means: float32 [n, D], unwhitened embeddings of the nodes with text.
-
-    Returns:
-      The transform; None for fewer than two rows.
-    """
-    if len(means) < 2:
-        return None
-    # In float64 nodes of one identical text become zero instead of amplified rounding errors.
-    center = means.mean(0, dtype=np.float64)
-    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(means - center, rowvar=False, dtype=np.float64)))
-    scale = 1 / np.sqrt(np.maximum(variance, 0) + variance.mean() + 1e-12)
-    return Whitening(center, directions * scale[None, :] @ directions.T)
-
-
-def whitened(
-    means: Float32[np.ndarray, "n D"], named: Bool[np.ndarray, "n"], by: Whitening | None
-) -> tuple[Float32[np.ndarray, "n D"], Float32[np.ndarray, "n"]]:
-    """Whitens rows and normalizes them to unit length.
-
-    Args:
-      means: float32 [n, D], unwhitened embeddings.
-      named: bool [n], which nodes have text.
-      by: a transform, possibly fitted on other embeddings of these nodes; None: all rows become zero.
-
-    Returns:
-      float32 [n, D], rows of unit length or zero; and float32 [n], their norms before the normalization.
-    """
-    out, lengths = np.zeros(means.shape, np.float32), np.zeros(len(means), np.float32)
-    if by is not None:
-        scaled = (means[named] - by.center) @ by.matrix
-        length = np.linalg.norm(scaled, axis=1, keepdims=True)
-        out[named] = scaled / np.maximum(length, 1e-12)
-        lengths[named] = length[:, 0]
-    return out, lengths
 
 
 def bidirectional_edges(

@@ -32,7 +32,7 @@ from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.training.checkpoint import named_leaves
 from fused_rec.training.evaluate import user_item_vectors
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import Prepared, seen_splits
 from fused_rec.training.train_step import TrainState
 
 USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
@@ -85,7 +85,7 @@ def export_bundle(
       SaveError: the folder cannot be written; names it and the reason, on a full disk also required and free space.
     """
     check(out, faiss=faiss)
-    if config.train.refit and len(prepared.observed.user) == len(prepared.split.train):
+    if prepared.splits != seen_splits(config.train.refit):
         raise ValueError("this model was refitted after selection; open the run's final one, part='test'")
     dataset = prepared.dataset
     users, items = user_item_vectors(config, prepared, state)

@@ -20,7 +20,7 @@ from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, Ranki
 from fused_rec.memory import require_memory
 from fused_rec.runs.run_dir import TABLES, check_tables, read_finished
 from fused_rec.training.checkpoint import Checkpoints
-from fused_rec.training.inputs import Prepared, init_state, prepare, read, with_finetuned_text
+from fused_rec.training.inputs import Prepared, init_state, prepare, read, seen_splits, with_finetuned_text
 from fused_rec.training.train_step import TrainState
 
 CHUNK_USERS = 65_536  # users whose rankings are in memory at once
@@ -66,11 +66,10 @@ def load(
     """
     workdir = Path(workdir)
     config, checkpoints, step = _chosen(workdir, split)
-    known = ("train", "valid") if config.train.refit and split != "valid" else ("train",)
     config = _placed(config, workdir, data_path, cache)
     dataset, data_split = read(config)
     check_tables(digest(dataset), workdir, contents(dataset))
-    prepared = prepare(config, dataset, data_split, known)
+    prepared = prepare(config, dataset, data_split, seen_splits(config.train.refit, split))
     state, _ = checkpoints.restore(step, like=init_state(config, prepared))
     return config, with_finetuned_text(config, prepared, state), state
 

@@ -46,7 +46,7 @@ from fused_rec.training.evaluate import (
     evaluate_slices,
     evaluate_users,
 )
-from fused_rec.training.inputs import Prepared, prepare, read
+from fused_rec.training.inputs import Prepared, prepare, read, seen_splits
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
@@ -289,7 +289,7 @@ def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared,
         seed=BASELINE_SEED,
         valid=valid,
         test=mean(per_user),
-        slices=evaluate_slices(seen, score, per_user, trainer.seen_splits(config)),
+        slices=evaluate_slices(seen, score, per_user),
         selected={"settings": settings},
         seconds=seconds,
         parameters=None,
@@ -317,7 +317,8 @@ def _tuned(config: Config, folder: Path, trials: int) -> Config:
 
 def _prepare_both(config: Config, dataset: Dataset, data_split: Split) -> tuple[Prepared, Prepared]:
     alone = prepare(config, dataset, data_split)
-    return alone, prepare(config, dataset, data_split, trainer.seen_splits(config)) if config.train.refit else alone
+    splits = seen_splits(config.train.refit)
+    return alone, alone if splits == alone.splits else prepare(config, dataset, data_split, splits)
 
 
 def _seeded(config: Config, seed: int) -> Config:

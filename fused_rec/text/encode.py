@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from tqdm import tqdm
 
 from fused_rec.distributed import processes
@@ -70,65 +70,92 @@ def encode_texts(
     limit = _token_limit(model, max_tokens)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-    first_seen: dict[str, int] = {}
-    prompted = (model.prompt + text for text in _checked(texts))
-    inverse = np.array([first_seen.setdefault(text, len(first_seen)) for text in prompted], np.int64)
-    unique = list(first_seen)
+    unique, inverse = _distinct(texts, model.prompt)
     dims = model.config.hidden_size
     rows = len(unique) if len(unique) == len(texts) else len(unique) + len(texts)
     what = f"the vectors of {len(unique):,} texts with {dims} dimensions"
     require_memory(4 * rows * dims, what, "encode fewer texts at a time, or take a smaller text.model")
-    if cache is None:
-        folder, keys = None, np.zeros((len(unique), KEY_BYTES), np.uint8)
-        vectors, found = np.zeros((len(unique), dims), np.float32), np.zeros(len(unique), bool)
-    else:
-        identity = _identity(model, limit)
-        folder = shard_folder(cache, identity)
-        keys = _keys(unique, identity)
-        vectors, found = read_vectors(folder, keys, dims)
-    wanted = np.flatnonzero(processes.any_process_elementwise(~found))
+    table = _read_cache(unique, model, limit, cache)
+    wanted = np.flatnonzero(processes.any_process_elementwise(~table.found))
     missing = processes.local_shard(wanted)
-    if folder is not None and len(missing):
-        open_shards(folder)
+    if table.folder is not None and len(missing):
+        open_shards(table.folder)
+    _encode_missing(table, missing, [unique[row] for row in missing], model, limit, batch_tokens, progress)
+    table.vectors[wanted] = processes.gather_shards(wanted, table.vectors[missing])
+    if table.folder is not None and not processes.is_single_process():
+        # Vectors that another process encoded, unless it wrote to the same folder.
+        lacking = np.setdiff1d(wanted[~table.found[wanted]], missing)
+        _, cached = read_vectors(table.folder, table.keys[lacking], dims)
+        table.write(lacking[~cached])
+    return table.vectors if len(unique) == len(texts) else table.vectors[inverse]
 
-    unsaved: list[np.ndarray] = []
 
-    def save() -> None:
-        if folder is not None and unsaved:
-            rows = np.concatenate(unsaved)
-            write_vectors(folder, keys[rows], vectors[rows])
-        unsaved.clear()
+def _distinct(texts: Sequence[str], prompt: str) -> tuple[list[str], Int64[np.ndarray, "T"]]:
+    """Returns the distinct texts with the prompt prepended, and the index of each text among them."""
+    first_seen: dict[str, int] = {}
+    prompted = (prompt + text for text in _checked(texts))
+    inverse = np.array([first_seen.setdefault(text, len(first_seen)) for text in prompted], np.int64)
+    return list(first_seen), inverse
 
-    lengths, batches = _encode_all([unique[row] for row in missing], model, limit, batch_tokens)
-    flops_of_texts, shown = flops(model.config, lengths), progress and len(missing) > 0
+
+class _Vectors(NamedTuple):
+    """Vectors of distinct texts and their keys in the cache folder, None for none."""
+
+    folder: Path | None
+    keys: UInt8[np.ndarray, "T 32"]
+    vectors: Float32[np.ndarray, "T D"]
+    found: Bool[np.ndarray, "T"]  # in the cache
+
+    def write(self, rows: Int64[np.ndarray, "_"]) -> None:
+        """Writes these rows to the cache, if there is one."""
+        if self.folder is not None and len(rows):
+            write_vectors(self.folder, self.keys[rows], self.vectors[rows])
+
+
+def _read_cache(texts: Sequence[str], model: PretrainedModel, limit: int, cache: str | Path | None) -> _Vectors:
+    """Reads the vectors of distinct texts; zero where they are not in the cache."""
+    count, dims = len(texts), model.config.hidden_size
+    if cache is None:
+        keys, vectors = np.zeros((count, KEY_BYTES), np.uint8), np.zeros((count, dims), np.float32)
+        return _Vectors(None, keys, vectors, np.zeros(count, bool))
+    identity = _identity(model, limit)
+    folder, keys = shard_folder(cache, identity), _keys(texts, identity)
+    return _Vectors(folder, keys, *read_vectors(folder, keys, dims))
+
+
+def _encode_missing(
+    table: _Vectors,
+    rows: Int64[np.ndarray, "B"],
+    texts: Sequence[str],
+    model: PretrainedModel,
+    limit: int,
+    batch_tokens: int,
+    progress: bool,
+) -> None:
+    """Encodes these rows of the table, writes them to the cache from time to time, and shows progress."""
+    lengths, batches = _encode_all(texts, model, limit, batch_tokens)
+    flops_of_texts, shown = flops(model.config, lengths), progress and len(rows) > 0
     peak = _matrix_peak() if shown else 0.0
     began = saved_at = time.monotonic()
+    unsaved: list[np.ndarray] = []
     texts_done = flops_done = 0
     with tqdm(total=int(lengths.sum()), desc="encoding", unit="token", unit_scale=True, disable=not shown) as bar:
         for batch, values in batches:
-            rows = missing[batch]
             finite = np.isfinite(values).all(axis=1)
             if not finite.all():
-                text = unique[rows[~finite][0]]
+                text = texts[batch[~finite][0]]
                 raise ValueError(f"the model gives a vector that is not finite for {text[:80]!r}; check its weights")
-            vectors[rows] = values
-            unsaved.append(rows)
-            texts_done, flops_done = texts_done + len(rows), flops_done + float(flops_of_texts[batch].sum())
+            table.vectors[rows[batch]] = values
+            unsaved.append(rows[batch])
+            texts_done, flops_done = texts_done + len(batch), flops_done + float(flops_of_texts[batch].sum())
             rate = _rate(flops_done / (time.monotonic() - began), peak)
-            bar.set_postfix_str(f"{texts_done:,}/{len(missing):,} texts, {rate}", refresh=False)
+            bar.set_postfix_str(f"{texts_done:,}/{len(rows):,} texts, {rate}", refresh=False)
             bar.update(int(lengths[batch].sum()))
             if time.monotonic() - saved_at > FLUSH_SECONDS or sum(map(len, unsaved)) >= FLUSH_TEXTS:
-                save()
+                table.write(np.concatenate(unsaved))
+                unsaved.clear()
                 saved_at = time.monotonic()
-    save()
-    vectors[wanted] = processes.gather_shards(wanted, vectors[missing])
-    if folder is not None and not processes.is_single_process():
-        # Vectors that another process encoded, unless it wrote to the same folder.
-        lacking = np.setdiff1d(wanted[~found[wanted]], missing)
-        _, cached = read_vectors(folder, keys[lacking], dims)
-        unsaved.append(lacking[~cached])
-        save()
-    return vectors if len(unique) == len(texts) else vectors[inverse]
+    table.write(np.concatenate([rows[:0], *unsaved]))
 
 
 def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> Int32[np.ndarray, "T"]:
@@ -145,8 +172,7 @@ def count_tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: in
     Raises:
       ValueError: `max_tokens` is out of bounds.
     """
-    prompted = [model.prompt + text for text in texts]
-    return np.array([len(ids) for ids in _tokenize(prompted, model, _token_limit(model, max_tokens))], np.int32)
+    return np.array([len(ids) for ids in token_ids(texts, model, max_tokens=max_tokens)], np.int32)
 
 
 @functools.cache
@@ -203,7 +229,7 @@ def tokens(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0)
 
 
 def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int = 0) -> list[Int32[np.ndarray, "L"]]:
-    """Tokenizes texts, without the model's prompt, to ids.
+    """Tokenizes texts, with the model's prompt, to ids.
 
     Args:
       texts: texts.
@@ -216,7 +242,7 @@ def token_ids(texts: Sequence[str], model: PretrainedModel, *, max_tokens: int =
     Raises:
       ValueError: `max_tokens` is out of bounds.
     """
-    return _tokenize(texts, model, _token_limit(model, max_tokens))
+    return _tokenize([model.prompt + text for text in texts], model, _token_limit(model, max_tokens))
 
 
 def _token_limit(model: PretrainedModel, max_tokens: int) -> int:

@@ -16,30 +16,35 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 
+TERM = re.compile(r"(?u)\b\w\w+\b")  # in lower-case text: words of two letters or more
 OVERSAMPLES = 10  # extra directions of the randomized SVD, scikit-learn's default
 
 
 class TfidfModel(NamedTuple):
-    """Latent semantic analysis of T texts over V terms: vectors = weights @ directions, up to rounding."""
+    """What latent semantic analysis (`fit_tfidf`) fits: V terms and D directions."""
 
-    vectors: Float32[np.ndarray, "T D"]
-    weights: "csr_matrix"  # [T, V]: TF-IDF, rows with L2 norm 1
-    directions: Float64[np.ndarray, "V D"]
     terms: Mapping[str, int]  # row of `directions` by term
-    pattern: re.Pattern[str]  # matches a term in lower-case text
+    directions: Float64[np.ndarray, "V D"]
 
     def occurrences(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Yields (start, end, row of the term) of each term of a text, in characters of the text."""
         lower = text.lower()
         # A capital may become two characters in lower case (U+0130), which shifts positions.
         positions = [position for position, letter in enumerate(text) for _ in letter.lower()]
-        for found in self.pattern.finditer(lower):
+        for found in TERM.finditer(lower):
             if (row := self.terms.get(found[0])) is not None:
                 yield positions[found.start()], positions[found.end() - 1] + 1, row
 
 
-def tfidf_vectors(texts: Sequence[str], dims: int) -> Float32[np.ndarray, "T D"]:
-    """Computes latent semantic analysis features: truncated SVD of the TF-IDF matrix (Deerwester et al., 1990).
+class TfidfVectors(NamedTuple):
+    """T texts in a `TfidfModel`: vectors = weights @ directions, up to rounding."""
+
+    vectors: Float32[np.ndarray, "T D"]
+    weights: "csr_matrix"  # [T, V]: TF-IDF, rows with L2 norm 1
+
+
+def fit_tfidf(texts: Sequence[str], dims: int) -> tuple[TfidfModel, TfidfVectors]:
+    """Fits latent semantic analysis: truncated SVD of the TF-IDF matrix (Deerwester et al., 1990).
 
     Terms of only one text, or of more than half of the texts, carry no similarity and are excluded. A stop-word list is
     not used, since it would exclude terms of finance (call, bill, interest).
@@ -49,44 +54,19 @@ def tfidf_vectors(texts: Sequence[str], dims: int) -> Float32[np.ndarray, "T D"]
       dims: number of directions.
 
     Returns:
-      Vectors with D = `dims` columns; fewer where there are fewer texts or terms, 0 where the texts share fewer than
-      two terms.
+      The model, and the vectors of `texts` with D = `dims` columns; fewer where there are fewer texts or terms, 0 where
+      the texts share fewer than two terms.
 
     Raises:
       InsufficientMemoryError: the directions would not fit into memory.
     """
-    found = fit_tfidf(texts, dims)
-    return np.zeros((len(texts), 0), np.float32) if found is None else found.vectors
-
-
-def fit_tfidf(texts: Sequence[str], dims: int) -> TfidfModel | None:
-    """Fits the model behind `tfidf_vectors`.
-
-    Args:
-      texts: T texts.
-      dims: number of directions.
-
-    Returns:
-      Vectors, weights and directions; None where D would be 0.
-
-    Raises:
-      InsufficientMemoryError: the directions would not fit into memory.
-    """
+    weights, terms = _term_weights(texts) if dims else _no_terms(len(texts))
+    if weights.shape[1] < 2:  # scikit-learn cannot decompose it
+        weights, _ = _no_terms(len(texts))
+        return TfidfModel({}, np.zeros((0, 0))), TfidfVectors(np.zeros((len(texts), 0), np.float32), weights)
     # Imported here: scikit-learn would add a second to `import fused_rec.training`.
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if not dims or len(texts) < 4:  # with fewer, no term is in two texts and in at most half of them
-        return None
-    counts = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5)
-    try:
-        weights = counts.fit_transform(texts)
-    except ValueError as error:  # scikit-learn's error where no term is left
-        if "vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
-            raise
-        return None
-    if weights.shape[1] < 2:  # scikit-learn cannot decompose it
-        return None
     # Random projections of both sides in float64, three copies.
     need = 24 * (min(dims, *weights.shape) + OVERSAMPLES) * sum(weights.shape)
     what = f"text.tfidf_dim, {dims} directions of {weights.shape[0]:,} texts and {weights.shape[1]:,} terms"
@@ -94,33 +74,26 @@ def fit_tfidf(texts: Sequence[str], dims: int) -> TfidfModel | None:
     # All directions where they are few: of two with equal singular values, either could be the one excluded.
     first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
     vectors = first.fit_transform(weights).astype(np.float32)
-    return TfidfModel(
-        vectors, weights, np.asarray(first.components_).T, counts.vocabulary_, re.compile(counts.token_pattern)
-    )
+    return TfidfModel(terms, np.asarray(first.components_).T), TfidfVectors(vectors, weights)
 
 
-def concat_normalized(*views: Float32[np.ndarray, "T _"]) -> Float32[np.ndarray, "T D"]:
-    """Concatenates several feature matrices of the same texts, each divided by its `rms_norm`.
+def _term_weights(texts: Sequence[str]) -> tuple[Any, Mapping[str, int]]:
+    """Computes the TF-IDF matrix [T, V] of texts, and the column of each term."""
+    if len(texts) < 4:  # no term is in two texts and in at most half of them
+        return _no_terms(len(texts))
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    Args:
-      *views: matrices with a row per text; those without columns are skipped.
+    counts = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5, token_pattern=TERM.pattern)
+    try:
+        return counts.fit_transform(texts), counts.vocabulary_
+    except ValueError as error:  # scikit-learn's error where no term is left
+        if "vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
+            raise
+        return _no_terms(len(texts))
 
-    Returns:
-      The columns of all views; D is their total number.
-    """
-    return np.concatenate([view / rms_norm(view) for view in views if view.shape[1]], axis=1)
 
+def _no_terms(n_texts: int) -> tuple[Any, Mapping[str, int]]:
+    """Returns the TF-IDF matrix of texts that share no term, [T, 0]."""
+    from scipy.sparse import csr_matrix
 
-def rms_norm(view: Float32[np.ndarray, "T D"]) -> float:
-    """Computes the root mean square distance of rows from their mean.
-
-    Args:
-      view: features of T texts.
-
-    Returns:
-      The distance; 1 where all rows are equal.
-    """
-    found = np.sqrt(np.square(view - view.mean(0)).sum(1).mean())
-    size = np.sqrt(np.square(view).sum(1).mean())
-    # Where all rows are equal, only the rounding of their mean would be scaled up.
-    return float(found) if found > 1e-6 * size else 1.0
+    return csr_matrix((n_texts, 0)), {}

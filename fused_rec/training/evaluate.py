@@ -49,21 +49,19 @@ def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetric
     return evaluate(scorer, *held_out(prepared, split), item_counts=np.bincount(items, minlength=dataset.n_items))
 
 
-def user_groups(
-    prepared: Prepared, splits: tuple[str, ...] = ("train",)
-) -> dict[str, dict[str, Bool[np.ndarray, "U"]]]:
+def user_groups(prepared: Prepared) -> dict[str, dict[str, Bool[np.ndarray, "U"]]]:
     """Groups users by number of observed interactions, and by whether they have social edges.
 
     Args:
-      prepared: tables, split and observed interactions.
-      splits: splits whose ties count: the true ones also where a control trains on others, so that all variants are
-        evaluated on the same groups.
+      prepared: tables, split and observed interactions. The ties are those of the tables also where a control trains on
+        others, so that all variants are evaluated on the same groups.
+
 
     Returns:
       By "user_interactions" and "user_social_degree", a mask of users for each group.
     """
     dataset = prepared.dataset
-    ties = observe(dataset, prepared.split, splits).ties
+    ties = observe(dataset, prepared.split, prepared.splits).ties
     tied = np.zeros(dataset.n_users, bool)
     tied[np.concatenate([column(ties, "source"), column(ties, "target")])] = True
     return {
@@ -72,23 +70,20 @@ def user_groups(
     }
 
 
-def evaluate_slices(
-    prepared: Prepared, scorer: Scorer, per_user: UserMetrics, splits: tuple[str, ...]
-) -> dict[str, Slices]:
+def evaluate_slices(prepared: Prepared, scorer: Scorer, per_user: UserMetrics) -> dict[str, Slices]:
     """Divides the metrics of the test split by groups of users and by groups of held-out items.
 
     Args:
       prepared: tables, split and observed interactions.
       scorer: see `fused_rec.evaluation.ranking.Scorer`.
       per_user: of `evaluate_users` on the test split.
-      splits: observed splits, as for `user_groups`.
 
     Returns:
       Means over the users of each of `user_groups`, and under "item_interactions" means that count only the held-out
       items of a band; empty slices are left out.
     """
     items = bands(np.bincount(prepared.observed.item, minlength=prepared.dataset.n_items))
-    of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared, splits).items()}
+    of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared).items()}
     return of_users | {"item_interactions": item_slices(scorer, items, *held_out(prepared, "test"))}
 
 
@@ -210,10 +205,10 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
       NotApplicableError: the tables lack what the baseline needs.
       ValueError: `prepared` includes other splits.
     """
-    if len(prepared.observed.user) != len(prepared.split.train):
+    if prepared.splits != ("train",):
         raise ValueError(
-            f"settings are to be chosen on {len(prepared.observed.user)} observed interactions, and the training part "
-            f"has {len(prepared.split.train)}: prepare it alone, or what is seen gives away what validation asks"
+            f"settings are to be chosen on data prepared from {', '.join(prepared.splits)}; prepare the split train "
+            "alone, or what is seen gives away what validation asks"
         )
     grid = BASELINES[name].grid
     if len(grid) == 1:

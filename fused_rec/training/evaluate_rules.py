@@ -50,7 +50,8 @@ def evaluate_rules(
 
     Returns:
       As JSON, of the users that `evaluate_mean` ranks for: "suitable", the mean share of suitable items in the first k;
-      "exclusions", `suitability.exclusion_counts`; "costs", `suitability.rule_costs` of ndcg@10; with `returns` "returns",
+      "exclusions", `suitability.exclusion_counts`; "costs", `suitability.rule_costs` of ndcg@10; with `returns`,
+      "returns",
       the mean over users of `suitability.realised_return` and the share of listed items with a return; and "groups", by
       attribute and metric, `suitability.group_gaps` under the rules.
 

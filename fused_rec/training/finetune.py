@@ -1,8 +1,9 @@
 """Fine-tuning of the text encoder with the graph model: embeddings of all texts by the current encoder, cached.
 
 A node's text embedding is the weighted mean of its texts' embeddings, whitened and of unit length
-(`fused_rec.graph.build`). A step encodes some texts with gradient (`fused_rec.training.finetune_step`); all others come
-from embeddings cached at the last evaluation. Whitening, text-kNN edges and TF-IDF stay those of the pretrained model.
+(`fused_rec.text.features`). A step encodes some texts with gradient (`fused_rec.training.finetune_step`); all others
+come from embeddings cached at the last evaluation. Whitening, text-kNN edges and TF-IDF stay those of the pretrained
+model.
 
 A state's params have one more entry, `ENCODER`: LoRA adapters, or all weights with full fine-tuning. With adapters the
 pretrained weights are in no state and no checkpoint.
@@ -12,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +21,11 @@ import optax
 from jaxtyping import Float32, Int32, Int64, PyTree
 
 from fused_rec.config import Config, TextConfig
-from fused_rec.data.node_texts import NodeTexts
-from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitened, whitening
-from fused_rec.text.encode import encode_texts, token_ids
+from fused_rec.data.node_texts import NodeTextLinks
+from fused_rec.text.encode import token_ids
 from fused_rec.text.encoders.lora import init_trainable, with_adapters
-from fused_rec.text.pretrained import PretrainedModel, open_model
-from fused_rec.text.tfidf import rms_norm
+from fused_rec.text.features import TextFeatures, encode_by, open_language_model
+from fused_rec.text.pretrained import PretrainedModel
 from fused_rec.training.train_step import GraphInputs, TrainState, make_optimizer
 
 ENCODER = "encoder"
@@ -41,43 +40,27 @@ class EncoderData:
 
     Attributes:
       model: the pretrained encoder.
-      texts: texts and their links to nodes.
-      vectors: float32 [T, H], embeddings by the pretrained encoder.
-      tfidf: float32 [T, L], the TF-IDF columns of the nodes' embeddings.
-      scale: divisor of the encoder's embeddings where TF-IDF columns are appended, else 1.
-      whitening: the transform of each node type, None where fewer than two nodes have text.
+      features: texts, their links to nodes, and their features by the pretrained encoder.
       tokens: token IDs of each text.
       bucket_length: int64 [C], the padded length of each bucket, in tokens.
       bucket_of_text: int64 [T], the bucket of each text.
     """
 
     model: PretrainedModel
-    texts: NodeTexts
-    vectors: Float32[np.ndarray, "T H"]
-    tfidf: Float32[np.ndarray, "T L"]
-    scale: np.float32
-    whitening: Mapping[str, Whitening | None]
+    features: TextFeatures
     tokens: list[Int32[np.ndarray, "_"]]
     bucket_length: Int64[np.ndarray, "C"]
     bucket_of_text: Int64[np.ndarray, "T"]
 
-    def texts_of(self, node_type: str) -> "NodeTextLinks":
+    def texts_of(self, node_type: str) -> NodeTextLinks:
         """Returns the links of one node type, ascending by node."""
-        side = {USER: "user", ITEM: "item"}[node_type]
-        return NodeTextLinks(*(getattr(self.texts, f"{side}_{name}") for name in ("rows", "texts", "weights")))
+        return self.features.texts.links[node_type]
 
     @functools.cached_property
     def order_by_text(self) -> dict[str, np.ndarray]:
         """The permutation of each node type's links that sorts them by text."""
-        return {node_type: np.argsort(self.texts_of(node_type).texts, kind="stable") for node_type in self.whitening}
-
-
-class NodeTextLinks(NamedTuple):
-    """Weighted links between the nodes of one type and their texts."""
-
-    nodes: Int32[np.ndarray, "K"]
-    texts: Int32[np.ndarray, "K"]
-    weights: Float32[np.ndarray, "K"]
+        links = self.features.texts.links.items()
+        return {node_type: np.argsort(linked.texts, kind="stable") for node_type, linked in links}
 
 
 class TextCache(NamedTuple):
@@ -98,49 +81,24 @@ class TextCache(NamedTuple):
     vectors: Float32[np.ndarray, "T H"]
 
 
-def encoder_data(
-    config: TextConfig, texts: NodeTexts, vectors: Float32[np.ndarray, "T D"], counts: Mapping[str, int]
-) -> EncoderData:
-    """Prepares texts and encoder for fine-tuning: tokens, length buckets, whitening.
+def encoder_data(config: TextConfig, features: TextFeatures) -> EncoderData:
+    """Prepares texts and encoder for fine-tuning: tokens and length buckets.
 
     Args:
       config: settings of the text encoder.
-      texts: texts and their links to nodes.
-      vectors: float32 [T, D], the texts' embeddings: the encoder's, then TF-IDF columns, if any.
-      counts: the number of nodes by type.
+      features: of one text or more, by the pretrained encoder.
 
     Returns:
       The data, on the host.
-
-    Raises:
-      ValueError: there are no texts, or as `fused_rec.text.encode.encode_texts`.
     """
-    if not texts.texts:
-        raise ValueError(f"text.finetune is {config.finetune!r}, and these tables have no texts; it must be frozen")
-    model = open_model(config.model, offline=config.offline)
-    pretrained = _embed(config, texts.texts, model, config.cache)
-    tokens = token_ids(texts.texts, model, max_tokens=config.max_tokens)
+    model = open_language_model(config)
+    tokens = token_ids(features.texts.texts, model, max_tokens=config.max_tokens)
     count = np.array([len(ids) for ids in tokens])
     bounds = np.quantile(count, np.arange(1, LENGTH_BUCKETS + 1) / LENGTH_BUCKETS, method="inverted_cdf")
     length = np.unique(-(-bounds.astype(np.int64) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE).clip(
         max=config.max_tokens or model.max_tokens
     )
-    data = EncoderData(
-        model,
-        texts,
-        vectors=pretrained,
-        tfidf=vectors[:, pretrained.shape[1] :],
-        scale=np.float32(rms_norm(pretrained)) if vectors.shape[1] > pretrained.shape[1] else np.float32(1),
-        whitening={USER: None, ITEM: None},
-        tokens=tokens,
-        bucket_length=length,
-        bucket_of_text=np.searchsorted(length, count),
-    )
-    found = {}
-    for node_type in data.whitening:
-        means, has_text = node_means(*data.texts_of(node_type), vectors, counts[node_type])
-        found[node_type] = whitening(means[has_text])
-    return dataclasses.replace(data, whitening=found)
+    return EncoderData(model, features, tokens, bucket_length=length, bucket_of_text=np.searchsorted(length, count))
 
 
 def init_state(config: Config, encoder_data: EncoderData, state: TrainState) -> TrainState:
@@ -207,45 +165,35 @@ def encode_all_texts(
     """
     encoder_params = jax.device_get(encoder_params)
     params = jax.device_get(with_adapters(_training(config), encoder_data.model.params, encoder_params))
-    vectors = encoder_data.vectors
+    features = encoder_data.features
     if not jax.tree.all(jax.tree.map(np.array_equal, params, encoder_data.model.params)):
         model = dataclasses.replace(
             encoder_data.model, params=params, digest=_digest(encoder_data.model.digest, encoder_params)
         )
-        vectors = _embed(config.text, encoder_data.texts.texts, model, config.text.cache if keep else None)
-    return TextCache(encoder_data, encoder_params, *with_text_embeddings(encoder_data, graph_inputs, vectors), vectors)
+        cache = config.text.cache if keep else None
+        features = features.with_lm(encode_by(model, config.text, features.texts.texts, cache=cache))
+    return TextCache(encoder_data, encoder_params, *with_text_features(graph_inputs, features), features.lm)
 
 
-def with_text_embeddings(
-    encoder_data: EncoderData, graph_inputs: GraphInputs, vectors: Float32[np.ndarray, "T H"]
+def with_text_features(
+    graph_inputs: GraphInputs, features: TextFeatures
 ) -> tuple[GraphInputs, dict[str, Float32[np.ndarray, "n"]]]:
-    """Replaces the text embeddings of all nodes by those of other embeddings of the texts.
+    """Replaces the text embeddings of all users and items.
 
     Args:
-      encoder_data: links, TF-IDF columns and whitening.
       graph_inputs: of the whole graph, with any text embeddings.
-      vectors: float32 [T, H], the encoder's embeddings of the texts.
+      features: of the same texts and nodes.
 
     Returns:
       The graph inputs, and the norms of whitened means by node type (`TextCache.norms`).
     """
-    joined = np.concatenate([vectors / encoder_data.scale, encoder_data.tfidf], axis=1)
-    rows, lengths = {}, {}
-    for node_type, by in encoder_data.whitening.items():
-        means, has_text = node_means(*encoder_data.texts_of(node_type), joined, graph_inputs.graph.count(node_type))
-        rows[node_type], lengths[node_type] = whitened(means, has_text, by)
+    nodes, graph = features.node_rows(), graph_inputs.graph
     text = [
-        rows.get(node_type, np.asarray(graph_inputs.graph.text(node_type)))
-        for node_type, _ in graph_inputs.graph.node_types
+        nodes[node_type].rows if node_type in nodes else np.asarray(graph.text(node_type))
+        for node_type, _ in graph.node_types
     ]
-    return dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(np.concatenate(text))), lengths
-
-
-def _embed(
-    config: TextConfig, texts: list[str], model: PretrainedModel, cache: str | Path | None
-) -> Float32[np.ndarray, "T H"]:
-    """`encode_texts` with the settings of the config."""
-    return encode_texts(texts, model, cache=cache, batch_tokens=config.batch_tokens, max_tokens=config.max_tokens)
+    norms = {node_type: of_type.norms for node_type, of_type in nodes.items()}
+    return dataclasses.replace(graph_inputs, graph=graph.with_text(np.concatenate(text))), norms
 
 
 def _digest(pretrained: str, trained: PyTree) -> str:

@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float32, Int32, Int64, PRNGKeyArray, PyTree
 
 from fused_rec.config import Config, TextConfig
 from fused_rec.data.batches import Batch
+from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks
 from fused_rec.distributed.devices import AXIS, AnyArray, local_indices, select_devices
-from fused_rec.graph.build import ITEM, USER
 from fused_rec.model.losses import unit
 from fused_rec.text.encoders.lora import with_adapters
 from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.training import finetune
-from fused_rec.training.finetune import EncoderData, NodeTextLinks, TextCache
+from fused_rec.training.finetune import EncoderData, TextCache
 from fused_rec.training.sharding import ParallelStep
 from fused_rec.training.train_step import (
     GraphInputs,
@@ -198,13 +198,14 @@ def frozen_parts(config: Config, encoder_data: EncoderData) -> tuple[PyTree, dic
       The pretrained weights, empty with full fine-tuning; and by node type the matrix [H, D] that maps a change of a
       text's embedding to the change of a node's whitened mean.
     """
-    width = encoder_data.vectors.shape[1]
-    shape = width, width + encoder_data.tfidf.shape[1]
+    features = encoder_data.features
+    width = features.lm.shape[1]
+    shape = width, width + features.tfidf.vectors.shape[1]
     matrices = {
         node_type: np.zeros(shape, np.float32)
         if by is None
-        else (by.matrix[:width] / encoder_data.scale).astype(np.float32)
-        for node_type, by in encoder_data.whitening.items()
+        else (by.matrix[:width] / features.fitted.scales.lm).astype(np.float32)
+        for node_type, by in features.fitted.whitening.items()
     }
     return {} if config.text.finetune == "full" else encoder_data.model.params, matrices
 

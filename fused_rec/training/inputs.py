@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from fused_rec.baselines.linear import low_rank_ease
 from fused_rec.baselines.neighbors import Interactions, item_counts
-from fused_rec.config import Config
+from fused_rec.config import Config, GraphConfig, ModelConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset
@@ -19,11 +19,9 @@ from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.distributed import processes
 from fused_rec.graph.adjacency import build_adjacencies
 from fused_rec.graph.build import NO_TEXT_DIM, build, check_relations
-from fused_rec.memory import require_memory
+from fused_rec.graph.hetero import HeteroGraph
 from fused_rec.text.cache import open_cache
-from fused_rec.text.encode import encode_texts
-from fused_rec.text.pretrained import open_model
-from fused_rec.text.tfidf import concat_normalized, tfidf_vectors
+from fused_rec.text.features import TextFeatures, encode_features, without_tfidf
 from fused_rec.training import finetune
 from fused_rec.training.train_step import GraphInputs, TrainState, init
 
@@ -37,6 +35,8 @@ class Prepared:
     dataset: Dataset
     split: Split
     observed: Observed  # interactions, texts and ties of the observed splits; ties as in the graph
+    splits: tuple[str, ...]  # the observed splits
+    text: TextFeatures  # by the pretrained encoder
     graph_inputs: GraphInputs
     encoder_data: finetune.EncoderData | None = None  # if the text encoder is trained
 
@@ -112,21 +112,55 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
     texts = node_texts(dataset, observed)
     checked = audit(dataset, data_split, observed, texts, splits)
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
-    observed = dataclasses.replace(observed, ties=social_edges(config, observed.ties))
-    texts, vectors = encode_node_texts(config, texts)
-    graph = build(dataset, observed, texts, vectors, config.graph)
-    encoder_data = None
-    if config.text.finetune != "frozen":
-        encoder_data = finetune.encoder_data(config.text, texts, vectors, dict(graph.node_types))
-    popularity = item_counts(observed.item, observed.age, config.model.popularity_half_life, dataset.n_items)
+    observed = dataclasses.replace(observed, ties=social_edges(config.graph, observed.ties, config.train.seed))
+    text = text_features(config, texts)
+    graph = build(dataset, observed, {name: nodes.rows for name, nodes in text.node_rows().items()}, config.graph)
+    encoder_data = None if config.text.finetune == "frozen" else finetune.encoder_data(config.text, text)
+    return Prepared(
+        dataset=dataset,
+        split=data_split,
+        observed=observed,
+        splits=splits,
+        text=text,
+        graph_inputs=make_graph_inputs(config.model, dataset, observed, graph),
+        encoder_data=encoder_data,
+    )
+
+
+def seen_splits(refit: bool, split: str = "test") -> tuple[str, ...]:
+    """Returns the splits that the model to evaluate on a split was trained on.
+
+    Args:
+      refit: train.refit: the final model is trained on the validation split too.
+      split: the split to evaluate; the model of step selection is evaluated on "valid".
+    """
+    return ("train", "valid") if refit and split != "valid" else ("train",)
+
+
+def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed, graph: HeteroGraph) -> GraphInputs:
+    """Adds to a graph what else the model reads: adjacencies, trained items, popularity, and EASE's vectors if used.
+
+    Args:
+      config: settings of popularity and EASE.
+      dataset: for the numbers of users and items.
+      observed: the observed interactions.
+      graph: the graph of them.
+
+    Returns:
+      The inputs, on the host.
+
+    Raises:
+      InsufficientMemoryError: the matrices of EASE do not fit in memory.
+    """
+    popularity = item_counts(observed.item, observed.age, config.popularity_half_life, dataset.n_items)
     graph_inputs = GraphInputs(graph, build_adjacencies(graph), trained_item_mask(dataset, observed), popularity)
-    if config.model.ease_weight:
-        LOG.info("EASE of rank %d, which takes minutes for many interactions", config.model.ease_rank)
-        interactions = Interactions(observed.user, observed.item, dataset.n_users, dataset.n_items)
-        ease = low_rank_ease(interactions, rank=config.model.ease_rank, l2=config.model.ease_l2)
-        # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
-        graph_inputs = dataclasses.replace(graph_inputs, ease=processes.broadcast_arrays(ease))
-    return Prepared(dataset, data_split, observed, graph_inputs, encoder_data)
+    if not config.ease_weight:
+        return graph_inputs
+    LOG.info("EASE of rank %d, which takes minutes for many interactions", config.ease_rank)
+    interactions = Interactions(observed.user, observed.item, dataset.n_users, dataset.n_items)
+    ease = low_rank_ease(interactions, rank=config.ease_rank, l2=config.ease_l2)
+    # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
+    return dataclasses.replace(graph_inputs, ease=processes.broadcast_arrays(ease))
 
 
 def init_state(config: Config, prepared: Prepared) -> TrainState:
@@ -172,72 +206,45 @@ def with_pretrained_text(prepared: Prepared) -> Prepared:
     """
     if prepared.encoder_data is None:
         return prepared
-    return dataclasses.replace(
-        prepared,
-        graph_inputs=finetune.with_text_embeddings(
-            prepared.encoder_data, prepared.graph_inputs, prepared.encoder_data.vectors
-        )[0],
-    )
+    graph_inputs, _ = finetune.with_text_features(prepared.graph_inputs, prepared.text)
+    return dataclasses.replace(prepared, graph_inputs=graph_inputs)
 
 
-def social_edges(config: Config, ties: pa.Table) -> pa.Table:
+def social_edges(config: GraphConfig, ties: pa.Table, seed: int) -> pa.Table:
     """Returns the ties of the graph: the observed ones, a degree-preserving rewiring of them, or none.
 
     Args:
-      config: of which graph.social_edges and train.seed count.
+      config: of which social_edges counts.
       ties: the observed ties.
+      seed: seed of the rewiring.
     """
-    if config.graph.social_edges == "none":
+    if config.social_edges == "none":
         return ties.slice(0, 0)
-    if config.graph.social_edges == "observed":
+    if config.social_edges == "observed":
         return ties
-    rewired = controls.rewire(ties, config.train.seed)
+    rewired = controls.rewire(ties, seed)
     observed, sampled = (set(zip(*table.to_pydict().values(), strict=True)) for table in (ties, rewired))
     LOG.info("ties rewired: %d of %d coincide with observed ones by chance", len(observed & sampled), len(observed))
     return rewired
 
 
-def encode_node_texts(config: Config, texts: NodeTexts) -> tuple[NodeTexts, np.ndarray]:
-    """Embeds the distinct texts by the pretrained encoder and TF-IDF, or as a control (text.features) says.
+def text_features(config: Config, texts: NodeTexts) -> TextFeatures:
+    """Returns the text features; of the variant graph, and where there are no texts, one column of zeros.
 
     Args:
-      config: settings of text and model; variant graph needs no encoder.
+      config: settings of text and model; train.seed is the seed of the controls.
       texts: texts and their links to nodes.
 
-    Returns:
-      Texts and links, permuted or replaced by a control; and float32 [T, D] embeddings.
-
     Raises:
-      InsufficientMemoryError: text embeddings do not fit in memory.
+      InsufficientMemoryError: text features do not fit in memory.
+      ValueError: the text encoder is to be trained, and there are no texts.
     """
+    if not texts.texts and config.text.finetune != "frozen":
+        mode = config.text.finetune
+        raise ValueError(f"text.finetune is {mode!r}, and these tables have no texts; it must be frozen")
     if not config.model.uses_text or not texts.texts:
-        return texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32)
-    model = open_model(config.text.model, offline=config.text.offline, prompt=config.text.prompt)
-    _require_room(texts, model.config.hidden_size + config.text.tfidf_dim)
-    tfidf = tfidf_vectors(texts.texts, config.text.tfidf_dim)
-    if config.text.features == "random":
-        return controls.random_texts(texts, model.config.hidden_size + tfidf.shape[1], config.train.seed)
-    vectors = encode_texts(
-        texts.texts,
-        model,
-        cache=config.text.cache,
-        batch_tokens=config.text.batch_tokens,
-        max_tokens=config.text.max_tokens,
-    )
-    if tfidf.shape[1]:
-        vectors = concat_normalized(vectors, tfidf)
-    return controls.shuffle_texts(texts, config.train.seed) if config.text.features == "shuffled" else texts, vectors
-
-
-def _require_room(texts: NodeTexts, width: int) -> None:
-    """Raises InsufficientMemoryError where text embeddings of all nodes do not fit, before the first is encoded.
-
-    Counts the texts' embeddings in blocks and joined, and the nodes' means in float32 and, for whitening, float64.
-    """
-    n_nodes = max((int(rows.max()) + 1 for rows in (texts.user_rows, texts.item_rows) if len(rows)), default=0)
-    what = f"text embeddings of width {width} for {len(texts.texts):,} texts and {n_nodes:,} nodes"
-    instead = "raise data.k_core, lower text.tfidf_dim, take a smaller text.model, or set model.variant to graph"
-    require_memory(8 * len(texts.texts) * width + 24 * n_nodes * width, what, instead)
+        return without_tfidf(texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32))
+    return encode_features(config.text, texts, config.train.seed)
 
 
 def trained_item_mask(dataset: Dataset, observed: Observed) -> np.ndarray:

@@ -54,7 +54,15 @@ from fused_rec.training.evaluate import (
     sharded_scorer,
 )
 from fused_rec.training.footprint import require_embedding, require_step
-from fused_rec.training.inputs import Prepared, init_state, prepare, read, read_dataset, with_finetuned_text
+from fused_rec.training.inputs import (
+    Prepared,
+    init_state,
+    prepare,
+    read,
+    read_dataset,
+    seen_splits,
+    with_finetuned_text,
+)
 from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
 
@@ -132,9 +140,8 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     prepared = with_finetuned_text(config, prepared, state)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
-    known = seen_splits(config)
     if config.train.refit:
-        prepared = prepare(config, prepared.dataset, prepared.split, known)
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits(refit=True))
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
         prepared = with_finetuned_text(config, prepared, state)
         seconds += refitted.seconds
@@ -149,7 +156,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         seed=config.train.seed,
         valid=valid,
         test=mean(per_user),
-        slices=evaluate_slices(prepared, score, per_user, known),
+        slices=evaluate_slices(prepared, score, per_user),
         selected={"best_step": progress.best_step},
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -168,11 +175,6 @@ def _card(workdir: Path, prepared: Prepared, results: Mapping[str, Any]) -> str:
     step = results["best_step"]
     digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
     return card(results, counts(prepared.dataset, prepared.split), digests, (checkpoints / str(step)).as_posix())
-
-
-def seen_splits(config: Config) -> tuple[str, ...]:
-    """Returns the splits that the final model is trained on: train, and valid with train.refit."""
-    return ("train", "valid") if config.train.refit else ("train",)
 
 
 def fit(

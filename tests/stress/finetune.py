@@ -43,7 +43,8 @@ def measured(config: Config, steps: int) -> None:
     fixed = None if words is None else device_put(finetune_step.frozen_parts(config, words), None)
     step: Any = parallel_train_step(config) if words is None else finetune_step.parallel_finetune_step(config, words)
     print(
-        f"\ntext.train={config.text.finetune}: {sum(leaf.size for leaf in jax.tree.leaves(whole.params)):,} parameters"
+        f"\ntext.finetune={config.text.finetune}: "
+        f"{sum(leaf.size for leaf in jax.tree.leaves(whole.params)):,} parameters"
     )
     if words is not None:
         counts = np.bincount(words.bucket_of_text)
@@ -88,7 +89,7 @@ def main() -> None:
     given = parser.parse_args()
     for train in given.train:
         values = amazon.get_config().to_dict()
-        values["text"] = values.get("text", {}) | {"train": train, "finetune_texts_per_step": given.texts}
+        values["text"] = values.get("text", {}) | {"finetune": train, "finetune_texts_per_step": given.texts}
         measured(from_dict(values), given.steps)
 
 
