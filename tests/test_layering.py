@@ -17,6 +17,7 @@ PACKAGE = "fused_rec"
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
 LAYERS = (
     "config",
+    "rng",
     "memory",
     "storage",
     "distributed",

@@ -9,8 +9,8 @@ from jaxtyping import Float32, Int32, Int64
 
 from fused_rec.data.dataset import column
 from fused_rec.data.node_texts import NodeTexts
+from fused_rec.rng import Stream, numpy_rng
 
-SHUFFLE, RANDOM, REWIRE = 2, 3, 4  # random streams (third number of the seeds); batches use 0 and 1
 ROUNDS = 40  # each edge is in one proposal per round, and in about 20 swaps in total
 
 
@@ -27,7 +27,7 @@ def shuffle_texts(texts: NodeTexts, seed: int) -> NodeTexts:
     Returns:
       The same texts assigned to other nodes.
     """
-    rng = np.random.default_rng((seed, 0, SHUFFLE))
+    rng = numpy_rng(seed, 0, Stream.SHUFFLED_TEXTS)
     users = _permuted(texts.user_rows, texts.user_texts, texts.user_weights, rng)
     items = _permuted(texts.item_rows, texts.item_texts, texts.item_weights, rng)
     return NodeTexts(texts.texts, *users, *items)
@@ -49,7 +49,7 @@ def random_texts(texts: NodeTexts, width: int, seed: int) -> tuple[NodeTexts, Fl
     """
     users, items = np.unique(texts.user_rows), np.unique(texts.item_rows)
     count = len(users) + len(items)
-    vectors = np.random.default_rng((seed, 0, RANDOM)).standard_normal((count, width))
+    vectors = numpy_rng(seed, 0, Stream.RANDOM_TEXTS).standard_normal((count, width))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     indices = np.arange(count, dtype=np.int32)
     of_users, of_items = indices[: len(users)], indices[len(users) :]
@@ -80,7 +80,7 @@ def rewire(ties: pa.Table, seed: int) -> pa.Table:
     Returns:
       The table with other `source` and `target` and all other columns unchanged.
     """
-    rng = np.random.default_rng((seed, 0, REWIRE))
+    rng = numpy_rng(seed, 0, Stream.REWIRED_TIES)
     kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
     source, target = column(ties, "source").astype(np.int64), column(ties, "target").astype(np.int64)
     n_users = int(max(source.max(initial=0), target.max(initial=0))) + 1

@@ -57,10 +57,10 @@ from fused_rec.graph.hetero import HeteroGraph, Relation
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
 from fused_rec.model.text_fusion import Gate, TextInput
+from fused_rec.rng import Stream
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
-EDGE_DROPOUT_STREAM, NOISE_STREAM = 1_000, 1_001  # folded into the key; node types fold in their index
 ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
 FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
@@ -217,7 +217,7 @@ class Branch(nn.Module):
         noise = None
         if dropout is not None and self.config.embedding_noise:
             numbers = {t: graph.global_ids(t, jnp.arange(graph.rows(t))) for t in both}
-            noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, NOISE_STREAM), numbers)
+            noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, Stream.EMBEDDING_NOISE), numbers)
         layers = propagate_layers(adjacencies, weights, both, text, noise, graph.shards, self.compute_dtype)
         if len(layers) > 1:
             self.sow("intermediates", FIRST_LAYER, tuple(graph.all_gather(t, layers[1][t]) for t in (USER, ITEM)))
@@ -341,7 +341,7 @@ def _drop_interactions(
     if dropout is None or not share:
         return adjacencies
     interacted_by, interacts = adjacencies[INTERACTED_BY], adjacencies[INTERACTS]
-    key = jax.random.fold_in(dropout, EDGE_DROPOUT_STREAM)
+    key = jax.random.fold_in(dropout, Stream.EDGE_DROPOUT)
     kept_by_item = _edge_keep_mask(
         key,
         share,

@@ -37,6 +37,7 @@ from fused_rec.distributed.devices import (
 )
 from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitened, whitening
 from fused_rec.model.losses import unit
+from fused_rec.rng import Stream, numpy_rng
 from fused_rec.text.encode import encode_texts, token_ids
 from fused_rec.text.encoders.lora import init_trainable, with_adapters
 from fused_rec.text.encoders.registry import apply_encoder
@@ -46,7 +47,6 @@ from fused_rec.training.sharding import compile_key, graph_inputs_axes, shard_ba
 from fused_rec.training.train_step import GraphInputs, TrainState, make_optimizer, sharding_axes, train_step
 
 ENCODER = "encoder"
-SAMPLE_STREAM = 5  # third number of the seed; batches draw with 0 and 1, controls with 2 to 4
 LENGTH_BUCKETS = 3  # a step's texts are from one length bucket, so that padding is small; one program per bucket
 LENGTH_MULTIPLE = 8  # padded lengths are multiples of it
 DECAY = 0.01  # decoupled weight decay of the encoder's matrices, as in the training of BERT
@@ -314,7 +314,7 @@ def sample_texts(config: Config, encoder_data: EncoderData, batch: Batch, step: 
     Returns:
       int64, up to text.finetune_texts_per_step distinct texts, ascending; a function of (train.seed, step, batch).
     """
-    rng = np.random.default_rng((config.train.seed, step, SAMPLE_STREAM))
+    rng = numpy_rng(config.train.seed, step, Stream.FINETUNE_TEXTS)
     nodes_by_type = _batch_nodes(batch).items()
     candidates = np.unique(
         np.concatenate([_texts_of(encoder_data.texts_of(node_type), nodes) for node_type, nodes in nodes_by_type])

@@ -22,12 +22,12 @@ from fused_rec.graph.sampling import (
     sample,
 )
 from fused_rec.model.model import active_relations
+from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.sharding import shard_graph_inputs
 from fused_rec.training.train_step import GraphInputs
 
 Sampler = Callable[[int, Batch], tuple[GraphInputs, Batch]]
 PROBE_BATCHES = 3  # batches sampled to estimate the usual capacity
-SAMPLE_STREAM = 2  # third number of the seed; batches use 0 and 1
 
 
 def full_graph_sampler(graph_inputs: GraphInputs) -> Sampler:
@@ -70,7 +70,7 @@ def neighbor_sampler(
 
     def draw_sample(seed: int, step: int, batch: Batch) -> Sample:
         items = np.concatenate([batch.items.ravel(), batch.negatives.ravel()])
-        rng = np.random.default_rng((seed, step, SAMPLE_STREAM))
+        rng = numpy_rng(seed, step, Stream.NEIGHBORS)
         seeds = {USER: batch.users, ITEM: items}
         return sample(adjacencies, counts, seeds, num_layers=num_layers, num_neighbors=settings.num_neighbors, rng=rng)
 
