@@ -17,7 +17,7 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph import adjacency as adjacency_module
 from fused_rec.graph.adjacency import build_adjacencies, build_adjacency, default_backend, edge_dot, neighbor_sum
-from fused_rec.graph.hetero import Edges
+from fused_rec.graph.schema import Edges
 
 BACKENDS: list[adjacency_module.Backend] = [
     backend

@@ -12,8 +12,6 @@ from fused_rec.data.io.tables import dataset_from_tables
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
 from fused_rec.graph.build import (
-    INTERACTED_BY,
-    INTERACTS,
     attribute_edges,
     build,
     check_relations,
@@ -21,7 +19,7 @@ from fused_rec.graph.build import (
     social_relations,
     text_knn_edges,
 )
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Relation
 
 #   users   0     1     2     3        0 holds 0 1, 1 holds 1, 2 holds 1 2, 3 holds nothing; nobody holds 3 and 4
 #           | \   |   / |              0 and 1 are friends of each other; 2 follows 0 and 3 (hears them)

@@ -11,7 +11,7 @@ from fused_rec.data.controls import random_texts, rewire, shuffle_texts
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.splits import observe, split
 from fused_rec.data.synthetic import make_synthetic
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import Relation
 from fused_rec.training import inputs as preparing
 
 

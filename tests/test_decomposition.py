@@ -26,7 +26,7 @@ from fused_rec.explanation.decomposition import (
 from fused_rec.explanation.paths import Path, best_paths
 from fused_rec.explanation.reasons import reasons
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, USER
+from fused_rec.graph.schema import INTERACTED_BY, USER
 from fused_rec.model.model import item_degree
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init

@@ -29,7 +29,8 @@ from fused_rec.explanation.faithfulness import (
     without_sources,
 )
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, build
+from fused_rec.graph.build import build
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.training import inputs as preparing
 from fused_rec.training.inputs import prepare
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init

@@ -23,7 +23,7 @@ from fused_rec.data.splits import split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import AXIS, pmap_over_devices
-from fused_rec.graph.build import ITEM, USER
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.serving.recommender import load, recommend
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.text import encode as embed_module

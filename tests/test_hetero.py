@@ -7,7 +7,8 @@ import jraph
 import numpy as np
 import pytest
 
-from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import Edges, Relation
 
 #   users   0   1   2          holds:  0 -> 1 (.5), 2 -> 1 (.25), 1 -> 0 (1)
 #             x   /            trusts: 1 -> 0 (2): user 0 hears user 1

@@ -192,7 +192,8 @@ def test_other_steps_are_refused_before_they_begin():
         from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
         from fused_rec.evaluation import ranking
         from fused_rec.evaluation.significance import paired_bootstrap
-        from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges, text_knn_edges
+        from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
+        from fused_rec.graph.build import bidirectional_edges, text_knn_edges
         from fused_rec.graph.hetero import hetero_graph
         from fused_rec.training.footprint import require_embedding, require_step
         from fused_rec.serving.recommender import require_table

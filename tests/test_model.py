@@ -13,8 +13,9 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
-from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+from fused_rec.graph.build import bidirectional_edges, text_knn_edges
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 from fused_rec.model.model import (
     Branch,
     FusedModel,

@@ -15,8 +15,9 @@ from tiny import quick_compilation  # noqa: F401
 from fused_rec.config import Config, Loss, ModelConfig, TextConfig, TrainConfig, Variant
 from fused_rec.data.batches import Batch, batch, user_items
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
 from fused_rec.model.model import item_degree
 from fused_rec.training import neighbor_sampling, sharding
 from fused_rec.training import train_step as step_module

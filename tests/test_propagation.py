@@ -10,8 +10,8 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS
-from fused_rec.graph.hetero import Edges, hetero_graph
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Edges
 from fused_rec.model.propagation import Noise, PropagationWeights, noise_like, propagate, propagate_layers
 
 #   users    0        1        inputs 1, 2;      words 1, 1

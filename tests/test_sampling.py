@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from fused_rec.graph.adjacency import build_adjacencies, shard_adjacency
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges
-from fused_rec.graph.hetero import Edges, hetero_graph
+from fused_rec.graph.build import bidirectional_edges
+from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.sampling import (
     Capacity,
     Sample,
@@ -21,6 +21,7 @@ from fused_rec.graph.sampling import (
     sample_distinct,
     sample_in_edges,
 )
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges
 
 GRAPH = tiny.graph()
 HEARS = build_adjacencies(GRAPH)

@@ -33,8 +33,8 @@ from fused_rec.config import (
 from fused_rec.data.batches import Batch, batch, steps_per_epoch, user_items
 from fused_rec.distributed.devices import AXIS
 from fused_rec.graph.adjacency import Backend, build_adjacencies, shard_adjacency
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.model.model import Branch, item_degree
 from fused_rec.training import sharding
 from fused_rec.training import train_step as step_module

@@ -36,7 +36,7 @@ from fused_rec.config import (
 from fused_rec.distributed import signals
 from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
 from fused_rec.explanation.decomposition import decompose, scores
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training import trainer

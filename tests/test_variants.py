@@ -13,8 +13,8 @@ from tiny import quick_compilation  # noqa: F401
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.batches import Batch, batch, user_items
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.model.model import FIRST_LAYER, FusedModel, item_degree
 from fused_rec.studies.variants import variant
 from fused_rec.training import train_step as step_module

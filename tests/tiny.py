@@ -9,8 +9,9 @@ import pytest
 
 from fused_rec.baselines import linear
 from fused_rec.baselines.neighbors import Interactions
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.graph.build import bidirectional_edges, text_knn_edges
+from fused_rec.graph.hetero import HeteroGraph, hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector

@@ -19,8 +19,9 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.config import Config
     from fused_rec.data.batches import Batch
     from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
     from fused_rec.studies.variants import variant
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init

@@ -12,8 +12,9 @@ from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges
+from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.training.evaluate import scores_of
 from fused_rec.training.inputs import Prepared, trained_item_mask
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes

@@ -22,8 +22,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import Config
 from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import INTERACTED_BY, ITEM, USER
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
 from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
 from fused_rec.training.train_step import GraphInputs, embed_nodes
@@ -35,7 +34,7 @@ OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
     "own_id",
     "own_words",
     "holding",
-    "similar_text",
+    SIMILAR_TEXT,
     "popularity",
 )
 TIE = "tie:"  # prefix of the social relations, whose names come from the tables

@@ -23,8 +23,7 @@ from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.significance import paired_bootstrap, resampled_means
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, TIE, ScoreDecomposition, contributions
 from fused_rec.graph.adjacency import Adjacency, degrees_of
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, USER
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, USER, Relation
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 

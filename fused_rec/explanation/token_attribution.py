@@ -24,7 +24,8 @@ from fused_rec.config import Config
 from fused_rec.data.controls import shuffle_texts
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitening
+from fused_rec.graph.build import Whitening, node_means, whitening
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.text.encode import Tokens, encode_texts, tokens
 from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.text.pretrained import PretrainedModel, open_model

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec import kernels
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import Edges, Relation
 
 Backend = Literal["compiled", "csr", "segment"]
 

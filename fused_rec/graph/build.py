@@ -18,7 +18,8 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.plain import is_single
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.graph.hetero import HeteroGraph, hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, SIMILAR_TEXT, USER, Edges, Relation
 from fused_rec.memory import require_memory
 
 LOG = logging.getLogger(__name__)
@@ -26,10 +27,6 @@ BLOCK_SCORES = 2**25  # cosines in memory at a time, 128 MiB
 LONG = 10**14  # multiplications: an hour on two CPU cores
 MOST_RELATIONS = 64  # kinds of ties, or attributes: each compiles to two relations in every layer of every branch
 MANY_VALUES = 1000  # above this, an attribute whose values are all distinct is refused as a mistake
-USER, ITEM = "user", "item"
-NO_TEXT_DIM = 1  # width of text embeddings where no text is used: dense layers need a column
-INTERACTS = Relation(USER, "holds", ITEM)
-INTERACTED_BY = Relation(ITEM, "held_by", USER)
 
 
 def build(
@@ -77,7 +74,7 @@ def build(
         parts.append(bidirectional_edges(*pair, *edges, counts))
     for node_type in (USER, ITEM):
         if config.text_knn and text[node_type].any():
-            relation = Relation(node_type, "similar_text", node_type)
+            relation = Relation(node_type, SIMILAR_TEXT, node_type)
             parts.append({relation: text_knn_edges(text[node_type], config.text_knn)})
     return hetero_graph(counts, _merge_relations(parts), np.concatenate(list(text.values())))
 

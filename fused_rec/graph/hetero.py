@@ -6,7 +6,7 @@ time, and a new relation adds data, not branches.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -15,25 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from fused_rec.distributed.devices import AnyArray, Shards
-
-
-class Relation(NamedTuple):
-    """An edge type; messages flow from nodes of type `source` to nodes of type `target`."""
-
-    source: str
-    name: str
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.name}-{self.target}"
-
-
-class Edges(NamedTuple):
-    """The edges of one relation, with node IDs local to the node types."""
-
-    senders: np.ndarray  # int [E], rows of the source type
-    receivers: np.ndarray  # int [E], rows of the target type
-    weight: np.ndarray  # float [E], the fixed factor of a message
+from fused_rec.graph.schema import Edges, Relation
 
 
 @flax.struct.dataclass

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from fused_rec.graph.adjacency import Adjacency, Degrees, build_adjacency
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import Edges, Relation
 
 
 class Sample(NamedTuple):

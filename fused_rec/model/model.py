@@ -52,8 +52,8 @@ from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import ComputeDtype, ModelConfig
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.adjacency import Adjacency, neighbor_sum
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, SIMILAR_TEXT, USER, Relation
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
 from fused_rec.model.text_fusion import Gate, TextInput
@@ -84,7 +84,7 @@ def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
     if config.variant == "text":
         return [relation for relation in relations if relation == INTERACTED_BY]
     if config.variant == "graph":
-        return [relation for relation in relations if relation.name != "similar_text"]
+        return [relation for relation in relations if relation.name != SIMILAR_TEXT]
     return relations
 
 

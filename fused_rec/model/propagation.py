@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 from fused_rec.config import ComputeDtype
 from fused_rec.distributed.devices import AnyArray, Shards
 from fused_rec.graph.adjacency import Adjacency, neighbor_sum
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import Relation
 
 Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row per node, by node type
 

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float32
 
 from fused_rec.config import ModelConfig
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.build import INTERACTS, ITEM, USER
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import INTERACTS, ITEM, USER, Relation
 from fused_rec.model.model import active_relations
 
 

@@ -32,7 +32,7 @@ from fused_rec.evaluation.suitability import (
     suitable,
     suitable_share,
 )
-from fused_rec.graph.build import ITEM, USER
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.training.footprint import require_embedding
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state

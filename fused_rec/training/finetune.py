@@ -35,7 +35,8 @@ from fused_rec.distributed.devices import (
     pmap_over_devices,
     select_devices,
 )
-from fused_rec.graph.build import ITEM, USER, Whitening, node_means, whitened, whitening
+from fused_rec.graph.build import Whitening, node_means, whitened, whitening
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model.losses import unit
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.text.encode import encode_texts, token_ids

@@ -8,8 +8,8 @@ import jax
 
 from fused_rec.config import Config
 from fused_rec.distributed.devices import select_devices
-from fused_rec.graph.build import ITEM, NO_TEXT_DIM, USER
 from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER
 from fused_rec.memory import require_device_memory
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs

@@ -18,7 +18,8 @@ from fused_rec.data.sources import registry
 from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.distributed import processes
 from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import NO_TEXT_DIM, build, check_relations
+from fused_rec.graph.build import build, check_relations
+from fused_rec.graph.schema import NO_TEXT_DIM
 from fused_rec.memory import require_memory
 from fused_rec.text.cache import open_cache
 from fused_rec.text.encode import encode_texts

@@ -11,7 +11,6 @@ import numpy as np
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import select_devices
-from fused_rec.graph.build import ITEM, USER
 from fused_rec.graph.sampling import (
     Capacity,
     Sample,
@@ -21,6 +20,7 @@ from fused_rec.graph.sampling import (
     required_capacity,
     sample,
 )
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model.model import active_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.sharding import shard_graph_inputs

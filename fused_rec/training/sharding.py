@@ -24,7 +24,8 @@ from fused_rec.distributed.devices import (
     shard_rows,
 )
 from fused_rec.graph.adjacency import shard_adjacency
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import Relation
 from fused_rec.model.model import Vectors
 from fused_rec.training.train_step import GraphInputs, TrainState, compile_key, embed_nodes, sharding_axes, train_step
 

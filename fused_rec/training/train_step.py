@@ -16,8 +16,8 @@ from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
 from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import ITEM
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.schema import ITEM, Relation
 from fused_rec.model import losses
 from fused_rec.model.model import (
     FIRST_LAYER,

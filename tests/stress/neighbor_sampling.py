@@ -53,8 +53,9 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     from fused_rec.config import Config
     from fused_rec.data.batches import batch, user_items
     from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
     from fused_rec.studies.variants import variant
     from fused_rec.training.neighbor_sampling import PROBE_BATCHES, full_graph_sampler, neighbor_sampler
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state

@@ -46,8 +46,9 @@ def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
     from fused_rec.config import Config, ModelConfig, TrainConfig
     from fused_rec.data.batches import Batch
     from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
     from fused_rec.training.sharding import mapped_step, shard_batch, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
 
