@@ -16,8 +16,9 @@ from jax.test_util import check_grads
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph import adjacency as adjacency_module
-from fused_rec.graph.adjacency import build_adjacencies, build_adjacency, default_backend, edge_dot, neighbor_sum
+from fused_rec.graph.adjacency import build_adjacencies, build_adjacency, default_backend
 from fused_rec.graph.schema import Edges
+from fused_rec.graph.spmm import edge_dot, neighbor_sum
 
 BACKENDS: list[adjacency_module.Backend] = [
     backend
@@ -122,7 +123,7 @@ def test_every_width_over_many_threads(width, dtype):
 
 
 def test_unsorted_edges_are_refused():
-    with pytest.raises(ValueError, match=r"edges must ascend by receiver; take them from HeteroGraph\.edges"):
+    with pytest.raises(ValueError, match=r"edges must ascend by receiver; take them from HostGraph\.edges"):
         build_adjacency(Edges(np.array([0, 1]), np.array([1, 0]), np.ones(2, np.float32)), 2, 2)
 
 
@@ -134,7 +135,7 @@ def test_every_relation_of_a_graph():
             tiny.COUNTS[relation.target] + 1,
             "segment",
         )
-        np.testing.assert_array_equal(adjacency.weight, graph.edges(relation).weight)
+        np.testing.assert_array_equal(adjacency.weight, graph.edges[relation].weight)
 
 
 EDGE_CASES = {

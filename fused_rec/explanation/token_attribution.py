@@ -231,7 +231,7 @@ def _links_of(texts: NodeTexts, side: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _check_vectors(read: Attributor, rows: tuple[int, int], made: Float32[np.ndarray, "2 D"]) -> None:
     for side, row, vector in zip(SIDES, rows, made, strict=True):
-        strays = float(np.abs(np.asarray(read.graph_inputs.graph.text(side)[row]) - vector).max())
+        strays = float(np.abs(np.asarray(read.graph_inputs.graph.text[side][row]) - vector).max())
         if strays > AGREES:
             raise ValueError(
                 f"{side} {row}: the texts give another vector than the graph has, by {strays:.1e} and at most "
@@ -451,12 +451,11 @@ def _score(
     *space: AnyArray,
 ) -> tuple[Float32[Array, ""], Float32[Array, "2 D"]]:
     """Returns the score of a pair with these mean text vectors, and its gradient."""
-    graph: Any = graph_inputs.graph
-    places = jnp.stack([graph.node_slice(side).start + row for side, row in zip(SIDES, rows, strict=True)])
+    graph = graph_inputs.graph
 
     def score(means: Array) -> Array:
-        text = jnp.asarray(graph.graph.nodes["text"]).at[places].set(_vectors(means, *space))
-        changed = graph.replace(graph=graph.graph._replace(nodes={"text": text}))
+        vectors = zip(SIDES, rows, _vectors(means, *space), strict=True)
+        changed = graph.with_text({side: jnp.asarray(graph.text[side]).at[row].set(x) for side, row, x in vectors})
         users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[rows[0]] @ items[rows[1]]
 

@@ -18,7 +18,7 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.plain import is_single
 from fused_rec.data.node_texts import NodeTexts
 from fused_rec.data.splits import Observed
-from fused_rec.graph.hetero import HeteroGraph, hetero_graph
+from fused_rec.graph.hetero import HostGraph, hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, SIMILAR_TEXT, USER, Edges, Relation
 from fused_rec.memory import require_memory
 
@@ -35,7 +35,7 @@ def build(
     texts: NodeTexts,
     vectors: Float32[np.ndarray, "T D"],
     config: GraphConfig,
-) -> HeteroGraph:
+) -> HostGraph:
     """Builds the heterogeneous graph of observed data, every relation in both directions.
 
     Relations: interactions, one or two for each kind of tie, two for each attribute, and text-kNN among users and among

@@ -318,7 +318,7 @@ def _has_equal_scores(scores: Any) -> jax.Array:
 
 def _interactions(prepared: Prepared) -> neighbors.Interactions:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
-    text = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
+    text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
     return neighbors.Interactions(*pairs, *text, *ties, age=observed.age)

@@ -275,11 +275,7 @@ def with_text_embeddings(
     for node_type, by in encoder_data.whitening.items():
         means, has_text = node_means(*encoder_data.texts_of(node_type), joined, graph_inputs.graph.count(node_type))
         rows[node_type], lengths[node_type] = whitened(means, has_text, by)
-    text = [
-        rows.get(node_type, np.asarray(graph_inputs.graph.text(node_type)))
-        for node_type, _ in graph_inputs.graph.node_types
-    ]
-    return dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(np.concatenate(text))), lengths
+    return dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(rows)), lengths
 
 
 def _embed(
@@ -567,15 +563,14 @@ def update_node_text(
     Returns:
       The graph inputs with other text embeddings, differentiable in `change`.
     """
-    graph = graph_inputs.graph
-    nodes: Any = graph.graph.nodes
-    text = jnp.asarray(nodes["text"])
+    graph, text = graph_inputs.graph, {}
     device = jax.lax.axis_index(AXIS)
     for node_type, rows in text_batch.node_updates.items():
         each = rows.weights[:, None] * (change @ matrices[node_type])[rows.texts]
         moved = jax.ops.segment_sum(each, rows.places, len(rows.nodes))
         is_local = (rows.nodes >= 0) & (rows.nodes % graph.shards.count == device)
-        row = jnp.where(is_local, graph.node_slice(node_type).start + rows.nodes // graph.shards.count, len(text))
-        before = text.at[row].get(mode="fill", fill_value=0) * rows.norms[:, None]
-        text = text.at[row].set(unit(before + moved), mode="drop")
+        own = jnp.asarray(graph.text[node_type])
+        row = jnp.where(is_local, rows.nodes // graph.shards.count, len(own))
+        before = own.at[row].get(mode="fill", fill_value=0) * rows.norms[:, None]
+        text[node_type] = own.at[row].set(unit(before + moved), mode="drop")
     return dataclasses.replace(graph_inputs, graph=graph.with_text(text))

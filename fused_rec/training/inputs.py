@@ -17,8 +17,8 @@ from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.sources import registry
 from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.distributed import processes
-from fused_rec.graph.adjacency import build_adjacencies
 from fused_rec.graph.build import build, check_relations
+from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.schema import NO_TEXT_DIM
 from fused_rec.memory import require_memory
 from fused_rec.text.cache import open_cache
@@ -120,7 +120,7 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
     if config.text.finetune != "frozen":
         encoder_data = finetune.encoder_data(config.text, texts, vectors, dict(graph.node_types))
     popularity = item_counts(observed.item, observed.age, config.model.popularity_half_life, dataset.n_items)
-    graph_inputs = GraphInputs(graph, build_adjacencies(graph), trained_item_mask(dataset, observed), popularity)
+    graph_inputs = GraphInputs(device_graph(graph), trained_item_mask(dataset, observed), popularity)
     if config.model.ease_weight:
         LOG.info("EASE of rank %d, which takes minutes for many interactions", config.model.ease_rank)
         interactions = Interactions(observed.user, observed.item, dataset.n_users, dataset.n_items)

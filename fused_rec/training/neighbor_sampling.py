@@ -63,9 +63,8 @@ def neighbor_sampler(
             "must be at least 1"
         )
     count, counts = len(select_devices(devices)), dict(graph_inputs.graph.node_types)
-    adjacencies = {
-        relation: graph_inputs.adjacencies[relation] for relation in active_relations(config.model, graph_inputs.graph)
-    }
+    relations = active_relations(config.model, graph_inputs.graph)
+    adjacencies = {relation: graph_inputs.graph.adjacencies[relation] for relation in relations}
     num_layers = min(config.model.num_layers, 1) if config.model.variant == "text" else config.model.num_layers
 
     def draw_sample(seed: int, step: int, batch: Batch) -> Sample:
@@ -84,15 +83,11 @@ def neighbor_sampler(
     def of_step(step: int, batch: Batch) -> tuple[GraphInputs, Batch]:
         found = draw_sample(settings.seed, step, batch)
         capacity = bucketed_capacity(required_capacity(found, count), usual, bound)
-        graph, adjacencies, places = build_subgraph(
-            graph_inputs.graph, graph_inputs.adjacencies, found, capacity, count
-        )
+        graph, places = build_subgraph(graph_inputs.graph, found, capacity, count)
         popularity = np.zeros(graph.count(ITEM), np.float32)
         popularity[places[ITEM][found.nodes[ITEM]]] = np.asarray(graph_inputs.popularity)[found.nodes[ITEM]]
-        edges = {relation: capacity.edges.get(relation, 0) for relation in adjacencies}
-        part = shard_graph_inputs(
-            GraphInputs(graph, adjacencies, graph_inputs.trained_items, popularity), devices, edges
-        )
+        edges = {relation: capacity.edges.get(relation, 0) for relation in graph.adjacencies}
+        part = shard_graph_inputs(GraphInputs(graph, graph_inputs.trained_items, popularity), devices, edges)
         return part, Batch(
             users=places[USER][batch.users],
             items=places[ITEM][batch.items],
