@@ -11,15 +11,13 @@ from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.data.io.tables import dataset_from_tables
 from fused_rec.data.splits import Observed
 from fused_rec.graph.build import (
-    INTERACTED_BY,
-    INTERACTS,
     attribute_edges,
     build,
     check_relations,
     social_relations,
     text_knn_edges,
 )
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Relation
 
 #   users   0     1     2     3        0 holds 0 1, 1 holds 1, 2 holds 1 2, 3 holds nothing; nobody holds 3 and 4
 #           | \   |   / |              0 and 1 are friends of each other; 2 follows 0 and 3 (hears them)
@@ -71,11 +69,11 @@ def test_holdings_by_hand():
     graph = build(dataset(), observed(), NO_TEXT, GraphConfig())
     assert graph.node_types == (("user", 4), ("item", 5))
     # 1 / sqrt(degree of user * degree of item)
-    assert rows(graph.edges(INTERACTS)) == approx(
+    assert rows(graph.edges[INTERACTS]) == approx(
         {(0, 0): 2**-0.5, (0, 1): 6**-0.5, (1, 1): 3**-0.5, (2, 1): 6**-0.5, (2, 2): 2**-0.5}
     )
-    assert rows(graph.edges(INTERACTED_BY)) == approx(
-        {pair[::-1]: w for pair, w in rows(graph.edges(INTERACTS)).items()}
+    assert rows(graph.edges[INTERACTED_BY]) == approx(
+        {pair[::-1]: w for pair, w in rows(graph.edges[INTERACTS]).items()}
     )
 
 
@@ -104,10 +102,10 @@ def test_attributes_by_hand():
     graph = build(dataset(), observed(), NO_TEXT, GraphConfig(attributes=("sector",)))
     assert graph.node_types[2:] == (("sector", 2),)  # 0 bank, 1 energy
     # Two items are banks, one is energy; the nulls of items 2 and 4 are no sector.
-    assert rows(graph.edges(Relation("item", "in_sector", "sector"))) == approx(
+    assert rows(graph.edges[Relation("item", "in_sector", "sector")]) == approx(
         {(0, 0): 2**-0.5, (3, 0): 2**-0.5, (1, 1): 1}
     )
-    assert rows(graph.edges(Relation("sector", "sector_of", "item"))) == approx(
+    assert rows(graph.edges[Relation("sector", "sector_of", "item")]) == approx(
         {(0, 0): 2**-0.5, (0, 3): 2**-0.5, (1, 1): 1}
     )
 
@@ -216,14 +214,14 @@ def test_permuting_the_users_permutes_the_graph():
     seen = Observed(at[USER].astype(np.int32), ITEM, empty_reviews(), moved, np.zeros(len(USER), np.float32))
     after = build(dataset(ties=moved), seen, text | {"user": text["user"][np.argsort(at)]}, config)
 
-    np.testing.assert_allclose(after.text("user")[at], before.text("user"), atol=1e-5)
-    np.testing.assert_allclose(after.text("item"), before.text("item"), atol=1e-6)
+    np.testing.assert_allclose(after.text_of("user")[at], before.text_of("user"), atol=1e-5)
+    np.testing.assert_allclose(after.text_of("item"), before.text_of("item"), atol=1e-6)
     assert [relation for relation, _ in after.relations] == [relation for relation, _ in before.relations]
     for relation, _ in before.relations:
         source = at if relation.source == "user" else np.arange(5)
         target = at if relation.target == "user" else np.arange(5)
-        expected = {(source[s], target[r]): weight for (s, r), weight in rows(before.edges(relation)).items()}
-        assert rows(after.edges(relation)) == pytest.approx(expected, rel=1e-4), relation
+        expected = {(source[s], target[r]): weight for (s, r), weight in rows(before.edges[relation]).items()}
+        assert rows(after.edges[relation]) == pytest.approx(expected, rel=1e-4), relation
 
 
 def test_too_many_kinds_of_ties_are_refused():

@@ -12,7 +12,7 @@ from fused_rec.data.controls import random_texts, rewire, shuffle_texts
 from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks, NodeTexts, node_texts
 from fused_rec.data.splits import observe, split
 from fused_rec.data.synthetic import make_synthetic
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import Relation
 from fused_rec.text import features
 from fused_rec.training import inputs as preparing
 
@@ -211,7 +211,7 @@ def test_the_graph_is_built_of_rewired_ties(market):
     kind = true.observed.ties.column("kind")[0].as_py()
     relation = Relation("user", kind, "user")
     assert dict(drawn.graph_inputs.graph.relations)[relation] == dict(true.graph_inputs.graph.relations)[relation]
-    edges = drawn.graph_inputs.adjacencies[relation]  # the source of a tie hears its target
+    edges = drawn.graph_inputs.graph.adjacencies[relation]  # the source of a tie hears its target
     received = zip(np.asarray(edges.receivers).tolist(), np.asarray(edges.senders).tolist(), strict=True)
     assert set(received) == tie_edges(drawn)
     assert tie_edges(again) == tie_edges(drawn) != tie_edges(other)
@@ -232,16 +232,16 @@ def test_the_graph_has_shuffled_words_and_nearest_texts_of_them(market, node):
     true, shuffled, again, other = (
         prepared(market, **change) for change in ({}, *({"text": "shuffled", "seed": seed} for seed in (1, 1, 2)))
     )
-    before, after = (np.asarray(done.graph_inputs.graph.text(node)) for done in (true, shuffled))
+    before, after = (np.asarray(done.graph_inputs.graph.text[node]) for done in (true, shuffled))
 
     def in_order(vectors):
         return vectors[np.lexsort(vectors.round(4).T)]
 
     np.testing.assert_allclose(in_order(before), in_order(after), atol=1e-4)
     assert not np.allclose(before, after, atol=1e-3)
-    np.testing.assert_array_equal(after, again.graph_inputs.graph.text(node))
-    assert not np.allclose(after, other.graph_inputs.graph.text(node), atol=1e-3)
-    nearest = shuffled.graph_inputs.adjacencies[Relation(node, "similar_text", node)]
+    np.testing.assert_array_equal(after, again.graph_inputs.graph.text[node])
+    assert not np.allclose(after, other.graph_inputs.graph.text[node], atol=1e-3)
+    nearest = shuffled.graph_inputs.graph.adjacencies[Relation(node, "similar_text", node)]
     first = np.asarray(nearest.senders)[: int(nearest.receiver_start[1])]
     cosines = after @ after[0]
     cosines[0] = -1
@@ -256,14 +256,14 @@ def test_random_words_need_the_encoder_for_its_width_only(market, monkeypatch):
     monkeypatch.setattr(features, "encode_texts", refuse)
     drawn = prepared(market, text="random")
     for node in ("user", "item"):
-        before, after = (np.asarray(done.graph_inputs.graph.text(node)) for done in (true, drawn))
+        before, after = (np.asarray(done.graph_inputs.graph.text[node]) for done in (true, drawn))
         assert before.shape == after.shape
         np.testing.assert_array_equal(before.any(1), after.any(1))
-    again, other = (prepared(market, text="random", seed=seed).graph_inputs.graph.text("item") for seed in (0, 1))
+    again, other = (prepared(market, text="random", seed=seed).graph_inputs.graph.text["item"] for seed in (0, 1))
     np.testing.assert_array_equal(again, after)
     assert not np.allclose(other, after)
 
 
 def test_a_variant_without_words_has_none_to_shuffle(market):
     for control in ("real", "shuffled", "random"):
-        assert not np.asarray(prepared(market, text=control, variant="graph").graph_inputs.graph.text("user")).any()
+        assert not np.asarray(prepared(market, text=control, variant="graph").graph_inputs.graph.text["user"]).any()

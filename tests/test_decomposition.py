@@ -25,8 +25,7 @@ from fused_rec.explanation.decomposition import (
 )
 from fused_rec.explanation.paths import Path, best_paths
 from fused_rec.explanation.reasons import reasons
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, USER
+from fused_rec.graph.schema import INTERACTED_BY, USER
 from fused_rec.model.model import item_degree
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init
@@ -44,10 +43,9 @@ CONFIGS = {
 
 @functools.cache
 def graph_inputs(name: str = "fused") -> GraphInputs:
-    graph = tiny.graph()
-    adjacency = build_adjacencies(graph)
+    graph = tiny.whole()
     rows = tiny.low_rank_ease() if CONFIGS[name].model.ease_weight else None
-    return GraphInputs(graph, adjacency, np.arange(6) < 5, np.asarray(item_degree(adjacency)), rows)
+    return GraphInputs(graph, np.arange(6) < 5, np.asarray(item_degree(graph)), rows)
 
 
 @functools.cache

@@ -28,8 +28,9 @@ from fused_rec.explanation.faithfulness import (
     summary,
     without_sources,
 )
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, build
+from fused_rec.graph.build import build
+from fused_rec.graph.device_graph import device_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.training.inputs import prepare
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
@@ -63,7 +64,7 @@ def a_user(prepared) -> int:
     """One who holds, is tied both ways and hears others of similar words."""
     ties = prepared.observed.ties
     source, target = (set(ties.column(name).to_pylist()) for name in ("source", "target"))
-    user_sources = set(prepared.graph_inputs.adjacencies[SIMILAR].receivers.tolist())
+    user_sources = set(prepared.graph_inputs.graph.adjacencies[SIMILAR].receivers.tolist())
     return next(user for user in sorted(source & target & user_sources & set(prepared.observed.user.tolist())))
 
 
@@ -78,7 +79,7 @@ def test_sources_are_those_of_the_parts(opened):
         assert len(user_sources) == len(named)
         for source in user_sources:
             for relation, edge in source.edges:
-                adjacency = prepared.graph_inputs.adjacencies[relation]
+                adjacency = prepared.graph_inputs.graph.adjacencies[relation]
                 assert {int(adjacency.senders[edge]), int(adjacency.receivers[edge])} >= (
                     {user} if relation in (INTERACTED_BY, INTERACTS) else {user, source.row}
                 )
@@ -112,7 +113,7 @@ def test_without_holdings_and_ties_as_built_anew(opened):
     )
     graph = build(prepared.dataset, less, text, config.graph)
     popularity = item_counts(less.item, less.age, config.model.popularity_half_life, prepared.dataset.n_items)
-    anew = GraphInputs(graph, build_adjacencies(graph), prepared.graph_inputs.trained_items, popularity)
+    anew = GraphInputs(device_graph(graph), prepared.graph_inputs.trained_items, popularity)
     graph_inputs = without_sources(config, observed, prepared.graph_inputs, user, gone)
     for other in (user, (user + 1) % prepared.dataset.n_users):
         expected = given(config, params, anew, other)
@@ -121,10 +122,10 @@ def test_without_holdings_and_ties_as_built_anew(opened):
 
 def test_who_is_left_of_those_with_similar_words_is_active_more(opened):
     config, prepared, *_ = opened
-    user, full = a_user(prepared), prepared.graph_inputs.adjacencies[SIMILAR]
+    user, full = a_user(prepared), prepared.graph_inputs.graph.adjacencies[SIMILAR]
     like = [source for source in sources(prepared.graph_inputs, user) if source.kind == SIMILAR_USERS]
     assert len(like) == 3
-    left = without_sources(config, prepared.observed, prepared.graph_inputs, user, like[:1]).adjacencies[SIMILAR]
+    left = without_sources(config, prepared.observed, prepared.graph_inputs, user, like[:1]).graph.adjacencies[SIMILAR]
     before, after = (slice(*adjacency.receiver_start[user : user + 2].tolist()) for adjacency in (full, left))
     assert left.senders[after].tolist() == full.senders[before].tolist()[1:]
     expected = full.weight[before][1:] / full.weight[before][1:].sum()
@@ -140,13 +141,13 @@ def test_mutual_ties_are_their_own_way_back(opened):
     kinds = pa.array(["friend"] * len(pairs))
     ties = pa.table({"source": pairs[:, 0], "target": pairs[:, 1], "kind": kinds})
     graph = build(prepared.dataset, dataclasses.replace(prepared.observed, ties=ties), text, config.graph)
-    graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=graph, adjacencies=build_adjacencies(graph))
+    graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=device_graph(graph))
     user = int(pairs[0, 0])
     friends = [source for source in sources(graph_inputs, user) if source.kind == "tie:friend"]
     for friend in friends:
         [(user_sources, edge), (reverse, back)] = friend.edges
         assert user_sources == reverse
-        adjacency = graph_inputs.adjacencies[user_sources]
+        adjacency = graph_inputs.graph.adjacencies[user_sources]
         assert (adjacency.senders[edge], adjacency.receivers[edge]) == (friend.row, user)
         assert (adjacency.senders[back], adjacency.receivers[back]) == (user, friend.row)
 
@@ -161,10 +162,10 @@ def test_gradients_are_differences(opened):
         for factor in (0.9, 1.1):
             changed = {}
             for relation, edge in user_sources[number].edges:
-                weight = np.array((changed.get(relation) or graph_inputs.adjacencies[relation]).weight)
+                weight = np.array((changed.get(relation) or graph_inputs.graph.adjacencies[relation]).weight)
                 weight[edge] *= factor
-                changed[relation] = dataclasses.replace(graph_inputs.adjacencies[relation], weight=weight)
-            there = dataclasses.replace(graph_inputs, adjacencies={**graph_inputs.adjacencies, **changed})
+                changed[relation] = dataclasses.replace(graph_inputs.graph.adjacencies[relation], weight=weight)
+            there = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_adjacencies(changed))
             scored.append(given(config, params, there, user)[item])
         assert found["gradient"][number] == pytest.approx((scored[1] - scored[0]) / 0.2, rel=0.02, abs=1e-5)
 

@@ -24,7 +24,7 @@ from fused_rec.data.splits import split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import AXIS, pmap_over_devices
-from fused_rec.graph.build import ITEM, USER
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.serving.recommender import load
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.text import encode as embed_module
@@ -91,7 +91,8 @@ def moved(state, by: float = 0.05):
 
 
 def text_of(graph_inputs) -> np.ndarray:
-    return np.asarray(graph_inputs.graph.graph.nodes["text"])
+    graph = graph_inputs.graph
+    return np.concatenate([np.asarray(graph.text[node_type]) for node_type, _ in graph.node_types], axis=-2)
 
 
 def taken(config, prepared, state, cache, steps: int, devices: int = 1):
@@ -165,18 +166,17 @@ def test_corrected_rows_are_those_of_encoding_everything(cache, prepared):
         graph_inputs = shard_graph_inputs(before.graph_inputs, devices)
 
         def rows(graph_inputs, text_batch, change, matrices):
-            nodes: Any = finetune_step.update_node_text(graph_inputs, text_batch, change, matrices).graph.graph.nodes
-            return nodes["text"]
+            return finetune_step.update_node_text(graph_inputs, text_batch, change, matrices).graph.text
 
         axes_of = graph_inputs_axes(graph_inputs), finetune_step.text_batch_axes(), None, None
         found = pmap_over_devices(rows, devices, in_axes=axes_of, out_axes=1)(
             graph_inputs, text_batch, change, matrices
         )
         for node_type, wanted in ((USER, own[USER]), (ITEM, own[ITEM])):
-            of_type = shard_graph_inputs(before.graph_inputs, devices).graph.node_slice(node_type)
             count = before.graph_inputs.graph.count(node_type)
-            whole = np.asarray(found)[of_type].reshape(-1, found.shape[-1])[:count]
-            one, other = (np.asarray(c.graph_inputs.graph.text(node_type)) for c in (before, after))
+            rows_there = np.asarray(found[node_type])
+            whole = rows_there.reshape(-1, rows_there.shape[-1])[:count]
+            one, other = (np.asarray(c.graph_inputs.graph.text[node_type]) for c in (before, after))
             np.testing.assert_allclose(whole[list(wanted)], other[list(wanted)], atol=2e-5)
             others = np.setdiff1d(np.arange(count), touched[node_type])
             np.testing.assert_array_equal(whole[others], one[others])
@@ -241,13 +241,15 @@ def test_what_comes_out_is_the_same_on_every_device(cache, market):
     """Traced under shard_map, which refuses an output that may differ between devices: a sum that was forgotten."""
     config = config_of(cache)
     whole: Any = prepare(config, market, split(market, config.split))
-    adjacency = {r: dataclasses.replace(a, backend="segment") for r, a in whole.graph_inputs.adjacencies.items()}
+    adjacency = {r: dataclasses.replace(a, backend="segment") for r, a in whole.graph_inputs.graph.adjacencies.items()}
     state = dataclasses.replace(init_state(config, whole), encoder_snapshot=())
     start = finetune.encode_all_texts(
         config, whole.encoder_data, whole.graph_inputs, init_state(config, whole).encoder_snapshot
     )
     users = batch_of(whole, 0)
-    graph_inputs = shard_graph_inputs(dataclasses.replace(start.graph_inputs, adjacencies=adjacency))
+    graph_inputs = shard_graph_inputs(
+        dataclasses.replace(start.graph_inputs, graph=start.graph_inputs.graph.with_adjacencies(adjacency))
+    )
     arguments = (
         *(shard_state(state), graph_inputs, shard_batch(users), finetune_step.make_text_batch(config, start, users, 0)),
         finetune_step.frozen_parts(config, whole.encoder_data),

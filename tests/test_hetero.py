@@ -1,13 +1,14 @@
 """The typed graph, from a drawing to one `jraph.GraphsTuple` and back."""
 
+import dataclasses
 from typing import Any
 
-import jax
 import jraph
 import numpy as np
 import pytest
 
-from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import Edges, Relation
 
 #   users   0   1   2          holds:  0 -> 1 (.5), 2 -> 1 (.25), 1 -> 0 (1)
 #             x   /            trusts: 1 -> 0 (2): user 0 hears user 1
@@ -38,7 +39,7 @@ def drawn() -> Any:
 
 
 def test_the_drawing_as_one_graph():
-    graph = drawn().graph
+    graph = drawn().to_jraph()
     # Inside a relation by (receiver, sender); items start at 3.
     assert graph.senders.tolist() == [1, 0, 2, 1]
     assert graph.receivers.tolist() == [3, 4, 4, 0]
@@ -52,7 +53,7 @@ def test_the_drawing_as_one_graph():
 
 def test_jraph_takes_it():
     """Its counts agree, so that jraph's own batching and padding keep every node and edge."""
-    graph = drawn().graph
+    graph = drawn().to_jraph()
     both: Any = jraph.batch([graph, graph])
     assert both.senders.tolist() == [1, 0, 2, 1, 7, 6, 8, 7]
     assert [np.asarray(part.receivers).tolist() for part in jraph.unbatch(both)] == [graph.receivers.tolist()] * 2
@@ -66,8 +67,8 @@ def test_types_and_relations_are_slices():
     graph = drawn()
     assert [graph.node_slice(name) for name in COUNTS] == [slice(0, 3), slice(3, 5), slice(5, 5), slice(5, 6)]
     assert [graph.count(name) for name in COUNTS] == [3, 2, 0, 1]
-    assert graph.text("item").tolist() == [[6, 7], [8, 9]]
-    assert graph.text("post").shape == (0, 2)
+    assert graph.text_of("item").tolist() == [[6, 7], [8, 9]]
+    assert graph.text_of("post").shape == (0, 2)
     assert graph.relations == ((HOLDS, 3), (WROTE, 0), (TRUSTS, 1))
     assert str(HOLDS) == "user-holds-item"
 
@@ -76,12 +77,12 @@ def test_a_name_that_is_not_there():
     with pytest.raises(KeyError, match=r"'shop' is not among \['user', 'item', 'post', 'tag'\]"):
         drawn().node_slice("shop")
     with pytest.raises(KeyError, match=r"Relation\(source='tag'"):
-        drawn().edges(Relation("tag", "of", "item"))
+        drawn().edges[Relation("tag", "of", "item")]
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=str)
 def test_edges_come_back(relation):
-    back = drawn().edges(relation)
+    back = drawn().edges[relation]
     rows = sorted(zip(*(np.asarray(part).tolist() for part in back), strict=True))
     assert rows == sorted(zip(*(part.tolist() for part in RELATIONS[relation]), strict=True))
     assert np.all(np.diff(back.receivers) >= 0)
@@ -99,7 +100,7 @@ def test_any_market_comes_back():
             relations[Relation(source, name, target)] = Edges(pair[:, 0], pair[:, 1], weight)
         graph = hetero_graph(counts, relations, np.zeros((sum(counts.values()), 1), np.float32))
         for relation, given in relations.items():
-            back = graph.edges(relation)
+            back = graph.edges[relation]
             places = np.asarray(back.receivers) * counts[relation.source] + np.asarray(back.senders)
             assert np.all(np.diff(places) > 0)
             assert {*zip(*map(tuple, map(np.asarray, back)), strict=True)} == {*zip(*map(tuple, given), strict=True)}
@@ -107,13 +108,17 @@ def test_any_market_comes_back():
 
 def test_a_graph_without_relations_or_words():
     graph: Any = hetero_graph({"user": 2}, {}, np.zeros((2, 3), np.float32))
-    assert (graph.graph.n_edge.tolist(), graph.graph.senders.shape, graph.relations) == ([0], (0,), ())
+    assert (graph.to_jraph().n_edge.tolist(), graph.to_jraph().senders.shape, graph.relations) == ([0], (0,), ())
 
 
-def test_it_passes_through_jit_with_static_counts():
-    assert jax.jit(lambda graph: graph.text("item").sum())(drawn()) == 30
-    leaves, tree = jax.tree.flatten(drawn())
-    assert jax.tree.unflatten(tree, leaves).relations == drawn().relations
+def test_it_cannot_be_written():
+    graph, text = drawn(), TEXT.copy()
+    for array in (graph.text, *graph.edges[HOLDS], hetero_graph(COUNTS, RELATIONS, text).text_of("user")):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    text[0] = 0  # the caller's own array stays as it was
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        graph.text = text
 
 
 BAD = {

@@ -17,6 +17,7 @@ PACKAGE = "fused_rec"
 # loop ranks the validation part to choose its epoch; metrics never need the loop.
 LAYERS = (
     "config",
+    "rng",
     "memory",
     "storage",
     "distributed",
@@ -85,7 +86,9 @@ IO_IMPORTS = {
 
 # A library with traps, and the one file that knows them; an empty tuple means nowhere.
 ONLY_IN = {
-    "jraph": ("graph/hetero.py", "model/reference.py"),  # the container, and the model in plain jraph
+    "jraph": ("graph/hetero.py", "model/reference.py"),  # the conversion, and the model in plain jraph
+    # imports tables and splits; the model knows the graph by graph/schema.py
+    "fused_rec.graph.build": ("graph/*", "training/*", "explanation/*", "reporting/*", "experiments/*"),
     "orbax": ("training/checkpoint.py",),
     "transformers": ("text/pretrained.py",),
     "optuna": ("studies/tune.py",),
@@ -258,6 +261,7 @@ CLEAN = '"""Doc."""\n'
         ("from jax import pmap", "training/train_step.py", "imports jax.pmap"),
         ("import orbax.checkpoint as ocp", "training/trainer.py", "imports orbax.checkpoint"),
         ("import jraph", "graph/build.py", "imports jraph"),
+        ("from fused_rec.graph.build import x", "model/model.py", "fused_rec.graph.build belongs in graph/*"),
         ("from transformers import AutoTokenizer", "text/encode.py", "transformers belongs in text/pretrained.py"),
         ("from implicit.als import x", "baselines/linear.py", "implicit belongs in baselines/neighbors.py"),
         (

@@ -193,7 +193,9 @@ def test_other_steps_are_refused_before_they_begin():
         from fused_rec.evaluation.item_sets import item_sets
         from fused_rec.evaluation.ranking import RankingSpec, rank
         from fused_rec.evaluation.significance import paired_bootstrap
-        from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges, text_knn_edges
+        from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
+        from fused_rec.graph.build import bidirectional_edges, text_knn_edges
+        from fused_rec.graph.device_graph import device_graph
         from fused_rec.graph.hetero import hetero_graph
         from fused_rec.training.footprint import require_embedding, require_step
         from fused_rec.serving.recommender import require_table
@@ -212,8 +214,8 @@ def test_other_steps_are_refused_before_they_begin():
         counts = {"user": 400_000, "item": 100_000}
         one = np.zeros(1, np.int64)
         edges = bidirectional_edges(INTERACTS, INTERACTED_BY, one, one, counts)
-        graph = hetero_graph(counts, edges, np.zeros((500_000, 1), np.float32))
-        inputs = GraphInputs(graph, {}, np.ones(100_000, bool), np.ones(100_000, np.float32))
+        whole = device_graph(hetero_graph(counts, edges, np.zeros((500_000, 1), np.float32)))
+        inputs = GraphInputs(whole, np.ones(100_000, bool), np.ones(100_000, np.float32))
         config = Config(model=ModelConfig(variant="graph", dim=1024))
         words = np.broadcast_to(np.float32(1), (3_000_000, 2))
         nobody = item_sets(one[:0], one[:0], 3_000_000)

@@ -12,9 +12,10 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
-from fused_rec.graph.hetero import Edges, Relation, hetero_graph
+from fused_rec.graph.build import bidirectional_edges, text_knn_edges
+from fused_rec.graph.device_graph import device_graph
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 from fused_rec.model.model import (
     Branch,
     FusedModel,
@@ -33,11 +34,6 @@ TEXT_ONLY = dataclasses.replace(FUSED, variant="text")
 EVERY = pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY, TEXT_ONLY], ids=lambda config: config.variant)
 
 
-@functools.cache
-def adjacency():
-    return build_adjacencies(tiny.graph())
-
-
 def start(config):
     """Parameters as they are initialised."""
     return _start(config.variant, config.num_layers)
@@ -47,7 +43,7 @@ def start(config):
 def _start(variant, rounds):
     # What else these tests change makes no parameters.
     model = Branch(dataclasses.replace(FUSED, variant=variant, num_layers=rounds))
-    return jax.jit(model.init)(jax.random.key(0), tiny.graph(), adjacency())["params"]
+    return jax.jit(model.init)(jax.random.key(0), tiny.whole())["params"]
 
 
 @functools.cache
@@ -59,13 +55,13 @@ def anywhere(config):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(config, params, graph, adjacencies, dropout=None):
-    return Branch(config).apply({"params": params}, graph, adjacencies, dropout)
+def run(config, params, graph, dropout=None):
+    return Branch(config).apply({"params": params}, graph, dropout)
 
 
 def out(config, params, graph=None, dropout=None) -> tuple[np.ndarray, np.ndarray]:
     graph = tiny.graph() if graph is None else graph
-    users, items = run(config, params, graph, build_adjacencies(graph), dropout)
+    users, items = run(config, params, device_graph(graph), dropout)
     return np.asarray(users), np.asarray(items)
 
 
@@ -124,9 +120,9 @@ def test_the_text_variant_by_hand():
     """
     config = dataclasses.replace(TEXT_ONLY, score="dot")
     params, graph = start(config), tiny.graph()
-    own = {t: np.asarray(graph.text(t) @ params[f"text_{t}"]["kernel"]) for t in (USER, ITEM)}
+    own = {t: np.asarray(graph.text_of(t) @ params[f"text_{t}"]["kernel"]) for t in (USER, ITEM)}
     matrix = np.zeros((tiny.COUNTS[USER], tiny.COUNTS[ITEM]))
-    matrix[graph.edges(INTERACTED_BY).receivers, graph.edges(INTERACTED_BY).senders] = graph.edges(INTERACTED_BY).weight
+    matrix[graph.edges[INTERACTED_BY].receivers, graph.edges[INTERACTED_BY].senders] = graph.edges[INTERACTED_BY].weight
     matrix *= np.sqrt([4, 3, 3, 3, 4, 1]) / 1.658146
     same(out(config, params), ((own[USER] + matrix @ own[ITEM]) / 2, own[ITEM] / 2))
 
@@ -145,7 +141,7 @@ def test_whose_output_follows_the_words(config, uses_text_edges):
 
 @pytest.mark.parametrize("by_node", [True, False])
 def test_gates_start_at_one(by_node):
-    text, degree = tiny.graph().text(USER), jnp.array([0.0, 1, 2, 3, 5, 8, 0])
+    text, degree = tiny.graph().text_of(USER), jnp.array([0.0, 1, 2, 3, 5, 8, 0])
     gate, params = Gate(2, by_node).init_with_output(jax.random.key(0), text, jnp.log1p(degree))
     assert (gate == jnp.ones((2, 7))).all()
     assert set(params["params"]) == ({"level", "view", "weight"} if by_node else {"level"})
@@ -167,24 +163,24 @@ def test_at_the_start_it_is_plain_propagation():
     """Ids and words in, every gate 1, words again in each round, an even mix."""
     config = dataclasses.replace(FUSED, score="dot")
     params, graph = start(config), tiny.graph()
-    words = {t: graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM)}
+    words = {t: graph.text_of(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM)}
     words["sector"] = jnp.zeros((2, DIM))
     inputs = {t: id_rows(params, t) + words[t] for t in tiny.COUNTS}
     ones = PropagationWeights(
-        {relation: adjacency()[relation].weight for relation in adjacency()},
-        {relation: jnp.ones(tiny.COUNTS[relation.source]) for relation in adjacency()},
-        {relation: jnp.ones((2, tiny.COUNTS[relation.target])) for relation in adjacency()},
+        {relation: adjacency.weight for relation, adjacency in tiny.whole().adjacencies.items()},
+        {relation: jnp.ones(tiny.COUNTS[relation.source]) for relation in tiny.whole().adjacencies},
+        {relation: jnp.ones((2, tiny.COUNTS[relation.target])) for relation in tiny.whole().adjacencies},
         {t: jnp.ones((2, tiny.COUNTS[t])) for t in (USER, ITEM)},
         jnp.full(3, 1 / 3),
     )
-    expected = propagate(adjacency(), ones, inputs, words)
+    expected = propagate(tiny.whole(), ones, inputs, words)
     same(out(config, params), (expected[USER], expected[ITEM]))
 
 
 def test_a_projection_as_wide_as_the_text_keeps_every_cosine():
     config = dataclasses.replace(TEXT_ONLY, dim=tiny.WIDTH, num_layers=0)
-    params = jax.jit(Branch(config).init)(jax.random.key(0), tiny.graph(), adjacency())["params"]
-    text = tiny.graph().text(ITEM)
+    params = jax.jit(Branch(config).init)(jax.random.key(0), tiny.whole())["params"]
+    text = tiny.graph().text_of(ITEM)
     items = out(config, params)[1]
     np.testing.assert_allclose(items @ items.T, text @ text.T, atol=1e-6)
 
@@ -192,7 +188,7 @@ def test_a_projection_as_wide_as_the_text_keeps_every_cosine():
 def test_users_without_words_of_their_own():
     config = dataclasses.replace(FUSED, user_text_input=False)
     params = anywhere(FUSED)
-    made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
+    made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.whole())["params"]
     expected = set(params) - {"text_user", "gate_text_user"}
     assert set(made) == expected
     isolated = tiny.words()
@@ -251,7 +247,7 @@ def test_a_step_leaves_the_same_holdings_out_both_ways():
     graph = hetero_graph(
         counts, bidirectional_edges(INTERACTS, INTERACTED_BY, tiny.HOLDER, tiny.HELD, counts), tiny.words()[:13]
     )
-    params = Branch(config).init(jax.random.key(0), graph, build_adjacencies(graph))["params"]
+    params = Branch(config).init(jax.random.key(0), device_graph(graph))["params"]
     user, item = id_rows(params, USER), id_rows(params, ITEM)
 
     def weights(dropout=None):
@@ -277,7 +273,7 @@ def test_users_without_id_rows():
     config = dataclasses.replace(GRAPH_ONLY, user_id_embedding=False, num_layers=1, score="dot")
     with_ids = start(dataclasses.replace(GRAPH_ONLY, num_layers=1))
     params = {name: leaf for name, leaf in with_ids.items() if name != "id_user"}
-    made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
+    made = jax.eval_shape(Branch(config).init, jax.random.key(0), tiny.whole())["params"]
     assert set(made) == set(params)
     # As if the rows were there and zero: user 6, of whom nothing is known, stays at zero.
     nowhere = {**with_ids, "id_user": jnp.zeros((7, DIM))}
@@ -292,7 +288,7 @@ def test_users_without_id_rows():
 @functools.partial(jax.jit, static_argnums=0)
 def slope(config, params):
     def some_scores(params):
-        users, items = run(config, params, tiny.graph(), adjacency())
+        users, items = run(config, params, tiny.whole())
         # Of isolated nodes too: the last user and the last item are theirs.
         return (users @ items.T)[(*tiny.HOLDER, 6), (*tiny.HELD, 5)].sum()
 
@@ -330,10 +326,10 @@ def test_permuting_the_nodes_permutes_the_output(config):
     at = {t: rng.permutation(count) for t, count in tiny.COUNTS.items()}
     moved = {}
     for relation, _ in graph.relations:
-        senders, receivers, weight = map(np.asarray, graph.edges(relation))
+        senders, receivers, weight = map(np.asarray, graph.edges[relation])
         moved[relation] = Edges(at[relation.source][senders], at[relation.target][receivers], weight)
     back = {t: np.argsort(places) for t, places in at.items()}
-    text = np.concatenate([np.asarray(graph.text(t))[back[t]] for t in tiny.COUNTS])
+    text = np.concatenate([np.asarray(graph.text_of(t))[back[t]] for t in tiny.COUNTS])
     there = {**params, **{f"id_{t}": params[f"id_{t}"][back[t]] for t in tiny.COUNTS if f"id_{t}" in params}}
     users, items = out(config, there, hetero_graph(tiny.COUNTS, moved, text))
     same((users[at[USER]], items[at[ITEM]]), out(config, params))
@@ -349,7 +345,7 @@ def test_types_and_relations_without_members_change_nothing(config):
     empty = {} if config.variant == "text" else {"id_issuer": jnp.zeros((0, DIM))}
     if config.variant == "fused":  # which has all that the others have
         same(out(config, {**params, **empty}, graph), out(config, params), atol=0)
-    made = jax.eval_shape(Branch(config).init, jax.random.key(0), graph, build_adjacencies(graph))["params"]
+    made = jax.eval_shape(Branch(config).init, jax.random.key(0), device_graph(graph))["params"]
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, {**params, **empty})
 
 
@@ -357,7 +353,7 @@ def test_no_rounds_no_messages():
     config = dataclasses.replace(FUSED, num_layers=0, score="dot")
     params, graph = start(config), tiny.graph()
     assert params["layer_weights"].tolist() == [0]
-    expected = (id_rows(params, t) + graph.text(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM))
+    expected = (id_rows(params, t) + graph.text_of(t) @ params[f"text_{t}"]["kernel"] for t in (USER, ITEM))
     same(out(config, params), tuple(expected))
 
 
@@ -365,7 +361,7 @@ def test_no_rounds_no_messages():
 
 
 def test_interactions_are_counted_by_item():
-    assert item_degree(adjacency()).tolist() == [3, 2, 2, 2, 3, 0]
+    assert item_degree(tiny.whole()).tolist() == [3, 2, 2, 2, 3, 0]
 
 
 @pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
@@ -385,8 +381,8 @@ def test_the_id_row_of_whom_no_user_tells_counts_for_nothing(config, place, rows
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_branches(config, params, graph, adjacencies, dropout=None) -> Any:
-    return FusedModel(config).apply({"params": params}, graph, adjacencies, dropout)
+def run_branches(config, params, graph, dropout=None) -> Any:
+    return FusedModel(config).apply({"params": params}, graph, dropout)
 
 
 def branches_anywhere(config):
@@ -398,7 +394,7 @@ def branches_anywhere(config):
 def test_only_the_fused_variant_has_a_second_branch():
     made = {}
     for config in (FUSED, GRAPH_ONLY, TEXT_ONLY):
-        params = jax.eval_shape(FusedModel(config).init, jax.random.key(0), tiny.graph(), adjacency())["params"]
+        params = jax.eval_shape(FusedModel(config).init, jax.random.key(0), tiny.whole())["params"]
         made[config.variant] = {name: set(branch) for name, branch in params.items()}
     assert made == {
         "fused": {"main": set(start(FUSED)), "words": set(start(TEXT_ONLY))},
@@ -411,7 +407,7 @@ def test_only_the_fused_variant_has_a_second_branch():
 def test_branches_are_the_variants_side_by_side(config):
     params, key = branches_anywhere(config), jax.random.key(3)
     for dropout in (None, key):
-        branches = run_branches(config, params, tiny.graph(), adjacency(), dropout)
+        branches = run_branches(config, params, tiny.whole(), dropout)
         assert len(branches) == len(params)
         same(branches[0], out(config, params["main"], dropout=dropout))
         if "words" in params:
@@ -429,10 +425,10 @@ def test_joined_by_hand():
 
 
 def test_joined_is_the_mean_of_scores_weighed_by_interactions():
-    branches = run_branches(FUSED, branches_anywhere(FUSED), tiny.graph(), adjacency())
+    branches = run_branches(FUSED, branches_anywhere(FUSED), tiny.whole())
     main, words = (np.asarray(users) @ np.asarray(items).T for users, items in branches)
     count = np.array([3, 2, 2, 2, 3, 0])
-    users, items = concat_branches(branches, item_degree(adjacency()))
+    users, items = concat_branches(branches, item_degree(tiny.whole()))
     np.testing.assert_allclose(users @ items.T, (count * main + words) / (count + 1), atol=1e-6)
 
 
@@ -466,9 +462,8 @@ def test_a_new_item_is_scored_by_its_words_alone():
     params["main"] = {**params["main"], "id_item": jnp.concatenate([params["main"]["id_item"], rows])}
 
     def scores(graph):
-        adjacency = build_adjacencies(graph)
-        branches = run_branches(FUSED, params, graph, adjacency)
-        users, items = concat_branches(branches, item_degree(adjacency))
+        branches = run_branches(FUSED, params, device_graph(graph))
+        users, items = concat_branches(branches, item_degree(device_graph(graph)))
         return np.asarray(users @ items.T), np.asarray(branches[1][0] @ branches[1][1].T)
 
     fused, by_words = scores(market_with_new_items())

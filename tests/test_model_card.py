@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rec.config import Config, ModelConfig, to_dict
+from fused_rec.config import Config, ModelConfig, Variant, to_dict
 from fused_rec.runs.model_card import METRICS, card
 from fused_rec.runs.run_dir import write_card
 
@@ -17,7 +17,7 @@ AMOUNTS = {"customers": 12345, "products": 10, "in the training split": 7}
 DIGESTS = {"tables": "ab" * 32, "model": "cd" * 32}
 
 
-def results(dataset: str = "market", variant: str = "fused", **changes: float | None) -> dict:
+def results(dataset: str = "market", variant: Variant = "fused", **changes: float | None) -> dict:
     config = to_dict(Config(model=ModelConfig(variant=variant)))
     valid, test = ({metric: (place + 1) / part for place, metric in enumerate(METRICS)} for part in (30, 70))
     return {

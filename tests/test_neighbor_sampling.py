@@ -14,9 +14,10 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, Loss, ModelConfig, TextConfig, TrainConfig, Variant
 from fused_rec.data.batches import Batch, batch, user_items
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+from fused_rec.graph.build import bidirectional_edges
+from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
 from fused_rec.model.model import item_degree
 from fused_rec.training import neighbor_sampling, sharding
 from fused_rec.training import train_step as step_module
@@ -50,8 +51,7 @@ def config_of(
 
 @functools.cache
 def task_of() -> GraphInputs:
-    adjacency = build_adjacencies(tiny.graph())
-    return GraphInputs(tiny.graph(), adjacency, PRESENT, np.asarray(item_degree(adjacency)))
+    return GraphInputs(tiny.whole(), PRESENT, np.asarray(item_degree(tiny.whole())))
 
 
 def batch_of(step: int) -> Batch:
@@ -108,7 +108,7 @@ def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, descent)
     full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
     for count in devices:
         part, users = neighbor_sampler(config, task_of(), PILOTS, count)(3, batch_of(3))
-        assert part.graph.sampled
+        assert part.graph.node_ids is not None
         same_slope(slope(config, part, users, count), full)
 
 
@@ -145,9 +145,7 @@ def market() -> tuple[GraphInputs, list[Batch]]:
     )
     held = user_items(user.astype(np.int32), item.astype(np.int32), USERS, np.ones(ITEMS, bool))
     batches = [batch(held, step, seed=0, batch_size=8, positives_per_user=2, num_negatives=2) for step in range(30)]
-    return GraphInputs(
-        graph, build_adjacencies(graph), np.ones(ITEMS, bool), np.bincount(item).astype(np.float32)
-    ), batches
+    return GraphInputs(device_graph(graph), np.ones(ITEMS, bool), np.bincount(item).astype(np.float32)), batches
 
 
 PLAIN = config_of("graph", "bpr", num_neighbors=2, embedding_noise=0.0)
@@ -162,10 +160,8 @@ def drawn_edges(config, step, devices=1) -> set[tuple]:
     """(sender, receiver) of the holdings heard in a step, by their numbers in the market."""
     graph_inputs, batches = market()
     part, users = neighbor_sampler(config, graph_inputs, batches[:3], devices)(step, batches[step])
-    nodes: Any = part.graph.graph.nodes
-    numbers, adjacency = np.asarray(nodes["number"]), part.adjacencies[INTERACTS]
-    rows = {node_type: part.graph.rows(node_type) for node_type in (USER, ITEM)}
-    of_users, of_items = np.split(numbers, [rows[USER]], axis=1)
+    node_ids: Any = part.graph.node_ids
+    adjacency, (of_users, of_items) = part.graph.adjacencies[INTERACTS], (np.asarray(node_ids[t]) for t in (USER, ITEM))
     found = set()
     for device in range(devices):
         real = np.asarray(adjacency.weight[device]) != 0
@@ -195,7 +191,7 @@ def test_only_a_part_takes_part():
     graph_inputs, batches = market()
     part, _ = neighbor_sampler(PLAIN, graph_inputs, batches[:3], 1)(0, batches[0])
     assert part.graph.count(USER) < USERS and part.graph.count(ITEM) < ITEMS
-    assert len(part.adjacencies[INTERACTS].weight[0]) < len(graph_inputs.adjacencies[INTERACTS].weight) / 4
+    assert len(part.graph.adjacencies[INTERACTS].weight[0]) < len(graph_inputs.graph.adjacencies[INTERACTS].weight) / 4
 
 
 def test_steps_share_a_compiled_program(monkeypatch):

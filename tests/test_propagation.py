@@ -9,9 +9,9 @@ import pytest
 import tiny
 from tiny import quick_compilation  # noqa: F401
 
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS
-from fused_rec.graph.hetero import Edges, hetero_graph
+from fused_rec.graph.device_graph import device_graph
+from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Edges
 from fused_rec.model.propagation import Noise, PropagationWeights, noise_like, propagate, propagate_layers
 
 #   users    0        1        inputs 1, 2;      words 1, 1
@@ -25,7 +25,7 @@ GRAPH = hetero_graph(
     },
     np.zeros((5, 1), np.float32),
 )
-HEARS = build_adjacencies(GRAPH)
+WHOLE = device_graph(GRAPH)
 INPUTS = {"user": jnp.array([[1.0], [2.0]]), "item": jnp.array([[3.0], [4.0], [5.0]])}
 WORDS = {"user": jnp.array([[1.0], [1.0]]), "item": jnp.array([[0.0], [1.0], [2.0]])}
 
@@ -33,7 +33,7 @@ WORDS = {"user": jnp.array([[1.0], [1.0]]), "item": jnp.array([[0.0], [1.0], [2.
 def hand_coefficients(rounds):
     """Two rounds of gates, of which the first `rounds` are taken; readout 1, 10, 100."""
     return PropagationWeights(
-        edge={relation: adjacency.weight for relation, adjacency in HEARS.items()},
+        edge={relation: adjacency.weight for relation, adjacency in WHOLE.adjacencies.items()},
         source_scale={INTERACTS: jnp.ones(2), INTERACTED_BY: jnp.ones(3)},
         gate={
             INTERACTS: jnp.array([[1.0, 1.0, 1.0], [1.0, 2.0, 1.0]])[:rounds],
@@ -57,7 +57,7 @@ def hand_coefficients(rounds):
     ],
 )
 def test_rounds_by_hand(rounds, users, items):
-    out = propagate(HEARS, hand_coefficients(rounds), INPUTS, WORDS)
+    out = propagate(WHOLE, hand_coefficients(rounds), INPUTS, WORDS)
     assert (out["user"].ravel().tolist(), out["item"].ravel().tolist()) == (users, items)
 
 
@@ -67,7 +67,7 @@ def test_a_type_that_receives_nothing_falls_isolated():
         {INTERACTED_BY: part[INTERACTED_BY]} for part in (every.edge, every.source_scale, every.gate)
     )
     only = PropagationWeights(edge, source_scale, gate, {}, every.layer_weights)
-    out = propagate(HEARS, only, INPUTS, WORDS)
+    out = propagate(WHOLE, only, INPUTS, WORDS)
     # Items keep their input; users hear them once: user 0 1 * 3 + .5 * 4 = 5, user 1 .5 * 8 = 4, then nothing.
     assert out["item"].ravel().tolist() == [3, 4, 5]
     assert out["user"].ravel().tolist() == [1 + 50, 2 + 40]
@@ -75,8 +75,7 @@ def test_a_type_that_receives_nothing_falls_isolated():
 
 # --- laws on the tiny market ---------------------------------------------------------------------------------------
 
-TINY = tiny.graph()
-TINY_HEARS = build_adjacencies(TINY)
+TINY = tiny.whole()
 NUMBERS = {node_type: jnp.arange(count) for node_type, count in tiny.COUNTS.items()}
 ROUNDS, WIDTH = 3, 4
 
@@ -103,7 +102,7 @@ def random_coefficients(seed=0):
 
 @jax.jit
 def run(coefficients, inputs, words):
-    return propagate(TINY_HEARS, coefficients, inputs, words)
+    return propagate(TINY, coefficients, inputs, words)
 
 
 def close(one, other, **tolerance):
@@ -125,7 +124,7 @@ def test_lightgcn_is_a_special_case():
     expected = sum(np.linalg.matrix_power(a, level) @ x for level in range(ROUNDS + 1)) / (ROUNDS + 1)
 
     light = PropagationWeights(
-        {relation: TINY_HEARS[relation].weight for relation in (INTERACTS, INTERACTED_BY)},
+        {relation: TINY.adjacencies[relation].weight for relation in (INTERACTS, INTERACTED_BY)},
         {INTERACTS: jnp.ones(users), INTERACTED_BY: jnp.ones(items)},
         {INTERACTS: jnp.ones((ROUNDS, items)), INTERACTED_BY: jnp.ones((ROUNDS, users))},
         {},
@@ -138,7 +137,7 @@ def test_lightgcn_is_a_special_case():
 def test_a_source_scale_is_a_factor_of_all_edges_from_its_node():
     coefficients = random_coefficients()
     edge = {
-        relation: weight * coefficients.source_scale[relation][TINY_HEARS[relation].senders]
+        relation: weight * coefficients.source_scale[relation][TINY.adjacencies[relation].senders]
         for relation, weight in coefficients.edge.items()
     }
     blank = {relation: jnp.ones_like(source_scale) for relation, source_scale in coefficients.source_scale.items()}
@@ -170,7 +169,7 @@ def test_contributions_sum_to_the_whole():
 
 
 def test_both_backends_agree():
-    segment = build_adjacencies(TINY, "segment")
+    segment = device_graph(tiny.graph(), "segment")
     coefficients, inputs, words = random_coefficients(), random_nodes(0), random_nodes(1)
     close(jax.jit(propagate)(segment, coefficients, inputs, words), run(coefficients, inputs, words))
 
@@ -192,14 +191,14 @@ def test_noise_has_its_length_and_the_signs_of_the_row():
 def test_every_round_gets_its_own_noise_and_passes_it_on():
     """Each round is the noiseless round of what came before it, and a step of length .2 of its own."""
     coefficients, inputs = random_coefficients(), random_nodes(0)
-    noisy = propagate_layers(TINY_HEARS, coefficients, inputs, random_nodes(1), Noise(0.2, jax.random.key(0), NUMBERS))
+    noisy = propagate_layers(TINY, coefficients, inputs, random_nodes(1), Noise(0.2, jax.random.key(0), NUMBERS))
     close(noisy[0], inputs)
     steps = []
     for level in range(ROUNDS):
         gates = {r: gate[level, None] for r, gate in coefficients.gate.items()}
         texts = {t: gate[level, None] for t, gate in coefficients.text_gate.items()}
         one = PropagationWeights(coefficients.edge, coefficients.source_scale, gates, texts, jnp.ones(2))
-        clean = propagate_layers(TINY_HEARS, one, noisy[level], random_nodes(1))[1]
+        clean = propagate_layers(TINY, one, noisy[level], random_nodes(1))[1]
         for node_type, x in clean.items():
             step = np.asarray(noisy[level + 1][node_type] - x)
             received = np.asarray(x).any(axis=1)

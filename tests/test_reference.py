@@ -9,8 +9,8 @@ import tiny
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.device_graph import device_graph
+from fused_rec.graph.hetero import HostGraph
 from fused_rec.model import reference
 from fused_rec.model.model import FusedModel, concat_branches, item_degree
 
@@ -18,18 +18,18 @@ BASE = ModelConfig(dim=3, num_layers=2)
 COMBINATIONS = [("learned", True), ("learned", False), ("mean", False), ("mean_without_input", False)]
 
 
-def trained(config: ModelConfig, graph: HeteroGraph) -> dict:
+def trained(config: ModelConfig, graph: HostGraph) -> dict:
     """Parameters as after some training: none is exactly 0 or 1."""
-    params = FusedModel(config).init(jax.random.key(0), graph, build_adjacencies(graph))["params"]
+    params = FusedModel(config).init(jax.random.key(0), device_graph(graph))["params"]
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     return jax.tree.unflatten(tree, [leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3 for leaf in leaves])
 
 
-def assert_equal(config: ModelConfig, graph: HeteroGraph) -> None:
-    params, adjacencies = trained(config, graph), build_adjacencies(graph)
-    branches = FusedModel(config).apply({"params": params}, graph, adjacencies)
-    fast = concat_branches(branches, item_degree(adjacencies))  # pyright: ignore[reportArgumentType]
+def assert_equal(config: ModelConfig, graph: HostGraph) -> None:
+    params, whole = trained(config, graph), device_graph(graph)
+    branches = FusedModel(config).apply({"params": params}, whole)
+    fast = concat_branches(branches, item_degree(whole))  # pyright: ignore[reportArgumentType]
     assert np.abs(np.asarray(fast[0])).max() > 0.1
     for ours, plain in zip(fast, reference.embeddings(config, params, graph), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5)

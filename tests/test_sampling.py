@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from fused_rec.graph.adjacency import build_adjacencies, shard_adjacency
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges
-from fused_rec.graph.hetero import Edges, hetero_graph
+from fused_rec.graph.build import bidirectional_edges
+from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.sampling import (
     Capacity,
     Sample,
@@ -21,9 +21,10 @@ from fused_rec.graph.sampling import (
     sample_distinct,
     sample_in_edges,
 )
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges
 
-GRAPH = tiny.graph()
-HEARS = build_adjacencies(GRAPH)
+GRAPH = tiny.whole()
+HEARS = GRAPH.adjacencies
 
 
 def sampled(seeds, num_layers=2, num_neighbors=100, adjacencies=HEARS, counts=tiny.COUNTS, seed=0) -> Sample:
@@ -125,29 +126,27 @@ def test_what_is_placed_is_the_sample(devices):
     found = sampled({USER: [0, 5], ITEM: [5]}, num_neighbors=2)
     need = required_capacity(found, devices)
     room = Capacity({t: n + 3 for t, n in need.nodes.items()}, {r: n + 5 for r, n in need.edges.items()})
-    graph, adjacencies, places = build_subgraph(GRAPH, HEARS, found, room, devices)
-    start = dict(zip(tiny.COUNTS, np.cumsum([0, *(room.nodes[t] * devices for t in tiny.COUNTS)]), strict=False))
-    nodes_there: Any = graph.graph.nodes
-    numbers = nodes_there["number"]
+    graph, places = build_subgraph(GRAPH, found, room, devices)
+    numbers: Any = graph.node_ids
     for node_type, nodes in found.nodes.items():
         at = places[node_type][nodes]
         assert graph.count(node_type) == room.nodes[node_type] * devices
         assert (at % devices).tolist() == (nodes % devices).tolist()
-        np.testing.assert_array_equal(numbers[start[node_type] + at], nodes)
-        np.testing.assert_array_equal(graph.text(node_type)[at], GRAPH.text(node_type)[nodes])
-        assert np.abs(graph.text(node_type)).sum() == np.abs(GRAPH.text(node_type)[nodes]).sum()
+        np.testing.assert_array_equal(numbers[node_type][at], nodes)
+        np.testing.assert_array_equal(graph.text[node_type][at], GRAPH.text[node_type][nodes])
+        assert np.abs(graph.text[node_type]).sum() == np.abs(GRAPH.text[node_type][nodes]).sum()
     for relation, whole in HEARS.items():
         edges, seen = found.edges[relation], set()
-        for device, part in enumerate(shard_adjacency(adjacencies[relation], devices, room.edges[relation])):
+        for device, part in enumerate(shard_adjacency(graph.adjacencies[relation], devices, room.edges[relation])):
             assert len(part.senders) == room.edges[relation]
             real = part.weight != 0
-            senders = numbers[start[relation.source] + part.senders[real]]
-            receivers = numbers[start[relation.target] + part.receivers[real] * devices + device]
+            senders = numbers[relation.source][part.senders[real]]
+            receivers = numbers[relation.target][part.receivers[real] * devices + device]
             seen |= set(zip(senders.tolist(), receivers.tolist(), part.weight[real].tolist(), strict=True))
             assert (np.diff(part.senders[part.by_sender]) >= 0).all()
         assert seen == set(zip(*(part.tolist() for part in edges), strict=True))
         sources, targets = found.nodes[relation.source], found.nodes[relation.target]
-        degrees = adjacencies[relation].degrees
+        degrees = graph.adjacencies[relation].degrees
         for name, nodes, at in (("in_degree", targets, relation.target), ("log_out_degree", sources, relation.source)):
             own = getattr(degrees, name)
             np.testing.assert_array_equal(own[places[at][nodes]], getattr(whole.degrees, name)[nodes])

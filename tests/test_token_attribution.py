@@ -16,7 +16,7 @@ from fused_rec.data.splits import split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.explanation import token_attribution as subject
 from fused_rec.explanation.token_attribution import Attributor, TokenAttribution, attribute_tokens, attributor
-from fused_rec.graph.build import ITEM, USER
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.text.encode import Tokens, tokens
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 from fused_rec.text.tfidf import fit_tfidf

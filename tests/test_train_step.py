@@ -32,9 +32,10 @@ from fused_rec.config import (
 )
 from fused_rec.data.batches import Batch, batch, steps_per_epoch, user_items
 from fused_rec.distributed.devices import AXIS
-from fused_rec.graph.adjacency import Backend, build_adjacencies, shard_adjacency
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER
+from fused_rec.graph.adjacency import Backend, shard_adjacency
+from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.model.model import Branch, item_degree
 from fused_rec.training import sharding
 from fused_rec.training import train_step as step_module
@@ -93,8 +94,8 @@ def task_of(backend: Backend | None = None) -> GraphInputs:
         r: edges for r, edges in tiny.relations(tiny.words()).items() if r in (INTERACTS, INTERACTED_BY, tiny.SIMILAR)
     }
     graph = hetero_graph(counts, relations, tiny.words()[:13])
-    adjacency = build_adjacencies(graph, backend)
-    return GraphInputs(graph, adjacency, jnp.asarray(PRESENT), item_degree(adjacency))
+    whole = device_graph(graph, backend)
+    return GraphInputs(whole, jnp.asarray(PRESENT), item_degree(whole))
 
 
 def batch_of(step: int) -> Batch:
@@ -320,7 +321,7 @@ def test_devices_share_id_rows_and_have_the_rest_whole(devices):
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_devices_share_the_edges_by_receiver(count):
     """Together they have every edge once, each where its receiver's row is."""
-    for relation, adjacency in task_of().adjacencies.items():
+    for relation, adjacency in task_of().graph.adjacencies.items():
         found = []
         for device, own in enumerate(shard_adjacency(adjacency, count)):
             real = own.weight != 0
@@ -474,11 +475,11 @@ def test_gradient_times_weight_of_the_ease_is_what_a_holding_adds():
     """However the weight of the edge came about: the sum counts holdings, not their weights."""
     config, params = of_model(config_of(), ease_weight=2.0, popularity_weight=0.0), start(config_of()).params
     graph_inputs = dataclasses.replace(task_of(), ease=tiny.low_rank_ease())
-    adjacency, rows = graph_inputs.adjacencies[INTERACTED_BY], tiny.low_rank_ease()
+    adjacency, rows = graph_inputs.graph.adjacencies[INTERACTED_BY], tiny.low_rank_ease()
 
     def added(weight) -> Any:
-        adjacencies = {**graph_inputs.adjacencies, INTERACTED_BY: dataclasses.replace(adjacency, weight=weight)}
-        users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, adjacencies=adjacencies))
+        graph = graph_inputs.graph.with_adjacencies({INTERACTED_BY: dataclasses.replace(adjacency, weight=weight)})
+        users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=graph))
         return users[0, -rows.rows.shape[1] :] @ items[3, -rows.rows.shape[1] :]
 
     own = np.asarray(adjacency.receivers) == 0
@@ -644,7 +645,7 @@ def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
     own = []
     for name, variant in (("main", "fused"), ("words", "text")):
         branch: Any = Branch(dataclasses.replace(TWO.model, variant=variant))
-        vectors = jax.jit(branch.apply)({"params": params[name]}, graph_inputs.graph, graph_inputs.adjacencies)
+        vectors = jax.jit(branch.apply)({"params": params[name]}, graph_inputs.graph)
         own.append(branch_loss(vectors, TWO, batch_of(0)))
     assert abs(own[0] - own[1]) > 0.01
     metrics = one_step(two_branches, params)[1]

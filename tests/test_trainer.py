@@ -34,7 +34,7 @@ from fused_rec.config import (
 from fused_rec.distributed import signals
 from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
 from fused_rec.explanation.decomposition import decompose, scores
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
@@ -492,16 +492,18 @@ def test_without_a_holding_is_computed_anew(finished):
     config, prepared, state = load(finished)
     user, item = int(prepared.observed.user[0]), int(prepared.observed.item[0])
     changed = without_interaction(config, prepared, user, item)
-    before = dict(prepared.graph_inputs.graph.relations)
-    after = dict(changed.graph.relations)
-    assert [before[relation] - after[relation] for relation in (INTERACTS, INTERACTED_BY)] == [1, 1]
+    before, after = (
+        [part.graph.adjacencies[relation].receiver_start[-1] for relation in (INTERACTS, INTERACTED_BY)]
+        for part in (prepared.graph_inputs, changed)
+    )
+    assert after == [count - 1 for count in before]
     assert changed.popularity[item] == prepared.graph_inputs.popularity[item] - 1
     assert (np.delete(changed.popularity, item) == np.delete(prepared.graph_inputs.popularity, item)).all()
-    received = changed.graph.edges(INTERACTED_BY)
-    assert not ((received.receivers == user) & (received.senders == item)).any()
-    others = np.bincount(received.senders, minlength=prepared.dataset.n_items)[received.senders]
-    own = np.bincount(received.receivers, minlength=prepared.dataset.n_users)[received.receivers]
-    np.testing.assert_allclose(received.weight, 1 / np.sqrt(others * own), rtol=1e-6)
+    received = changed.graph.adjacencies[INTERACTED_BY]
+    senders, receivers, weight = (x[: after[1]] for x in (received.senders, received.receivers, received.weight))
+    assert not ((receivers == user) & (senders == item)).any()
+    others, own = np.bincount(senders)[senders], np.bincount(receivers)[receivers]
+    np.testing.assert_allclose(weight, 1 / np.sqrt(others * own), rtol=1e-6)
 
     eligible = np.ones(prepared.dataset.n_items, bool)
     ranked = np.argsort(-scores(decompose(config, state.params, prepared.graph_inputs), user), kind="stable")

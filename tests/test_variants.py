@@ -12,9 +12,9 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.batches import Batch, batch, user_items
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER
+from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.model.model import FIRST_LAYER, FusedModel, item_degree
 from fused_rec.studies.variants import variant
 from fused_rec.training import train_step as step_module
@@ -46,8 +46,7 @@ def task_of(name: str) -> GraphInputs:
     received = {INTERACTS, INTERACTED_BY} | ({tiny.TRUSTS} if name == "social_lightgcn" else set())
     relations = {relation: edges for relation, edges in tiny.relations(tiny.words()).items() if relation in received}
     graph = hetero_graph({USER: USERS, ITEM: ITEMS}, relations, tiny.words()[:13])
-    adjacency = build_adjacencies(graph)
-    return GraphInputs(graph, adjacency, jnp.asarray(PRESENT), item_degree(adjacency))
+    return GraphInputs(device_graph(graph), jnp.asarray(PRESENT), item_degree(device_graph(graph)))
 
 
 def rows_of(params) -> np.ndarray:
@@ -95,7 +94,7 @@ def test_noise_is_of_training():
     config, graph_inputs = config_of("xsimgcl"), task_of("xsimgcl")
     params = init(config, graph_inputs).params
     _, seen = FusedModel(config.model).apply(
-        {"params": params}, graph_inputs.graph, graph_inputs.adjacencies, jax.random.key(0), mutable=["intermediates"]
+        {"params": params}, graph_inputs.graph, jax.random.key(0), mutable=["intermediates"]
     )
     [first_round] = seen["intermediates"]["main"][FIRST_LAYER]
     distance = np.linalg.norm(np.concatenate(first_round) - rounds_of(params)[1], axis=1)

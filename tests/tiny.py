@@ -9,8 +9,10 @@ import pytest
 
 from fused_rec.baselines import linear
 from fused_rec.baselines.neighbors import Interactions
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges, text_knn_edges
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.graph.build import bidirectional_edges, text_knn_edges
+from fused_rec.graph.device_graph import DeviceGraph, device_graph
+from fused_rec.graph.hetero import HostGraph, hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -41,9 +43,14 @@ def relations(text: np.ndarray) -> dict[Relation, Edges]:
     }
 
 
-def graph(text: np.ndarray | None = None) -> HeteroGraph:
+def graph(text: np.ndarray | None = None) -> HostGraph:
     """The market as a graph; `text` takes the place of its words, but not of the relation made of them."""
     return hetero_graph(COUNTS, relations(words()), words() if text is None else text)
+
+
+def whole(text: np.ndarray | None = None) -> DeviceGraph:
+    """`graph` as the model reads it."""
+    return device_graph(graph(text))
 
 
 def low_rank_ease() -> linear.LowRankEase:

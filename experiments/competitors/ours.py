@@ -18,9 +18,10 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
 
     from fused_rec.config import Config
     from fused_rec.data.batches import Batch
-    from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
+    from fused_rec.graph.device_graph import device_graph
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
     from fused_rec.studies.variants import variant
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
@@ -30,7 +31,7 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
     graph = hetero_graph(counts, relations, np.zeros((n_users + n_items, NO_TEXT_DIM), np.float32))
     held = np.bincount(arrays["item"], minlength=n_items)
-    graph_inputs = GraphInputs(graph, build_adjacencies(graph), held > 0, held.astype(np.float32))
+    graph_inputs = GraphInputs(device_graph(graph), held > 0, held.astype(np.float32))
 
     config = variant(Config(), "lightgcn")
     n_pairs = arrays["batch_user"].shape[1]

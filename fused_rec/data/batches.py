@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from fused_rec.rng import Stream, numpy_rng
+
 
 class Batch(NamedTuple):
     """B users with P sampled positive items each and M sampled negatives; the last batch of an epoch is padded."""
@@ -77,9 +79,9 @@ def batch(
       The batch, equal for equal arguments.
     """
     epoch, within = divmod(step, steps_per_epoch(user_items_of, batch_size))
-    order = np.random.default_rng((seed, epoch, 0)).permutation(user_items_of.active)
+    order = numpy_rng(seed, epoch, Stream.BATCH_ORDER).permutation(user_items_of.active)
     chosen = order[within * batch_size : (within + 1) * batch_size]
-    rng = np.random.default_rng((seed, step, 1))
+    rng = numpy_rng(seed, step, Stream.BATCH_SAMPLES)
 
     users = np.zeros(batch_size, np.int32)
     users[: len(chosen)] = chosen

@@ -8,9 +8,10 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 
 from fused_rec.data.dataset import column
-from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks, NodeTexts
+from fused_rec.data.node_texts import NodeTextLinks, NodeTexts
+from fused_rec.data.nodes import ITEM, USER
+from fused_rec.rng import Stream, numpy_rng
 
-SHUFFLE, RANDOM, REWIRE = 2, 3, 4  # random streams (third number of the seeds); batches use 0 and 1
 ROUNDS = 40  # each edge is in one proposal per round, and in about 20 swaps in total
 
 
@@ -27,7 +28,7 @@ def shuffle_texts(texts: NodeTexts, seed: int) -> NodeTexts:
     Returns:
       The same texts assigned to other nodes.
     """
-    rng = np.random.default_rng((seed, 0, SHUFFLE))
+    rng = numpy_rng(seed, 0, Stream.SHUFFLED_TEXTS)
     return NodeTexts(texts.texts, {node_type: _permuted(texts.links[node_type], rng) for node_type in (USER, ITEM)})
 
 
@@ -47,7 +48,7 @@ def random_texts(texts: NodeTexts, width: int, seed: int) -> tuple[NodeTexts, Fl
     """
     with_text = {node_type: np.unique(texts.links[node_type].nodes) for node_type in (USER, ITEM)}
     count = sum(map(len, with_text.values()))
-    vectors = np.random.default_rng((seed, 0, RANDOM)).standard_normal((count, width))
+    vectors = numpy_rng(seed, 0, Stream.RANDOM_TEXTS).standard_normal((count, width))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     links, start = {}, 0
     for node_type, nodes in with_text.items():
@@ -77,7 +78,7 @@ def rewire(ties: pa.Table, seed: int) -> pa.Table:
     Returns:
       The table with other `source` and `target` and all other columns unchanged.
     """
-    rng = np.random.default_rng((seed, 0, REWIRE))
+    rng = numpy_rng(seed, 0, Stream.REWIRED_TIES)
     kinds = np.asarray(ties.column("kind").to_pylist(), dtype=object)
     source, target = column(ties, "source").astype(np.int64), column(ties, "target").astype(np.int64)
     n_users = int(max(source.max(initial=0), target.max(initial=0))) + 1

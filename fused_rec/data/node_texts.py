@@ -9,9 +9,8 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32
 
 from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.nodes import ITEM, USER
 from fused_rec.data.splits import Observed
-
-USER, ITEM = "user", "item"  # types of the nodes that have texts
 
 
 class NodeTextLinks(NamedTuple):

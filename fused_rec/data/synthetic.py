@@ -20,6 +20,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from fused_rec.data.dataset import Dataset
+from fused_rec.rng import numbered_rng
 
 START = 1_609_459_200  # 2021-01-01 00:00 UTC
 SECONDS = 1095 * 86_400  # three years
@@ -120,7 +121,7 @@ def sample_latent_factors(seed: int, n_users: int, n_items: int) -> tuple[Latent
     """
     users, items = (
         LatentFactors(*(rng.integers(0, len(facet), n) for facet in (THEMES, REGIONS, RISKS, STYLES, CONCERNS)))
-        for rng, n in ((_rng(seed, 0), n_users), (_rng(seed, 1), n_items))
+        for rng, n in ((numbered_rng(seed, 0), n_users), (numbered_rng(seed, 1), n_items))
     )
     return users, items
 
@@ -148,29 +149,25 @@ def make_synthetic(seed: int = 0, n_users: int = 2000, n_items: int = 400) -> Da
     if min(n_users, n_items) < 20:
         raise ValueError(f"n_users is {n_users} and n_items {n_items}; a market needs at least 20 of each")
     users, items = sample_latent_factors(seed, n_users, n_items)
-    rng = _rng(seed, 2)
+    rng = numbered_rng(seed, 2)
     source, target = _referrals(rng, users)
     user, item = _holdings(rng, users, items, source, target)
     joined, launched = _first_seconds(rng, n_users), _first_seconds(rng, n_items)
     held = _after(rng, np.maximum(joined[user], launched[item]), SECONDS)
     tied = _after(rng, np.maximum(joined[source], joined[target]), SECONDS * 3 // 4)
-    reviewed, texts = _reviews(_rng(seed, 5), users, items, user, item)
+    reviewed, texts = _reviews(numbered_rng(seed, 5), users, items, user, item)
     wrote = held[reviewed] + rng.integers(3600, 60 * 86_400, len(reviewed))
     kind = np.full(len(source), "referral")
     return Dataset(
         name=f"synthetic-{seed}",
-        users=_user_table(_rng(seed, 3), users),
-        items=_item_table(_rng(seed, 4), items),
+        users=_user_table(numbered_rng(seed, 3), users),
+        items=_item_table(numbered_rng(seed, 4), items),
         interactions=_by_time(held, user=_int32(user), item=_int32(item)),
         reviews=_by_time(
             wrote, user=_int32(user[reviewed]), item=_int32(item[reviewed]), text=pa.array(texts, pa.string())
         ),
         ties=_by_time(tied, source=_int32(source), target=_int32(target), kind=pa.array(kind, pa.string())),
     )
-
-
-def _rng(seed: int, stream: int) -> np.random.Generator:
-    return np.random.default_rng([seed, stream])
 
 
 def _first_seconds(rng: np.random.Generator, n: int) -> Int64[np.ndarray, "n"]:

@@ -22,6 +22,7 @@ from fused_rec.data.io.plain import is_single
 from fused_rec.evaluation.item_sets import UserItemSets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, evaluate
 from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
+from fused_rec.rng import numbered_rng
 
 DAY = 86_400  # seconds
 STALE = 30 * DAY  # an older price is ignored: the item is no longer traded
@@ -234,7 +235,7 @@ def group_gaps(
     drawn: dict[str, np.ndarray] = {}
     for n, name in enumerate(names.tolist()):
         own = values[group == n]
-        drawn[name] = resampled_means(own, draws, np.random.default_rng([seed, n]))
+        drawn[name] = resampled_means(own, draws, numbered_rng(seed, n))
         low, high = np.quantile(drawn[name], (0.025, 0.975))
         found[name] = Group(len(own), float(own.mean()), float(low), float(high))
     sizes = np.bincount(group, minlength=len(names))
@@ -245,7 +246,7 @@ def group_gaps(
     best, worst = (names[large[place]].item() for place in (means.argmax(), means.argmin()))
     gap = float(np.ptp(means))
     low, high = np.quantile(drawn[best] - drawn[worst], (0.025, 0.975))
-    rng = np.random.default_rng([seed, len(names)])
+    rng = numbered_rng(seed, len(names))
     by_chance = [np.ptp(_means(rng.permutation(values), group, sizes)[large]) for _ in range(draws)]
     p = (1 + sum(wide >= gap * (1 - 1e-9) for wide in by_chance)) / (1 + draws)
     return Gaps(found, best, worst, gap, float(low), float(high), float(p))

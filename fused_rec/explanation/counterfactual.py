@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,12 +11,11 @@ from jaxtyping import Array, Bool, Float32, Int32, PyTree
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
+from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, bidirectional_edges
-from fused_rec.graph.hetero import hetero_graph
+from fused_rec.graph.edit import drop_interaction
 from fused_rec.training.evaluate import scores_of
-from fused_rec.training.inputs import Prepared, trained_item_mask
+from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 
@@ -34,7 +34,8 @@ class CounterfactualEffect(NamedTuple):
 def without_interaction(config: Config, prepared: Prepared, user: int, item: int) -> GraphInputs:
     """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
-    Text features stay, including the user's reviews of the item, and so do parameters and the factors of EASE.
+    Text features stay, including the user's reviews of the item, and so do parameters and the factors of EASE. Arrays
+    keep their shapes (`fused_rec.graph.edit`).
 
     Args:
       config: settings of the run.
@@ -48,21 +49,35 @@ def without_interaction(config: Config, prepared: Prepared, user: int, item: int
     Raises:
       ValueError: the model's graph does not have the interaction.
     """
-    observed, graph = prepared.observed, prepared.graph_inputs.graph
-    kept = ~((observed.user == user) & (observed.item == item))
-    if kept.all():
+    observed, graph_inputs = prepared.observed, prepared.graph_inputs
+    if not ((observed.user == user) & (observed.item == item)).any():
         raise ValueError(
             f"user {user} has no training interaction with item {item}; give one that is in the model's graph"
         )
-    counts = dict(graph.node_types)
-    relations = {relation: graph.edges(relation) for relation, _ in graph.relations}
-    relations |= bidirectional_edges(INTERACTS, INTERACTED_BY, observed.user[kept], observed.item[kept], counts)
-    changed = hetero_graph(counts, relations, np.concatenate([graph.text(node_type) for node_type in counts]))
-    changes = {name: getattr(observed, name)[kept] for name in ("user", "item", "age")}
-    observed = dataclasses.replace(observed, **changes)
-    popularity = item_counts(observed.item, observed.age, config.model.popularity_half_life, prepared.dataset.n_items)
-    trained = trained_item_mask(prepared.dataset, observed)
-    return GraphInputs(changed, build_adjacencies(changed), trained, popularity, prepared.graph_inputs.ease)
+    graph = drop_interaction(graph_inputs.graph, user, item)
+    return edited_inputs(config, observed, dataclasses.replace(graph_inputs, graph=graph), user, [item])
+
+
+def edited_inputs(
+    config: Config, observed: Observed, graph_inputs: GraphInputs, user: int, items: Sequence[int]
+) -> GraphInputs:
+    """Recomputes item statistics without interactions of a user.
+
+    Args:
+      config: settings of the run.
+      observed: training interactions.
+      graph_inputs: with a graph from which the interactions are removed.
+      user: user row.
+      items: item rows of the removed interactions.
+
+    Returns:
+      The inputs with other popularity and trained items.
+    """
+    kept = ~((observed.user == user) & np.isin(observed.item, items))
+    item, n_items = observed.item[kept], len(graph_inputs.popularity)
+    popularity = item_counts(item, observed.age[kept], config.model.popularity_half_life, n_items)
+    trained = np.bincount(item, minlength=n_items) > 0
+    return dataclasses.replace(graph_inputs, trained_items=trained, popularity=popularity)
 
 
 def counterfactual_effect(

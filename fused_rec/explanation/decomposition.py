@@ -22,8 +22,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import Config
 from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import INTERACTED_BY, ITEM, USER
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
 from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
 from fused_rec.training.train_step import GraphInputs, embed_nodes
@@ -35,7 +34,7 @@ OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
     "own_id",
     "own_text",
     "interaction",
-    "similar_text",
+    SIMILAR_TEXT,
     "popularity",
 )
 TIE = "tie:"  # prefix of the social relations, whose names come from the tables
@@ -90,7 +89,7 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
     Args:
       config: settings of the run.
       params: parameters, not sharded.
-      graph_inputs: graph, adjacencies and masks.
+      graph_inputs: graph and item statistics.
 
     Returns:
       The terms of all users and items.
@@ -105,7 +104,7 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
             _ease_branch(graph_inputs, graph_inputs.ease, users, items, len(branches) * config.model.dim)
         )
     return ScoreDecomposition(
-        branch_terms, graph_inputs.adjacencies, users, items, prior, np.asarray(graph_inputs.popularity)
+        branch_terms, graph_inputs.graph.adjacencies, users, items, prior, np.asarray(graph_inputs.popularity)
     )
 
 
@@ -117,7 +116,7 @@ def _ease_branch(
     columns = slice(first, first + rows.shape[1])
     zeros = {t: np.broadcast_to(np.float32(0), (n, rows.shape[1])) for t, n in graph_inputs.graph.node_types}
     plain = PropagationWeights(
-        edge={INTERACTED_BY: (np.asarray(graph_inputs.adjacencies[INTERACTED_BY].weight) > 0).astype(np.float32)},
+        edge={INTERACTED_BY: (np.asarray(graph_inputs.graph.adjacencies[INTERACTED_BY].weight) > 0).astype(np.float32)},
         source_scale={INTERACTED_BY: np.ones(len(items), np.float32)},
         gate={INTERACTED_BY: np.ones((1, len(users)), np.float32)},
         text_gate={},
@@ -131,15 +130,15 @@ def _ease_branch(
 def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
     captured: Any
     vectors, captured = FusedModel(config.model).apply(
-        {"params": params}, graph_inputs.graph, graph_inputs.adjacencies, mutable=["intermediates"]
+        {"params": params}, graph_inputs.graph, mutable=["intermediates"]
     )
     users, items = embed_nodes(config, params, graph_inputs)
     branches = []
     for number, name in enumerate(BRANCHES[: len(vectors)]):
         [(ids, text, coefficients)] = captured["intermediates"][name][LINEAR]
         zeros = {node_type: 0 * x for node_type, x in text.items()}
-        by_ids = propagate_layers(graph_inputs.adjacencies, coefficients, ids, zeros)
-        by_text = propagate_layers(graph_inputs.adjacencies, coefficients, text, text)
+        by_ids = propagate_layers(graph_inputs.graph, coefficients, ids, zeros)
+        by_text = propagate_layers(graph_inputs.graph, coefficients, text, text)
         out = combine_layers(coefficients, by_ids)[USER] + combine_layers(coefficients, by_text)[USER]
         cosine = config.model.score == "cosine"
         length = jnp.sqrt((out * out).sum(1) + 1e-12) if cosine else jnp.ones(len(out))  # as in `unit`

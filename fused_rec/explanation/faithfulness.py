@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, PyTree
 
-from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
 from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.significance import paired_bootstrap, resampled_means
+from fused_rec.explanation.counterfactual import edited_inputs
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, TIE, ScoreDecomposition, contributions
-from fused_rec.graph.adjacency import Adjacency, degrees_of
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, USER
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.adjacency import Adjacency
+from fused_rec.graph.edit import drop_edges, find_edge
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, USER, Relation
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
@@ -62,27 +62,25 @@ def sources(graph_inputs: GraphInputs, user: int) -> list[Source]:
     """Lists the in-neighbors of a user, named as in `decomposition.contributions`.
 
     Args:
-      graph_inputs: graph and adjacencies.
+      graph_inputs: of which the graph counts.
       user: user row.
 
     Returns:
       The sources. An interaction or social edge includes its reverse edge; a text-kNN edge has none.
     """
-    found = []
-    for relation, adjacency in graph_inputs.adjacencies.items():
+    found, adjacencies = [], graph_inputs.graph.adjacencies
+    for relation, adjacency in adjacencies.items():
         if relation.target != USER:
             continue
         kind = (
             INTERACTION if relation == INTERACTED_BY else SIMILAR_USERS if relation == SIMILAR else TIE + relation.name
         )
-        back = None if relation == SIMILAR else _reverse(graph_inputs.adjacencies, relation)
+        back = None if relation == SIMILAR else _reverse(adjacencies, relation)
         for edge in range(*np.asarray(adjacency.receiver_start[user : user + 2]).tolist()):
             sender = int(adjacency.senders[edge])
             edges = [(relation, edge)]
             if back is not None:
-                reverse = graph_inputs.adjacencies[back]
-                at = slice(*np.asarray(reverse.receiver_start[sender : sender + 2]).tolist())
-                edges.append((back, at.start + int(np.searchsorted(reverse.senders[at], user))))
+                edges.append((back, find_edge(adjacencies[back], user, sender)))
             found.append(Source(kind, sender, tuple(edges)))
     return found
 
@@ -104,15 +102,14 @@ def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> R
 def without_sources(
     config: Config, observed: Observed, graph_inputs: GraphInputs, user: int, gone: Sequence[Source]
 ) -> GraphInputs:
-    """Removes sources of a user from the graph inputs, in arrays of the same shapes to avoid recompilation.
+    """Removes sources of a user from the graph inputs, by `fused_rec.graph.edit.drop_edges`.
 
-    Edge weights are recomputed from the remaining degrees; weights of text-kNN edges are normalized to 1 again. As in
-    `fused_rec.explanation.counterfactual` text features stay, and no other neighbor replaces a removed one.
+    As in `fused_rec.explanation.counterfactual` text features stay.
 
     Args:
       config: settings of the run.
       observed: training interactions.
-      graph_inputs: graph, adjacencies and masks.
+      graph_inputs: graph and item statistics.
       user: user row.
       gone: sources to remove.
 
@@ -123,47 +120,9 @@ def without_sources(
     for source in gone:
         for relation, edge in source.edges:
             edges.setdefault(relation, []).append(edge)
-    changed = {
-        relation: _drop_edges(graph_inputs.adjacencies[relation], at, relation == SIMILAR)
-        for relation, at in edges.items()
-    }
+    changed = dataclasses.replace(graph_inputs, graph=drop_edges(graph_inputs.graph, edges))
     items = [source.row for source in gone if source.kind == INTERACTION]
-    kept = ~((observed.user == user) & np.isin(observed.item, items))
-    popularity = item_counts(
-        observed.item[kept], observed.age[kept], config.model.popularity_half_life, len(graph_inputs.popularity)
-    )
-    return graph_inputs.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        adjacencies={**graph_inputs.adjacencies, **changed}, popularity=popularity
-    )
-
-
-def _drop_edges(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
-    """Removes edges from an adjacency and pads it to its shape."""
-    keep = np.ones(len(full.senders), bool)
-    keep[list(gone)] = False
-    senders, receivers, order = full.senders[keep], full.receivers[keep], full.by_sender
-    n_sources, n_targets = len(full.sender_start) - 1, len(full.receiver_start) - 1
-    out_degree, in_degree = np.bincount(senders, minlength=n_sources), np.bincount(receivers, minlength=n_targets)
-    if shares:
-        left = full.weight[keep]
-        weight = left / np.bincount(receivers, left, minlength=n_targets)[receivers]
-    else:
-        weight = 1 / np.sqrt(out_degree[senders] * in_degree[receivers])
-    fill = (0, len(keep) - len(senders))
-    number = np.cumsum(keep) - 1
-    by_sender = np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32)
-    receivers = np.pad(receivers, fill, constant_values=n_targets)
-    return Adjacency(
-        np.pad(senders, fill, constant_values=n_sources),
-        receivers,
-        np.pad(weight.astype(np.float32), fill),
-        np.concatenate([[0], np.cumsum(in_degree)]).astype(np.int32),
-        by_sender,
-        receivers[by_sender],
-        np.concatenate([[0], np.cumsum(out_degree)]).astype(np.int32),
-        degrees_of(in_degree, out_degree),
-        full.backend,
-    )
+    return edited_inputs(config, observed, changed, user, items)
 
 
 def attributions(
@@ -180,7 +139,7 @@ def attributions(
     Args:
       config: settings of the run.
       params: parameters.
-      graph_inputs: graph, adjacencies and masks.
+      graph_inputs: graph and item statistics.
       decomposition: of the model.
       user: user row.
       item: item row.
@@ -209,7 +168,7 @@ def attributions(
         "parts": np.array([of.get((source.kind, source.row), 0.0) for source in user_sources]),
         "gradient": np.array(
             [
-                sum(float(slope[r][e]) * float(graph_inputs.adjacencies[r].weight[e]) for r, e in s.edges)
+                sum(float(slope[r][e]) * float(graph_inputs.graph.adjacencies[r].weight[e]) for r, e in s.edges)
                 for s in user_sources
             ]
         ),
@@ -221,14 +180,14 @@ def attributions(
 def _slope(
     config: Config, params: PyTree, graph_inputs: GraphInputs, user: int | AnyArray, item: int | AnyArray
 ) -> dict[Relation, Float32[Array, "_"]]:
-    weights = {relation: jnp.asarray(adjacency.weight) for relation, adjacency in graph_inputs.adjacencies.items()}
+    graph = graph_inputs.graph
+    weights = {relation: jnp.asarray(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
 
     def score(weights: Mapping[Relation, Array]) -> Array:
-        adjacencies = {
-            relation: dataclasses.replace(adjacency, weight=weights[relation])
-            for relation, adjacency in graph_inputs.adjacencies.items()
-        }
-        users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, adjacencies=adjacencies))
+        changed = graph.with_adjacencies(
+            {r: dataclasses.replace(adjacency, weight=weights[r]) for r, adjacency in graph.adjacencies.items()}
+        )
+        users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[user] @ items[item]
 
     return jax.grad(score)(weights)

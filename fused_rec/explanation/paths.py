@@ -20,8 +20,7 @@ from jaxtyping import Float
 
 from fused_rec.explanation.decomposition import BranchTerms, ScoreDecomposition
 from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import USER
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.schema import USER, Relation
 
 UNREACHABLE = -1e100  # below any value; infinity times a gate of 0 would be NaN
 

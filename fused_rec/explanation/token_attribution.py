@@ -450,12 +450,11 @@ def _score(
     *space: AnyArray,
 ) -> tuple[Float32[Array, ""], Float32[Array, "2 D"]]:
     """Returns the score of a pair with these mean text vectors, and its gradient."""
-    graph: Any = graph_inputs.graph
-    places = jnp.stack([graph.node_slice(side).start + row for side, row in zip(SIDES, rows, strict=True)])
+    graph = graph_inputs.graph
 
     def score(means: Array) -> Array:
-        text = jnp.asarray(graph.graph.nodes["text"]).at[places].set(_vectors(means, *space))
-        changed = graph.replace(graph=graph.graph._replace(nodes={"text": text}))
+        vectors = zip(SIDES, rows, _vectors(means, *space), strict=True)
+        changed = graph.with_text({side: jnp.asarray(graph.text[side]).at[row].set(x) for side, row, x in vectors})
         users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[rows[0]] @ items[rows[1]]
 

@@ -1,1 +1,1 @@
-"""The heterogeneous graph of observed data, its adjacencies and sparse sums, and neighbor sampling."""
+"""The heterogeneous graph: on the host and as the model reads it, sparse sums, sampling and removal of edges."""

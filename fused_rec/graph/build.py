@@ -13,9 +13,9 @@ from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.io.arrow import known as known_values
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.plain import is_single
-from fused_rec.data.node_texts import ITEM, USER
 from fused_rec.data.splits import Observed
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation, hetero_graph
+from fused_rec.graph.hetero import HostGraph, hetero_graph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, SIMILAR_TEXT, USER, Edges, Relation
 from fused_rec.memory import require_memory
 
 LOG = logging.getLogger(__name__)
@@ -23,9 +23,6 @@ BLOCK_SCORES = 2**25  # cosines in memory at a time, 128 MiB
 LONG = 10**14  # multiplications: an hour on two CPU cores
 MOST_RELATIONS = 64  # kinds of ties, or attributes: each compiles to two relations in every layer of every branch
 MANY_VALUES = 1000  # above this, an attribute whose values are all distinct is refused as a mistake
-NO_TEXT_DIM = 1  # width of text embeddings where no text is used: dense layers need a column
-INTERACTS = Relation(USER, "holds", ITEM)
-INTERACTED_BY = Relation(ITEM, "held_by", USER)
 
 
 def build(
@@ -33,7 +30,7 @@ def build(
     observed: Observed,
     text: Mapping[str, Float32[np.ndarray, "_ D"]],
     config: GraphConfig,
-) -> HeteroGraph:
+) -> HostGraph:
     """Builds the heterogeneous graph of observed data, every relation in both directions.
 
     Relations: interactions, one or two for each kind of tie, two for each attribute, and text-kNN among users and among
@@ -66,7 +63,7 @@ def build(
         parts.append(bidirectional_edges(*pair, *edges, counts))
     for node_type in (USER, ITEM):
         if config.text_knn and text[node_type].any():
-            relation = Relation(node_type, "similar_text", node_type)
+            relation = Relation(node_type, SIMILAR_TEXT, node_type)
             parts.append({relation: text_knn_edges(text[node_type], config.text_knn)})
     return hetero_graph(counts, _merge_relations(parts), np.concatenate(list(text.values())))
 

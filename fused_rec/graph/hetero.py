@@ -1,137 +1,85 @@
-"""The heterogeneous graph: node types and relations in one `jraph.GraphsTuple`.
+"""The heterogeneous graph on the host: node types, relations with their edges, and the text embeddings of all nodes.
 
-Nodes are concatenated by type in the order of `node_types`, edges by relation in the order of `relations`; within a
-relation edges ascend by (receiver, sender). The counts are static, so a type or a relation is a slice known at trace
-time, and a new relation adds data, not branches.
+Nodes are numbered within their type. Text embeddings are concatenated by type in the order of `node_types`; within a
+relation edges ascend by (receiver, sender). The model reads a `fused_rec.graph.device_graph.DeviceGraph`, made of this.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.struct
-import jax.numpy as jnp
 import jraph
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Float32
 
-from fused_rec.distributed.devices import AnyArray, Shards
-
-
-class Relation(NamedTuple):
-    """An edge type; messages flow from nodes of type `source` to nodes of type `target`."""
-
-    source: str
-    name: str
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.name}-{self.target}"
+from fused_rec.graph.schema import Edges, Relation
 
 
-class Edges(NamedTuple):
-    """The edges of one relation, with node IDs local to the node types."""
-
-    senders: np.ndarray  # int [E], rows of the source type
-    receivers: np.ndarray  # int [E], rows of the target type
-    weight: np.ndarray  # float [E], the fixed factor of a message
-
-
-@flax.struct.dataclass
-class HeteroGraph:
-    """A heterogeneous graph, a pytree of NumPy arrays on the host or of JAX arrays inside a program.
-
-    With several `shards` it is the part of one device (`fused_rec.training.sharding.shard_graph_inputs`): a share of
-    the rows of every type, and no edges, which are in the adjacencies. The counts remain those of all nodes.
-
-    A sampled subgraph (`fused_rec.graph.sampling`) has graph.nodes["number"] too, int32 [N]: the IDs of its nodes in
-    the whole graph, local to their types. Its counts are numbers of rows, including rows padded with node 0, and it
-    has no edges either.
+@dataclasses.dataclass(frozen=True)
+class HostGraph:
+    """A validated heterogeneous graph of read-only NumPy arrays; see `hetero_graph`.
 
     Attributes:
-      graph: nodes["text"] float32 [N, D], text embeddings, zero for a node without text; edges["weight"] float32 [E];
-        senders, receivers, n_node and n_edge as in `jraph.GraphsTuple`.
       node_types: (name, number of nodes) of each type, in order.
-      relations: (relation, number of edges) of each relation, in order.
-      shards: how many devices share the rows.
+      edges: edges by relation, in order: int32 senders and receivers, local to their types, and float32 weights.
+      text: float32 [N, D], text embeddings, zero for a node without text.
     """
 
-    graph: jraph.GraphsTuple
-    node_types: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False)
-    relations: tuple[tuple[Relation, int], ...] = flax.struct.field(pytree_node=False)
-    shards: Shards = flax.struct.field(pytree_node=False, default=Shards())
+    node_types: tuple[tuple[str, int], ...]
+    edges: Mapping[Relation, Edges]
+    text: Float32[np.ndarray, "N D"]
+
+    @property
+    def relations(self) -> tuple[tuple[Relation, int], ...]:
+        """(relation, number of edges) of each relation, in order."""
+        return tuple((relation, len(edges.senders)) for relation, edges in self.edges.items())
 
     def node_slice(self, node_type: str) -> slice:
-        """Returns the slice of the type's rows.
+        """Returns the slice of the type's nodes among the nodes of all types.
 
         Raises:
           KeyError: no such type; names the types there are.
         """
-        return _slice(tuple((name, self.shards.rows(count)) for name, count in self.node_types), node_type)
+        start = 0
+        for name, count in self.node_types:
+            if name == node_type:
+                return slice(start, start + count)
+            start += count
+        raise KeyError(f"{node_type!r} is not among {[name for name, _ in self.node_types]}")
 
     def count(self, node_type: str) -> int:
-        """Returns the number of nodes of the type, over all devices."""
+        """Returns the number of nodes of the type."""
         return dict(self.node_types)[node_type]
 
-    def rows(self, node_type: str) -> int:
-        """Returns the number of rows of the type on one device, including padding."""
-        return self.shards.rows(self.count(node_type))
+    def text_of(self, node_type: str) -> Float32[np.ndarray, "_ D"]:
+        """Returns the text embeddings of one node type, float32 [n, D]."""
+        return self.text[self.node_slice(node_type)]
 
-    def all_gather(self, node_type: str, x: Array) -> Array:
-        """Gathers [rows, ...] of all devices to [nodes of the type, ...] on every device."""
-        return self.shards.all_gather(x)[: self.count(node_type)]
+    def to_jraph(self) -> jraph.GraphsTuple:
+        """Returns the graph for jraph, nodes numbered over all types and edges concatenated in order of the relations.
 
-    @property
-    def sampled(self) -> bool:
-        """Whether this is a sampled subgraph."""
-        nodes: Any = self.graph.nodes
-        return "number" in nodes
-
-    def global_ids(self, node_type: str, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """Maps rows of this device to node IDs in the whole graph, local to the type."""
-        return self._number(node_type)[rows] if self.sampled else self.shards.global_ids(rows)
-
-    def global_ids_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """Maps nodes numbered over all devices, such as senders, to node IDs in the whole graph."""
-        return self.all_gather(node_type, self._number(node_type))[nodes] if self.sampled else jnp.asarray(nodes)
-
-    def _number(self, node_type: str) -> Int32[Array, "rows"]:
-        """IDs of a sampled subgraph's rows in the whole graph."""
-        nodes: Any = self.graph.nodes
-        return jnp.asarray(nodes["number"][self.node_slice(node_type)])
-
-    def text(self, node_type: str) -> Float32[AnyArray, "rows D"]:
-        """Returns the text embeddings of one node type, [rows, D]."""
-        nodes: Any = self.graph.nodes  # any pytree or None in jraph's types
-        return nodes["text"][self.node_slice(node_type)]
-
-    def with_text(self, text: Float32[AnyArray, "rows D"]) -> "HeteroGraph":
-        """Returns this graph with other text embeddings, of all types in their order."""
-        return self.replace(graph=self.graph._replace(nodes={"text": text}))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def edges(self, relation: Relation) -> Edges:
-        """Returns one relation's edges, senders and receivers local to their types."""
-        at = _slice(self.relations, relation)
-        graph: Any = self.graph
-        return Edges(
-            graph.senders[at] - self.node_slice(relation.source).start,
-            graph.receivers[at] - self.node_slice(relation.target).start,
-            graph.edges["weight"][at],
-        )
-
-
-def _slice(counts: tuple, key: object) -> slice:
-    """The slice of `key` among concatenated blocks of these lengths."""
-    start = 0
-    for name, count in counts:
-        if name == key:
-            return slice(start, start + count)
-        start += count
-    raise KeyError(f"{key!r} is not among {[name for name, _ in counts]}")
+        Returns:
+          nodes["text"] float32 [N, D], edges["weight"] float32 [E], senders, receivers, n_node and n_edge int32.
+        """
+        start = {node_type: self.node_slice(node_type).start for node_type, _ in self.node_types}
+        senders = [edges.senders + start[relation.source] for relation, edges in self.edges.items()]
+        receivers = [edges.receivers + start[relation.target] for relation, edges in self.edges.items()]
+        weights = [edges.weight for edges in self.edges.values()]
+        empty = [np.zeros(0)]
+        parts: dict[str, Any] = {
+            "nodes": {"text": self.text},
+            "edges": {"weight": np.concatenate(weights or empty).astype(np.float32)},
+            "senders": np.concatenate(senders or empty).astype(np.int32),
+            "receivers": np.concatenate(receivers or empty).astype(np.int32),
+            "n_node": np.array([len(self.text)], np.int32),
+            "n_edge": np.array([sum(map(len, weights))], np.int32),
+        }
+        return jraph.GraphsTuple(globals=None, **parts)
 
 
 def hetero_graph(
     node_types: Mapping[str, int], relations: Mapping[Relation, Edges], text: Float32[np.ndarray, "N D"]
-) -> HeteroGraph:
+) -> HostGraph:
     """Builds one validated graph, edges sorted by (receiver, sender) within each relation.
 
     JAX clamps node IDs out of range and drops them from segment sums silently, so everything is checked here.
@@ -142,7 +90,7 @@ def hetero_graph(
       text: float32 [N, D], text embeddings of all nodes in the order of `node_types`, zeros for nodes without text.
 
     Returns:
-      The graph, on the host.
+      The graph.
 
     Raises:
       ValueError: an unknown node type, a node ID out of range, a weight or a text embedding that is not finite, a
@@ -162,25 +110,23 @@ def hetero_graph(
     if not np.isfinite(text).all():
         row = int(np.flatnonzero(~np.isfinite(text).all(1))[0])
         raise ValueError(f"text embedding of node {row} is not finite; encode it again")
-    start = dict(zip(node_types, np.cumsum([0, *node_types.values()]), strict=False))
-    senders, receivers, weights, counts = [], [], [], []
+    found = {}
     for relation, edges in relations.items():
         _check(relation, edges, node_types)
         order = _order(relation, edges, node_types)
-        senders.append(edges.senders[order] + start[relation.source])
-        receivers.append(edges.receivers[order] + start[relation.target])
-        weights.append(edges.weight[order])
-        counts.append((relation, len(order)))
-    empty = [np.zeros(0)]
-    parts: dict[str, Any] = {
-        "nodes": {"text": np.asarray(text, np.float32)},
-        "edges": {"weight": np.concatenate(weights or empty).astype(np.float32)},
-        "senders": np.concatenate(senders or empty).astype(np.int32),
-        "receivers": np.concatenate(receivers or empty).astype(np.int32),
-        "n_node": np.array([total], np.int32),
-        "n_edge": np.array([sum(count for _, count in counts)], np.int32),
-    }
-    return HeteroGraph(jraph.GraphsTuple(globals=None, **parts), tuple(node_types.items()), tuple(counts))
+        found[relation] = Edges(
+            _read_only(edges.senders[order].astype(np.int32)),
+            _read_only(edges.receivers[order].astype(np.int32)),
+            _read_only(edges.weight[order].astype(np.float32)),
+        )
+    return HostGraph(tuple(node_types.items()), found, _read_only(np.asarray(text, np.float32)))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """The same memory, which cannot be written by way of this array."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from fused_rec.graph.adjacency import Adjacency, Degrees, build_adjacency
-from fused_rec.graph.hetero import Edges, HeteroGraph, Relation
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import Edges, Relation
 
 
 class Sample(NamedTuple):
@@ -212,34 +213,32 @@ def _fits(need: Mapping[Any, int], capacity: Mapping[Any, int]) -> bool:
 
 
 def build_subgraph(
-    graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], found: Sample, capacity: Capacity, devices: int
-) -> tuple[HeteroGraph, dict[Relation, Adjacency], dict[str, np.ndarray]]:
-    """Builds graph and adjacencies of a sample, before they are sharded.
+    graph: DeviceGraph, found: Sample, capacity: Capacity, devices: int
+) -> tuple[DeviceGraph, dict[str, np.ndarray]]:
+    """Builds the graph of a sample, before it is sharded.
 
     A node goes to the device that has its ID embedding, so each type has `capacity.nodes` rows per device; padded rows
     have neither text nor edges. Relations that were not walked have no edges and keep their degrees.
 
     Args:
       graph: the whole graph.
-      adjacencies: all relations of the whole graph.
       found: the sample.
       capacity: rows per device and type.
       devices: the number of devices.
 
     Returns:
-      The subgraph; its adjacencies; and by type the row of each node of the whole graph, int32, which has no meaning
-      for a node that was not sampled.
+      The subgraph; and by type the row of each node of the whole graph, int32, which has no meaning for a node that
+      was not sampled.
     """
-    places, text, numbers = {}, [], []
+    places, text, node_ids, adjacencies = {}, {}, {}, {}
     for node_type, nodes in found.nodes.items():
         rows = capacity.nodes[node_type] * devices
         places[node_type] = np.zeros(graph.count(node_type), np.int32)
         places[node_type][nodes] = _places(nodes, devices)
-        text.append(_scattered(np.asarray(graph.text(node_type))[nodes], places[node_type][nodes], rows))
-        numbers.append(_scattered(nodes.astype(np.int32), places[node_type][nodes], rows))
-    sampled_adjacencies = {}
+        text[node_type] = _scattered(np.asarray(graph.text[node_type])[nodes], places[node_type][nodes], rows)
+        node_ids[node_type] = _scattered(nodes.astype(np.int32), places[node_type][nodes], rows)
     no_edges = _concat_edges([])
-    for relation, whole in adjacencies.items():
+    for relation, whole in graph.adjacencies.items():
         ends = relation.source, relation.target
         at_source, at_target = (places[node_type] for node_type in ends)
         n_sources, n_targets = (capacity.nodes[node_type] * devices for node_type in ends)
@@ -254,17 +253,11 @@ def build_subgraph(
             _scattered(log_in_degree[targets], at_target[targets], n_targets),
             _scattered(log_out_degree[sources], at_source[sources], n_sources),
         )
-        sampled_adjacencies[relation] = dataclasses.replace(
+        adjacencies[relation] = dataclasses.replace(
             build_adjacency(part, n_sources, n_targets, whole.backend), degrees=degrees
         )
-    nodes = {"text": np.concatenate(text), "number": np.concatenate(numbers)}
-    no_fields = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # in the adjacencies
-    types = tuple((node_type, capacity.nodes[node_type] * devices) for node_type, _ in graph.node_types)
-    return (
-        HeteroGraph(graph.graph._replace(nodes=nodes, **no_fields), types, graph.relations),
-        sampled_adjacencies,
-        places,
-    )
+    node_types = tuple((node_type, capacity.nodes[node_type] * devices) for node_type, _ in graph.node_types)
+    return DeviceGraph(text, adjacencies, node_types, graph.relations, node_ids), places
 
 
 def _places(nodes: np.ndarray, devices: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.adjacency` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`. Each caller has a
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`. Each caller has a
 plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 

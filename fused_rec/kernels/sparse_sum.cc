@@ -1,4 +1,4 @@
-// y[v] = sum over the edges e of row v of weight[e] * x[from[e]], for XLA on CPUs; fused_rec/graph/adjacency.py calls it.
+// y[v] = sum over the edges e of row v of weight[e] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
 //
 // The time goes into fetching the rows of x, which lie anywhere: they are asked for some edges ahead, and the sum stays
 // in registers until its row is done. Each row is summed by one thread in the order of its edges, so the result does

@@ -40,7 +40,6 @@ on sampled subgraphs, and calls sparse kernels.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -51,23 +50,24 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import ComputeDtype, ModelConfig
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.adjacency import Adjacency, neighbor_sum
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.hetero import HostGraph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, SIMILAR_TEXT, USER, Relation
+from fused_rec.graph.spmm import neighbor_sum
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
 from fused_rec.model.text_fusion import Gate, TextInput
+from fused_rec.rng import Stream
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
-EDGE_DROPOUT_STREAM, NOISE_STREAM = 1_000, 1_001  # folded into the key; node types fold in their index
 ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
 FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
 LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
 
-def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
+def active_relations(config: ModelConfig, graph: HostGraph | DeviceGraph) -> list[Relation]:
     """Lists the relations with edges that a variant propagates over.
 
     Variant fused uses all of them and graph all except text-kNN. Variant text uses only the edges from items to users:
@@ -84,7 +84,7 @@ def active_relations(config: ModelConfig, graph: HeteroGraph) -> list[Relation]:
     if not config.uses_ids:
         return [relation for relation in relations if relation == INTERACTED_BY]
     if not config.uses_text:
-        return [relation for relation in relations if relation.name != "similar_text"]
+        return [relation for relation in relations if relation.name != SIMILAR_TEXT]
     return relations
 
 
@@ -103,13 +103,11 @@ class FusedModel(nn.Module):
     compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
-    def __call__(
-        self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
-    ) -> list[Vectors]:
-        branches = [Branch(self.config, self.compute_dtype, name="main")(graph, adjacencies, dropout)]
-        if self.config.fuses_text and graph.text(ITEM).shape[1] > NO_TEXT_DIM:
+    def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> list[Vectors]:
+        branches = [Branch(self.config, self.compute_dtype, name="main")(graph, dropout)]
+        if self.config.fuses_text and graph.text[ITEM].shape[1] > NO_TEXT_DIM:
             text_config = self.config.text_branch()
-            branches.append(Branch(text_config, self.compute_dtype, name="words")(graph, adjacencies, dropout))
+            branches.append(Branch(text_config, self.compute_dtype, name="words")(graph, dropout))
         return branches
 
 
@@ -151,8 +149,7 @@ def append_popularity_bias(vectors: Vectors, prior: Float32[Array, "I"]) -> Vect
 def append_ease(
     vectors: Vectors,
     ease: LowRankEase,
-    graph: HeteroGraph,
-    adjacencies: Mapping[Relation, Adjacency],
+    graph: DeviceGraph,
     weight: float,
 ) -> Vectors:
     """Appends R columns so that every dot product with an item the user has not interacted with grows by EASE's score.
@@ -163,15 +160,14 @@ def append_ease(
     Args:
       vectors: user embeddings [U, D] and item embeddings [I, D].
       ease: the low-rank factors, rows S [I, R] and 1 - |S_i|^2 [I].
-      graph: the graph, for the numbers of nodes and the sharding.
-      adjacencies: of which the one from items to users counts.
+      graph: the graph, of whose adjacencies the one from items to users counts.
       weight: factor of EASE's score, model.ease_weight.
 
     Returns:
       User embeddings [U, D + R] and item embeddings [I, D + R].
     """
     users, items = vectors
-    interacted_by = adjacencies[INTERACTED_BY]
+    interacted_by = graph.adjacencies[INTERACTED_BY]
     padded = jnp.pad(jnp.asarray(ease.rows), ((0, graph.rows(ITEM) * graph.shards.count - len(items)), (0, 0)))
     sums = graph.all_gather(USER, neighbor_sum(interacted_by, _ones(interacted_by.weight), padded))
     return (
@@ -200,25 +196,22 @@ class Branch(nn.Module):
     compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
-    def __call__(
-        self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None = None
-    ) -> Vectors:
+    def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> Vectors:
         ids, text = self.inputs(graph, dropout)
         # The ID embedding of an item without interactions, or of a user without neighbors, is untrained noise.
-        ids[ITEM] = ids[ITEM] * (item_degree(adjacencies) > 0)[:, None]
+        ids[ITEM] = ids[ITEM] * (item_degree(graph) > 0)[:, None]
         in_degrees = [
-            adjacencies[r].degrees.in_degree for r in active_relations(self.config, graph) if r.target == USER
+            graph.adjacencies[r].degrees.in_degree for r in active_relations(self.config, graph) if r.target == USER
         ]
         ids[USER] = ids[USER] * (sum(in_degrees, jnp.zeros(len(ids[USER]))) > 0)[:, None]
-        kept_adjacencies = _drop_interactions(self.config.edge_dropout, graph, adjacencies, dropout)
-        weights = self.weights(graph, kept_adjacencies)
+        weights = self.weights(_drop_interactions(self.config.edge_dropout, graph, dropout))
         self.sow("intermediates", LINEAR, (ids, text, weights))
         both = {node_type: ids[node_type] + text[node_type] for node_type in ids}
         noise = None
         if dropout is not None and self.config.embedding_noise:
             numbers = {t: graph.global_ids(t, jnp.arange(graph.rows(t))) for t in both}
-            noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, NOISE_STREAM), numbers)
-        layers = propagate_layers(adjacencies, weights, both, text, noise, graph.shards, self.compute_dtype)
+            noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, Stream.EMBEDDING_NOISE), numbers)
+        layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype)
         if len(layers) > 1:
             self.sow("intermediates", FIRST_LAYER, tuple(graph.all_gather(t, layers[1][t]) for t in (USER, ITEM)))
         out = combine_layers(weights, layers)
@@ -232,7 +225,7 @@ class Branch(nn.Module):
         return (USER, ITEM) if self.config.user_text_input else (ITEM,)
 
     def inputs(
-        self, graph: HeteroGraph, dropout: PRNGKeyArray | None
+        self, graph: DeviceGraph, dropout: PRNGKeyArray | None
     ) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
         """Looks up ID embeddings and projects text embeddings.
 
@@ -258,15 +251,14 @@ class Branch(nn.Module):
                 ids[node_type] = rows
             if config.uses_text and node_type in self.text_node_types:
                 project = TextInput(config.dim, config.id_init_std, self.compute_dtype, name=f"text_{node_type}")
-                text[node_type] = project(graph.text(node_type))
+                text[node_type] = project(graph.text[node_type])
         return ids, text
 
-    def weights(self, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency]) -> PropagationWeights:
+    def weights(self, graph: DeviceGraph) -> PropagationWeights:
         """Computes edge weights, source scales, gates and layer weights of the variant's relations.
 
         Args:
-          graph: the graph with the text embedding of each node.
-          adjacencies: edges with their normalized weights, and the degrees of the whole graph.
+          graph: the graph: text embeddings, edges with their normalized weights, and the degrees of the whole graph.
 
         Returns:
           The coefficients of `propagate_layers`; L is at most 1 in variant text.
@@ -275,14 +267,14 @@ class Branch(nn.Module):
         levels = config.effective_layers
         edge, source_scale, gate, text_gate = {}, {}, {}, {}
         for relation in active_relations(config, graph):
-            adjacency = adjacencies[relation]
-            target = graph.text(relation.target) * config.fuses_text
+            adjacency = graph.adjacencies[relation]
+            target = graph.text[relation.target] * config.fuses_text
             edge[relation] = adjacency.weight
             source_scale[relation] = self.source_scale(f"source_scale_{relation}", adjacency.degrees.log_out_degree)
             gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(adjacency.degrees.log_in_degree))
         if config.fuses_text:
             for node_type in self.text_node_types:
-                text = graph.text(node_type)
+                text = graph.text[node_type]
                 text_gate[node_type] = self.gate(f"gate_text_{node_type}", levels, text, jnp.zeros(len(text)))
         if config.layer_combination == "mean_without_input":
             layer_weights = jnp.full(levels + 1, 1 / levels).at[0].set(0)
@@ -328,19 +320,17 @@ class Branch(nn.Module):
         return Gate(levels, self.config.relation_gates, name=name)(text, log_degree)
 
 
-def item_degree(adjacencies: Mapping[Relation, Adjacency]) -> Float32[Array, "I"]:
+def item_degree(graph: DeviceGraph) -> Float32[Array, "I"]:
     """Returns the number of training interactions of each item of this device, float32 [rows]."""
-    return jnp.asarray(adjacencies[INTERACTS].degrees.in_degree)
+    return jnp.asarray(graph.adjacencies[INTERACTS].degrees.in_degree)
 
 
-def _drop_interactions(
-    share: float, graph: HeteroGraph, adjacencies: Mapping[Relation, Adjacency], dropout: PRNGKeyArray | None
-) -> Mapping[Relation, Adjacency]:
+def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray | None) -> DeviceGraph:
     """Drops a random share of the interactions, the same ones in both directions, and scales up the rest."""
     if dropout is None or not share:
-        return adjacencies
-    interacted_by, interacts = adjacencies[INTERACTED_BY], adjacencies[INTERACTS]
-    key = jax.random.fold_in(dropout, EDGE_DROPOUT_STREAM)
+        return graph
+    interacted_by, interacts = graph.adjacencies[INTERACTED_BY], graph.adjacencies[INTERACTS]
+    key = jax.random.fold_in(dropout, Stream.EDGE_DROPOUT)
     kept_by_item = _edge_keep_mask(
         key,
         share,
@@ -350,11 +340,12 @@ def _drop_interactions(
     kept_by_user = _edge_keep_mask(
         key, share, graph.global_ids_of_all(USER, interacts.senders), graph.global_ids(ITEM, interacts.receivers)
     )
-    return {
-        **adjacencies,
-        INTERACTED_BY: dataclasses.replace(interacted_by, weight=interacted_by.weight * kept_by_item),
-        INTERACTS: dataclasses.replace(interacts, weight=interacts.weight * kept_by_user),
-    }
+    return graph.with_adjacencies(
+        {
+            INTERACTED_BY: dataclasses.replace(interacted_by, weight=interacted_by.weight * kept_by_item),
+            INTERACTS: dataclasses.replace(interacts, weight=interacts.weight * kept_by_user),
+        }
+    )
 
 
 def _edge_keep_mask(

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 
 from fused_rec.config import ComputeDtype
-from fused_rec.distributed.devices import AnyArray, Shards
-from fused_rec.graph.adjacency import Adjacency, neighbor_sum
-from fused_rec.graph.hetero import Relation
+from fused_rec.distributed.devices import AnyArray
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import Relation
+from fused_rec.graph.spmm import neighbor_sum
 
 Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row per node, by node type
 
@@ -54,12 +55,12 @@ class Noise(NamedTuple):
 
 
 def propagate(
-    adjacencies: Mapping[Relation, Adjacency], coefficients: PropagationWeights, inputs: Nodes, text: Nodes
+    graph: DeviceGraph, coefficients: PropagationWeights, inputs: Nodes, text: Nodes
 ) -> dict[str, Float32[Array, "_ K"]]:
     """Propagates the inputs through all layers and combines the layers.
 
     Args:
-      adjacencies: edges by relation.
+      graph: the graph, for its adjacencies.
       coefficients: weights, gates and layer weights.
       inputs: h^0 by node type, float32 [n, K].
       text: the text inputs by node type, float32 [n, K], which each layer may add again.
@@ -67,27 +68,26 @@ def propagate(
     Returns:
       The output embeddings by node type, float32 [n, K].
     """
-    return combine_layers(coefficients, propagate_layers(adjacencies, coefficients, inputs, text))
+    return combine_layers(coefficients, propagate_layers(graph, coefficients, inputs, text))
 
 
 def propagate_layers(
-    adjacencies: Mapping[Relation, Adjacency],
+    graph: DeviceGraph,
     coefficients: PropagationWeights,
     inputs: Nodes,
     text: Nodes,
     noise: Noise | None = None,
-    shards: Shards = Shards(),  # noqa: B008
     compute_dtype: ComputeDtype = "float32",
 ) -> list[dict[str, Float32[Array, "_ K"]]]:
     """Computes h^0 to h^L of `propagate`.
 
     Args:
-      adjacencies: edges by relation; with several shards, the edges into this device's rows.
+      graph: the graph or this device's share: adjacencies, and how many devices share the nodes; source rows are
+        gathered from all of them.
       coefficients: weights and gates.
       inputs: h^0 by node type, float32 [rows, K].
       text: the text inputs by node type, float32 [rows, K].
       noise: noise to add to every layer but h^0; None: none.
-      shards: how many devices share the nodes; source rows are gathered from all of them.
       compute_dtype: the type of messages and of rows sent to other devices; sums are float32.
 
     Returns:
@@ -98,10 +98,10 @@ def propagate_layers(
     for level in range(len(coefficients.layer_weights) - 1):
         aggregated: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
         sources = dict.fromkeys(relation.source for relation in coefficients.edge)
-        source_embeddings = {node_type: shards.all_gather(h[node_type].astype(compute_dtype)) for node_type in sources}
+        source_embeddings = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
         for relation, edge in coefficients.edge.items():
             scaled = coefficients.source_scale[relation][:, None] * source_embeddings[relation.source]
-            message = neighbor_sum(adjacencies[relation], edge, scaled.astype(compute_dtype))
+            message = neighbor_sum(graph.adjacencies[relation], edge, scaled.astype(compute_dtype))
             message = coefficients.gate[relation][level][:, None] * message
             aggregated[relation.target] = (
                 aggregated[relation.target] + message if relation.target in aggregated else message

@@ -22,20 +22,20 @@ from jaxtyping import Array, Float32
 
 from fused_rec.config import ModelConfig
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.graph.build import INTERACTS, ITEM, USER
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.hetero import HostGraph
+from fused_rec.graph.schema import INTERACTS, ITEM, USER, Relation
 from fused_rec.model.model import active_relations
 
 
 def embeddings(
-    config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph
+    config: ModelConfig, params: Mapping[str, Any], graph: HostGraph
 ) -> tuple[Float32[Array, "U _"], Float32[Array, "I _"]]:
     """Computes the embeddings of `FusedModel` and `concat_branches`: scores without popularity and EASE.
 
     Args:
       config: the model's settings.
       params: parameters of a `FusedModel`.
-      graph: a whole graph, on one device.
+      graph: the graph.
 
     Returns:
       Embeddings of users and items. The score of a pair is their inner product.
@@ -44,12 +44,12 @@ def embeddings(
     if "words" not in params:
         return users, items
     text_users, text_items = branch(config.text_branch(), params["words"], graph)
-    degree = np.bincount(graph.edges(INTERACTS).receivers, minlength=graph.count(ITEM))
+    degree = np.bincount(graph.edges[INTERACTS].receivers, minlength=graph.count(ITEM))
     share = (degree / (degree + 1))[:, None]  # an item without interactions is ranked by its text alone
     return jnp.hstack([users, text_users]), jnp.hstack([share * items, (1 - share) * text_items])
 
 
-def branch(config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph) -> tuple[Array, Array]:
+def branch(config: ModelConfig, params: Mapping[str, Any], graph: HostGraph) -> tuple[Array, Array]:
     """Computes the embeddings of users and items of one branch: inputs, L layers, their weighted sum."""
     num_layers = config.effective_layers
     relations = active_relations(config, graph)
@@ -59,7 +59,7 @@ def branch(config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph) -
     # No gradient reached the ID embedding of a user without incoming edges, or of an item without interactions.
     of_users, of_items = graph.node_slice(USER), graph.node_slice(ITEM)
     ids = ids.at[of_users].multiply(np.isin(np.arange(len(ids)), receivers)[of_users, None])
-    ids = ids.at[of_items].multiply(np.isin(np.arange(graph.count(ITEM)), graph.edges(INTERACTS).receivers)[:, None])
+    ids = ids.at[of_items].multiply(np.isin(np.arange(graph.count(ITEM)), graph.edges[INTERACTS].receivers)[:, None])
     layer_weights = {
         "learned": lambda: jnp.exp(params["layer_weights"]) / (num_layers + 1),
         "mean": lambda: jnp.full(num_layers + 1, 1 / (num_layers + 1)),
@@ -90,7 +90,7 @@ def branch(config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph) -
 
 
 def node_inputs(
-    config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph, num_layers: int
+    config: ModelConfig, params: Mapping[str, Any], graph: HostGraph, num_layers: int
 ) -> tuple[Array, Array, Array]:
     """Returns ID embeddings and projected text features, [N, K], and text gates, [N, L]; 0 where there are none."""
     num_nodes = sum(count for _, count in graph.node_types)
@@ -101,7 +101,7 @@ def node_inputs(
         if f"id_{node_type}" in params:
             ids = ids.at[at].set(params[f"id_{node_type}"])
         if f"text_{node_type}" in params:
-            features = graph.text(node_type)
+            features = graph.text_of(node_type)
             text = text.at[at].set(features @ params[f"text_{node_type}"]["kernel"])
             if config.fuses_text:
                 gates = gate_of(params.get(f"gate_text_{node_type}"), features, np.zeros(count), num_layers)
@@ -110,28 +110,28 @@ def node_inputs(
 
 
 def relation_factors(
-    config: ModelConfig, params: Mapping[str, Any], graph: HeteroGraph, relations: list[Relation], num_layers: int
+    config: ModelConfig, params: Mapping[str, Any], graph: HostGraph, relations: list[Relation], num_layers: int
 ) -> tuple[Array, Array]:
     """Returns the scales of sources, [N, R], and the gates of targets, [N, R, L]; 0 for nodes of other types."""
     num_nodes = sum(count for _, count in graph.node_types)
     scale, gate = jnp.zeros((num_nodes, len(relations))), jnp.zeros((num_nodes, len(relations), num_layers))
     for r, relation in enumerate(relations):
-        edges = graph.edges(relation)
+        edges = graph.edges[relation]
         out_degree = centered_log_degree(edges.senders, graph.count(relation.source))
         in_degree = centered_log_degree(edges.receivers, graph.count(relation.target))
         exponent = params.get(f"source_scale_{relation}", 0.0)
         scale = scale.at[graph.node_slice(relation.source), r].set(jnp.exp(exponent * out_degree))
-        features = graph.text(relation.target) * config.fuses_text
+        features = graph.text_of(relation.target) * config.fuses_text
         gates = gate_of(params.get(f"gate_{relation}"), features, in_degree / (in_degree.std() + 1e-6), num_layers)
         gate = gate.at[graph.node_slice(relation.target), r].set(gates)
     return scale, gate
 
 
-def typed_edges(graph: HeteroGraph, relations: list[Relation]) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def typed_edges(graph: HostGraph, relations: list[Relation]) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Returns weight and relation of all edges, their senders and their receivers, numbered over all node types."""
     weights, index, senders, receivers = [], [], [], []
     for r, relation in enumerate(relations):
-        edges = graph.edges(relation)
+        edges = graph.edges[relation]
         weights.append(edges.weight)
         index.append(np.full(len(edges.weight), r))
         senders.append(edges.senders + graph.node_slice(relation.source).start)

@@ -19,8 +19,8 @@ from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Cont
 from fused_rec.explanation.paths import Path, best_paths
 from fused_rec.explanation.reasons import Reason, names, reasons
 from fused_rec.explanation.token_attribution import attribute_tokens, attributor
-from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, attribute_values
-from fused_rec.graph.hetero import Relation
+from fused_rec.graph.build import attribute_values
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
 from fused_rec.serving.recommender import rank_chunks as ranked
 from fused_rec.training.evaluate import scorer, user_groups
 from fused_rec.training.inputs import Prepared

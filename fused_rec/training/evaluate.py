@@ -19,7 +19,7 @@ from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.item_sets import UserItemSets, item_sets
 from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, evaluate, mean, users_per_batch
 from fused_rec.evaluation.slices import Slices, bands, item_slices, user_slices
-from fused_rec.graph.build import ITEM, USER
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.training.footprint import require_embedding
 from fused_rec.training.inputs import Prepared, prepare, with_pretrained_text
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
@@ -285,7 +285,7 @@ def _has_equal_scores(scores: Any) -> jax.Array:
 
 def _interactions(prepared: Prepared) -> Interactions:
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
-    text = (np.asarray(graph.text(node_type)) for node_type in (USER, ITEM))
+    text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
     return Interactions(*pairs, *text, *ties, age=observed.age)

@@ -187,13 +187,10 @@ def with_text_features(
     Returns:
       The graph inputs, and the norms of whitened means by node type (`TextCache.norms`).
     """
-    nodes, graph = features.node_rows(), graph_inputs.graph
-    text = [
-        nodes[node_type].rows if node_type in nodes else np.asarray(graph.text(node_type))
-        for node_type, _ in graph.node_types
-    ]
+    nodes = features.node_rows()
+    graph = graph_inputs.graph.with_text({node_type: of_type.rows for node_type, of_type in nodes.items()})
     norms = {node_type: of_type.norms for node_type, of_type in nodes.items()}
-    return dataclasses.replace(graph_inputs, graph=graph.with_text(np.concatenate(text))), norms
+    return dataclasses.replace(graph_inputs, graph=graph), norms
 
 
 def _digest(pretrained: str, trained: PyTree) -> str:

@@ -21,6 +21,7 @@ from fused_rec.data.batches import Batch
 from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks
 from fused_rec.distributed.devices import AXIS, AnyArray, local_indices, select_devices
 from fused_rec.model.losses import unit
+from fused_rec.rng import Stream, numpy_rng
 from fused_rec.text.encoders.lora import with_adapters
 from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.training import finetune
@@ -35,8 +36,6 @@ from fused_rec.training.train_step import (
     compile_key,
     optimize,
 )
-
-SAMPLE_STREAM = 5  # third number of the seed; batches draw with 0 and 1, controls with 2 to 4
 
 
 @no_type_check  # as of `Adjacency`
@@ -84,7 +83,7 @@ def sample_texts(config: Config, encoder_data: EncoderData, batch: Batch, step: 
     Returns:
       int64, up to text.finetune_texts_per_step distinct texts, ascending; a function of (train.seed, step, batch).
     """
-    rng = np.random.default_rng((config.train.seed, step, SAMPLE_STREAM))
+    rng = numpy_rng(config.train.seed, step, Stream.FINETUNE_TEXTS)
     nodes_by_type = _batch_nodes(batch).items()
     candidates = np.unique(
         np.concatenate([_texts_of(encoder_data.texts_of(node_type), nodes) for node_type, nodes in nodes_by_type])
@@ -293,15 +292,14 @@ def update_node_text(
     Returns:
       The graph inputs with other text embeddings, differentiable in `change`.
     """
-    graph = graph_inputs.graph
-    nodes: Any = graph.graph.nodes
-    text = jnp.asarray(nodes["text"])
+    graph, text = graph_inputs.graph, {}
     device = jax.lax.axis_index(AXIS)
     for node_type, rows in text_batch.node_updates.items():
         each = rows.weights[:, None] * (change @ matrices[node_type])[rows.texts]
         moved = jax.ops.segment_sum(each, rows.places, len(rows.nodes))
         is_local = (rows.nodes >= 0) & (rows.nodes % graph.shards.count == device)
-        row = jnp.where(is_local, graph.node_slice(node_type).start + rows.nodes // graph.shards.count, len(text))
-        before = text.at[row].get(mode="fill", fill_value=0) * rows.norms[:, None]
-        text = text.at[row].set(unit(before + moved), mode="drop")
+        own = jnp.asarray(graph.text[node_type])
+        row = jnp.where(is_local, rows.nodes // graph.shards.count, len(own))
+        before = own.at[row].get(mode="fill", fill_value=0) * rows.norms[:, None]
+        text[node_type] = own.at[row].set(unit(before + moved), mode="drop")
     return dataclasses.replace(graph_inputs, graph=graph.with_text(text))

@@ -8,8 +8,8 @@ import jax
 
 from fused_rec.config import Config
 from fused_rec.distributed.devices import select_devices
-from fused_rec.graph.build import ITEM, NO_TEXT_DIM, USER
-from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER
 from fused_rec.memory import require_device_memory
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs
@@ -19,19 +19,19 @@ EDGE = 5 * NUMBER  # stored in two orders, by receiver and by sender
 REMEDY = "lower train.batch_size or model.dim, sample neighbors (docs/SCALE.md), raise data.k_core, or use more devices"
 
 
-def _num_branches(config: Config, graph: HeteroGraph) -> int:
-    return 2 if config.model.fuses_text and graph.text(ITEM).shape[1] > NO_TEXT_DIM else 1
+def _num_branches(config: Config, graph: DeviceGraph) -> int:
+    return 2 if config.model.fuses_text and graph.text[ITEM].shape[1] > NO_TEXT_DIM else 1
 
 
-def task_bytes(graph: HeteroGraph, devices: int) -> int:
+def task_bytes(graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of one device's text embeddings and edges."""
     n_edges = sum(count for _, count in graph.relations)
-    width = max(graph.text(node_type).shape[1] for node_type, _ in graph.node_types)
+    width = max(rows.shape[1] for rows in graph.text.values())
     rows = sum(count for _, count in graph.node_types)
     return (NUMBER * rows * width + EDGE * n_edges) // devices
 
 
-def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+def state_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of one device's ID embeddings, their gradient and AdamW's two moments."""
     if not config.model.uses_ids:
         return 0
@@ -39,7 +39,7 @@ def state_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
     return 4 * NUMBER * rows * config.model.dim // devices
 
 
-def rounds_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+def rounds_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of all layers of all branches on one device, and one layer gathered from all devices."""
     rows = sum(count for _, count in graph.node_types)
     return (
@@ -51,7 +51,7 @@ def rounds_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
     )
 
 
-def loss_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
+def loss_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of one device's scores in the loss and their gradient, for one branch at a time."""
     users = -(-min(config.train.batch_size, graph.count(USER)) // devices)
     scored = {
@@ -62,7 +62,7 @@ def loss_bytes(config: Config, graph: HeteroGraph, devices: int) -> int:
     return 2 * NUMBER * users * scored[config.train.loss]
 
 
-def vector_bytes(config: Config, graph: HeteroGraph) -> int:
+def vector_bytes(config: Config, graph: DeviceGraph) -> int:
     """Returns the bytes of the embeddings of all users and items, replicated on every device."""
     columns = _num_branches(config, graph) * config.model.dim + 1
     columns += min(config.model.ease_rank, graph.count(USER), graph.count(ITEM)) if config.model.ease_weight else 0

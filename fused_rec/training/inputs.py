@@ -17,9 +17,10 @@ from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.sources import registry
 from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.distributed import processes
-from fused_rec.graph.adjacency import build_adjacencies
-from fused_rec.graph.build import NO_TEXT_DIM, build, check_relations
-from fused_rec.graph.hetero import HeteroGraph
+from fused_rec.graph.build import build, check_relations
+from fused_rec.graph.device_graph import device_graph
+from fused_rec.graph.hetero import HostGraph
+from fused_rec.graph.schema import NO_TEXT_DIM
 from fused_rec.text.cache import open_cache
 from fused_rec.text.features import TextFeatures, encode_features, without_tfidf
 from fused_rec.training import finetune
@@ -137,8 +138,8 @@ def seen_splits(refit: bool, split: str = "test") -> tuple[str, ...]:
     return ("train", "valid") if refit and split != "valid" else ("train",)
 
 
-def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed, graph: HeteroGraph) -> GraphInputs:
-    """Adds to a graph what else the model reads: adjacencies, trained items, popularity, and EASE's vectors if used.
+def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed, graph: HostGraph) -> GraphInputs:
+    """Adds to a graph what else the model reads: trained items, popularity, and EASE's vectors if used.
 
     Args:
       config: settings of popularity and EASE.
@@ -153,7 +154,7 @@ def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed,
       InsufficientMemoryError: the matrices of EASE do not fit in memory.
     """
     popularity = item_counts(observed.item, observed.age, config.popularity_half_life, dataset.n_items)
-    graph_inputs = GraphInputs(graph, build_adjacencies(graph), trained_item_mask(dataset, observed), popularity)
+    graph_inputs = GraphInputs(device_graph(graph), trained_item_mask(dataset, observed), popularity)
     if not config.ease_weight:
         return graph_inputs
     LOG.info("EASE of rank %d, which takes minutes for many interactions", config.ease_rank)

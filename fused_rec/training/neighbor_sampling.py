@@ -11,7 +11,6 @@ import numpy as np
 from fused_rec.config import Config
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import select_devices
-from fused_rec.graph.build import ITEM, USER
 from fused_rec.graph.sampling import (
     Capacity,
     Sample,
@@ -21,13 +20,14 @@ from fused_rec.graph.sampling import (
     required_capacity,
     sample,
 )
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model.model import active_relations
+from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.sharding import shard_graph_inputs
 from fused_rec.training.train_step import GraphInputs
 
 Sampler = Callable[[int, Batch], tuple[GraphInputs, Batch]]
 PROBE_BATCHES = 3  # batches sampled to estimate the usual capacity
-SAMPLE_STREAM = 2  # third number of the seed; batches use 0 and 1
 
 
 def neighbor_sampler(
@@ -58,14 +58,13 @@ def neighbor_sampler(
             "must be at least 1"
         )
     count, counts = len(select_devices(devices)), dict(graph_inputs.graph.node_types)
-    adjacencies = {
-        relation: graph_inputs.adjacencies[relation] for relation in active_relations(config.model, graph_inputs.graph)
-    }
+    relations = active_relations(config.model, graph_inputs.graph)
+    adjacencies = {relation: graph_inputs.graph.adjacencies[relation] for relation in relations}
     num_layers = config.model.effective_layers
 
     def draw_sample(seed: int, step: int, batch: Batch) -> Sample:
         items = np.concatenate([batch.items.ravel(), batch.negatives.ravel()])
-        rng = np.random.default_rng((seed, step, SAMPLE_STREAM))
+        rng = numpy_rng(seed, step, Stream.NEIGHBORS)
         seeds = {USER: batch.users, ITEM: items}
         return sample(adjacencies, counts, seeds, num_layers=num_layers, num_neighbors=settings.num_neighbors, rng=rng)
 
@@ -79,15 +78,11 @@ def neighbor_sampler(
     def of_step(step: int, batch: Batch) -> tuple[GraphInputs, Batch]:
         found = draw_sample(settings.seed, step, batch)
         capacity = bucketed_capacity(required_capacity(found, count), usual, bound)
-        graph, adjacencies, places = build_subgraph(
-            graph_inputs.graph, graph_inputs.adjacencies, found, capacity, count
-        )
+        graph, places = build_subgraph(graph_inputs.graph, found, capacity, count)
         popularity = np.zeros(graph.count(ITEM), np.float32)
         popularity[places[ITEM][found.nodes[ITEM]]] = np.asarray(graph_inputs.popularity)[found.nodes[ITEM]]
-        edges = {relation: capacity.edges.get(relation, 0) for relation in adjacencies}
-        part = shard_graph_inputs(
-            GraphInputs(graph, adjacencies, graph_inputs.trained_items, popularity), devices, edges
-        )
+        edges = {relation: capacity.edges.get(relation, 0) for relation in graph.adjacencies}
+        part = shard_graph_inputs(GraphInputs(graph, graph_inputs.trained_items, popularity), devices, edges)
         return part, _renumbered(batch, places)
 
     return of_step

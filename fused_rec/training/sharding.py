@@ -24,7 +24,8 @@ from fused_rec.distributed.devices import (
     shard_rows,
 )
 from fused_rec.graph.adjacency import shard_adjacency
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import Relation
 from fused_rec.model.model import Vectors
 from fused_rec.training.train_step import (
     GraphInputs,
@@ -136,8 +137,7 @@ def tree_of_structure(structure: Any) -> PyTree:
 def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
     """Returns the device axis of each array of sharded graph inputs; None: replicated."""
     absent: Any = None
-    graph, adjacencies = jax.tree.map(lambda _: SHARDED, (graph_inputs.graph, graph_inputs.adjacencies))
-    return GraphInputs(graph, adjacencies, absent, absent, absent)
+    return GraphInputs(jax.tree.map(lambda _: SHARDED, graph_inputs.graph), absent, absent, absent)
 
 
 def shard_graph_inputs(
@@ -154,34 +154,20 @@ def shard_graph_inputs(
     Returns:
       Graph inputs on the devices.
     """
-    count, capacity = len(select_devices(devices)), capacity or {}
-    shards_of = {
-        r: shard_adjacency(adjacency, count, capacity.get(r)) for r, adjacency in graph_inputs.adjacencies.items()
-    }
-    adjacencies = {
-        relation: jax.tree.map(
-            lambda *of_devices: np.stack(of_devices), *(parts[place] for place in local_indices(devices))
-        )
-        for relation, parts in shards_of.items()
-    }
-    shared = GraphInputs(
-        _shard_nodes(graph_inputs.graph, devices),
-        adjacencies,
-        graph_inputs.trained_items,
-        graph_inputs.popularity,
-        graph_inputs.ease,
-    )
+    shared = dataclasses.replace(graph_inputs, graph=_shard_graph(graph_inputs.graph, devices, capacity or {}))
     return device_put(shared, graph_inputs_axes(shared), devices)
 
 
-def _shard_nodes(graph: HeteroGraph, devices: int | None) -> HeteroGraph:
-    def part(of_nodes: AnyArray) -> np.ndarray:
-        of_types = [np.asarray(of_nodes[graph.node_slice(node_type)]) for node_type, _ in graph.node_types]
-        return np.concatenate([shard_rows(rows, devices) for rows in of_types], axis=1)
-
-    no_fields = dict.fromkeys(("edges", "senders", "receivers", "n_node", "n_edge"))  # in the adjacencies
-    bare = graph.graph._replace(nodes=jax.tree.map(part, graph.graph.nodes), **no_fields)
-    return dataclasses.replace(graph, graph=bare, shards=Shards(len(select_devices(devices))))
+def _shard_graph(graph: DeviceGraph, devices: int | None, capacity: Mapping[Relation, int]) -> DeviceGraph:
+    """This process's part of text embeddings, node IDs and adjacencies, [devices, ...] each."""
+    count = len(select_devices(devices))
+    adjacencies = {}
+    for relation, adjacency in graph.adjacencies.items():
+        parts = shard_adjacency(adjacency, count, capacity.get(relation))
+        own = [parts[place] for place in local_indices(devices)]
+        adjacencies[relation] = jax.tree.map(lambda *of_devices: np.stack(of_devices), *own)
+    text, node_ids = jax.tree.map(lambda rows: shard_rows(np.asarray(rows), devices), (graph.text, graph.node_ids))
+    return dataclasses.replace(graph, text=text, adjacencies=adjacencies, node_ids=node_ids, shards=Shards(count))
 
 
 def shard_state(state: PyTree, devices: int | None = None) -> PyTree:

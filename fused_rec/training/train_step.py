@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import flax.struct
@@ -15,9 +15,8 @@ from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
-from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.build import ITEM, USER
-from fused_rec.graph.hetero import HeteroGraph, Relation
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model import losses
 from fused_rec.model.model import (
     FIRST_LAYER,
@@ -60,20 +59,18 @@ class TrainState:
 @no_type_check  # as of `Adjacency`
 @flax.struct.dataclass
 class GraphInputs:
-    """The inputs of a step besides its batch: the graph, its adjacencies and item statistics.
+    """The inputs of a step besides its batch: the graph and item statistics.
 
     The same in every step, or a sampled subgraph per step (`fused_rec.training.neighbor_sampling`).
 
     Attributes:
-      graph: the graph with text embeddings.
-      adjacencies: edges by relation.
+      graph: text embeddings and adjacencies.
       trained_items: bool, of all items those with training interactions; others are excluded from the softmax.
       popularity: float32, interactions of each item of the graph, discounted by model.popularity_half_life.
       ease: the low-rank EASE factors used at ranking time, if model.ease_weight is above 0; no step reads them.
     """
 
-    graph: HeteroGraph
-    adjacencies: Mapping[Relation, Adjacency]
+    graph: DeviceGraph
     trained_items: Bool[AnyArray, "I"]
     popularity: Float32[AnyArray, "_"]
     ease: LowRankEase | None = None
@@ -113,7 +110,7 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     key = jax.random.key(config.train.seed)
-    params = FusedModel(config.model).init(key, graph_inputs.graph, graph_inputs.adjacencies)["params"]
+    params = FusedModel(config.model).init(key, graph_inputs.graph)["params"]
     return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, make_optimizer(config.train).init(params))
 
 
@@ -154,17 +151,15 @@ def embed_nodes(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Ve
     Raises:
       ValueError: model.ease_weight is above 0 and the inputs have no EASE factors.
     """
-    branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph, graph_inputs.adjacencies)
-    vectors = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.adjacencies)))
+    branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph)
+    vectors = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.graph)))
     if config.model.ease_weight:
         if graph_inputs.ease is None:
             raise ValueError(
                 f"model.ease_weight is {config.model.ease_weight} and the graph inputs have no EASE factors; "
                 "build them with `prepare`"
             )
-        vectors = append_ease(
-            vectors, graph_inputs.ease, graph_inputs.graph, graph_inputs.adjacencies, config.model.ease_weight
-        )
+        vectors = append_ease(vectors, graph_inputs.ease, graph_inputs.graph, config.model.ease_weight)
     return _append_popularity(config, graph_inputs, vectors)
 
 
@@ -281,7 +276,6 @@ def batch_loss(
     branches, intermediates = FusedModel(config.model, config.train.compute_dtype).apply(
         {"params": _params_of_nodes(graph_inputs.graph, params)},
         graph_inputs.graph,
-        graph_inputs.adjacencies,
         dropout,
         mutable=["intermediates"],
     )
@@ -306,9 +300,9 @@ def _mean(total: Float32[Array, ""], count: Float32[Array, ""]) -> Float32[Array
     return total / jnp.maximum(jax.lax.psum(count, AXIS), 1)
 
 
-def _params_of_nodes(graph: HeteroGraph, params: PyTree) -> PyTree:
+def _params_of_nodes(graph: DeviceGraph, params: PyTree) -> PyTree:
     """The parameters with only the ID embeddings of a sampled subgraph's nodes."""
-    if not graph.sampled:
+    if graph.node_ids is None:
         return params
 
     def rows(path: tuple, leaf: Array) -> Array:

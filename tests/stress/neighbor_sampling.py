@@ -52,9 +52,10 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     from experiments.benchmark import generated
     from fused_rec.config import Config
     from fused_rec.data.batches import batch, user_items
-    from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
+    from fused_rec.graph.device_graph import device_graph
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
     from fused_rec.studies.variants import variant
     from fused_rec.training.neighbor_sampling import PROBE_BATCHES, neighbor_sampler
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
@@ -65,7 +66,7 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, pairs.user, pairs.item, counts)
     graph = hetero_graph(counts, relations, np.zeros((sum(counts.values()), NO_TEXT_DIM), np.float32))
     held_by = np.bincount(pairs.item, minlength=pairs.n_items)
-    graph_inputs = GraphInputs(graph, build_adjacencies(graph), held_by > 0, held_by.astype(np.float32))
+    graph_inputs = GraphInputs(device_graph(graph), held_by > 0, held_by.astype(np.float32))
     config = variant(Config(), "lightgcn")
     train = dataclasses.replace(config.train, num_neighbors=num_neighbors)
     config = dataclasses.replace(
@@ -85,7 +86,7 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
         state, _ = jax.block_until_ready(step(state, part, users))
         steps.append(time.process_time() - began)
     nodes = sum(count for _, count in part.graph.node_types)
-    edges = sum(np.size(adjacency.weight) for adjacency in part.adjacencies.values())
+    edges = sum(np.size(adjacency.weight) for adjacency in part.graph.adjacencies.values())
     seconds, drawn = (statistics.median(part[1:]) for part in (steps, draws))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{num_neighbors:10} {nodes:10,} {edges:10,} {seconds:8.3f} {drawn:8.3f} {peak:10,.0f}", flush=True)

@@ -45,9 +45,10 @@ def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
 
     from fused_rec.config import Config, ModelConfig, TrainConfig
     from fused_rec.data.batches import Batch
-    from fused_rec.graph.adjacency import build_adjacencies
-    from fused_rec.graph.build import INTERACTED_BY, INTERACTS, ITEM, USER, bidirectional_edges
+    from fused_rec.graph.build import bidirectional_edges
+    from fused_rec.graph.device_graph import device_graph
     from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
     from fused_rec.training.sharding import parallel_train_step, shard_batch, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
 
@@ -57,9 +58,7 @@ def costs(variant: Any, words: int, devices: int) -> dict[str, float]:
     counts = {USER: USERS, ITEM: ITEMS}
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, pairs[:, 0], pairs[:, 1], counts)
     graph = hetero_graph(counts, relations, np.ones((USERS + ITEMS, words), np.float32))
-    graph_inputs = GraphInputs(
-        graph, build_adjacencies(graph, "segment"), np.ones(ITEMS, bool), np.ones(ITEMS, np.float32)
-    )
+    graph_inputs = GraphInputs(device_graph(graph, "segment"), np.ones(ITEMS, bool), np.ones(ITEMS, np.float32))
     model = ModelConfig(variant=variant, dim=64, num_layers=3, edge_dropout=0.5)
     config = Config(model=model, train=TrainConfig(batch_size=BATCH, positives_per_user=POSITIVES))
     state, graph_inputs = shard_state(init(config, graph_inputs), devices), shard_graph_inputs(graph_inputs, devices)

@@ -12,6 +12,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from fused_rec.rng import numbered_rng
+
 Trainable = Literal["lora", "full"]
 SCALE = 2.0  # of adapters: alpha / r with the usual alpha = 2 r
 
@@ -46,7 +48,7 @@ def init_trainable(training: Trainable, params: PyTree, rank: int, seed: int) ->
     adapters = {}
     for number, (path, leaf) in enumerate(sorted(found.items())):
         *before, size, out = leaf.shape
-        drawn = np.random.default_rng((seed, number)).standard_normal((*before, size, rank), np.float32)
+        drawn = numbered_rng(seed, number).standard_normal((*before, size, rank), np.float32)
         down, up = drawn / np.float32(size) ** 0.5, np.zeros((*before, rank, out), np.float32)
         adapters |= {(*path, "down"): down.astype(np.float32), (*path, "up"): up}
     return unflatten_dict(adapters)

@@ -1,0 +1,3 @@
+"""Node types that every graph has."""
+
+USER, ITEM = "user", "item"
