@@ -343,7 +343,7 @@ def sized(config: Config, texts_per_step: int, batch_tokens: int) -> Config:
 
 
 def test_what_a_step_keeps_does_not_grow_with_its_texts(cache, short):
-    """Eight times as many texts, one at a time, take less than half of what they take all at once."""
+    """Eight times as many texts, one at a time, add less than a tenth of what they add all at once."""
     state, users = init_state(config_of(cache, max_tokens=8), short), batch_of(short, 0)
     start = finetune.encode_all_texts(
         config_of(cache, max_tokens=8), short.encoder_data, short.graph_inputs, state.encoder_snapshot
@@ -361,7 +361,7 @@ def test_what_a_step_keeps_does_not_grow_with_its_texts(cache, short):
         program = step.lower(there, graph_inputs, shard_batch(users, 1), text_batch, fixed).compile()
         need.append(program.memory_analysis().temp_size_in_bytes)
     few, many, at_once = need
-    assert many < 1.5 * few and 2 * many < at_once
+    assert 10 * (many - few) < at_once - few
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
