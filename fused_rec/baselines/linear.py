@@ -139,7 +139,7 @@ def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRan
     _require_subspace("model.ease_weight", interactions, rank, "lower model.ease_rank, or set model.ease_weight to 0")
     # In float64: for an item with n interactions, 1 - |S_i|^2 is about l2 / (l2 + n).
     history = interactions.history().astype(np.float64)
-    singular, right = _subspace(history, rank, iterations=4)
+    singular, right = subspace_iteration(history, rank, iterations=4)
     rows = right * np.sqrt(singular**2 / (singular**2 + l2))
     one_minus_norm = 1 - (rows * rows).sum(1)
     if one_minus_norm.min() < MIN_ONE_MINUS_NORM:
@@ -174,7 +174,7 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
     # float32, and its device copy
     require_memory(8 * min(interactions.n_users, interactions.n_items) * interactions.n_items, "gf_cf", LESS)
     if min(interactions.n_users, interactions.n_items) > EXACT:
-        _require_subspace("gf_cf", interactions, rank, LESS)
+        _requiresubspace_iteration("gf_cf", interactions, rank, LESS)
     history = interactions.history()
     of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1), dtype=np.float64) for axis in (1, 0))
     user, item = history.nonzero()
@@ -216,7 +216,7 @@ def _require_subspace(name: str, seen: Interactions, rank: int, remedy: str) -> 
     require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes", remedy)
 
 
-def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
+def subspace_iteration(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
     """Computes the largest singular values and right singular vectors by subspace iteration (Halko et al., 2011)."""
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.tfidf`
 
@@ -227,6 +227,17 @@ def _subspace(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"
     return singular, right.T
 
 
+def exact_singular_vectors(matrix, rank: int):
+    """Singular values and right singular vectors from the smaller Gram matrix."""
+    n_rows, n_columns = matrix.shape
+    gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
+    squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
+    squared, vectors = squared[::-1], vectors[:, ::-1]
+    kept = squared > 1e-10 * squared[0]
+    values, vectors = np.sqrt(squared[kept]), vectors[:, kept]
+    return values, (matrix.T @ vectors / values if n_rows < n_columns else vectors)
+
+
 def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
     """Computes right singular vectors, up to side `EXACT` exactly from the smaller Gram matrix.
 
@@ -235,7 +246,7 @@ def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
     """
     n_rows, n_columns = matrix.shape
     if min(matrix.shape) > EXACT:
-        singular, vectors = _subspace(matrix, rank, iterations=20)
+        singular, vectors = subspace_iteration(matrix, rank, iterations=20)
         return vectors[:, singular > 1e-5]
     gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
     squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))

@@ -1,0 +1,165 @@
+"""Closed-form recommenders as bilinear forms: score(u, i) = <sum over the user's items j of source_j, target_i>.
+
+In this form a recommender is a component of the fused score (`fused_rec.model.late_fusion`): it needs rows of users and
+items in place of an I x I matrix, its scores are inner products, and they split exactly over the user's items.
+
+A zero diagonal cannot be expressed by rank R: an item the user has interacted with gets another score than from the
+full method. Rankings exclude these items.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, subspace_iteration
+from fused_rec.baselines.neighbors import Interactions, NotApplicableError
+from fused_rec.memory import require_memory
+
+MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
+WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2: about five seconds on two cores
+MAX_RANK, MIN_RANK = 2048, 64
+
+
+class Factors(NamedTuple):
+    """Rows of a bilinear form.
+
+    Attributes:
+      source: float32 [I, R], summed over the user's items.
+      target: float32 [I, R], of the scored item.
+    """
+
+    source: Float32[np.ndarray, "I R"]
+    target: Float32[np.ndarray, "I R"]
+
+
+class SingularVectors(NamedTuple):
+    """The largest singular values of the interaction matrix X, and their right singular vectors V.
+
+    Attributes:
+      values: float64 [R], descending, above 0.
+      right: float64 [I, R], orthonormal columns.
+    """
+
+    values: Float[np.ndarray, "R"]
+    right: Float[np.ndarray, "I R"]
+
+
+def default_rank(n_users: int, n_items: int) -> int:
+    """Chooses a rank by the work that subspace iteration takes.
+
+    Args:
+      n_users: U.
+      n_items: I.
+
+    Returns:
+      min(U, I), at most `MAX_RANK` and such that (U + I) R^2 is at most `WORK`, but at least `MIN_RANK`.
+    """
+    affordable = int((WORK / max(n_users + n_items, 1)) ** 0.5)
+    return min(n_users, n_items, max(MIN_RANK, min(MAX_RANK, affordable)))
+
+
+def singular_vectors(interactions: Interactions, rank: int) -> SingularVectors:
+    """Computes the largest singular values and right singular vectors of X.
+
+    From the smaller Gram matrix where U or I is at most `EXACT`, else by subspace iteration, whose last directions are
+    approximate. Deterministic on one machine with one number of threads.
+
+    Args:
+      interactions: the training interactions X.
+      rank: R, at most min(U, I) are computed; zero singular values are left out.
+
+    Returns:
+      The values and vectors, float64.
+
+    Raises:
+      InsufficientMemoryError: they do not fit in memory.
+    """
+    rank = min(rank, interactions.n_users, interactions.n_items)
+    nodes = interactions.n_users + interactions.n_items
+    what = f"{rank + OVERSAMPLES} singular vectors of {nodes:,} nodes"
+    require_memory(24 * (rank + OVERSAMPLES) * nodes, what, "raise data.k_core, or set model.late_fusion to False")
+    history = interactions.history().astype(np.float64)
+    if min(history.shape) <= EXACT:
+        values, right = exact_singular_vectors(history, rank)
+    else:
+        values, right = subspace_iteration(history, rank, iterations=4)
+    kept = values > 1e-6 * max(values.max(initial=0), 1e-300)
+    return SingularVectors(values[kept], right[:, kept])
+
+
+def ease_factors(singular: SingularVectors, *, l2: float) -> Factors:
+    """Computes EASE (Steck, 2019, arXiv 1905.03375) on R singular directions.
+
+    With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P = (X'X + l2 I)^-1 is (I - V diag(f) V') / l2, so with
+    S = V diag(f)^1/2 its weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions.
+
+    Args:
+      singular: of the training interactions.
+      l2: the ridge penalty, above 0.
+
+    Returns:
+      The factors: source S_j and target S_i / (1 - |S_i|^2).
+
+    Raises:
+      NotApplicableError: l2 is so small that 1 - |S_i|^2 of an item has too few digits in float32.
+    """
+    rows = singular.right * np.sqrt(singular.values**2 / (singular.values**2 + l2))
+    one_minus_norm = 1 - (rows * rows).sum(1)
+    if one_minus_norm.min() < MIN_ONE_MINUS_NORM:
+        raise NotApplicableError(
+            f"l2 is {l2}: 1 - |S_i|^2 is {one_minus_norm.min():.2g} for an item, and must be at least "
+            f"{MIN_ONE_MINUS_NORM}; raise it"
+        )
+    return Factors(rows.astype(np.float32), (rows / one_minus_norm[:, None]).astype(np.float32))
+
+
+def text_ease_factors(
+    singular: SingularVectors, item_text: Float32[np.ndarray, "I D"], *, l2: float, l2_text: float, l2_words: float
+) -> Factors:
+    """Computes EASE with text regularization (`fused_rec.baselines.linear.text_ease`) on R singular directions.
+
+    In the notation there, with l = l2 + l2_text, P = (I - V diag(f) V') / l and W = T R', the score of an item that
+    the user has not interacted with is x'B_i = l2_text (x'P T) R_i + x' V diag(f) V_i n_i / l.
+
+    Args:
+      singular: of the training interactions.
+      item_text: text features T, unit rows or zero.
+      l2: the ridge penalty.
+      l2_text: penalty of the distance from the weights S that text gives.
+      l2_words: ridge penalty of S.
+
+    Returns:
+      The factors, of D + R columns.
+    """
+    text = item_text.astype(np.float64)
+    smooth = np.linalg.solve(text.T @ text + l2_words * np.eye(text.shape[1]), text.T)  # N T' of `text_ease`
+    right_text = (smooth / (1 - (text.T * smooth).sum(0))).T
+    ridge = l2 + l2_text
+    filtered = singular.right * (singular.values**2 / (singular.values**2 + ridge))
+    p_text = (text - filtered @ (singular.right.T @ text)) / ridge  # P T
+    p_diagonal = (1 - (filtered * singular.right).sum(1)) / ridge
+    multiplier = (1 + l2_text * (p_text * right_text).sum(1)) / p_diagonal  # n
+    return Factors(
+        np.concatenate([l2_text * p_text, filtered], axis=1).astype(np.float32),
+        np.concatenate([right_text, singular.right * (multiplier / ridge)[:, None]], axis=1).astype(np.float32),
+    )
+
+
+def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
+    """Returns the content-based recommender: the user's mean item text against the item's.
+
+    Args:
+      item_text: unit rows, zero for items without text.
+    """
+    return Factors(item_text, item_text)
+
+
+def low_rank_history(singular: SingularVectors) -> Factors:
+    """Returns X itself on R singular directions, X V V': with sums over friends in place of items, friends' mean.
+
+    Args:
+      singular: of the training interactions.
+    """
+    rows = singular.right.astype(np.float32)
+    return Factors(rows, rows)

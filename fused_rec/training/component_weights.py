@@ -1,0 +1,250 @@
+"""Weights of the components of the fused score, by forward selection on the validation split.
+
+The fused score is a weighted sum of components (`fused_rec.model.late_fusion`): the trained model, each of its
+branches, and closed-form recommenders. Scores of a component are standardized per user, so one weight per component is
+enough.
+
+Selection is that of Caruana et al. (2004), from the best single component, with one change: a step is taken only where
+its mean gain in NDCG@10 exceeds `MIN_GAIN` standard errors of the gain over the users. On small or uninformative
+validation splits the sum therefore stays at the best single component.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float32, Int
+
+from fused_rec.evaluation.metrics import ndcg
+from fused_rec.evaluation.ranking import UserItemSets
+from fused_rec.model.late_fusion import standardize
+
+LOG = logging.getLogger(__name__)
+
+K = 10  # the cutoff of NDCG
+MAX_USERS = 2000  # validation users that are ranked, at most
+DEPTH = 100  # best items of each component among which a sum is ranked
+MIN_GAIN = 1.0  # standard errors
+FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
+CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
+MAX_MOVES = 12
+CHUNK = 1 << 25  # scores that are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A component with one choice of settings: score(u, i) = <users_u, items_i>.
+
+    Attributes:
+      name: of the component; among candidates of one name validation chooses one.
+      settings: plain values.
+      users: float32 [V, R], of the ranked users.
+      items: float32 [I, R].
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    users: Float32[np.ndarray, "V R"]
+    items: Float32[np.ndarray, "I R"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationUsers:
+    """The users of the selection and what is ranked for them.
+
+    Attributes:
+      users: user rows.
+      truth: held-out items of all users.
+      seen: items of all users that are not ranked.
+      allowed: bool [I], the candidates of the split.
+    """
+
+    users: Int[np.ndarray, "V"]
+    truth: UserItemSets
+    seen: UserItemSets
+    allowed: Bool[np.ndarray, "I"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Weights of the components, and what they were chosen from.
+
+    Attributes:
+      weights: by name; components of weight 0 are left out.
+      settings: by name, of the components in `weights`.
+      single: validation NDCG@10 of each component alone, with its best settings.
+      fused: validation NDCG@10 of the weighted sum.
+      users: number of validation users.
+    """
+
+    weights: Mapping[str, float]
+    settings: Mapping[str, Mapping[str, Any]]
+    single: Mapping[str, float]
+    fused: float
+    users: int
+
+
+def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Selection:
+    """Chooses settings and weights of the components.
+
+    Args:
+      candidates: components with their settings; generated one by one, so that only the chosen ones are held.
+      on: validation users.
+
+    Returns:
+      The selection. Its weights are those of standardized scores.
+    """
+    best: dict[str, tuple[float, Candidate]] = {}
+    for candidate in candidates:
+        value = float(np.mean(_ndcg_of(candidate, on)))
+        LOG.info("%s %s: validation ndcg@%d %.4f", candidate.name, dict(candidate.settings), K, value)
+        if candidate.name not in best or value > best[candidate.name][0]:
+            best[candidate.name] = value, candidate
+    single = {name: value for name, (value, _) in best.items()}
+    chosen = [candidate for _, candidate in best.values()]
+    lists = _short_lists(chosen, on)
+    start = max(range(len(chosen)), key=lambda number: single[chosen[number].name])
+    weights, value = forward_selection(lists, start)
+    used = {c.name: w for c, w in zip(chosen, weights, strict=True) if w}
+    LOG.info("late fusion: %s, validation ndcg@%d %.4f", used, K, value)
+    return Selection(used, {n: dict(best[n][1].settings) for n in used}, single, value, len(on.users))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortLists:
+    """Items that any component ranks high for V users, M a user, with the scores of all components.
+
+    Attributes:
+      scores: float32 [C, V, M], standardized; 0 where a list is shorter.
+      listed: bool [V, M], False where a list is shorter.
+      truth: bool [V, M], which of them are held out.
+      n_truth: [V], held-out items of each user, listed or not.
+    """
+
+    scores: Float32[np.ndarray, "C V M"]
+    listed: Bool[np.ndarray, "V M"]
+    truth: Bool[np.ndarray, "V M"]
+    n_truth: Int[np.ndarray, "V"]
+
+    def ndcg(self, total: Float32[np.ndarray, "V M"]) -> Float32[np.ndarray, "V"]:
+        """Computes the NDCG@10 of each user by these scores of the listed items."""
+        return _ndcg(np.where(self.listed, total, -np.inf), self.truth, self.n_truth)
+
+
+def forward_selection(lists: ShortLists, start: int) -> tuple[list[float], float]:
+    """Adds, changes and removes components while the gain exceeds its own noise.
+
+    Args:
+      lists: scores of the components.
+      start: the component that the sum starts from, with weight 1.
+
+    Returns:
+      The weight of each component, 0 where it is left out, and the mean NDCG@10 of the sum.
+    """
+    weights = [0.0] * len(lists.scores)
+    weights[start] = 1.0
+    total = lists.scores[start].copy()
+    values = lists.ndcg(total)
+    for _ in range(MAX_MOVES):
+        found = [move for number in range(len(weights)) for move in _moves(lists, weights, total, values, number)]
+        if not found:
+            break
+        _, number, weight = max(found)
+        total += np.float32(weight - weights[number]) * lists.scores[number]
+        weights[number], values = weight, lists.ndcg(total)
+    return weights, float(values.mean())
+
+
+def _moves(lists: ShortLists, weights: list[float], total, values, number: int) -> Iterator[tuple[float, int, float]]:
+    """Yields (gain, component, weight) of each other weight of a component whose gain exceeds its noise."""
+    now = weights[number]
+    for weight in [now * change for change in CHANGES] if now else FIRST_WEIGHTS:
+        if sum(weights) - now + weight == 0:
+            continue
+        gain = lists.ndcg(total + np.float32(weight - now) * lists.scores[number]) - values
+        error = float(gain.std()) / max(len(gain), 1) ** 0.5
+        if gain.mean() > max(MIN_GAIN * error, 1e-6):
+            yield float(gain.mean()), number, weight
+
+
+def _ndcg(
+    scores: Float32[np.ndarray, "V M"], truth: Bool[np.ndarray, "V M"], n_truth: Int[np.ndarray, "V"]
+) -> Float32[np.ndarray, "V"]:
+    """NDCG@K of the listed items."""
+    if scores.shape[1] > K:
+        first = np.argpartition(-scores, K, axis=1)[:, :K]
+        scores, truth = (np.take_along_axis(x, first, axis=1) for x in (scores, truth))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    hits = np.take_along_axis(truth, order, axis=1)
+    hits = np.pad(hits, ((0, 0), (0, max(0, K - hits.shape[1]))))
+    return np.asarray(ndcg(jnp.asarray(hits), jnp.asarray(n_truth, jnp.int32), K))
+
+
+def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "V"]:
+    """NDCG@K of one component alone, over the whole catalogue."""
+    parts = []
+    for rows, masked, truth in _batches(on, 1):
+        scores = np.where(masked, -np.inf, _scores(candidate, rows))
+        parts.append(_ndcg(scores, truth, truth.sum(1)))
+    return np.concatenate(parts)
+
+
+def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
+    return np.asarray(_products(candidate.users[rows], candidate.items))
+
+
+@jax.jit
+def _products(users, items):
+    return standardize(users, items) @ items.T
+
+
+def _batches(on: ValidationUsers, components: int):
+    """Yields (rows of `on.users`, items that are not ranked, held-out items), for as many users as fit a chunk."""
+    n_items = len(on.allowed)
+    step = max(1, CHUNK // (n_items * components))
+    for first in range(0, len(on.users), step):
+        rows = slice(first, first + step)
+        seen, truth = (_mask(sets, on.users[rows], n_items) for sets in (on.seen, on.truth))
+        masked = seen | ~on.allowed[None, :]
+        yield rows, masked, truth & ~masked
+
+
+def _mask(sets: UserItemSets, users: Int[np.ndarray, "B"], n_items: int) -> Bool[np.ndarray, "B I"]:
+    mask = np.zeros((len(users), n_items), bool)
+    for row, user in enumerate(users):
+        mask[row, sets.items[sets.indptr[user] : sets.indptr[user + 1]]] = True
+    return mask
+
+
+def _short_lists(chosen: Sequence[Candidate], on: ValidationUsers) -> ShortLists:
+    """Lists the items that any component ranks among its first `DEPTH`, and the held-out ones.
+
+    An item that no component ranks so high reaches the first ten of a sum so rarely that the whole catalogue need not
+    be ranked for each choice of weights.
+    """
+    parts = []
+    for rows, masked, truth in _batches(on, len(chosen)):
+        found = np.stack([_scores(candidate, rows) for candidate in chosen])
+        depth = min(DEPTH, masked.shape[1])
+        listed = truth.copy()
+        for own in found:
+            first = np.argpartition(np.where(masked, np.inf, -own), depth - 1, axis=1)[:, :depth]
+            np.put_along_axis(listed, first, True, axis=1)
+        listed &= ~masked
+        order = np.argsort(~listed, axis=1, kind="stable")[:, : max(1, int(listed.sum(1).max(initial=0)))]
+        kept = np.take_along_axis(listed, order, axis=1)
+        scores = np.where(kept, np.take_along_axis(found, order[None], axis=2), 0)
+        parts.append((scores, kept, np.take_along_axis(truth, order, axis=1) & kept, truth.sum(1)))
+    width = max(kept.shape[1] for _, kept, _, _ in parts)
+    scores, listed, truth = (
+        np.concatenate([_padded(part[field], width) for part in parts], axis=-2) for field in range(3)
+    )
+    return ShortLists(scores.astype(np.float32), listed, truth, np.concatenate([part[3] for part in parts]))
+
+
+def _padded(values: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])

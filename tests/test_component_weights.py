@@ -1,0 +1,94 @@
+"""Forward selection of component weights: by hand, its laws, and that noise moves nothing."""
+
+import numpy as np
+import pytest
+
+from fused_rec.evaluation.ranking import item_sets
+from fused_rec.model.late_fusion import standardize
+from fused_rec.training import component_weights as cw
+
+
+def _users(truth, seen=((), ()), n_items=None, allowed=None):
+    """Validation users 0.. of the pairs (user, item)."""
+    user, item = np.array(truth).T
+    n_users = int(user.max()) + 1
+    seen_user, seen_item = (np.array(column, int) for column in seen)
+    allowed = np.ones(n_items, bool) if allowed is None else allowed
+    held = item_sets(user, item, n_users), item_sets(seen_user, seen_item, n_users)
+    return cw.ValidationUsers(np.unique(user), *held, allowed)
+
+
+def _candidate(name, scores, **settings):
+    """A component with exactly these scores."""
+    scores = np.asarray(scores, np.float32)
+    return cw.Candidate(name, settings, scores, np.eye(scores.shape[1], dtype=np.float32))
+
+
+def test_standardized_scores_have_deviation_one():
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(5, 4)).astype(np.float32), rng.normal(size=(30, 4)).astype(np.float32)
+    users[2] = 0
+    items[:, 3] = 2  # the same for all items: ranks nothing
+    users[3] = [0, 0, 0, 1]
+    found = np.asarray(standardize(users, items)) @ items.T
+    np.testing.assert_allclose(found.std(1), [1, 1, 0, 0, 1], atol=1e-5)
+    expected = (users @ items.T)[[0, 1, 4]]
+    np.testing.assert_allclose(found[[0, 1, 4]], expected / expected.std(1, keepdims=True), rtol=1e-4)
+
+
+def test_two_components_that_know_different_users_are_joined():
+    """Component a ranks the held-out items of even users first, b those of odd users; the other is noise."""
+    rng = np.random.default_rng(0)
+    n_users, n_items = 200, 40
+    truth = [(u, int(rng.integers(n_items))) for u in range(n_users)]
+    a, b, noise = rng.normal(size=(3, n_users, n_items)) * 0.3
+    for user, item in truth:
+        (a if user % 2 else b)[user, item] += 3
+    on = _users(truth, n_items=n_items)
+    found = cw.select_weights([_candidate("a", a), _candidate("b", b), _candidate("noise", noise)], on)
+    assert set(found.weights) == {"a", "b"}
+    assert found.fused > max(found.single.values()) + 0.2
+    assert found.users == n_users
+
+
+def test_noise_does_not_move_the_sum():
+    """Of 20 draws with a single good component and three of noise, on few users."""
+    moved = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        truth = [(u, int(rng.integers(30))) for u in range(25)]
+        good = rng.normal(size=(25, 30))
+        for user, item in truth:
+            good[user, item] += 1.5
+        others = [_candidate(f"noise{i}", rng.normal(size=(25, 30))) for i in range(3)]
+        found = cw.select_weights([_candidate("good", good), *others], _users(truth, n_items=30))
+        assert found.fused >= max(found.single.values()) - 1e-6
+        moved += set(found.weights) != {"good"}
+    assert moved <= 12
+
+
+def test_validation_chooses_the_settings_of_a_component():
+    scores = np.zeros((2, 12), np.float32)
+    scores[0, 3] = scores[1, 5] = 1
+    on = _users([(0, 3), (1, 5)], n_items=12)
+    found = cw.select_weights([_candidate("x", -scores, l2=1.0), _candidate("x", scores, l2=3.0)], on)
+    assert found.settings == {"x": {"l2": 3.0}}
+    assert found.weights == {"x": 1.0}
+    assert found.single == {"x": pytest.approx(1)}
+
+
+def test_seen_items_and_items_outside_the_split_are_not_ranked():
+    scores = np.arange(12, 0, -1, dtype=np.float32)[None].repeat(1, 0)  # item 0 first
+    on = _users([(0, 2)], seen=([0], [0]), n_items=12, allowed=np.arange(12) != 1)
+    assert cw.select_weights([_candidate("x", scores)], on).fused == pytest.approx(1)
+
+
+def test_short_lists_rank_as_the_catalogue_does():
+    rng = np.random.default_rng(0)
+    truth = [(u, int(i)) for u in range(30) for i in rng.choice(400, 3, replace=False)]
+    on = _users(truth, n_items=400)
+    components = [_candidate(name, rng.normal(size=(30, 400))) for name in "ab"]
+    found = cw.select_weights(components, on)
+    total = sum(found.weights.get(c.name, 0) * (c.users / c.users.std(1, keepdims=True)) for c in components)
+    alone = cw.select_weights([_candidate("sum", total)], on)
+    assert found.fused == pytest.approx(alone.fused, abs=1e-6)

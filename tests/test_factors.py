@@ -1,0 +1,101 @@
+"""Closed-form recommenders as bilinear forms, against the full methods and their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fused_rec.baselines import factors
+from fused_rec.baselines.linear import ease, text_ease
+from fused_rec.baselines.neighbors import Interactions, NotApplicableError
+
+SHAPES = pytest.mark.parametrize(("n_users", "n_items"), [(60, 25), (25, 60), (40, 40)])
+
+
+def _random(n_users, n_items, share, dims=6):
+    """Interactions with every item but the first, and unit text vectors of all items but the last."""
+    rng = np.random.default_rng(0)
+    history = rng.random((n_users, n_items)) < share
+    history[rng.integers(n_users, size=n_items), np.arange(n_items)] = True
+    history[:, 0] = False
+    text = rng.normal(size=(n_items, dims)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    text[-1] = 0
+    user, item = np.nonzero(history)
+    return history, Interactions(user, item, n_users, n_items, None, text)
+
+
+def _unseen(history, found, full, without=()):
+    """Scores of the factors and of the full method, of the items that the user has not interacted with."""
+    unseen = ~history
+    unseen[:, list(without)] = False
+    scores = (history @ found.source) @ found.target.T
+    expected = np.asarray(jax.jit(full)(jnp.arange(len(history), dtype=jnp.int32)))
+    return scores[unseen], expected[unseen]
+
+
+@SHAPES
+@pytest.mark.parametrize("l2", [1.0, 50.0])
+def test_all_directions_give_ease(n_users, n_items, l2):
+    history, interactions = _random(n_users, n_items, 0.3)
+    found = factors.ease_factors(factors.singular_vectors(interactions, 1000), l2=l2)
+    assert found.source.dtype == found.target.dtype == np.float32
+    np.testing.assert_allclose(*_unseen(history, found, ease(interactions, l2=l2), without=[0]), rtol=0, atol=2e-5)
+    assert np.abs(found.source[0]).max() < 1e-6  # nobody has item 0
+
+
+@SHAPES
+@pytest.mark.parametrize(("l2", "l2_text", "l2_words"), [(1.0, 5.0, 2.0), (50.0, 0.5, 1.0), (5.0, 100.0, 10.0)])
+def test_all_directions_give_text_ease(n_users, n_items, l2, l2_text, l2_words):
+    history, interactions = _random(n_users, n_items, 0.3)
+    penalties = {"l2": l2, "l2_text": l2_text, "l2_words": l2_words}
+    found = factors.text_ease_factors(factors.singular_vectors(interactions, 1000), interactions.item_text, **penalties)
+    scores, expected = _unseen(history, found, text_ease(interactions, **penalties))
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
+
+
+def test_few_directions_are_the_largest():
+    """Of 200, which fall slowly here: what is left out is little more than with the exact directions."""
+    history, interactions = _random(300, 200, 0.3)
+    values, right = factors.singular_vectors(interactions, 100)
+    _, singular, exact = np.linalg.svd(history, full_matrices=False)
+    np.testing.assert_allclose(values, singular[:100], rtol=1e-9)
+    np.testing.assert_allclose(np.abs((right * exact[:100].T).sum(0)), 1, atol=1e-6)
+
+
+def test_subspace_iteration_is_near_the_exact_directions(monkeypatch):
+    history, interactions = _random(300, 200, 0.3)
+    monkeypatch.setattr(factors, "EXACT", 100)
+    found = factors.singular_vectors(interactions, 100)
+    _, singular, right = np.linalg.svd(history, full_matrices=False)
+    whole = (right.T * singular**2) @ right
+    error = np.linalg.norm((found.right * found.values**2) @ found.right.T - whole)
+    best = np.linalg.norm((right[:100].T * singular[:100] ** 2) @ right[:100] - whole)
+    assert 1 <= error / best < 1.01
+    again = factors.singular_vectors(interactions, 100)
+    np.testing.assert_array_equal(found.right, again.right)
+
+
+def test_penalties_too_small_for_float32_are_refused():
+    _, interactions = _random(3000, 20, 0.5)
+    singular = factors.singular_vectors(interactions, 20)
+    assert np.isfinite(factors.ease_factors(singular, l2=1.0).target).all()
+    with pytest.raises(NotApplicableError, match=r"l2 is 0.01: .* must be at least 0.0001; raise it"):
+        factors.ease_factors(singular, l2=0.01)
+
+
+def test_text_mean_and_history_are_what_they_say():
+    history, interactions = _random(30, 20, 0.3)
+    found = factors.text_mean_factors(interactions.item_text)
+    expected = (history @ interactions.item_text) @ interactions.item_text.T
+    np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
+    found = factors.low_rank_history(factors.singular_vectors(interactions, 1000))
+    np.testing.assert_allclose((history @ found.source) @ found.target.T, history, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_users", "n_items", "rank"),
+    [(100, 50, 50), (8_000, 26_000, 2048), (300_000, 200_000, 547), (10**7, 10**6, 116), (10**9, 10**8, 64)],
+)
+def test_the_rank_falls_with_the_number_of_nodes(n_users, n_items, rank):
+    assert factors.default_rank(n_users, n_items) == rank
