@@ -7,13 +7,16 @@ A zero diagonal cannot be expressed by rank R: an item the user has interacted w
 full method. Rankings exclude these items.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, subspace_iteration
-from fused_rec.baselines.neighbors import Interactions, NotApplicableError
+from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item_counts
 from fused_rec.memory import require_memory
 
 MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
@@ -163,3 +166,89 @@ def low_rank_history(singular: SingularVectors) -> Factors:
     """
     rows = singular.right.astype(np.float32)
     return Factors(rows, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedFormRecommender:
+    """A closed-form recommender that can be a component of the fused score.
+
+    Attributes:
+      make: called with `Evidence` and one of the settings.
+      grid: settings among which validation chooses.
+      user_source: `fused_rec.model.late_fusion.UserSource`.
+      needs: what the tables must have: "item_text", "user_text", "ties", "times".
+    """
+
+    make: Callable[..., Factors]
+    grid: tuple[dict[str, float], ...]
+    user_source: str = "items"
+    needs: tuple[str, ...] = ()
+
+
+class Evidence:
+    """Interactions with their singular vectors, which are computed once, when first needed."""
+
+    def __init__(self, interactions: Interactions):
+        self.interactions = interactions
+
+    @functools.cached_property
+    def singular(self) -> SingularVectors:
+        """The largest singular vectors, as many as `default_rank` says."""
+        return singular_vectors(self.interactions, default_rank(self.interactions.n_users, self.interactions.n_items))
+
+    def has(self, what: str) -> bool:
+        """Returns whether the tables have item_text, user_text, ties or times."""
+        data = self.interactions
+        if what == "ties":
+            return data.source is not None and len(data.source) > 0
+        if what == "times":
+            return data.age is not None and len(data.age) > 0 and bool(np.ptp(data.age) > 0)
+        text = data.item_text if what == "item_text" else data.user_text
+        return text is not None and bool(text.any())
+
+
+def _popularity(evidence: Evidence, *, half_life: float) -> Factors:
+    data = evidence.interactions
+    age = np.zeros(len(data.item)) if data.age is None else data.age
+    counts = item_counts(data.item, age, half_life, data.n_items)
+    return Factors(np.zeros((data.n_items, 0), np.float32), np.log1p(counts)[:, None])
+
+
+def _user_text(evidence: Evidence) -> Factors:
+    text = evidence.interactions.require_item_text("user_text")
+    return Factors(np.zeros((len(text), 0), np.float32), text)
+
+
+# To add a component: its factors, the settings to try, and what it needs.
+COMPONENTS: dict[str, ClosedFormRecommender] = {
+    "popularity": ClosedFormRecommender(_popularity, ({"half_life": 0.0},), user_source="constant"),
+    "recent_popularity": ClosedFormRecommender(
+        _popularity,
+        tuple({"half_life": days} for days in (365.0, 180.0, 90.0, 30.0)),
+        user_source="constant",
+        needs=("times",),
+    ),
+    "ease": ClosedFormRecommender(
+        lambda evidence, l2: ease_factors(evidence.singular, l2=l2),
+        tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0)),
+    ),
+    "text_mean": ClosedFormRecommender(
+        lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)
+    ),
+    "user_text": ClosedFormRecommender(_user_text, ({},), user_source="text", needs=("item_text", "user_text")),
+    "text_ease": ClosedFormRecommender(
+        lambda evidence, **penalties: text_ease_factors(
+            evidence.singular, evidence.interactions.item_text, **penalties
+        ),
+        tuple(
+            {"l2": l2, "l2_text": t, "l2_words": w}
+            for l2 in (30.0, 300.0)
+            for t in (100.0, 1000.0)
+            for w in (30.0, 300.0)
+        ),
+        needs=("item_text",),
+    ),
+    "friends_mean": ClosedFormRecommender(
+        lambda evidence: low_rank_history(evidence.singular), ({},), user_source="friends", needs=("ties",)
+    ),
+}

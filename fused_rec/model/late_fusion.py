@@ -6,17 +6,90 @@ sigma_c(u) is the standard deviation of component c's scores over all items. A w
 user, and a component that says nothing about a user (sigma 0) has no part in their scores. Every component is an inner
 product, and so is the sum: its vectors are the components' side by side.
 
-Components: the trained model (`fused`), each of its branches (`graph`, `text`), and closed-form recommenders of
-`fused_rec.baselines.factors`. Weights come from the validation split (`fused_rec.training.component_weights`).
+Components: the trained model, each of its branches, and closed-form recommenders (`fused_rec.baselines.factors`), whose
+user vectors are computed from the graph. Weights come from the validation split
+(`fused_rec.training.component_weights`).
 """
 
+from collections.abc import Mapping
+from typing import Literal, no_type_check
+
+import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from fused_rec.distributed.devices import AnyArray
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import INTERACTED_BY, SIMILAR_TEXT, USER, Relation
+from fused_rec.graph.spmm import neighbor_sum
 
-# Of |u|^2 tr(C), a bound of the variance: less is rounding.
-MIN_VARIANCE = 1e-8
+Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
+# Where a closed-form component has its user vectors from: the sum over the user's items, the sum of that over users with
+# a social edge, the user's text features, or nothing (one number for all users).
+UserSource = Literal["items", "friends", "text", "constant"]
+MODEL, GRAPH_BRANCH, TEXT_BRANCH = "model", "graph_branch", "text_branch"  # trained components
+MIN_VARIANCE = 1e-8  # of |u|^2 tr(C), a bound of the variance: less is rounding
+
+
+@no_type_check  # as of `Adjacency`
+@flax.struct.dataclass
+class ClosedForm:
+    """A closed-form component.
+
+    Attributes:
+      weight: float32, w_c.
+      source: float32 [I, R], rows that are summed over items, for `items` and `friends`; else [I, 0].
+      target: float32 [I, R], rows y_i.
+      name: of the component.
+      user_source: where user vectors come from.
+      text_columns: how many of the first columns are made of text features; the others are of interactions.
+    """
+
+    weight: Float32[AnyArray, ""]
+    source: Float32[AnyArray, "I _"]
+    target: Float32[AnyArray, "I R"]
+    name: str = flax.struct.field(pytree_node=False)
+    user_source: UserSource = flax.struct.field(pytree_node=False)
+    text_columns: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@no_type_check  # as of `Adjacency`
+@flax.struct.dataclass
+class LateFusion:
+    """The components of a score.
+
+    Attributes:
+      trained: float32, w_c of `MODEL`, `GRAPH_BRANCH` and `TEXT_BRANCH`; those left out are not in the score.
+      closed: closed-form components.
+    """
+
+    trained: Mapping[str, Float32[AnyArray, ""]]
+    closed: tuple[ClosedForm, ...] = ()
+
+
+def component_vectors(
+    fusion: LateFusion, trained: Mapping[str, Vectors], graph: DeviceGraph
+) -> list[tuple[str, Vectors]]:
+    """Computes the standardized and weighted vectors of each component.
+
+    Args:
+      fusion: weights, and the closed-form components.
+      trained: vectors of the trained components by name; only those with a weight are used.
+      graph: the graph, whole or one device's share of it.
+
+    Returns:
+      (name, (user vectors [U, R], item vectors [I, R])): the dot products of all of them sum to the score.
+    """
+    found = []
+    for name, weight in fusion.trained.items():
+        users, items = trained[name]
+        found.append((name, (weight * standardize(users, items), items)))
+    for component in fusion.closed:
+        target = jnp.asarray(component.target)
+        users = standardize(user_vectors(component, graph), target)
+        found.append((component.name, (component.weight * users, target)))
+    return found
 
 
 def standardize(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, "I R"]) -> Float32[Array, "V R"]:
@@ -34,6 +107,45 @@ def standardize(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, "I R"]
     centered = items - items.mean(0, keepdims=True)
     covariance = centered.T @ centered / len(items)
     variance = ((users @ covariance) * users).sum(1)
-    bound = MIN_VARIANCE * (users * users).sum(1) * jnp.trace(covariance)
-    varies = variance > bound
+    varies = variance > MIN_VARIANCE * (users * users).sum(1) * jnp.trace(covariance)
     return users * jnp.where(varies, 1 / jnp.sqrt(jnp.where(varies, variance, 1)), 0)[:, None]
+
+
+def social_relations(graph: DeviceGraph) -> list[Relation]:
+    """Lists the relations of social edges."""
+    return [r for r, _ in graph.relations if r.source == r.target == USER and r.name != SIMILAR_TEXT]
+
+
+def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U R"]:
+    """Computes the user vectors of a closed-form component, neither standardized nor weighted.
+
+    Args:
+      component: with its source of user vectors.
+      graph: interactions, social edges and text features.
+
+    Returns:
+      The vectors of all users, on every device.
+    """
+    if component.user_source == "constant":
+        return jnp.ones((graph.count(USER), 1))
+    if component.user_source == "text":
+        return graph.all_gather(USER, jnp.asarray(graph.text[USER]))
+    sums = _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
+    if component.user_source == "items":
+        return sums
+    relations = social_relations(graph)
+    return sum((_sum_over(graph, relation, sums) for relation in relations), jnp.zeros_like(sums))
+
+
+def _sum_over(graph: DeviceGraph, relation: Relation, rows: Float32[Array, "n R"]) -> Float32[Array, "U R"]:
+    """Sums rows of all source nodes over the edges into each user, each edge counting once."""
+    adjacency = graph.adjacencies[relation]
+    padding = graph.rows(relation.source) * graph.shards.count - len(rows)
+    padded = jnp.pad(rows, ((0, padding), (0, 0)))
+    return graph.all_gather(USER, neighbor_sum(adjacency, _ones(adjacency.weight), padded))
+
+
+def _ones(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
+    """1 for each edge and 0 for padding; the derivative is that of a factor of 1 on each weight (gradient x input)."""
+    is_edge = jnp.asarray(weight) > 0
+    return jnp.where(is_edge, weight / jax.lax.stop_gradient(jnp.where(is_edge, weight, 1)), 0)
