@@ -185,9 +185,8 @@ class ModelConfig:
     # weight of log(1 + item degree) in the logits: 0 = none, 1 = the item's share of all interactions
     popularity_weight: float = 0.5
     popularity_half_life: float = 0.0  # days after which an interaction counts half in the item degree; 0 = never
-    ease_weight: float = 0.0  # weight of the low-rank EASE score added at ranking; 0 = none
-    ease_rank: int = 1024  # singular vectors of the interaction matrix that EASE keeps
-    ease_l2: float = 100.0  # L2 regularization of EASE
+    # rank by a weighted sum of the model, its branches and closed-form recommenders; validation fits the weights
+    late_fusion: bool = False
     user_id_embedding: bool = True  # False: no user-ID embedding; users are represented by neighbors and text only
     user_text_input: bool = True  # False: user text is used for gates and text-kNN edges, not as an input feature
     edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
@@ -214,14 +213,8 @@ class ModelConfig:
         _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
         for name in ("edge_dropout", "id_embedding_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity_weight", "popularity_half_life", "ease_weight"):
+        for name in ("popularity_weight", "popularity_half_life"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
-        fits = not self.ease_weight or self.uses_ids
-        _require(
-            fits, "model.ease_weight", self.ease_weight, "0 where model.variant is text, which scores by text alone"
-        )
-        _require(self.ease_rank >= 1, "model.ease_rank", self.ease_rank, "at least 1")
-        _require(self.ease_l2 > 0, "model.ease_l2", self.ease_l2, "above 0")
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
 
     @property
@@ -246,7 +239,7 @@ class ModelConfig:
 
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
-        return dataclasses.replace(self, variant="text", ease_weight=0.0)
+        return dataclasses.replace(self, variant="text", late_fusion=False)
 
 
 @dataclasses.dataclass(frozen=True)

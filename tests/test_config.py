@@ -160,9 +160,6 @@ def test_unknown_names_and_types(values, message):
         ("model", "popularity_weight", -0.1, "0 or more"),
         ("model", "popularity_weight", float("nan"), "0 or more"),
         ("model", "id_init_std", 0.0, "above 0"),
-        ("model", "ease_weight", -1.0, "0 or more"),
-        ("model", "ease_rank", 0, "at least 1"),
-        ("model", "ease_l2", 0.0, "above 0"),
         ("train", "weight_decay", -0.1, "0 or more"),
         ("train", "seed", -1, "in [0, 2^31)"),
         ("train", "loss", "hinge", "one of ('softmax', 'sampled_softmax', 'bpr')"),
@@ -181,11 +178,6 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
     with pytest.raises(ValueError) as error:
         UNCHECKED["from_dict"]({section: {setting: value}})
     assert str(error.value) == f"{section}.{setting} is {value!r}; it must be {bound}"
-
-
-def test_a_model_of_words_alone_has_no_closed_form():
-    with pytest.raises(ValueError, match=r"model.ease_weight is 1.0; it must be 0 where model.variant is text"):
-        C.ModelConfig(variant="text", ease_weight=1.0)
 
 
 @pytest.mark.parametrize(

@@ -37,15 +37,15 @@ CONFIGS = {
     "no_rounds": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, num_layers=0)),
     "dot": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, score="dot")),
     "no_user_rows": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, user_id_embedding=False)),
-    "spectrum": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, ease_weight=2.0)),
+    "late_fusion": dataclasses.replace(FUSED, model=dataclasses.replace(FUSED.model, late_fusion=True)),
 }
 
 
 @functools.cache
 def graph_inputs(name: str = "fused") -> GraphInputs:
     graph = tiny.whole()
-    rows = tiny.low_rank_ease() if CONFIGS[name].model.ease_weight else None
-    return GraphInputs(graph, np.arange(6) < 5, np.asarray(item_degree(graph)), rows)
+    fusion = tiny.late_fusion() if CONFIGS[name].model.late_fusion else None
+    return GraphInputs(graph, np.arange(6) < 5, np.asarray(item_degree(graph)), fusion)
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def test_without_words_nothing_began_as_words():
     assert not contributions(decomposition, 0, range(6)).ids.any()
 
 
-@pytest.mark.parametrize("name", ["fused", "dot", "no_user_rows", "graph", "text", "spectrum"])
+@pytest.mark.parametrize("name", ["fused", "dot", "no_user_rows", "graph", "text", "late_fusion"])
 def test_a_part_is_linear_in_what_it_is_part_of(name):
     """Silencing an edge into the user changes the user's unscaled vector by that part, and nothing else of it."""
     decomposition, _ = opened(name)
@@ -180,9 +180,8 @@ def key(path: Path) -> tuple:
 def test_all_paths_sum_to_the_score(name):
     decomposition, _ = opened(name)
     every = all_paths(decomposition, 0, 3)
-    assert sum(every.values()) + decomposition.prior[3] == pytest.approx(
-        scores(decomposition, 0)[3], rel=1e-4, abs=1e-6
-    )
+    bias = float(decomposition.bias_items[3] @ decomposition.bias_users[0])
+    assert sum(every.values()) + bias == pytest.approx(scores(decomposition, 0)[3], rel=1e-4, abs=1e-6)
 
 
 @EVERY

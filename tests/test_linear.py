@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fused_rec.baselines import linear
-from fused_rec.baselines.linear import ease, gf_cf, low_rank_ease, text_ease
+from fused_rec.baselines.linear import ease, gf_cf, text_ease
 from fused_rec.baselines.neighbors import Interactions, NotApplicableError
 
 
@@ -183,48 +183,6 @@ def test_gf_cf_repeats_itself_where_singular_values_are_equal():
     seen = Interactions(np.arange(10), np.arange(10), 10, 10)
     first, again = (scores(gf_cf(seen, rank=3, alpha=1.0), 10) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-
-
-def _weights(found):
-    """What `append_ease` makes of the rows: item-item weights, but for the diagonal."""
-    weights = found.rows @ found.rows.T / found.one_minus_norm
-    np.fill_diagonal(weights, 0)
-    return weights
-
-
-@SHAPES
-@pytest.mark.parametrize("l2", [1.0, 50.0])
-def test_the_whole_ease_is_ease(n_users, n_items, l2):
-    history, seen = _random(n_users, n_items, 0.3)
-    found = low_rank_ease(seen, rank=1000, l2=l2)
-    assert (found.rows.dtype, found.one_minus_norm.dtype) == (np.float32, np.float32)
-    assert found.rows.shape == (n_items, min(n_users, n_items))
-    expected = _ridge_without_self(history, l2, np.zeros((n_items, n_items)), 0)
-    np.testing.assert_allclose(_weights(found), expected, rtol=0, atol=2e-6)
-    assert np.abs(found.rows[0]).max() < 1e-6  # nobody holds item 0
-
-
-def test_a_ease_keeps_the_largest_directions():
-    """Of 200, as slowly as they fall here: what the 100 kept span leaves out little more than the exact ones do."""
-    history, seen = _random(300, 200, 0.3)
-    found = low_rank_ease(seen, rank=100, l2=3.0)
-    _, singular, right = np.linalg.svd(history, full_matrices=False)
-    shrunk = singular**2 / (singular**2 + 3)
-    exact = (right[:100].T * shrunk[:100]) @ right[:100]
-    whole = (right.T * shrunk) @ right
-    error = np.linalg.norm(found.rows @ found.rows.T - whole) / np.linalg.norm(exact - whole)
-    assert 1 <= error < 1.01
-    np.testing.assert_allclose(found.one_minus_norm, 1 - np.square(found.rows).sum(1), rtol=1e-4)
-    np.testing.assert_array_equal(found.rows, low_rank_ease(seen, rank=100, l2=3.0).rows)
-
-
-def test_a_ease_of_many_interactions_is_as_exact():
-    """Where rows in float32 leave a thousandth of 1, which holders and l2 decide."""
-    history, seen = _random(3000, 20, 0.5)
-    expected = _ridge_without_self(history, 1.0, np.zeros((20, 20)), 0)
-    np.testing.assert_allclose(_weights(low_rank_ease(seen, rank=20, l2=1.0)), expected, rtol=0, atol=2e-4)
-    with pytest.raises(ValueError, match=r"ease_l2 is 0.01: .* for an item with 1.* interactions"):
-        low_rank_ease(seen, rank=20, l2=0.01)
 
 
 NONE = np.array([], int)

@@ -17,7 +17,7 @@ LIMITED = """
 import re, resource, sys, time
 import numpy as np
 from fused_rec.memory import InsufficientMemoryError
-from fused_rec.baselines import neighbors, linear
+from fused_rec.baselines import factors, neighbors, linear
 from fused_rec.baselines.neighbors import Interactions
 import jax; jax.devices()
 
@@ -50,7 +50,7 @@ def limited(code: str) -> str:
         ("linear.text_ease(seen(60_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 28.8),
         ("linear.text_ease(seen(30_000, 60_000), l2=100.0, l2_text=30.0, l2_words=10.0)", 18.0),
         ("linear.gf_cf(seen(60_000, 60_000), rank=16, alpha=1.0)", 28.8),
-        ("linear.low_rank_ease(seen(60_000, 60_000), rank=1024, l2=100.0)", 3.1),
+        ("factors.singular_vectors(seen(60_000, 60_000), 1024)", 3.1),
         ("neighbors.als(seen(3_000_000, 60_000), factors=64, regularization=1.0, alpha=10.0, seed=0)", 1.6),
     ],
 )

@@ -49,11 +49,14 @@ def test_the_front_matter_has_the_numbers_in_full():
     assert {result["task"]["type"] for result in entry["results"]} == {"recommendation"}
 
 
-def test_the_closed_form_is_reported():
+def test_late_fusion_is_reported():
     given = results(variant="graph")
     assert "by the graph alone. 1,234 parameters" in card(given, AMOUNTS, DIGESTS, "x")
-    given["config"]["model"]["ease_weight"] = 4.0
-    assert "by the graph alone, with EASE as a term of the score. 1,234" in card(given, AMOUNTS, DIGESTS, "x")
+    given["late_fusion"] = {"weights": {"model": 1.0, "text_ease": 0.35}}
+    text = (
+        "by the graph alone, by late fusion of components with weights that validation chose (model 1, text ease 0.35)."
+    )
+    assert text in card(given, AMOUNTS, DIGESTS, "x")
 
 
 def test_a_hub_reads_it():

@@ -46,10 +46,10 @@ def launch(
     steps: int,
     devices: int = 2,
     variant: str = "graph",
-    ease_weight: float = 0,
+    late_fusion: bool = False,
 ) -> subprocess.Popen:
     """devices: of all processes together. Each process has a cache of text vectors of its own."""
-    own = f"model.variant={variant}", f"model.ease_weight={ease_weight}", f"train.max_steps={steps}"
+    own = f"model.variant={variant}", f"model.late_fusion={late_fusion}", f"train.max_steps={steps}"
     settings = [f"--config.{setting}" for setting in (*SETTINGS, *own)]
     several = [f"--coordinator=localhost:{port}", f"--num_processes={processes}", f"--process_id={process}"]
     with workdir.with_name(f"{workdir.name}.{process}.log").open("w") as log:
@@ -161,8 +161,8 @@ def test_two_processes_divide_the_texts(tables, alone, tmp_path):
 def test_four_processes_give_what_one_gives(tables, tmp_path):
     """Of four devices each: sums of four depend on their order in the last digits."""
     alone, workdir = tmp_path / "alone", tmp_path / "run"
-    assert run(tables, alone, 1, devices=4, ease_weight=1.0) == [0], text_batch(alone)
-    assert run(tables, workdir, 4, devices=4, ease_weight=1.0) == [0] * 4, text_batch(workdir)
+    assert run(tables, alone, 1, devices=4, late_fusion=True) == [0], text_batch(alone)
+    assert run(tables, workdir, 4, devices=4, late_fusion=True) == [0] * 4, text_batch(workdir)
     check_metrics(workdir, alone)
     check_parameters(workdir, alone)
 

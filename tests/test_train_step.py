@@ -42,7 +42,6 @@ from fused_rec.training import train_step as step_module
 from fused_rec.training.sharding import (
     gather_state,
     graph_inputs_axes,
-    parallel_embed_nodes,
     parallel_train_step,
     shard_batch,
     shard_graph_inputs,
@@ -445,56 +444,12 @@ def test_embed_leaves_nothing_out():
         np.testing.assert_array_equal(one, same)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_the_ease_adds_ease_to_what_is_not_held(devices):
-    """On any number of devices, of which four share 6 items and 7 users only with padding."""
-    config = of_model(config_of(), ease_weight=2.0)
-    params, graph_inputs = start(config).params, task_of()
-    rows = dataclasses.replace(graph_inputs, ease=tiny.low_rank_ease())
-    held = np.zeros((7, 6))
-    held[tiny.HOLDER, tiny.HELD] = 1
-    inverse = np.linalg.inv(held.T @ held + np.eye(6))
-    weights = np.eye(6) - inverse / np.diag(inverse)  # Steck (2019), l2 1 as in tiny.spectrum
-    count = min(devices, jax.device_count())
-    scored = []
-    for model, given in ((config_of(), graph_inputs), (config, rows)):
-        shared = shard_state(params, count), shard_graph_inputs(given, count)
-        users, items = parallel_embed_nodes(model, count)(*shared)
-        scored.append(np.asarray(users @ items.T))
-    added = np.where(held > 0, 0, scored[1] - scored[0])
-    np.testing.assert_allclose(added, np.where(held > 0, 0, 2 * held @ weights), rtol=0, atol=1e-5)
-    assert np.abs(added[:6]).max() > 0.1
-
-
-def test_missing_ease_factors_are_refused():
-    with pytest.raises(ValueError, match="ease_weight is 2.0 and the graph inputs have no EASE"):
-        embed_nodes(of_model(config_of(), ease_weight=2.0), start(config_of()).params, task_of())
-
-
-def test_gradient_times_weight_of_the_ease_is_what_a_holding_adds():
-    """However the weight of the edge came about: the sum counts holdings, not their weights."""
-    config, params = of_model(config_of(), ease_weight=2.0, popularity_weight=0.0), start(config_of()).params
-    graph_inputs = dataclasses.replace(task_of(), ease=tiny.low_rank_ease())
-    adjacency, rows = graph_inputs.graph.adjacencies[INTERACTED_BY], tiny.low_rank_ease()
-
-    def added(weight) -> Any:
-        graph = graph_inputs.graph.with_adjacencies({INTERACTED_BY: dataclasses.replace(adjacency, weight=weight)})
-        users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=graph))
-        return users[0, -rows.rows.shape[1] :] @ items[3, -rows.rows.shape[1] :]
-
-    own = np.asarray(adjacency.receivers) == 0
-    found = np.asarray(adjacency.weight * jax.grad(added)(jnp.asarray(adjacency.weight)))
-    expected = 2 * rows.rows[np.asarray(adjacency.senders)] @ rows.rows[3] / rows.one_minus_norm[3]
-    np.testing.assert_allclose(found, np.where(own, expected, 0), rtol=1e-4, atol=1e-6)
-
-
-def test_no_step_receives_the_ease():
-    config = of_model(config_of(), ease_weight=2.0)
+def test_no_step_receives_late_fusion():
     graph_inputs = task_of()
     losses = []
-    for given in (graph_inputs, dataclasses.replace(graph_inputs, ease=tiny.low_rank_ease())):
-        step = parallel_train_step(config, 1)
-        state, metrics = step(shard_state(start(config), 1), shard_graph_inputs(given, 1), batch_of(0))
+    for given in (graph_inputs, dataclasses.replace(graph_inputs, fusion=tiny.late_fusion())):
+        step = parallel_train_step(config_of(), 1)
+        state, metrics = step(shard_state(start(config_of()), 1), shard_graph_inputs(given, 1), batch_of(0))
         losses.append((float(metrics["loss"]), jax.device_get(state.params)))
     jax.tree.map(np.testing.assert_array_equal, *losses)
 

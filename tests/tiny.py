@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from fused_rec.baselines import linear
+from fused_rec.baselines.factors import COMPONENTS, Evidence
 from fused_rec.baselines.neighbors import Interactions
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges
 from fused_rec.graph.device_graph import DeviceGraph, device_graph
 from fused_rec.graph.hetero import HostGraph, hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
+from fused_rec.model.late_fusion import ClosedForm, LateFusion
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -53,9 +54,32 @@ def whole(text: np.ndarray | None = None) -> DeviceGraph:
     return device_graph(graph(text))
 
 
-def low_rank_ease() -> linear.LowRankEase:
-    """Items as the closed form knows them, of the holdings' five directions."""
-    return linear.low_rank_ease(Interactions(HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]), rank=5, l2=1.0)
+def evidence() -> Evidence:
+    """Interactions, text and ties as closed-form recommenders take them."""
+    text = words()
+    ties = np.array([0, 0, 4]), np.array([1, 2, 0])
+    pairs = HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]
+    return Evidence(Interactions(*pairs, text[:7], text[7:13], *ties, age=np.arange(12, dtype=np.float32)))
+
+
+SETTINGS = {
+    "ease": {"l2": 1.0},
+    "text_ease": {"l2": 1.0, "l2_text": 2.0, "l2_words": 1.0},
+    "popularity": {"half_life": 0.0},
+    "recent_popularity": {"half_life": 3.0},
+}
+
+
+def closed_form(name: str, weight: float) -> ClosedForm:
+    """A closed-form component of this market."""
+    made = COMPONENTS[name].make(evidence(), **SETTINGS.get(name, {}))
+    return ClosedForm(np.float32(weight), *made[:2], name, COMPONENTS[name].user_source, made.text_columns)
+
+
+def late_fusion() -> LateFusion:
+    """Every component, with different weights."""
+    trained = {"model": np.float32(1.0), "graph_branch": np.float32(0.3), "text_branch": np.float32(0.2)}
+    return LateFusion(trained, tuple(closed_form(name, 0.4 + n / 10) for n, name in enumerate(COMPONENTS)))
 
 
 @pytest.fixture(scope="module", autouse=True)

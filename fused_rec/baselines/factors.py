@@ -10,7 +10,7 @@ full method. Rankings exclude these items.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -24,16 +24,23 @@ WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U +
 MAX_RANK, MIN_RANK = 2048, 64
 
 
+# Where user vectors come from: the sum over the user's items, the sum of that over users with a social edge, the user's
+# text features, or nothing (one number for all users).
+UserSource = Literal["items", "friends", "text", "constant"]
+
+
 class Factors(NamedTuple):
     """Rows of a bilinear form.
 
     Attributes:
       source: float32 [I, R], summed over the user's items.
       target: float32 [I, R], of the scored item.
+      text_columns: how many of the first columns are made of text features; the others are of interactions.
     """
 
     source: Float32[np.ndarray, "I R"]
     target: Float32[np.ndarray, "I R"]
+    text_columns: int = 0
 
 
 class SingularVectors(NamedTuple):
@@ -83,7 +90,7 @@ def singular_vectors(interactions: Interactions, rank: int) -> SingularVectors:
     what = f"{rank + OVERSAMPLES} singular vectors of {nodes:,} nodes"
     require_memory(24 * (rank + OVERSAMPLES) * nodes, what, "raise data.k_core, or set model.late_fusion to False")
     history = interactions.history().astype(np.float64)
-    if min(history.shape) <= EXACT:
+    if min(interactions.n_users, interactions.n_items) <= EXACT:
         values, right = exact_singular_vectors(history, rank)
     else:
         values, right = subspace_iteration(history, rank, iterations=4)
@@ -146,6 +153,7 @@ def text_ease_factors(
     return Factors(
         np.concatenate([l2_text * p_text, filtered], axis=1).astype(np.float32),
         np.concatenate([right_text, singular.right * (multiplier / ridge)[:, None]], axis=1).astype(np.float32),
+        text_columns=text.shape[1],
     )
 
 
@@ -155,7 +163,7 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     Args:
       item_text: unit rows, zero for items without text.
     """
-    return Factors(item_text, item_text)
+    return Factors(item_text, item_text, item_text.shape[1])
 
 
 def low_rank_history(singular: SingularVectors) -> Factors:
@@ -175,13 +183,13 @@ class ClosedFormRecommender:
     Attributes:
       make: called with `Evidence` and one of the settings.
       grid: settings among which validation chooses.
-      user_source: `fused_rec.model.late_fusion.UserSource`.
+      user_source: where the user vectors come from.
       needs: what the tables must have: "item_text", "user_text", "ties", "times".
     """
 
     make: Callable[..., Factors]
     grid: tuple[dict[str, float], ...]
-    user_source: str = "items"
+    user_source: UserSource = "items"
     needs: tuple[str, ...] = ()
 
 
@@ -216,7 +224,7 @@ def _popularity(evidence: Evidence, *, half_life: float) -> Factors:
 
 def _user_text(evidence: Evidence) -> Factors:
     text = evidence.interactions.require_item_text("user_text")
-    return Factors(np.zeros((len(text), 0), np.float32), text)
+    return Factors(np.zeros((len(text), 0), np.float32), text, text.shape[1])
 
 
 # To add a component: its factors, the settings to try, and what it needs.

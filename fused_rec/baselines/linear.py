@@ -1,14 +1,13 @@
-"""Item-item baselines in closed form: EASE, EASE with a text prior, graph filters; and low-rank EASE.
+"""Item-item baselines in closed form: EASE, EASE with a text prior, and graph filters.
 
 Arguments, scorers and errors as in `fused_rec.baselines.neighbors`. X is the interaction matrix, float32 U x I of 0 and
 1. Each baseline inverts, or computes eigenvectors of, a matrix of side min(U, I); a graph filter above side `EXACT`
-approximately. Its scorer holds I x I numbers, or U x I if U < I. `low_rank_ease` is no baseline but a component of the
-model (`fused_rec.model.model.append_ease`), and needs I x rank numbers. Insufficient memory raises an error before the
-computation (`fused_rec.memory`, docs/SCALE.md).
+approximately. Its scorer holds I x I numbers, or U x I if U < I; low-rank forms are in `fused_rec.baselines.factors`.
+Insufficient memory raises an error before the computation (`fused_rec.memory`, docs/SCALE.md).
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,9 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec.baselines.neighbors import Entries, Interactions, entries, has_interactions, rank_unscorable_last
-from fused_rec.distributed.devices import AnyArray
 from fused_rec.memory import require_memory
 
 EXACT = 4096  # above it, eigenvectors of a Gram matrix take minutes, subspace iteration seconds
-MIN_ONE_MINUS_NORM = 1e-4  # weights then have three digits in float32
 # Rows of a matrix that LAPACK factorises as a whole. OpenBLAS 0.3.30 (SciPy 1.17) with 2 threads crashes on 46,300, of
 # 8.6 GB with 20 GB to spare; 20,000 rows work. The cause is likely its packing buffer, of fixed size, and not memory.
 WHOLE = 16_384
@@ -101,55 +98,6 @@ def text_ease(interactions: Interactions, *, l2: float, l2_text: float, l2_words
     return _regression(history, l2, l2_text, words, (smooth / d).astype(np.float32), known)
 
 
-class LowRankEase(NamedTuple):
-    """Low-rank EASE: item-item weights B_ji = <rows_j, rows_i> / one_minus_norm_i off the diagonal.
-
-    Attributes:
-      rows: float32 [I, R], the rows S_i.
-      one_minus_norm: float32 [I], 1 - |S_i|^2, above 0.
-    """
-
-    rows: Float32[AnyArray, "I R"]
-    one_minus_norm: Float32[AnyArray, "I"]
-
-
-def low_rank_ease(interactions: Interactions, *, rank: int, l2: float) -> LowRankEase:
-    """Computes EASE's weights on the `rank` largest singular directions of X, by subspace iteration.
-
-    With X = U diag(s) V' and f = s^2 / (s^2 + l2), EASE's P is (I - V diag(f) V') / l2, so with S = V diag(f)^1/2 its
-    weights off the diagonal are B_ji = <S_j, S_i> / (1 - |S_i|^2): exactly with all directions, of which there are at
-    most min(U, I). With fewer, the last directions kept are approximate.
-
-    Deterministic on one machine with one number of threads; on others rows may differ by a rotation, which keeps their
-    products.
-
-    Args:
-      interactions: the training interactions X.
-      rank: R, the number of directions; at most min(U, I) are used.
-      l2: the ridge penalty of EASE, above 0.
-
-    Returns:
-      The factors, on the host.
-
-    Raises:
-      InsufficientMemoryError: the directions do not fit in memory.
-      ValueError: l2 is so small that 1 - |S_i|^2 of an item has too few digits in float32.
-    """
-    rank = min(rank, interactions.n_users, interactions.n_items)
-    _require_subspace("model.ease_weight", interactions, rank, "lower model.ease_rank, or set model.ease_weight to 0")
-    # In float64: for an item with n interactions, 1 - |S_i|^2 is about l2 / (l2 + n).
-    history = interactions.history().astype(np.float64)
-    singular, right = subspace_iteration(history, rank, iterations=4)
-    rows = right * np.sqrt(singular**2 / (singular**2 + l2))
-    one_minus_norm = 1 - (rows * rows).sum(1)
-    if one_minus_norm.min() < MIN_ONE_MINUS_NORM:
-        raise ValueError(
-            f"model.ease_l2 is {l2}: 1 - |S_i|^2 is {one_minus_norm.min():.2g} for an item with "
-            f"{history.sum(0).max():.0f} interactions, and must be at least {MIN_ONE_MINUS_NORM}; raise it"
-        )
-    return LowRankEase(rows.astype(np.float32), one_minus_norm.astype(np.float32))
-
-
 def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
     """Graph filters (GF-CF; Shen et al., CIKM 2021): a linear filter plus alpha times an ideal low-pass filter.
 
@@ -174,7 +122,7 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
     # float32, and its device copy
     require_memory(8 * min(interactions.n_users, interactions.n_items) * interactions.n_items, "gf_cf", LESS)
     if min(interactions.n_users, interactions.n_items) > EXACT:
-        _requiresubspace_iteration("gf_cf", interactions, rank, LESS)
+        _require_subspace("gf_cf", interactions, rank, LESS)
     history = interactions.history()
     of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1), dtype=np.float64) for axis in (1, 0))
     user, item = history.nonzero()
@@ -227,14 +175,13 @@ def subspace_iteration(matrix, rank: int, iterations: int) -> tuple[Float[np.nda
     return singular, right.T
 
 
-def exact_singular_vectors(matrix, rank: int):
-    """Singular values and right singular vectors from the smaller Gram matrix."""
+def exact_singular_vectors(matrix, rank: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
+    """Computes the largest singular values, descending, and right singular vectors from the smaller Gram matrix."""
     n_rows, n_columns = matrix.shape
     gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
     squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
-    squared, vectors = squared[::-1], vectors[:, ::-1]
-    kept = squared > 1e-10 * squared[0]
-    values, vectors = np.sqrt(squared[kept]), vectors[:, kept]
+    kept = squared[::-1] > 1e-10 * squared[-1]
+    values, vectors = np.sqrt(squared[::-1][kept]), vectors[:, ::-1][:, kept]
     return values, (matrix.T @ vectors / values if n_rows < n_columns else vectors)
 
 
@@ -244,15 +191,10 @@ def _right_singular(matrix, rank: int) -> Float[np.ndarray, "I k"]:
     Each connected component of the history has a singular value 1, and Lanczos methods (`svds`) miss repeated values:
     of Last.fm's 10 they found 3. Above `EXACT`, it uses subspace iteration, whose block is wide enough for these.
     """
-    n_rows, n_columns = matrix.shape
     if min(matrix.shape) > EXACT:
         singular, vectors = subspace_iteration(matrix, rank, iterations=20)
         return vectors[:, singular > 1e-5]
-    gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
-    squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
-    kept = squared > 1e-10  # the largest of all is 1
-    squared, vectors = squared[kept], vectors[:, kept]
-    return matrix.T @ vectors / np.sqrt(squared) if n_rows < n_columns else vectors
+    return exact_singular_vectors(matrix, rank)[1]
 
 
 def _regression(history, l2: float, l2_text: float, left, right, known) -> Partial:

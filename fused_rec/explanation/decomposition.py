@@ -1,8 +1,10 @@
 """Exact decomposition of a score into contributions of the user's embedding, text, interactions and social edges.
 
-A score is prior_i + sum over branches of <u / |u|, v_i>. Given the propagation weights, u is linear in ID embeddings
-and text features (fused_rec/model/propagation.py); v_i includes its norm and the weight of the branch. EASE, if used,
-is a branch of its own. With the last layer written out,
+A score is a sum over branches of <u / |u|, v_i>, and a popularity bias. Given the propagation weights, u is linear in
+ID embeddings and text features (fused_rec/model/propagation.py); v_i includes its norm and the weight of the branch.
+With late fusion (fused_rec/model/late_fusion.py) each component has branches of its own: those of the trained model
+again, or one of one layer for a closed-form component, whose u is a sum over the user's items, or over social edges;
+|u| includes the standard deviation and the weight. With the last layer written out,
 
     u = a_0 x_u + sum_l a_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e source_scale_s h^{l-1}_s)
 
@@ -19,15 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int, PyTree
 
-from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import Config
 from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
+from fused_rec.model.late_fusion import (
+    GRAPH_BRANCH,
+    MODEL,
+    TEXT_BRANCH,
+    ClosedForm,
+    component_names,
+    item_sums,
+    social_relations,
+)
 from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
-from fused_rec.training.train_step import GraphInputs, embed_nodes
+from fused_rec.training.train_step import BRANCHES, GraphInputs, score_components
 
-BRANCHES = ("main", "words")  # submodules of `FusedModel`, in the order of its results
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
 OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
@@ -43,7 +52,7 @@ TIE = "tie:"  # prefix of the social relations, whose names come from the tables
 class BranchTerms(NamedTuple):
     """Embeddings of one branch by layer, split into parts from ID embeddings (`ids`) and from text (`text`).
 
-    Factors of EASE count as ID embeddings.
+    Of closed-form components, what is made of interactions counts as ID embeddings.
     """
 
     ids: Layers
@@ -54,13 +63,14 @@ class BranchTerms(NamedTuple):
 
 
 class ScoreDecomposition(NamedTuple):
-    """Branches, adjacencies, embeddings and prior of a trained model on one graph, as NumPy arrays."""
+    """Branches, adjacencies, embeddings and popularity biases of a trained model on one graph, as NumPy arrays."""
 
     branches: list[BranchTerms]
     adjacencies: Mapping[Relation, Adjacency]
     users: Float32[np.ndarray, "U D"]  # as `embed_nodes` returns them
     items: Float32[np.ndarray, "I D"]
-    prior: Float32[np.ndarray, "I"]
+    bias_users: Float32[np.ndarray, "U P"]  # each score has the bias <bias_users_u, bias_items_i>, from popularity
+    bias_items: Float32[np.ndarray, "I P"]
     popularity: Float32[np.ndarray, "I"]
 
 
@@ -94,47 +104,115 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
     Returns:
       The terms of all users and items.
     """
-    branches, (users, items) = jax.device_get(
+    branches, arrays = jax.device_get(
         _branch_terms(Config(model=config.model, train=config.train), params, graph_inputs)
     )
-    prior = items[:, -1] if config.model.popularity_weight else np.zeros(len(items), np.float32)
-    branch_terms = [BranchTerms(*branch) for branch in branches]
-    if graph_inputs.ease is not None and config.model.ease_weight:
-        branch_terms.append(
-            _ease_branch(graph_inputs, graph_inputs.ease, users, items, len(branches) * config.model.dim)
-        )
+    fusion = graph_inputs.fusion
+    names = [MODEL] if fusion is None else component_names(fusion)
+    parts = [_HostComponent(name, *rows) for name, rows in zip(names, arrays, strict=True)]
+    closed = {part.name: part for part in (fusion.closed if fusion else ())}
+    terms, bias = [], []
+    for part in parts:
+        if part.name in closed:
+            found = _closed_form_terms(graph_inputs, closed[part.name], part)
+        else:
+            found = _trained_terms(config, branches, part)
+        terms += found.branches
+        bias += found.bias
+    users, items = (np.concatenate(columns, axis=1) for columns in _columns(parts))
+    shape = len(users), len(items)
     return ScoreDecomposition(
-        branch_terms, graph_inputs.graph.adjacencies, users, items, prior, np.asarray(graph_inputs.popularity)
+        terms,
+        graph_inputs.graph.adjacencies,
+        users,
+        items,
+        np.stack([scale for scale, _ in bias], axis=1) if bias else np.zeros((shape[0], 0), np.float32),
+        np.stack([values for _, values in bias], axis=1) if bias else np.zeros((shape[1], 0), np.float32),
+        np.asarray(graph_inputs.popularity),
     )
 
 
-def _ease_branch(
-    graph_inputs: GraphInputs, ease: LowRankEase, users: np.ndarray, items: np.ndarray, first: int
-) -> BranchTerms:
-    """Expresses EASE as a branch of one layer, in which a user is the sum of their items' factors."""
-    rows = np.asarray(ease.rows)
-    columns = slice(first, first + rows.shape[1])
-    zeros = {t: np.broadcast_to(np.float32(0), (n, rows.shape[1])) for t, n in graph_inputs.graph.node_types}
-    plain = PropagationWeights(
-        edge={INTERACTED_BY: (np.asarray(graph_inputs.graph.adjacencies[INTERACTED_BY].weight) > 0).astype(np.float32)},
-        source_scale={INTERACTED_BY: np.ones(len(items), np.float32)},
-        gate={INTERACTED_BY: np.ones((1, len(users)), np.float32)},
+class _HostComponent(NamedTuple):
+    """`fused_rec.model.late_fusion.Component` in NumPy."""
+
+    name: str
+    scale: Float32[np.ndarray, "U"]
+    users: Float32[np.ndarray, "U R"]
+    items: Float32[np.ndarray, "I R"]
+
+
+class _ComponentTerms(NamedTuple):
+    """The branches of one component, and (scale of each user, value of each item) of its popularity biases."""
+
+    branches: list[BranchTerms]
+    bias: list[tuple[np.ndarray, np.ndarray]]
+
+
+def _columns(parts: list[_HostComponent]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The user and item columns of `embed_nodes`."""
+    return [part.scale[:, None] * part.users for part in parts], [part.items for part in parts]
+
+
+def _norm(length: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """|u| over the component's scale; infinite where the component has no part in the score."""
+    return np.divide(length, scale, out=np.full(len(length), np.inf, np.float32), where=scale > 0)
+
+
+def _trained_terms(config: Config, branches: list[tuple], part: _HostComponent) -> _ComponentTerms:
+    """The branches of a trained component, and its popularity bias."""
+    own = {MODEL: range(len(branches)), GRAPH_BRANCH: (0,), TEXT_BRANCH: (1,)}[part.name]
+    dim, terms = config.model.dim, []
+    for place, number in enumerate(own):
+        ids, text, weights, length = branches[number]
+        items = part.items[:, place * dim : (place + 1) * dim]
+        terms.append(BranchTerms(ids, text, weights, _norm(length, part.scale), items))
+    return _ComponentTerms(terms, [(part.scale, part.items[:, -1])] if config.model.popularity_weight else [])
+
+
+def _closed_form_terms(graph_inputs: GraphInputs, closed: ClosedForm, part: _HostComponent) -> _ComponentTerms:
+    """Expresses a closed-form component as a branch of at most one layer."""
+    if closed.user_source == "constant":
+        return _ComponentTerms([], [(part.scale, part.items[:, 0])])
+    graph = graph_inputs.graph
+    norm = _norm(np.ones(len(part.users), np.float32), part.scale)
+    zeros = {t: np.broadcast_to(np.float32(0), (n, part.users.shape[1])) for t, n in graph.node_types}
+    if closed.user_source == "text":
+        weights = PropagationWeights({}, {}, {}, {}, np.ones(1, np.float32))
+        return _ComponentTerms([BranchTerms([zeros], [zeros | {USER: part.users}], weights, norm, part.items)], [])
+    source, relations = {ITEM: np.asarray(closed.source)}, [INTERACTED_BY]
+    if closed.user_source == "friends":
+        source, relations = {USER: np.asarray(item_sums(closed, graph))}, social_relations(graph)
+    weights = PropagationWeights(
+        edge={r: (np.asarray(graph.adjacencies[r].weight) > 0).astype(np.float32) for r in relations},
+        source_scale={r: np.ones(graph.count(r.source), np.float32) for r in relations},
+        gate={r: np.ones((1, len(part.users)), np.float32) for r in relations},
         text_gate={},
         layer_weights=np.array([0, 1], np.float32),
     )
-    layers = [zeros | {ITEM: rows}, zeros | {USER: users[:, columns]}]
-    return BranchTerms(layers, [zeros, zeros], plain, np.ones(len(users), np.float32), items[:, columns])
+    layers: tuple[dict[str, np.ndarray], ...] = source, {USER: part.users}
+    ids, text = ([zeros | _columns_of(layer, kept) for layer in layers] for kept in _kept_columns(closed))
+    return _ComponentTerms([BranchTerms(ids, text, weights, norm, part.items)], [])
+
+
+def _kept_columns(closed: ClosedForm) -> tuple[np.ndarray, np.ndarray]:
+    """Which columns of a component are of interactions, and which of text features."""
+    of_text = np.arange(closed.target.shape[1]) < closed.text_columns
+    return ~of_text, of_text
+
+
+def _columns_of(layer: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
+    return {node_type: rows * kept for node_type, rows in layer.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
+    """(layers from IDs, layers from text, weights, |u|) of each trained branch, and the components of the score."""
     captured: Any
     vectors, captured = FusedModel(config.model).apply(
         {"params": params}, graph_inputs.graph, mutable=["intermediates"]
     )
-    users, items = embed_nodes(config, params, graph_inputs)
     branches = []
-    for number, name in enumerate(BRANCHES[: len(vectors)]):
+    for name in BRANCHES[: len(vectors)]:
         [(ids, text, coefficients)] = captured["intermediates"][name][LINEAR]
         zeros = {node_type: 0 * x for node_type, x in text.items()}
         by_ids = propagate_layers(graph_inputs.graph, coefficients, ids, zeros)
@@ -142,9 +220,9 @@ def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> 
         out = combine_layers(coefficients, by_ids)[USER] + combine_layers(coefficients, by_text)[USER]
         cosine = config.model.score == "cosine"
         length = jnp.sqrt((out * out).sum(1) + 1e-12) if cosine else jnp.ones(len(out))  # as in `unit`
-        columns = slice(number * config.model.dim, (number + 1) * config.model.dim)
-        branches.append((by_ids, by_text, coefficients, length, items[:, columns]))
-    return branches, (users, items)
+        branches.append((by_ids, by_text, coefficients, length))
+    parts = score_components(config, params, graph_inputs)
+    return branches, [tuple(part[1:]) for part in parts]  # without the names, which are no arrays
 
 
 def scores(decomposition: ScoreDecomposition, user: int) -> Float32[np.ndarray, "I"]:
@@ -189,7 +267,7 @@ def contributions(
             found[key] = before[0] + ids @ into, before[1] + text @ into
     kinds, sources = zip(*found, strict=True)
     ids, text = (np.stack(column) for column in zip(*found.values(), strict=True))
-    prior = decomposition.prior[None, rows].astype(float)
+    prior = (decomposition.bias_items[rows].astype(float) @ decomposition.bias_users[user].astype(float))[None, :]
     return Contributions(
         [*kinds, POPULARITY],
         np.array([*sources, -1]),

@@ -12,22 +12,20 @@ user vectors are computed from the graph. Weights come from the validation split
 """
 
 from collections.abc import Mapping
-from typing import Literal, no_type_check
+from typing import NamedTuple, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from fused_rec.baselines.factors import UserSource
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, SIMILAR_TEXT, USER, Relation
 from fused_rec.graph.spmm import neighbor_sum
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
-# Where a closed-form component has its user vectors from: the sum over the user's items, the sum of that over users with
-# a social edge, the user's text features, or nothing (one number for all users).
-UserSource = Literal["items", "friends", "text", "constant"]
 MODEL, GRAPH_BRANCH, TEXT_BRANCH = "model", "graph_branch", "text_branch"  # trained components
 MIN_VARIANCE = 1e-8  # of |u|^2 tr(C), a bound of the variance: less is rounding
 
@@ -68,10 +66,29 @@ class LateFusion:
     closed: tuple[ClosedForm, ...] = ()
 
 
-def component_vectors(
-    fusion: LateFusion, trained: Mapping[str, Vectors], graph: DeviceGraph
-) -> list[tuple[str, Vectors]]:
-    """Computes the standardized and weighted vectors of each component.
+def component_names(fusion: LateFusion) -> list[str]:
+    """Lists the names of the components, in the order of `components`."""
+    return [*sorted(fusion.trained), *(part.name for part in fusion.closed)]
+
+
+class Component(NamedTuple):
+    """One component of a score: scale_u <users_u, items_i>.
+
+    Attributes:
+      name: of the component.
+      scale: float32 [U], w_c / sigma_c(u), 0 where the component says nothing about the user.
+      users: float32 [U, R].
+      items: float32 [I, R].
+    """
+
+    name: str
+    scale: Float32[AnyArray, "U"]
+    users: Float32[AnyArray, "U R"]
+    items: Float32[AnyArray, "I R"]
+
+
+def components(fusion: LateFusion, trained: Mapping[str, Vectors], graph: DeviceGraph) -> list[Component]:
+    """Computes the vectors of each component, and how they are standardized and weighted.
 
     Args:
       fusion: weights, and the closed-form components.
@@ -79,21 +96,31 @@ def component_vectors(
       graph: the graph, whole or one device's share of it.
 
     Returns:
-      (name, (user vectors [U, R], item vectors [I, R])): the dot products of all of them sum to the score.
+      The components; the sum of their scores is the score.
     """
-    found = []
-    for name, weight in fusion.trained.items():
-        users, items = trained[name]
-        found.append((name, (weight * standardize(users, items), items)))
-    for component in fusion.closed:
-        target = jnp.asarray(component.target)
-        users = standardize(user_vectors(component, graph), target)
-        found.append((component.name, (component.weight * users, target)))
-    return found
+    found = [(name, fusion.trained[name], *trained[name]) for name in sorted(fusion.trained)]  # as JAX orders them
+    for closed in fusion.closed:
+        found.append((closed.name, closed.weight, user_vectors(closed, graph), jnp.asarray(closed.target)))
+    return [
+        Component(name, weight * inverse_deviation(users, items), users, items) for name, weight, users, items in found
+    ]
 
 
-def standardize(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, "I R"]) -> Float32[Array, "V R"]:
-    """Scales users so that their scores of the items have standard deviation 1.
+def concat_components(found: list[Component]) -> Vectors:
+    """Concatenates components, so that one dot product gives the score.
+
+    Args:
+      found: of `components`.
+
+    Returns:
+      User vectors [U, D] and item vectors [I, D].
+    """
+    users = jnp.concatenate([part.scale[:, None] * part.users for part in found], axis=1)
+    return users, jnp.concatenate([part.items for part in found], axis=1)
+
+
+def inverse_deviation(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, "I R"]) -> Float32[Array, "V"]:
+    """Computes one over the standard deviation of each user's scores of the items.
 
     With C the covariance of the items' rows, the variance of <u, y_i> over the items is u'Cu.
 
@@ -102,13 +129,13 @@ def standardize(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, "I R"]
       items: rows of all items.
 
     Returns:
-      The rows over their standard deviations; zeros where all scores are equal.
+      The factors; 0 where all scores are equal.
     """
     centered = items - items.mean(0, keepdims=True)
     covariance = centered.T @ centered / len(items)
     variance = ((users @ covariance) * users).sum(1)
     varies = variance > MIN_VARIANCE * (users * users).sum(1) * jnp.trace(covariance)
-    return users * jnp.where(varies, 1 / jnp.sqrt(jnp.where(varies, variance, 1)), 0)[:, None]
+    return jnp.where(varies, 1 / jnp.sqrt(jnp.where(varies, variance, 1)), 0)
 
 
 def social_relations(graph: DeviceGraph) -> list[Relation]:
@@ -130,11 +157,16 @@ def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U
         return jnp.ones((graph.count(USER), 1))
     if component.user_source == "text":
         return graph.all_gather(USER, jnp.asarray(graph.text[USER]))
-    sums = _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
+    sums = item_sums(component, graph)
     if component.user_source == "items":
         return sums
     relations = social_relations(graph)
     return sum((_sum_over(graph, relation, sums) for relation in relations), jnp.zeros_like(sums))
+
+
+def item_sums(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U R"]:
+    """Sums the component's source rows over each user's items."""
+    return _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
 
 
 def _sum_over(graph: DeviceGraph, relation: Relation, rows: Float32[Array, "n R"]) -> Float32[Array, "U R"]:

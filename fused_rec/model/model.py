@@ -32,8 +32,8 @@ Parts, and where they are:
   interactions. Each branch has a loss of its own: a loss of the sum leaves the text branch untrained wherever IDs
   explain the interactions, and a new item has nothing but text.
 - popularity bias: `append_popularity_bias`, beta log(1 + n_i).
-- low-rank EASE: `append_ease`, a closed-form item-item score (Steck, 2019) that is added to tau * logit at ranking
-  time, weighted by model.ease_weight; it is not trained.
+- late fusion: at ranking time the logit is one component of a weighted sum (`fused_rec.model.late_fusion`), if
+  model.late_fusion is set.
 
 `fused_rec.model.reference` has the same model in plain jraph, slow and short. This one shards nodes over devices, runs
 on sampled subgraphs, and calls sparse kernels.
@@ -47,13 +47,11 @@ import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray
 
-from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import ComputeDtype, ModelConfig
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.hetero import HostGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, SIMILAR_TEXT, USER, Relation
-from fused_rec.graph.spmm import neighbor_sum
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
 from fused_rec.model.text_fusion import Gate, TextInput
@@ -144,42 +142,6 @@ def append_popularity_bias(vectors: Vectors, prior: Float32[Array, "I"]) -> Vect
     """
     users, items = vectors
     return jnp.concatenate([users, jnp.ones((len(users), 1))], axis=1), jnp.concatenate([items, prior[:, None]], axis=1)
-
-
-def append_ease(
-    vectors: Vectors,
-    ease: LowRankEase,
-    graph: DeviceGraph,
-    weight: float,
-) -> Vectors:
-    """Appends R columns so that every dot product with an item the user has not interacted with grows by EASE's score.
-
-    EASE (Steck, 2019, arXiv 1905.03375) has a zero diagonal, which no dot product of rank R can express: an item that
-    the user has interacted with gets weight |S_i|^2 / (1 - |S_i|^2) more than EASE gives. Ranking excludes those items.
-
-    Args:
-      vectors: user embeddings [U, D] and item embeddings [I, D].
-      ease: the low-rank factors, rows S [I, R] and 1 - |S_i|^2 [I].
-      graph: the graph, of whose adjacencies the one from items to users counts.
-      weight: factor of EASE's score, model.ease_weight.
-
-    Returns:
-      User embeddings [U, D + R] and item embeddings [I, D + R].
-    """
-    users, items = vectors
-    interacted_by = graph.adjacencies[INTERACTED_BY]
-    padded = jnp.pad(jnp.asarray(ease.rows), ((0, graph.rows(ITEM) * graph.shards.count - len(items)), (0, 0)))
-    sums = graph.all_gather(USER, neighbor_sum(interacted_by, _ones(interacted_by.weight), padded))
-    return (
-        jnp.concatenate([users, sums], axis=1),
-        jnp.concatenate([items, weight * ease.rows / ease.one_minus_norm[:, None]], axis=1),
-    )
-
-
-def _ones(weight: Float32[AnyArray, "E"]) -> Float32[Array, "E"]:
-    """1 for each edge and 0 for padding; the derivative is that of a factor of 1 on each weight (gradient x input)."""
-    is_edge = jnp.asarray(weight) > 0
-    return jnp.where(is_edge, weight / jax.lax.stop_gradient(jnp.where(is_edge, weight, 1)), 0)
 
 
 class Branch(nn.Module):

@@ -132,7 +132,7 @@ def _page(
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
-    beside = ", with EASE as a term of the score" if model.ease_weight else ""
+    beside = _late_fusion(results.get("late_fusion"))
     made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
     language = in_markdown(config["text"]["model"]) if model.uses_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
@@ -220,6 +220,14 @@ def _front_matter(results: Mapping[str, Any]) -> str:
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _late_fusion(selection: Mapping[str, Any] | None) -> str:
+    """Names the components of the score, with their weights."""
+    if selection is None:
+        return ""
+    weights = ", ".join(f"{name.replace('_', ' ')} {weight:.2g}" for name, weight in selection["weights"].items())
+    return f", by late fusion of components with weights that validation chose ({weights})"
 
 
 def _number(value: float | None) -> str:

@@ -18,9 +18,10 @@ from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
-from fused_rec.runs.run_dir import TABLES, check_tables, read_finished
+from fused_rec.runs.run_dir import TABLES, check_tables, read_finished, read_results
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.inputs import Prepared, init_state, prepare, read, seen_splits, with_finetuned_text
+from fused_rec.training.late_fusion import selection_of, with_late_fusion
 from fused_rec.training.train_step import TrainState
 
 CHUNK_USERS = 65_536  # users whose rankings are in memory at once
@@ -71,7 +72,8 @@ def load(
     check_tables(digest(dataset), workdir, contents(dataset))
     prepared = prepare(config, dataset, data_split, seen_splits(config.train.refit, split))
     state, _ = checkpoints.restore(step, like=init_state(config, prepared))
-    return config, with_finetuned_text(config, prepared, state), state
+    prepared = with_finetuned_text(config, prepared, state)
+    return config, with_late_fusion(prepared, selection_of(read_results(workdir))), state
 
 
 def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: str | Path | None) -> Config:

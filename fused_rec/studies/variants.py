@@ -37,7 +37,7 @@ PLAIN_MODEL = {
     "layer_combination": "mean",
     "embedding_noise": 0.0,
     "popularity_weight": 0.0,
-    "ease_weight": 0.0,
+    "late_fusion": False,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
@@ -49,12 +49,14 @@ BPR = {"loss": "bpr", "temperature": 1.0, "contrastive_weight": 0.0, "max_steps"
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
-    "graph": Variant("without text", {"model": {"variant": "graph"}, "text": FROZEN}, needs=("text",)),
-    "text": Variant("text alone", {"model": {"variant": "text", "ease_weight": 0.0}}, needs=("text",)),
+    "graph": Variant(
+        "without text", {"model": {"variant": "graph", "late_fusion": False}, "text": FROZEN}, needs=("text",)
+    ),
+    "text": Variant("text alone", {"model": {"variant": "text", "late_fusion": False}}, needs=("text",)),
     "no_social_edges": Variant("without social edges", {"graph": {"social_edges": "none"}}, needs=("ties",)),
     "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, needs=("text",)),
     "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}),
-    "no_ease": Variant("without EASE", {"model": {"ease_weight": 0.0}}),
+    "no_late_fusion": Variant("the trained model alone", {"model": {"late_fusion": False}}),
     "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}),
     "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, needs=("text",)),
     "bfloat16": Variant("training steps in bfloat16", {"train": {"compute_dtype": "bfloat16"}}),

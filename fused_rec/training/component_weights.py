@@ -21,14 +21,14 @@ from jaxtyping import Bool, Float32, Int
 
 from fused_rec.evaluation.metrics import ndcg
 from fused_rec.evaluation.ranking import UserItemSets
-from fused_rec.model.late_fusion import standardize
+from fused_rec.model.late_fusion import inverse_deviation
 
 LOG = logging.getLogger(__name__)
 
 K = 10  # the cutoff of NDCG
 MAX_USERS = 2000  # validation users that are ranked, at most
 DEPTH = 100  # best items of each component among which a sum is ranked
-MIN_GAIN = 1.0  # standard errors
+MIN_GAIN = 1.5  # standard errors
 FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
@@ -199,7 +199,7 @@ def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
 
 @jax.jit
 def _products(users, items):
-    return standardize(users, items) @ items.T
+    return inverse_deviation(users, items)[:, None] * (users @ items.T)
 
 
 def _batches(on: ValidationUsers, components: int):

@@ -164,7 +164,7 @@ def user_item_vectors(
       ValueError: a vector is not finite.
       InsufficientMemoryError: the vectors do not fit.
     """
-    require_embedding(config, prepared.graph_inputs, "lower model.dim or model.ease_rank")
+    require_embedding(config, prepared.graph_inputs, "lower model.dim, or set model.late_fusion to False")
     users, items = parallel_embed_nodes(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
     rows = np.arange(len(users), dtype=np.int32)
     step = users_per_batch(len(items))
@@ -234,7 +234,7 @@ def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
     """
     return jax.tree_util.Partial(
         _popularity_where_unscorable,
-        BASELINES[name].fit(_interactions(prepared), **settings),
+        BASELINES[name].fit(interactions_of(prepared), **settings),
         jnp.asarray(prepared.graph_inputs.popularity),
     )
 
@@ -283,7 +283,8 @@ def _has_equal_scores(scores: Any) -> jax.Array:
     return scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
 
 
-def _interactions(prepared: Prepared) -> Interactions:
+def interactions_of(prepared: Prepared) -> Interactions:
+    """Returns the observed interactions, text features and social edges, as the baselines take them."""
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
     text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))

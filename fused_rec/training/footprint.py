@@ -11,6 +11,7 @@ from fused_rec.distributed.devices import select_devices
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER
 from fused_rec.memory import require_device_memory
+from fused_rec.model.late_fusion import LateFusion
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs
 
@@ -62,10 +63,11 @@ def loss_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     return 2 * NUMBER * users * scored[config.train.loss]
 
 
-def vector_bytes(config: Config, graph: DeviceGraph) -> int:
+def vector_bytes(config: Config, graph: DeviceGraph, fusion: LateFusion | None = None) -> int:
     """Returns the bytes of the embeddings of all users and items, replicated on every device."""
     columns = _num_branches(config, graph) * config.model.dim + 1
-    columns += min(config.model.ease_rank, graph.count(USER), graph.count(ITEM)) if config.model.ease_weight else 0
+    if fusion is not None:
+        columns = columns * len(fusion.trained) + sum(part.target.shape[1] for part in fusion.closed)
     return NUMBER * (graph.count(USER) + graph.count(ITEM)) * columns
 
 
@@ -121,6 +123,6 @@ def require_embedding(config: Config, graph_inputs: GraphInputs, remedy: str = R
     """
     graph, devices = graph_inputs.graph, len(select_devices(None))
     need = task_bytes(graph, devices) + state_bytes(config, graph, devices) // 4
-    need += rounds_bytes(config, graph, devices) + 2 * vector_bytes(config, graph)
+    need += rounds_bytes(config, graph, devices) + 2 * vector_bytes(config, graph, graph_inputs.fusion)
     what = f"the embeddings of {graph.count(USER):,} users and {graph.count(ITEM):,} items"
     require_device_memory(need, what, remedy)

@@ -6,8 +6,7 @@ import logging
 import numpy as np
 import pyarrow as pa
 
-from fused_rec.baselines.linear import low_rank_ease
-from fused_rec.baselines.neighbors import Interactions, item_counts
+from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config, GraphConfig, ModelConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
@@ -16,7 +15,6 @@ from fused_rec.data.leakage import audit
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.sources import registry
 from fused_rec.data.splits import Observed, Split, observe, split
-from fused_rec.distributed import processes
 from fused_rec.graph.build import build, check_relations
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import HostGraph
@@ -103,7 +101,7 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
       Everything that training and evaluation need.
 
     Raises:
-      InsufficientMemoryError: text embeddings, or the matrices of EASE, do not fit in memory.
+      InsufficientMemoryError: text embeddings do not fit in memory.
       LeakError: text or ties leak held-out rows.
       ValueError: columns that make no graph (`fused_rec.graph.build.check_relations`).
     """
@@ -139,29 +137,19 @@ def seen_splits(refit: bool, split: str = "test") -> tuple[str, ...]:
 
 
 def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed, graph: HostGraph) -> GraphInputs:
-    """Adds to a graph what else the model reads: trained items, popularity, and EASE's vectors if used.
+    """Adds to a graph what else the model reads: trained items and popularity.
 
     Args:
-      config: settings of popularity and EASE.
+      config: settings of popularity.
       dataset: for the numbers of users and items.
       observed: the observed interactions.
       graph: the graph of them.
 
     Returns:
       The inputs, on the host.
-
-    Raises:
-      InsufficientMemoryError: the matrices of EASE do not fit in memory.
     """
     popularity = item_counts(observed.item, observed.age, config.popularity_half_life, dataset.n_items)
-    graph_inputs = GraphInputs(device_graph(graph), trained_item_mask(dataset, observed), popularity)
-    if not config.ease_weight:
-        return graph_inputs
-    LOG.info("EASE of rank %d, which takes minutes for many interactions", config.ease_rank)
-    interactions = Interactions(observed.user, observed.item, dataset.n_users, dataset.n_items)
-    ease = low_rank_ease(interactions, rank=config.ease_rank, l2=config.ease_l2)
-    # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
-    return dataclasses.replace(graph_inputs, ease=processes.broadcast_arrays(ease))
+    return GraphInputs(device_graph(graph), trained_item_mask(dataset, observed), popularity)
 
 
 def init_state(config: Config, prepared: Prepared) -> TrainState:

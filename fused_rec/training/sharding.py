@@ -35,6 +35,7 @@ from fused_rec.training.train_step import (
     embed_nodes,
     sharding_axes,
     train_step,
+    trained_vectors,
 )
 
 Embed = Callable[[PyTree, GraphInputs], Vectors]
@@ -114,19 +115,35 @@ def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
       A function of (sharded parameters, sharded graph inputs) that returns the embeddings of all users and items,
       replicated on every device.
     """
-    return functools.partial(_embed, compile_key(config), devices)
+    return functools.partial(_embed, embed_nodes, compile_key(config), devices)
 
 
-def _embed(config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
-    return _mapped_embed(config, devices, jax.tree.structure(params), jax.tree.structure(graph_inputs))(
-        params, graph_inputs
-    )
+def parallel_trained_vectors(
+    config: Config, devices: int | None = None
+) -> Callable[[PyTree, GraphInputs], dict[str, Vectors]]:
+    """Builds the parallel `trained_vectors`.
+
+    Args:
+      config: settings of the model and of training.
+      devices: the number of devices; None: all devices of all processes.
+
+    Returns:
+      A function of (sharded parameters, sharded graph inputs) that returns the vectors, replicated on every device.
+    """
+    return functools.partial(_embed, trained_vectors, compile_key(config), devices)
+
+
+def _embed(function: Callable, config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Any:
+    structures = jax.tree.structure(params), jax.tree.structure(graph_inputs)
+    return _mapped_embed(function, config, devices, *structures)(params, graph_inputs)
 
 
 @functools.lru_cache(maxsize=8)
-def _mapped_embed(config: Config, devices: int | None, params: Hashable, tasks: Hashable) -> PmappedFn:
+def _mapped_embed(
+    function: Callable, config: Config, devices: int | None, params: Hashable, tasks: Hashable
+) -> PmappedFn:
     in_axes = sharding_axes(tree_of_structure(params)), graph_inputs_axes(tree_of_structure(tasks))
-    return pmap_over_devices(functools.partial(embed_nodes, config), devices, in_axes=in_axes, out_axes=None)
+    return pmap_over_devices(functools.partial(function, config), devices, in_axes=in_axes, out_axes=None)
 
 
 def tree_of_structure(structure: Any) -> PyTree:

@@ -11,19 +11,26 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
-from fused_rec.baselines.linear import LowRankEase
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model import losses
+from fused_rec.model.late_fusion import (
+    GRAPH_BRANCH,
+    MODEL,
+    TEXT_BRANCH,
+    Component,
+    LateFusion,
+    components,
+    concat_components,
+)
 from fused_rec.model.model import (
     FIRST_LAYER,
     ID_EMBEDDING,
     FusedModel,
     Vectors,
-    append_ease,
     append_popularity_bias,
     concat_branches,
     item_degree,
@@ -67,13 +74,14 @@ class GraphInputs:
       graph: text embeddings and adjacencies.
       trained_items: bool, of all items those with training interactions; others are excluded from the softmax.
       popularity: float32, interactions of each item of the graph, discounted by model.popularity_half_life.
-      ease: the low-rank EASE factors used at ranking time, if model.ease_weight is above 0; no step reads them.
+      fusion: weights and closed-form components of the ranking score, once they are selected (late fusion); no step
+        reads them.
     """
 
     graph: DeviceGraph
     trained_items: Bool[AnyArray, "I"]
     popularity: Float32[AnyArray, "_"]
-    ease: LowRankEase | None = None
+    fusion: LateFusion | None = None
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -138,7 +146,7 @@ def compile_key(config: Config) -> Config:
 
 
 def embed_nodes(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
-    """Computes the embeddings that items are ranked by: their dot products are temperature * logit plus EASE's score.
+    """Computes the embeddings that items are ranked by.
 
     Args:
       config: settings of the model, and train.temperature.
@@ -146,21 +154,48 @@ def embed_nodes(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Ve
       graph_inputs: of the whole graph.
 
     Returns:
-      User embeddings [U, D] and item embeddings [I, D], float32; D covers branches, popularity bias and EASE.
+      User embeddings [U, D] and item embeddings [I, D], float32. Their dot products are the sum of late fusion, and
+      without one temperature * logit.
+    """
+    return concat_components(score_components(config, params, graph_inputs))
 
-    Raises:
-      ValueError: model.ease_weight is above 0 and the inputs have no EASE factors.
+
+def score_components(config: Config, params: PyTree, graph_inputs: GraphInputs) -> list[Component]:
+    """Computes the components of the score, of which there is one without late fusion.
+
+    Args:
+      config: settings of the model, and train.temperature.
+      params: parameters of `FusedModel`.
+      graph_inputs: of the whole graph.
+
+    Returns:
+      The components; `embed_nodes` concatenates them.
+    """
+    trained = trained_vectors(config, params, graph_inputs)
+    if graph_inputs.fusion is None:
+        users, items = trained[MODEL]
+        return [Component(MODEL, jnp.ones(len(users)), users, items)]
+    return components(graph_inputs.fusion, trained, graph_inputs.graph)
+
+
+def trained_vectors(config: Config, params: PyTree, graph_inputs: GraphInputs) -> dict[str, Vectors]:
+    """Computes the vectors of the trained components of a score.
+
+    Args:
+      config: settings of the model, and train.temperature.
+      params: parameters of `FusedModel`.
+      graph_inputs: of the whole graph.
+
+    Returns:
+      `MODEL`: dot products are temperature * logit; and where there are two branches each of them, `GRAPH_BRANCH` and
+      `TEXT_BRANCH`. All of them include the popularity bias.
     """
     branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph)
-    vectors = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.graph)))
-    if config.model.ease_weight:
-        if graph_inputs.ease is None:
-            raise ValueError(
-                f"model.ease_weight is {config.model.ease_weight} and the graph inputs have no EASE factors; "
-                "build them with `prepare`"
-            )
-        vectors = append_ease(vectors, graph_inputs.ease, graph_inputs.graph, config.model.ease_weight)
-    return _append_popularity(config, graph_inputs, vectors)
+    whole = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.graph)))
+    found = {MODEL: whole}
+    if len(branches) > 1:
+        found |= dict(zip((GRAPH_BRANCH, TEXT_BRANCH), branches, strict=True))
+    return {name: _append_popularity(config, graph_inputs, vectors) for name, vectors in found.items()}
 
 
 def _append_popularity(config: Config, graph_inputs: GraphInputs, vectors: Vectors) -> Vectors:

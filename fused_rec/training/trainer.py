@@ -63,6 +63,7 @@ from fused_rec.training.inputs import (
     seen_splits,
     with_finetuned_text,
 )
+from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion
 from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
 
@@ -138,12 +139,14 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     state, progress = fit(config, prepared, workdir / "select", metric_writer_of=shown)
     seconds = progress.seconds
     prepared = with_finetuned_text(config, prepared, state)
+    fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
+    prepared = with_late_fusion(prepared, fusion)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
     if config.train.refit:
         prepared = prepare(config, prepared.dataset, prepared.split, seen_splits(refit=True))
         state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
-        prepared = with_finetuned_text(config, prepared, state)
+        prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
 
     # Model selection is over: the only use of the test split.
@@ -157,7 +160,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         valid=valid,
         test=mean(per_user),
         slices=evaluate_slices(prepared, score, per_user),
-        selected={"best_step": progress.best_step},
+        selected={"best_step": progress.best_step, "late_fusion": fusion and dataclasses.asdict(fusion)},
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         config=config,

@@ -1,0 +1,129 @@
+"""Late fusion of a trained model: its components are built, weighed on validation, and put into the graph inputs."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from fused_rec.baselines.factors import COMPONENTS, Evidence, Factors
+from fused_rec.baselines.neighbors import NotApplicableError
+from fused_rec.config import Config
+from fused_rec.distributed import processes
+from fused_rec.model.late_fusion import ClosedForm, LateFusion, user_vectors
+from fused_rec.rng import Stream, numpy_rng
+from fused_rec.training.component_weights import MAX_USERS, Candidate, Selection, ValidationUsers, select_weights
+from fused_rec.training.evaluate import held_out, interactions_of
+from fused_rec.training.inputs import Prepared
+from fused_rec.training.sharding import parallel_trained_vectors, shard_graph_inputs, shard_state
+from fused_rec.training.train_step import TrainState
+
+LOG = logging.getLogger(__name__)
+
+
+def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) -> Selection:
+    """Builds the components, and chooses their settings and weights on validation.
+
+    Args:
+      config: all settings; train.seed decides which users are ranked where there are more than `MAX_USERS`.
+      prepared: of the training split alone.
+      state: the trained state, unsharded.
+
+    Returns:
+      The selection, the same in all processes.
+
+    Raises:
+      ValueError: `prepared` includes the validation split.
+      InsufficientMemoryError: singular vectors do not fit in memory.
+    """
+    if prepared.splits != ("train",):
+        raise ValueError(
+            f"late fusion is selected on data prepared from {', '.join(prepared.splits)}; prepare the split train alone"
+        )
+    vectors = jax.device_get(
+        parallel_trained_vectors(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
+    )
+    found = None
+    if processes.is_primary():
+        on = _validation_users(config, prepared)
+        found = select_weights(_candidates(prepared, vectors, on.users), on)
+        found = dataclasses.asdict(found)
+    return Selection(**processes.broadcast_json(found))
+
+
+def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepared:
+    """Adds weights and closed-form components to the graph inputs, built from what `prepared` observes.
+
+    Args:
+      prepared: tables, split and graph.
+      selection: of `select_late_fusion`, possibly of another split; None: the trained model alone.
+
+    Returns:
+      `prepared` with other graph inputs.
+    """
+    if selection is None:
+        return prepared
+    evidence = Evidence(interactions_of(prepared))
+    trained, closed = {}, []
+    for name, weight in selection.weights.items():
+        if name not in COMPONENTS:
+            trained[name] = np.asarray(weight, np.float32)
+            continue
+        part = _closed_form(name, weight, COMPONENTS[name].make(evidence, **selection.settings[name]))
+        # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
+        closed.append(processes.broadcast_arrays(part))
+    fusion = LateFusion(trained, tuple(closed))
+    return dataclasses.replace(prepared, graph_inputs=dataclasses.replace(prepared.graph_inputs, fusion=fusion))
+
+
+def selection_of(results: Mapping[str, Any]) -> Selection | None:
+    """Reads the selection of a finished run.
+
+    Args:
+      results: contents of `results.json`.
+    """
+    found = results.get("late_fusion")
+    return None if found is None else Selection(**found)
+
+
+def _validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
+    spec, truth = held_out(prepared, "valid")
+    users = np.flatnonzero(truth.sizes)
+    if len(users) > MAX_USERS:
+        drawn = numpy_rng(config.train.seed, 0, Stream.FUSION_USERS).choice(users, MAX_USERS, replace=False)
+        users = np.sort(drawn)
+    allowed = np.ones(spec.n_items, bool)
+    if spec.candidates is not None:
+        allowed = np.isin(np.arange(spec.n_items), spec.candidates)
+    return ValidationUsers(users, truth, spec.seen, allowed)
+
+
+def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
+    """Yields the trained components and the closed-form ones that the tables allow, with each of their settings."""
+    for name, (of_users, items) in vectors.items():
+        yield Candidate(name, {}, of_users[users], items)
+    evidence = Evidence(interactions_of(prepared))
+    for name, recommender in COMPONENTS.items():
+        if not all(map(evidence.has, recommender.needs)):
+            continue
+        for settings in recommender.grid:
+            try:
+                factors = recommender.make(evidence, **settings)
+            except NotApplicableError as error:
+                LOG.info("%s %s is left out: %s", name, settings, error)
+                continue
+            part = _closed_form(name, 1.0, factors)
+            rows = np.asarray(_user_vectors(part, prepared.graph_inputs.graph))[users]
+            yield Candidate(name, settings, rows, factors.target)
+
+
+def _closed_form(name: str, weight: float, factors: Factors) -> ClosedForm:
+    return ClosedForm(
+        np.asarray(weight, np.float32), *factors[:2], name, COMPONENTS[name].user_source, factors.text_columns
+    )
+
+
+_user_vectors = jax.jit(user_vectors)

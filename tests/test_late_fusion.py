@@ -1,0 +1,200 @@
+"""Late fusion: what it computes by hand, on devices, and in a run from training to serving."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from tiny import quick_compilation  # noqa: F401
+
+import fused_rec as fr
+from fused_rec.baselines.factors import COMPONENTS
+from fused_rec.config import Config, ModelConfig, TrainConfig
+from fused_rec.data.synthetic import make_synthetic
+from fused_rec.explanation.decomposition import contributions, decompose, scores
+from fused_rec.graph.schema import INTERACTED_BY
+from fused_rec.model.late_fusion import MODEL, LateFusion, inverse_deviation, user_vectors
+from fused_rec.model.model import item_degree
+from fused_rec.serving.recommender import load
+from fused_rec.training import late_fusion
+from fused_rec.training.evaluate import evaluate_mean, scorer, user_item_vectors
+from fused_rec.training.inputs import init_state, prepare, read
+from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
+from fused_rec.training.train_step import GraphInputs, embed_nodes, init, score_components
+
+CONFIG = Config(model=ModelConfig(dim=3, num_layers=2, id_init_std=1.0), train=TrainConfig(temperature=0.5))
+HISTORY = np.zeros((7, 6), np.float32)
+HISTORY[tiny.HOLDER, tiny.HELD] = 1
+FRIENDS = np.zeros((7, 7), np.float32)
+FRIENDS[[0, 0, 4], [1, 2, 0]] = 1  # receivers of tiny.TRUSTS, and senders
+
+EMBED = jax.jit(embed_nodes, static_argnums=0)
+
+
+def inputs(fusion: LateFusion | None = None) -> GraphInputs:
+    graph = tiny.whole()
+    return GraphInputs(graph, np.arange(6) < 5, np.asarray(item_degree(graph)), fusion)
+
+
+def params():
+    return init(CONFIG, inputs()).params
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_user_vectors_by_hand(name):
+    """Sums over the user's items, over those of friends, the user's text, or one."""
+    part = tiny.closed_form(name, 1.0)
+    expected = {
+        "items": HISTORY @ part.source if part.source.shape[1] else None,
+        "friends": FRIENDS @ HISTORY @ part.source if part.source.shape[1] else None,
+        "text": tiny.words()[:7],
+        "constant": np.ones((7, 1)),
+    }[part.user_source]
+    np.testing.assert_allclose(user_vectors(part, tiny.whole()), expected, atol=1e-5)
+
+
+def test_a_score_is_the_weighted_sum_of_standardized_components():
+    fusion = tiny.late_fusion()
+    users, items = EMBED(CONFIG, params(), inputs(fusion))
+    weights = [fusion.trained[name] for name in sorted(fusion.trained)] + [part.weight for part in fusion.closed]
+    parts = jax.jit(lambda *given: [part[1:] for part in score_components(CONFIG, *given)])(params(), inputs(fusion))
+    expected = np.zeros((7, 6))
+    for weight, (_, of_users, of_items) in zip(weights, parts, strict=True):
+        raw = np.asarray(of_users @ of_items.T, np.float64)
+        deviation = raw.std(1, keepdims=True)
+        expected += np.where(deviation > 1e-4, weight * raw / np.maximum(deviation, 1e-4), 0)
+    np.testing.assert_allclose(np.asarray(users @ items.T), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_alone_ranks_as_without_late_fusion():
+    alone = [np.asarray(x) for x in EMBED(CONFIG, params(), inputs())]
+    fused = [np.asarray(x) for x in EMBED(CONFIG, params(), inputs(LateFusion({MODEL: np.float32(1)})))]
+    raw, scaled = alone[0] @ alone[1].T, fused[0] @ fused[1].T
+    np.testing.assert_allclose(scaled, raw / raw.std(1, keepdims=True), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_agree(devices):
+    """Four share 6 items and 7 users only with padding."""
+    count, given = min(devices, jax.device_count()), inputs(tiny.late_fusion())
+    users, items = parallel_embed_nodes(CONFIG, count)(shard_state(params(), count), shard_graph_inputs(given, count))
+    one, other = EMBED(CONFIG, params(), given)
+    np.testing.assert_allclose(np.asarray(users @ items.T), np.asarray(one @ other.T), rtol=1e-4, atol=1e-4)
+
+
+def test_a_component_that_says_nothing_of_a_user_has_no_part():
+    deviation = np.asarray(inverse_deviation(jnp.zeros((2, 3)), jnp.ones((4, 3))))
+    assert deviation.tolist() == [0, 0]
+    assert np.asarray(inverse_deviation(jnp.ones((1, 1)), jnp.array([[1.0], [3.0]]))).tolist() == [1]
+
+
+def test_gradient_times_weight_of_an_edge_is_what_the_interaction_adds():
+    """However the weight of the edge came about: the sum counts interactions, not their weights."""
+    part, graph = tiny.closed_form("ease", 1.0), tiny.whole()
+    adjacency = graph.adjacencies[INTERACTED_BY]
+
+    def score(weight):
+        changed = graph.with_adjacencies({INTERACTED_BY: dataclasses.replace(adjacency, weight=weight)})
+        return user_vectors(part, changed)[0] @ part.target[3]
+
+    found = np.asarray(adjacency.weight * jax.grad(score)(jnp.asarray(adjacency.weight)))
+    expected = part.source[np.asarray(adjacency.senders)] @ part.target[3]
+    np.testing.assert_allclose(found, np.where(np.asarray(adjacency.receivers) == 0, expected, 0), rtol=1e-4, atol=1e-6)
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def market():
+    return make_synthetic(0, 300, 80)
+
+
+@pytest.fixture(scope="module")
+def finished(market, tmp_path_factory):
+    """A refitted run on 300 users and 80 items, with late fusion."""
+    folder = tmp_path_factory.mktemp("late")
+    config = fr.configure(
+        text={"model": "tests/golden/tiny_bert", "tfidf_dim": 16, "cache": str(folder / "cache")},
+        model={"dim": 8, "num_layers": 2, "late_fusion": True},
+        train={"max_steps": 20, "eval_every": 10, "batch_size": 64, "positives_per_user": 8, "refit": True},
+    )
+    return fr.train(config, folder / "run", market)
+
+
+def test_results_tell_the_components(finished):
+    found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
+    assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
+    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease", "friends_mean"} <= set(
+        found["single"]
+    )
+    assert found["fused"] >= max(found["single"].values()) - 1e-6
+    assert "by late fusion of components" in (finished.workdir / "README.md").read_text()
+
+
+def test_the_selected_sum_is_what_validation_measured(finished):
+    """The selection ranks on the host from short lists; evaluation ranks the catalogue on the devices."""
+    config, prepared, state = load(finished.workdir, "valid")
+    again = evaluate_mean(prepared, scorer(config, prepared, state), "valid")["ndcg@10"]
+    assert again == pytest.approx(finished.results["late_fusion"]["fused"], abs=2e-3)
+    assert again == pytest.approx(finished.results["valid"]["ndcg@10"], abs=1e-6)
+
+
+def test_a_loaded_run_scores_as_the_trained_one(finished):
+    config, prepared, state = load(finished.workdir)
+    assert prepared.graph_inputs.fusion is not None
+    again = evaluate_mean(prepared, scorer(config, prepared, state), "test")
+    assert again["ndcg@10"] == pytest.approx(finished.results["test"]["ndcg@10"], abs=1e-6)
+
+
+def test_contributions_sum_to_the_score(finished):
+    config, prepared, state = load(finished.workdir)
+    given = dataclasses.replace(prepared.graph_inputs, fusion=_every_component(prepared))
+    decomposition = decompose(config, state.params, given)
+    users, items = EMBED(config, state.params, given)
+    for user in (0, 7, 33):
+        expected = np.asarray(users[user] @ items.T)
+        np.testing.assert_allclose(scores(decomposition, user), expected, rtol=1e-3, atol=1e-3)
+        found = contributions(decomposition, user, [1, 5, 9])
+        np.testing.assert_allclose(found.value.sum(0), expected[[1, 5, 9]], rtol=1e-3, atol=1e-3)
+
+
+def _every_component(prepared) -> LateFusion:
+    """All components with weights of one and the first of their settings."""
+    weights = dict.fromkeys(("model", "graph_branch", "text_branch", *COMPONENTS), 1.0)
+    settings = {name: COMPONENTS[name].grid[-1] if name in COMPONENTS else {} for name in weights}
+    selection = late_fusion.Selection(weights, settings, {}, 0.0, 0)
+    fusion = late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
+    assert fusion is not None
+    return fusion
+
+
+def test_exported_vectors_have_the_scores(finished):
+    config, prepared, state = load(finished.workdir)
+    users, items = user_item_vectors(config, prepared, state)
+    expected = np.asarray(scorer(config, prepared, state)(jnp.arange(20)))
+    np.testing.assert_allclose(users[:20] @ items.T, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_explanations_and_counterfactuals_follow(finished):
+    [row] = fr.recommend(finished, k=1).slice(0, 1).to_pylist()
+    found = fr.explain(finished, row["user_id"])
+    assert found[0]["score"] == pytest.approx(sum(part["value"] for part in found[0]["parts"]), rel=1e-3)
+
+
+def test_selection_needs_inputs_of_the_training_split(finished):
+    config, prepared, state = load(finished.workdir)
+    with pytest.raises(ValueError, match="late fusion is selected on data prepared from train, valid"):
+        late_fusion.select_late_fusion(config, prepared, state)
+
+
+def test_a_market_without_text_and_ties_has_fewer_components(market, tmp_path):
+    config = fr.configure(model={"variant": "graph", "dim": 4, "late_fusion": True}, graph={"social_edges": "none"})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, name="synthetic"))
+    dataset, data_split = read(config)
+    prepared = prepare(config, dataset, data_split)
+    found = late_fusion.select_late_fusion(config, prepared, init_state(config, prepared))
+    assert set(found.single) == {"model", "popularity", "recent_popularity", "ease"}
