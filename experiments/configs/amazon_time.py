@@ -14,6 +14,7 @@ def get_config():
         data={"name": "amazon"},
         split={"kind": "time"},
         model={
+            "late_fusion": True,
             "dim": 256,
             "user_id_embedding": False,
             "edge_dropout": 0.5,

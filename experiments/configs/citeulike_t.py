@@ -15,6 +15,6 @@ def get_config():
     return config_dict(
         data={"name": "citeulike_t"},
         split={"kind": "random"},
-        model={"dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
+        model={"late_fusion": True, "dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
         train={"learning_rate": 0.003, "eval_every": 20},
     )

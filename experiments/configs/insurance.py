@@ -14,6 +14,6 @@ def get_config():
     return config_dict(
         data={"name": "insurance"},
         split={"kind": "predefined"},
-        model={"dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
+        model={"late_fusion": True, "dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
         train={"learning_rate": 0.003, "eval_every": 20},
     )

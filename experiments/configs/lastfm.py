@@ -14,6 +14,6 @@ def get_config():
         data={"name": "lastfm_sociallgn"},
         split={"kind": "predefined"},
         text={"tfidf_dim": 0},
-        model={"edge_dropout": 0.3},
+        model={"late_fusion": True, "edge_dropout": 0.3},
         train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": True},
     )

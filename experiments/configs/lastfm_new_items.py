@@ -15,6 +15,6 @@ def get_config():
         split={"kind": "new_items"},
         text={"tfidf_dim": 0},
         # User text consists of the tags of interacted items, which new artists do not have.
-        model={"dim": 384, "user_text_input": False, "edge_dropout": 0.5},
+        model={"late_fusion": True, "dim": 384, "user_text_input": False, "edge_dropout": 0.5},
         train={"temperature": 1.0, "learning_rate": 0.0003, "eval_every": 10, "patience": 3, "max_steps": 200},
     )

@@ -15,6 +15,12 @@ def get_config():
         split={"kind": "time"},
         graph={"attributes": ("sector",)},
         # Most interactions are with the few tickers popular at the time.
-        model={"user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 1.0, "popularity_half_life": 90.0},
+        model={
+            "late_fusion": True,
+            "user_id_embedding": False,
+            "edge_dropout": 0.5,
+            "popularity_weight": 1.0,
+            "popularity_half_life": 90.0,
+        },
         train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10},
     )

@@ -13,6 +13,12 @@ def get_config():
     return config_dict(
         data={"name": "synthetic"},
         split={"kind": "new_items", "seed": 1},
-        model={"dim": 256, "user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 0.7},
+        model={
+            "late_fusion": True,
+            "dim": 256,
+            "user_id_embedding": False,
+            "edge_dropout": 0.5,
+            "popularity_weight": 0.7,
+        },
         train={"temperature": 0.5, "learning_rate": 0.002, "eval_every": 10},
     )

@@ -14,6 +14,6 @@ def get_config():
         data={"name": "synthetic"},
         split={"kind": "new_users", "seed": 1},
         graph={"text_knn": 0},
-        model={"dim": 256, "edge_dropout": 0.5, "popularity_weight": 0.7},
+        model={"late_fusion": True, "dim": 256, "edge_dropout": 0.5, "popularity_weight": 0.7},
         train={"learning_rate": 0.002, "eval_every": 10},
     )

@@ -13,6 +13,12 @@ def get_config():
     return config_dict(
         data={"name": "synthetic"},
         graph={"text_knn": 0},
-        model={"dim": 256, "user_id_embedding": False, "edge_dropout": 0.5, "popularity_weight": 0.7},
+        model={
+            "late_fusion": True,
+            "dim": 256,
+            "user_id_embedding": False,
+            "edge_dropout": 0.5,
+            "popularity_weight": 0.7,
+        },
         train={"learning_rate": 0.002, "eval_every": 10},
     )

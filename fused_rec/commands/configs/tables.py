@@ -7,6 +7,6 @@ def get_config():
     """Returns the defaults. Set --config.data.path=DIR, and --config.split.kind=time if there are timestamps."""
     return config_dict(
         data={"name": "tables"},
-        model={"dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
+        model={"late_fusion": True, "dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
         train={"learning_rate": 0.003, "eval_every": 20},
     )
