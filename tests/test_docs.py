@@ -1,5 +1,6 @@
 """What the pages name is there: links, headings, files, commands and their flags."""
 
+import ast
 import os
 import re
 import subprocess
@@ -45,6 +46,16 @@ def test_named_files_exist(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def shared_flags() -> dict[str, list[str]]:
+    """The flags that each `DEFINE_x` of fused_rec/commands/places.py defines."""
+    source = text_of(ROOT / "fused_rec" / "commands" / "places.py")
+    defined = {}
+    for found in ast.walk(ast.parse(source)):
+        if isinstance(found, ast.FunctionDef) and found.name.startswith("DEFINE_"):
+            defined[found.name] = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', ast.get_source_segment(source, found) or "")
+    return defined
+
+
 def test_commands_have_their_flags(page):
     """Each `python -m experiments.X` and `fused-rec X` is there, and each of its flags is defined, or is a setting."""
     joined = text_of(page).replace("\\\n", " ")
@@ -54,7 +65,7 @@ def test_commands_have_their_flags(page):
         installed = ROOT / "fused_rec" / "commands" / f"{command}.py"
         source = text_of(installed if installed.exists() else file)
         defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help", "verbosity"}
-        defined |= {"config"} if "DEFINE_config()" in source else set()
+        defined |= {flag for name, flags in shared_flags().items() if f"{name}(" in source for flag in flags}
         for flag in re.findall(r"--([\w.]+)", rest):
             known = flag.removeprefix("no") in defined or flag in defined or flag.partition(".")[0] in defined
             assert known, f"{page.name} gives {command} --{flag}; it knows {', '.join(sorted(defined))}"

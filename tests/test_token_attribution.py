@@ -214,7 +214,7 @@ def test_the_two_nodes_start_at_their_rows_of_the_graph(opened, name):
         with_text, center, matrix = subject._whitening(read, own)
         found = subject._vectors(own, with_text, center.astype(np.float32), matrix.astype(np.float32))
         graph = prepared.graph_inputs.graph
-        expected = [graph.text(side)[row] for side, row in zip((USER, ITEM), rows, strict=True)]
+        expected = [graph.text[side][row] for side, row in zip((USER, ITEM), rows, strict=True)]
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-5)
 
 

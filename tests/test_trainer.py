@@ -343,7 +343,7 @@ def test_a_page_about_a_run(cache, tmp_path, finished):
     assert f"{results['valid']['ndcg@10']:.4f}" in shown  # among the evaluations
     assert model_digest(finished) in page.texts
     assert "popularity" in page.texts and "calm" in page.texts
-    assert "NDCG@10 under the rules by age_band, validation part" in page.texts
+    assert "NDCG@10 under the rules by age_band, validation split" in page.texts
     assert sum("it falls from rank 1" in text or "it stays at rank 1" in text for text in page.texts) == 2
 
     config, prepared, state = load(finished)
