@@ -32,6 +32,7 @@ MIN_GAIN = 1.5  # standard errors
 FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
+FALLBACK = 1e-5  # standard deviations of popularity, beside scores of standard deviation 1
 CHUNK = 1 << 25  # scores that are held at once
 
 
@@ -61,12 +62,14 @@ class ValidationUsers:
       truth: held-out items of all users.
       seen: items of all users that are not ranked.
       allowed: bool [I], the candidates of the split.
+      popularity: float32 [I], by which users are ranked of whom a component says nothing.
     """
 
     users: Int[np.ndarray, "V"]
     truth: UserItemSets
     seen: UserItemSets
     allowed: Bool[np.ndarray, "I"]
+    popularity: Float32[np.ndarray, "I"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +126,18 @@ class ShortLists:
       listed: bool [V, M], False where a list is shorter.
       truth: bool [V, M], which of them are held out.
       n_truth: [V], held-out items of each user, listed or not.
+      fallback: float32 [V, M], order of items with equal sums.
     """
 
     scores: Float32[np.ndarray, "C V M"]
     listed: Bool[np.ndarray, "V M"]
     truth: Bool[np.ndarray, "V M"]
     n_truth: Int[np.ndarray, "V"]
+    fallback: Float32[np.ndarray, "V M"]
 
     def ndcg(self, total: Float32[np.ndarray, "V M"]) -> Float32[np.ndarray, "V"]:
         """Computes the NDCG@10 of each user by these scores of the listed items."""
-        return _ndcg(np.where(self.listed, total, -np.inf), self.truth, self.n_truth)
+        return _ndcg(np.where(self.listed, total + self.fallback, -np.inf), self.truth, self.n_truth)
 
 
 def forward_selection(lists: ShortLists, start: int) -> tuple[list[float], float]:
@@ -188,9 +193,15 @@ def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "
     """NDCG@K of one component alone, over the whole catalogue."""
     parts = []
     for rows, masked, truth in _batches(on, 1):
-        scores = np.where(masked, -np.inf, _scores(candidate, rows))
+        scores = np.where(masked, -np.inf, _scores(candidate, rows) + _fallback(on))
         parts.append(_ndcg(scores, truth, truth.sum(1)))
     return np.concatenate(parts)
+
+
+def _fallback(on: ValidationUsers) -> Float32[np.ndarray, "I"]:
+    """Popularity, so small that it orders only items which a component does not order, as serving does."""
+    spread = on.popularity.std()
+    return np.float32(FALLBACK) * on.popularity / np.float32(spread if spread > 0 else 1)
 
 
 def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
@@ -232,18 +243,20 @@ def _short_lists(chosen: Sequence[Candidate], on: ValidationUsers) -> ShortLists
         depth = min(DEPTH, masked.shape[1])
         listed = truth.copy()
         for own in found:
-            first = np.argpartition(np.where(masked, np.inf, -own), depth - 1, axis=1)[:, :depth]
+            first = np.argpartition(np.where(masked, np.inf, -own - _fallback(on)), depth - 1, axis=1)[:, :depth]
             np.put_along_axis(listed, first, True, axis=1)
         listed &= ~masked
         order = np.argsort(~listed, axis=1, kind="stable")[:, : max(1, int(listed.sum(1).max(initial=0)))]
         kept = np.take_along_axis(listed, order, axis=1)
         scores = np.where(kept, np.take_along_axis(found, order[None], axis=2), 0)
-        parts.append((scores, kept, np.take_along_axis(truth, order, axis=1) & kept, truth.sum(1)))
-    width = max(kept.shape[1] for _, kept, _, _ in parts)
-    scores, listed, truth = (
-        np.concatenate([_padded(part[field], width) for part in parts], axis=-2) for field in range(3)
+        hits = np.take_along_axis(truth, order, axis=1) & kept
+        parts.append((scores, kept, hits, _fallback(on)[order], truth.sum(1)))
+    width = max(part[1].shape[1] for part in parts)
+    scores, listed, truth, fallback = (
+        np.concatenate([_padded(part[field], width) for part in parts], axis=-2) for field in range(4)
     )
-    return ShortLists(scores.astype(np.float32), listed, truth, np.concatenate([part[3] for part in parts]))
+    n_truth = np.concatenate([part[4] for part in parts])
+    return ShortLists(scores.astype(np.float32), listed, truth, n_truth, fallback.astype(np.float32))
 
 
 def _padded(values: np.ndarray, width: int) -> np.ndarray:

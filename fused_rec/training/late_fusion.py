@@ -98,7 +98,7 @@ def _validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
     allowed = np.ones(spec.n_items, bool)
     if spec.candidates is not None:
         allowed = np.isin(np.arange(spec.n_items), spec.candidates)
-    return ValidationUsers(users, truth, spec.seen, allowed)
+    return ValidationUsers(users, truth, spec.seen, allowed, np.asarray(prepared.graph_inputs.popularity, np.float32))
 
 
 def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
