@@ -567,7 +567,7 @@ def _evaluation(
         "results": run.results,
         "split": split,
         "models": compared(per_user, own),
-        "curve": tuple(read_curves(run.workdir / "select")),
+        "curve": tuple(read_curves(run.workdir / run.results["phase"])),
         "slices": slices,
         "rules": of_rules,
     }

@@ -20,6 +20,7 @@ METRICS = (
 Score = Literal["cosine", "dot"]
 LayerCombination = Literal["learned", "mean", "mean_without_input"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
+TEMPERATURES = (0.15, 0.3)  # tried where train.temperature is 0
 ComputeDtype = Literal["float32", "bfloat16"]
 TextFeatureSource = Literal["real", "shuffled", "random"]
 Finetuning = Literal["frozen", "lora", "full"]
@@ -247,7 +248,9 @@ class TrainConfig:
     """Loss, optimizer and early stopping. A batch: `batch_size` users with up to `positives_per_user` items each."""
 
     loss: Loss = "softmax"
-    temperature: float = 0.15  # divides the scores in every loss; 1 for LightGCN's BPR over dot products
+    # divides the scores in every loss; 1 for LightGCN's BPR over dot products; 0 = chosen on validation among
+    # TEMPERATURES, of which large tables take the first
+    temperature: float = 0.15
     batch_size: int = 512  # users per step
     positives_per_user: int = 64  # most positive items sampled per user and step
     # sampled negatives per user, shared over the batch by sampled_softmax; bpr samples one per positive instead
@@ -272,7 +275,7 @@ class TrainConfig:
         _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
         computes = typing.get_args(ComputeDtype)
         _require(self.compute_dtype in computes, "train.compute_dtype", self.compute_dtype, f"one of {computes}")
-        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
+        _require(self.temperature >= 0, "train.temperature", self.temperature, "above 0, or 0 to choose it")
         for name in ("batch_size", "positives_per_user", "num_negatives", "max_steps", "eval_every", "patience"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.num_neighbors >= 0, "train.num_neighbors", self.num_neighbors, "0 or more")
@@ -318,6 +321,11 @@ class Config:
     def encodes_text(self) -> bool:
         """Whether the language model encodes the texts of the tables."""
         return self.model.uses_text and self.text.features != "random"
+
+
+def with_temperature(config: Config, temperature: float) -> Config:
+    """Returns the config with this train.temperature."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, temperature=temperature))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -163,7 +163,7 @@ def test_unknown_names_and_types(values, message):
         ("train", "weight_decay", -0.1, "0 or more"),
         ("train", "seed", -1, "in [0, 2^31)"),
         ("train", "loss", "hinge", "one of ('softmax', 'sampled_softmax', 'bpr')"),
-        ("train", "temperature", 0.0, "above 0"),
+        ("train", "temperature", -0.1, "above 0, or 0 to choose it"),
         ("train", "batch_size", 0, "at least 1"),
         ("train", "positives_per_user", 0, "at least 1"),
         ("train", "num_negatives", 0, "at least 1"),

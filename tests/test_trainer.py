@@ -35,6 +35,7 @@ from fused_rec.distributed import signals
 from fused_rec.explanation.counterfactual import counterfactual_effect, without_interaction
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
+from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.run_dir import TablesChangedError
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
@@ -53,6 +54,7 @@ SETTINGS = {
     "train.eval_every": 5,
     "train.patience": 100,
     "train.learning_rate": 0.02,
+    "train.temperature": 0.15,
     "model.dim": 8,
 }
 CONFIG = "experiments/configs/tables.py"
@@ -542,3 +544,19 @@ def test_a_run_over_sampled_neighbors_resumes_bit_for_bit(tables, cache, tmp_pat
     resumed, progress = trainer.fit(config, prepared, tmp_path / "resumed")
     assert progress.best_step == through.best_step > 0
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_the_temperature_is_chosen_on_validation(tables, cache, tmp_path):
+    """A run per temperature; the better one is what a run with that temperature alone is."""
+    results = run_training(small(tables, cache, train__temperature=0.0, model__late_fusion=True), tmp_path / "chosen")
+    folders = sorted(path.name for path in (tmp_path / "chosen").glob("select*"))
+    assert folders == ["select", "select_0.3"]
+    best = {name: max(line["valid/ndcg@10"] for line in read_curves(tmp_path / "chosen" / name)) for name in folders}
+    assert results["phase"] == max(folders, key=lambda name: best[name])
+    assert results["temperature"] == {"select": 0.15, "select_0.3": 0.3}[results["phase"]]
+    given = small(tables, cache, train__temperature=results["temperature"], model__late_fusion=True)
+    alone = run_training(given, tmp_path / "alone")
+    assert (alone["valid"], alone["test"]) == (results["valid"], results["test"])
+    config, prepared, state = load(tmp_path / "chosen")
+    assert config.train.temperature == results["temperature"]
+    assert evaluate_mean(prepared, scorer(config, prepared, state), "test") == results["test"]

@@ -68,20 +68,21 @@ def main(argv: list[str]) -> None:
     customers = recommended(config, prepared, state, candidate_filter(prepared.dataset), users, 5, token_passages)
     show_customer(customers[0])
 
+    results = read_results(workdir / "fused")
     facts = ReportData(
-        read_results(workdir / "fused"),
+        results,
         counts=counts(prepared.dataset, prepared.split),
         digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
         split="test",
         models=compared(measured, VARIANTS["fused"]),
-        curve=tuple(read_curves(workdir / "fused" / "select")),
+        curve=tuple(read_curves(workdir / "fused" / results["phase"])),
         slices=sliced(prepared, measured[VARIANTS["fused"]], GROUPS),
         rules=None,
         customers=customers,
         selection=f"{CUSTOMER} and others drawn at random",
     )
     write_file(workdir / "report.html", render_page(facts).encode())
-    print(f"\ncheckpoints: {workdir}/fused/select/checkpoints")
+    print(f"\ncheckpoints: {workdir}/fused/{results['phase']}/checkpoints")
     print(f"results:     {workdir}/fused/results.json")
     print(f"page:        {workdir}/report.html")
 

@@ -3,7 +3,8 @@
 workdir/
   run.json             config, and digests of the tables and of their columns; a run with another config (except the
                        settings of `config.NEUTRAL`) or with changed tables is refused
-  select/, refit/      checkpoints and curves of the two phases (refit only with train.refit)
+  select/, refit/      checkpoints and curves of the two phases (refit only with train.refit); select_0.3/ with a second
+                       temperature, where validation chooses it
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
   README.md            the model card: data, training, metrics, and how to load the model
   results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
@@ -31,7 +32,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from fused_rec.config import NEUTRAL, Config, differing, from_dict, to_dict
+from fused_rec.config import NEUTRAL, Config, differing, from_dict, to_dict, with_temperature
 from fused_rec.data.dataset import changes
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.evaluation.slices import Slices
@@ -318,14 +319,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_finished(workdir: Path) -> tuple[Config, int]:
-    """Reads the config and the best step of a finished run.
+def read_finished(workdir: Path) -> tuple[Config, int, str]:
+    """Reads what validation selected in a finished run.
 
     Args:
       workdir: folder of the run.
 
     Returns:
-      The config, and the step of the selected checkpoint.
+      The config with the selected temperature, the step of the selected checkpoint, and the folder of its training.
 
     Raises:
       FileNotFoundError: the folder has no finished run.
@@ -333,10 +334,12 @@ def read_finished(workdir: Path) -> tuple[Config, int]:
     """
     if not (workdir / RESULTS).exists():
         raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with `fused-rec train` first")
-    step = read_results(workdir).get("best_step")
-    if not isinstance(step, int):
-        raise ValueError(f"{workdir / RESULTS} has no best_step; train in a new workdir")
-    return from_dict(read_run(workdir)["config"]), step
+    results = read_results(workdir)
+    for name, kind in (("best_step", int), ("temperature", float), ("phase", str)):
+        if not isinstance(results.get(name), kind):
+            raise ValueError(f"{workdir / RESULTS} has no {name}; train in a new workdir")
+    config = with_temperature(from_dict(read_run(workdir)["config"]), results["temperature"])
+    return config, results["best_step"], results["phase"]
 
 
 def versions() -> dict[str, str]:

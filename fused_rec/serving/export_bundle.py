@@ -91,7 +91,9 @@ def export_bundle(
     users, items = user_item_vectors(config, prepared, state)
     # Each file is built in memory; the index is there twice, as Faiss object and as bytes.
     need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
-    require_memory(need, "the folder's largest file", "lower model.dim, set model.late_fusion to False, or leave out --faiss")
+    require_memory(
+        need, "the folder's largest file", "lower model.dim, set model.late_fusion to False, or leave out --faiss"
+    )
 
     def fill(partial: Path) -> None:
         save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())

@@ -100,8 +100,8 @@ def model_digest(workdir: str | Path, split: str = "test") -> str:
 
 
 def _chosen(workdir: Path, split: str) -> tuple[Config, Checkpoints, int]:
-    config, step = read_finished(workdir)
-    phase = "refit" if config.train.refit and split != "valid" else "select"
+    config, step, selected = read_finished(workdir)
+    phase = "refit" if config.train.refit and split != "valid" else selected
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
     if step not in checkpoints.steps():
         raise FileNotFoundError(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_rec.config import Config, from_dict, to_dict
+from fused_rec.config import TEMPERATURES, Config, from_dict, to_dict, with_temperature
 from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import computes
@@ -185,6 +185,8 @@ def run_trial(
       trial: the trial.
     """
     tried = with_settings(config, trial.params)
+    if not tried.train.temperature:  # of a run chosen by training twice; here trials choose
+        tried = with_temperature(tried, TEMPERATURES[0])
 
     def report(step: int, value: float) -> None:
         trial.report(value, step)

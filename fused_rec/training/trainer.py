@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fused_rec.config import Config, to_dict
+from fused_rec.config import TEMPERATURES, Config, to_dict, with_temperature
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import processes, signals
@@ -68,6 +68,7 @@ from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
+MANY_INTERACTIONS = 100_000  # above, a temperature is not chosen by training twice
 LOSS_EVERY = 10  # steps between reads of the loss; each read waits for the device
 
 
@@ -136,8 +137,8 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
 
 def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
     """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
-    state, progress = fit(config, prepared, workdir / "select", metric_writer_of=shown)
-    seconds = progress.seconds
+    given = config
+    config, phase, state, progress, seconds = _select(config, prepared, workdir, shown)
     prepared = with_finetuned_text(config, prepared, state)
     fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
     prepared = with_late_fusion(prepared, fusion)
@@ -160,10 +161,15 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         valid=valid,
         test=mean(per_user),
         slices=evaluate_slices(prepared, score, per_user),
-        selected={"best_step": progress.best_step, "late_fusion": fusion and dataclasses.asdict(fusion)},
+        selected={
+            "best_step": progress.best_step,
+            "phase": phase,
+            "temperature": config.train.temperature,
+            "late_fusion": fusion and dataclasses.asdict(fusion),
+        },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        config=config,
+        config=given,
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
@@ -172,9 +178,32 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     return results
 
 
+def _select(
+    config: Config, prepared: Prepared, workdir: Path, shown: MetricWriter | None
+) -> tuple[Config, str, TrainState, Progress, float]:
+    """Trains with each temperature to try, and returns config, folder, state and progress of the best, and the seconds.
+
+    Large tables take the first of `TEMPERATURES`: it is the better one there, and a second training takes long.
+    """
+    tried = (config.train.temperature,)
+    if not config.train.temperature:
+        tried = TEMPERATURES if len(prepared.observed.item) <= MANY_INTERACTIONS else TEMPERATURES[:1]
+    found, seconds = None, 0.0
+    for number, temperature in enumerate(tried):
+        phase, own = f"select_{temperature:g}" if number else "select", with_temperature(config, temperature)
+        state, progress = fit(own, prepared, workdir / phase, metric_writer_of=shown)
+        seconds += progress.seconds
+        if found is None or (progress.best or 0) > (found[3].best or 0):
+            found = own, phase, state, progress
+    assert found is not None
+    if len(tried) > 1:
+        LOG.info("validation chooses the temperature %g of %s", found[0].train.temperature, tried)
+    return *found, seconds
+
+
 def _card(workdir: Path, prepared: Prepared, results: Mapping[str, Any]) -> str:
     """The model card of the selected checkpoint."""
-    checkpoints = Path("refit" if results["config"]["train"]["refit"] else "select") / "checkpoints"
+    checkpoints = Path("refit" if results["config"]["train"]["refit"] else results["phase"]) / "checkpoints"
     step = results["best_step"]
     digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
     return card(results, counts(prepared.dataset, prepared.split), digests, (checkpoints / str(step)).as_posix())

@@ -31,6 +31,7 @@ SETTINGS = {
     "train.eval_every": 3,
     "train.patience": 100,
     "train.learning_rate": 0.02,
+    "train.temperature": 0.15,
     "train.refit": True,
 }
 KINDS = ("any time", "any time", "while saving", "while saving", "after a save", "second phase")
