@@ -48,10 +48,10 @@ def paired_bootstrap(
     bootstrap over users; where seeds dominate, the t test over seeds.
 
     Intervals: percentiles 2.5 and 97.5 of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    section 13.3), the relative one of mean(a*) / mean(b*) - 1. Two-sided p: how often a draw strays from the
-    observed difference d by as much as that is from 0, p = (1 + #{|d* - d| >= |d|}) / (1 + N): the bootstrap shifted
-    to the null hypothesis, as in Smucker, Allan and Carterette (CIKM 2007; Sakai, SIGIR 2006, studentised), with
-    the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
+    section 13.3), the relative one of mean(a*) / mean(b*) - 1 in the same draws. Two-sided p: how often a draw strays
+    from the observed difference d by as much as that is from 0, p = (1 + #{|d* - d| >= |d|}) / (1 + N): the bootstrap
+    shifted to the null hypothesis, as in Smucker, Allan and Carterette (CIKM 2007; Sakai, SIGIR 2006, studentised),
+    with the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
 
     Args:
       a: metric of the first model by seed and user. Users with NaN in any run are ignored.
