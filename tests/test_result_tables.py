@@ -39,17 +39,27 @@ def test_markdown_cell_by_cell(report):
     assert lines[0] == "| variant | seeds | ndcg@10 | fused vs. row | seconds | parameters |"
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: |"
     assert lines[2] == "| fused | 2 | 0.6500 ± 0.1414 | – | 10 | 1,200 |"
-    assert lines[3].startswith("| no_social_edges | 2 | 0.5500 ± 0.1414 | +18.2 % [+14.3, +25.0], p < .001 |")
+    assert lines[3].startswith("| no_social_edges | 2 | 0.5500 ± 0.1414 | +18.2 % [+16.7, +20.0], p < .001 |")
     assert lines[4] == "| bad | 1 | failed | – | 11 | 7 |"
-    assert lines[5].startswith("| popularity | 1 | 0.0000 | +0.6500 [+0.5000, +0.8000], p ")
+    tested = report["differences"][1]
+    interval = f"[{tested['low']:+.4f}, {tested['high']:+.4f}]"
+    assert lines[5].startswith(f"| popularity | 1 | 0.0000 | +0.6500 {interval}, p = .")
     assert lines[5].endswith("| 10 | – |")
     assert lines[-1] == "Failed: bad, seed 0: NonFiniteLossError: 100 % \\| of_it is nan &amp; &lt;worse&gt;"
+
+
+def test_rounding_is_shown_as_no_difference(report):
+    """A control that changes nothing but the order of sums: p is 1, and no zero has a sign of its own."""
+    base = np.linspace(0.1, 1, 300, dtype=np.float32).reshape(3, 100)
+    values = {"fused": {"ndcg@10": base * np.float32(1 - 1e-7)}, "no_social_edges": {"ndcg@10": base}}
+    report["differences"] = differences(values, "fused")
+    assert "+0.0 % [+0.0, +0.0], p = 1.000" in markdown(report, ["ndcg@10"]).splitlines()[3]
 
 
 def test_latex_is_escaped(report):
     text = latex(report, ["ndcg@10"])
     assert r"\begin{tabular}{lrrrrr}" in text
-    assert r"no\_social\_edges & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+14.3, +25.0], p $<$ .001 & 10 & 1,000 \\" in text
+    assert r"no\_social\_edges & 2 & 0.5500 $\pm$ 0.1414 & +18.2 \% [+16.7, +20.0], p $<$ .001 & 10 & 1,000 \\" in text
     assert r"100 \% \textbar{} of\_it is nan \& $<$worse$>$" in text
     assert text.count("\\\\\n") == 5
     report["failures"][0]["message"] = r"a\b~c^d{e}#$"

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from fused_rec.memory import require_memory
 
 BLOCK = 4_000_000  # resampled users per block: 32 MB of indices
+ROUNDING = 1e-6  # relative; a metric of a user is a float32 sum, equal lists in another order differ by less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,23 @@ def paired_bootstrap(
 ) -> Difference:
     """Tests the difference of two models on the same users (so V = W).
 
-    A draw takes V of the users and S of the seeds with replacement, the same users for both models (pairs stay
-    pairs), and the same seeds if both have equally many; a model with one run keeps it. The interval covers the sample
-    of users and the variance of training; of the latter only (S - 1) / S, an underestimate with few seeds.
+    Users and training are both random. With d_u the difference of user u averaged over seeds, the variance of the mean
+    is estimated by s_users^2 / V + sum_m c_m, c_m = max(0, s_m^2 - r_m / V) / S_m: s_users^2 is the variance of d_u,
+    s_m^2 the variance of the seeds' means (divided by S - 1), and r_m the mean square of the interaction of seed and
+    user, which s_users^2 contains already (analysis of variance of crossed random effects; Searle, Casella and
+    McCulloch, Variance Components, 1992, chapter 4). m is a - b by seed if both have equally many (pairs stay pairs),
+    else a and b apart; a model with one run adds nothing.
+
+    A draw takes V of the users with replacement, the same for both models, and adds for each m noise sqrt(c_m) t, with
+    t of Student's distribution with S_m - 1 degrees of freedom. Sums of such terms are the solution of Behrens and
+    Fisher, which is conservative at most (Robinson, Annals of Statistics 4, 1976). Where users dominate, this is the
+    bootstrap over users; where seeds dominate, the t test over seeds.
 
     Intervals: percentiles 2.5 and 97.5 of the draws (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    section 13.3), the relative one of mean(a*) / mean(b*) - 1. Two-sided p: how often a draw strays from the
-    observed difference d by as much as that is from 0, p = (1 + #{|d* - d| >= |d|}) / (1 + N): the bootstrap shifted
-    to the null hypothesis, as in Smucker, Allan and Carterette (CIKM 2007; Sakai, SIGIR 2006, studentised), with
-    the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
+    section 13.3), the relative one of mean(a*) / mean(b*) - 1 in the same draws. Two-sided p: how often a draw strays
+    from the observed difference d by as much as that is from 0, p = (1 + #{|d* - d| >= |d|}) / (1 + N): the bootstrap
+    shifted to the null hypothesis, as in Smucker, Allan and Carterette (CIKM 2007; Sakai, SIGIR 2006, studentised),
+    with the observation counted as a draw (Davison and Hinkley, 1997, section 4.2.3), so that it is never 0.
 
     Args:
       a: metric of the first model by seed and user. Users with NaN in any run are ignored.
@@ -51,18 +60,38 @@ def paired_bootstrap(
       seed: random seed.
 
     Returns:
-      Difference, intervals and p-value.
+      Difference, intervals and p-value. Differences within `ROUNDING` of the mean are 0, with p = 1.
 
     Raises:
       ValueError: different users, no user with values in all runs, or draws below 1.
       InsufficientMemoryError: the resamples do not fit.
     """
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a has {a.shape[1]} users and b {b.shape[1]}; they must be the same users")
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
+    a, b = _common_users(a, b)
+    mean_a, mean_b = a.mean(), b.mean()
+    of_a, of_b = _drawn_means(a, b, draws, np.random.default_rng(seed))
+    rounding = ROUNDING * max(np.abs(a).mean(), np.abs(b).mean())
+    difference, drawn = (np.where(np.abs(x) <= rounding, 0.0, x) for x in (mean_a - mean_b, of_a - of_b))
+    # Sums in another order differ in their last bits; what is equal must count as equal.
+    strays = np.abs(drawn - difference) >= np.abs(difference) * (1 - 1e-9)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(of_b == 0, np.nan, drawn / of_b)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    relative_low, relative_high = np.quantile(ratio, (0.025, 0.975))
+    relative = difference / mean_b if mean_b else math.nan
+    values = (difference, low, high, relative, relative_low, relative_high, (1 + strays.sum()) / (1 + draws))
+    return Difference(*map(float, values))
+
+
+def _common_users(
+    a: Float[np.ndarray, "S_a V"], b: Float[np.ndarray, "S_b W"]
+) -> tuple[Float64[np.ndarray, "S_a K"], Float64[np.ndarray, "S_b K"]]:
+    """Returns the values of the K users with a value in every run; raises as `paired_bootstrap`."""
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has {a.shape[1]} users and b {b.shape[1]}; they must be the same users")
     n, runs = a.shape[1], len(a) + len(b)
-    # In float64 as they are, by user, and joined; and what a block of draws counts.
+    # In float64, their differences, and the interaction of users and seeds; and what a block of draws counts.
     what = f"a bootstrap of {runs} runs over {n:,} users"
     require_memory(
         24 * runs * n + 24 * max(BLOCK, n), what, "compare fewer variants or seeds at a time, or fewer users"
@@ -70,19 +99,7 @@ def paired_bootstrap(
     known = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
     if not known.any():
         raise ValueError("no user has a value in every run; there is nothing to compare")
-    a, b = a[:, known].astype(np.float64), b[:, known].astype(np.float64)
-    of_a, of_b = _resampled_means(a, b, draws, np.random.default_rng(seed))
-    mean_a, mean_b = a.mean(), b.mean()
-    difference, drawn = mean_a - mean_b, of_a - of_b
-    # Sums in another order differ in their last bits; what is equal must count as equal.
-    strays = np.abs(drawn - difference) >= np.abs(difference) * (1 - 1e-9)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(of_b == 0, np.nan, of_a / of_b - 1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    relative_low, relative_high = np.quantile(ratio, (0.025, 0.975))
-    relative = difference / mean_b if mean_b else math.nan
-    values = (difference, low, high, relative, relative_low, relative_high, (1 + strays.sum()) / (1 + draws))
-    return Difference(*map(float, values))
+    return a[:, known].astype(np.float64), b[:, known].astype(np.float64)
 
 
 def mean_interval(
@@ -93,11 +110,13 @@ def mean_interval(
     return found.difference, found.low, found.high
 
 
-def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random.Generator) -> Float64[np.ndarray, "N"]:
+def resampled_means(
+    values: Float64[np.ndarray, "V *columns"], draws: int, rng: np.random.Generator
+) -> Float64[np.ndarray, "N *columns"]:
     """Computes bootstrap means: of V users drawn with replacement, `draws` times.
 
     Args:
-      values: a value per user.
+      values: values by user.
       draws: N.
       rng: random generator.
     """
@@ -106,19 +125,34 @@ def resampled_means(values: Float64[np.ndarray, "V"], draws: int, rng: np.random
     return np.concatenate(list(blocks))
 
 
-def _resampled_means(
+def _drawn_means(
     a: Float64[np.ndarray, "S_a V"], b: Float64[np.ndarray, "S_b V"], draws: int, rng: np.random.Generator
 ) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:
-    """Computes the means of both over the users and seeds of each draw."""
-    n = a.shape[1]
-    seeds = [_counts(rng, draws, len(a)) / len(a)]
-    seeds.append(seeds[0] if len(a) == len(b) else _counts(rng, draws, len(b)) / len(b))
-    both, means = np.concatenate([a, b]).T, []
-    step = max(1, BLOCK // n)
-    for start in range(0, draws, step):
-        means.append(_counts(rng, min(step, draws - start), n) @ both / n)
-    of_a, of_b = np.split(np.concatenate(means), [len(a)], axis=1)
-    return (of_a * seeds[0]).sum(1), (of_b * seeds[1]).sum(1)
+    """Draws the means of both models, as `paired_bootstrap` describes."""
+    drawn = resampled_means(np.stack([a.mean(0), b.mean(0)], axis=1), draws, rng)
+    apart = [(a, b.mean(0, keepdims=True)), (a.mean(0, keepdims=True), b)]
+    for of_a, of_b in [(a, b)] if len(a) == len(b) else apart:
+        share = _share_of_seeds(of_a - of_b)
+        if not share:
+            continue
+        of_seeds = np.stack(np.broadcast_arrays(of_a.mean(1), of_b.mean(1)), axis=1)
+        n = len(of_seeds)
+        # Normal weights, the same for both models: their difference gets noise of variance s^2 / S, and after division
+        # by the root of chi^2 / (S - 1), t noise.
+        weights = rng.standard_normal((draws, n)) / np.sqrt(n * rng.chisquare(n - 1, (draws, 1)))
+        drawn += math.sqrt(share) * weights @ (of_seeds - of_seeds.mean(0))
+    return drawn[:, 0], drawn[:, 1]
+
+
+def _share_of_seeds(values: Float64[np.ndarray, "S V"]) -> float:
+    """Estimates the share of the seeds' variance that is not of the interaction with users, max(0, 1 - r / (V s^2))."""
+    seeds, users = values.shape
+    rest = values - values.mean(0)
+    of_seeds = rest.mean(1)
+    rest -= of_seeds[:, None]
+    between, interaction = float(of_seeds @ of_seeds), float(np.vdot(rest, rest))
+    # Both have the factor 1 / (S - 1).
+    return max(0.0, 1 - interaction / (users * max(users - 1, 1) * between)) if between else 0.0
 
 
 def _counts(rng: np.random.Generator, draws: int, n: int) -> Int64[np.ndarray, "N n"]:
