@@ -604,8 +604,19 @@ def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
         own.append(branch_loss(vectors, TWO, batch_of(0)))
     assert abs(own[0] - own[1]) > 0.01
     metrics = one_step(two_branches, params)[1]
-    expected = {"loss": sum(own), "loss/main": own[0], "loss/words": own[1]}
+    expected = {"loss": sum(own), "loss/graph_branch": own[0], "loss/text_branch": own[1]}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "branches"),
+    [("graph", {"graph_branch"}), ("text", {"text_branch"}), ("fused", {"graph_branch", "text_branch"})],
+)
+def test_losses_are_named_by_their_branch(variant, branches):
+    config = config_of(variant)
+    step, graph_inputs = parallel_train_step(config, 1), shard_graph_inputs(task_of(), 1)
+    metrics = jax.eval_shape(lambda state: step(state, graph_inputs, batch_of(0))[1], shard_state(start(config), 1))
+    assert metrics.keys() == {"loss", "gradient_norm", *(f"loss/{name}" for name in branches)}
 
 
 def test_a_branch_learns_from_its_own_loss_alone(two_branches):

@@ -160,8 +160,8 @@ def test_the_contrast_by_hand():
         assert with_it["loss"] - without["loss"] == pytest.approx(0.5 * contrast, rel=1e-5)
         parts = with_it["loss/contrastive_user"] + with_it["loss/contrastive_item"]
         assert parts == pytest.approx(0.5 * contrast, rel=1e-5)
-        assert with_it["loss/main"] + parts == pytest.approx(with_it["loss"], rel=1e-6)
-        assert without.keys() == {"loss", "loss/main", "gradient_norm"}
+        assert with_it["loss/graph_branch"] + parts == pytest.approx(with_it["loss"], rel=1e-6)
+        assert without.keys() == {"loss", "loss/graph_branch", "gradient_norm"}
 
 
 def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatch):
