@@ -30,7 +30,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # one at the end (`make test`).
 LONGEST = (
     *("trainer", "processes", "notebooks", "tour", "tune", "evaluate", "finetune", "memory", "compare", "commands"),
-    *("train_step", "neighbor_sampling", "token_attribution", "benchmark", "tasks", "export_bundle", "packaging", "api"),
+    *(
+        "train_step",
+        "neighbor_sampling",
+        "token_attribution",
+        "benchmark",
+        "tasks",
+        "export_bundle",
+        "packaging",
+        "api",
+    ),
 )
 
 
