@@ -2,7 +2,7 @@
 # PYTHON=python3.12 make test        make test PYTEST_ARGS="-k losses"
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2 --dist=loadfile
+PYTEST_ARGS ?= -n 2 --dist=loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false

@@ -122,8 +122,8 @@ _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score
 # A counterfactual recomputes score and rank without the interaction that contributes most.
 
 # %%
-holdings = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]
-fr.counterfactual(run, customer, best["item_id"], without=holdings["source"].iloc[0])
+interactions = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]
+fr.counterfactual(run, customer, best["item_id"], without=interactions["source"].iloc[0])
 
 # %% [markdown]
 # ## Reopening a run

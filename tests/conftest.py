@@ -26,6 +26,30 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+# The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
+# one at the end (`make test`).
+LONGEST = (
+    *("trainer", "processes", "notebooks", "tour", "tune", "evaluate", "finetune", "memory", "compare", "commands"),
+    *(
+        "train_step",
+        "neighbor_sampling",
+        "token_attribution",
+        "benchmark",
+        "tasks",
+        "export_bundle",
+        "packaging",
+        "api",
+    ),
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of `LONGEST` to the front."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
     """Frees the compiled programs of a file: no other file runs them, and a worker would grow to several GB."""

@@ -8,7 +8,7 @@ from fused_rec.graph.adjacency import build_adjacencies, build_adjacency, defaul
 from fused_rec.graph.schema import Edges
 
 #   sources 0   1   2   3      weights: 0 -> 0 is 2, 1 -> 0 is 3, 1 -> 2 is -1
-#           | / |              source 2 and 3 send to nobody, target 1 hears nobody
+#           | / |              source 2 and 3 send to nobody, target 1 has no source
 #   targets 0   2   1
 HAND = Edges(np.array([0, 1, 1]), np.array([0, 0, 2]), np.array([2, 3, -1], np.float32))
 

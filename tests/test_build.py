@@ -20,7 +20,7 @@ from fused_rec.graph.build import (
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Relation
 
 #   users   0     1     2     3        0 holds 0 1, 1 holds 1, 2 holds 1 2, 3 holds nothing; nobody holds 3 and 4
-#           | \   |   / |              0 and 1 are friends of each other; 2 follows 0 and 3 (hears them)
+#           | \   |   / |              0 and 1 are friends of each other; 2 follows 0 and 3 (their target)
 #   items   0   - 1 -   2   3   4      sectors: 0 bank, 1 energy, 2 null, 3 bank, 4 null
 #
 # items held by      1, 3, 1, 0, 0 users; users hold 2, 1, 2, 0 items
@@ -79,7 +79,7 @@ def test_holdings_by_hand():
 
 def test_ties_by_hand():
     relations = social_relations(TIES, FOUR)
-    # Friends are mutual, so one relation says it all; who follows hears, and who is followed hears the other way.
+    # Friends are mutual, so one relation is enough; follows has one relation for each direction.
     assert [str(relation) for relation in relations] == ["user-follow-user", "user-follow_of-user", "user-friend-user"]
     assert rows(relations[Relation("user", "friend", "user")]) == {(0, 1): 1, (1, 0): 1}
     assert rows(relations[Relation("user", "follow", "user")]) == approx({(0, 2): 2**-0.5, (3, 2): 2**-0.5})

@@ -228,7 +228,7 @@ def _caught(pid: int) -> int:
 # --- surroundings ----------------------------------------------------------------------------------------------------
 
 
-NOBODY = """
+NO_USER_NAME = """
 import pwd
 def nobody(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
 pwd.getpwuid = nobody
@@ -239,7 +239,7 @@ pwd.getpwuid = nobody
 def homeless(tmp_path) -> dict[str, str | None]:
     """The environment of a user whom the system does not know, as in a container."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NOBODY)
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_USER_NAME)
     return {"HOME": None, "PYTHONPATH": f"{tmp_path / 'site'}:{Path(__file__).parents[1]}"}
 
 

@@ -211,7 +211,7 @@ def test_the_graph_is_built_of_rewired_ties(market):
     kind = true.observed.ties.column("kind")[0].as_py()
     relation = Relation("user", kind, "user")
     assert dict(drawn.graph_inputs.graph.relations)[relation] == dict(true.graph_inputs.graph.relations)[relation]
-    edges = drawn.graph_inputs.graph.adjacencies[relation]  # the source of a tie hears its target
+    edges = drawn.graph_inputs.graph.adjacencies[relation]  # messages go from the target of a tie to its source
     received = zip(np.asarray(edges.receivers).tolist(), np.asarray(edges.senders).tolist(), strict=True)
     assert set(received) == tie_edges(drawn)
     assert tie_edges(again) == tie_edges(drawn) != tie_edges(other)

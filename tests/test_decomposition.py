@@ -201,7 +201,7 @@ def test_the_best_paths_are_the_best_of_all(name, against):
 
 
 def test_a_closed_gate_hides_no_other_path():
-    """Gates of exactly 0, which float32 gives far down a sigmoid, at a user who hears nobody in some relations."""
+    """Gates of exactly 0, which float32 gives far down a sigmoid, at a user without neighbors in some relations."""
     decomposition, _ = opened("graph")
     branch = decomposition.branches[0]
     gate = {relation: np.array(values) for relation, values in branch.weights.gate.items()}

@@ -61,7 +61,7 @@ def given(config, params, graph_inputs, user) -> np.ndarray:
 
 
 def a_user(prepared) -> int:
-    """One who holds, is tied both ways and hears others of similar words."""
+    """A user with interactions, social edges both ways and text neighbors."""
     ties = prepared.observed.ties
     source, target = (set(ties.column(name).to_pylist()) for name in ("source", "target"))
     user_sources = set(prepared.graph_inputs.graph.adjacencies[SIMILAR].receivers.tolist())

@@ -438,14 +438,14 @@ def may(rule: dict, user: dict, item: dict, held: bool) -> bool:
     st.lists(st.one_of(requirements(), refusals()), min_size=1, max_size=4),
     st.sets(st.tuples(st.integers(0, N_USERS - 1), st.integers(0, N_ITEMS - 1))),
 )
-def test_any_rules_mean_what_they_say(users, items, rules, holdings):
+def test_any_rules_mean_what_they_say(users, items, rules, interactions):
     rules = [{"name": f"rule {n}", **rule} for n, rule in enumerate([*rules, {"refuse": "held"}])]
-    pairs = np.array(sorted(holdings), np.int64).reshape(-1, 2)
+    pairs = np.array(sorted(interactions), np.int64).reshape(-1, 2)
     eligible = apply(parse(rules_of(*rules)), users, items, item_sets(pairs[:, 0], pairs[:, 1], N_USERS))
     found = masks(eligible, N_USERS, N_ITEMS)
     for rule in rules:
         expected = [
-            [may(rule, user, item, (u, i) in holdings) for i, item in enumerate(items.to_pylist())]
+            [may(rule, user, item, (u, i) in interactions) for i, item in enumerate(items.to_pylist())]
             for u, user in enumerate(users.to_pylist())
         ]
         assert found[rule["name"]].tolist() == expected, rule

@@ -11,7 +11,7 @@ from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import Edges, Relation
 
 #   users   0   1   2          holds:  0 -> 1 (.5), 2 -> 1 (.25), 1 -> 0 (1)
-#             x   /            trusts: 1 -> 0 (2): user 0 hears user 1
+#             x   /            trusts: 1 -> 0 (2): from user 1 to user 0
 #   items   0   1              nobody wrote a post, and there is none
 #
 # All nodes in one row: users 0 1 2, items 3 4, posts none, tags 5.

@@ -58,7 +58,7 @@ IO_ALLOWED = (
     "runs/loggers.py",
     "serving/write_rankings.py",  # rankings of all customers, part by part
     "serving/export_bundle.py",  # writes the folder of an exported run
-    "distributed/signals.py",  # says that a signal was heard
+    "distributed/signals.py",  # says that a signal was received
     "studies/tune.py",
     "runs/run_dir.py",
 )
@@ -107,6 +107,12 @@ FORBIDDEN_BUILTINS = {"eval", "exec"}
 # Arguments by which a library runs what a file holds, and the values that keep it from it.
 SAFE_ARGUMENTS = {"allow_pickle": False, "trust_remote_code": False, "weights_only": True}
 LOADERS = {"np.load": "allow_pickle", "numpy.load": "allow_pickle"}  # they have to say so
+MAX_LINES, MAX_PARAMETERS = 60, 7  # of a function, with its docstring and without `self`
+# Public functions of `fused_rec` whose further parameters are keywords, one per choice of the caller.
+MANY_PARAMETERS = {
+    "api.py": ("report",),  # one keyword per flag of the command
+    "data/io/tables.py": ("dataset_from_tables",),  # one keyword per table, and the settings of `read_tables`
+}
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
 
@@ -206,7 +212,19 @@ def _docstring_violations(tree: ast.Module, path: str) -> Iterator[tuple[int, st
                 yield node.lineno, f"{node.name} has no docstring"
 
 
-EVERYWHERE = (_library_violations, _naming_violations, _docstring_violations)
+def _size_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_LINES:
+                yield node.lineno, f"{node.name} has {lines} lines; {MAX_LINES} at most, so split it"
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            if count > MAX_PARAMETERS and node.name not in MANY_PARAMETERS.get(path, ()):
+                yield node.lineno, f"{node.name} has {count} parameters; {MAX_PARAMETERS} at most, or a dataclass"
+
+
+EVERYWHERE = (_library_violations, _naming_violations, _docstring_violations, _size_violations)
 IN_PACKAGE = (_layer_violations, _io_violations, *EVERYWHERE)
 
 
@@ -283,6 +301,9 @@ CLEAN = '"""Doc."""\n'
         ("import pickle", "experiments/tune.py", "pickle belongs nowhere"),
         ("", "text/utils.py", "utils names no subject"),
         ("def f(): pass", "graph/build.py", "f has no docstring"),
+        ("def _f():\n    pass" + "\n    pass" * 59, "graph/build.py", "_f has 61 lines"),
+        ("class _C:\n    def f(self, a, b, c, d, *, e, f, g, h): pass", "graph/build.py", "f has 8 parameters"),
+        ("def _f(a, b, c, d, e, f, g, h): pass", "experiments/tune.py", "_f has 8 parameters"),
         ("class C: pass", "graph/build.py", "C has no docstring"),
     ],
 )
@@ -301,6 +322,8 @@ def test_each_rule_can_fail(source, path, expected):
         ("import jraph", "graph/hetero.py"),
         ("np.load('x', allow_pickle=False); f(trust_remote_code=False)", "runs/run_dir.py"),
         ("def _private(): pass", "graph/build.py"),
+        ("def _f():\n    pass" + "\n    pass" * 58, "graph/build.py"),
+        ("class _C:\n    def f(self, a, b, c, d, *, e, f, g): pass", "graph/build.py"),
         ("table.load(x); replace(y); text.replace('a', 'b')", "graph/build.py"),
         ("import orbaxlike", "graph/build.py"),
         ("import experiments.train; print(open('x'))", "experiments/tune.py"),

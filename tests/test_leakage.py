@@ -46,7 +46,7 @@ def check(data: Dataset, parts: Split, observed: Observed | None = None, texts_o
     return audit(data, parts, observed or clean, node_texts(data, texts_of or clean))
 
 
-def holding(seen: Observed, user: np.ndarray, item: np.ndarray) -> Observed:
+def with_pairs(seen: Observed, user: np.ndarray, item: np.ndarray) -> Observed:
     """The same with other pairs, all new."""
     pairs = {"user": user.astype(np.int32), "item": item.astype(np.int32)}
     return dataclasses.replace(seen, **pairs, age=np.zeros(len(user), np.float32))
@@ -83,7 +83,7 @@ def test_held_out_interactions():
     with pytest.raises(LeakError, match=r"1 observed interaction\(s\).*row 3 \(user 1, item 2\) is held out"):
         check(data, parts, known)
     assert audit(data, parts, known, node_texts(data, known), ("train", "valid"))["observed interactions"] == 4
-    invented = holding(observe(data, parts), np.array([2]), np.array([0]))
+    invented = with_pairs(observe(data, parts), np.array([2]), np.array([0]))
     with pytest.raises(LeakError, match=r"row 0 \(user 2, item 0\) is no interaction of the dataset"):
         check(data, parts, invented)
 
@@ -173,7 +173,7 @@ def test_dates():
         check(data, parts, dataclasses.replace(observe(data, parts), ties=ties))
     undated = late.drop_columns("timestamp")
     data = dataclasses.replace(data, reviews=undated, ties=ties.slice(0, 0))
-    seen = holding(observe(data, parts, SPLIT_NAMES), np.zeros(1), np.zeros(1))
+    seen = with_pairs(observe(data, parts, SPLIT_NAMES), np.zeros(1), np.zeros(1))
     with pytest.raises(LeakError, match="has no timestamp, under a split by time"):
         audit(data, parts, seen, node_texts(data, seen))
 
@@ -204,7 +204,7 @@ def test_new_items_and_new_users():
 
 def test_report_names_five_and_counts_the_rest():
     data, parts = market()
-    leaky = holding(observe(data, parts), np.zeros(9), np.full(9, 3))
+    leaky = with_pairs(observe(data, parts), np.zeros(9), np.full(9, 3))
     with pytest.raises(LeakError, match=r"9 observed.*row 4 \(user 0, item 3\) is held out and 4 more\. Take only"):
         check(data, parts, leaky)
 

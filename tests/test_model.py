@@ -66,7 +66,7 @@ def out(config, params, graph=None, dropout=None) -> tuple[np.ndarray, np.ndarra
 
 
 def id_rows(params, node_type):
-    """Id rows as they enter: item 5, which nobody holds, and user 6, who hears nobody, have none."""
+    """Id rows as they enter: item 5, which nobody holds, and user 6, who has no neighbors, have none."""
     rows = np.array(params[f"id_{node_type}"])
     rows[{USER: [6], ITEM: [5]}.get(node_type, [])] = 0
     return rows
@@ -95,7 +95,7 @@ def test_parameters_of_the_text_variant():
         "source_scale_item-held_by-user",
         "layer_weights",
     }
-    assert start(TEXT_ONLY)["layer_weights"].shape == (2,)  # one round: a user hears the words of what they hold
+    assert start(TEXT_ONLY)["layer_weights"].shape == (2,)  # one round: a user is the mean text of their items
 
 
 def test_parameters_of_the_graph_variant():
@@ -251,7 +251,7 @@ def test_a_step_leaves_the_same_holdings_out_both_ways():
     user, item = id_rows(params, USER), id_rows(params, ITEM)
 
     def weights(dropout=None):
-        """Users x items as users hear them, and as items do; the readout is half input, half message."""
+        """Users x items as users aggregate items, and items users; a layer combination of half input, half message."""
         users, items = out(config, params, graph, dropout)
         return (2 * users - user) @ np.linalg.pinv(item), ((2 * items - item) @ np.linalg.pinv(user)).T
 
@@ -367,7 +367,7 @@ def test_interactions_are_counted_by_item():
 @pytest.mark.parametrize("config", [FUSED, GRAPH_ONLY], ids=lambda config: config.variant)
 @pytest.mark.parametrize(("place", "rows", "unknown", "known"), [(0, "id_user", 6, 5), (1, "id_item", 5, 4)])
 def test_the_id_row_of_whom_no_user_tells_counts_for_nothing(config, place, rows, unknown, known):
-    """User 6 hears nobody, item 5 is held by nobody."""
+    """User 6 has no neighbors, item 5 no users."""
     params = anywhere(config)
     before, other = (out(config, tree) for tree in (params, {**params, rows: params[rows].at[unknown].add(10.0)}))
     for mine, theirs in zip(before, other, strict=True):
@@ -377,7 +377,7 @@ def test_the_id_row_of_whom_no_user_tells_counts_for_nothing(config, place, rows
     assert np.abs(after[place][known] - before[place][known]).max() > 0.1
 
 
-# --- two towers ----------------------------------------------------------------------------------------------------
+# --- two branches --------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -386,7 +386,7 @@ def run_branches(config, params, graph, dropout=None) -> Any:
 
 
 def branches_anywhere(config):
-    """Parameters of the towers by name, none exactly 0 or 1."""
+    """Parameters of the branches by name, none exactly 0 or 1."""
     names = ("main", "words") if config.variant == "fused" else ("main",)
     return {name: anywhere(TEXT_ONLY if name == "words" else config) for name in names}
 
@@ -456,7 +456,7 @@ def market_with_new_items(swapped=False):
 
 
 def test_a_new_item_is_scored_by_its_words_alone():
-    """As the tower of words does; sectors, text neighbours and id rows of new items have no say in it."""
+    """As the text branch does; sectors, text neighbors and ID rows of new items do not change it."""
     params = branches_anywhere(FUSED)
     rows = np.random.default_rng(1).normal(size=(2, DIM)).astype(np.float32)
     params["main"] = {**params["main"], "id_item": jnp.concatenate([params["main"]["id_item"], rows])}

@@ -103,7 +103,7 @@ def same_slope(one, other):
     ],
 )
 def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, descent):
-    """Loss and gradient of each tower, with dropout, noise and contrast, whichever devices share the sample."""
+    """Loss and gradient of each branch, with dropout, noise and contrast, whichever devices share the sample."""
     config = config_of(variant, loss)
     full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
     for count in devices:
@@ -157,7 +157,7 @@ def of_seed(seed: int) -> Config:
 
 
 def drawn_edges(config, step, devices=1) -> set[tuple]:
-    """(sender, receiver) of the holdings heard in a step, by their numbers in the market."""
+    """(sender, receiver) of the interactions sampled in a step, by their numbers in the market."""
     graph_inputs, batches = market()
     part, users = neighbor_sampler(config, graph_inputs, batches[:3], devices)(step, batches[step])
     node_ids: Any = part.graph.node_ids

@@ -187,7 +187,7 @@ def test_a_killed_process_stops_the_others_and_one_alone_goes_on(tables, tmp_pat
 
 
 def test_what_tells_of_others_is_no_fault_of_the_input(monkeypatch):
-    """As heard of killed neighbours: which of the two it is depends on where the others were lost."""
+    """As reported of killed processes: which of the two it is depends on where the others were lost."""
     lost = "Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error: Connection reset by peer"
     reported = [RuntimeError(lost), ValueError(f"UNKNOWN: {lost}")]
     own = [ValueError("train.seed is -1"), OSError("no space left on device"), ImportError("no module")]

@@ -49,7 +49,7 @@ def hand_coefficients(rounds):
     [
         (0, [1, 2], [3, 4, 5]),
         # user 0: 0 * 1 + 1 * (1 * 3 + .5 * 4) = 5       user 1: 1 * 1 + .5 * (2 * 4) = 5
-        # item 0: 1 * 1 = 1     item 1: .5 * 1 + 2 * 2 = 4.5     item 2: hears nobody, 0
+        # item 0: 1 * 1 = 1     item 1: .5 * 1 + 2 * 2 = 4.5     item 2: no neighbors, 0
         (1, [1 + 50, 2 + 50], [3 + 10, 4 + 45, 5]),
         # user 0: 2 * 1 + 1 * (1 * 1 + .5 * 4.5) = 5.25   user 1: 0 * 1 + 1 * (2 * 4.5) = 9
         # item 0: 1 * 5 = 5     item 1: 2 * (.5 * 5 + 2 * 5) = 25
@@ -68,7 +68,7 @@ def test_a_type_that_receives_nothing_falls_isolated():
     )
     only = PropagationWeights(edge, source_scale, gate, {}, every.layer_weights)
     out = propagate(WHOLE, only, INPUTS, WORDS)
-    # Items keep their input; users hear them once: user 0 1 * 3 + .5 * 4 = 5, user 1 .5 * 8 = 4, then nothing.
+    # Items keep their input; users aggregate it once: user 0 1 * 3 + .5 * 4 = 5, user 1 .5 * 8 = 4, then nothing.
     assert out["item"].ravel().tolist() == [3, 4, 5]
     assert out["user"].ravel().tolist() == [1 + 50, 2 + 40]
 

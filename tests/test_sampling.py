@@ -24,10 +24,10 @@ from fused_rec.graph.sampling import (
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges
 
 GRAPH = tiny.whole()
-HEARS = GRAPH.adjacencies
+ADJACENCIES = GRAPH.adjacencies
 
 
-def sampled(seeds, num_layers=2, num_neighbors=100, adjacencies=HEARS, counts=tiny.COUNTS, seed=0) -> Sample:
+def sampled(seeds, num_layers=2, num_neighbors=100, adjacencies=ADJACENCIES, counts=tiny.COUNTS, seed=0) -> Sample:
     arrays = {node_type: np.array(nodes) for node_type, nodes in seeds.items()}
     rng = np.random.default_rng(seed)
     return sample(adjacencies, counts, arrays, num_layers=num_layers, num_neighbors=num_neighbors, rng=rng)
@@ -43,7 +43,7 @@ def pairs(edges: Edges) -> set[tuple[int, int]]:
 
 # Users 0 - 3 and items 0 - 3 in a chain, u0 i0 u1 i1 u2 i2; user 3 and item 3 are held by and hold nobody.
 CHAIN = {USER: 4, ITEM: 4}
-CHAIN_HEARS = build_adjacencies(
+CHAIN_ADJACENCIES = build_adjacencies(
     hetero_graph(
         CHAIN,
         bidirectional_edges(INTERACTS, INTERACTED_BY, np.array([0, 1, 1, 2, 2]), np.array([0, 0, 1, 1, 2]), CHAIN),
@@ -57,20 +57,20 @@ CHAIN_HEARS = build_adjacencies(
     [
         (0, [0, 3], [], set(), set()),
         (1, [0, 3], [0], {(0, 0)}, set()),
-        # (sender, receiver): item 0 is heard by user 0, and hears users 0 and 1, who hear nobody any more.
+        # (sender, receiver): item 0 sends to user 0 and receives from users 0 and 1, who receive nothing any more.
         (2, [0, 1, 3], [0], {(0, 0)}, {(0, 0), (1, 0)}),
         (3, [0, 1, 3], [0, 1], {(0, 0), (0, 1), (1, 1)}, {(0, 0), (1, 0)}),
     ],
 )
 def test_rounds_walk_so_many_edges_back(num_layers, users, items, held_by, holds):
-    found = sampled({USER: [3, 0, 0]}, num_layers, adjacencies=CHAIN_HEARS, counts=CHAIN)
+    found = sampled({USER: [3, 0, 0]}, num_layers, adjacencies=CHAIN_ADJACENCIES, counts=CHAIN)
     assert (found.nodes[USER].tolist(), found.nodes[ITEM].tolist()) == (users, items)
     assert (pairs(found.edges[INTERACTED_BY]), pairs(found.edges[INTERACTS])) == (held_by, holds)
 
 
 def test_with_room_for_all_neighbors_the_edges_are_those_of_the_graph():
     found = sampled({USER: np.arange(7), ITEM: np.arange(6), "sector": [0, 1]}, num_layers=1, num_neighbors=5)
-    for relation, adjacencies in HEARS.items():
+    for relation, adjacencies in ADJACENCIES.items():
         edges = found.edges[relation]
         order = np.lexsort((edges.senders, edges.receivers))
         for mine, whole in zip(edges, (adjacencies.senders, adjacencies.receivers, adjacencies.weight), strict=True):
@@ -105,7 +105,7 @@ def test_draws_are_distinct_and_below_each_degree():
 
 @pytest.mark.parametrize("num_neighbors", [1, 2])
 def test_the_mean_of_drawn_sums_is_the_whole_sum(num_neighbors):
-    adjacencies, x = HEARS[INTERACTED_BY], np.random.default_rng(0).normal(size=tiny.COUNTS[ITEM])
+    adjacencies, x = ADJACENCIES[INTERACTED_BY], np.random.default_rng(0).normal(size=tiny.COUNTS[ITEM])
     whole = np.bincount(adjacencies.receivers, adjacencies.weight * x[adjacencies.senders], 7)
     sums = np.empty((4_000, 7))
     for number, rng in enumerate(np.random.default_rng(1).spawn(len(sums))):
@@ -135,7 +135,7 @@ def test_what_is_placed_is_the_sample(devices):
         np.testing.assert_array_equal(numbers[node_type][at], nodes)
         np.testing.assert_array_equal(graph.text[node_type][at], GRAPH.text[node_type][nodes])
         assert np.abs(graph.text[node_type]).sum() == np.abs(GRAPH.text[node_type][nodes]).sum()
-    for relation, whole in HEARS.items():
+    for relation, whole in ADJACENCIES.items():
         edges, seen = found.edges[relation], set()
         for device, part in enumerate(shard_adjacency(graph.adjacencies[relation], devices, room.edges[relation])):
             assert len(part.senders) == room.edges[relation]
@@ -153,7 +153,7 @@ def test_what_is_placed_is_the_sample(devices):
 
 
 def test_no_sample_is_larger_than_the_bound():
-    bound = max_capacity(HEARS, tiny.COUNTS, 2, 2)
+    bound = max_capacity(ADJACENCIES, tiny.COUNTS, 2, 2)
     assert bound.nodes == {USER: 4, ITEM: 3, "sector": 1}
     # Items 0, 2, 4 have three, two and three holders; items 1 and 3 two each.
     assert bound.edges[INTERACTS] == 6

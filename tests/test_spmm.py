@@ -23,7 +23,7 @@ BACKENDS: list[Backend] = [
 ]
 
 #   sources 0   1   2   3      weights: 0 -> 0 is 2, 1 -> 0 is 3, 1 -> 2 is -1
-#           | / |              source 2 and 3 send to nobody, target 1 hears nobody
+#           | / |              source 2 and 3 send to nobody, target 1 has no source
 #   targets 0   2   1
 HAND = Edges(np.array([0, 1, 1]), np.array([0, 0, 2]), np.array([2, 3, -1], np.float32))
 
@@ -69,7 +69,7 @@ def test_narrow_rows_are_summed_in_float32(backend):
     y = neighbor_sum(adjacency, adjacency.weight, jnp.ones((count, 2), jnp.bfloat16))
     assert y.dtype == jnp.float32
     assert y.tolist() == [[count, count]]
-    # The other way round: one source, told to all, hears from all.
+    # The other way round: one source, a neighbor of all, aggregates all.
     back = Edges(np.zeros(count, np.int64), np.arange(count), np.ones(count, np.float32))
     reverse = build_adjacency(back, 1, count, backend)
     by_weight, by_x = jax.grad(lambda w, x: neighbor_sum(reverse, w, x).sum(), (0, 1))(

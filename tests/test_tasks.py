@@ -104,7 +104,7 @@ def test_douban_book_takes_steps(tmp_path):
     assert int(state.step) == 2
 
 
-# --- new users and items of a small market, its words told by a made-up encoder
+# --- new users and items of a small market, its texts encoded by a made-up encoder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +159,7 @@ def new_users() -> tuple[Dataset, Split, np.ndarray]:
     data_split = split(market, SplitConfig(kind="new_users"))
     held = np.setdiff1d(column(market.interactions, "user")[data_split.train], [])
     source, target = (column(market.ties, name) for name in ("source", "target"))
-    asked = source[np.isin(target, held)]  # they hear somebody who holds something
+    asked = source[np.isin(target, held)]  # they have a neighbor with interactions
     reported = np.flatnonzero(np.array(market.users.column("text").is_valid()))
     test = np.unique(column(market.interactions, "user")[data_split.test])
     four = np.intersect1d(np.intersect1d(test, asked), reported)[:4]
@@ -204,7 +204,7 @@ def test_the_id_row_of_a_user_of_whom_nothing_is_known_is_never_trained(new_user
 
 
 def test_new_items_are_ranked_by_their_words_alone(tmp_path):
-    """Two new items that exchange their words exchange their scores, which the tower of words gives alone."""
+    """Two new items that exchange their words exchange their scores, which the text branch gives alone."""
     market = make_synthetic(0, n_users=120, n_items=25)
     data_split = split(market, SplitConfig(kind="new_items"))
     assert data_split.test_candidates is not None

@@ -440,7 +440,7 @@ def test_embed_leaves_nothing_out():
     for one, same, count in zip(
         vectors(config, params, graph_inputs), vectors(config, params, graph_inputs), (7, 6), strict=True
     ):
-        assert one.shape == (count, 3 + 3 + 1)  # two towers and the popularity
+        assert one.shape == (count, 3 + 3 + 1)  # two branches and the popularity
         np.testing.assert_array_equal(one, same)
 
 
@@ -535,14 +535,14 @@ def test_dropout_follows_the_seed(learner):
     assert losses[3] == losses[0]
 
 
-# --- two towers and how popular an item is -------------------------------------------------------------------------
+# --- two branches and how popular an item is ----------------------------------------------------------------------
 
 
 COUNT = np.array([3, 2, 2, 2, 3, 0])  # holders of each item
 
 
 def test_popularity_alone_is_how_often_each_item_is_held():
-    """Mute towers score zero. With one added to each count, as items that nobody holds must have a logarithm."""
+    """Branches of zeros score zero. One is added to each count, so that items without users have a logarithm."""
     config = of_model(config_of(temperature=0.4), popularity_weight=1.0)
     graph_inputs, params = task_of(), jax.tree.map(jnp.zeros_like, start(config).params)
     for weight, odds in ((1.0, COUNT + 1), (0.5, np.sqrt(COUNT + 1)), (2.0, (COUNT + 1) ** 2), (0.0, np.ones(6))):
@@ -604,12 +604,23 @@ def test_the_loss_is_the_sum_of_the_branches_own(two_branches):
         own.append(branch_loss(vectors, TWO, batch_of(0)))
     assert abs(own[0] - own[1]) > 0.01
     metrics = one_step(two_branches, params)[1]
-    expected = {"loss": sum(own), "loss/main": own[0], "loss/words": own[1]}
+    expected = {"loss": sum(own), "loss/graph_branch": own[0], "loss/text_branch": own[1]}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("variant", "branches"),
+    [("graph", {"graph_branch"}), ("text", {"text_branch"}), ("fused", {"graph_branch", "text_branch"})],
+)
+def test_losses_are_named_by_their_branch(variant, branches):
+    config = config_of(variant)
+    step, graph_inputs = parallel_train_step(config, 1), shard_graph_inputs(task_of(), 1)
+    metrics = jax.eval_shape(lambda state: step(state, graph_inputs, batch_of(0))[1], shard_state(start(config), 1))
+    assert metrics.keys() == {"loss", "gradient_norm", *(f"loss/{name}" for name in branches)}
+
+
 def test_a_branch_learns_from_its_own_loss_alone(two_branches):
-    """Whatever the other tower says; both learn."""
+    """Whatever the other branch; both learn."""
     one, other = start(TWO).params, start(of_training(TWO, seed=1)).params
     both, _ = one_step(two_branches, one)
     mixed, _ = one_step(two_branches, {"main": other["main"], "words": one["words"]})

@@ -485,12 +485,12 @@ def test_recommend_explains_every_row(cache, finished, tmp_path):
             assert sum(part["value"] for part in explained["parts"]) == pytest.approx(row["score"], rel=1e-4)
             assert {"interaction", "own_text", "popularity"} <= {part["kind"] for part in explained["parts"]}
             assert all(reason.keys() == {"code", "text"} for reason in explained["reasons"])
-            # Nobody is told of another customer.
+            # No reason names another customer.
             assert not any("C0" in reason["text"].replace(row["user_id"], "") for reason in explained["reasons"])
         (tmp_path / "reasons.jsonl").unlink()
 
 
-def test_without_a_holding_is_computed_anew(finished):
+def test_without_an_interaction_is_computed_anew(finished):
     """As a model of the same parameters whose tables never had the holding would say."""
     config, prepared, state = load(finished)
     user, item = int(prepared.observed.user[0]), int(prepared.observed.item[0])

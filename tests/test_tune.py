@@ -58,7 +58,14 @@ RATE = {"train.learning_rate": FloatDistribution(0.001, 0.02, log=True)}
 
 
 @pytest.fixture
-def narrow(monkeypatch):
+def no_figures(monkeypatch):
+    """For many trials: a figure after each takes longer than the trial. `swept` draws its own."""
+    monkeypatch.setattr(sweeping.plots, "by_setting", lambda trials, metric: None)
+    monkeypatch.setattr(sweeping, "write_figure", lambda file, figure: None)
+
+
+@pytest.fixture
+def narrow(monkeypatch, no_figures):
     """One setting, so that trials differ in little."""
     monkeypatch.setattr(sweeping, "SPACE", RATE)
 
@@ -114,6 +121,8 @@ def test_the_config_itself_is_the_first_trial_and_the_test_part_is_never_read(co
     assert from_dict(record["config"]) == best
     assert with_settings(best, {"train.learning_rate": config.train.learning_rate}) == config
     assert not list((folder / "trials").iterdir())
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert (folder / "trials.png").exists() == drawn
 
 
 def test_a_finished_sweep_returns_at_once_and_a_longer_one_goes_on(config, tmp_path, monkeypatch, narrow):
@@ -288,7 +297,7 @@ def test_the_space_reaches_to_the_config():
         space(Config(train=TrainConfig(weight_decay=0.0)))
 
 
-def test_importances_name_the_setting_that_matters(config, tmp_path, monkeypatch):
+def test_importances_name_the_setting_that_matters(config, tmp_path, monkeypatch, no_figures):
     def fit(tried, prepared, folder, on_evaluation):
         return None, Progress(best=tried.train.temperature + 0.001 * tried.model.id_embedding_dropout)
 

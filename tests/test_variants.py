@@ -50,13 +50,13 @@ def task_of(name: str) -> GraphInputs:
 
 
 def rows_of(params) -> np.ndarray:
-    """Id rows of users, then of items; those of user 6, who hears nobody, and of items nobody holds are zero."""
+    """Id rows of users, then of items; those of user 6, who has no neighbors, and of items nobody holds are zero."""
     users = params["main"]["id_user"] * (np.arange(USERS) < 6)[:, None]
     return np.concatenate([users, params["main"]["id_item"] * PRESENT[:, None]])
 
 
 def matrix(ties: bool = False) -> np.ndarray:
-    """D^-1/2 A D^-1/2 of the holdings, and who hears whom among users, receivers by senders."""
+    """D^-1/2 A D^-1/2 of the interactions, and the social edges, receivers by senders."""
     held = np.zeros((USERS, ITEMS))
     held[tiny.HOLDER, tiny.HELD] = 1
     degree = np.maximum(held.sum(1, keepdims=True), 1) * np.maximum(held.sum(0, keepdims=True), 1)
@@ -116,7 +116,7 @@ def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
     )
     users, items = embed_nodes(config, state.params, graph_inputs)
     np.testing.assert_allclose(scores[0], users[0] @ items.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(scores[1], graph_inputs.popularity)  # user 6 holds nothing and hears nobody
+    np.testing.assert_array_equal(scores[1], graph_inputs.popularity)  # user 6 has neither items nor neighbors
     assert len(set(graph_inputs.popularity.tolist())) > 1
 
 
@@ -160,8 +160,8 @@ def test_the_contrast_by_hand():
         assert with_it["loss"] - without["loss"] == pytest.approx(0.5 * contrast, rel=1e-5)
         parts = with_it["loss/contrastive_user"] + with_it["loss/contrastive_item"]
         assert parts == pytest.approx(0.5 * contrast, rel=1e-5)
-        assert with_it["loss/main"] + parts == pytest.approx(with_it["loss"], rel=1e-6)
-        assert without.keys() == {"loss", "loss/main", "gradient_norm"}
+        assert with_it["loss/graph_branch"] + parts == pytest.approx(with_it["loss"], rel=1e-6)
+        assert without.keys() == {"loss", "loss/graph_branch", "gradient_norm"}
 
 
 def test_any_number_of_devices_gives_the_same_with_noise_and_contrast(monkeypatch):

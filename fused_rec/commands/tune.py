@@ -21,7 +21,7 @@ OUT = DEFINE_path("out", written_folder, "Folder of the trials, best.py and best
 
 def main(argv: list[str]) -> None:
     """Tunes, and prints the best trial."""
-    from fused_rec.studies.tune import (  # needs Optuna: here, its absence is told in one line
+    from fused_rec.studies.tune import (  # needs Optuna: here, its absence is reported in one line
         history,
         importances,
         tune,

@@ -71,7 +71,7 @@ class Passage(NamedTuple):
 
 
 class Hop(NamedTuple):
-    """A node of a path: `node` tells it from others, `by` is how the one before hears it."""
+    """A node of a path: `node` identifies it, `by` is its relation to the node before."""
 
     node: tuple[str, int]
     label: str
@@ -185,7 +185,7 @@ def no_passages(user: int, item: int) -> tuple[Passage, ...]:
 def passages(config: Config, prepared: Prepared, state: TrainState) -> TokenPassages:
     """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
 
-    A model that hears no words has none, and neither has a pair whose words do not add up, which is logged.
+    A model without text has none, and neither has a pair whose token values do not add up, which is logged.
     """
     try:
         read = attributor(config, state.params, prepared)
@@ -219,8 +219,8 @@ def recommended(
 ) -> tuple[Customer, ...]:
     """The k best products of each customer under `may`, with why.
 
-    Of each customer's first product: what is `said`, word by word, and what becomes of it without the holding that
-    speaks most for it, left out where the graph has more than `EDGES` edges.
+    Of each customer's first product: what is `said`, word by word, and what becomes of it without the interaction
+    that contributes most, left out where the graph has more than `EDGES` edges.
     """
     if not len(users):
         return ()
@@ -233,10 +233,10 @@ def recommended(
         items = [item for item in part.ranking.items[place].tolist() if item >= 0]
         contributed = contributions(decomposition, user, items)
         without = None
-        if affordable and items and (holding := _best_interaction(contributed)) is not None:
+        if affordable and items and (best := _best_interaction(contributed)) is not None:
             [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
-            changed = counterfactual_effect(config, state.params, prepared, user, items[0], holding, open_to)
-            without = names_of.items[holding], changed
+            changed = counterfactual_effect(config, state.params, prepared, user, items[0], best, open_to)
+            without = names_of.items[best], changed
         shown = tuple(
             Recommended(
                 rank + 1,

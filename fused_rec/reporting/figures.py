@@ -197,10 +197,7 @@ def path_diagrams(name: str, title: str, found: Sequence[PathDiagram], goal: str
     middle = WIDTH / 2
     svg = _figure(name, title, " ".join(map(in_words, found)), end + 52)
 
-    members: dict[tuple[str, ...], list[int]] = {}
-    for place, way in enumerate(ordered):
-        for length in range(1, len(way.steps) + 1):
-            members.setdefault(tuple(step.key for step in way.steps[:length]), []).append(place)
+    members = _paths_by_prefix(ordered)
 
     def x(prefix: tuple[str, ...]) -> Number:
         own = members[prefix]
@@ -226,17 +223,7 @@ def path_diagrams(name: str, title: str, found: Sequence[PathDiagram], goal: str
     for line in lines:
         svg.append(line)
     for prefix, own in members.items():
-        step = ordered[own[0]].steps[len(prefix) - 1]
-        y = top + LEVEL * (len(prefix) - 1)
-        here = x(prefix)
-        node = element("g", element("title", f"{step.by}: {step.label}" if step.by else step.label))
-        node.append(element("circle", class_="node", cx=here, cy=y, r=7))
-        if step.by:
-            node.append(element("text", cut(step.by, LABEL + 3), class_="axis middle halo", x=here, y=y - 15))
-            node.append(_written(_lines(step.label, LABEL, 3), here, y + 21, "middle halo"))
-        else:
-            node.append(element("text", cut(step.label, 40), class_="middle strong", x=here, y=y - 13))
-        svg.append(node)
+        svg.append(_node(ordered[own[0]].steps[len(prefix) - 1], x(prefix), top + LEVEL * (len(prefix) - 1)))
     for label in labels:
         svg.append(label)
     node = element("g", element("title", goal), element("circle", class_="node goal", cx=middle, cy=end, r=8))
@@ -265,6 +252,26 @@ def _figure(name: str, title: str, summary: str, height: Number) -> Element:
     append(svg, element("title", title, id=f"{name}-title"))
     append(svg, element("desc", summary, id=f"{name}-said"))
     return svg
+
+
+def _paths_by_prefix(paths: Sequence[PathDiagram]) -> dict[tuple[str, ...], list[int]]:
+    """Returns the positions of the paths that share each beginning, by the keys of its nodes."""
+    members: dict[tuple[str, ...], list[int]] = {}
+    for place, way in enumerate(paths):
+        for length in range(1, len(way.steps) + 1):
+            members.setdefault(tuple(step.key for step in way.steps[:length]), []).append(place)
+    return members
+
+
+def _node(step: Step, x: Number, y: Number) -> Element:
+    node = element("g", element("title", f"{step.by}: {step.label}" if step.by else step.label))
+    node.append(element("circle", class_="node", cx=x, cy=y, r=7))
+    if step.by:
+        node.append(element("text", cut(step.by, LABEL + 3), class_="axis middle halo", x=x, y=y - 15))
+        node.append(_written(_lines(step.label, LABEL, 3), x, y + 21, "middle halo"))
+    else:
+        node.append(element("text", cut(step.label, 40), class_="middle strong", x=x, y=y - 13))
+    return node
 
 
 def _in_branches(found: list[PathDiagram]) -> list[PathDiagram]:

@@ -23,7 +23,7 @@ MEANING = {
 TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
 SPLIT_TITLES = {"valid": "validation split", "test": "test split"}
 NAME, SENTENCE, TEXT = 120, 600, 4000  # maximum characters shown of a name, a reason and a passage
-HOLDINGS = 12  # maximum interactions of a user shown by name
+INTERACTIONS = 12  # maximum interactions of a user shown by name
 DEGREES = 4  # number of highlighting levels
 FAINT = 0.1  # minimum weight of a marked token, relative to the largest of its passage
 
@@ -337,8 +337,8 @@ def _customer(place: int, customer: Customer) -> Element:
         element("span", " ", element("bdi", cut(customer.name, NAME))) if customer.name != customer.user_id else None
     )
     caption = f" holds {_count(len(customer.interactions), 'product')}, {_count(customer.ties, 'tie')}"
-    more = len(customer.interactions) - HOLDINGS
-    chips = [element("li", element("bdi", cut(name, NAME))) for name in customer.interactions[:HOLDINGS]]
+    more = len(customer.interactions) - INTERACTIONS
+    chips = [element("li", element("bdi", cut(name, NAME))) for name in customer.interactions[:INTERACTIONS]]
     if more > 0:
         chips.append(element("li", f"and {more:,} more"))
     items = [element("li", _recommended(f"c{place}-{item.rank}", item, item.rank == 1)) for item in customer.items]
@@ -393,7 +393,7 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
     return element("details", summary, content, open=first)
 
 
-def _without(holding: str, change: Any) -> Element:
+def _without(item: str, change: Any) -> Element:
     if change.rank_after > change.rank:
         caption = f"it falls from rank {change.rank} to {change.rank_after}."
     elif change.rank_after < change.rank:
@@ -402,7 +402,7 @@ def _without(holding: str, change: Any) -> Element:
         caption = (
             f"it stays at rank {change.rank}; its score changes from {change.score:.3f} to {change.score_after:.3f}."
         )
-    return element("p", "Without holding ", element("bdi", cut(holding, NAME)), ", ", caption, class_="if")
+    return element("p", "Without holding ", element("bdi", cut(item, NAME)), ", ", caption, class_="if")
 
 
 def _path_diagram(route: Route) -> PathDiagram:

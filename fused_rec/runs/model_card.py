@@ -12,6 +12,15 @@ from fused_rec.evaluation.result_tables import in_markdown
 LIBRARY = "library_name: fused_rec"  # line of the front matter that identifies our cards
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
 NAMES = {"valid": "validation", "test": "test"}
+LIMITS = """\
+## Use and limits
+
+- For experiments with rankings of products. The model does not judge whether a product suits a person, and its rankings
+  are no investment advice. Suitability rules are applied when it ranks, not learned.
+- It reproduces the popularity and the differences between groups of its data. It was not evaluated on other customers,
+  products or periods than those above.
+- Parameters and vectors contain information about the people in the tables. Protect this folder as the tables.
+- The code is under Apache-2.0. Tables and language model have their own licences."""
 
 
 def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
@@ -171,14 +180,7 @@ selected on validation; the test split was evaluated once, at the end.
 
 {further}
 
-## Use and limits
-
-- For experiments with rankings of products. The model does not judge whether a product suits a person, and its rankings
-  are no investment advice. Suitability rules are applied when it ranks, not learned.
-- It reproduces the popularity and the differences between groups of its data. It was not evaluated on other customers,
-  products or periods than those above.
-- Parameters and vectors contain information about the people in the tables. Protect this folder as the tables.
-- The code is under Apache-2.0. Tables and language model have their own licences.
+{LIMITS}
 
 ## Loading
 

@@ -96,10 +96,9 @@ def write_rankings(
         files = [_name(folder, number) for number in range(n_parts)]
         log = out.with_name(f"{out.name}.{AUDIT}")
         log.unlink(missing_ok=True)  # it describes the file that is now replaced
-        sha256 = _assemble(files, out)
         audit = {
             "file": out.name,
-            "sha256": sha256,
+            "sha256": _assemble(files, out),
             "started_at": started_at,
             "finished": _now(),
             "command": command,

@@ -90,7 +90,7 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
     check_config(config, folder)
     dataset, data_split = read(config)
     tables, made_of = digest(dataset), contents(dataset)
-    if begun := (folder / RUN).exists():  # told before texts are encoded, and of a sweep that is over too
+    if begun := (folder / RUN).exists():  # checked before texts are encoded, and for a finished study too
         init_run_dir(config, tables, folder, made_of)
     if not begun or not (folder / JOURNAL).exists() or len(finished_trials(open_study(folder))) < trials:
         prepared = prepare(config, dataset, data_split)
@@ -136,7 +136,7 @@ def work(config: Config, prepared: Prepared, folder: Path, trials: int) -> None:
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(_settings(config, searched))
     while True:
-        # A request to stop finds no trial that is neither drawn nor told of: it waits, except while one trains.
+        # A request to stop finds no trial that is neither drawn nor reported: it waits, except while one trains.
         with signals.deferred(), contextlib.ExitStack() as held:
             with _locked(folder / STUDY_LOCK):
                 if len(finished_trials(study)) >= trials:

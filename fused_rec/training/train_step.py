@@ -38,7 +38,9 @@ from fused_rec.model.model import (
 
 Metrics = dict[str, Float32[Array, ""]]
 LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it is the sum of
-BRANCHES = ("main", "words")  # the branches of `FusedModel`, by the names of their parameters
+# Parameter keys of the branches of `FusedModel`: the first one, and the text branch beside it. Flax draws initial
+# values by parameter path, so other keys would be another initialization, and change every result.
+BRANCHES = ("main", "words")
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -302,9 +304,9 @@ def batch_loss(
       dropout: random key.
 
     Returns:
-      The loss, and the parts that it is the sum of: `loss/BRANCH` for each branch, and with train.contrastive_weight
-      `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch. The sum over devices completes
-      the means.
+      The loss, and the parts that it is the sum of: `loss/graph_branch`, `loss/text_branch` or both, by variant, and
+      with train.contrastive_weight `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch.
+      The sum over devices completes the means.
     """
     branches: Any
     intermediates: Any
@@ -318,7 +320,8 @@ def batch_loss(
         _branch_loss(config, _append_popularity(config, graph_inputs, vectors), graph_inputs, batch)
         for vectors in branches
     ]
-    parts = {f"loss/{name}": _mean(*own) for name, own in zip(BRANCHES, sums, strict=False)}
+    names = (GRAPH_BRANCH, TEXT_BRANCH)[0 if config.model.uses_ids else 1 :][: len(sums)]
+    parts = {f"loss/{name}": _mean(*own) for name, own in zip(names, sums, strict=True)}
     shares = [_mean(jnp.stack([total for total, _ in sums]).sum(), sums[0][1])]
     if config.train.contrastive_weight:
         [first_layer] = intermediates["intermediates"]["main"][FIRST_LAYER]

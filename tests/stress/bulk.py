@@ -2,7 +2,7 @@
 
     python tests/stress/bulk.py --customers=1000000 --products=1000
 
-Vectors, attributes and holdings are drawn. Prints the seconds of applying the rules and of ranking and writing, and
+Vectors, attributes and interactions are drawn. Prints the seconds of applying the rules and of ranking and writing, and
 the largest resident memory before and after, which tells what the tables take and what ranking adds.
 """
 
@@ -36,7 +36,7 @@ COUNTRIES = np.array(["AT", "CA", "CH", "DE", "FR", "GB", "SG"])
 
 
 def market(n_users: int, n_items: int, held: int) -> Dataset:
-    """Customers with five attributes, products with five limits, `held` holdings a customer."""
+    """Customers with five attributes, products with five limits, `held` interactions a customer."""
     rng = np.random.default_rng(0)
     users = pa.table(
         {
@@ -59,13 +59,13 @@ def market(n_users: int, n_items: int, held: int) -> Dataset:
             "minimum": np.array([0, 100, 1000, 10_000])[rng.integers(0, 4, n_items)],
         }
     )
-    holdings = pa.table(
+    interactions = pa.table(
         {
             "user": np.repeat(np.arange(n_users, dtype=np.int32), held),
             "item": rng.integers(0, n_items, n_users * held).astype(np.int32),
         }
     )
-    return Dataset("drawn", users, items, holdings, empty_reviews(), empty_ties())
+    return Dataset("drawn", users, items, interactions, empty_reviews(), empty_ties())
 
 
 def _dot(users: jax.Array, items: jax.Array, batch: jax.Array) -> jax.Array:

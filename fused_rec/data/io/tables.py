@@ -53,7 +53,7 @@ from fused_rec.data.io.folder import find_tables, is_parquet, list_parts
 from fused_rec.data.io.numbers import typed as typed_from_text
 from fused_rec.data.io.plain import plain_table
 from fused_rec.data.io.times import periods_as_times
-from fused_rec.data.io.validate import Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, assemble
 
 # Required and optional columns by table; None: further columns are attributes.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -116,15 +116,8 @@ def read_tables(
     if problems:
         tables.setdefault("interactions", _NO_INTERACTIONS)
     try:
-        return assemble(
-            name,
-            Tables(**tables),
-            repair=repair,
-            min_value=min_value,
-            notes=notes,
-            problems=problems,
-            files=files,
-        )
+        log = ReaderLog(notes, problems, files)
+        return assemble(name, Tables(**tables), repair=repair, min_value=min_value, log=log)
     except DataError as error:
         raise DataError([_located(problem, parts.get(problem.file, {})) for problem in error.problems]) from error
 
@@ -173,7 +166,8 @@ def dataset_from_tables(
         except DataError as error:
             problems += error.problems
     tables.setdefault("interactions", _NO_INTERACTIONS)
-    return assemble(name, Tables(**tables), repair=repair, min_value=min_value, notes=notes, problems=problems)
+    log = ReaderLog(notes, problems)
+    return assemble(name, Tables(**tables), repair=repair, min_value=min_value, log=log)
 
 
 def _arrow(frame: Any, name: str) -> pa.Table:

@@ -5,7 +5,7 @@ counted.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,21 @@ class Tables:
     ties: pa.Table | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class ReaderLog:
+    """Reports of a reader about its tables.
+
+    Attributes:
+      notes: counts by description of what the reader excluded; added to `Dataset.notes`.
+      problems: faults found while reading; faults that only follow from an unreadable table are then not reported.
+      files: file name by table, for messages; tables without one are named by themselves.
+    """
+
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    problems: Sequence[Problem] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 def assemble(
     name: str,
     tables: Tables,
@@ -47,9 +62,7 @@ def assemble(
     repair: bool = False,
     min_value: int | float | None = None,
     auto_repair: Collection[str] = (),
-    notes: Mapping[str, int] | None = None,
-    problems: Sequence[Problem] = (),
-    files: Mapping[str, str] | None = None,
+    log: ReaderLog = ReaderLog(),
 ) -> Dataset:
     """Checks tables and builds the dataset.
 
@@ -59,9 +72,7 @@ def assemble(
       repair: repairs all faults that can be repaired.
       min_value: minimum `value` of an interaction; users, items and texts of rows below it are kept. None: all rows.
       auto_repair: kinds of `Finding` that are repaired even without `repair`.
-      notes: counts by description of what the reader excluded; added to `Dataset.notes`.
-      problems: faults found while reading; faults that only follow from an unreadable table are then not reported.
-      files: file name by table, for messages.
+      log: reports of the reader.
 
     Returns:
       The dataset, with counts of repairs and notes.
@@ -70,9 +81,9 @@ def assemble(
       DataError: lists all faults, where one cannot be repaired or `repair` is False.
     """
     findings: list[Finding] = []
-    all_notes = dict(notes or {})
-    report = {field.name: Report(field.name, findings, all_notes) for field in dataclasses.fields(Tables)}
-    files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(files or {})
+    notes = dict(log.notes)
+    report = {field.name: Report(field.name, findings, notes) for field in dataclasses.fields(Tables)}
+    files = {field.name: field.name for field in dataclasses.fields(Tables)} | dict(log.files)
 
     tables = _with_nulls(tables)
     events = _events(tables.interactions, report["interactions"], min_value)
@@ -92,11 +103,7 @@ def assemble(
         )
     ties = empty_ties() if tables.ties is None else _ties(tables.ties, users, items, report["ties"])
 
-    refused = list(problems)
-    for finding in findings:
-        repaired = finding.repaired is not None and (repair or finding.kind in auto_repair)
-        if not repaired and not (problems and finding.kind in BETWEEN_TABLES):
-            refused += finding.problems(files[finding.table])
+    refused = [*log.problems, *_refused(findings, files, repair, auto_repair, bool(log.problems))]
     if not refused and not len(interactions):
         fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
         refused.append(Problem(files["interactions"], None, fault, "give at least one row"))
@@ -104,7 +111,17 @@ def assemble(
         raise DataError(refused)
     repairs = {f"{finding.table}: {finding.repaired}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
-    return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, all_notes)
+    return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, notes)
+
+
+def _refused(
+    findings: Sequence[Finding], files: Mapping[str, str], repair: bool, auto_repair: Collection[str], unreadable: bool
+) -> Iterator[Problem]:
+    """Yields the faults that are not repaired; unreadable: some table could not be read."""
+    for finding in findings:
+        repaired = finding.repaired is not None and (repair or finding.kind in auto_repair)
+        if not repaired and not (unreadable and finding.kind in BETWEEN_TABLES):
+            yield from finding.problems(files[finding.table])
 
 
 def _with_nulls(tables: Tables) -> Tables:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.io.arrow import join_texts, pc
 from fused_rec.data.io.files import only_file, read_json_lines
-from fused_rec.data.io.validate import Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, assemble
 
 
 def amazon(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
@@ -42,6 +42,6 @@ def amazon(path: Path, repair: bool, min_value: int | float | None = None) -> Da
         }
     )
     bare = pc.sum(empty["reviewText"]).as_py()
-    notes = {"interactions: reviews without a body, for which the summary stands": bare} if bare else {}
+    log = ReaderLog({"interactions: reviews without a body, for which the summary stands": bare} if bare else {})
     auto_repair = ("repeated interaction",)
-    return assemble(path.name, Tables(events), repair=repair, min_value=min_value, notes=notes, auto_repair=auto_repair)
+    return assemble(path.name, Tables(events), repair=repair, min_value=min_value, log=log, auto_repair=auto_repair)

@@ -21,7 +21,7 @@ from fused_rec.data.io.arrow import flags, join_texts, known, pc, replace
 from fused_rec.data.io.checks import EXAMPLES
 from fused_rec.data.io.files import read_cells, read_delimited
 from fused_rec.data.io.times import read_times
-from fused_rec.data.io.validate import Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, assemble
 
 LOG = logging.getLogger(__name__)
 CUSTOMERS = ("customerType", "riskLevel", "investmentCapacity", "lastQuestionnaireDate")
@@ -74,7 +74,7 @@ def fartrans(path: Path, repair: bool) -> Dataset:
     )
     files = {"interactions": "transactions.csv", "users": "customer_information.csv", "items": "asset_information.csv"}
     inherent = ("repeated interaction", "unknown id")
-    return assemble("fartrans", tables, repair=repair, notes=notes, auto_repair=inherent, files=files)
+    return assemble("fartrans", tables, repair=repair, auto_repair=inherent, log=ReaderLog(notes, files=files))
 
 
 def read_prices(file: Path) -> pa.Table:

@@ -23,7 +23,7 @@ from fused_rec.data.io.files import read_parquet
 from fused_rec.data.io.folder import FORMATS
 from fused_rec.data.io.shards import ROW, SPLITS, shard
 from fused_rec.data.io.tables import COLUMNS, select
-from fused_rec.data.io.validate import Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, assemble
 
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.parquet")
 
@@ -60,15 +60,8 @@ def huggingface(path: Path, repair: bool, min_value: int | float | None = None) 
             problems += error.problems
     if "interactions" not in tables:
         raise DataError(problems)
-    return assemble(
-        path.name,
-        Tables(**tables),
-        repair=repair,
-        min_value=min_value,
-        notes=notes,
-        problems=problems,
-        files=files,
-    )
+    log = ReaderLog(notes, problems, files)
+    return assemble(path.name, Tables(**tables), repair=repair, min_value=min_value, log=log)
 
 
 def _is_stray(file: Path, folders: Collection[Path]) -> bool:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from fused_rec.data.dataset import DataError, Dataset, Problem
 from fused_rec.data.io.arrow import flags, join_texts, known, pc, replace
 from fused_rec.data.io.files import only_file, read_delimited
-from fused_rec.data.io.validate import Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, assemble
 
 
 def recbole(path: Path, repair: bool, min_value: int | float | None = None) -> Dataset:
@@ -46,8 +46,8 @@ def recbole(path: Path, repair: bool, min_value: int | float | None = None) -> D
         if any(path.glob(f"*.{ending}")):
             tables[table], _ = _atomic(only_file(path, f"*.{ending}"), ids)
     auto_repair = ("repeated interaction", "unknown id")
-    tables = Tables(**tables)
-    return assemble(path.name, tables, repair=repair, min_value=min_value, notes=notes, auto_repair=auto_repair)
+    log, tables = ReaderLog(notes), Tables(**tables)
+    return assemble(path.name, tables, repair=repair, min_value=min_value, log=log, auto_repair=auto_repair)
 
 
 def _atomic(file: Path, ids: tuple[str, ...]) -> tuple[pa.Table, list[str]]:
