@@ -213,3 +213,6 @@ def test_what_a_variant_uses(variant, ids, text, fused, layers):
     assert C.Config(model=model).encodes_text == text
     assert not C.Config(model=model, text=C.TextConfig(features="random")).encodes_text
     assert model.text_branch() == C.ModelConfig(variant="text", num_layers=3)
+    both = C.ModelConfig(variant=variant, num_layers=3, text_propagation="both_ways")
+    assert (both.users_start_as_items, both.effective_layers) == (variant == "text", 3)
+    assert not model.users_start_as_items

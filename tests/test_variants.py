@@ -89,6 +89,56 @@ def test_scores_are_those_of_the_publication(name):
     np.testing.assert_allclose(users @ items.T, expected[:USERS] @ expected[USERS:].T, rtol=1e-5, atol=1e-5)
 
 
+def test_alpharec_is_that_of_the_publication():
+    """MLP of item text and of each user's mean item text, propagated twice, mean of all layers, cosines."""
+    config, graph_inputs = config_of("alpharec"), task_of("alpharec")
+    params = moved(init(config, graph_inputs).params)
+    assert set(params["main"]) == {"text_item"}  # no IDs, no gates, one MLP for users and items
+    text, held = tiny.words()[USERS : USERS + ITEMS], np.zeros((USERS, ITEMS))
+    held[tiny.HOLDER, tiny.HELD] = 1
+    inputs = np.concatenate([held @ text / np.maximum(held.sum(1, keepdims=True), 1), text])
+    hidden, output = (params["main"]["text_item"][name] for name in ("hidden", "output"))
+    assert hidden["kernel"].shape == (tiny.WIDTH, tiny.WIDTH // 2) and output["kernel"].shape == (tiny.WIDTH // 2, 3)
+    h = inputs @ hidden["kernel"] + hidden["bias"]
+    h = np.where(h > 0, h, 0.01 * h) @ output["kernel"] + output["bias"]
+    h *= inputs.any(1, keepdims=True)  # user 6 and item 5, of which nothing is known, stay zero
+    out = h + matrix() @ h + matrix() @ matrix() @ h
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    users, items = embed_nodes(config, params, graph_inputs)
+    np.testing.assert_allclose(users @ items.T, out[:USERS] @ out[USERS:].T, rtol=1e-5, atol=1e-5)
+    assert np.abs(users[6]).max() == np.abs(items[5]).max() == 0
+
+
+def moved(params):
+    """Parameters as after some training: none is exactly 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3, params)
+
+
+def test_alpharec_learns_the_same_on_any_number_of_devices():
+    config = config_of("alpharec", learning_rate=0.05)
+    alone, others = (np.array([step["loss"] for step in steps(config, n, 60, "alpharec")[0]]) for n in (1, 2))
+    assert alone[-10:].mean() < 0.9 * alone[:10].mean()
+    np.testing.assert_allclose(others, alone, rtol=1e-4)
+
+
+def test_alpharec_reads_the_text_of_a_users_items_and_none_of_their_own():
+    config, graph_inputs = config_of("alpharec"), task_of("alpharec")
+    params = moved(init(config, graph_inputs).params)
+    users, items = embed_nodes(config, params, graph_inputs)
+    text = dict(graph_inputs.graph.text)
+    own = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text({USER: text[USER][::-1].copy()}))
+    for one, other in zip((users, items), embed_nodes(config, params, own), strict=True):
+        np.testing.assert_array_equal(one, other)
+    changed = text[ITEM].copy()
+    changed[3] *= -1  # held by users 1 and 3, and two layers from all items but 5
+    other_users, other_items = embed_nodes(
+        config, params, dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text({ITEM: changed}))
+    )
+    assert (np.abs(other_users - users).max(1) > 1e-4)[[1, 3]].all()
+    assert (np.abs(other_items - items).max(1) > 1e-4)[[0, 2, 3, 4]].all()
+
+
 def test_noise_is_of_training():
     """Where a step gives its key, the first round is .2 from what it is without; the first round is what is sown."""
     config, graph_inputs = config_of("xsimgcl"), task_of("xsimgcl")
@@ -127,8 +177,8 @@ def batch_of(number: int) -> Batch:
     return batch(HELD, number, seed=0, batch_size=5, positives_per_user=2, num_negatives=2)
 
 
-def steps(config: Config, devices: int, count: int):
-    graph_inputs = task_of("xsimgcl")
+def steps(config: Config, devices: int, count: int, name: str = "xsimgcl"):
+    graph_inputs = task_of(name)
     whole = init(config, graph_inputs)
     graph_inputs, state = shard_graph_inputs(graph_inputs, devices), shard_state(whole, devices)
     step, losses = parallel_train_step(config, devices), []
@@ -198,7 +248,7 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(model=ModelConfig(num_layers=0), train=TrainConfig(contrastive_weight=0.1))
 
 
-@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl"])
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec"])
 def test_published_models_take_nothing_of_the_config_they_are_compared_with(name):
     plain = variant(Config(), name)
     noisy = dataclasses.replace(
@@ -210,6 +260,8 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
             dim=256,
             id_embedding_dropout=0.4,
             score="cosine",
+            text_projection="mlp",
+            text_propagation="both_ways",
         ),
         train=dataclasses.replace(Config().train, contrastive_weight=0.5, temperature=0.05, learning_rate=0.5),
     )

@@ -38,6 +38,8 @@ PLAIN_MODEL = {
     "embedding_noise": 0.0,
     "popularity_weight": 0.0,
     "late_fusion": False,
+    "text_projection": "linear",
+    "text_propagation": "to_users",
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
@@ -46,6 +48,27 @@ PLAIN_MODEL = {
 FROZEN = {"finetune": "frozen"}  # for variants without text and with sampled subgraphs
 PLAIN_GRAPH = {"attributes": (), "text_knn": 0, "social_edges": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrastive_weight": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
+# Layers, dimension, temperature, learning rate and weight decay of AlphaRec are as published
+# (github.com/LehengTHU/AlphaRec). What differs: text features are those of the base config, whitened, where the paper
+# has text-embedding-3-large; the hidden layer has half of their width, as the paper's has of 3,072; the softmax is over
+# all items, where the paper samples 256 negatives per positive; users are weighted as in fused_rec/model/losses.py.
+ALPHAREC_MODEL = PLAIN_MODEL | {
+    "variant": "text",
+    "num_layers": 2,
+    "score": "cosine",
+    "text_projection": "mlp",
+    "text_propagation": "both_ways",
+}
+ALPHAREC_TRAIN = {
+    "loss": "softmax",
+    "temperature": 0.15,
+    "contrastive_weight": 0.0,
+    "learning_rate": 0.0005,
+    "weight_decay": 1e-6,
+    "max_steps": 2000,
+    "eval_every": 50,
+    "patience": 5,
+}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
@@ -108,6 +131,11 @@ VARIANTS: dict[str, Variant] = {
             "graph": PLAIN_GRAPH,
             "train": BPR | {"contrastive_weight": 0.02, "learning_rate": 0.005, "weight_decay": 1.0},
         },
+    ),
+    "alpharec": Variant(
+        "AlphaRec (Sheng et al., 2025, arXiv 2407.05441)",
+        {"model": ALPHAREC_MODEL, "text": FROZEN, "graph": PLAIN_GRAPH, "train": ALPHAREC_TRAIN},
+        needs=("text",),
     ),
 }
 
