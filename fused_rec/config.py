@@ -251,6 +251,11 @@ class ModelConfig:
         """Whether a user's input is the mean of their items' text, and text propagates in both directions."""
         return not self.uses_ids and self.text_propagation == "both_ways"
 
+    @property
+    def hops(self) -> int:
+        """Hops of the graph that an embedding depends on: the layers, and one more where users start as their items."""
+        return self.effective_layers + self.users_start_as_items
+
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
         return dataclasses.replace(self, variant="text", late_fusion=False)
