@@ -195,6 +195,8 @@ class ModelConfig:
     # variant text: one layer from items to users, or `num_layers` layers in both directions, in which users start as
     # the mean of their items' text features, without text of their own (AlphaRec)
     text_propagation: TextPropagation = "to_users"
+    # weight of the InfoNCE loss between final embeddings and projected text, in any variant (RLMRec-Con); 0 = none
+    text_alignment: float = 0.0
     edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
     id_embedding_dropout: float = 0.1  # fraction of nodes whose ID embedding is dropped per step
     id_init_std: float = 0.1  # standard deviation of the initial ID embeddings
@@ -222,7 +224,7 @@ class ModelConfig:
         _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
         for name in ("edge_dropout", "id_embedding_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity_weight", "popularity_half_life"):
+        for name in ("popularity_weight", "popularity_half_life", "text_alignment"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
 
@@ -233,8 +235,13 @@ class ModelConfig:
 
     @property
     def uses_text(self) -> bool:
-        """Whether text is an input, and so must be encoded."""
+        """Whether text is an input."""
         return self.variant != "graph"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is an input or aligned with embeddings, and so must be encoded."""
+        return self.uses_text or self.text_alignment > 0
 
     @property
     def fuses_text(self) -> bool:
@@ -258,7 +265,7 @@ class ModelConfig:
 
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
-        return dataclasses.replace(self, variant="text", late_fusion=False)
+        return dataclasses.replace(self, variant="text", late_fusion=False, text_alignment=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +343,7 @@ class Config:
     @property
     def encodes_text(self) -> bool:
         """Whether the language model encodes the texts of the tables."""
-        return self.model.uses_text and self.text.features != "random"
+        return self.model.reads_text and self.text.features != "random"
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

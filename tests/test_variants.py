@@ -94,9 +94,7 @@ def test_alpharec_is_that_of_the_publication():
     config, graph_inputs = config_of("alpharec"), task_of("alpharec")
     params = moved(init(config, graph_inputs).params)
     assert set(params["main"]) == {"text_item"}  # no IDs, no gates, one MLP for users and items
-    text, held = tiny.words()[USERS : USERS + ITEMS], np.zeros((USERS, ITEMS))
-    held[tiny.HOLDER, tiny.HELD] = 1
-    inputs = np.concatenate([held @ text / np.maximum(held.sum(1, keepdims=True), 1), text])
+    inputs = item_and_mean_text()
     hidden, output = (params["main"]["text_item"][name] for name in ("hidden", "output"))
     assert hidden["kernel"].shape == (tiny.WIDTH, tiny.WIDTH // 2) and output["kernel"].shape == (tiny.WIDTH // 2, 3)
     h = inputs @ hidden["kernel"] + hidden["bias"]
@@ -107,6 +105,52 @@ def test_alpharec_is_that_of_the_publication():
     users, items = embed_nodes(config, params, graph_inputs)
     np.testing.assert_allclose(users @ items.T, out[:USERS] @ out[USERS:].T, rtol=1e-5, atol=1e-5)
     assert np.abs(users[6]).max() == np.abs(items[5]).max() == 0
+
+
+def test_rlmrec_scores_as_lightgcn_does():
+    config, graph_inputs = config_of("rlmrec_con"), task_of("rlmrec_con")
+    params = init(config, graph_inputs).params
+    assert set(params["main"]) == {"id_user", "id_item", "alignment"}
+    h = np.mean(rounds_of(params), axis=0)
+    users, items = embed_nodes(config, params, graph_inputs)
+    np.testing.assert_allclose(users @ items.T, h[:USERS] @ h[USERS:].T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_alignment_by_hand():
+    """Cosines of final embeddings and projected text over each user and item of the batch, at temperature .2."""
+    config = config_of("rlmrec_con")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, edge_dropout=0.0, text_alignment=0.5))
+    params = init(config, task_of("rlmrec_con")).params
+    h = np.mean(rounds_of(params), axis=0)
+    layers = params["main"]["alignment"]
+    text = item_and_mean_text() @ layers["hidden"]["kernel"] + layers["hidden"]["bias"]
+    text = np.where(text > 0, text, 0.01 * text) @ layers["output"]["kernel"] + layers["output"]["bias"]
+    users, items = batch_of(0).users, batch_of(0).items[:, 0]
+    sets = np.unique(users), np.unique(USERS + items)
+    alignment = sum(cosine_contrast(h, text, nodes, 0.2) for nodes in sets)
+    for devices in (1, 2):
+        [found] = steps(config, devices, 1, "rlmrec_con")[0]
+        parts = found["loss/alignment_user"] + found["loss/alignment_item"]
+        assert parts == pytest.approx(0.5 * alignment, rel=1e-5)
+        assert found["loss/main"] + parts == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_nodes_without_text_are_not_aligned():
+    """Without any text there is nothing to align with, and the loss is that of LightGCN."""
+    config, graph_inputs = config_of("rlmrec_con"), task_of("rlmrec_con")
+    blank = {ITEM: np.zeros_like(graph_inputs.graph.text[ITEM])}
+    graph_inputs = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(blank))
+    whole = init(config, graph_inputs)
+    _, found = parallel_train_step(config, 1)(shard_state(whole, 1), shard_graph_inputs(graph_inputs, 1), batch_of(0))
+    assert found["loss/alignment_user"] == found["loss/alignment_item"] == 0
+    assert found["loss"] == found["loss/main"]
+
+
+def item_and_mean_text() -> np.ndarray:
+    """The mean text of each user's items, then the text of each item."""
+    text, held = tiny.words()[USERS : USERS + ITEMS], np.zeros((USERS, ITEMS))
+    held[tiny.HOLDER, tiny.HELD] = 1
+    return np.concatenate([held @ text / np.maximum(held.sum(1, keepdims=True), 1), text])
 
 
 def moved(params):
@@ -188,9 +232,9 @@ def steps(config: Config, devices: int, count: int, name: str = "xsimgcl"):
     return losses, gather_state(state, whole, devices).params
 
 
-def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> float:
+def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray, temperature: float = 0.15) -> float:
     one, other = (x[nodes] / np.linalg.norm(x[nodes], axis=1, keepdims=True) for x in (one, other))
-    scores = np.exp(one @ other.T / 0.15)
+    scores = np.exp(one @ other.T / temperature)
     return float(np.mean(-np.log(np.diag(scores) / scores.sum(1))))
 
 
@@ -248,7 +292,7 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(model=ModelConfig(num_layers=0), train=TrainConfig(contrastive_weight=0.1))
 
 
-@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec"])
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec", "rlmrec_con"])
 def test_published_models_take_nothing_of_the_config_they_are_compared_with(name):
     plain = variant(Config(), name)
     noisy = dataclasses.replace(
@@ -262,6 +306,7 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
             score="cosine",
             text_projection="mlp",
             text_propagation="both_ways",
+            text_alignment=0.3,
         ),
         train=dataclasses.replace(Config().train, contrastive_weight=0.5, temperature=0.05, learning_rate=0.5),
     )

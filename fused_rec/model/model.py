@@ -65,6 +65,7 @@ Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
 FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
+ALIGNED_TEXT = "aligned_text"  # projected text of users and items, to which model.text_alignment draws embeddings
 LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
 
@@ -181,6 +182,10 @@ class Branch(nn.Module):
         layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype)
         if len(layers) > 1:
             self.sow("intermediates", FIRST_LAYER, tuple(graph.all_gather(t, layers[1][t]) for t in (USER, ITEM)))
+        if self.config.text_alignment:
+            project = TextMLP(self.config.dim, self.compute_dtype, name="alignment")
+            views = (USER, project(mean_item_text(graph))), (ITEM, project(graph.text[ITEM]))
+            self.sow("intermediates", ALIGNED_TEXT, tuple(graph.all_gather(t, view) for t, view in views))
         out = combine_layers(weights, layers)
         if self.config.score == "cosine":
             out = {t: unit(x) for t, x in out.items()}

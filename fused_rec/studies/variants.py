@@ -40,6 +40,7 @@ PLAIN_MODEL = {
     "late_fusion": False,
     "text_projection": "linear",
     "text_propagation": "to_users",
+    "text_alignment": 0.0,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
@@ -69,6 +70,11 @@ ALPHAREC_TRAIN = {
     "eval_every": 50,
     "patience": 5,
 }
+# LightGCN's settings; layers, edge dropout, weight and temperature of the alignment are those published for Amazon and
+# Yelp (github.com/HKUDS/RLMRec). What differs: text features of items, and their mean over a user's items, replace the
+# profiles that a language model writes; the MLP's hidden layer has half of their width; the denominator has the users,
+# and one positive of each, of the batch, where the paper has all users and also a term of negatives.
+RLMREC_MODEL = PLAIN_MODEL | {"num_layers": 3, "edge_dropout": 0.2, "text_alignment": 0.01}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
@@ -131,6 +137,16 @@ VARIANTS: dict[str, Variant] = {
             "graph": PLAIN_GRAPH,
             "train": BPR | {"contrastive_weight": 0.02, "learning_rate": 0.005, "weight_decay": 1.0},
         },
+    ),
+    "rlmrec_con": Variant(
+        "RLMRec-Con (Ren et al., 2024, arXiv 2310.15950)",
+        {
+            "model": RLMREC_MODEL,
+            "text": FROZEN,
+            "graph": PLAIN_GRAPH,
+            "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},
+        },
+        needs=("text",),
     ),
     "alpharec": Variant(
         "AlphaRec (Sheng et al., 2025, arXiv 2407.05441)",
