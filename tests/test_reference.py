@@ -52,8 +52,9 @@ def test_every_projection_and_propagation_of_text(variant, propagation, projecti
     assert_equal(dataclasses.replace(BASE, **change), tiny.graph())
 
 
-def test_alpharec():
-    config = variants.variant(Config(), "alpharec").model
+@pytest.mark.parametrize("name", ["alpharec", "rlmrec_con"])
+def test_published_models_with_text(name):
+    config = variants.variant(Config(), name).model
     assert_equal(dataclasses.replace(config, dim=3), tiny.graph())
 
 
