@@ -19,6 +19,8 @@ METRICS = (
 )
 Score = Literal["cosine", "dot"]
 LayerCombination = Literal["learned", "mean", "mean_without_input"]
+TextProjection = Literal["linear", "mlp"]
+TextPropagation = Literal["to_users", "both_ways"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TEMPERATURES = (0.15, 0.3)  # tried where train.temperature is 0
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -173,7 +175,7 @@ class GraphConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture. Variants: fused = text and graph; graph = without text; text = a user is the mean item text."""
+    """Architecture. Variants: fused = text and graph; graph = without text; text = a user is made of item text."""
 
     variant: Variant = "fused"
     dim: int = 64  # embedding dimension of each branch
@@ -190,6 +192,12 @@ class ModelConfig:
     late_fusion: bool = False
     user_id_embedding: bool = True  # False: no user-ID embedding; users are represented by neighbors and text only
     user_text_input: bool = True  # False: user text is used for gates and text-kNN edges, not as an input feature
+    text_projection: TextProjection = "linear"  # of text features to `dim`: one matrix, or two layers (AlphaRec)
+    # variant text: one layer from items to users, or `num_layers` layers in both directions, in which users start as
+    # the mean of their items' text features, without text of their own (AlphaRec)
+    text_propagation: TextPropagation = "to_users"
+    # weight of the InfoNCE loss between final embeddings and projected text, in any variant (RLMRec-Con); 0 = none
+    text_alignment: float = 0.0
     edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
     id_embedding_dropout: float = 0.1  # fraction of nodes whose ID embedding is dropped per step
     id_init_std: float = 0.1  # standard deviation of the initial ID embeddings
@@ -211,22 +219,30 @@ class ModelConfig:
         _require(fits, "model.layer_combination", self.layer_combination, "learned where model.relation_gates is True")
         fits = self.layer_combination != "mean_without_input" or self.num_layers > 0
         _require(fits, "model.layer_combination", self.layer_combination, "learned or mean where model.num_layers is 0")
+        for name, kind in (("text_projection", TextProjection), ("text_propagation", TextPropagation)):
+            kinds = typing.get_args(kind)
+            _require(getattr(self, name) in kinds, f"model.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
         for name in ("edge_dropout", "id_embedding_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity_weight", "popularity_half_life"):
+        for name in ("popularity_weight", "popularity_half_life", "text_alignment"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
 
     @property
     def uses_ids(self) -> bool:
-        """Whether nodes have ID embeddings, propagated over all relations; if not, a user is the mean item text."""
+        """Whether nodes have ID embeddings, propagated over all relations; if not, a user is made of item text."""
         return self.variant != "text"
 
     @property
     def uses_text(self) -> bool:
-        """Whether text is an input, and so must be encoded."""
+        """Whether text is an input."""
         return self.variant != "graph"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is an input or aligned with embeddings, and so must be encoded."""
+        return self.uses_text or self.text_alignment > 0
 
     @property
     def fuses_text(self) -> bool:
@@ -235,12 +251,22 @@ class ModelConfig:
 
     @property
     def effective_layers(self) -> int:
-        """Layers that are propagated: one at most where a user is the mean item text."""
-        return self.num_layers if self.uses_ids else min(self.num_layers, 1)
+        """Layers that are propagated: one at most where text goes from items to users alone."""
+        return self.num_layers if self.uses_ids or self.users_start_as_items else min(self.num_layers, 1)
+
+    @property
+    def users_start_as_items(self) -> bool:
+        """Whether a user's input is the mean of their items' text, and text propagates in both directions."""
+        return not self.uses_ids and self.text_propagation == "both_ways"
+
+    @property
+    def hops(self) -> int:
+        """Hops of the graph that an embedding depends on: the layers, and one more where users start as their items."""
+        return self.effective_layers + self.users_start_as_items
 
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
-        return dataclasses.replace(self, variant="text", late_fusion=False)
+        return dataclasses.replace(self, variant="text", late_fusion=False, text_alignment=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +346,7 @@ class Config:
     @property
     def encodes_text(self) -> bool:
         """Whether the language model encodes the texts of the tables."""
-        return self.model.uses_text and self.text.features != "random"
+        return self.model.reads_text and self.text.features != "random"
 
 
 def with_temperature(config: Config, temperature: float) -> Config:

@@ -21,6 +21,7 @@ from fused_rec.baselines.neighbors import (
     friends_mean,
     item_knn,
     popularity,
+    text_gcn,
     text_mean,
     user_knn,
 )
@@ -155,6 +156,33 @@ def test_new_items_rank_by_their_words():
     np.testing.assert_allclose(scores(text_mean(seen, own=1.0), 2), [[1, 0, 1, 0, 0], [0, 1, 0, 1, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("user_mean", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_text_gcn_equals_its_definition(num_layers, user_mean):
+    """Against powers of the dense adjacency: user 3 has no item, item 4 neither users nor text, item 3 text alone."""
+    history = np.array([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]], float)
+    adjacency = np.block([[np.zeros((4, 4)), history], [history.T, np.zeros((5, 5))]])
+    root = np.sqrt(np.maximum(adjacency.sum(1), 1))
+    start = np.concatenate([user_mean * history @ WORDS / np.maximum(history.sum(1, keepdims=True), 1), WORDS])
+    powers = [np.linalg.matrix_power(adjacency / np.outer(root, root), level) for level in range(num_layers + 1)]
+    final = sum(powers) @ start / (num_layers + 1)
+    final /= np.maximum(np.linalg.norm(final, axis=1, keepdims=True), 1e-12)
+    expected = final[:4] @ final[4:].T
+    expected[:, 4] = expected.min(1)  # nothing is known of the item
+    user, item = history.nonzero()
+    got = scores(text_gcn(Interactions(user, item, 4, 5, None, WORDS), num_layers=num_layers, user_mean=user_mean), 4)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert (got[3] == 0).all()
+
+
+def test_text_gcn_scores_an_item_without_text_by_its_users():
+    """Item 1 has no text. Its only user holds item 0, so it is near item 0 and far from item 2."""
+    text = np.array([[1, 0], [0, 0], [0, 1]], np.float32)
+    seen = Interactions(np.array([0, 0, 1, 2]), np.array([0, 1, 0, 2]), 3, 3, None, text)
+    got = scores(text_gcn(seen, num_layers=2, user_mean=True), 3)
+    np.testing.assert_allclose(got[1], [1, 1, 0], atol=1e-6)
+
+
 ALS: dict[str, Any] = {"factors": 4, "regularization": 5.0, "alpha": 10.0, "seed": 3}
 
 
@@ -214,6 +242,7 @@ def test_without_interactions_all_score_alike():
         user_knn(nothing, num_neighbors=2, shrink=0.0),
         friends_mean(nothing),
         text_mean(nothing, own=1.0),
+        text_gcn(nothing, num_layers=2, user_mean=True),
     ):
         np.testing.assert_array_equal(scores(scorer, 3), np.zeros((3, 5)))
 
@@ -223,6 +252,8 @@ def test_what_is_not_reported_is_asked_for():
         friends_mean(TINY._replace(source=NONE, target=NONE))
     with pytest.raises(NotApplicableError, match="text_mean needs text of items"):
         text_mean(TINY._replace(item_text=np.zeros((4, 1), np.float32)), own=0.0)
+    with pytest.raises(NotApplicableError, match="text_gcn needs text of items"):
+        text_gcn(TINY, num_layers=1, user_mean=True)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +264,7 @@ def test_what_is_not_reported_is_asked_for():
         (lambda: friends_mean(TINY._replace(source=np.array([9]), target=np.array([0]))), "source ids span 9..9"),
         (lambda: friends_mean(TINY._replace(source=np.array([0]), target=np.array([9]))), "target ids span 9..9"),
         (lambda: text_mean(TINY, own=-1.0), "own is -1.0"),
+        (lambda: text_gcn(TINY, num_layers=0, user_mean=True), "num_layers is 0"),
         (lambda: als(TINY, **dict(ALS, factors=0)), "factors is 0"),
         (lambda: als(TINY, **dict(ALS, regularization=-1.0)), "regularization is -1.0"),
         (lambda: als(TINY, **dict(ALS, alpha=0.5)), "alpha is 0.5; it must be at least 1"),

@@ -151,6 +151,9 @@ def test_unknown_names_and_types(values, message):
         ("graph", "social_edges", "random", "one of ('observed', 'rewired', 'none')"),
         ("model", "variant", "both", "one of ('fused', 'graph', 'text')"),
         ("model", "score", "euclid", "one of ('cosine', 'dot')"),
+        ("model", "text_projection", "cubic", "one of ('linear', 'mlp')"),
+        ("model", "text_propagation", "nowhere", "one of ('to_users', 'both_ways')"),
+        ("model", "text_alignment", -0.1, "0 or more"),
         ("model", "dim", 0, "at least 1"),
         ("model", "num_layers", -1, "0 or more"),
         ("model", "id_embedding_dropout", 1.0, "in [0, 1)"),
@@ -213,3 +216,11 @@ def test_what_a_variant_uses(variant, ids, text, fused, layers):
     assert C.Config(model=model).encodes_text == text
     assert not C.Config(model=model, text=C.TextConfig(features="random")).encodes_text
     assert model.text_branch() == C.ModelConfig(variant="text", num_layers=3)
+    both = C.ModelConfig(variant=variant, num_layers=3, text_propagation="both_ways")
+    assert (both.users_start_as_items, both.effective_layers) == (variant == "text", 3)
+    assert not model.users_start_as_items
+    assert (model.hops, both.hops) == (layers, 4 if variant == "text" else 3)
+    aligned = C.ModelConfig(variant=variant, text_alignment=0.1)
+    assert (model.reads_text, aligned.reads_text, C.Config(model=aligned).encodes_text) == (text, True, True)
+    assert aligned.uses_text == text
+    assert not aligned.text_branch().text_alignment

@@ -112,6 +112,14 @@ def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, descent)
         same_slope(slope(config, part, users, count), full)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_users_that_start_as_their_items_bring_all_of_them(count, descent):
+    config = config_of("text", num_layers=1, text_projection="mlp", text_propagation="both_ways")
+    full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
+    part, users = neighbor_sampler(config, task_of(), PILOTS, count)(3, batch_of(3))
+    same_slope(slope(config, part, users, count), full)
+
+
 def test_rows_that_no_user_takes_change_nothing(descent, monkeypatch):
     """A room far larger than the sample, which leaves out neighbours."""
     config = config_of(num_neighbors=1)

@@ -8,11 +8,12 @@ import pytest
 import tiny
 from tiny import quick_compilation  # noqa: F401
 
-from fused_rec.config import ModelConfig
+from fused_rec.config import Config, ModelConfig
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import HostGraph
 from fused_rec.model import reference
 from fused_rec.model.model import FusedModel, concat_branches, item_degree
+from fused_rec.studies import variants
 
 BASE = ModelConfig(dim=3, num_layers=2)
 COMBINATIONS = [("learned", True), ("learned", False), ("mean", False), ("mean_without_input", False)]
@@ -41,6 +42,20 @@ def test_the_fast_path_equals_the_jraph_model(variant, combination, gates):
     for score in ("cosine", "dot"):
         change = {"variant": variant, "layer_combination": combination, "relation_gates": gates, "score": score}
         assert_equal(dataclasses.replace(BASE, **change), tiny.graph())
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+@pytest.mark.parametrize("propagation", ["to_users", "both_ways"])
+@pytest.mark.parametrize("variant", ["fused", "text"])
+def test_every_projection_and_propagation_of_text(variant, propagation, projection):
+    change = {"variant": variant, "text_projection": projection, "text_propagation": propagation}
+    assert_equal(dataclasses.replace(BASE, **change), tiny.graph())
+
+
+@pytest.mark.parametrize("name", ["alpharec", "rlmrec_con"])
+def test_published_models_with_text(name):
+    config = variants.variant(Config(), name).model
+    assert_equal(dataclasses.replace(config, dim=3), tiny.graph())
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])

@@ -89,6 +89,100 @@ def test_scores_are_those_of_the_publication(name):
     np.testing.assert_allclose(users @ items.T, expected[:USERS] @ expected[USERS:].T, rtol=1e-5, atol=1e-5)
 
 
+def test_alpharec_is_that_of_the_publication():
+    """MLP of item text and of each user's mean item text, propagated twice, mean of all layers, cosines."""
+    config, graph_inputs = config_of("alpharec"), task_of("alpharec")
+    params = moved(init(config, graph_inputs).params)
+    assert set(params["main"]) == {"text_item"}  # no IDs, no gates, one MLP for users and items
+    inputs = item_and_mean_text()
+    hidden, output = (params["main"]["text_item"][name] for name in ("hidden", "output"))
+    assert hidden["kernel"].shape == (tiny.WIDTH, tiny.WIDTH // 2) and output["kernel"].shape == (tiny.WIDTH // 2, 3)
+    h = inputs @ hidden["kernel"] + hidden["bias"]
+    h = np.where(h > 0, h, 0.01 * h) @ output["kernel"] + output["bias"]
+    h *= inputs.any(1, keepdims=True)  # user 6 and item 5, of which nothing is known, stay zero
+    out = h + matrix() @ h + matrix() @ matrix() @ h
+    out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    users, items = embed_nodes(config, params, graph_inputs)
+    np.testing.assert_allclose(users @ items.T, out[:USERS] @ out[USERS:].T, rtol=1e-5, atol=1e-5)
+    assert np.abs(users[6]).max() == np.abs(items[5]).max() == 0
+
+
+def test_rlmrec_scores_as_lightgcn_does():
+    config, graph_inputs = config_of("rlmrec_con"), task_of("rlmrec_con")
+    params = init(config, graph_inputs).params
+    assert set(params["main"]) == {"id_user", "id_item", "alignment"}
+    h = np.mean(rounds_of(params), axis=0)
+    users, items = embed_nodes(config, params, graph_inputs)
+    np.testing.assert_allclose(users @ items.T, h[:USERS] @ h[USERS:].T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_alignment_by_hand():
+    """Cosines of final embeddings and projected text over each user and item of the batch, at temperature .2."""
+    config = config_of("rlmrec_con")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, edge_dropout=0.0, text_alignment=0.5))
+    params = init(config, task_of("rlmrec_con")).params
+    h = np.mean(rounds_of(params), axis=0)
+    layers = params["main"]["alignment"]
+    text = item_and_mean_text() @ layers["hidden"]["kernel"] + layers["hidden"]["bias"]
+    text = np.where(text > 0, text, 0.01 * text) @ layers["output"]["kernel"] + layers["output"]["bias"]
+    users, items = batch_of(0).users, batch_of(0).items[:, 0]
+    sets = np.unique(users), np.unique(USERS + items)
+    alignment = sum(cosine_contrast(h, text, nodes, 0.2) for nodes in sets)
+    for devices in (1, 2):
+        [found] = steps(config, devices, 1, "rlmrec_con")[0]
+        parts = found["loss/alignment_user"] + found["loss/alignment_item"]
+        assert parts == pytest.approx(0.5 * alignment, rel=1e-5)
+        assert found["loss/main"] + parts == pytest.approx(found["loss"], rel=1e-6)
+
+
+def test_nodes_without_text_are_not_aligned():
+    """Without any text there is nothing to align with, and the loss is that of LightGCN."""
+    config, graph_inputs = config_of("rlmrec_con"), task_of("rlmrec_con")
+    blank = {ITEM: np.zeros_like(graph_inputs.graph.text[ITEM])}
+    graph_inputs = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(blank))
+    whole = init(config, graph_inputs)
+    _, found = parallel_train_step(config, 1)(shard_state(whole, 1), shard_graph_inputs(graph_inputs, 1), batch_of(0))
+    assert found["loss/alignment_user"] == found["loss/alignment_item"] == 0
+    assert found["loss"] == found["loss/main"]
+
+
+def item_and_mean_text() -> np.ndarray:
+    """The mean text of each user's items, then the text of each item."""
+    text, held = tiny.words()[USERS : USERS + ITEMS], np.zeros((USERS, ITEMS))
+    held[tiny.HOLDER, tiny.HELD] = 1
+    return np.concatenate([held @ text / np.maximum(held.sum(1, keepdims=True), 1), text])
+
+
+def moved(params):
+    """Parameters as after some training: none is exactly 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 3, params)
+
+
+def test_alpharec_learns_the_same_on_any_number_of_devices():
+    config = config_of("alpharec", learning_rate=0.05)
+    alone, others = (np.array([step["loss"] for step in steps(config, n, 60, "alpharec")[0]]) for n in (1, 2))
+    assert alone[-10:].mean() < 0.9 * alone[:10].mean()
+    np.testing.assert_allclose(others, alone, rtol=1e-4)
+
+
+def test_alpharec_reads_the_text_of_a_users_items_and_none_of_their_own():
+    config, graph_inputs = config_of("alpharec"), task_of("alpharec")
+    params = moved(init(config, graph_inputs).params)
+    users, items = embed_nodes(config, params, graph_inputs)
+    text = dict(graph_inputs.graph.text)
+    own = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text({USER: text[USER][::-1].copy()}))
+    for one, other in zip((users, items), embed_nodes(config, params, own), strict=True):
+        np.testing.assert_array_equal(one, other)
+    changed = text[ITEM].copy()
+    changed[3] *= -1  # held by users 1 and 3, and two layers from all items but 5
+    other_users, other_items = embed_nodes(
+        config, params, dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text({ITEM: changed}))
+    )
+    assert (np.abs(other_users - users).max(1) > 1e-4)[[1, 3]].all()
+    assert (np.abs(other_items - items).max(1) > 1e-4)[[0, 2, 3, 4]].all()
+
+
 def test_noise_is_of_training():
     """Where a step gives its key, the first round is .2 from what it is without; the first round is what is sown."""
     config, graph_inputs = config_of("xsimgcl"), task_of("xsimgcl")
@@ -127,8 +221,8 @@ def batch_of(number: int) -> Batch:
     return batch(HELD, number, seed=0, batch_size=5, positives_per_user=2, num_negatives=2)
 
 
-def steps(config: Config, devices: int, count: int):
-    graph_inputs = task_of("xsimgcl")
+def steps(config: Config, devices: int, count: int, name: str = "xsimgcl"):
+    graph_inputs = task_of(name)
     whole = init(config, graph_inputs)
     graph_inputs, state = shard_graph_inputs(graph_inputs, devices), shard_state(whole, devices)
     step, losses = parallel_train_step(config, devices), []
@@ -138,9 +232,9 @@ def steps(config: Config, devices: int, count: int):
     return losses, gather_state(state, whole, devices).params
 
 
-def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray) -> float:
+def cosine_contrast(one: np.ndarray, other: np.ndarray, nodes: np.ndarray, temperature: float = 0.15) -> float:
     one, other = (x[nodes] / np.linalg.norm(x[nodes], axis=1, keepdims=True) for x in (one, other))
-    scores = np.exp(one @ other.T / 0.15)
+    scores = np.exp(one @ other.T / temperature)
     return float(np.mean(-np.log(np.diag(scores) / scores.sum(1))))
 
 
@@ -198,7 +292,7 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(model=ModelConfig(num_layers=0), train=TrainConfig(contrastive_weight=0.1))
 
 
-@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl"])
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec", "rlmrec_con"])
 def test_published_models_take_nothing_of_the_config_they_are_compared_with(name):
     plain = variant(Config(), name)
     noisy = dataclasses.replace(
@@ -210,6 +304,9 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
             dim=256,
             id_embedding_dropout=0.4,
             score="cosine",
+            text_projection="mlp",
+            text_propagation="both_ways",
+            text_alignment=0.3,
         ),
         train=dataclasses.replace(Config().train, contrastive_weight=0.5, temperature=0.05, learning_rate=0.5),
     )

@@ -1,4 +1,4 @@
-"""Baselines without gradient training: popularity, neighbors, social averages, text centroids, and ALS.
+"""Baselines without gradient training: popularity, neighbors, social averages, text vectors, and ALS.
 
 Each function takes `Interactions` and returns a scorer: user indices (B,) to scores of all items, float32 (B, I), as
 `fused_rec.evaluation.ranking` takes them. The host prepares with SciPy; scorers are `jax.tree_util.Partial`s of their
@@ -222,6 +222,44 @@ def text_mean(interactions: Interactions, *, own: float) -> Partial:
     if interactions.user_text is not None:
         users = _unit(users + np.float32(own) * interactions.user_text)
     return rank_unscorable_last(Partial(_dot, jnp.asarray(users), jnp.asarray(_unit(words))), np.abs(words).sum(1) > 0)
+
+
+def text_gcn(interactions: Interactions, *, num_layers: int, user_mean: bool) -> Partial:
+    """Propagates frozen text vectors over the interactions (TextGCN; Chernov et al., 2025, arXiv 2510.12461).
+
+    H_0 stacks users and items: an item starts as its text vector, a user as the mean of the text vectors of their items
+    or as zero. With A the adjacency of both, d its row sums and S = diag(d)^-1/2 A diag(d)^-1/2,
+    Z = (H_0 + S H_0 + ... + S^L H_0) / (L + 1), and scores are cosines of Z (the layers and their mean are those of
+    LightGCN).
+
+    The paper starts users at the mean; zero is an additional setting. Text vectors are those of the model, whitened,
+    where the paper has vectors of titles from text-embedding-3-large.
+
+    Args:
+      interactions: the inputs.
+      num_layers: L, 1 or more.
+      user_mean: users start as the mean of their items' vectors, not as zero.
+
+    Returns:
+      The scorer.
+
+    Raises:
+      NotApplicableError: no item has text.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
+    history, items = interactions.history(), interactions.require_item_text("text_gcn")
+    of_user, of_item = (np.maximum(history.sum(axis), 1).astype(np.float32) for axis in (1, 0))
+    user, item = history.nonzero()
+    normal = scipy.sparse.csr_array((1 / np.sqrt(of_user[user] * of_item[item]), (user, item)), shape=history.shape)
+    users = (history @ items) / of_user[:, None] * np.float32(user_mean)
+    sum_of_users, sum_of_items = users.copy(), items.copy()
+    for _ in range(num_layers):
+        users, items = normal @ items, normal.T @ users
+        sum_of_users += users
+        sum_of_items += items
+    scorer = Partial(_dot, jnp.asarray(_unit(sum_of_users)), jnp.asarray(_unit(sum_of_items)))
+    return rank_unscorable_last(scorer, np.abs(sum_of_items).sum(1) > 0)
 
 
 def als(interactions: Interactions, *, factors: int, regularization: float, alpha: float, seed: int) -> Partial:

@@ -27,6 +27,7 @@ _ALS_GRID = tuple(
     for r in (10.0, 100.0)
     for a in (10.0, 40.0)
 )
+_TEXT_GCN_GRID = tuple({"num_layers": n, "user_mean": mean} for n in (1, 2, 3, 4) for mean in (True, False))
 _TEXT_EASE_GRID = tuple(
     {"l2": l2, "l2_text": t, "l2_words": w} for l2 in (30.0, 300.0) for t in (30.0, 300.0) for w in (10.0, 100.0)
 )
@@ -38,6 +39,7 @@ BASELINES: dict[str, Baseline] = {
     "user_knn": Baseline(neighbors.user_knn, _NEIGHBOR_GRID),
     "friends_mean": Baseline(neighbors.friends_mean, ({},)),
     "text_mean": Baseline(neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
+    "text_gcn": Baseline(neighbors.text_gcn, _TEXT_GCN_GRID),
     "als": Baseline(neighbors.als, _ALS_GRID),
     "gf_cf": Baseline(linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
     "ease": Baseline(linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),

@@ -31,6 +31,8 @@ Parts, and where they are:
 - text branch: in variant fused a second `Branch`, of the variant text. It represents items with few or no
   interactions. Each branch has a loss of its own: a loss of the sum leaves the text branch untrained wherever IDs
   explain the interactions, and a new item has nothing but text.
+- AlphaRec (Sheng et al., ICLR 2025, arXiv 2407.05441) is a text branch alone, with model.text_projection = mlp and
+  model.text_propagation = both_ways: `TextMLP` projects items and users, who start as `mean_item_text`.
 - popularity bias: `append_popularity_bias`, beta log(1 + n_i).
 - late fusion: at ranking time the logit is one component of a weighted sum (`fused_rec.model.late_fusion`), if
   model.late_fusion is set.
@@ -52,9 +54,10 @@ from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.hetero import HostGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, SIMILAR_TEXT, USER, Relation
+from fused_rec.graph.spmm import neighbor_sum
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
-from fused_rec.model.text_fusion import Gate, TextInput
+from fused_rec.model.text_fusion import Gate, TextInput, TextMLP
 from fused_rec.rng import Stream
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
@@ -62,6 +65,7 @@ Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
 FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
+ALIGNED_TEXT = "aligned_text"  # projected text of users and items, to which model.text_alignment draws embeddings
 LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
 
@@ -69,10 +73,11 @@ def active_relations(config: ModelConfig, graph: HostGraph | DeviceGraph) -> lis
     """Lists the relations with edges that a variant propagates over.
 
     Variant fused uses all of them and graph all except text-kNN. Variant text uses only the edges from items to users:
-    a user's text is then the mean of their items' text, as in a content-based recommender.
+    a user's text is then the mean of their items' text, as in a content-based recommender. With
+    model.text_propagation = both_ways it uses the interactions in both directions.
 
     Args:
-      config: the model's settings, of which `variant` counts.
+      config: the model's settings, of which `variant` and `text_propagation` count.
       graph: the graph with its relations and their edge counts.
 
     Returns:
@@ -80,7 +85,8 @@ def active_relations(config: ModelConfig, graph: HostGraph | DeviceGraph) -> lis
     """
     relations = [relation for relation, count in graph.relations if count]
     if not config.uses_ids:
-        return [relation for relation in relations if relation == INTERACTED_BY]
+        directions = (INTERACTED_BY, INTERACTS) if config.users_start_as_items else (INTERACTED_BY,)
+        return [relation for relation in relations if relation in directions]
     if not config.uses_text:
         return [relation for relation in relations if relation.name != SIMILAR_TEXT]
     return relations
@@ -176,6 +182,10 @@ class Branch(nn.Module):
         layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype)
         if len(layers) > 1:
             self.sow("intermediates", FIRST_LAYER, tuple(graph.all_gather(t, layers[1][t]) for t in (USER, ITEM)))
+        if self.config.text_alignment:
+            project = TextMLP(self.config.dim, self.compute_dtype, name="alignment")
+            views = (USER, project(mean_item_text(graph))), (ITEM, project(graph.text[ITEM]))
+            self.sow("intermediates", ALIGNED_TEXT, tuple(graph.all_gather(t, view) for t, view in views))
         out = combine_layers(weights, layers)
         if self.config.score == "cosine":
             out = {t: unit(x) for t, x in out.items()}
@@ -183,8 +193,9 @@ class Branch(nn.Module):
 
     @property
     def text_node_types(self) -> tuple[str, ...]:
-        """Node types whose text is an input feature."""
-        return (USER, ITEM) if self.config.user_text_input else (ITEM,)
+        """Node types whose own text is an input feature."""
+        own = self.config.user_text_input and not self.config.users_start_as_items
+        return (USER, ITEM) if own else (ITEM,)
 
     def inputs(
         self, graph: DeviceGraph, dropout: PRNGKeyArray | None
@@ -212,9 +223,18 @@ class Branch(nn.Module):
                     rows = rows * kept[:, None] / (1 - config.id_embedding_dropout)
                 ids[node_type] = rows
             if config.uses_text and node_type in self.text_node_types:
-                project = TextInput(config.dim, config.id_init_std, self.compute_dtype, name=f"text_{node_type}")
+                project = self.text_projection(node_type)
                 text[node_type] = project(graph.text[node_type])
+                if config.users_start_as_items:
+                    text[USER] = project(mean_item_text(graph))
         return ids, text
+
+    def text_projection(self, node_type: str) -> TextInput | TextMLP:
+        """Builds the projection of a type's text embeddings to the model's dimension."""
+        config, name = self.config, f"text_{node_type}"
+        if config.text_projection == "mlp":
+            return TextMLP(config.dim, self.compute_dtype, name=name)
+        return TextInput(config.dim, config.id_init_std, self.compute_dtype, name=name)
 
     def weights(self, graph: DeviceGraph) -> PropagationWeights:
         """Computes edge weights, source scales, gates and layer weights of the variant's relations.
@@ -223,7 +243,7 @@ class Branch(nn.Module):
           graph: the graph: text embeddings, edges with their normalized weights, and the degrees of the whole graph.
 
         Returns:
-          The coefficients of `propagate_layers`; L is at most 1 in variant text.
+          The coefficients of `propagate_layers`, of `effective_layers` layers.
         """
         config = self.config
         levels = config.effective_layers
@@ -285,6 +305,23 @@ class Branch(nn.Module):
 def item_degree(graph: DeviceGraph) -> Float32[Array, "I"]:
     """Returns the number of training interactions of each item of this device, float32 [rows]."""
     return jnp.asarray(graph.adjacencies[INTERACTS].degrees.in_degree)
+
+
+def mean_item_text(graph: DeviceGraph) -> Float32[Array, "U D"]:
+    """Averages the text embeddings of each user's items, in the graph or in a sample of it.
+
+    Args:
+      graph: the graph: text embeddings of items and edges from items to users.
+
+    Returns:
+      float32 [rows, D]; zeros for a user without interactions.
+    """
+    interacted_by = graph.adjacencies[INTERACTED_BY]
+    text = jnp.asarray(graph.text[ITEM])
+    rows = graph.shards.all_gather(jnp.concatenate([text, jnp.ones((len(text), 1))], axis=1))  # last column: counts
+    present = (interacted_by.weight != 0).astype(jnp.float32)  # padded and removed edges weigh 0
+    sums = neighbor_sum(interacted_by, present, rows)
+    return sums[:, :-1] / jnp.maximum(sums[:, -1:], 1)
 
 
 def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray | None) -> DeviceGraph:

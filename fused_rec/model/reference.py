@@ -23,7 +23,7 @@ from jaxtyping import Array, Float32
 from fused_rec.config import ModelConfig
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.hetero import HostGraph
-from fused_rec.graph.schema import INTERACTS, ITEM, USER, Relation
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
 from fused_rec.model.model import active_relations
 
 
@@ -102,11 +102,25 @@ def node_inputs(
             ids = ids.at[at].set(params[f"id_{node_type}"])
         if f"text_{node_type}" in params:
             features = graph.text_of(node_type)
-            text = text.at[at].set(features @ params[f"text_{node_type}"]["kernel"])
+            text = text.at[at].set(projected(params[f"text_{node_type}"], features))
             if config.fuses_text:
                 gates = gate_of(params.get(f"gate_text_{node_type}"), features, np.zeros(count), num_layers)
                 text_gate = text_gate.at[at].set(gates)
+    if config.users_start_as_items:
+        edges, features = graph.edges[INTERACTED_BY], graph.text_of(ITEM)
+        sums = np.stack([features[edges.senders[edges.receivers == user]].sum(0) for user in range(graph.count(USER))])
+        mean = sums / np.maximum(np.bincount(edges.receivers, minlength=graph.count(USER)), 1)[:, None]
+        text = text.at[graph.node_slice(USER)].set(projected(params[f"text_{ITEM}"], mean))
     return ids, text, text_gate
+
+
+def projected(params: Mapping[str, Any], features: np.ndarray) -> Array:
+    """Returns features projected to the width of the embeddings, linearly or by two layers; 0 without text."""
+    if "kernel" in params:
+        return features @ params["kernel"]
+    hidden = jax.nn.leaky_relu(features @ params["hidden"]["kernel"] + params["hidden"]["bias"][None, :])
+    has_text = np.any(features != 0, axis=1, keepdims=True)
+    return has_text * (hidden @ params["output"]["kernel"] + params["output"]["bias"][None, :])
 
 
 def relation_factors(

@@ -1,8 +1,9 @@
 """Text as node input and as relation gates.
 
 A node's text embedding enters the model in two ways: projected to the model's dimension as a part of its input
-(`TextInput`), and as features of the gates that weight each relation in each layer (`Gate`). Neither reads a hidden
-state, so propagation stays linear in the inputs (`fused_rec.model.propagation`).
+(`TextInput`, or `TextMLP` with model.text_projection = mlp), and as features of the gates that weight each relation in
+each layer (`Gate`). Neither reads a hidden state, so propagation stays linear in the inputs
+(`fused_rec.model.propagation`).
 """
 
 import flax.linen as nn
@@ -39,6 +40,27 @@ class TextInput(nn.Module):
         start = nn.initializers.orthogonal(self.scale * max(text.shape[1], self.dim) ** 0.5)
         kernel = self.param("kernel", start, (text.shape[1], self.dim))
         return matmul_f32(jnp.asarray(text, self.compute_dtype), kernel.astype(self.compute_dtype))
+
+
+class TextMLP(nn.Module):
+    """Two-layer projection of text embeddings (AlphaRec: Sheng et al., ICLR 2025, arXiv 2407.05441).
+
+    [n, D] to float32 [n, K]: W_2 leaky_relu(W_1 t + b_1) + b_2, with D / 2 hidden units. A row without text stays zero,
+    as nothing is known of its node.
+
+    Attributes:
+      dim: K, the dimension of the output.
+      compute_dtype: the type of inputs and outputs of both layers; parameters are float32.
+    """
+
+    dim: int
+    compute_dtype: ComputeDtype = "float32"
+
+    @nn.compact
+    def __call__(self, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
+        hidden = nn.Dense(max(text.shape[1] // 2, 1), dtype=self.compute_dtype, name="hidden")(text)
+        out = nn.Dense(self.dim, dtype=self.compute_dtype, name="output")(nn.leaky_relu(hidden))
+        return out.astype(jnp.float32) * jnp.any(text != 0, axis=1, keepdims=True)
 
 
 class Gate(nn.Module):

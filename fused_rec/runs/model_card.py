@@ -143,7 +143,7 @@ def _page(
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
     beside = _late_fusion(results.get("late_fusion"))
     made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
-    language = in_markdown(config["text"]["model"]) if model.uses_text else "none"
+    language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
     measured = "\n".join(
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS

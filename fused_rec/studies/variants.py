@@ -38,6 +38,9 @@ PLAIN_MODEL = {
     "embedding_noise": 0.0,
     "popularity_weight": 0.0,
     "late_fusion": False,
+    "text_projection": "linear",
+    "text_propagation": "to_users",
+    "text_alignment": 0.0,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
@@ -46,6 +49,32 @@ PLAIN_MODEL = {
 FROZEN = {"finetune": "frozen"}  # for variants without text and with sampled subgraphs
 PLAIN_GRAPH = {"attributes": (), "text_knn": 0, "social_edges": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrastive_weight": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
+# Layers, dimension, temperature, learning rate and weight decay of AlphaRec are as published
+# (github.com/LehengTHU/AlphaRec). What differs: text features are those of the base config, whitened, where the paper
+# has text-embedding-3-large; the hidden layer has half of their width, as the paper's has of 3,072; the softmax is over
+# all items, where the paper samples 256 negatives per positive; users are weighted as in fused_rec/model/losses.py.
+ALPHAREC_MODEL = PLAIN_MODEL | {
+    "variant": "text",
+    "num_layers": 2,
+    "score": "cosine",
+    "text_projection": "mlp",
+    "text_propagation": "both_ways",
+}
+ALPHAREC_TRAIN = {
+    "loss": "softmax",
+    "temperature": 0.15,
+    "contrastive_weight": 0.0,
+    "learning_rate": 0.0005,
+    "weight_decay": 1e-6,
+    "max_steps": 2000,
+    "eval_every": 50,
+    "patience": 5,
+}
+# LightGCN's settings; layers, edge dropout, weight and temperature of the alignment are those published for Amazon and
+# Yelp (github.com/HKUDS/RLMRec). What differs: text features of items, and their mean over a user's items, replace the
+# profiles that a language model writes; the MLP's hidden layer has half of their width; the denominator has the users,
+# and one positive of each, of the batch, where the paper has all users and also a term of negatives.
+RLMREC_MODEL = PLAIN_MODEL | {"num_layers": 3, "edge_dropout": 0.2, "text_alignment": 0.01}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
@@ -108,6 +137,21 @@ VARIANTS: dict[str, Variant] = {
             "graph": PLAIN_GRAPH,
             "train": BPR | {"contrastive_weight": 0.02, "learning_rate": 0.005, "weight_decay": 1.0},
         },
+    ),
+    "rlmrec_con": Variant(
+        "RLMRec-Con (Ren et al., 2024, arXiv 2310.15950)",
+        {
+            "model": RLMREC_MODEL,
+            "text": FROZEN,
+            "graph": PLAIN_GRAPH,
+            "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},
+        },
+        needs=("text",),
+    ),
+    "alpharec": Variant(
+        "AlphaRec (Sheng et al., 2025, arXiv 2407.05441)",
+        {"model": ALPHAREC_MODEL, "text": FROZEN, "graph": PLAIN_GRAPH, "train": ALPHAREC_TRAIN},
+        needs=("text",),
     ),
 }
 

@@ -231,7 +231,7 @@ def text_features(config: Config, texts: NodeTexts) -> TextFeatures:
     if not texts.texts and config.text.finetune != "frozen":
         mode = config.text.finetune
         raise ValueError(f"text.finetune is {mode!r}, and these tables have no texts; it must be frozen")
-    if not config.model.uses_text or not texts.texts:
+    if not config.model.reads_text or not texts.texts:
         return without_tfidf(texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32))
     return encode_features(config.text, texts, config.train.seed)
 

@@ -60,13 +60,13 @@ def neighbor_sampler(
     count, counts = len(select_devices(devices)), dict(graph_inputs.graph.node_types)
     relations = active_relations(config.model, graph_inputs.graph)
     adjacencies = {relation: graph_inputs.graph.adjacencies[relation] for relation in relations}
-    num_layers = config.model.effective_layers
+    hops = config.model.hops
 
     def draw_sample(seed: int, step: int, batch: Batch) -> Sample:
         items = np.concatenate([batch.items.ravel(), batch.negatives.ravel()])
         rng = numpy_rng(seed, step, Stream.NEIGHBORS)
         seeds = {USER: batch.users, ITEM: items}
-        return sample(adjacencies, counts, seeds, num_layers=num_layers, num_neighbors=settings.num_neighbors, rng=rng)
+        return sample(adjacencies, counts, seeds, num_layers=hops, num_neighbors=settings.num_neighbors, rng=rng)
 
     # One seed for all runs, so that runs of different seeds share compiled programs.
     needed = [required_capacity(draw_sample(0, step, batch), count) for step, batch in enumerate(probe_batches)]

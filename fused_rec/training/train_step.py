@@ -27,6 +27,7 @@ from fused_rec.model.late_fusion import (
     concat_components,
 )
 from fused_rec.model.model import (
+    ALIGNED_TEXT,
     FIRST_LAYER,
     ID_EMBEDDING,
     FusedModel,
@@ -41,6 +42,7 @@ LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it 
 # Parameter keys of the branches of `FusedModel`: the first one, and the text branch beside it. Flax draws initial
 # values by parameter path, so other keys would be another initialization, and change every result.
 BRANCHES = ("main", "words")
+ALIGNMENT_TEMPERATURE = 0.2  # of RLMRec-Con (Ren et al., WWW 2024, arXiv 2310.15950) on Amazon and Yelp
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -304,9 +306,10 @@ def batch_loss(
       dropout: random key.
 
     Returns:
-      The loss, and the parts that it is the sum of: `loss/graph_branch`, `loss/text_branch` or both, by variant, and
-      with train.contrastive_weight `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch.
-      The sum over devices completes the means.
+      The loss, and the parts that it is the sum of: `loss/graph_branch`, `loss/text_branch` or both, by variant; with
+      train.contrastive_weight `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch; with
+      model.text_alignment `loss/alignment_user` and `loss/alignment_item` alike. The sum over devices completes the
+      means.
     """
     branches: Any
     intermediates: Any
@@ -323,13 +326,16 @@ def batch_loss(
     names = (GRAPH_BRANCH, TEXT_BRANCH)[0 if config.model.uses_ids else 1 :][: len(sums)]
     parts = {f"loss/{name}": _mean(*own) for name, own in zip(names, sums, strict=True)}
     shares = [_mean(jnp.stack([total for total, _ in sums]).sum(), sums[0][1])]
-    if config.train.contrastive_weight:
-        [first_layer] = intermediates["intermediates"]["main"][FIRST_LAYER]
-        for node_type, (total, count) in zip(
-            (USER, ITEM), _contrastive_losses(branches[0], first_layer, batch), strict=True
-        ):
-            shares.append(_mean(config.train.contrastive_weight * total, count))
-            parts[f"loss/contrastive_{node_type}"] = shares[-1]
+    for name, view, weight, temperature in (
+        ("contrastive", FIRST_LAYER, config.train.contrastive_weight, CONTRAST_TEMPERATURE),
+        ("alignment", ALIGNED_TEXT, config.model.text_alignment, ALIGNMENT_TEMPERATURE),
+    ):
+        if weight:
+            [other] = intermediates["intermediates"]["main"][view]
+            found = _contrastive_losses(branches[0], other, batch, temperature, skip_zeros=view == ALIGNED_TEXT)
+            for node_type, (total, count) in zip((USER, ITEM), found, strict=True):
+                shares.append(_mean(weight * total, count))
+                parts[f"loss/{name}_{node_type}"] = shares[-1]
     return jnp.stack(shares).sum(), parts
 
 
@@ -353,17 +359,21 @@ def _params_of_nodes(graph: DeviceGraph, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(rows, params)
 
 
-def _contrastive_losses(vectors: Vectors, first_layer: Vectors, batch: Batch) -> list[losses.Sum]:
+def _contrastive_losses(
+    vectors: Vectors, others: Vectors, batch: Batch, temperature: float, skip_zeros: bool
+) -> list[losses.Sum]:
     """InfoNCE of the batch's users, and of one positive of each, against those of all devices.
 
-    XSimGCL's batch is of user-item pairs; one pair per user gives the same size for both and B^2 cosines.
+    XSimGCL's batch is of user-item pairs; one pair per user gives the same size for both and B^2 cosines. With
+    `skip_zeros`, a node whose second view is zero, having no text, counts 0; to the others it is a cosine of 0.
     """
     user, items, mask, _ = map(jnp.asarray, batch)
     valid = mask[:, 0]
     sums = []
-    for one, other, nodes in zip(vectors, first_layer, (user, items[:, 0]), strict=True):
+    for one, other, nodes in zip(vectors, others, (user, items[:, 0]), strict=True):
+        counted = valid * jnp.any(other[nodes] != 0, axis=1) if skip_zeros else valid
         everyone = jax.lax.all_gather(jnp.where(valid > 0, nodes, -1), AXIS).reshape(-1)
-        sums.append(losses.info_nce(one, other, nodes, valid, everyone, CONTRAST_TEMPERATURE))
+        sums.append(losses.info_nce(one, other, nodes, counted, everyone, temperature))
     return sums
 
 
