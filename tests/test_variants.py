@@ -132,7 +132,7 @@ def test_the_alignment_by_hand():
         [found] = steps(config, devices, 1, "rlmrec_con")[0]
         parts = found["loss/alignment_user"] + found["loss/alignment_item"]
         assert parts == pytest.approx(0.5 * alignment, rel=1e-5)
-        assert found["loss/main"] + parts == pytest.approx(found["loss"], rel=1e-6)
+        assert found["loss/graph_branch"] + parts == pytest.approx(found["loss"], rel=1e-6)
 
 
 def test_nodes_without_text_are_not_aligned():
@@ -143,7 +143,7 @@ def test_nodes_without_text_are_not_aligned():
     whole = init(config, graph_inputs)
     _, found = parallel_train_step(config, 1)(shard_state(whole, 1), shard_graph_inputs(graph_inputs, 1), batch_of(0))
     assert found["loss/alignment_user"] == found["loss/alignment_item"] == 0
-    assert found["loss"] == found["loss/main"]
+    assert found["loss"] == found["loss/graph_branch"]
 
 
 def item_and_mean_text() -> np.ndarray:
