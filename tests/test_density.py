@@ -31,9 +31,9 @@ SETTINGS = {
     "train.max_steps": 4,
     "train.eval_every": 2,
 }
-FLAGS = ("--history=all,2", "--new_items=0,.2", "--baselines=popularity,item_knn", "--num_seeds=1")
-POINTS = [(2, 0.0), (0, 0.0), (2, 0.2), (0, 0.2)]
-FOLDERS = ["history_2_new_0", "history_all_new_0", "history_2_new_0.2", "history_all_new_0.2"]
+FLAGS = ("--history=all,2", "--baselines=popularity,item_knn", "--num_seeds=1")
+POINTS = [(2, 0.0), (0, 0.0)]
+FOLDERS = ["history_2_new_0", "history_all_new_0"]
 NAMES = ["text", "graph", "fused", "popularity", "item_knn"]
 
 
@@ -80,7 +80,7 @@ def measured(tables, cache, tmp_path_factory) -> tuple[Path, str, str]:
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
     assert process.returncode == 143 and "give the same command again" in stderr, stderr
-    assert milestone.exists() and not (out / "density.json").exists() and not (out / FOLDERS[2]).exists()
+    assert milestone.exists() and not (out / "density.json").exists()
     finished = {file: file.stat().st_mtime_ns for file in out.rglob("results.json")}
     assert len(finished) >= len(NAMES)
     process = start(tables, out, cache, *FLAGS)
@@ -94,7 +94,7 @@ def test_every_point_is_a_comparison_on_the_same_held_out_rows(measured, tables)
     out, _, stderr = measured
     report = json.loads((out / "density.json").read_text())
     assert [(point["history"], point["new_items"]) for point in report["points"]] == POINTS
-    assert "point 1 of 4: history 2, new items 0%" in stderr and "point 4 of 4: history all, new items 20%" in stderr
+    assert "point 1 of 2: history 2, new items 0%" in stderr and "point 2 of 2: history all, new items 0%" in stderr
     users = None
     for (history, share), folder in zip(POINTS, FOLDERS, strict=True):
         run = json.loads((out / folder / "runs" / "fused" / "0" / "run.json").read_text())["config"]
@@ -131,7 +131,7 @@ def test_validation_chooses_and_gains_are_those_of_the_runs(measured):
 def test_the_tables_have_every_point(measured):
     out, stdout, _ = measured
     text = (out / "density.md").read_text()
-    assert text.strip() in stdout and "| 2 | 0% |" in text and "| all | 20% |" in text
+    assert text.strip() in stdout and "| 2 | 0% |" in text and "| all | 0% |" in text
     assert text.startswith(
         "ndcg@10\n\n| history | new items | text | graph | fused | best baseline | fused vs. the better"
     )
@@ -164,15 +164,22 @@ def test_a_folder_is_one_study_at_a_time_and_of_one_config(measured, tables):
         measure_density(small(tables, **{"model.dim": 8}), density, out)
 
 
+def test_points_are_every_length_with_every_share_sparse_ones_first():
+    expected = [(history, share) for share in (0.0, 0.1) for history in (1, 5, 0)]
+    assert Density((0, 5, 1), (0.1, 0.0)).points == expected
+
+
 def test_a_failed_run_leaves_its_means_and_gains_out(tables, tmp_path):
-    density = Density((2,), baselines=("popularity",))
+    density = Density((2,), (0.2,), baselines=("popularity",))
     report = measure_density(small(tables, **{"train.learning_rate": 1e38}), density, tmp_path)
     [point] = report["points"]
+    run = json.loads((tmp_path / "history_2_new_0.2" / "runs" / "fused" / "0" / "run.json").read_text())["config"]
+    assert (run["split"]["history"], run["split"]["new_item_share"], run["train"]["refit"]) == (2, 0.2, False)
     assert {failure["variant"] for failure in point["failures"]} == {"text", "graph", "fused"}
     assert point["chosen"] == {"branch": None, "baseline": "popularity", "single": "popularity"}
     text = (tmp_path / "density.md").read_text()
-    assert "Failed: history 2, new items 0%, fused: NonFiniteLossError" in text
-    assert "| 2 | 0% | – | – | – | 0." in text and text.count("| – | – |\n") == 2
+    assert "Failed: history 2, new items 20%, fused: NonFiniteLossError" in text
+    assert "| 2 | 20% | – | – | – | 0." in text and text.count("| – | – |\n") == 2
 
 
 def test_tables_without_text_are_refused_before_any_run(tables, tmp_path):
