@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+import typing
 
 import numpy as np
 import pyarrow as pa
@@ -316,6 +317,22 @@ def test_item_text_of_amazon_from_all_reviews():
                 check(described, parts)
         else:
             assert check(described, parts)
+
+
+@pytest.mark.parametrize("kind", typing.get_args(SplitKind))
+def test_what_observe_lets_through_passes_with_dropped_rows(kind):
+    """Users and items of dropped rows are no held-out ones; so their other reviews are seen and pass."""
+    user, item = (side.astype(np.int32) for side in np.divmod(np.arange(100), 10))
+    ids = [str(k) for k in range(10)]
+    rows = table(user=user, item=item, timestamp=np.arange(100)).append_column(
+        "split", pa.array(["test" if k % 7 == 0 else "train" for k in range(100)])
+    )
+    reviews = table(user=user, item=item, text=ids * 10, timestamp=[0] * 100)
+    nodes = pa.table({"user_id": ids}), pa.table({"item_id": ids})
+    data = Dataset("tiny", *nodes, rows, reviews, table(source=[0], target=[1], kind=["f"], timestamp=[0]))
+    parts = split(data, SplitConfig(kind=kind, history=2, new_item_share=0.2))
+    assert len(parts.dropped)
+    assert check(data, parts)["observed reviews"] == len(parts.train)
 
 
 def test_dropped_rows_are_held_out():

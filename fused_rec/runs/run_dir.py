@@ -285,7 +285,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    found = read_json(workdir / RUN)
+    found = read_json_object(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
     sound = sound and isinstance(found.get("contents", {}), dict)
@@ -304,10 +304,10 @@ def read_results(workdir: Path) -> dict[str, Any]:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    return read_json(workdir / RESULTS)
+    return read_json_object(workdir / RESULTS)
 
 
-def read_json(file: Path, remedy: str = "train in a new workdir") -> dict[str, Any]:
+def read_json_object(file: Path, remedy: str = "train in a new workdir") -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:

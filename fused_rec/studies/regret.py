@@ -55,7 +55,7 @@ def _row(folder: Path, metric: str) -> dict[str, Any]:
     remedy = "run the same comparison again, which reuses its finished runs"
     if not (folder / REPORT).exists():
         raise FileNotFoundError(f"{folder} holds no {REPORT}; finish the comparison there with `fused-rec compare`")
-    report = run_dir.read_json(folder / REPORT, remedy)
+    report = run_dir.read_json_object(folder / REPORT, remedy)
     try:
         task, trials, complete = str(report["task"]), int(report["trials"]), complete_names(report)
         single = [name for name in complete if is_single(name)]
