@@ -37,7 +37,7 @@ def compared(folder: Path, task: str = "market, random split", trials: int = 0, 
             values = rng.normal(test, 0.02, len(USERS)).astype(np.float32)
             run = folder / (f"runs-tuned-{trials}" if trials else "runs") / name / str(seed)
             run.mkdir(parents=True)
-            metrics = dict.fromkeys(METRICS, values)
+            metrics: dict[str, np.ndarray] = dict.fromkeys(METRICS, values)
             write_users(run / "test_metrics_per_user.npz", UserMetrics(USERS, metrics, {}))
             results = {"test": {"ndcg@10": float(values.mean())}, "valid": {"ndcg@10": valid}}
             rows.append({"variant": name, "seed": seed} | results)
