@@ -101,6 +101,9 @@ class SplitConfig:
     test: float = 0.2  # test fraction; unused with kind predefined, where the tables define the test split
     valid: float = 0.1  # validation fraction, of what the test split leaves
     seed: int = 0  # random seed of the split
+    # most training interactions of a user: the newest where there are times, else drawn; others are dropped; 0 = all
+    history: int = 0
+    new_item_share: float = 0.0  # share of the items that lose all their training interactions
 
     def __post_init__(self):
         _require_sane("split", self)
@@ -111,6 +114,13 @@ class SplitConfig:
             value = getattr(self, name)
             _require(0 < value < 1, f"split.{name}", value, "between 0 and 1")
         _require(self.seed >= 0, "split.seed", self.seed, "0 or more")
+        _require(self.history >= 0, "split.history", self.history, "0 or more")
+        _require(0 <= self.new_item_share < 1, "split.new_item_share", self.new_item_share, "in [0, 1)")
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether interactions are dropped from the training split."""
+        return self.history > 0 or self.new_item_share > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +341,9 @@ class Config:
     def __post_init__(self):
         fits = not self.train.contrastive_weight or self.model.num_layers > 0
         _require(fits, "train.contrastive_weight", self.train.contrastive_weight, "0 where model.num_layers is 0")
+        fits = not (self.train.refit and self.split.drops_rows)
+        bound = "False where split.history or split.new_item_share is above 0: a refit adds the validation split"
+        _require(fits, "train.refit", self.train.refit, bound)
         fits = self.text.finetune == "frozen" or self.model.uses_text
         _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which uses no text")
         fits = self.text.finetune == "frozen" or not self.train.num_neighbors

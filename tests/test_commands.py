@@ -18,7 +18,19 @@ SMALL = (
     *("--config.model.variant=graph", "--config.model.dim=4", "--config.model.num_layers=1"),
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
 )
-COMMANDS = ("compare", "convert", "demo", "doctor", "encode", "evaluate", "export", "faithfulness", "recommend")
+COMMANDS = (
+    "compare",
+    "convert",
+    "demo",
+    "density",
+    "doctor",
+    "encode",
+    "evaluate",
+    "export",
+    "faithfulness",
+    "recommend",
+    "regret",
+)
 
 
 @pytest.fixture(scope="module")

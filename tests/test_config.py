@@ -143,6 +143,9 @@ def test_unknown_names_and_types(values, message):
         ("split", "test", 1.0, "between 0 and 1"),
         ("split", "valid", -0.1, "between 0 and 1"),
         ("split", "valid", float("nan"), "between 0 and 1"),
+        ("split", "history", -1, "0 or more"),
+        ("split", "new_item_share", 1.0, "in [0, 1)"),
+        ("split", "new_item_share", -0.1, "in [0, 1)"),
         ("text", "max_tokens", -1, "0 or more"),
         ("text", "batch_tokens", 511, "at least 512"),
         ("text", "tfidf_dim", -1, "0 or more"),
@@ -183,9 +186,17 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
     assert str(error.value) == f"{section}.{setting} is {value!r}; it must be {bound}"
 
 
+@pytest.mark.parametrize("limit", [{"history": 3}, {"new_item_share": 0.1}])
+def test_a_refit_would_bring_back_what_the_split_drops(limit):
+    with pytest.raises(ValueError, match=r"train\.refit is True; it must be False where split\.history or split\.new_"):
+        from_dict({"split": limit, "train": {"refit": True}})
+    assert from_dict({"split": limit}).split.drops_rows and not Config().split.drops_rows
+
+
 @pytest.mark.parametrize(
     ("section", "setting", "value"),
     [
+        ("split", "history", 1),
         ("data", "k_core", 1),
         ("text", "batch_tokens", 512),
         ("graph", "text_knn", 0),

@@ -5,15 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from market import write_tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec import api
+from fused_rec.data.dataset import column
 from fused_rec.evaluation.ranking import mean
-from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
-from fused_rec.training.inputs import prepare, with_pretrained_text
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users, held_out
+from fused_rec.training.inputs import prepare, read, with_pretrained_text
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
 BASELINES = ("text_mean", "text_ease", "item_knn")
@@ -63,3 +65,22 @@ def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monke
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-1 - len(BASELINES) :]]
     assert rows == [[name, *(f"{by_api[name][metric]:.4f}" for metric in shown)] for name in (*BASELINES, "fused")]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_items_of_dropped_rows_are_neither_ranked_nor_true(split, tmp_path):
+    """The user has them: ranking one first is no error, and finding one no success."""
+    data = {"name": "tables", "path": str(write_tables(tmp_path))}
+    found = {}
+    for history in (0, 1):
+        config = fr.configure(data=data, split={"history": history}, model={"variant": "graph"})
+        prepared = prepare(config, *read(config))
+        found[history] = held_out(prepared, split)
+        assert len(prepared.observed.user) == len(prepared.split.train)
+    assert len(prepared.split.dropped) > len(prepared.split.train) == len(np.unique(prepared.observed.user))
+    assert (prepared.graph_inputs.popularity.sum()) == len(prepared.split.train)
+    (spec, truth), (limited_spec, limited_truth) = found[0], found[1]
+    for whole, limited in ((spec.seen, limited_spec.seen), (truth, limited_truth)):
+        assert np.array_equal(whole.items, limited.items) and np.array_equal(whole.indptr, limited.indptr)
+    dropped = column(prepared.dataset.interactions, "item")[prepared.split.dropped]
+    assert set(dropped.tolist()) <= set(limited_spec.seen.items.tolist())

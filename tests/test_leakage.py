@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+import typing
 
 import numpy as np
 import pyarrow as pa
@@ -316,3 +317,42 @@ def test_item_text_of_amazon_from_all_reviews():
                 check(described, parts)
         else:
             assert check(described, parts)
+
+
+@pytest.mark.parametrize("kind", typing.get_args(SplitKind))
+def test_what_observe_lets_through_passes_with_dropped_rows(kind):
+    """Users and items of dropped rows are no held-out ones; so their other reviews are seen and pass."""
+    user, item = (side.astype(np.int32) for side in np.divmod(np.arange(100), 10))
+    ids = [str(k) for k in range(10)]
+    rows = table(user=user, item=item, timestamp=np.arange(100)).append_column(
+        "split", pa.array(["test" if k % 7 == 0 else "train" for k in range(100)])
+    )
+    reviews = table(user=user, item=item, text=ids * 10, timestamp=[0] * 100)
+    nodes = pa.table({"user_id": ids}), pa.table({"item_id": ids})
+    data = Dataset("tiny", *nodes, rows, reviews, table(source=[0], target=[1], kind=["f"], timestamp=[0]))
+    parts = split(data, SplitConfig(kind=kind, history=2, new_item_share=0.2))
+    assert len(parts.dropped)
+    assert check(data, parts)["observed reviews"] == len(parts.train)
+
+
+def test_dropped_rows_are_held_out():
+    """What `observe` lets through passes; a dropped pair, its review, or a row of a new item does not."""
+    data, parts = market()
+    limited = dataclasses.replace(parts, train=np.array([0]), dropped=np.array([1, 2]))
+    assert check(data, limited)["held-out interactions"] == 4
+    everything = observe(data, parts)  # as if nothing were dropped
+    with pytest.raises(LeakError) as error:
+        check(data, limited, everything, everything)
+    for found in (r"row 1 (user 1, item 1) is held out", "1 observed review(s)", "text(s) of users"):
+        assert found in str(error.value)
+    with pytest.raises(LeakError, match="the splits overlap or miss interactions"):
+        check(data, dataclasses.replace(limited, dropped=np.array([1])))
+    new = dataclasses.replace(limited, new_items=np.array([2], np.int32))
+    check(data, new)
+    with pytest.raises(LeakError, match="item 0 is new and in the train split"):
+        check(data, dataclasses.replace(new, new_items=np.array([0], np.int32)))
+    about_new = table(user=[2], item=[2], text=["fine"], timestamp=[1])
+    other = dataclasses.replace(data, reviews=about_new, interactions=data.interactions.slice(0, 2))
+    parts = Split("random", np.array([0]), np.array([1]), np.empty(0, np.int64), new_items=np.array([2], np.int32))
+    with pytest.raises(LeakError, match="leaks a held-out item"):
+        check(other, parts, dataclasses.replace(observe(other, parts), reviews=about_new))

@@ -50,6 +50,22 @@ def test_many_variants_stay_apart():
     assert len(marks) == 30
 
 
+def test_density_shows_means_and_gains_by_history():
+    means = {"text": [{"mean": 0.2, "low": 0.1, "high": 0.4}, None], "fused": [None, None]}
+    gained = {"relative": 0.5, "relative_low": 0.25, "relative_high": 1.0}
+    panel = {"new_items": 0.1, "histories": ["1", "all"], "means": means, "gains": {"the better": [None, gained]}}
+    figure = plots.by_density([{**panel, "new_items": 0.0}, panel], "ndcg@10", "market")
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == [f"{n}% of the items are new" for n in (0, 10)]
+    for upper, lower in zip(figure.axes[:2], figure.axes[2:], strict=True):
+        text, fused = upper.containers
+        assert (text[0].get_ydata().tolist(), fused[0].get_ydata().tolist()) == ([0.2], [])
+        [gain] = lower.containers
+        assert gain[0].get_xdata() == pytest.approx([1])
+        assert gain[2][0].get_segments()[0][:, 1] == pytest.approx([25, 100])
+        assert [label.get_text() for label in lower.get_xticklabels()] == ["1", "all"]
+        assert (text[0].get_xdata() < 0).all()  # beside the other variant
+
+
 def test_settings_of_trials_and_the_best_one():
     def trial(number: int, state: str, value: float | None, rate: float) -> dict:
         return {"trial": number, "state": state, "value": value, "train.learning_rate": rate, "model.dim": 64}

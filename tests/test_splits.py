@@ -1,5 +1,6 @@
 """What each kind of split holds out, by hand, and what may be seen beside it."""
 
+import dataclasses
 import os
 import typing
 
@@ -228,8 +229,8 @@ LONG = "five words make a post"
 
 def six(kind: str) -> Split:
     cuts = (20, 30) if kind == "time" else (None, None)
-    new = [np.array([k], np.int32) for k in (2, 3)] if kind == "new_items" else (None, None)
-    return Split(kind, np.arange(4), np.array([4]), np.array([5]), *cuts, *new)
+    valid, test = [np.array([k], np.int32) for k in (2, 3)] if kind == "new_items" else (None, None)
+    return Split(kind, np.arange(4), np.array([4]), np.array([5]), *cuts, valid, test)
 
 
 def seen_reviews(kind: str, rows: list[tuple], parts: tuple[str, ...] = ("train",)) -> list[int]:
@@ -395,3 +396,91 @@ def test_stocknet_sees_no_tie_of_the_future():
     assert column(seen.reviews, "timestamp").max() < parts.valid_from
     assert parts.valid_from <= column(known.reviews, "timestamp").max() < parts.test_from
     assert 0 < seen.ties.num_rows < known.ties.num_rows < observe(data, parts, SPLIT_NAMES).ties.num_rows
+
+
+# --- dropped training rows -------------------------------------------------------------------------------------------
+
+
+def dropped_parts(data: Dataset, **limits) -> tuple[Split, Split]:
+    """The split without limits, and the same with them."""
+    return split(data, SplitConfig(kind="random", seed=3)), split(data, SplitConfig(kind="random", seed=3, **limits))
+
+
+def test_a_limited_history_keeps_the_newest_training_rows_of_each_user():
+    data = dataset(grid(6, 10))
+    whole, parts = dropped_parts(data, history=2)
+    assert (parts.valid.tolist(), parts.test.tolist()) == (whole.valid.tolist(), whole.test.tolist())
+    assert sorted([*parts.train, *parts.dropped]) == whole.train.tolist()
+    user, time = column(data.interactions, "user"), column(data.interactions, "timestamp")
+    for one in range(6):
+        of_user = whole.train[user[whole.train] == one]
+        newest = of_user[np.argsort(time[of_user])[-2:]]
+        assert sorted(newest) == parts.train[user[parts.train] == one].tolist()
+    assert set(dropped_parts(data, history=1)[1].train) < set(parts.train)
+    assert dropped_parts(data, history=50)[1].dropped.tolist() == whole.dropped.tolist() == []
+
+
+@pytest.mark.parametrize("times", [False, True])
+def test_a_limited_history_without_times_is_drawn_by_the_seed(times):
+    """A row without a time among others that have one counts as the oldest."""
+    rows = grid(4, 10).drop_columns(["timestamp"])
+    if times:
+        rows = rows.append_column("timestamp", pa.array([None, -5] * 20, pa.int64()))
+    whole, parts = dropped_parts(dataset(rows), history=3)
+    items = column(rows, "item")[parts.train]
+    assert np.bincount(column(rows, "user")[parts.train]).tolist() == [3] * 4
+    assert len(set(items.tolist())) > 3  # users keep other items
+    if times:
+        at_end = [column(rows, "user")[whole.train[whole.train % 2 == 1]] == one for one in range(4)]
+        known = [min(3, int(of_user.sum())) for of_user in at_end]
+        assert np.bincount(column(rows, "user")[parts.train[parts.train % 2 == 1]], minlength=4).tolist() == known
+    other = split(dataset(rows), SplitConfig(kind="random", seed=4, history=3))
+    assert set(other.train) != set(parts.train)
+
+
+def test_a_share_of_items_loses_all_training_rows():
+    data = dataset(grid(8, 12))
+    whole, parts = dropped_parts(data, new_item_share=0.25)
+    assert len(parts.new_items) == 3
+    items = column(data.interactions, "item")
+    assert not np.isin(items[parts.train], parts.new_items).any()
+    assert np.isin(items[parts.dropped], parts.new_items).all()
+    assert (parts.valid.tolist(), parts.test.tolist()) == (whole.valid.tolist(), whole.test.tolist())
+    more = dropped_parts(data, new_item_share=0.5, history=1)[1]
+    assert set(parts.new_items) < set(more.new_items)
+    assert np.bincount(column(data.interactions, "user")[more.train]).tolist() == [1] * 8
+    with pytest.raises(ValueError, match="leaves the train split without interactions"):
+        dropped_parts(dataset(grid(12, 2)), new_item_share=0.9)
+
+
+def test_dropped_pairs_are_held_out_from_whatever_is_known():
+    """Their reviews and edges too; those of the same users and items stay, except of new items."""
+    rows = table(user=[0, 0, 1, 1, 2], item=[0, 1, 2, 3, 4])
+    reviews = table(user=[0, 0, 1, 2, 5], item=[0, 1, 0, 4, 4], text=["a", "b", "c", "d", "e"])
+    ties = table(source=[0, 0, 3], target=[1, 1, 4], kind=["r", "s", "r"], item=[1, None, 4])
+    data = dataset(rows, reviews, ties)
+    parts = Split("random", np.array([0]), np.array([2]), np.array([3]), dropped=np.array([1, 4]))
+    for splits, pairs in ((("train",), [0]), (("train", "valid"), [0, 2]), (SPLIT_NAMES, [0, 2, 3])):
+        seen = observe(data, parts, splits)
+        assert seen.item.tolist() == pairs
+        assert seen.reviews.column("text").to_pylist() == ["a", "c", "e"]
+        assert seen.ties.num_rows == 2
+    new = dataclasses.replace(parts, new_items=np.array([4], np.int32))
+    seen = observe(data, new)
+    assert seen.reviews.column("text").to_pylist() == ["a", "c"]
+    assert seen.ties.num_rows == 1
+
+
+@pytest.mark.parametrize("kind", ["new_users", "new_items"])
+def test_users_and_items_of_dropped_pairs_are_known(kind):
+    data = dataset(grid(10, 10), table(user=list(range(10)), item=[11] * 10, text=["x"] * 10))
+    parts = split(data, SplitConfig(kind=kind, history=1))
+    known = np.unique(column(data.interactions, "user")[parts.train])
+    reviewers = column(observe(data, parts).reviews, "user")
+    assert reviewers.tolist() == (known.tolist() if kind == "new_users" else list(range(10)))
+
+
+def test_users_had_the_dropped_rows_before_both_held_out_splits():
+    parts = Split("random", np.array([0]), np.array([2]), np.array([3]), dropped=np.array([1]))
+    assert parts.before("valid").tolist() == [0, 1]
+    assert parts.before("test").tolist() == [0, 1, 2]

@@ -31,8 +31,8 @@ def audit(
 
     Checked:
 
-    - the splits are disjoint, complete and consistent with the split's kind;
-    - every observed pair is an interaction of the known splits;
+    - the splits and the dropped rows are disjoint, complete and consistent with the split's kind and new items;
+    - every observed pair is an interaction of the known splits, never a dropped one;
     - every observed review and social edge is a row of the dataset that leaks no held-out pair (no held-out item or
       user for new_items and new_users) and is dated before the cut;
     - every text of a node is its own description or such a review;
@@ -125,11 +125,14 @@ def _withheld(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _Withh
     mask = np.ones(dataset.interactions.num_rows, bool)
     mask[np.concatenate([getattr(split, name) for name in splits])] = False
     users, items = (column(dataset.interactions, name)[mask].tolist() for name in ("user", "item"))
+    pairs = set(zip(users, items, strict=True))
+    mask[split.dropped] = False  # withheld pairs of users and items that are known
+    users, items = (set(column(dataset.interactions, name)[mask].tolist()) for name in ("user", "item"))
     cut = split.valid_from if "valid" not in splits else split.test_from if "test" not in splits else None
     return _Withheld(
-        set(zip(users, items, strict=True)),
-        set(users) if split.kind == "new_users" else set(),
-        set(items) if split.kind == "new_items" else set(),
+        pairs,
+        users if split.kind == "new_users" else set(),
+        (items if split.kind == "new_items" else set()) | set(split.new_items.tolist()),
         cut,
     )
 
@@ -179,7 +182,8 @@ def _report(what: str, faults: list[str], remedy: str) -> Iterator[str]:
 def _in_split(dataset: Dataset, split: Split) -> Iterator[str]:
     """Checks that splits are disjoint, complete and consistent with the kind."""
     rows = [getattr(split, name) for name in SPLIT_NAMES]
-    if not np.array_equal(np.sort(np.concatenate(rows)), np.arange(dataset.interactions.num_rows)):
+    everything = np.sort(np.concatenate([*rows, split.dropped]))
+    if not np.array_equal(everything, np.arange(dataset.interactions.num_rows)):
         yield "the splits overlap or miss interactions. Take them from fused_rec.data.splits.split."
         return
     faults = []
@@ -192,6 +196,8 @@ def _in_split(dataset: Dataset, split: Split) -> Iterator[str]:
         nodes = [set(column(dataset.interactions, split.kind[4:-1])[r].tolist()) for r in rows]
         shared = (nodes[0] & nodes[1]) | (nodes[0] & nodes[2]) | (nodes[1] & nodes[2])
         faults = [f"row {node} of {split.kind[4:]} is in more than one split" for node in sorted(shared)]
+    trained = set(column(dataset.interactions, "item")[split.train].tolist())
+    faults += [f"item {item} is new and in the train split" for item in split.new_items.tolist() if item in trained]
     yield from _report(f"fault(s) in the {split.kind} split", faults, "Take the split from fused_rec.data.splits.split")
 
 

@@ -3,34 +3,41 @@
 `split` assigns rows of `dataset.interactions` to splits. `observe` then removes what leaks the held-out rows: reviews
 of those pairs, social edges observed in acts on them, and records dated after the cut. Random choices order rows by a
 hash of (seed, user, item), so a split depends on the set of pairs and on the user and item indices, not on row order.
+
+`split.history` and `split.new_item_share` drop rows of the training split, to measure models on sparse data. Dropped
+rows are held out from every model, with their reviews and social edges, but they are no truth of an evaluation and are
+not ranked: the user has them, so an item of a dropped row is never a false recommendation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Float32, Int32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int8, Int32, Int64, UInt64
 
 from fused_rec.config import SplitConfig
 from fused_rec.data.dataset import Dataset, column
 
 SECONDS_A_DAY = 86_400
 SPLIT_NAMES = ("train", "valid", "test")
+DROPPED = 3  # split code of dropped rows, beside indices into SPLIT_NAMES
 ACT_WORDS = 5  # the same text of at least 5 words, by one user at one time about several items, is one post
 SHOWN = 3  # rows listed in an error about missing timestamps
 
 
 @dataclass(frozen=True)
 class Split:
-    """Partition of the rows of `dataset.interactions` into train, validation and test.
+    """Partition of the rows of `dataset.interactions` into train, validation, test and dropped rows.
 
     Attributes:
       kind: `SplitConfig.kind` it was made with.
-      train, valid, test: row indices, ascending; disjoint, and together all rows.
+      train, valid, test: row indices, ascending; with `dropped` disjoint, and together all rows.
       valid_from, test_from: first held-out time of each split in unix seconds; only of kind "time".
       valid_candidates, test_candidates: item indices to rank, ascending; None = all items. Only kind "new_items" sets
         them, to the items of the split's interactions.
+      dropped: row indices, ascending, of training interactions that no model sees and that are not ranked.
+      new_items: item indices, ascending, of `SplitConfig.new_item_share`: all their training interactions are dropped.
     """
 
     kind: str
@@ -41,6 +48,16 @@ class Split:
     test_from: int | None = None
     valid_candidates: Int32[np.ndarray, "_"] | None = None
     test_candidates: Int32[np.ndarray, "_"] | None = None
+    dropped: Int64[np.ndarray, "_"] = field(default_factory=lambda: np.empty(0, np.int64))
+    new_items: Int32[np.ndarray, "_"] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def before(self, split: str) -> Int64[np.ndarray, "_"]:
+        """Returns the rows that users had before a held-out split, dropped ones included; their items are not ranked.
+
+        Args:
+          split: "valid" or "test".
+        """
+        return np.concatenate([self.train, self.dropped, *([] if split == "valid" else [self.valid])])
 
 
 @dataclass(frozen=True)
@@ -73,19 +90,24 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
     - predefined: the `split` column; without a validation split, one is sampled from train, where each user's last
       row is taken only if no others are left.
 
+    Then training rows are dropped: those of `config.new_item_share` of the items, drawn by hash, and of each user all
+    but the newest `config.history` of the rest; rows without a timestamp count as the oldest, ties are ordered by hash.
+    The rows of a shorter history are among those of a longer one, and the items of a smaller share among those of a
+    larger one. Validation and test splits do not change.
+
     Args:
       dataset: data with at least three interactions.
-      config: kind, seed and fractions; `config.valid` is a fraction of the rows outside the test split.
+      config: kind, seed, fractions and limits; `config.valid` is a fraction of the rows outside the test split.
 
     Returns:
-      The three splits, with cut times for "time" and candidate items for "new_items".
+      The splits and dropped rows, with cut times for "time" and candidate items for "new_items".
 
     Raises:
       ValueError: the tables lack what the kind needs, or a split is empty.
     """
     n_rows = dataset.interactions.num_rows
     valid_from = test_from = valid_candidates = test_candidates = None
-    split_codes = np.zeros(n_rows, np.int8)  # indices into SPLIT_NAMES
+    split_codes = np.zeros(n_rows, np.int8)  # indices into SPLIT_NAMES, or DROPPED
     hashes = _hash(config.seed, column(dataset.interactions, "user"), column(dataset.interactions, "item"))
     if config.kind == "time":
         times = _times(dataset, "time")
@@ -105,14 +127,16 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
             valid_candidates, test_candidates = (nodes[node_codes == code].astype(np.int32) for code in (1, 2))
     else:
         split_codes = _predefined(dataset, config, hashes)
-    train, valid, test = (np.flatnonzero(split_codes == code) for code in range(3))
+    new_items = _drop(dataset, config, hashes, split_codes)
+    train, valid, test, dropped = (np.flatnonzero(split_codes == code) for code in (0, 1, 2, DROPPED))
     for name, rows in zip(SPLIT_NAMES, (train, valid, test), strict=True):
         if not len(rows):
             raise ValueError(
                 f"split.kind {config.kind} leaves the {name} split without interactions: split.test is {config.test} "
                 f"and split.valid {config.valid} of {n_rows} interactions; change the fractions or use more data"
             )
-    return Split(config.kind, train, valid, test, valid_from, test_from, valid_candidates, test_candidates)
+    cuts, candidates = (valid_from, test_from), (valid_candidates, test_candidates)
+    return Split(config.kind, train, valid, test, *cuts, *candidates, dropped, new_items)
 
 
 def observe(dataset: Dataset, split: Split, splits: tuple[str, ...] = ("train",)) -> Observed:
@@ -126,6 +150,8 @@ def observe(dataset: Dataset, split: Split, splits: tuple[str, ...] = ("train",)
     - new_items: every review and act about a held-out item; its text in `dataset.items` is kept.
     - new_users: every review and act of a held-out user; their edges without `item` are kept.
     - time: every record dated at or after the first held-out time.
+
+    Dropped pairs count as held out with any `splits`, and so does every review and act about `split.new_items`.
 
     Args:
       dataset: the data that was split.
@@ -269,6 +295,30 @@ def _predefined(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray
     return split_codes
 
 
+def _drop(
+    dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"], split_codes: Int8[np.ndarray, "E"]
+) -> Int32[np.ndarray, "_"]:
+    """Drops training rows by `config.new_item_share` and `config.history`, in `split_codes`; returns the new items."""
+    user, item = (column(dataset.interactions, name) for name in ("user", "item"))
+    new_items = np.empty(0, np.int32)
+    if config.new_item_share:
+        items = np.unique(item[split_codes == 0])
+        drawn = np.argsort(_hash(config.seed, np.zeros_like(items), items))
+        new_items = np.sort(items[drawn[: round(config.new_item_share * len(items))]])
+        split_codes[(split_codes == 0) & np.isin(item, new_items)] = DROPPED
+    if config.history:
+        rows = np.flatnonzero(split_codes == 0)
+        times = np.zeros(len(rows), np.int64)
+        if "timestamp" in dataset.interactions.column_names:
+            oldest = np.iinfo(np.int64).min
+            times = pc.fill_null(dataset.interactions.column("timestamp").take(rows), oldest).to_numpy()
+        rows = rows[np.lexsort((hashes[rows], times, user[rows]))]
+        count = np.bincount(user[rows], minlength=dataset.n_users)
+        from_end = np.cumsum(count)[user[rows]] - np.arange(len(rows))  # 1 for a user's last row
+        split_codes[rows[from_end > config.history]] = DROPPED
+    return new_items
+
+
 @dataclass(frozen=True)
 class _HeldOut:
     """Held-out pairs, nodes and time."""
@@ -289,12 +339,14 @@ def _held_out(dataset: Dataset, split: Split, splits: tuple[str, ...]) -> _HeldO
     rows = np.concatenate(
         [np.empty(0, np.int64), *(getattr(split, name) for name in SPLIT_NAMES if name not in splits)]
     )
-    user, item = (column(dataset.interactions, name)[rows] for name in ("user", "item"))
+    user, item = (column(dataset.interactions, name) for name in ("user", "item"))
     users, items = np.zeros(dataset.n_users, bool), np.zeros(dataset.n_items, bool)
-    users[user] = split.kind == "new_users"
-    items[item] = split.kind == "new_items"
+    users[user[rows]] = split.kind == "new_users"  # of dropped rows the user and the item are known
+    items[item[rows]] = split.kind == "new_items"
+    items[split.new_items] = True
     cut = (split.valid_from, split.test_from, None)[len(splits) - 1]
-    return _HeldOut(np.unique(user.astype(np.int64) * dataset.n_items + item), users, items, cut)
+    rows = np.concatenate([rows, split.dropped])
+    return _HeldOut(np.unique(user[rows].astype(np.int64) * dataset.n_items + item[rows]), users, items, cut)
 
 
 def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]:

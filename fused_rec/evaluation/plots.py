@@ -158,6 +158,85 @@ def by_share(report: Mapping[str, Any]) -> "Figure":
     return figure
 
 
+def by_density(panels: Sequence[Mapping[str, Any]], metric: str, title: str) -> "Figure":
+    """Plots a column of two panels per share of new items: means by history length, and what fused gains.
+
+    panels: of `fused_rec.studies.density`, each with "new_items", "histories" (labels), and by history length "means"
+      ("mean", "low", "high", or None) of each variant and "gains" (fields of a `Difference`, or None) of fused.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(2.0 + 3.6 * len(panels), 5.6), dpi=150, layout="constrained")
+        upper, lower = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row", height_ratios=(3, 2))
+        for axes, gains, panel in zip(upper, lower, panels, strict=True):
+            _intervals(axes, panel["means"], ("mean", "low", "high"), 1.0)
+            _intervals(gains, panel["gains"], ("relative", "relative_low", "relative_high"), 100.0)
+            axes.set_title(f"{panel['new_items']:.0%} of the items are new", loc="left", fontsize=9)
+            gains.axhline(0, color=COLOURS[-1], linewidth=0.8)
+            gains.set_xticks(range(len(panel["histories"])), panel["histories"])
+            gains.set_xlabel("training interactions per user, at most")
+        upper[0].set_ylabel(f"{metric}, 95 % interval")
+        lower[0].set_ylabel("gain of fused, %")
+        upper[0].legend(frameon=False, fontsize=8)
+        lower[0].legend(frameon=False, fontsize=8, title="over", title_fontsize=8)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
+    return figure
+
+
+def _intervals(
+    axes: Any, series: Mapping[str, Sequence[Mapping[str, float] | None]], fields: tuple[str, str, str], scale: float
+) -> None:
+    """Plots values with their intervals by place, a line per series, beside each other; what is None is left out."""
+    for order, (name, values) in enumerate(series.items()):
+        known = [(place, *(found[field] for field in fields)) for place, found in enumerate(values) if found]
+        place, mean, low, high = np.array(known, float).reshape(-1, 4).T
+        offset = (order - (len(series) - 1) / 2) * 0.4 / len(series)
+        axes.errorbar(
+            place + offset,
+            scale * mean,
+            yerr=scale * np.stack([mean - low, high - mean]).clip(0),
+            marker=MARKERS[order % len(MARKERS)],
+            color=COLOURS[order % len(COLOURS)],
+            markersize=4.5,
+            linewidth=1.2,
+            label=name,
+        )
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def by_task(rows: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
+    """Plots what fused gains over the best single method of each task, with 95 % intervals, the first task on top.
+
+    rows: of `fused_rec.studies.regret.regret`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(7.2, 1.5 + 0.5 * len(rows)), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for order, (on, what) in enumerate((("test", "best by test mean"), ("valid", "chosen by validation"))):
+            for row, place in zip(rows, range(len(rows) - 1, -1, -1), strict=True):
+                found, height = row[on], place + 0.12 - 0.24 * order
+                ends = [100 * found["relative_low"], 100 * found["relative_high"]]
+                axes.plot(ends, [height, height], color=COLOURS[order], linewidth=1.5, solid_capstyle="butt")
+                label = what if row is rows[0] else None
+                mean = 100 * found["relative"]
+                axes.plot(mean, height, MARKERS[order], color=COLOURS[order], markersize=5, label=label)
+        axes.axvline(0, color=COLOURS[-1], linewidth=0.8)
+        names = [" / ".join(dict.fromkeys(row[on]["variant"] for on in ("test", "valid"))) for row in rows]
+        labels = [f"{row['task']}\n{name}" for row, name in zip(rows, names, strict=True)]
+        axes.set_yticks(range(len(rows) - 1, -1, -1), labels, **PLAIN)
+        axes.set_xlabel(f"fused vs. the single method, test {metric}, %")
+        figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8)
+        axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
+
+
 def by_ratio(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """How many times ours is ahead of each peer, a bar a row, in the rows' order; behind in another colour.
 

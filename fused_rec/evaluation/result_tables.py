@@ -24,9 +24,38 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> st
 
 def markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Formats a report of `fused_rec.studies.compare` as a Markdown table, followed by its failures."""
-    header, *body = _cells(report, metrics, in_markdown)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *body)]
-    return "\n".join([*lines, *(f"\nFailed: {in_markdown(note)}" for note in _notes(report))]) + "\n"
+    notes = [f"\nFailed: {in_markdown(note)}\n" for note in _notes(report)]
+    return markdown_table(_cells(report, metrics, in_markdown)) + "".join(notes)
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Formats cells, the header first, as a Markdown table; numbers, in all columns but the first, are on the right."""
+    header, *body = cells
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, rule, *body))
+
+
+def csv_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Formats rows as CSV in full precision; texts are as `fused_rec.data.io.csv_safety` writes them, None is empty."""
+    out = io.StringIO()
+    # Quotes keep a text in its cell where the list separator is ; as well.
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerows([escape_csv(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    return out.getvalue()
+
+
+def relative_text(found: Mapping[str, Any]) -> str:
+    """Formats the fields of a `Difference`: "+12.3 % [+8.1, +16.2]", or the absolute one where the other mean is 0."""
+    relative = [found[name] for name in ("relative", "relative_low", "relative_high")]
+    if any(value is None or math.isnan(value) for value in relative):
+        return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    value, low, high = (100 * value for value in relative)
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def interval_text(found: Mapping[str, Any]) -> str:
+    """Formats a mean with its 95 % interval: "0.1234 [0.1200, 0.1270]"."""
+    return f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
 
 
 def latex(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
@@ -47,24 +76,20 @@ def csv_text(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """
     moments = ("mean", "sd", "low", "high")
     tests = tuple(field.name for field in dataclasses.fields(Difference)) + ("p_holm",)
-    out = io.StringIO()
-    # Quotes keep a text in its cell where the list separator is ; as well.
-    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     header = ["variant", "seeds"]
     for metric in metrics:
         header += [f"{metric} {name}" for name in moments]
         header += [f"{metric} {report['reference']} vs. row: {name}" for name in tests]
-    writer.writerow([*map(escape_csv, header), "seconds", "parameters", "failed"])
+    rows = [[*header, "seconds", "parameters", "failed"]]
     for entry in report["summary"]:
-        row = [escape_csv(entry["variant"]), entry["seeds"]]
+        row = [entry["variant"], entry["seeds"]]
         for metric in metrics:
             found = entry["metrics"].get(metric, {})
             row += [found.get(name) for name in moments]
             tested = _difference(report, entry["variant"], metric) or {}
             row += [tested.get(name) for name in tests]
-        failed = escape_csv("; ".join(_notes(report, entry["variant"])))
-        writer.writerow([*row, entry["seconds"], entry["parameters"], failed])
-    return out.getvalue()
+        rows.append([*row, entry["seconds"], entry["parameters"], "; ".join(_notes(report, entry["variant"]))])
+    return csv_table(rows)
 
 
 def _cells(report: Mapping[str, Any], metrics: Sequence[str], named: Callable[[str], str]) -> list[list[str]]:
@@ -97,11 +122,7 @@ def _tested(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
     p = "p < .001" if row["p_holm"] < 0.001 else f"p = {row['p_holm']:.3f}".replace("0.", ".")
-    relative = [row[name] for name in ("relative", "relative_low", "relative_high")]
-    if any(value is None or math.isnan(value) for value in relative):
-        return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], {p}"
-    value, low, high = (100 * value for value in relative)
-    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}], {p}"
+    return f"{relative_text(row)}, {p}"
 
 
 def _notes(report: Mapping[str, Any], variant: str | None = None) -> list[str]:

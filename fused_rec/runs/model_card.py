@@ -39,6 +39,7 @@ def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
         "products": dataset.n_items,
         **{name: table.num_rows for name, table in tables.items()},
         **{f"in the {NAMES.get(part, 'training')} split": len(getattr(data_split, part)) for part in SPLIT_NAMES},
+        **({"dropped from training": len(data_split.dropped)} if len(data_split.dropped) else {}),
     }
 
 

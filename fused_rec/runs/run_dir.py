@@ -286,7 +286,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    found = _read_json(workdir / RUN)
+    found = read_json_object(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
     sound = sound and isinstance(found.get("contents", {}), dict)
@@ -305,17 +305,26 @@ def read_results(workdir: Path) -> dict[str, Any]:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    return _read_json(workdir / RESULTS)
+    return read_json_object(workdir / RESULTS)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises ValueError where the file is damaged."""
+def read_json_object(file: Path, remedy: str = "train in a new workdir") -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+      file: the path.
+      remedy: what to do where the file is damaged.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); train in a new workdir") from error
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}); train in a new workdir")
+        raise ValueError(f"{file} is damaged (it holds a {type(found).__name__}); {remedy}")
     return found
 
 

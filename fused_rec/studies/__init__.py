@@ -1,1 +1,1 @@
-"""Variants, comparisons over seeds, hyperparameter search."""
+"""Variants, comparisons over seeds, density and regret of fusion, hyperparameter search."""

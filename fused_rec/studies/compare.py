@@ -52,6 +52,7 @@ LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
 BASELINE_SEED = 0
 KEPT = ("test", "valid", "slices", "seconds", "parameters")  # keys of a run's results in the report
+REPORT = "compare.json"
 
 
 class MissingExtraError(Exception):
@@ -81,7 +82,7 @@ class _Outcomes:
     failures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def folder(self, name: str, seed: int) -> Path:
-        return self.out / (f"runs-tuned-{self.trials}" if self.trials else "runs") / name / str(seed)
+        return runs_folder(self.out, self.trials) / name / str(seed)
 
     @contextlib.contextmanager
     def run(self, name: str, seed: int) -> Iterator[Path]:
@@ -309,6 +310,66 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def runs_folder(out: Path, trials: int) -> Path:
+    """Returns the folder of the runs in a comparison with this number of tuning trials."""
+    return out / (f"runs-tuned-{trials}" if trials else "runs")
+
+
+def run_values(runs: Path, seeds: Mapping[str, Sequence[int]]) -> dict[str, dict[str, np.ndarray]]:
+    """Reads test metrics per user of finished runs.
+
+    Args:
+      runs: of `runs_folder`.
+      seeds: finished seeds of each variant.
+
+    Returns:
+      Float32 [S, V] by variant and metric of `METRICS`, without metrics that are NaN for all users.
+
+    Raises:
+      FileNotFoundError, ValueError: a file is missing or damaged, or the runs measured different users.
+    """
+    values, users = {}, None
+    for name, of_variant in seeds.items():
+        folders = [runs / name / str(seed) for seed in of_variant]
+        measured = [run_dir.read_users(folder / run_dir.TEST_METRICS_PER_USER) for folder in folders]
+        users = measured[0].users if users is None else users
+        if not all(np.array_equal(users, per_user.users) for per_user in measured):
+            raise ValueError(f"the runs of {name} measured other users than those before it; choose another out")
+        by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
+        # A user with all items except the held-out ones has no negatives; this may be all users.
+        values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}
+    return values
+
+
+def complete_names(report: Mapping[str, Any]) -> list[str]:
+    """Returns the variants and baselines of a report of which no run failed, in its order."""
+    failed = {failure["variant"] for failure in report["failures"]}
+    return [name for name in dict.fromkeys(row["variant"] for row in report["rows"]) if name not in failed]
+
+
+def is_single(name: str) -> bool:
+    """Whether a variant or baseline is a method to compare fusion with: neither fused itself nor made from it."""
+    if name in BASELINES:
+        return True
+    return name != REFERENCE and not (VARIANTS[name].ablation or VARIANTS[name].control)
+
+
+def best_name(report: Mapping[str, Any], names: Sequence[str], split: str, metric: str) -> str:
+    """Returns the one of some variants and baselines of a report with the best mean over seeds.
+
+    Args:
+      report: of `compare_variants`.
+      names: one or more of `complete_names`.
+      split: "valid" or "test".
+      metric: of the mean.
+    """
+
+    def of(name: str) -> float:
+        return float(np.mean([row[split][metric] for row in report["rows"] if row["variant"] == name]))
+
+    return max(names, key=of)
+
+
 def _tuned(config: Config, folder: Path, trials: int) -> Config:
     from fused_rec.studies.tune import tune  # needs Optuna, an extra
 
@@ -336,20 +397,8 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
     order = {name: place for place, name in enumerate(names)}
     rows = sorted(outcomes.rows, key=lambda row: order[row["variant"]])
     failed = {failure["variant"] for failure in outcomes.failures}
-    values, users = {}, None
-    for name in names:
-        own = [row for row in rows if row["variant"] == name]
-        if name in failed:
-            continue
-        measured = [
-            run_dir.read_users(outcomes.folder(name, row["seed"]) / run_dir.TEST_METRICS_PER_USER) for row in own
-        ]
-        users = measured[0].users if users is None else users
-        if not all(np.array_equal(users, per_user.users) for per_user in measured):
-            raise ValueError(f"the runs of {name} measured other users than those before it; choose another out")
-        by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
-        # A user with all items except the held-out ones has no negatives; this may be all users.
-        values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}
+    measured = {name: [row["seed"] for row in rows if row["variant"] == name] for name in names if name not in failed}
+    values = run_values(runs_folder(outcomes.out, outcomes.trials), measured)
     reference = REFERENCE if REFERENCE in names else names[0]
     return {
         "task": outcomes.task,
@@ -363,7 +412,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
-    run_dir.write_json(out / "compare.json", report)
+    run_dir.write_json(out / REPORT, report)
     for suffix, text in (("md", result_tables.markdown), ("csv", result_tables.csv_text), ("tex", result_tables.latex)):
         write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:

@@ -16,12 +16,14 @@ class Variant:
       overrides: changed settings, by section.
       needs: inputs ("text", "ties") without which the variant does not exist or equals another one.
       control: trained on uninformative text or social edges; not for use.
+      ablation: the base config with one part changed; no method of its own to compare fusion with.
     """
 
     description: str
     overrides: Mapping[str, Mapping[str, Any]]
     needs: tuple[str, ...] = ()
     control: bool = False
+    ablation: bool = False
 
 
 # ID embeddings and dot products, as shared by the published baselines below. Layers, layer weights, dimension and noise
@@ -82,17 +84,20 @@ VARIANTS: dict[str, Variant] = {
         "without text", {"model": {"variant": "graph", "late_fusion": False}, "text": FROZEN}, needs=("text",)
     ),
     "text": Variant("text alone", {"model": {"variant": "text", "late_fusion": False}}, needs=("text",)),
-    "no_social_edges": Variant("without social edges", {"graph": {"social_edges": "none"}}, needs=("ties",)),
-    "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, needs=("text",)),
-    "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}),
-    "no_late_fusion": Variant("the trained model alone", {"model": {"late_fusion": False}}),
-    "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}),
-    "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, needs=("text",)),
-    "bfloat16": Variant("training steps in bfloat16", {"train": {"compute_dtype": "bfloat16"}}),
-    "negatives": Variant("sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}),
+    "no_social_edges": Variant("without social edges", {"graph": {"social_edges": "none"}}, ("ties",), ablation=True),
+    "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, ("text",), ablation=True),
+    "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}, ablation=True),
+    "no_late_fusion": Variant("the trained model alone", {"model": {"late_fusion": False}}, ablation=True),
+    "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}, ablation=True),
+    "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, ("text",), ablation=True),
+    "bfloat16": Variant("training steps in bfloat16", {"train": {"compute_dtype": "bfloat16"}}, ablation=True),
+    "negatives": Variant(
+        "sampled items in the softmax instead of all", {"train": {"loss": "sampled_softmax"}}, ablation=True
+    ),
     "sampled": Variant(
         "the same, with ten sampled neighbors per node and relation",
         {"train": {"loss": "sampled_softmax", "num_neighbors": 10}, "text": FROZEN},
+        ablation=True,
     ),
     "shuffled_text": Variant("text of another node", {"text": {"features": "shuffled"}}, ("text",), control=True),
     "random_text": Variant(

@@ -39,7 +39,8 @@ def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetric
     Args:
       prepared: tables and split.
       scorer: see `fused_rec.evaluation.ranking.Scorer`.
-      split: "valid" or "test". Items that a user interacted with before it are not ranked.
+      split: "valid" or "test". Items that a user interacted with before it, also in rows that the split drops from
+        training, are not ranked.
 
     Returns:
       Metrics per user; novelty counts the interactions of the training split.
@@ -97,8 +98,7 @@ def held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]
     dataset, data_split = prepared.dataset, prepared.split
     users, items = (column(dataset.interactions, name) for name in ("user", "item"))
     rows = getattr(data_split, split)
-    known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    seen, truth = (item_sets(users[of], items[of], dataset.n_users) for of in (known, rows))
+    seen, truth = (item_sets(users[of], items[of], dataset.n_users) for of in (data_split.before(split), rows))
     candidates = data_split.valid_candidates if split == "valid" else data_split.test_candidates
     return RankingSpec(seen, dataset.n_items, candidates), truth
 

@@ -102,8 +102,7 @@ def returns_after(prepared: Prepared, split: str, prices: pa.Table, days: int) -
     dataset, data_split = prepared.dataset, prepared.split
     if "timestamp" not in dataset.interactions.column_names:
         raise ValueError(f"{dataset.name} has no times of purchases; returns are counted from the last one known")
-    known = data_split.train if split == "valid" else np.concatenate([data_split.train, data_split.valid])
-    start = int(np.nanmax(column(dataset.interactions, "timestamp")[known]))
+    start = int(np.nanmax(column(dataset.interactions, "timestamp")[data_split.before(split)]))
     return period_returns(prices, dataset.items.column("item_id"), start, days)
 
 
