@@ -10,7 +10,7 @@ from fused_rec.model.late_fusion import inverse_deviation
 from fused_rec.training import component_weights as cw
 
 
-def _users(truth, seen=((), ()), n_items=None, allowed=None):
+def _users(truth, n_items, seen=((), ()), allowed=None):
     """Validation users 0.. of the pairs (user, item)."""
     user, item = np.array(truth).T
     n_users = int(user.max()) + 1

@@ -49,7 +49,8 @@ def test_all_directions_give_ease(n_users, n_items, l2):
 def test_all_directions_give_text_ease(n_users, n_items, l2, l2_text, l2_words):
     history, interactions = _random(n_users, n_items, 0.3)
     penalties = {"l2": l2, "l2_text": l2_text, "l2_words": l2_words}
-    found = factors.text_ease_factors(factors.singular_vectors(interactions, 1000), interactions.item_text, **penalties)
+    singular, text = factors.singular_vectors(interactions, 1000), interactions.require_item_text("text_ease")
+    found = factors.text_ease_factors(singular, text, **penalties)
     scores, expected = _unseen(history, found, text_ease(interactions, **penalties))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
 
@@ -86,8 +87,9 @@ def test_penalties_too_small_for_float32_are_refused():
 
 def test_text_mean_and_history_are_what_they_say():
     history, interactions = _random(30, 20, 0.3)
-    found = factors.text_mean_factors(interactions.item_text)
-    expected = (history @ interactions.item_text) @ interactions.item_text.T
+    text = interactions.require_item_text("text_mean")
+    found = factors.text_mean_factors(text)
+    expected = (history @ text) @ text.T
     np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
     found = factors.low_rank_history(factors.singular_vectors(interactions, 1000))
     np.testing.assert_allclose((history @ found.source) @ found.target.T, history, atol=1e-5)

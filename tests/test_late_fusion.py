@@ -71,7 +71,7 @@ def test_a_score_is_the_weighted_sum_of_standardized_components():
 
 def test_the_model_alone_ranks_as_without_late_fusion():
     alone = [np.asarray(x) for x in EMBED(CONFIG, params(), inputs())]
-    fused = [np.asarray(x) for x in EMBED(CONFIG, params(), inputs(LateFusion({MODEL: np.float32(1)})))]
+    fused = [np.asarray(x) for x in EMBED(CONFIG, params(), inputs(LateFusion({MODEL: np.ones((), np.float32)})))]
     raw, scaled = alone[0] @ alone[1].T, fused[0] @ fused[1].T
     np.testing.assert_allclose(scaled, raw / raw.std(1, keepdims=True), rtol=1e-3, atol=1e-4)
 

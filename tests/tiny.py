@@ -73,12 +73,13 @@ SETTINGS = {
 def closed_form(name: str, weight: float) -> ClosedForm:
     """A closed-form component of this market."""
     made = COMPONENTS[name].make(evidence(), **SETTINGS.get(name, {}))
-    return ClosedForm(np.float32(weight), *made[:2], name, COMPONENTS[name].user_source, made.text_columns)
+    return ClosedForm(np.array(weight, np.float32), *made[:2], name, COMPONENTS[name].user_source, made.text_columns)
 
 
 def late_fusion() -> LateFusion:
     """Every component, with different weights."""
-    trained = {"model": np.float32(1.0), "graph_branch": np.float32(0.3), "text_branch": np.float32(0.2)}
+    weights = {"model": 1.0, "graph_branch": 0.3, "text_branch": 0.2}
+    trained = {name: np.array(weight, np.float32) for name, weight in weights.items()}
     return LateFusion(trained, tuple(closed_form(name, 0.4 + n / 10) for n, name in enumerate(COMPONENTS)))
 
 
