@@ -97,7 +97,7 @@ def test_short_lists_rank_as_the_catalogue_does():
 
 
 def test_users_of_whom_a_component_says_nothing_are_ranked_by_popularity():
-    """As serving does: alone, the component is worth for them what popularity is."""
+    """Alone, the component is worth for them what popularity is, which has a small weight in the final score."""
     scores = np.zeros((2, 12), np.float32)
     scores[0, 3] = 1
     on = dataclasses.replace(_users([(0, 3), (1, 5)], n_items=12), popularity=np.eye(12, dtype=np.float32)[5])

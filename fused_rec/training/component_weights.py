@@ -62,7 +62,7 @@ class ValidationUsers:
       truth: held-out items of all users.
       seen: items of all users that are not ranked.
       allowed: bool [I], the candidates of the split.
-      popularity: float32 [I], by which users are ranked of whom a component says nothing.
+      popularity: float32 [I], by which items are ordered that a component does not order.
     """
 
     users: Int[np.ndarray, "V"]
@@ -199,7 +199,7 @@ def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "
 
 
 def _fallback(on: ValidationUsers) -> Float32[np.ndarray, "I"]:
-    """Popularity, so small that it orders only items which a component does not order, as serving does."""
+    """Popularity, so small that it orders only items which a component does not order, as in the final score."""
     spread = on.popularity.std()
     return np.float32(FALLBACK) * on.popularity / np.float32(spread if spread > 0 else 1)
 

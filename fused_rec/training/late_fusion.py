@@ -15,7 +15,14 @@ from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.model.late_fusion import ClosedForm, LateFusion, user_vectors
 from fused_rec.rng import Stream, numpy_rng
-from fused_rec.training.component_weights import MAX_USERS, Candidate, Selection, ValidationUsers, select_weights
+from fused_rec.training.component_weights import (
+    FALLBACK,
+    MAX_USERS,
+    Candidate,
+    Selection,
+    ValidationUsers,
+    select_weights,
+)
 from fused_rec.training.evaluate import held_out, interactions_of
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.sharding import parallel_trained_vectors, shard_graph_inputs, shard_state
@@ -68,11 +75,14 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
         return prepared
     evidence = Evidence(interactions_of(prepared))
     trained, closed = {}, []
-    for name, weight in selection.weights.items():
+    # Items that no other component orders are ordered by popularity, in the selection and here.
+    for name, weight in {"popularity": FALLBACK, **selection.weights}.items():
         if name not in COMPONENTS:
             trained[name] = np.asarray(weight, np.float32)
             continue
-        part = _closed_form(name, weight, COMPONENTS[name].make(evidence, **selection.settings[name]))
+        part = _closed_form(
+            name, weight, COMPONENTS[name].make(evidence, **selection.settings.get(name, COMPONENTS[name].grid[0]))
+        )
         # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
         closed.append(processes.broadcast_arrays(part))
     fusion = LateFusion(trained, tuple(closed))
@@ -98,7 +108,8 @@ def _validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
     allowed = np.ones(spec.n_items, bool)
     if spec.candidates is not None:
         allowed = np.isin(np.arange(spec.n_items), spec.candidates)
-    return ValidationUsers(users, truth, spec.seen, allowed, np.asarray(prepared.graph_inputs.popularity, np.float32))
+    counts = np.bincount(prepared.observed.item, minlength=spec.n_items)
+    return ValidationUsers(users, truth, spec.seen, allowed, np.log1p(counts).astype(np.float32))
 
 
 def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
