@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fused_rec.baselines import factors
-from fused_rec.baselines.linear import ease, text_ease
+from fused_rec.baselines.linear import ease, gf_cf, text_ease
 from fused_rec.baselines.neighbors import Interactions, NotApplicableError
 
 SHAPES = pytest.mark.parametrize(("n_users", "n_items"), [(60, 25), (25, 60), (40, 40)])
@@ -53,6 +53,15 @@ def test_all_directions_give_text_ease(n_users, n_items, l2, l2_text, l2_words):
     found = factors.text_ease_factors(singular, text, **penalties)
     scores, expected = _unseen(history, found, text_ease(interactions, **penalties))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
+
+
+@SHAPES
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 0.3), (20, 2.0)])
+def test_all_directions_give_gf_cf(n_users, n_items, rank, alpha):
+    history, interactions = _random(n_users, n_items, 0.3)
+    found = factors.gf_cf_factors(*factors.Evidence(interactions).normalized, rank=rank, alpha=alpha)
+    full = gf_cf(interactions, rank=rank, alpha=alpha)
+    np.testing.assert_allclose(*_unseen(history, found, full, without=[0]), rtol=0, atol=2e-5)
 
 
 def test_few_directions_are_the_largest():

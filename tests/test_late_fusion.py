@@ -197,4 +197,4 @@ def test_a_market_without_text_and_ties_has_fewer_components(market, tmp_path):
     dataset, data_split = read(config)
     prepared = prepare(config, dataset, data_split)
     found = late_fusion.select_late_fusion(config, prepared, init_state(config, prepared))
-    assert set(found.single) == {"model", "popularity", "recent_popularity", "ease"}
+    assert set(found.single) == {"model", "popularity", "recent_popularity", "ease", "gf_cf"}

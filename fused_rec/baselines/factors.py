@@ -10,12 +10,12 @@ full method. Rankings exclude these items.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
 
-from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, subspace_iteration
+from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, normalized, subspace_iteration
 from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item_counts
 from fused_rec.memory import require_memory
 
@@ -85,15 +85,19 @@ def singular_vectors(interactions: Interactions, rank: int) -> SingularVectors:
     Raises:
       InsufficientMemoryError: they do not fit in memory.
     """
+    return _largest(interactions, interactions.history().astype(np.float64), rank)
+
+
+def _largest(interactions: Interactions, matrix: Any, rank: int) -> SingularVectors:
+    """The largest singular values and right singular vectors of X, or of its normalization."""
     rank = min(rank, interactions.n_users, interactions.n_items)
     nodes = interactions.n_users + interactions.n_items
     what = f"{rank + OVERSAMPLES} singular vectors of {nodes:,} nodes"
     require_memory(24 * (rank + OVERSAMPLES) * nodes, what, "raise data.k_core, or set model.late_fusion to False")
-    history = interactions.history().astype(np.float64)
     if min(interactions.n_users, interactions.n_items) <= EXACT:
-        values, right = exact_singular_vectors(history, rank)
+        values, right = exact_singular_vectors(matrix, rank)
     else:
-        values, right = subspace_iteration(history, rank, iterations=4)
+        values, right = subspace_iteration(matrix, rank, iterations=4)
     kept = values > 1e-6 * max(values.max(initial=0), 1e-300)
     return SingularVectors(values[kept], right[:, kept])
 
@@ -157,6 +161,30 @@ def text_ease_factors(
     )
 
 
+def gf_cf_factors(
+    singular: SingularVectors, sqrt_degree: Float[np.ndarray, "I"], *, rank: int, alpha: float
+) -> Factors:
+    """Computes graph filters (`fused_rec.baselines.linear.gf_cf`) on the singular directions of R = Du^-1/2 X Di^-1/2.
+
+    With R'R = V diag(s^2) V' and V_k the first k columns of V, the scores are
+    X (V diag(s^2) V' + alpha Di^-1/2 V_k V_k' Di^1/2): exactly with all directions.
+
+    Args:
+      singular: of R.
+      sqrt_degree: diagonal of Di^1/2.
+      rank: k, of the low-pass filter.
+      alpha: its weight.
+
+    Returns:
+      The factors, of R + k columns.
+    """
+    low_pass = singular.right[:, :rank]
+    source = singular.right * singular.values**2, alpha * low_pass / sqrt_degree[:, None]
+    target = singular.right, low_pass * sqrt_degree[:, None]
+    joined = [np.concatenate(columns, axis=1).astype(np.float32) for columns in (source, target)]
+    return Factors(source=joined[0], target=joined[1])
+
+
 def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     """Returns the content-based recommender: the user's mean item text against the item's.
 
@@ -188,7 +216,7 @@ class ClosedFormRecommender:
     """
 
     make: Callable[..., Factors]
-    grid: tuple[dict[str, float], ...]
+    grid: tuple[dict[str, Any], ...]
     user_source: UserSource = "items"
     needs: tuple[str, ...] = ()
 
@@ -203,6 +231,13 @@ class Evidence:
     def singular(self) -> SingularVectors:
         """The largest singular vectors, as many as `default_rank` says."""
         return singular_vectors(self.interactions, default_rank(self.interactions.n_users, self.interactions.n_items))
+
+    @functools.cached_property
+    def normalized(self) -> tuple[SingularVectors, Float[np.ndarray, "I"]]:
+        """The same of R = Du^-1/2 X Di^-1/2, and the square roots of the items' degrees."""
+        matrix, sqrt_degree = normalized(self.interactions)
+        rank = default_rank(self.interactions.n_users, self.interactions.n_items)
+        return _largest(self.interactions, matrix, rank), sqrt_degree
 
     def has(self, what: str) -> bool:
         """Returns whether the tables have item_text, user_text, ties or times."""
@@ -239,6 +274,10 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     "ease": ClosedFormRecommender(
         lambda evidence, l2: ease_factors(evidence.singular, l2=l2),
         tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0)),
+    ),
+    "gf_cf": ClosedFormRecommender(
+        lambda evidence, **settings: gf_cf_factors(*evidence.normalized, **settings),
+        tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0)),
     ),
     "text_mean": ClosedFormRecommender(
         lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)

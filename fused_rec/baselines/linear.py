@@ -123,12 +123,7 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
     require_memory(8 * min(interactions.n_users, interactions.n_items) * interactions.n_items, "gf_cf", LESS)
     if min(interactions.n_users, interactions.n_items) > EXACT:
         _require_subspace("gf_cf", interactions, rank, LESS)
-    history = interactions.history()
-    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1), dtype=np.float64) for axis in (1, 0))
-    user, item = history.nonzero()
-    normal = scipy.sparse.csr_array(
-        (1 / (of_user[user] * of_item[item]), (user, item)), shape=(interactions.n_users, interactions.n_items)
-    )
+    history, (normal, of_item) = interactions.history(), normalized(interactions)
     low_pass = _right_singular(normal, rank)
     left, right = (alpha / of_item)[:, None] * low_pass, (low_pass * of_item[:, None]).T
     rows: Any  # SciPy's annotations take a slice of rows for None
@@ -140,6 +135,21 @@ def gf_cf(interactions: Interactions, *, rank: int, alpha: float) -> Partial:
         else:
             dense[block] = ((rows[block] @ linear) @ normal).toarray() + (rows[block] @ left) @ right
     return _scorer(history, dense, has_interactions(history))
+
+
+def normalized(interactions: Interactions) -> tuple[scipy.sparse.csr_array, Float[np.ndarray, "I"]]:
+    """Computes R = Du^-1/2 X Di^-1/2, Du and Di the degrees of users and items (those of 0 count as 1).
+
+    Args:
+      interactions: the training interactions X.
+
+    Returns:
+      R, float64 [U, I], and the square roots of the items' degrees, float64 [I].
+    """
+    history = interactions.history()
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1), dtype=np.float64) for axis in (1, 0))
+    user, item = history.nonzero()
+    return scipy.sparse.csr_array((1 / (of_user[user] * of_item[item]), (user, item)), shape=history.shape), of_item
 
 
 def _blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
