@@ -466,7 +466,7 @@ def test_what_makes_no_sense_is_refused(cache):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_of_a_joint_config_is_a_config(cache, name):
     config = variant(config_of(cache), name)
-    frozen = config.model.variant == "graph" or name in ("random_text", "sampled")
+    frozen = config.model.variant == "graph" or name in ("random_text", "sampled", "alpharec")
     assert config.text.finetune == ("frozen" if frozen else "lora")
 
 

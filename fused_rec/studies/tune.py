@@ -89,6 +89,8 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
     folder = Path(folder)
     check_config(config, folder)
     dataset, data_split = read(config)
+    if not config.train.temperature:  # a run would try several; here the trials do
+        config = with_temperature(config, TEMPERATURES[0])
     tables, made_of = digest(dataset), contents(dataset)
     if begun := (folder / RUN).exists():  # checked before texts are encoded, and for a finished study too
         init_run_dir(config, tables, folder, made_of)
@@ -185,8 +187,6 @@ def run_trial(
       trial: the trial.
     """
     tried = with_settings(config, trial.params)
-    if not tried.train.temperature:  # of a run chosen by training twice; here trials choose
-        tried = with_temperature(tried, TEMPERATURES[0])
 
     def report(step: int, value: float) -> None:
         trial.report(value, step)
