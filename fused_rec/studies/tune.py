@@ -87,10 +87,10 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
     if trials < 1:
         raise ValueError(f"trials is {trials}; it must be at least 1")
     folder = Path(folder)
-    check_config(config, folder)
-    dataset, data_split = read(config)
     if not config.train.temperature:  # a run would try several; here the trials do
         config = with_temperature(config, TEMPERATURES[0])
+    check_config(config, folder)
+    dataset, data_split = read(config)
     tables, made_of = digest(dataset), contents(dataset)
     if begun := (folder / RUN).exists():  # checked before texts are encoded, and for a finished study too
         init_run_dir(config, tables, folder, made_of)
