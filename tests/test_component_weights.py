@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fused_rec.evaluation.ranking import item_sets
+from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.metrics import ndcg
 from fused_rec.model.late_fusion import inverse_deviation
 from fused_rec.training import component_weights as cw
 
@@ -102,3 +104,16 @@ def test_users_of_whom_a_component_says_nothing_are_ranked_by_popularity():
     scores[0, 3] = 1
     on = dataclasses.replace(_users([(0, 3), (1, 5)], n_items=12), popularity=np.eye(12, dtype=np.float32)[5])
     assert cw.select_weights([_candidate("x", scores)], on).single == {"x": pytest.approx(1)}
+
+
+def test_the_selection_standardizes_and_measures_as_the_devices_do():
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)
+    users[1] = 0
+    expected = np.asarray(inverse_deviation(users, items))[:, None] * (users @ items.T)
+    found = cw._scores(cw.Candidate("x", {}, users, items), slice(0, 6))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    truth = rng.random((6, 40)) < 0.2
+    hits = np.take_along_axis(truth, np.argsort(-found, axis=1, kind="stable"), axis=1)
+    by_metrics = ndcg(jnp.asarray(hits), jnp.asarray(truth.sum(1), jnp.int32), 10)
+    np.testing.assert_allclose(cw._ndcg(found, truth, truth.sum(1)), by_metrics, rtol=1e-5)

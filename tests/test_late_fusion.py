@@ -54,6 +54,8 @@ def test_user_vectors_by_hand(name):
         "constant": np.ones((7, 1)),
     }[part.user_source]
     np.testing.assert_allclose(user_vectors(part, tiny.whole()), expected, atol=1e-5)
+    some = np.array([4, 0, 6])
+    np.testing.assert_allclose(late_fusion.user_rows(part, tiny.whole(), some), np.asarray(expected)[some], atol=1e-5)
 
 
 def test_a_score_is_the_weighted_sum_of_standardized_components():

@@ -14,14 +14,11 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from fused_rec.evaluation.metrics import ndcg
-from fused_rec.evaluation.ranking import UserItemSets
-from fused_rec.model.late_fusion import inverse_deviation
+from fused_rec.evaluation.item_sets import UserItemSets
+from fused_rec.model.late_fusion import MIN_VARIANCE
 
 LOG = logging.getLogger(__name__)
 
@@ -179,14 +176,16 @@ def _moves(lists: ShortLists, weights: list[float], total, values, number: int) 
 def _ndcg(
     scores: Float32[np.ndarray, "V M"], truth: Bool[np.ndarray, "V M"], n_truth: Int[np.ndarray, "V"]
 ) -> Float32[np.ndarray, "V"]:
-    """NDCG@K of the listed items."""
+    """NDCG@K of the listed items, as `fused_rec.evaluation.metrics.ndcg`."""
     if scores.shape[1] > K:
         first = np.argpartition(-scores, K, axis=1)[:, :K]
         scores, truth = (np.take_along_axis(x, first, axis=1) for x in (scores, truth))
     order = np.argsort(-scores, axis=1, kind="stable")
     hits = np.take_along_axis(truth, order, axis=1)
     hits = np.pad(hits, ((0, 0), (0, max(0, K - hits.shape[1]))))
-    return np.asarray(ndcg(jnp.asarray(hits), jnp.asarray(n_truth, jnp.int32), K))
+    discount = 1 / np.log2(np.arange(2, K + 2))
+    ideal = np.concatenate([[1], np.cumsum(discount)])[np.minimum(n_truth, K)]  # 1: no held-out item, no hit
+    return ((hits * discount).sum(1) / ideal).astype(np.float32)
 
 
 def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "V"]:
@@ -205,12 +204,17 @@ def _fallback(on: ValidationUsers) -> Float32[np.ndarray, "I"]:
 
 
 def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
-    return np.asarray(_products(candidate.users[rows], candidate.items))
+    """Standardized scores of some users, as `fused_rec.model.late_fusion` computes them on devices.
 
-
-@jax.jit
-def _products(users, items):
-    return inverse_deviation(users, items)[:, None] * (users @ items.T)
+    In NumPy: candidates have many shapes, and each would be compiled.
+    """
+    users, items = candidate.users[rows], candidate.items
+    centered = items - items.mean(0, keepdims=True)
+    covariance = centered.T @ centered / np.float32(len(items))
+    variance = ((users @ covariance) * users).sum(1)
+    varies = variance > MIN_VARIANCE * (users * users).sum(1) * np.trace(covariance)
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0).astype(np.float32)
+    return (scale[:, None] * users) @ items.T
 
 
 def _batches(on: ValidationUsers, components: int):

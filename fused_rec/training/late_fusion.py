@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+import scipy.sparse
+from jaxtyping import Float32, Int
 
 from fused_rec.baselines.factors import COMPONENTS, Evidence, Factors
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
-from fused_rec.model.late_fusion import ClosedForm, LateFusion, user_vectors
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import INTERACTED_BY, USER, Relation
+from fused_rec.model.late_fusion import ClosedForm, LateFusion, social_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
     FALLBACK,
@@ -126,15 +129,41 @@ def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.nd
             except NotApplicableError as error:
                 LOG.info("%s %s is left out: %s", name, settings, error)
                 continue
-            part = _closed_form(name, 1.0, factors)
-            rows = np.asarray(_user_vectors(part, prepared.graph_inputs.graph))[users]
+            rows = user_rows(_closed_form(name, 1.0, factors), prepared.graph_inputs.graph, users)
             yield Candidate(name, settings, rows, factors.target)
+
+
+def user_rows(part: ClosedForm, graph: DeviceGraph, users: Int[np.ndarray, "V"]) -> Float32[np.ndarray, "V R"]:
+    """Computes `fused_rec.model.late_fusion.user_vectors` of some users on the host, without a compilation.
+
+    Args:
+      part: the component.
+      graph: the whole graph, of NumPy arrays.
+      users: V user rows.
+
+    Returns:
+      Their vectors, neither standardized nor weighted.
+    """
+    if part.user_source == "constant":
+        return np.ones((len(users), 1), np.float32)
+    if part.user_source == "text":
+        return np.asarray(graph.text[USER])[users]
+    history = _edges_of(graph, INTERACTED_BY)
+    if part.user_source == "items":
+        return history[users] @ part.source
+    sums = history @ part.source
+    return np.sum([_edges_of(graph, relation)[users] @ sums for relation in social_relations(graph)], axis=0)
+
+
+def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix:
+    """A relation as a sparse matrix of ones, receivers by senders."""
+    adjacency = graph.adjacencies[relation]
+    ones = (np.asarray(adjacency.weight) > 0).astype(np.float32)
+    shape = graph.count(relation.target), graph.count(relation.source)
+    return scipy.sparse.csr_matrix((ones, np.asarray(adjacency.senders), np.asarray(adjacency.receiver_start)), shape)
 
 
 def _closed_form(name: str, weight: float, factors: Factors) -> ClosedForm:
     return ClosedForm(
         np.asarray(weight, np.float32), *factors[:2], name, COMPONENTS[name].user_source, factors.text_columns
     )
-
-
-_user_vectors = jax.jit(user_vectors)
