@@ -599,7 +599,12 @@ TARGETS: dict[str, Target] = {
     ),
     "run": Target(
         _run,
-        (files(json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(), b'{"best_step": 5}'),),
+        (
+            files(
+                json.dumps({"config": to_dict(Config()), "tables": "a"}).encode(),
+                b'{"best_step": 5, "phase": "select", "temperature": 0.3}',
+            ),
+        ),
         (ValueError, FileNotFoundError),
         JSON_WORDS,
     ),
