@@ -24,7 +24,13 @@ def test_streams_are_apart():
 
 def test_values_are_those_of_published_runs():
     expected = {"BATCH_ORDER": 0, "BATCH_SAMPLES": 1, "NEIGHBORS": 2, "SHUFFLED_TEXTS": 2, "RANDOM_TEXTS": 3}
-    expected |= {"REWIRED_TIES": 4, "FINETUNE_TEXTS": 5, "EDGE_DROPOUT": 1000, "EMBEDDING_NOISE": 1001}
+    expected |= {
+        "REWIRED_TIES": 4,
+        "FINETUNE_TEXTS": 5,
+        "FUSION_USERS": 6,
+        "EDGE_DROPOUT": 1000,
+        "EMBEDDING_NOISE": 1001,
+    }
     assert {name: int(stream) for name, stream in Stream.__members__.items()} == expected
     assert numpy_rng(7, 3, Stream.NEIGHBORS).random() == np.random.default_rng((7, 3, 2)).random()
     assert numbered_rng(7, 3).random() == np.random.default_rng([7, 3]).random()
