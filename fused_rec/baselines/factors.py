@@ -69,6 +69,22 @@ def default_rank(n_users: int, n_items: int) -> int:
     return min(n_users, n_items, max(MIN_RANK, min(MAX_RANK, affordable)))
 
 
+def require_singular_vectors(n_users: int, n_items: int, rank: int | None = None) -> None:
+    """Checks, before training, that singular vectors fit in memory.
+
+    Args:
+      n_users: U.
+      n_items: I.
+      rank: R; None: `default_rank`.
+
+    Raises:
+      InsufficientMemoryError: three copies in float64 do not fit.
+    """
+    columns, nodes = (rank or default_rank(n_users, n_items)) + OVERSAMPLES, n_users + n_items
+    remedy = "raise data.k_core, or set model.late_fusion to False"
+    require_memory(24 * columns * nodes, f"{columns} singular vectors of {nodes:,} nodes", remedy)
+
+
 def singular_vectors(interactions: Interactions, rank: int) -> SingularVectors:
     """Computes the largest singular values and right singular vectors of X.
 
@@ -91,9 +107,7 @@ def singular_vectors(interactions: Interactions, rank: int) -> SingularVectors:
 def _largest(interactions: Interactions, matrix: Any, rank: int) -> SingularVectors:
     """The largest singular values and right singular vectors of X, or of its normalization."""
     rank = min(rank, interactions.n_users, interactions.n_items)
-    nodes = interactions.n_users + interactions.n_items
-    what = f"{rank + OVERSAMPLES} singular vectors of {nodes:,} nodes"
-    require_memory(24 * (rank + OVERSAMPLES) * nodes, what, "raise data.k_core, or set model.late_fusion to False")
+    require_singular_vectors(interactions.n_users, interactions.n_items, rank)
     if min(interactions.n_users, interactions.n_items) <= EXACT:
         values, right = exact_singular_vectors(matrix, rank)
     else:

@@ -34,8 +34,8 @@ class CounterfactualEffect(NamedTuple):
 def without_interaction(config: Config, prepared: Prepared, user: int, item: int) -> GraphInputs:
     """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
-    Text features stay, including the user's reviews of the item, and so do parameters and the factors of EASE. Arrays
-    keep their shapes (`fused_rec.graph.edit`).
+    Text features stay, including the user's reviews of the item, and so do parameters and the rows of the closed-form
+    components of late fusion, item popularity among them. Arrays keep their shapes (`fused_rec.graph.edit`).
 
     Args:
       config: settings of the run.

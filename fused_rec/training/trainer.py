@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fused_rec.baselines.factors import require_singular_vectors
 from fused_rec.config import TEMPERATURES, Config, to_dict, with_temperature
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import contents, digest
@@ -138,6 +139,8 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
 def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
     """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
     given = config
+    if config.model.late_fusion:  # refused now rather than after training
+        require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
     config, phase, state, progress, seconds = _select(config, prepared, workdir, shown)
     prepared = with_finetuned_text(config, prepared, state)
     fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
