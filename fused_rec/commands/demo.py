@@ -4,7 +4,6 @@ Trains the text, graph and fused variants, ranks all items for held-out interact
 user's recommendations and the paths of all outputs, and writes a report page.
 """
 
-import dataclasses
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from fused_rec.runs.model_card import counts
 from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_results, read_run, read_users
 from fused_rec.serving.recommender import candidate_filter, load, model_digest, user_rows
 from fused_rec.storage import write_file
+from fused_rec.studies.variants import variant
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
 from fused_rec.training.trainer import run_training
 
@@ -40,20 +40,19 @@ GROUPS = ("age_band",)
 SHOWN = ["recall@10", "ndcg@10", "auc"]
 
 
-def variant_config(variant: str) -> Config:
-    """Returns the synthetic config with another variant."""
-    config = from_dict(get_config().to_dict())
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, variant=variant))
+def variant_config(name: str) -> Config:
+    """Returns a variant of the synthetic config."""
+    return variant(from_dict(get_config().to_dict()), name)
 
 
 def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings, and prints the results."""
     workdir = WORKDIR.value
     trained = {}
-    for variant, name in VARIANTS.items():
+    for key, name in VARIANTS.items():
         print(f"\n== {name}")
-        run_training(variant_config(variant), workdir / variant)
-        trained[name] = read_users(workdir / variant / TEST_METRICS_PER_USER)
+        run_training(variant_config(key), workdir / key)
+        trained[name] = read_users(workdir / key / TEST_METRICS_PER_USER)
     config, prepared, state = load(workdir / "fused")
     measured: dict[str, UserMetrics] = {}
     for key, name in BASELINES.items():
