@@ -19,6 +19,9 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of a NamedTuple are members too, and would be listed twice
+# Names of dimensions in annotations are read as references, and some are fields of several classes.
+suppress_warnings = ["ref.python"]
 default_role = "code"  # docstrings write `name`, as Markdown does
 
 

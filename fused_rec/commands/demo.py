@@ -4,7 +4,6 @@ Trains the text, graph and fused variants, ranks all items for held-out interact
 user's recommendations and the paths of all outputs, and writes a report page.
 """
 
-
 import numpy as np
 
 from fused_rec.commands.configs.synthetic import get_config
