@@ -3,7 +3,7 @@
 FUSED_REC_DATA=DIR python -m experiments.train --config=experiments/configs/douban_book.py --workdir=runs/douban_book
 
 A tenth of the predefined training split selects the step and the weights of late fusion; the test split is read once.
-Without text a linear model is a strong baseline here, so EASE gets a large weight. About ten minutes on two CPU cores.
+Without text a linear model is a strong baseline here. Not measured with late fusion yet (docs/RESULTS.md).
 """
 
 from experiments.configs import config_dict

@@ -20,7 +20,7 @@ from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item
 from fused_rec.memory import require_memory
 
 MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
-WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2: about five seconds on two cores
+WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2
 MAX_RANK, MIN_RANK = 2048, 64
 
 

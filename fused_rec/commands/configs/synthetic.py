@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=experiments/configs/synthetic.py --workdir=runs/synthetic
 
-Half a minute on two CPU cores once the texts are encoded. docs/RESULTS.md has the results.
+Half a minute on two CPU cores once the texts are encoded. docs/RESULTS.md has the results without late fusion.
 """
 
 from fused_rec.commands.configs import config_dict
