@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-SplitKind = Literal["time", "per_user", "random", "new_items", "new_users", "predefined"]
+SplitKind = Literal[
+    "time", "per_user", "per_user_random", "leave_one_out", "random", "new_items", "new_users", "predefined"
+]
 Variant = Literal["fused", "graph", "text"]
 KS = (5, 10, 20, 50)  # cutoffs of ranking metrics
 METRICS = (
@@ -98,8 +100,9 @@ class SplitConfig:
     """Split into train, valid and test: fractions of interactions, or of users or items for new_users, new_items."""
 
     kind: SplitKind = "random"
-    test: float = 0.2  # test fraction; unused with kind predefined, where the tables define the test split
-    valid: float = 0.1  # validation fraction, of what the test split leaves
+    # test fraction; unused with kind leave_one_out, and with predefined, where the tables define the test split
+    test: float = 0.2
+    valid: float = 0.1  # validation fraction, of what the test split leaves; unused with kind leave_one_out
     seed: int = 0  # random seed of the split
     # most training interactions of a user: the newest where there are times, else drawn; others are dropped; 0 = all
     history: int = 0

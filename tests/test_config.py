@@ -138,7 +138,7 @@ def test_unknown_names_and_types(values, message):
         ("data", "k_core", 0, "at least 1"),
         ("data", "seed", -1, "0 or more"),
         ("split", "seed", -1, "0 or more"),
-        ("split", "kind", "weekly", "one of ('time', 'per_user', 'random', 'new_items', 'new_users', 'predefined')"),
+        ("split", "kind", "weekly", f"one of {typing.get_args(C.SplitKind)}"),
         ("split", "test", 0.0, "between 0 and 1"),
         ("split", "test", 1.0, "between 0 and 1"),
         ("split", "valid", -0.1, "between 0 and 1"),

@@ -88,11 +88,34 @@ def test_per_user_holds_out_the_last_and_keeps_the_first():
     assert pairs_of(data, parts.train) == {(0, 3), (0, 4), (0, 5), (1, 0), (2, 0)}
 
 
-def test_per_user_fractions_near_zero_leave_one_out():
-    data = dataset(grid(5, 8))
-    parts = split(data, SplitConfig(kind="per_user", test=1e-6, valid=1e-6))
-    for rows in (parts.test, parts.valid):
-        assert np.bincount(column(data.interactions, "user")[rows]).tolist() == [1] * 5
+def test_leave_one_out_holds_out_the_last_and_the_last_but_one():
+    data = dataset(
+        table(
+            user=[0] * 4 + [1] * 2 + [2],
+            item=[0, 1, 2, 3, 0, 1, 0],
+            timestamp=[40, 30, 20, 10, 5, 6, 1],
+        )
+    )
+    # user 1 has no row left for valid, user 2 none for test: the first row is never held out
+    parts = split(data, SplitConfig(kind="leave_one_out", test=0.9, valid=0.9))
+    assert pairs_of(data, parts.test) == {(0, 0), (1, 1)}
+    assert pairs_of(data, parts.valid) == {(0, 1)}
+    assert pairs_of(data, parts.train) == {(0, 2), (0, 3), (1, 0), (2, 0)}
+
+
+def test_per_user_random_has_the_counts_of_per_user_and_ignores_times():
+    data = dataset(grid(6, 11))
+    drawn, last = (split(data, SplitConfig(kind=kind)) for kind in ("per_user_random", "per_user"))
+    for name in SPLIT_NAMES:
+        users = [column(data.interactions, "user")[getattr(parts, name)] for parts in (drawn, last)]
+        assert np.bincount(users[0]).tolist() == np.bincount(users[1]).tolist()
+    assert pairs_of(data, drawn.test) != pairs_of(data, last.test)
+    missing = table(user=[0] * 3, item=range(3), timestamp=[1, None, 3])
+    untimed = dataset(data.interactions.drop_columns("timestamp"))
+    assert split(untimed, SplitConfig(kind="per_user_random")).test.tolist() == drawn.test.tolist()
+    assert len(split(dataset(missing), SplitConfig(kind="per_user_random")).test) == 1
+    other = split(data, SplitConfig(kind="per_user_random", seed=1))
+    assert pairs_of(data, other.test) != pairs_of(data, drawn.test)
 
 
 def test_per_user_counts_do_not_suffer_from_binary_fractions():

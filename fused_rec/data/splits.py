@@ -84,7 +84,10 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
     - time: the latest interactions are held out. The cut is the time nearest to the requested fraction, so equal times
       stay in one split. Every row needs a timestamp.
     - per_user: the last ceil(test * n) of a user's n interactions, then the last ceil(valid * rest), never the first
-      one; fractions near 0 give leave-one-out. Rows are ordered by time, then hash; by hash alone without `timestamp`.
+      one. Rows are ordered by time, then hash; by hash alone without `timestamp`.
+    - per_user_random: the same counts, of rows ordered by hash alone.
+    - leave_one_out: a user's last interaction is test and the last but one is valid, in the order of per_user, and
+      never the first one: of two interactions one is test, a single one is train.
     - random: uniform over all interactions.
     - new_items, new_users: uniform over the items (users) with interactions; all interactions of one go together.
     - predefined: the `split` column; without a validation split, one is sampled from train, where each user's last
@@ -114,7 +117,7 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
         test_from = _instant(times, config.test, "test")
         valid_from = _instant(times[times < test_from], config.valid, "valid")
         split_codes = (times >= valid_from).astype(np.int8) + (times >= test_from)
-    elif config.kind == "per_user":
+    elif config.kind in ("per_user", "per_user_random", "leave_one_out"):
         split_codes = _per_user(dataset, config, hashes)
     elif config.kind == "random":
         split_codes = _random(hashes, config.test, config.valid)
@@ -251,18 +254,24 @@ def _instant(times: Int64[np.ndarray, "_"], fraction: float, name: str) -> int:
 def _per_user(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
     """Assigns split codes by each user's order of interactions."""
     user = column(dataset.interactions, "user")
-    timed = "timestamp" in dataset.interactions.column_names
-    times = _times(dataset, "per_user") if timed else np.zeros(len(user), np.int64)
+    timed = config.kind != "per_user_random" and "timestamp" in dataset.interactions.column_names
+    times = _times(dataset, config.kind) if timed else np.zeros(len(user), np.int64)
     order = np.lexsort((hashes, times, user))
     count = np.bincount(user, minlength=dataset.n_users)
-    # 1e-9: 0.07 * 100 is 7.000000000000001 in binary and must not become 8
-    n_test = np.minimum(np.ceil(config.test * count - 1e-9), np.maximum(count - 1, 0))
-    n_valid = np.minimum(np.ceil(config.valid * (count - n_test) - 1e-9), np.maximum(count - n_test - 1, 0))
+    n_test = np.minimum(_held_out_count(config, config.test, count), np.maximum(count - 1, 0))
+    n_valid = np.minimum(_held_out_count(config, config.valid, count - n_test), np.maximum(count - n_test - 1, 0))
     ordered = user[order]
     from_end = np.cumsum(count)[ordered] - np.arange(len(user))  # 1 for a user's last row
     split_codes = np.empty(len(user), np.int8)
     split_codes[order] = (from_end <= (n_test + n_valid)[ordered]).astype(np.int8) + (from_end <= n_test[ordered])
     return split_codes
+
+
+def _held_out_count(config: SplitConfig, fraction: float, count: np.ndarray) -> np.ndarray:
+    """Counts the rows that a fraction of each user's rows holds out."""
+    if config.kind == "leave_one_out":
+        return np.ones_like(count)
+    return np.ceil(fraction * count - 1e-9)  # .07 * 100 is 7.000000000000001 in binary and must not become 8
 
 
 def _predefined(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray, "E"]) -> np.ndarray:
