@@ -1,6 +1,7 @@
 """The published baselines among the variants, against their definitions worked out densely in NumPy."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,7 @@ def test_the_reconstruction_by_hand():
     whole = dataclasses.replace(whole, params=moved(whole.params))
     main = whole.params["main"]
     key = jax.random.fold_in(jax.random.key(config.train.seed + 1), 0)
+    sown: Any
     _, sown = FusedModel(config.model).apply(
         {"params": whole.params}, graph_inputs.graph, key, mutable=["intermediates"]
     )

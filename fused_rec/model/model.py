@@ -229,7 +229,7 @@ class Branch(nn.Module):
           not use.
         """
         config = self.config
-        keep_rate, mask_row = 1 - config.id_embedding_dropout, None
+        keep_rate, mask_row = 1 - config.id_embedding_dropout, jnp.zeros((1, config.dim))
         if config.text_reconstruction:
             mask_row = self.param("mask_row", nn.initializers.zeros, (1, config.dim))
         ids, text = {}, {}

@@ -340,8 +340,8 @@ def batch_loss(
                 shares.append(_mean(weight * total, count))
                 parts[f"loss/{name}_{node_type}"] = shares[-1]
     if config.model.text_reconstruction:
-        [reconstructed] = intermediates["intermediates"]["main"][RECONSTRUCTED]
-        total, count = _reconstruction_loss(*reconstructed, batch)
+        [(users, items)] = intermediates["intermediates"]["main"][RECONSTRUCTED]
+        total, count = _reconstruction_loss(users, items, batch)
         shares.append(_mean(config.model.text_reconstruction * total, count))
         parts["loss/reconstruction"] = shares[-1]
     return jnp.stack(shares).sum(), parts
