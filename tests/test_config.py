@@ -243,5 +243,5 @@ def test_what_a_variant_uses(variant, ids, text, fused, layers):
     assert aligned.uses_text == text
     assert not aligned.text_branch().text_alignment
     if ids:
-        told = C.ModelConfig(variant=variant, text_reconstruction=0.1)
-        assert told.reads_text and not told.text_branch().text_reconstruction
+        predicted = C.ModelConfig(variant=variant, text_reconstruction=0.1)
+        assert predicted.reads_text and not predicted.text_branch().text_reconstruction
