@@ -211,8 +211,12 @@ class ModelConfig:
     text_propagation: TextPropagation = "to_users"
     # weight of the InfoNCE loss between final embeddings and projected text, in any variant (RLMRec-Con); 0 = none
     text_alignment: float = 0.0
+    # weight of the InfoNCE loss between text features and those predicted from the final embeddings of nodes whose ID
+    # embeddings are dropped, in any variant with ID embeddings (RLMRec-Gen); 0 = none
+    text_reconstruction: float = 0.0
     edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
-    id_embedding_dropout: float = 0.1  # fraction of nodes whose ID embedding is dropped per step
+    # fraction of nodes whose ID embedding is dropped per step; a learned row replaces it with text_reconstruction
+    id_embedding_dropout: float = 0.1
     id_init_std: float = 0.1  # standard deviation of the initial ID embeddings
 
     def __post_init__(self):
@@ -238,8 +242,11 @@ class ModelConfig:
         _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
         for name in ("edge_dropout", "id_embedding_dropout"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("popularity_weight", "popularity_half_life", "text_alignment"):
+        for name in ("popularity_weight", "popularity_half_life", "text_alignment", "text_reconstruction"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")
+        fits = not self.text_reconstruction or self.uses_ids and self.id_embedding_dropout > 0
+        bound = "0 where no ID embeddings are dropped (model.id_embedding_dropout)"
+        _require(fits, "model.text_reconstruction", self.text_reconstruction, bound)
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
 
     @property
@@ -254,8 +261,8 @@ class ModelConfig:
 
     @property
     def reads_text(self) -> bool:
-        """Whether text is an input or aligned with embeddings, and so must be encoded."""
-        return self.uses_text or self.text_alignment > 0
+        """Whether text is an input or target of a loss of embeddings, and so must be encoded."""
+        return self.uses_text or self.text_alignment > 0 or self.text_reconstruction > 0
 
     @property
     def fuses_text(self) -> bool:
@@ -279,7 +286,7 @@ class ModelConfig:
 
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
-        return dataclasses.replace(self, variant="text", late_fusion=False, text_alignment=0.0)
+        return dataclasses.replace(self, variant="text", late_fusion=False, text_alignment=0.0, text_reconstruction=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ class Stream(enum.IntEnum):
     REWIRED_TIES = 4
     FINETUNE_TEXTS = 5  # texts of a step whose encoder is trained
     FUSION_USERS = 6  # validation users on which late fusion is selected
+    TERM_SIGNS = 7  # signs of terms that share columns, one draw for all runs
     # JAX, folded into the key of a step; ID dropout folds in the index of the node type, which is below
     EDGE_DROPOUT = 1_000
     EMBEDDING_NOISE = 1_001

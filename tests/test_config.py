@@ -157,6 +157,7 @@ def test_unknown_names_and_types(values, message):
         ("model", "text_projection", "cubic", "one of ('linear', 'mlp')"),
         ("model", "text_propagation", "nowhere", "one of ('to_users', 'both_ways')"),
         ("model", "text_alignment", -0.1, "0 or more"),
+        ("model", "text_reconstruction", -0.1, "0 or more"),
         ("model", "dim", 0, "at least 1"),
         ("model", "num_layers", -1, "0 or more"),
         ("model", "id_embedding_dropout", 1.0, "in [0, 1)"),
@@ -184,6 +185,12 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
     with pytest.raises(ValueError) as error:
         UNCHECKED["from_dict"]({section: {setting: value}})
     assert str(error.value) == f"{section}.{setting} is {value!r}; it must be {bound}"
+
+
+@pytest.mark.parametrize("change", [{"id_embedding_dropout": 0.0}, {"variant": "text"}])
+def test_text_is_reconstructed_where_id_embeddings_are_dropped(change):
+    with pytest.raises(ValueError, match=r"model\.text_reconstruction is 0\.1; it must be 0 where no ID embeddings"):
+        C.ModelConfig(text_reconstruction=0.1, **change)
 
 
 @pytest.mark.parametrize("limit", [{"history": 3}, {"new_item_share": 0.1}])
@@ -235,3 +242,6 @@ def test_what_a_variant_uses(variant, ids, text, fused, layers):
     assert (model.reads_text, aligned.reads_text, C.Config(model=aligned).encodes_text) == (text, True, True)
     assert aligned.uses_text == text
     assert not aligned.text_branch().text_alignment
+    if ids:
+        predicted = C.ModelConfig(variant=variant, text_reconstruction=0.1)
+        assert predicted.reads_text and not predicted.text_branch().text_reconstruction

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from fused_rec.baselines import factors
 from fused_rec.baselines.linear import ease, gf_cf, text_ease
@@ -102,6 +103,54 @@ def test_text_mean_and_history_are_what_they_say():
     np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
     found = factors.low_rank_history(factors.singular_vectors(interactions, 1000))
     np.testing.assert_allclose((history @ found.source) @ found.target.T, history, atol=1e-5)
+
+
+def _terms(n_items, n_terms):
+    """TF-IDF rows of items, of which the last has no term."""
+    rng = np.random.default_rng(1)
+    rows = rng.random((n_items, n_terms)) * (rng.random((n_items, n_terms)) < 0.3)
+    rows[-1] = 0
+    return csr_matrix(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9))
+
+
+def test_tfidf_mean_is_the_similarity_of_terms():
+    history, interactions = _random(30, 20, 0.3)
+    rows = _terms(20, 50)
+    found = factors.COMPONENTS["tfidf_mean"].make(factors.Evidence(interactions, rows))
+    expected = history @ (rows @ rows.T).toarray()
+    np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
+    assert found.text_columns == found.target.shape[1] == 50
+
+
+def test_the_largest_terms_have_columns_of_their_own():
+    rows = _terms(200, 50)
+    found = factors.tfidf_mean_factors(rows, 30).target
+    dense = rows.toarray()
+    order = np.argsort(-(dense**2).sum(0), kind="stable")
+    np.testing.assert_allclose(found[:, :15], dense[:, order[:15]], atol=1e-6)
+    assert found.shape == (200, 30)
+    for place in range(15):  # of the others, the terms 0, 15 and 30 share a column, the terms 1, 16 and 31, ...
+        shared = dense[:, order[15:][place::15]]
+        signs, *_ = np.linalg.lstsq(shared, found[:, 15 + place], rcond=None)
+        np.testing.assert_allclose(np.abs(signs), 1, atol=1e-5)
+        np.testing.assert_allclose(shared @ signs, found[:, 15 + place], atol=1e-5)
+
+
+def test_shared_columns_keep_inner_products_on_average(monkeypatch):
+    rows, found = _terms(30, 400)[:-1], []
+    draws = np.random.default_rng(0)
+    monkeypatch.setattr(factors, "numpy_rng", lambda *_: draws)
+    for _ in range(200):
+        made = factors.tfidf_mean_factors(rows, 100)
+        found.append(made.source @ made.target.T - (rows @ rows.T).toarray())
+    assert np.std(found) < 50**-0.5  # of 50 shared columns
+    assert np.abs(np.mean(found, axis=0)).max() < 4 * np.std(found, axis=0).max() / 200**0.5
+
+
+@pytest.mark.parametrize("rows", [None, csr_matrix((20, 0)), csr_matrix((20, 7))])
+def test_without_terms_there_is_no_tfidf_mean(rows):
+    evidence = factors.Evidence(_random(30, 20, 0.3)[1], rows)
+    assert not evidence.has("item_terms") and evidence.has("item_text")
 
 
 @pytest.mark.parametrize(

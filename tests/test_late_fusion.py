@@ -130,7 +130,7 @@ def finished(market, tmp_path_factory):
 def test_results_tell_the_components(finished):
     found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
-    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease", "friends_mean"} <= set(
+    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "tfidf_mean", "friends_mean"} <= set(
         found["single"]
     )
     assert found["fused"] >= max(found["single"].values()) - 1e-6

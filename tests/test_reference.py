@@ -52,7 +52,7 @@ def test_every_projection_and_propagation_of_text(variant, propagation, projecti
     assert_equal(dataclasses.replace(BASE, **change), tiny.graph())
 
 
-@pytest.mark.parametrize("name", ["alpharec", "rlmrec_con"])
+@pytest.mark.parametrize("name", ["alpharec", "rlmrec_con", "rlmrec_gen"])
 def test_published_models_with_text(name):
     config = variants.variant(Config(), name).model
     assert_equal(dataclasses.replace(config, dim=3), tiny.graph())

@@ -28,6 +28,7 @@ def test_values_are_those_of_published_runs():
         "REWIRED_TIES": 4,
         "FINETUNE_TEXTS": 5,
         "FUSION_USERS": 6,
+        "TERM_SIGNS": 7,
         "EDGE_DROPOUT": 1000,
         "EMBEDDING_NOISE": 1001,
     }

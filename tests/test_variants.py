@@ -1,6 +1,7 @@
 """The published baselines among the variants, against their definitions worked out densely in NumPy."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from fused_rec.data.batches import Batch, batch, user_items
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
-from fused_rec.model.model import FIRST_LAYER, FusedModel, item_degree
+from fused_rec.model.model import FIRST_LAYER, RECONSTRUCTED, FusedModel, item_degree
 from fused_rec.studies.variants import variant
 from fused_rec.training import train_step as step_module
 from fused_rec.training.evaluate import sharded_scorer
@@ -144,6 +145,71 @@ def test_nodes_without_text_are_not_aligned():
     _, found = parallel_train_step(config, 1)(shard_state(whole, 1), shard_graph_inputs(graph_inputs, 1), batch_of(0))
     assert found["loss/alignment_user"] == found["loss/alignment_item"] == 0
     assert found["loss"] == found["loss/graph_branch"]
+
+
+def test_rlmrec_gen_scores_as_lightgcn_with_two_layers_does():
+    config, graph_inputs = config_of("rlmrec_gen"), task_of("rlmrec_gen")
+    params = moved(init(config, graph_inputs).params)
+    assert set(params["main"]) == {"id_user", "id_item", "mask_row", "reconstruction"}
+    h = np.mean(rounds_of(params)[:3], axis=0)
+    users, items = embed_nodes(config, params, graph_inputs)
+    np.testing.assert_allclose(users @ items.T, h[:USERS] @ h[USERS:].T, rtol=1e-5, atol=1e-5)
+
+
+def reconstructing(**changes) -> Config:
+    config = config_of("rlmrec_gen")
+    model = {"edge_dropout": 0.0, "id_embedding_dropout": 0.5, "text_reconstruction": 0.7} | changes
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def test_the_reconstruction_by_hand():
+    """Text predicted from masked nodes of the batch, users and items in one softmax, at temperature .5."""
+    config, graph_inputs = reconstructing(), task_of("rlmrec_gen")
+    whole = init(config, graph_inputs)
+    whole = dataclasses.replace(whole, params=moved(whole.params))
+    main = whole.params["main"]
+    key = jax.random.fold_in(jax.random.key(config.train.seed + 1), 0)
+    sown: Any
+    _, sown = FusedModel(config.model).apply(
+        {"params": whole.params}, graph_inputs.graph, key, mutable=["intermediates"]
+    )
+    [both] = sown["intermediates"]["main"][RECONSTRUCTED]
+    masked = np.concatenate([part.masked for part in both])
+    assert 3 < masked.sum() < len(masked) - 3
+    known = (rows_of(whole.params) != 0).any(1)
+    rows = np.where(masked[:, None], main["mask_row"], rows_of(whole.params)) * known[:, None]
+    h = (rows + matrix() @ rows + matrix() @ matrix() @ rows) / 3
+    hidden, output = main["reconstruction"]["hidden"], main["reconstruction"]["output"]
+    assert hidden["kernel"].shape == (3, (3 + tiny.WIDTH) // 2) and output["kernel"].shape[1] == tiny.WIDTH
+    predicted = h @ hidden["kernel"] + hidden["bias"]
+    predicted = np.where(predicted > 0, predicted, 0.01 * predicted) @ output["kernel"] + output["bias"]
+    np.testing.assert_allclose(np.concatenate([part.predicted for part in both]), predicted, rtol=1e-4, atol=1e-5)
+    nodes = np.unique(np.concatenate([batch_of(0).users, USERS + batch_of(0).items[:, 0]]))
+    nodes = nodes[masked[nodes]]
+    assert (nodes < USERS).any() and (nodes >= USERS).any()
+    expected = 0.7 * cosine_contrast(predicted, item_and_mean_text(), nodes, 0.5)
+    for devices in (1, 2):
+        step = parallel_train_step(config, devices)
+        _, found = step(shard_state(whole, devices), shard_graph_inputs(graph_inputs, devices), batch_of(0))
+        assert found["loss/reconstruction"] == pytest.approx(expected, rel=1e-4)
+        assert float(found["loss/graph_branch"] + found["loss/reconstruction"]) == pytest.approx(float(found["loss"]))
+
+
+def test_the_mask_row_is_learned():
+    _, params = steps(reconstructing(), 1, 3, "rlmrec_gen")
+    assert np.abs(params["main"]["mask_row"]).max() > 1e-4
+
+
+def test_without_text_nothing_is_reconstructed():
+    """Nor where no node of the batch is masked: the loss and its derivative are finite."""
+    for config, width in ((reconstructing(), 0.0), (reconstructing(id_embedding_dropout=1e-6), 1.0)):
+        graph_inputs = task_of("rlmrec_gen")
+        text = {ITEM: graph_inputs.graph.text[ITEM] * np.float32(width)}
+        graph_inputs = dataclasses.replace(graph_inputs, graph=graph_inputs.graph.with_text(text))
+        whole = init(config, graph_inputs)
+        step = parallel_train_step(config, 1)
+        _, found = step(shard_state(whole, 1), shard_graph_inputs(graph_inputs, 1), batch_of(0))
+        assert found["loss/reconstruction"] == 0 and np.isfinite(found["gradient_norm"])
 
 
 def item_and_mean_text() -> np.ndarray:
@@ -292,7 +358,7 @@ def test_settings_that_contradict_each_other_are_refused():
         Config(model=ModelConfig(num_layers=0), train=TrainConfig(contrastive_weight=0.1))
 
 
-@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec", "rlmrec_con"])
+@pytest.mark.parametrize("name", ["bpr_mf", "lightgcn", "xsimgcl", "alpharec", "rlmrec_con", "rlmrec_gen"])
 def test_published_models_take_nothing_of_the_config_they_are_compared_with(name):
     plain = variant(Config(), name)
     noisy = dataclasses.replace(
@@ -307,6 +373,7 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
             text_projection="mlp",
             text_propagation="both_ways",
             text_alignment=0.3,
+            text_reconstruction=0.3,
         ),
         train=dataclasses.replace(Config().train, contrastive_weight=0.5, temperature=0.05, learning_rate=0.5),
     )

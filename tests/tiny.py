@@ -6,6 +6,7 @@
 import jax
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from fused_rec.baselines.factors import COMPONENTS, Evidence
 from fused_rec.baselines.neighbors import Interactions
@@ -59,7 +60,8 @@ def evidence() -> Evidence:
     text = words()
     ties = np.array([0, 0, 4]), np.array([1, 2, 0])
     pairs = HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]
-    return Evidence(Interactions(*pairs, text[:7], text[7:13], *ties, age=np.arange(12, dtype=np.float32)))
+    interactions = Interactions(*pairs, text[:7], text[7:13], *ties, age=np.arange(12, dtype=np.float32))
+    return Evidence(interactions, csr_matrix(np.abs(text[7:13])))
 
 
 SETTINGS = {

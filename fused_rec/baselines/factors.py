@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Float, Float32
 
 from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, normalized, subspace_iteration
 from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item_counts
 from fused_rec.memory import require_memory
+from fused_rec.rng import Stream, numpy_rng
 
 MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
 WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2
@@ -65,8 +67,12 @@ def default_rank(n_users: int, n_items: int) -> int:
     Returns:
       min(U, I), at most `MAX_RANK` and such that (U + I) R^2 is at most `WORK`, but at least `MIN_RANK`.
     """
-    affordable = int((WORK / max(n_users + n_items, 1)) ** 0.5)
-    return min(n_users, n_items, max(MIN_RANK, min(MAX_RANK, affordable)))
+    return min(n_users, n_items, _affordable_columns(n_users + n_items))
+
+
+def _affordable_columns(nodes: int) -> int:
+    """Columns R of rows of all nodes with nodes R^2 at most `WORK`, within `MIN_RANK` and `MAX_RANK`."""
+    return max(MIN_RANK, min(MAX_RANK, int((WORK / max(nodes, 1)) ** 0.5)))
 
 
 def require_singular_vectors(n_users: int, n_items: int, rank: int | None = None) -> None:
@@ -208,6 +214,33 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     return Factors(item_text, item_text, item_text.shape[1])
 
 
+def tfidf_mean_factors(item_terms: Any, columns: int) -> Factors:
+    """Returns the content-based recommender by terms: the mean of the user's items' TF-IDF rows against the item's.
+
+    The half of the columns is for the terms of the largest sums of squares, one each. All other terms share the other
+    half with random signs (count sketch: Charikar et al., 2002; feature hashing: Weinberger et al., 2009, arXiv
+    0902.2206), so that the expectation of an inner product is that of the whole rows. Singular directions would lose
+    rare terms, which are few in each text and tell most: see docs/MODEL.md.
+
+    Args:
+      item_terms: sparse float [I, V], unit rows or zero.
+      columns: R; with V at most R every term has a column, and scores are exact.
+
+    Returns:
+      The factors, of min(R, V) columns.
+    """
+    n_terms = item_terms.shape[1]
+    columns = min(columns, n_terms)
+    own = columns if columns == n_terms else columns // 2
+    order = np.argsort(-np.asarray(item_terms.power(2).sum(0)).ravel(), kind="stable")
+    place, sign = np.arange(n_terms), np.ones(n_terms)
+    place[own:] = own + (place[own:] - own) % max(columns - own, 1)
+    sign[own:] = numpy_rng(0, 0, Stream.TERM_SIGNS).choice([-1, 1], n_terms - own)
+    sketch = scipy.sparse.csr_matrix((sign, (order, place)), (n_terms, columns))
+    rows = (item_terms @ sketch).toarray().astype(np.float32)
+    return Factors(rows, rows, columns)
+
+
 def low_rank_history(singular: SingularVectors) -> Factors:
     """Returns X itself on R singular directions, X V V': with sums over friends in place of items, friends' mean.
 
@@ -226,7 +259,7 @@ class ClosedFormRecommender:
       make: called with `Evidence` and one of the settings.
       grid: settings among which validation chooses.
       user_source: where the user vectors come from.
-      needs: what the tables must have: "item_text", "user_text", "ties", "times".
+      needs: what the tables must have: "item_text", "item_terms", "user_text", "ties", "times".
     """
 
     make: Callable[..., Factors]
@@ -236,10 +269,15 @@ class ClosedFormRecommender:
 
 
 class Evidence:
-    """Interactions with their singular vectors, which are computed once, when first needed."""
+    """Interactions with their singular vectors, which are computed once, when first needed, and terms of items.
 
-    def __init__(self, interactions: Interactions):
-        self.interactions = interactions
+    Attributes:
+      interactions: the training interactions, with text features.
+      item_terms: sparse float [I, V], TF-IDF rows of items, unit or zero; None: no terms.
+    """
+
+    def __init__(self, interactions: Interactions, item_terms: scipy.sparse.csr_matrix | None = None):
+        self.interactions, self.item_terms = interactions, item_terms
 
     @functools.cached_property
     def singular(self) -> SingularVectors:
@@ -254,8 +292,10 @@ class Evidence:
         return _largest(self.interactions, matrix, rank), sqrt_degree
 
     def has(self, what: str) -> bool:
-        """Returns whether the tables have item_text, user_text, ties or times."""
+        """Returns whether the tables have item_text, item_terms, user_text, ties or times."""
         data = self.interactions
+        if what == "item_terms":
+            return self.item_terms is not None and self.item_terms.nnz > 0
         if what == "ties":
             return data.source is not None and len(data.source) > 0
         if what == "times":
@@ -274,6 +314,11 @@ def _popularity(evidence: Evidence, *, half_life: float) -> Factors:
 def _user_text(evidence: Evidence) -> Factors:
     text = evidence.interactions.require_item_text("user_text")
     return Factors(np.zeros((len(text), 0), np.float32), text, text.shape[1])
+
+
+def _tfidf_mean(evidence: Evidence) -> Factors:
+    data = evidence.interactions
+    return tfidf_mean_factors(evidence.item_terms, _affordable_columns(data.n_users + data.n_items))
 
 
 # To add a component: its factors, the settings to try, and what it needs.
@@ -296,6 +341,7 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     "text_mean": ClosedFormRecommender(
         lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)
     ),
+    "tfidf_mean": ClosedFormRecommender(_tfidf_mean, ({},), needs=("item_terms",)),
     "user_text": ClosedFormRecommender(_user_text, ({},), user_source="text", needs=("item_text", "user_text")),
     "text_ease": ClosedFormRecommender(
         lambda evidence, **penalties: text_ease_factors(

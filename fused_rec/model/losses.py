@@ -132,7 +132,8 @@ def info_nce(
     anchors, candidates = unit(one[nodes]), unit(other[everyone])
     count = jnp.maximum((everyone[:, None] == everyone[None, :]).sum(axis=1), 1)
     scores = anchors @ candidates.T / temperature - jnp.log(count)[None, :]
-    log_normalizer = jax.nn.logsumexp(jnp.where(valid[None, :], scores, -jnp.inf), axis=-1)
+    # Not -inf, whose derivative is NaN where no node is valid.
+    log_normalizer = jax.nn.logsumexp(jnp.where(valid[None, :], scores, -1e30), axis=-1)
     positive = jnp.einsum("bk,bk->b", anchors, unit(other[nodes])) / temperature
     weight = mask / jnp.maximum((nodes[:, None] == everyone[None, :]).sum(axis=1), 1)
     return (weight * (log_normalizer - positive)).sum(), weight.sum()

@@ -42,6 +42,7 @@ on sampled subgraphs, and calls sparse kernels.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -57,7 +58,7 @@ from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, 
 from fused_rec.graph.spmm import neighbor_sum
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
-from fused_rec.model.text_fusion import Gate, TextInput, TextMLP
+from fused_rec.model.text_fusion import Gate, TextInput, TextMLP, TextPrediction
 from fused_rec.rng import Stream
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
@@ -66,6 +67,7 @@ ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
 FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
 ALIGNED_TEXT = "aligned_text"  # projected text of users and items, to which model.text_alignment draws embeddings
+RECONSTRUCTED = "reconstructed"  # `Reconstruction` of users and of items
 LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
 
@@ -90,6 +92,20 @@ def active_relations(config: ModelConfig, graph: HostGraph | DeviceGraph) -> lis
     if not config.uses_text:
         return [relation for relation in relations if relation.name != SIMILAR_TEXT]
     return relations
+
+
+class Reconstruction(NamedTuple):
+    """Text features of all nodes of a type, predicted from final embeddings, and what they are compared with.
+
+    Attributes:
+      predicted: float32 [n, D].
+      text: float32 [n, D], the features.
+      masked: bool [n], nodes whose ID embedding is dropped in this step.
+    """
+
+    predicted: Float32[Array, "n D"]
+    text: Float32[Array, "n D"]
+    masked: Bool[Array, "n"]
 
 
 class FusedModel(nn.Module):
@@ -187,6 +203,8 @@ class Branch(nn.Module):
             views = (USER, project(mean_item_text(graph))), (ITEM, project(graph.text[ITEM]))
             self.sow("intermediates", ALIGNED_TEXT, tuple(graph.all_gather(t, view) for t, view in views))
         out = combine_layers(weights, layers)
+        if self.config.text_reconstruction:
+            self.sow("intermediates", RECONSTRUCTED, self.reconstructions(graph, out, dropout))
         if self.config.score == "cosine":
             out = {t: unit(x) for t, x in out.items()}
         return graph.all_gather(USER, out[USER]), graph.all_gather(ITEM, out[ITEM])
@@ -211,16 +229,18 @@ class Branch(nn.Module):
           not use.
         """
         config = self.config
+        keep_rate, mask_row = 1 - config.id_embedding_dropout, jnp.zeros((1, config.dim))
+        if config.text_reconstruction:
+            mask_row = self.param("mask_row", nn.initializers.zeros, (1, config.dim))
         ids, text = {}, {}
-        for index, (node_type, _) in enumerate(graph.node_types):
+        for node_type, _ in graph.node_types:
             shape = (graph.rows(node_type), config.dim)
             ids[node_type] = text[node_type] = jnp.zeros(shape)
             if config.uses_ids and (node_type != USER or config.user_id_embedding):
                 rows = self.param(ID_EMBEDDING + node_type, nn.initializers.normal(config.id_init_std), shape)
                 if dropout is not None and config.id_embedding_dropout:
-                    numbers = graph.global_ids(node_type, jnp.arange(len(rows)))
-                    kept = _row_keep_mask(jax.random.fold_in(dropout, index), config.id_embedding_dropout, numbers)
-                    rows = rows * kept[:, None] / (1 - config.id_embedding_dropout)
+                    kept = self.kept_ids(graph, node_type, dropout)[:, None]
+                    rows = jnp.where(kept, rows, mask_row) if config.text_reconstruction else rows * kept / keep_rate
                 ids[node_type] = rows
             if config.uses_text and node_type in self.text_node_types:
                 project = self.text_projection(node_type)
@@ -228,6 +248,33 @@ class Branch(nn.Module):
                 if config.users_start_as_items:
                     text[USER] = project(mean_item_text(graph))
         return ids, text
+
+    def kept_ids(self, graph: DeviceGraph, node_type: str, dropout: PRNGKeyArray) -> Bool[Array, "n"]:
+        """Draws which rows keep their ID embedding in a step, bool [rows]."""
+        index = [name for name, _ in graph.node_types].index(node_type)
+        numbers = graph.global_ids(node_type, jnp.arange(graph.rows(node_type)))
+        return _row_keep_mask(jax.random.fold_in(dropout, index), self.config.id_embedding_dropout, numbers)
+
+    def reconstructions(
+        self, graph: DeviceGraph, out: dict[str, Array], dropout: PRNGKeyArray | None
+    ) -> tuple[Reconstruction, Reconstruction]:
+        """Predicts text features of users and items from their final embeddings.
+
+        Args:
+          graph: the graph with the text embedding of each item.
+          out: final embeddings by node type, float32 [rows, K].
+          dropout: key of the ID dropout; None: no node is masked.
+
+        Returns:
+          Predictions and features of all users, whose feature is `mean_item_text`, and of all items.
+        """
+        found = []
+        predict = TextPrediction(graph.text[ITEM].shape[1], self.compute_dtype, name="reconstruction")
+        for node_type, text in ((USER, mean_item_text(graph)), (ITEM, jnp.asarray(graph.text[ITEM]))):
+            masked = jnp.zeros(len(text), bool) if dropout is None else ~self.kept_ids(graph, node_type, dropout)
+            rows = Reconstruction(predict(out[node_type]), text, masked)
+            found.append(Reconstruction(*(graph.all_gather(node_type, part) for part in rows)))
+        return found[0], found[1]
 
     def text_projection(self, node_type: str) -> TextInput | TextMLP:
         """Builds the projection of a type's text embeddings to the model's dimension."""

@@ -63,6 +63,27 @@ class TextMLP(nn.Module):
         return out.astype(jnp.float32) * jnp.any(text != 0, axis=1, keepdims=True)
 
 
+class TextPrediction(nn.Module):
+    """Two-layer prediction of text features from final embeddings (RLMRec-Gen: Ren et al., 2024, arXiv 2310.15950).
+
+    [n, K] to float32 [n, D]: W_2 leaky_relu(W_1 z + b_1) + b_2, with (K + D) / 2 hidden units.
+
+    Attributes:
+      width: D, of the text features.
+      compute_dtype: the type of inputs and outputs of both layers; parameters are float32.
+    """
+
+    width: int
+    compute_dtype: ComputeDtype = "float32"
+
+    @nn.compact
+    def __call__(self, embeddings: Float32[AnyArray, "n K"]) -> Float32[Array, "n D"]:
+        units = (embeddings.shape[1] + self.width) // 2
+        hidden = nn.Dense(units, dtype=self.compute_dtype, name="hidden")(embeddings)
+        out = nn.Dense(self.width, dtype=self.compute_dtype, name="output")(nn.leaky_relu(hidden))
+        return out.astype(jnp.float32)
+
+
 class Gate(nn.Module):
     """Gates of one relation, one factor a layer and target node: exp(b_l) * 2 sigmoid(w_l . features), float32 [L, n].
 

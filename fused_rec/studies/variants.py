@@ -43,6 +43,7 @@ PLAIN_MODEL = {
     "text_projection": "linear",
     "text_propagation": "to_users",
     "text_alignment": 0.0,
+    "text_reconstruction": 0.0,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
     "id_embedding_dropout": 0.0,
@@ -76,7 +77,16 @@ ALPHAREC_TRAIN = {
 # Yelp (github.com/HKUDS/RLMRec). What differs: text features of items, and their mean over a user's items, replace the
 # profiles that a language model writes; the MLP's hidden layer has half of their width; the denominator has the users,
 # and one positive of each, of the batch, where the paper has all users and also a term of negatives.
-RLMREC_MODEL = PLAIN_MODEL | {"num_layers": 3, "edge_dropout": 0.2, "text_alignment": 0.01}
+RLMREC_CON = PLAIN_MODEL | {"num_layers": 3, "edge_dropout": 0.2, "text_alignment": 0.01}
+# The same for RLMRec-Gen, as published for Amazon: layers, edge dropout, share of masked nodes, and weight and
+# temperature of the reconstruction. What differs: the same text features; masked nodes count where they are in the
+# batch, as users or one positive of each, where the paper has those of the whole graph.
+RLMREC_GEN = PLAIN_MODEL | {
+    "num_layers": 2,
+    "edge_dropout": 0.2,
+    "id_embedding_dropout": 0.15,
+    "text_reconstruction": 0.1,
+}
 
 VARIANTS: dict[str, Variant] = {
     "fused": Variant("text inside the message passing", {}),
@@ -146,7 +156,17 @@ VARIANTS: dict[str, Variant] = {
     "rlmrec_con": Variant(
         "RLMRec-Con (Ren et al., 2024, arXiv 2310.15950)",
         {
-            "model": RLMREC_MODEL,
+            "model": RLMREC_CON,
+            "text": FROZEN,
+            "graph": PLAIN_GRAPH,
+            "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},
+        },
+        needs=("text",),
+    ),
+    "rlmrec_gen": Variant(
+        "RLMRec-Gen (Ren et al., 2024, arXiv 2310.15950)",
+        {
+            "model": RLMREC_GEN,
             "text": FROZEN,
             "graph": PLAIN_GRAPH,
             "train": BPR | {"learning_rate": 0.01, "weight_decay": 0.1},

@@ -8,7 +8,7 @@ Dimensions: T texts, H width of the language model, L TF-IDF directions, D = H +
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -21,6 +21,9 @@ from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import PretrainedModel, open_model
 from fused_rec.text.tfidf import TfidfModel, TfidfVectors, fit_tfidf
 from fused_rec.text.whitening import Whitening, apply_whitening, fit_whitening
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 
 class ColumnScales(NamedTuple):
@@ -83,6 +86,12 @@ class TextFeatures:
             means, has_text = node_means(links, vectors)
             found[node_type] = NodeRows(*apply_whitening(self.fitted.whitening[node_type], means, has_text))
         return found
+
+    def term_rows(self, node_type: str) -> "csr_matrix":
+        """Returns the mean TF-IDF rows of the nodes of a type over all terms, sparse [n, V], unit length or zero."""
+        rows: Any = _link_weights(self.texts.links[node_type], len(self.lm)) @ self.tfidf.weights
+        norms = np.sqrt(rows.power(2).sum(1))
+        return rows.multiply(1 / np.where(norms > 0, norms, 1)).tocsr()
 
     def with_lm(self, lm: Float32[np.ndarray, "T H"]) -> "TextFeatures":
         """Returns these features with other vectors of the language model; all that is fitted stays."""
@@ -169,14 +178,18 @@ def node_means(
     Returns:
       float32 [n, D], weighted means, zero for a node without text; and bool [n], whether a node has text.
     """
-    # Imported here: importing scipy takes 0.2 s, which `import fused_rec.text` should not.
-    from scipy import sparse
-
-    shape = links.n_nodes, len(vectors)
-    weights = sparse.csr_matrix((links.weights, (links.nodes, links.texts)), shape=shape, dtype=np.float32)
     has_text = np.zeros(links.n_nodes, bool)
     has_text[links.nodes] = True
-    return weights @ vectors, has_text
+    return _link_weights(links, len(vectors)) @ vectors, has_text
+
+
+def _link_weights(links: NodeTextLinks, n_texts: int) -> "csr_matrix":
+    """Weights of the texts of each node, [n, T]."""
+    # Imported here: importing scipy takes 0.2 s, which `import fused_rec.text` should not.
+    from scipy.sparse import csr_matrix
+
+    weights = links.weights, (links.nodes, links.texts)
+    return csr_matrix(weights, shape=(links.n_nodes, n_texts), dtype=np.float32)
 
 
 def open_language_model(config: TextConfig) -> PretrainedModel:

@@ -15,7 +15,7 @@ from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import INTERACTED_BY, USER, Relation
+from fused_rec.graph.schema import INTERACTED_BY, ITEM, USER, Relation
 from fused_rec.model.late_fusion import ClosedForm, LateFusion, social_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
@@ -76,7 +76,7 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
     """
     if selection is None:
         return prepared
-    evidence = Evidence(interactions_of(prepared))
+    evidence = _evidence(prepared)
     trained, closed = {}, []
     # Items that no other component orders are ordered by popularity, in the selection and here.
     for name, weight in {"popularity": FALLBACK, **selection.weights}.items():
@@ -115,11 +115,15 @@ def _validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
     return ValidationUsers(users, truth, spec.seen, allowed, np.log1p(counts).astype(np.float32))
 
 
+def _evidence(prepared: Prepared) -> Evidence:
+    return Evidence(interactions_of(prepared), prepared.text.term_rows(ITEM))
+
+
 def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
     """Yields the trained components and the closed-form ones that the tables allow, with each of their settings."""
     for name, (of_users, items) in vectors.items():
         yield Candidate(name, {}, of_users[users], items)
-    evidence = Evidence(interactions_of(prepared))
+    evidence = _evidence(prepared)
     for name, recommender in COMPONENTS.items():
         if not all(map(evidence.has, recommender.needs)):
             continue

@@ -30,7 +30,9 @@ from fused_rec.model.model import (
     ALIGNED_TEXT,
     FIRST_LAYER,
     ID_EMBEDDING,
+    RECONSTRUCTED,
     FusedModel,
+    Reconstruction,
     Vectors,
     append_popularity_bias,
     concat_branches,
@@ -43,6 +45,7 @@ LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it 
 # values by parameter path, so other keys would be another initialization, and change every result.
 BRANCHES = ("main", "words")
 ALIGNMENT_TEMPERATURE = 0.2  # of RLMRec-Con (Ren et al., WWW 2024, arXiv 2310.15950) on Amazon and Yelp
+RECONSTRUCTION_TEMPERATURE = 0.5  # of RLMRec-Gen, by the same authors, on Amazon and Steam
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -308,8 +311,8 @@ def batch_loss(
     Returns:
       The loss, and the parts that it is the sum of: `loss/graph_branch`, `loss/text_branch` or both, by variant; with
       train.contrastive_weight `loss/contrastive_user` and `loss/contrastive_item`, weighted, of the first branch; with
-      model.text_alignment `loss/alignment_user` and `loss/alignment_item` alike. The sum over devices completes the
-      means.
+      model.text_alignment `loss/alignment_user` and `loss/alignment_item` alike; with model.text_reconstruction
+      `loss/reconstruction`, weighted. The sum over devices completes the means.
     """
     branches: Any
     intermediates: Any
@@ -336,6 +339,11 @@ def batch_loss(
             for node_type, (total, count) in zip((USER, ITEM), found, strict=True):
                 shares.append(_mean(weight * total, count))
                 parts[f"loss/{name}_{node_type}"] = shares[-1]
+    if config.model.text_reconstruction:
+        [(users, items)] = intermediates["intermediates"]["main"][RECONSTRUCTED]
+        total, count = _reconstruction_loss(users, items, batch)
+        shares.append(_mean(config.model.text_reconstruction * total, count))
+        parts["loss/reconstruction"] = shares[-1]
     return jnp.stack(shares).sum(), parts
 
 
@@ -375,6 +383,19 @@ def _contrastive_losses(
         everyone = jax.lax.all_gather(jnp.where(valid > 0, nodes, -1), AXIS).reshape(-1)
         sums.append(losses.info_nce(one, other, nodes, counted, everyone, temperature))
     return sums
+
+
+def _reconstruction_loss(users: Reconstruction, items: Reconstruction, batch: Batch) -> losses.Sum:
+    """InfoNCE between predicted and real text features of the batch's masked nodes: users, and one positive of each.
+
+    Users and items are in one denominator. Nodes without text are left out.
+    """
+    user, positives, mask, _ = map(jnp.asarray, batch)
+    predicted, text, masked = (jnp.concatenate(parts) for parts in zip(users, items, strict=True))
+    nodes = jnp.concatenate([user, len(users.text) + positives[:, 0]])
+    counted = jnp.tile(mask[:, 0], 2) * masked[nodes] * jnp.any(text[nodes] != 0, axis=1)
+    everyone = jax.lax.all_gather(jnp.where(counted > 0, nodes, -1), AXIS).reshape(-1)
+    return losses.info_nce(predicted, text, nodes, counted, everyone, RECONSTRUCTION_TEMPERATURE)
 
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
