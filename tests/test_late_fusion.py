@@ -45,11 +45,11 @@ def params():
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_user_vectors_by_hand(name):
-    """Sums over the user's items, over those of friends, the user's text, or one."""
+    """Sums over the user's items or friends, the user's text, or one."""
     part = tiny.closed_form(name, 1.0)
     expected = {
-        "items": HISTORY @ part.source if part.source.shape[1] else None,
-        "friends": FRIENDS @ HISTORY @ part.source if part.source.shape[1] else None,
+        "items": HISTORY @ part.source if part.user_source == "items" else None,
+        "friends": FRIENDS @ part.source if part.user_source == "friends" else None,
         "text": tiny.words()[:7],
         "constant": np.ones((7, 1)),
     }[part.user_source]
@@ -130,9 +130,8 @@ def finished(market, tmp_path_factory):
 def test_results_tell_the_components(finished):
     found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
-    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease", "friends_mean"} <= set(
-        found["single"]
-    )
+    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease"} <= set(found["single"])
+    assert {"friends", "friends_of_friends"} <= set(found["single"])
     assert found["fused"] >= max(found["single"].values()) - 1e-6
     assert "by late fusion of components" in (finished.workdir / "README.md").read_text()
 

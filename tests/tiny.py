@@ -68,6 +68,8 @@ SETTINGS = {
     "gf_cf": {"rank": 2, "alpha": 0.3},
     "popularity": {"half_life": 0.0},
     "recent_popularity": {"half_life": 3.0},
+    "friends": {"hops": 1},
+    "friends_of_friends": {"hops": 2},
 }
 
 

@@ -30,8 +30,7 @@ from fused_rec.model.late_fusion import (
     TEXT_BRANCH,
     ClosedForm,
     component_names,
-    item_sums,
-    social_relations,
+    source_relations,
 )
 from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
@@ -179,9 +178,8 @@ def _closed_form_terms(graph_inputs: GraphInputs, closed: ClosedForm, part: _Hos
     if closed.user_source == "text":
         weights = PropagationWeights({}, {}, {}, {}, np.ones(1, np.float32))
         return _ComponentTerms([BranchTerms([zeros], [zeros | {USER: part.users}], weights, norm, part.items)], [])
-    source, relations = {ITEM: np.asarray(closed.source)}, [INTERACTED_BY]
-    if closed.user_source == "friends":
-        source, relations = {USER: np.asarray(item_sums(closed, graph))}, social_relations(graph)
+    relations = source_relations(closed, graph)
+    source = {ITEM if closed.user_source == "items" else USER: np.asarray(closed.source)}
     weights = PropagationWeights(
         edge={r: (np.asarray(graph.adjacencies[r].weight) > 0).astype(np.float32) for r in relations},
         source_scale={r: np.ones(graph.count(r.source), np.float32) for r in relations},

@@ -37,7 +37,8 @@ class ClosedForm:
 
     Attributes:
       weight: float32, w_c.
-      source: float32 [I, R], rows that are summed over items, for `items` and `friends`; else [I, 0].
+      source: float32 [I, R], rows that are summed over the user's items, or [U, R], over users with a social edge to
+        the user, by `user_source`; else [I, 0].
       target: float32 [I, R], rows y_i.
       name: of the component.
       user_source: where user vectors come from.
@@ -45,7 +46,7 @@ class ClosedForm:
     """
 
     weight: Float32[AnyArray, ""]
-    source: Float32[AnyArray, "I _"]
+    source: Float32[AnyArray, "nodes _"]
     target: Float32[AnyArray, "I R"]
     name: str = flax.struct.field(pytree_node=False)
     user_source: UserSource = flax.struct.field(pytree_node=False)
@@ -138,11 +139,6 @@ def inverse_deviation(users: Float32[AnyArray, "V R"], items: Float32[AnyArray, 
     return jnp.where(varies, 1 / jnp.sqrt(jnp.where(varies, variance, 1)), 0)
 
 
-def social_relations(graph: DeviceGraph) -> list[Relation]:
-    """Lists the relations of social edges."""
-    return [r for r, _ in graph.relations if r.source == r.target == USER and r.name != SIMILAR_TEXT]
-
-
 def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U R"]:
     """Computes the user vectors of a closed-form component, neither standardized nor weighted.
 
@@ -157,16 +153,16 @@ def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U
         return jnp.ones((graph.count(USER), 1))
     if component.user_source == "text":
         return graph.all_gather(USER, jnp.asarray(graph.text[USER]))
-    sums = item_sums(component, graph)
+    rows = jnp.asarray(component.source)
+    nothing = jnp.zeros((graph.count(USER), rows.shape[1]))
+    return sum((_sum_over(graph, relation, rows) for relation in source_relations(component, graph)), nothing)
+
+
+def source_relations(component: ClosedForm, graph: DeviceGraph) -> list[Relation]:
+    """Lists the relations over which the component's source rows are summed: interactions, or social edges."""
     if component.user_source == "items":
-        return sums
-    relations = social_relations(graph)
-    return sum((_sum_over(graph, relation, sums) for relation in relations), jnp.zeros_like(sums))
-
-
-def item_sums(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U R"]:
-    """Sums the component's source rows over each user's items."""
-    return _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
+        return [INTERACTED_BY]
+    return [r for r, _ in graph.relations if r.source == r.target == USER and r.name != SIMILAR_TEXT]
 
 
 def _sum_over(graph: DeviceGraph, relation: Relation, rows: Float32[Array, "n R"]) -> Float32[Array, "U R"]:

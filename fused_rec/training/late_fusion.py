@@ -15,8 +15,8 @@ from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import INTERACTED_BY, USER, Relation
-from fused_rec.model.late_fusion import ClosedForm, LateFusion, social_relations
+from fused_rec.graph.schema import USER, Relation
+from fused_rec.model.late_fusion import ClosedForm, LateFusion, source_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
     FALLBACK,
@@ -148,11 +148,8 @@ def user_rows(part: ClosedForm, graph: DeviceGraph, users: Int[np.ndarray, "V"])
         return np.ones((len(users), 1), np.float32)
     if part.user_source == "text":
         return np.asarray(graph.text[USER])[users]
-    history = _edges_of(graph, INTERACTED_BY)
-    if part.user_source == "items":
-        return history[users] @ part.source
-    sums = history @ part.source
-    return np.sum([_edges_of(graph, relation)[users] @ sums for relation in social_relations(graph)], axis=0)
+    nothing = np.zeros((len(users), part.source.shape[1]), np.float32)
+    return sum((_edges_of(graph, r)[users] @ part.source for r in source_relations(part, graph)), nothing)
 
 
 def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix:
