@@ -102,47 +102,30 @@ def test_text_mean_is_what_it_says():
     np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
 
 
-def _with_ties(share=0.1):
-    """Interactions of 30 users, some of whom have none, and a matrix of directed ties, of which user 29 has none."""
-    history, interactions = _random(30, 20, 0.3)
+def test_all_directions_give_ease_and_the_items_of_friends():
+    """EASE plus the degree-normalized rows of friends, by the dense formula; user 3 has no items."""
+    history, _ = _random(30, 20, 0.3)
     history[3] = False
-    ties = np.random.default_rng(1).random((30, 30)) < share
-    ties[np.diag_indices(30)] = ties[29] = ties[:, 29] = False
-    (user, item), (source, target) = np.nonzero(history), np.nonzero(ties)
-    return history, ties | ties.T, interactions._replace(user=user, item=item, source=source, target=target)
+    user, item = np.nonzero(history)
+    interactions = Interactions(user, item, 30, 20)
+    found = factors.social_ease_factors(interactions, factors.singular_vectors(interactions, 1000), l2=5.0, weight=0.7)
+    assert found.friends is not None
+    assert found.source.dtype == found.target.dtype == found.friends.dtype == np.float32
+    own = found.source.shape[1]
+    ease_alone = factors.ease_factors(factors.singular_vectors(interactions, 1000), l2=5.0)
+    np.testing.assert_array_equal(found.source, ease_alone.source)
+    np.testing.assert_array_equal(found.target[:, :own], ease_alone.target)
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis, keepdims=True), 1)) for axis in (1, 0))
+    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, 0.7 * history / (of_user * of_item), atol=1e-5)
 
 
-def test_all_directions_give_items_of_friends_and_of_their_friends():
-    """By the dense formulas; edges in both directions count once."""
-    history, friends, interactions = _with_ties()
-    assert (friends.sum(1) > 1).any()
-    singular = factors.singular_vectors(interactions, 1000)
-    rows = history / np.sqrt(np.maximum(history.sum(1, keepdims=True), 1))
-    for hops in (1, 2, 3):
-        found = factors.friends_factors(interactions, singular, hops=hops)
-        assert found.source.dtype == found.target.dtype == np.float32
-        np.testing.assert_allclose(friends @ found.source @ found.target.T, friends @ rows, atol=1e-5)
-        rows = friends @ rows / np.maximum(friends.sum(1, keepdims=True), 1)
-    assert not found.source[29].any()
-
-
-def test_friends_have_at_most_so_many_directions(monkeypatch):
-    _, _, interactions = _with_ties()
-    singular = factors.singular_vectors(interactions, 1000)
+def test_friends_have_few_directions(monkeypatch):
+    _, interactions = _random(30, 20, 0.3)
     monkeypatch.setattr(factors, "FRIENDS_RANK", 4)
-    found = factors.friends_factors(interactions, singular, hops=2)
-    assert found.source.shape == (30, 4)
-    np.testing.assert_array_equal(found.target, singular.right[:, :4].astype(np.float32))
-
-
-def test_without_ties_nobody_has_friends():
-    _, _, interactions = _with_ties()
-    alone = interactions._replace(source=None, target=None)
-    found = factors.friends_factors(alone, factors.singular_vectors(alone, 10), hops=2)
-    assert not found.source.any()
-    needed = {name for name, recommender in factors.COMPONENTS.items() if "ties" in recommender.needs}
-    assert needed == {"friends", "friends_of_friends"}
-    assert not factors.Evidence(alone).has("ties")
+    found = factors.social_ease_factors(interactions, factors.singular_vectors(interactions, 1000), l2=5.0, weight=1.0)
+    assert found.friends is not None
+    assert found.friends.shape == (30, 4)
+    assert found.target.shape[1] == found.source.shape[1] + 4
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,17 @@ def params():
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_user_vectors_by_hand(name):
-    """Sums over the user's items or friends, the user's text, or one."""
+    """Sums over the user's items and friends, the user's text, or one."""
     part = tiny.closed_form(name, 1.0)
     expected = {
-        "items": HISTORY @ part.source if part.user_source == "items" else None,
-        "friends": FRIENDS @ part.source if part.user_source == "friends" else None,
+        "items": HISTORY @ part.source if part.source.shape[1] else None,
         "text": tiny.words()[:7],
         "constant": np.ones((7, 1)),
     }[part.user_source]
+    if part.friends is not None:
+        of_friends = FRIENDS @ part.friends / np.sqrt([[2], [1], [1], [1], [1], [1], [1]])  # user 0 has two
+        expected = np.concatenate([expected, of_friends], axis=1)
+    assert (part.friends is not None) == (name == "social_ease")
     np.testing.assert_allclose(user_vectors(part, tiny.whole()), expected, atol=1e-5)
     some = np.array([4, 0, 6])
     np.testing.assert_allclose(late_fusion.user_rows(part, tiny.whole(), some), np.asarray(expected)[some], atol=1e-5)
@@ -130,8 +133,9 @@ def finished(market, tmp_path_factory):
 def test_results_tell_the_components(finished):
     found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
-    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease"} <= set(found["single"])
-    assert {"friends", "friends_of_friends"} <= set(found["single"])
+    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "text_ease", "social_ease"} <= set(
+        found["single"]
+    )
     assert found["fused"] >= max(found["single"].values()) - 1e-6
     assert "by late fusion of components" in (finished.workdir / "README.md").read_text()
 

@@ -1,7 +1,5 @@
 """Closed-form recommenders as bilinear forms: score(u, i) = <sum over the user's items j of source_j, target_i>.
 
-The sum may also be over users with a social edge to the user, each with a row of their own.
-
 In this form a recommender is a component of the fused score (`fused_rec.model.late_fusion`): it needs rows of users and
 items in place of an I x I matrix, its scores are inner products, and they split exactly over the user's items.
 
@@ -15,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import scipy.sparse
 from jaxtyping import Float, Float32
 
 from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, normalized, subspace_iteration
@@ -25,26 +22,29 @@ from fused_rec.memory import require_memory
 MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
 WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2
 MAX_RANK, MIN_RANK = 2048, 64
-FRIENDS_RANK = 512  # of a sum over friends: as good on Epinions as with all directions, and vectors stay short
+FRIENDS_RANK = 256  # of a sum over friends: on Epinions better than 512, and than all directions
 
 
-# Where user vectors come from: the sum over the user's items, the sum over users with a social edge to the user, the
-# user's text features, or nothing (one number for all users).
-UserSource = Literal["items", "friends", "text", "constant"]
+# Where user vectors come from: sums over the user's items (and friends), the user's text features, or nothing (one
+# number for all users).
+UserSource = Literal["items", "text", "constant"]
 
 
 class Factors(NamedTuple):
     """Rows of a bilinear form.
 
     Attributes:
-      source: float32, summed over the user's items, [I, R], or over users with a social edge to the user, [U, R].
+      source: float32 [I, S], summed over the user's items.
       target: float32 [I, R], of the scored item.
       text_columns: how many of the first columns are made of text features; the others are of interactions.
+      friends: float32 [U, F], summed over users with a social edge to the user, and divided by the square root of their
+        number: the last columns of the user vector, beside those of `source`; None: no such columns.
     """
 
-    source: Float32[np.ndarray, "nodes R"]
+    source: Float32[np.ndarray, "I S"]
     target: Float32[np.ndarray, "I R"]
     text_columns: int = 0
+    friends: Float32[np.ndarray, "U F"] | None = None
 
 
 class SingularVectors(NamedTuple):
@@ -212,38 +212,31 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     return Factors(item_text, item_text, item_text.shape[1])
 
 
-def friends_factors(interactions: Interactions, singular: SingularVectors, *, hops: int) -> Factors:
-    """Returns what a user's friends have, or friends of friends, on at most `FRIENDS_RANK` singular directions.
+def social_ease_factors(interactions: Interactions, singular: SingularVectors, *, l2: float, weight: float) -> Factors:
+    """Adds the items of a user's friends to EASE.
 
-    The row of a friend f is x_f V / sqrt(n_f) with n_f interactions, x_f being their row of X: without the root, few
-    friends with many items decide the sum. Each further hop replaces the row of a user by the mean of those of their
-    friends, so that users with many friends do not decide it either. A social edge counts in both directions, as in the
-    graph.
+    With R = Du^-1/2 X Di^-1/2 the degree-normalized interactions (`fused_rec.baselines.linear.normalized`), on at most
+    `FRIENDS_RANK` singular directions of X, score(u, .) = EASE(u, .) + weight d_u^-1/2 sum of R_f over the d_u friends
+    f of u. The sum is not standardized before it is added: EASE counts the more, the more items the user has, and the
+    friends the more, the more friends.
 
     Args:
-      interactions: X and the social edges.
+      interactions: X.
       singular: of X.
-      hops: 1: the friends; 2: the friends of friends.
+      l2: the ridge penalty of EASE, above 0.
+      weight: of the friends.
 
     Returns:
-      The factors, source rows of users.
+      The factors, with rows of friends.
+
+    Raises:
+      NotApplicableError: l2 is too small, as for `ease_factors`.
     """
-    right = singular.right[:, :FRIENDS_RANK].astype(np.float32)
-    history = interactions.history()
-    rows = (history @ right) / np.sqrt(np.maximum(history.sum(1), 1))[:, None]
-    for _ in range(hops - 1):
-        friends = _friends(interactions)
-        rows = (friends @ rows) / np.maximum(friends.sum(1), 1)[:, None]
-    return Factors(rows, right)
-
-
-def _friends(interactions: Interactions) -> scipy.sparse.csr_array:
-    """Users with a social edge in either direction, float32 [U, U] of 0 and 1; without edges all zero."""
-    ends = [np.zeros(0, np.int32) if found is None else found for found in (interactions.source, interactions.target)]
-    one_way = scipy.sparse.csr_array((np.ones(len(ends[0]), np.float32), ends), shape=(interactions.n_users,) * 2)
-    either = (one_way + one_way.T).tocsr()
-    either.data[:] = 1
-    return either
+    own = ease_factors(singular, l2=l2)
+    right, history = singular.right[:, :FRIENDS_RANK].astype(np.float32), interactions.history()
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1)).astype(np.float32)[:, None] for axis in (1, 0))
+    target = np.concatenate([own.target, right / of_item], axis=1)
+    return Factors(own.source, target, friends=np.float32(weight) * (history @ right) / of_user)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,10 +297,6 @@ def _user_text(evidence: Evidence) -> Factors:
     return Factors(np.zeros((len(text), 0), np.float32), text, text.shape[1])
 
 
-def _friends_of(evidence: Evidence, *, hops: int) -> Factors:
-    return friends_factors(evidence.interactions, evidence.singular, hops=hops)
-
-
 # To add a component: its factors, the settings to try, and what it needs.
 COMPONENTS: dict[str, ClosedFormRecommender] = {
     "popularity": ClosedFormRecommender(_popularity, ({"half_life": 0.0},), user_source="constant"),
@@ -341,6 +330,9 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
         ),
         needs=("item_text",),
     ),
-    "friends": ClosedFormRecommender(_friends_of, ({"hops": 1},), user_source="friends", needs=("ties",)),
-    "friends_of_friends": ClosedFormRecommender(_friends_of, ({"hops": 2},), user_source="friends", needs=("ties",)),
+    "social_ease": ClosedFormRecommender(
+        lambda evidence, **settings: social_ease_factors(evidence.interactions, evidence.singular, **settings),
+        tuple({"l2": l2, "weight": w} for l2 in (100.0, 300.0, 1000.0) for w in (1.0, 4.0)),
+        needs=("ties",),
+    ),
 }

@@ -15,8 +15,8 @@ from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import USER, Relation
-from fused_rec.model.late_fusion import ClosedForm, LateFusion, source_relations
+from fused_rec.graph.schema import INTERACTED_BY, USER, Relation
+from fused_rec.model.late_fusion import ClosedForm, LateFusion, social_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
     FALLBACK,
@@ -148,8 +148,13 @@ def user_rows(part: ClosedForm, graph: DeviceGraph, users: Int[np.ndarray, "V"])
         return np.ones((len(users), 1), np.float32)
     if part.user_source == "text":
         return np.asarray(graph.text[USER])[users]
-    nothing = np.zeros((len(users), part.source.shape[1]), np.float32)
-    return sum((_edges_of(graph, r)[users] @ part.source for r in source_relations(part, graph)), nothing)
+    sums = _edges_of(graph, INTERACTED_BY)[users] @ part.source
+    if part.friends is None:
+        return sums
+    edges = [_edges_of(graph, relation)[users] for relation in social_relations(graph)]
+    number = sum((e.sum(1) for e in edges), np.zeros((len(users), 1)))
+    of_friends = sum((e @ part.friends for e in edges), np.zeros((len(users), part.friends.shape[1]), np.float32))
+    return np.concatenate([sums, np.asarray(of_friends / np.sqrt(np.maximum(number, 1)), np.float32)], axis=1)
 
 
 def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix:
@@ -162,5 +167,10 @@ def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix
 
 def _closed_form(name: str, weight: float, factors: Factors) -> ClosedForm:
     return ClosedForm(
-        np.asarray(weight, np.float32), *factors[:2], name, COMPONENTS[name].user_source, factors.text_columns
+        np.asarray(weight, np.float32),
+        *factors[:2],
+        name,
+        COMPONENTS[name].user_source,
+        factors.text_columns,
+        factors.friends,
     )
