@@ -110,6 +110,21 @@ def test_gradient_times_weight_of_an_edge_is_what_the_interaction_adds():
     np.testing.assert_allclose(found, np.where(np.asarray(adjacency.receivers) == 0, expected, 0), rtol=1e-4, atol=1e-6)
 
 
+def test_the_part_of_a_friend_by_hand():
+    """User 0 follows 1 and 2: each adds their row over the root of two, over the deviation of the score."""
+    part = tiny.closed_form("social_ease", 1.0)
+    fusion = LateFusion({MODEL: np.zeros((), np.float32)}, (part,))
+    found = contributions(decompose(CONFIG, params(), inputs(fusion)), 0, [3, 4])
+    own = part.source.shape[1]
+    of_friends = {f: part.friends[f] @ part.target[:, own:].T / 2**0.5 for f in (1, 2)}
+    raw = HISTORY[0] @ part.source @ part.target[:, :own].T + of_friends[1] + of_friends[2]
+    for friend, values in of_friends.items():
+        [at] = [n for n, kind in enumerate(found.kind) if kind == "tie:trusts" and found.source[n] == friend]
+        np.testing.assert_allclose(found.value[at], (values / raw.std())[[3, 4]], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.ids[at], found.value[at])
+    np.testing.assert_allclose(found.value.sum(0), (raw / raw.std())[[3, 4]], rtol=1e-3, atol=1e-4)
+
+
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
