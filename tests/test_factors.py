@@ -95,14 +95,38 @@ def test_penalties_too_small_for_float32_are_refused():
         factors.ease_factors(singular, l2=0.01)
 
 
-def test_text_mean_and_history_are_what_they_say():
+def test_text_mean_is_what_it_says():
     history, interactions = _random(30, 20, 0.3)
     text = interactions.require_item_text("text_mean")
     found = factors.text_mean_factors(text)
     expected = (history @ text) @ text.T
     np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
-    found = factors.low_rank_history(factors.singular_vectors(interactions, 1000))
-    np.testing.assert_allclose((history @ found.source) @ found.target.T, history, atol=1e-5)
+
+
+def test_all_directions_give_ease_and_the_items_of_friends():
+    """EASE plus the degree-normalized rows of friends, by the dense formula; user 3 has no items."""
+    history, _ = _random(30, 20, 0.3)
+    history[3] = False
+    user, item = np.nonzero(history)
+    interactions = Interactions(user, item, 30, 20)
+    found = factors.social_ease_factors(interactions, factors.singular_vectors(interactions, 1000), l2=5.0, weight=0.7)
+    assert found.friends is not None
+    assert found.source.dtype == found.target.dtype == found.friends.dtype == np.float32
+    own = found.source.shape[1]
+    ease_alone = factors.ease_factors(factors.singular_vectors(interactions, 1000), l2=5.0)
+    np.testing.assert_array_equal(found.source, ease_alone.source)
+    np.testing.assert_array_equal(found.target[:, :own], ease_alone.target)
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis, keepdims=True), 1)) for axis in (1, 0))
+    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, 0.7 * history / (of_user * of_item), atol=1e-5)
+
+
+def test_friends_have_few_directions(monkeypatch):
+    _, interactions = _random(30, 20, 0.3)
+    monkeypatch.setattr(factors, "FRIENDS_RANK", 4)
+    found = factors.social_ease_factors(interactions, factors.singular_vectors(interactions, 1000), l2=5.0, weight=1.0)
+    assert found.friends is not None
+    assert found.friends.shape == (30, 4)
+    assert found.target.shape[1] == found.source.shape[1] + 4
 
 
 def _terms(n_items, n_terms):

@@ -45,14 +45,17 @@ def params():
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_user_vectors_by_hand(name):
-    """Sums over the user's items, over those of friends, the user's text, or one."""
+    """Sums over the user's items and friends, the user's text, or one."""
     part = tiny.closed_form(name, 1.0)
     expected = {
         "items": HISTORY @ part.source if part.source.shape[1] else None,
-        "friends": FRIENDS @ HISTORY @ part.source if part.source.shape[1] else None,
         "text": tiny.words()[:7],
         "constant": np.ones((7, 1)),
     }[part.user_source]
+    if part.friends is not None:
+        of_friends = FRIENDS @ part.friends / np.sqrt([[2], [1], [1], [1], [1], [1], [1]])  # user 0 has two
+        expected = np.concatenate([expected, of_friends], axis=1)
+    assert (part.friends is not None) == (name == "social_ease")
     np.testing.assert_allclose(user_vectors(part, tiny.whole()), expected, atol=1e-5)
     some = np.array([4, 0, 6])
     np.testing.assert_allclose(late_fusion.user_rows(part, tiny.whole(), some), np.asarray(expected)[some], atol=1e-5)
@@ -107,6 +110,21 @@ def test_gradient_times_weight_of_an_edge_is_what_the_interaction_adds():
     np.testing.assert_allclose(found, np.where(np.asarray(adjacency.receivers) == 0, expected, 0), rtol=1e-4, atol=1e-6)
 
 
+def test_the_part_of_a_friend_by_hand():
+    """User 0 follows 1 and 2: each adds their row over the root of two, over the deviation of the score."""
+    part = tiny.closed_form("social_ease", 1.0)
+    fusion = LateFusion({MODEL: np.zeros((), np.float32)}, (part,))
+    found = contributions(decompose(CONFIG, params(), inputs(fusion)), 0, [3, 4])
+    own = part.source.shape[1]
+    of_friends = {f: part.friends[f] @ part.target[:, own:].T / 2**0.5 for f in (1, 2)}
+    raw = HISTORY[0] @ part.source @ part.target[:, :own].T + of_friends[1] + of_friends[2]
+    for friend, values in of_friends.items():
+        [at] = [n for n, kind in enumerate(found.kind) if kind == "tie:trusts" and found.source[n] == friend]
+        np.testing.assert_allclose(found.value[at], (values / raw.std())[[3, 4]], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.ids[at], found.value[at])
+    np.testing.assert_allclose(found.value.sum(0), (raw / raw.std())[[3, 4]], rtol=1e-3, atol=1e-4)
+
+
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +148,7 @@ def finished(market, tmp_path_factory):
 def test_results_tell_the_components(finished):
     found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
-    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "tfidf_mean", "friends_mean"} <= set(
+    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "tfidf_mean", "social_ease"} <= set(
         found["single"]
     )
     assert found["fused"] >= max(found["single"].values()) - 1e-6

@@ -70,13 +70,15 @@ SETTINGS = {
     "gf_cf": {"rank": 2, "alpha": 0.3},
     "popularity": {"half_life": 0.0},
     "recent_popularity": {"half_life": 3.0},
+    "social_ease": {"l2": 1.0, "weight": 2.0},
 }
 
 
 def closed_form(name: str, weight: float) -> ClosedForm:
     """A closed-form component of this market."""
     made = COMPONENTS[name].make(evidence(), **SETTINGS.get(name, {}))
-    return ClosedForm(np.array(weight, np.float32), *made[:2], name, COMPONENTS[name].user_source, made.text_columns)
+    named = name, COMPONENTS[name].user_source, made.text_columns, made.friends
+    return ClosedForm(np.array(weight, np.float32), *made[:2], *named)
 
 
 def late_fusion() -> LateFusion:

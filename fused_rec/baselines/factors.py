@@ -24,25 +24,29 @@ from fused_rec.rng import Stream, numpy_rng
 MIN_ONE_MINUS_NORM = 1e-4  # of 1: rows in float32 then still give weights three digits
 WORK = 1.5e11  # operations of one orthogonalization of subspace iteration, (U + I) R^2
 MAX_RANK, MIN_RANK = 2048, 64
+FRIENDS_RANK = 256  # of a sum over friends: on Epinions better than 512, and than all directions
 
 
-# Where user vectors come from: the sum over the user's items, the sum of that over users with a social edge, the user's
-# text features, or nothing (one number for all users).
-UserSource = Literal["items", "friends", "text", "constant"]
+# Where user vectors come from: sums over the user's items (and friends), the user's text features, or nothing (one
+# number for all users).
+UserSource = Literal["items", "text", "constant"]
 
 
 class Factors(NamedTuple):
     """Rows of a bilinear form.
 
     Attributes:
-      source: float32 [I, R], summed over the user's items.
+      source: float32 [I, S], summed over the user's items.
       target: float32 [I, R], of the scored item.
       text_columns: how many of the first columns are made of text features; the others are of interactions.
+      friends: float32 [U, F], summed over users with a social edge to the user, and divided by the square root of their
+        number: the last columns of the user vector, beside those of `source`; None: no such columns.
     """
 
-    source: Float32[np.ndarray, "I R"]
+    source: Float32[np.ndarray, "I S"]
     target: Float32[np.ndarray, "I R"]
     text_columns: int = 0
+    friends: Float32[np.ndarray, "U F"] | None = None
 
 
 class SingularVectors(NamedTuple):
@@ -241,14 +245,31 @@ def tfidf_mean_factors(item_terms: Any, columns: int) -> Factors:
     return Factors(rows, rows, columns)
 
 
-def low_rank_history(singular: SingularVectors) -> Factors:
-    """Returns X itself on R singular directions, X V V': with sums over friends in place of items, friends' mean.
+def social_ease_factors(interactions: Interactions, singular: SingularVectors, *, l2: float, weight: float) -> Factors:
+    """Adds the items of a user's friends to EASE.
+
+    With R = Du^-1/2 X Di^-1/2 the degree-normalized interactions (`fused_rec.baselines.linear.normalized`), on at most
+    `FRIENDS_RANK` singular directions of X, score(u, .) = EASE(u, .) + weight d_u^-1/2 sum of R_f over the d_u friends
+    f of u. The sum is not standardized before it is added: EASE counts the more, the more items the user has, and the
+    friends the more, the more friends.
 
     Args:
-      singular: of the training interactions.
+      interactions: X.
+      singular: of X.
+      l2: the ridge penalty of EASE, above 0.
+      weight: of the friends.
+
+    Returns:
+      The factors, with rows of friends.
+
+    Raises:
+      NotApplicableError: l2 is too small, as for `ease_factors`.
     """
-    rows = singular.right.astype(np.float32)
-    return Factors(rows, rows)
+    own = ease_factors(singular, l2=l2)
+    right, history = singular.right[:, :FRIENDS_RANK].astype(np.float32), interactions.history()
+    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis), 1)).astype(np.float32)[:, None] for axis in (1, 0))
+    target = np.concatenate([own.target, right / of_item], axis=1)
+    return Factors(own.source, target, friends=np.float32(weight) * (history @ right) / of_user)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +376,9 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
         ),
         needs=("item_text",),
     ),
-    "friends_mean": ClosedFormRecommender(
-        lambda evidence: low_rank_history(evidence.singular), ({},), user_source="friends", needs=("ties",)
+    "social_ease": ClosedFormRecommender(
+        lambda evidence, **settings: social_ease_factors(evidence.interactions, evidence.singular, **settings),
+        tuple({"l2": l2, "weight": w} for l2 in (100.0, 300.0, 1000.0) for w in (1.0, 4.0)),
+        needs=("ties",),
     ),
 }

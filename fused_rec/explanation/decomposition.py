@@ -23,6 +23,7 @@ from jaxtyping import Float, Float32, Int, PyTree
 
 from fused_rec.config import Config
 from fused_rec.graph.adjacency import Adjacency
+from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
 from fused_rec.model.late_fusion import (
     GRAPH_BRANCH,
@@ -30,7 +31,7 @@ from fused_rec.model.late_fusion import (
     TEXT_BRANCH,
     ClosedForm,
     component_names,
-    item_sums,
+    friends_scale,
     social_relations,
 )
 from fused_rec.model.model import LINEAR, FusedModel
@@ -174,30 +175,35 @@ def _closed_form_terms(graph_inputs: GraphInputs, closed: ClosedForm, part: _Hos
     if closed.user_source == "constant":
         return _ComponentTerms([], [(part.scale, part.items[:, 0])])
     graph = graph_inputs.graph
-    norm = _norm(np.ones(len(part.users), np.float32), part.scale)
-    zeros = {t: np.broadcast_to(np.float32(0), (n, part.users.shape[1])) for t, n in graph.node_types}
     if closed.user_source == "text":
+        norm = _norm(np.ones(len(part.users), np.float32), part.scale)
+        zeros = {t: np.broadcast_to(np.float32(0), (n, part.users.shape[1])) for t, n in graph.node_types}
         weights = PropagationWeights({}, {}, {}, {}, np.ones(1, np.float32))
         return _ComponentTerms([BranchTerms([zeros], [zeros | {USER: part.users}], weights, norm, part.items)], [])
-    source, relations = {ITEM: np.asarray(closed.source)}, [INTERACTED_BY]
-    if closed.user_source == "friends":
-        source, relations = {USER: np.asarray(item_sums(closed, graph))}, social_relations(graph)
+    found = [False] if closed.friends is None else [False, True]
+    return _ComponentTerms([_summed(graph, closed, part, friends) for friends in found], [])
+
+
+def _summed(graph: DeviceGraph, closed: ClosedForm, part: _HostComponent, friends: bool) -> BranchTerms:
+    """Expresses the columns that are sums over the user's items, or those that are sums over friends, as one layer."""
+    width, scale = closed.source.shape[1], np.ones(len(part.users), np.float32)
+    columns, relations, source = slice(0, width), [INTERACTED_BY], {ITEM: np.asarray(closed.source)}
+    if friends:
+        columns, relations, source = slice(width, None), social_relations(graph), {USER: np.asarray(closed.friends)}
+        scale = np.asarray(friends_scale(graph))
     weights = PropagationWeights(
         edge={r: (np.asarray(graph.adjacencies[r].weight) > 0).astype(np.float32) for r in relations},
         source_scale={r: np.ones(graph.count(r.source), np.float32) for r in relations},
-        gate={r: np.ones((1, len(part.users)), np.float32) for r in relations},
+        gate=dict.fromkeys(relations, scale[None, :]),
         text_gate={},
         layer_weights=np.array([0, 1], np.float32),
     )
-    layers: tuple[dict[str, np.ndarray], ...] = source, {USER: part.users}
-    ids, text = ([zeros | _columns_of(layer, kept) for layer in layers] for kept in _kept_columns(closed))
-    return _ComponentTerms([BranchTerms(ids, text, weights, norm, part.items)], [])
-
-
-def _kept_columns(closed: ClosedForm) -> tuple[np.ndarray, np.ndarray]:
-    """Which columns of a component are of interactions, and which of text features."""
-    of_text = np.arange(closed.target.shape[1]) < closed.text_columns
-    return ~of_text, of_text
+    users, of_text = part.users[:, columns], np.arange(part.users.shape[1])[columns] < closed.text_columns
+    zeros = {t: np.broadcast_to(np.float32(0), (n, users.shape[1])) for t, n in graph.node_types}
+    layers = source, {USER: users}
+    ids, text = ([zeros | _columns_of(layer, kept) for layer in layers] for kept in (~of_text, of_text))
+    norm = _norm(np.ones(len(users), np.float32), part.scale)
+    return BranchTerms(ids, text, weights, norm, part.items[:, columns])
 
 
 def _columns_of(layer: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:

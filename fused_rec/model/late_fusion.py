@@ -37,19 +37,21 @@ class ClosedForm:
 
     Attributes:
       weight: float32, w_c.
-      source: float32 [I, R], rows that are summed over items, for `items` and `friends`; else [I, 0].
+      source: float32 [I, S], rows that are summed over items; [I, 0] with another source of user vectors.
       target: float32 [I, R], rows y_i.
       name: of the component.
       user_source: where user vectors come from.
       text_columns: how many of the first columns are made of text features; the others are of interactions.
+      friends: float32 [U, F], rows that are summed over friends times `friends_scale`, the last columns; or None.
     """
 
     weight: Float32[AnyArray, ""]
-    source: Float32[AnyArray, "I _"]
+    source: Float32[AnyArray, "I S"]
     target: Float32[AnyArray, "I R"]
     name: str = flax.struct.field(pytree_node=False)
     user_source: UserSource = flax.struct.field(pytree_node=False)
     text_columns: int = flax.struct.field(pytree_node=False, default=0)
+    friends: Float32[AnyArray, "U F"] | None = None
 
 
 @no_type_check  # as of `Adjacency`
@@ -157,16 +159,21 @@ def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U
         return jnp.ones((graph.count(USER), 1))
     if component.user_source == "text":
         return graph.all_gather(USER, jnp.asarray(graph.text[USER]))
-    sums = item_sums(component, graph)
-    if component.user_source == "items":
+    sums = _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
+    if component.friends is None:
         return sums
-    relations = social_relations(graph)
-    return sum((_sum_over(graph, relation, sums) for relation in relations), jnp.zeros_like(sums))
+    of_friends = _sum_over_friends(graph, jnp.asarray(component.friends)) * friends_scale(graph)[:, None]
+    return jnp.concatenate([sums, of_friends], axis=1)
 
 
-def item_sums(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U R"]:
-    """Sums the component's source rows over each user's items."""
-    return _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
+def friends_scale(graph: DeviceGraph) -> Float32[Array, "U"]:
+    """Computes one over the square root of the number of social edges into each user; 1 without any."""
+    return jax.lax.rsqrt(jnp.maximum(_sum_over_friends(graph, jnp.ones((graph.count(USER), 1)))[:, 0], 1))
+
+
+def _sum_over_friends(graph: DeviceGraph, rows: Float32[Array, "U F"]) -> Float32[Array, "U F"]:
+    """Sums rows of users over all social edges into each user."""
+    return sum((_sum_over(graph, relation, rows) for relation in social_relations(graph)), jnp.zeros_like(rows))
 
 
 def _sum_over(graph: DeviceGraph, relation: Relation, rows: Float32[Array, "n R"]) -> Float32[Array, "U R"]:

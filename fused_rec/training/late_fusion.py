@@ -152,11 +152,13 @@ def user_rows(part: ClosedForm, graph: DeviceGraph, users: Int[np.ndarray, "V"])
         return np.ones((len(users), 1), np.float32)
     if part.user_source == "text":
         return np.asarray(graph.text[USER])[users]
-    history = _edges_of(graph, INTERACTED_BY)
-    if part.user_source == "items":
-        return history[users] @ part.source
-    sums = history @ part.source
-    return np.sum([_edges_of(graph, relation)[users] @ sums for relation in social_relations(graph)], axis=0)
+    sums = _edges_of(graph, INTERACTED_BY)[users] @ part.source
+    if part.friends is None:
+        return sums
+    edges = [_edges_of(graph, relation)[users] for relation in social_relations(graph)]
+    number = sum((e.sum(1) for e in edges), np.zeros((len(users), 1)))
+    of_friends = sum((e @ part.friends for e in edges), np.zeros((len(users), part.friends.shape[1]), np.float32))
+    return np.concatenate([sums, np.asarray(of_friends / np.sqrt(np.maximum(number, 1)), np.float32)], axis=1)
 
 
 def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix:
@@ -169,5 +171,10 @@ def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix
 
 def _closed_form(name: str, weight: float, factors: Factors) -> ClosedForm:
     return ClosedForm(
-        np.asarray(weight, np.float32), *factors[:2], name, COMPONENTS[name].user_source, factors.text_columns
+        np.asarray(weight, np.float32),
+        *factors[:2],
+        name,
+        COMPONENTS[name].user_source,
+        factors.text_columns,
+        factors.friends,
     )
