@@ -200,6 +200,7 @@ class ModelConfig:
     popularity_half_life: float = 0.0  # days after which an interaction counts half in the item degree; 0 = never
     # rank by a weighted sum of the model, its branches and closed-form recommenders; validation fits the weights
     late_fusion: bool = False
+    launch_prior: bool = True  # with late fusion: raise items without interactions as far as validation allows
     user_id_embedding: bool = True  # False: no user-ID embedding; users are represented by neighbors and text only
     user_text_input: bool = True  # False: user text is used for gates and text-kNN edges, not as an input feature
     text_projection: TextProjection = "linear"  # of text features to `dim`: one matrix, or two layers (AlphaRec)
