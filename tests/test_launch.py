@@ -1,12 +1,10 @@
 """The launch prior by hand, and its laws."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fused_rec.baselines.launch import PRIOR, TASTE, Launch, expected_popularity, launch_parts, new_items
+from fused_rec.baselines.launch import PRIOR, TASTE, Launch, _launches, expected_popularity, launch_parts, new_items
 from fused_rec.baselines.neighbors import Interactions
 from fused_rec.model.late_fusion import inverse_deviation
 
@@ -24,6 +22,23 @@ def _added(interactions: Interactions, launch: Launch) -> dict[str, np.ndarray]:
         scale = part.weight * np.asarray(inverse_deviation(jnp.asarray(users), jnp.asarray(part.factors.target)))
         found[part.name] = scale[:, None] * (users @ part.factors.target.T)
     return found
+
+
+def test_launches_are_read_off_the_past():
+    """Ten interactions, one a day. Item 1 is new at each cut but the last two, and item 0 at none; 4 has no text."""
+    item = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 4])
+    timed = MARKET._replace(user=np.arange(10), item=item, n_users=10, age=np.arange(10, 0, -1).astype(np.float32))
+    items, counts = _launches(timed)
+    cuts = {9: [2, 3], 8: [2, 3], 7: [1, 2, 3], 6: [1, 2, 3], 5: [1, 2, 3]}  # interactions before, new items with text
+    assert items.tolist() == [item for new in cuts.values() for item in new]
+    assert counts.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # at cut 7 item 1 sells the next one
+    found = expected_popularity(timed)
+    np.testing.assert_allclose(found, [0, 0, -1, 1, 0], atol=1e-6)  # what reads like item 1 sells
+
+
+def test_without_times_the_counts_of_all_items_are_their_launches():
+    items, counts = _launches(MARKET)
+    assert (items.tolist(), counts.tolist()) == ([0, 1], [3, 1])
 
 
 def test_expected_popularity_by_hand():
@@ -60,5 +75,5 @@ def test_without_text_all_new_items_are_raised_alike(text):
 
 
 def test_items_with_interactions_get_nothing():
-    for part in launch_parts(MARKET, Launch(**dataclasses.asdict(Launch(1.0, 1.0, 1.0)))):
+    for part in launch_parts(MARKET, Launch(level=1.0, slope=1.0, taste=1.0)):
         assert not part.factors.target[~new_items(MARKET)].any()

@@ -5,21 +5,24 @@ log(1 + 0) is 0, and nobody's history relates to it. A new item i therefore gets
 
     level + slope * p_i + taste * <mean item text of the user, text of i>
 
-with its expected popularity p_i, which a ridge regression on text predicts from the items with interactions. p_i and,
-for each user, the last product have mean 0 and standard deviation 1 over the new items. Other items get nothing.
+with its expected popularity p_i, which a ridge regression on text predicts from what items sold that were new at
+earlier times. p_i and, for each user, the last product have mean 0 and standard deviation 1 over the new items with
+text. Other items get nothing.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from fused_rec.baselines.factors import Factors, UserSource
 from fused_rec.baselines.neighbors import Interactions
 
-L2 = 30.0  # ridge penalty of the regression of log(1 + interactions) on unit text vectors
+L2 = 30.0  # ridge penalty of the regression on unit text vectors
+REWINDS, PERIOD = 5, 0.1  # launches are read off the last half of the interactions, a tenth at a time
 PRIOR, TASTE = "launch_prior", "launch_taste"  # names of the components
 FLAT = 1e-6  # a smaller standard deviation is rounding
 
@@ -62,24 +65,25 @@ def new_items(interactions: Interactions) -> Bool[np.ndarray, "I"]:
 
 
 def expected_popularity(interactions: Interactions) -> Float[np.ndarray, "I"]:
-    """Predicts popularity from text, by ridge regression over the items with interactions.
+    """Predicts the number of interactions of new items from text, by ridge regression over past launches.
+
+    Counts themselves, not their logarithms: a recommendation is a hit as often as the item is taken.
 
     Args:
       interactions: training interactions, with text features of items if there are any.
 
     Returns:
-      Predicted log(1 + number of interactions), standardized over the new items with text; 0 for other items, and where
-      all predictions are equal.
+      Predicted numbers, standardized over the new items with text; 0 for other items, and where all predictions are
+      equal.
     """
     found = np.zeros(interactions.n_items)
     new = _with_text(interactions, new_items(interactions))
-    known = _with_text(interactions, ~new_items(interactions))
-    if not new.any() or not known.any():
+    items, counts = _launches(interactions)
+    if not new.any() or not len(items):
         return found
     text = interactions.require_item_text("the launch prior")
-    counts = np.log1p(np.bincount(interactions.item, minlength=interactions.n_items)[known])
-    mean = text[known].mean(0, dtype=np.float64)
-    centered = text[known] - mean
+    mean = text[items].mean(0, dtype=np.float64)
+    centered = text[items] - mean
     coefficients = np.linalg.solve(
         centered.T @ centered + L2 * np.eye(len(mean)), centered.T @ (counts - counts.mean())
     )
@@ -87,6 +91,27 @@ def expected_popularity(interactions: Interactions) -> Float[np.ndarray, "I"]:
     spread = predicted.std()
     found[new] = (predicted - predicted.mean()) / spread if spread > FLAT else 0
     return found
+
+
+def _launches(interactions: Interactions) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Items that were new at a time inside the training interactions, and how many users took them in the next period.
+
+    At each of `REWINDS` cuts, from the newest back, a period is `PERIOD` of the interactions; items that sold nothing
+    in it count as well. Without times every item with interactions is one launch, with all of them.
+    """
+    item, n_items, age = interactions.item, interactions.n_items, interactions.age
+    if age is None or not len(age) or np.ptp(age) == 0:
+        counts = np.bincount(item, minlength=n_items)
+        items = np.flatnonzero(_with_text(interactions, counts > 0))
+        return items, counts[items]
+    ordered = item[np.argsort(-age, kind="stable")]
+    cuts = [round(len(item) * (1 - PERIOD * number)) for number in range(REWINDS + 1)]
+    found = []
+    for end, start in itertools.pairwise(cuts):
+        new = _with_text(interactions, np.bincount(ordered[:start], minlength=n_items) == 0)
+        found.append((np.flatnonzero(new), np.bincount(ordered[start:end], minlength=n_items)[new]))
+    items, counts = zip(*found, strict=True)
+    return np.concatenate(items), np.concatenate(counts)
 
 
 def launch_parts(interactions: Interactions, launch: Launch) -> Iterator[LaunchPart]:

@@ -1,8 +1,8 @@
 """Weights of the launch prior (`fused_rec.baselines.launch`), chosen on the validation split.
 
 New items are few, and so is their part of NDCG: forward selection by NDCG cannot see them. The prior is therefore
-chosen after it and by another rule: of the weights that cost at most `TOLERANCE` of NDCG@10, and of NDCG@10 and
-recall@20 of the known items, those with the highest recall@20 of the new items.
+chosen after it and by another rule: of the weights with which NDCG@10 and recall@20, of all held-out items and of the
+known ones, lose at most model.launch_cost, it takes those with the highest recall@20 of the new items.
 """
 
 import dataclasses
@@ -32,7 +32,6 @@ from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
 
-TOLERANCE = 0.005  # relative loss
 DEPTH = 20  # the cutoff of recall
 LEVELS = np.arange(-2, 6.01, 0.25)  # scores of a component of weight 1 have standard deviation 1
 SLOPES = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -43,12 +42,13 @@ class Quality(NamedTuple):
     """Validation metrics of one choice.
 
     Attributes:
-      ndcg: NDCG@10.
-      known_ndcg, known_recall: NDCG@10 and recall@20 that count only held-out items with training interactions.
+      ndcg, recall: NDCG@10 and recall@20.
+      known_ndcg, known_recall: the same, counting only held-out items with training interactions.
       new_recall: recall@20 that counts only the others.
     """
 
     ndcg: float
+    recall: float
     known_ndcg: float
     known_recall: float
     new_recall: float
@@ -77,7 +77,9 @@ def select_launch(config: Config, prepared: Prepared, state: TrainState) -> Laun
                 rows = user_rows(closed_form(*part), prepared.graph_inputs.graph, on.users)
                 taste = Candidate(part.name, {"weight": part.weight}, rows, part.factors.target)
         score = Candidate("sum", {}, users[on.users], items)
-        found = best_launch(score, taste, new_items(interactions), expected_popularity(interactions), on)
+        found = best_launch(
+            score, taste, new_items(interactions), expected_popularity(interactions), on, config.model.launch_cost
+        )
         found = found and dataclasses.asdict(found)
     found = processes.broadcast_json(found)
     return found and Launch(**found)
@@ -89,6 +91,7 @@ def best_launch(
     new: Bool[np.ndarray, "I"],
     popularity: Float[np.ndarray, "I"],
     on: ValidationUsers,
+    cost: float,
 ) -> Launch | None:
     """Chooses level, slope and taste.
 
@@ -98,10 +101,13 @@ def best_launch(
       new: the new items.
       popularity: their expected popularity.
       on: validation users.
+      cost: model.launch_cost.
 
     Returns:
       As `select_launch`.
     """
+    if not new.any() or new.all():
+        return None
     choices = list(
         itertools.product(SLOPES if popularity.any() else SLOPES[:1], TASTES if taste is not None else TASTES[:1])
     )
@@ -113,7 +119,8 @@ def best_launch(
     for number, (slope, taste_weight) in enumerate(choices):
         for level in LEVELS:
             found = lists.quality(number, level)
-            if any(now < (1 - TOLERANCE) * then for now, then in zip(found[:3], before[:3], strict=True)):
+            kept = [now >= (1 - cost) * then for now, then in zip(found, before, strict=True)]
+            if not all(kept[:4]):
                 break  # a higher level costs more
             rank = found.new_recall, found.ndcg
             if found.new_recall > before.new_recall and (best is None or rank > best[:2]):
@@ -174,6 +181,7 @@ class _Lists:
         n_all = self.n_known + self.n_new
         return Quality(
             _mean(ndcg_of_lists(scores, hits, n_all), n_all),
+            _mean(hits.sum(1) / np.maximum(n_all, 1), n_all),
             _mean(ndcg_of_lists(scores, hits & ~is_new, self.n_known), self.n_known),
             _mean((hits & ~is_new).sum(1) / np.maximum(self.n_known, 1), self.n_known),
             _mean((hits & is_new).sum(1) / np.maximum(self.n_new, 1), self.n_new),

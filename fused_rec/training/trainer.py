@@ -146,7 +146,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     prepared = with_finetuned_text(config, prepared, state)
     fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
     prepared = with_late_fusion(prepared, fusion)
-    if fusion and config.model.launch_prior and (launch := select_launch(config, prepared, state)):
+    if fusion and config.model.launch_cost and (launch := select_launch(config, prepared, state)):
         fusion = dataclasses.replace(fusion, launch=dataclasses.asdict(launch))
         prepared = with_launch(prepared, launch)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
