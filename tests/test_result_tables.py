@@ -31,6 +31,7 @@ def report() -> dict:
         "summary": summarize(["fused", "no_social_edges", "bad", "popularity"], rows, failures, values),
         "differences": differences(values, "fused"),
         "failures": failures,
+        "rows": rows,
     }
 
 

@@ -119,9 +119,11 @@ def best_launch(
     for number, (slope, taste_weight) in enumerate(choices):
         for level in LEVELS:
             found = lists.quality(number, level)
-            kept = [now >= (1 - cost) * then for now, then in zip(found, before, strict=True)]
-            if not all(kept[:4]):
+            ndcg, recall, *known = (now >= (1 - cost) * then for now, then in zip(found[:4], before[:4], strict=True))
+            if not all(known):
                 break  # a higher level costs more
+            if not (ndcg and recall):
+                continue
             rank = found.new_recall, found.ndcg
             if found.new_recall > before.new_recall and (best is None or rank > best[:2]):
                 best = *rank, Launch(float(level), slope, taste_weight)
