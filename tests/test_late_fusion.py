@@ -17,7 +17,7 @@ from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.explanation.decomposition import contributions, decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY
-from fused_rec.model.late_fusion import MODEL, LateFusion, inverse_deviation, user_vectors
+from fused_rec.model.late_fusion import MODEL, LateFusion, component_names, inverse_deviation, user_vectors
 from fused_rec.model.model import item_degree
 from fused_rec.serving.recommender import load
 from fused_rec.training import late_fusion
@@ -187,8 +187,8 @@ def test_the_launch_prior_changes_the_scores_of_new_items_alone(finished):
     assert np.abs(after - before)[:, :3].min() > 0.01
     np.testing.assert_allclose(after[:, 3:], before[:, 3:], rtol=1e-3, atol=1e-3)
     selection = late_fusion.Selection({"model": 1.0}, {"model": {}}, {}, 0.0, 0, {"level": 2.0})
-    names = [part.name for part in late_fusion.with_late_fusion(earlier, selection).graph_inputs.fusion.closed]
-    assert names == ["popularity", "launch_prior"]
+    fusion = late_fusion.with_late_fusion(earlier, selection).graph_inputs.fusion
+    assert fusion is not None and component_names(fusion) == ["model", "popularity", "launch_prior"]
     assert late_fusion.with_launch(prepared, Launch(2.0)).graph_inputs.fusion == prepared.graph_inputs.fusion
 
 

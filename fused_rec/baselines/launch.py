@@ -130,12 +130,14 @@ def launch_parts(interactions: Interactions, launch: Launch) -> Iterator[LaunchP
     prior = np.where(new, launch.level + launch.slope * expected_popularity(interactions), 0).astype(np.float32)
     nothing = np.zeros((len(new), 0), np.float32)
     yield LaunchPart(PRIOR, float(prior.std()), Factors(nothing, prior[:, None]), "constant")
-    told = _with_text(interactions, new)
-    if launch.taste and told.any():
+    described = _with_text(interactions, new)
+    if launch.taste and described.any():
         text = interactions.require_item_text("the launch prior")
-        rows = np.where(told[:, None], text - text[told].mean(0), 0).astype(np.float32)
-        # Scores are 0 outside `told` and have mean 0 inside: their variance over all items is that inside, times this.
-        yield LaunchPart(TASTE, launch.taste * float(told.mean()) ** 0.5, Factors(text, rows, rows.shape[1]), "items")
+        rows = np.where(described[:, None], text - text[described].mean(0), 0).astype(np.float32)
+        # Scores are 0 outside `described` and have mean 0 inside: their variance over all items is that inside, times this.
+        yield LaunchPart(
+            TASTE, launch.taste * float(described.mean()) ** 0.5, Factors(text, rows, rows.shape[1]), "items"
+        )
 
 
 def _with_text(interactions: Interactions, items: Bool[np.ndarray, "I"]) -> Bool[np.ndarray, "I"]:
