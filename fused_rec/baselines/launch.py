@@ -94,10 +94,10 @@ def expected_popularity(interactions: Interactions) -> Float[np.ndarray, "I"]:
 
 
 def _launches(interactions: Interactions) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Items that were new at a time inside the training interactions, and how many users took them in the next period.
+    """Items with text that were new at a time inside the training interactions, and how many users then took them.
 
-    At each of `REWINDS` cuts, from the newest back, a period is `PERIOD` of the interactions; items that sold nothing
-    in it count as well. Without times every item with interactions is one launch, with all of them.
+    There are `REWINDS` cuts; the period after each is `PERIOD` of the interactions, and items that nobody took in it
+    count as well. Without times every item with interactions is one launch, with all of them.
     """
     item, n_items, age = interactions.item, interactions.n_items, interactions.age
     if age is None or not len(age) or np.ptp(age) == 0:
@@ -134,10 +134,9 @@ def launch_parts(interactions: Interactions, launch: Launch) -> Iterator[LaunchP
     if launch.taste and described.any():
         text = interactions.require_item_text("the launch prior")
         rows = np.where(described[:, None], text - text[described].mean(0), 0).astype(np.float32)
-        # Scores are 0 outside `described` and have mean 0 inside: their variance over all items is that inside, times this.
-        yield LaunchPart(
-            TASTE, launch.taste * float(described.mean()) ** 0.5, Factors(text, rows, rows.shape[1]), "items"
-        )
+        # Scores are 0 outside `described` and have mean 0 inside: inside, their variance is larger by 1 / share.
+        share = float(described.mean())
+        yield LaunchPart(TASTE, launch.taste * share**0.5, Factors(text, rows, rows.shape[1]), "items")
 
 
 def _with_text(interactions: Interactions, items: Bool[np.ndarray, "I"]) -> Bool[np.ndarray, "I"]:
