@@ -203,6 +203,9 @@ class ModelConfig:
     popularity_half_life: float = 0.0  # days after which an interaction counts half in the item degree; 0 = never
     # rank by a weighted sum of the model, its branches and closed-form recommenders; validation fits the weights
     late_fusion: bool = False
+    # with late fusion: raise items without interactions, as far as NDCG@10 and recall@20 on validation lose at most
+    # this share; 0 = not at all
+    launch_cost: float = 0.005
     user_id_embedding: bool = True  # False: no user-ID embedding; users are represented by neighbors and text only
     user_text_input: bool = True  # False: user text is used for gates and text-kNN edges, not as an input feature
     text_projection: TextProjection = "linear"  # of text features to `dim`: one matrix, or two layers (AlphaRec)
@@ -240,7 +243,7 @@ class ModelConfig:
             kinds = typing.get_args(kind)
             _require(getattr(self, name) in kinds, f"model.{name}", getattr(self, name), f"one of {kinds}")
         _require(self.embedding_noise >= 0, "model.embedding_noise", self.embedding_noise, "0 or more")
-        for name in ("edge_dropout", "id_embedding_dropout"):
+        for name in ("edge_dropout", "id_embedding_dropout", "launch_cost"):
             _require(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "in [0, 1)")
         for name in ("popularity_weight", "popularity_half_life", "text_alignment", "text_reconstruction"):
             _require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "0 or more")

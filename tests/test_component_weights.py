@@ -111,9 +111,9 @@ def test_the_selection_standardizes_and_measures_as_the_devices_do():
     users, items = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)
     users[1] = 0
     expected = np.asarray(inverse_deviation(users, items))[:, None] * (users @ items.T)
-    found = cw._scores(cw.Candidate("x", {}, users, items), slice(0, 6))
+    found = cw.standardized_scores(cw.Candidate("x", {}, users, items), slice(0, 6))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     truth = rng.random((6, 40)) < 0.2
     hits = np.take_along_axis(truth, np.argsort(-found, axis=1, kind="stable"), axis=1)
     by_metrics = ndcg(jnp.asarray(hits), jnp.asarray(truth.sum(1), jnp.int32), 10)
-    np.testing.assert_allclose(cw._ndcg(found, truth, truth.sum(1)), by_metrics, rtol=1e-5)
+    np.testing.assert_allclose(cw.ndcg_of_lists(found, truth, truth.sum(1)), by_metrics, rtol=1e-5)

@@ -12,11 +12,12 @@ from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.baselines.factors import COMPONENTS
+from fused_rec.baselines.launch import Launch
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.explanation.decomposition import contributions, decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY
-from fused_rec.model.late_fusion import MODEL, LateFusion, inverse_deviation, user_vectors
+from fused_rec.model.late_fusion import MODEL, LateFusion, component_names, inverse_deviation, user_vectors
 from fused_rec.model.model import item_degree
 from fused_rec.serving.recommender import load
 from fused_rec.training import late_fusion
@@ -190,6 +191,23 @@ def _every_component(prepared) -> LateFusion:
     fusion = late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
     assert fusion is not None
     return fusion
+
+
+def test_the_launch_prior_changes_the_scores_of_new_items_alone(finished):
+    """Of a market in which the first three items had no interaction yet."""
+    config, prepared, state = load(finished.workdir)
+    observed = prepared.observed
+    old = observed.item >= 3
+    columns = {name: getattr(observed, name)[old] for name in ("user", "item", "age")}
+    earlier = dataclasses.replace(prepared, observed=dataclasses.replace(observed, **columns))
+    raised = late_fusion.with_launch(earlier, Launch(level=2.0, slope=0.5, taste=0.5))
+    before, after = (np.asarray(scorer(config, p, state)(jnp.arange(20))) for p in (prepared, raised))
+    assert np.abs(after - before)[:, :3].min() > 0.01
+    np.testing.assert_allclose(after[:, 3:], before[:, 3:], rtol=1e-3, atol=1e-3)
+    selection = late_fusion.Selection({"model": 1.0}, {"model": {}}, {}, 0.0, 0, {"level": 2.0})
+    fusion = late_fusion.with_late_fusion(earlier, selection).graph_inputs.fusion
+    assert fusion is not None and component_names(fusion) == ["model", "popularity", "launch_prior"]
+    assert late_fusion.with_launch(prepared, Launch(2.0)).graph_inputs.fusion == prepared.graph_inputs.fusion
 
 
 def test_exported_vectors_have_the_scores(finished):

@@ -31,6 +31,7 @@ def report() -> dict:
         "summary": summarize(["fused", "no_social_edges", "bad", "popularity"], rows, failures, values),
         "differences": differences(values, "fused"),
         "failures": failures,
+        "rows": rows,
     }
 
 
@@ -54,6 +55,19 @@ def test_rounding_is_shown_as_no_difference(report):
     values = {"fused": {"ndcg@10": base * np.float32(1 - 1e-7)}, "no_social_edges": {"ndcg@10": base}}
     report["differences"] = differences(values, "fused")
     assert "+0.0 % [+0.0, +0.0], p = 1.000" in markdown(report, ["ndcg@10"]).splitlines()[3]
+
+
+def test_markdown_has_a_table_of_new_items_where_some_are_held_out(report):
+    """Means over seeds; a variant of which a run measured none is left out."""
+    for row, new in zip(report["rows"], (0.0, 0.5), strict=False):
+        row["slices"] = {"item_interactions": {"0": {"recall@20": new}, "1+": {"recall@20": 0.4}}}
+    lines = markdown(report, ["ndcg@10"]).splitlines()
+    assert lines[7:10] == [
+        "| variant | new items, recall@20 | known items, recall@20 |",
+        "| --- | ---: | ---: |",
+        "| fused | 0.2500 | 0.4000 |",
+    ]
+    assert lines[10] == ""
 
 
 def test_latex_is_escaped(report):

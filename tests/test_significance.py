@@ -185,10 +185,18 @@ def test_item_slices_rank_against_everything(partial):
     second = 1 / math.log2(3)
     assert list(found) == ["cold", "warm"]
     assert found["cold"] == pytest.approx(
-        {"items": 1, "users": 1, "ndcg@10": second, "recall@10": 1.0, "auc": 2 / 3}, abs=1e-6
+        {"items": 1, "users": 1, "ndcg@10": second, "recall@10": 1.0, "auc": 2 / 3, "recall@20": 1.0}, abs=1e-6
     )
     assert found["warm"] == pytest.approx(
-        {"items": 2, "users": 2, "ndcg@10": (1 + second) / 2, "recall@10": 1.0, "auc": (1 + 3 / 4) / 2}, abs=1e-6
+        {
+            "items": 2,
+            "users": 2,
+            "ndcg@10": (1 + second) / 2,
+            "recall@10": 1.0,
+            "auc": (1 + 3 / 4) / 2,
+            "recall@20": 1.0,
+        },
+        abs=1e-6,
     )
 
 

@@ -9,12 +9,14 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from fused_rec.baselines.factors import COMPONENTS, Evidence
+from fused_rec.baselines.launch import Launch, launch_parts
 from fused_rec.baselines.neighbors import Interactions
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges
 from fused_rec.graph.device_graph import DeviceGraph, device_graph
 from fused_rec.graph.hetero import HostGraph, hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 from fused_rec.model.late_fusion import ClosedForm, LateFusion
+from fused_rec.training.late_fusion import closed_form as closed_form_of
 
 COUNTS = {USER: 7, ITEM: 6, "sector": 2}
 WIDTH = 5  # of a text vector
@@ -77,15 +79,25 @@ SETTINGS = {
 def closed_form(name: str, weight: float) -> ClosedForm:
     """A closed-form component of this market."""
     made = COMPONENTS[name].make(evidence(), **SETTINGS.get(name, {}))
-    named = name, COMPONENTS[name].user_source, made.text_columns, made.friends
-    return ClosedForm(np.array(weight, np.float32), *made[:2], *named)
+    return closed_form_of(name, weight, made, COMPONENTS[name].user_source)
+
+
+def launch_prior() -> tuple[ClosedForm, ...]:
+    """A launch prior of this market when items 3 to 5 were new."""
+    before = HELD < 3
+    data = evidence().interactions._replace(
+        user=HOLDER[before], item=HELD[before], age=np.arange(before.sum(), dtype=np.float32)
+    )
+    parts = launch_parts(data, Launch(level=1.0, slope=0.5, taste=0.7))
+    return tuple(closed_form_of(*part) for part in parts)
 
 
 def late_fusion() -> LateFusion:
     """Every component, with different weights."""
     weights = {"model": 1.0, "graph_branch": 0.3, "text_branch": 0.2}
     trained = {name: np.array(weight, np.float32) for name, weight in weights.items()}
-    return LateFusion(trained, tuple(closed_form(name, 0.4 + n / 10) for n, name in enumerate(COMPONENTS)))
+    closed = tuple(closed_form(name, 0.4 + n / 10) for n, name in enumerate(COMPONENTS))
+    return LateFusion(trained, closed + launch_prior())
 
 
 @pytest.fixture(scope="module", autouse=True)

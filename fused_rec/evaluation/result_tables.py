@@ -25,7 +25,12 @@ def table(rows: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> st
 def markdown(report: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """Formats a report of `fused_rec.studies.compare` as a Markdown table, followed by its failures."""
     notes = [f"\nFailed: {in_markdown(note)}\n" for note in _notes(report)]
-    return markdown_table(_cells(report, metrics, in_markdown)) + "".join(notes)
+    new = _new_item_cells(report)
+    return (
+        markdown_table(_cells(report, metrics, in_markdown))
+        + ("\n" + markdown_table(new) if new else "")
+        + "".join(notes)
+    )
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
@@ -107,6 +112,22 @@ def _cells(report: Mapping[str, Any], metrics: Sequence[str], named: Callable[[s
         parameters = "–" if entry["parameters"] is None else f"{entry['parameters']:,}"
         cells.append([*row, "–" if entry["seconds"] is None else f"{entry['seconds']:.0f}", parameters])
     return cells
+
+
+def _new_item_cells(report: Mapping[str, Any]) -> list[list[str]]:
+    """Recall of held-out items without and with training interactions, means over seeds; empty without the former."""
+    slices = {"new items, recall@20": "0", "known items, recall@20": "1+"}
+    cells = []
+    for entry in report["summary"]:
+        rows = [
+            row.get("slices", {}).get("item_interactions", {})
+            for row in report["rows"]
+            if row["variant"] == entry["variant"]
+        ]
+        if rows and all(name in row for row in rows for name in slices.values()):
+            means = (sum(row[name]["recall@20"] for row in rows) / len(rows) for name in slices.values())
+            cells.append([in_markdown(entry["variant"]), *(f"{mean:.4f}" for mean in means)])
+    return [["variant", *slices], *cells] if cells else []
 
 
 def _difference(report: Mapping[str, Any], variant: str, metric: str) -> Mapping[str, Any] | None:

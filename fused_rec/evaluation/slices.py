@@ -1,7 +1,7 @@
 """Metrics by slices of users or of held-out items."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from fused_rec.evaluation.item_sets import UserItemSets, item_sets
 from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, as_argument, evaluate, mean
 
 METRICS = ("ndcg@10", "recall@10", "auc")
+ITEM_METRICS = (*METRICS, "recall@20")
 BANDS = (0, 1, 5, 20)  # first interaction count of each band
 
 Slices = dict[str, dict[str, int | float]]
-"""By slice: numbers of held-out items (item slices only) and of users, and the mean of each of `METRICS`."""
+"""By slice: numbers of held-out items (item slices only) and of users, and means of `METRICS` or `ITEM_METRICS`."""
 
 
 def bands(counts: Int[np.ndarray, "N"]) -> dict[str, Bool[np.ndarray, "N"]]:
@@ -25,18 +26,21 @@ def bands(counts: Int[np.ndarray, "N"]) -> dict[str, Bool[np.ndarray, "N"]]:
     return {name: (counts >= low) & (counts < high) for name, low, high in zip(names, BANDS, ends, strict=True)}
 
 
-def user_slices(per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U"]]) -> Slices:
+def user_slices(
+    per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U"]], names: Sequence[str] = METRICS
+) -> Slices:
     """Averages metrics over the evaluated users of each slice; empty slices are omitted.
 
     Args:
       per_user: metrics of the evaluated users.
       members: users of each slice.
+      names: of the metrics.
     """
     found = {}
     for name, mask in members.items():
         rows = mask[per_user.users]
         if rows.any():
-            metrics = {metric: per_user.metrics[metric][rows] for metric in METRICS}
+            metrics = {metric: per_user.metrics[metric][rows] for metric in names}
             found[name] = {"users": int(rows.sum())} | mean(UserMetrics(per_user.users[rows], metrics, {}))
     return found
 
@@ -72,10 +76,10 @@ def item_slices(
         jax.tree_util.Partial(_of_user, as_argument(scorer), jnp.int32(n_users)),
         dataclasses.replace(spec, seen=item_sets(row_of_seen, np.tile(seen.items, n_slices), n_slices * n_users)),
         item_sets(row * n_users + truth.users[pair], truth.items[pair], n_slices * n_users),
-        ks=(10,),
+        ks=(10, 20),
     )
     slice_of = np.arange(n_slices * n_users) // n_users
-    found = user_slices(of_slices, {name: slice_of == place for place, name in enumerate(members)})
+    found = user_slices(of_slices, {name: slice_of == place for place, name in enumerate(members)}, ITEM_METRICS)
     return {name: {"items": int((members[name] & held_out).sum())} | values for name, values in found.items()}
 
 

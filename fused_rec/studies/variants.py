@@ -98,6 +98,9 @@ VARIANTS: dict[str, Variant] = {
     "no_text_knn": Variant("without text-kNN edges", {"graph": {"text_knn": 0}}, ("text",), ablation=True),
     "no_popularity": Variant("without popularity", {"model": {"popularity_weight": 0.0}}, ablation=True),
     "no_late_fusion": Variant("the trained model alone", {"model": {"late_fusion": False}}, ablation=True),
+    "no_launch_prior": Variant(
+        "new items as the components score them", {"model": {"launch_cost": 0.0}}, ablation=True
+    ),
     "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}, ablation=True),
     "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, ("text",), ablation=True),
     "bfloat16": Variant("training steps in bfloat16", {"train": {"compute_dtype": "bfloat16"}}, ablation=True),

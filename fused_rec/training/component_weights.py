@@ -79,6 +79,8 @@ class Selection:
       single: validation NDCG@10 of each component alone, with its best settings.
       fused: validation NDCG@10 of the weighted sum.
       users: number of validation users.
+      launch: weights of the launch prior (`fused_rec.baselines.launch.Launch`), which is selected afterwards; None: no
+        prior.
     """
 
     weights: Mapping[str, float]
@@ -86,6 +88,7 @@ class Selection:
     single: Mapping[str, float]
     fused: float
     users: int
+    launch: Mapping[str, float] | None = None
 
 
 def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Selection:
@@ -134,7 +137,7 @@ class ShortLists:
 
     def ndcg(self, total: Float32[np.ndarray, "V M"]) -> Float32[np.ndarray, "V"]:
         """Computes the NDCG@10 of each user by these scores of the listed items."""
-        return _ndcg(np.where(self.listed, total + self.fallback, -np.inf), self.truth, self.n_truth)
+        return ndcg_of_lists(np.where(self.listed, total + self.fallback, -np.inf), self.truth, self.n_truth)
 
 
 def forward_selection(lists: ShortLists, start: int) -> tuple[list[float], float]:
@@ -173,10 +176,19 @@ def _moves(lists: ShortLists, weights: list[float], total, values, number: int) 
             yield float(gain.mean()), number, weight
 
 
-def _ndcg(
+def ndcg_of_lists(
     scores: Float32[np.ndarray, "V M"], truth: Bool[np.ndarray, "V M"], n_truth: Int[np.ndarray, "V"]
 ) -> Float32[np.ndarray, "V"]:
-    """NDCG@K of the listed items, as `fused_rec.evaluation.metrics.ndcg`."""
+    """Computes NDCG@K of each user's listed items, as `fused_rec.evaluation.metrics.ndcg` does.
+
+    Args:
+      scores: of the listed items; -inf where a list is shorter.
+      truth: which of them are held out.
+      n_truth: held-out items of each user, listed or not.
+
+    Returns:
+      Float32 [V].
+    """
     if scores.shape[1] > K:
         first = np.argpartition(-scores, K, axis=1)[:, :K]
         scores, truth = (np.take_along_axis(x, first, axis=1) for x in (scores, truth))
@@ -191,9 +203,9 @@ def _ndcg(
 def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "V"]:
     """NDCG@K of one component alone, over the whole catalogue."""
     parts = []
-    for rows, masked, truth in _batches(on, 1):
-        scores = np.where(masked, -np.inf, _scores(candidate, rows) + _fallback(on))
-        parts.append(_ndcg(scores, truth, truth.sum(1)))
+    for rows, masked, truth in user_batches(on, 1):
+        scores = np.where(masked, -np.inf, standardized_scores(candidate, rows) + _fallback(on))
+        parts.append(ndcg_of_lists(scores, truth, truth.sum(1)))
     return np.concatenate(parts)
 
 
@@ -203,10 +215,17 @@ def _fallback(on: ValidationUsers) -> Float32[np.ndarray, "I"]:
     return np.float32(FALLBACK) * on.popularity / np.float32(spread if spread > 0 else 1)
 
 
-def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
-    """Standardized scores of some users, as `fused_rec.model.late_fusion` computes them on devices.
+def standardized_scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
+    """Computes standardized scores of some users, as `fused_rec.model.late_fusion` does on devices.
 
     In NumPy: candidates have many shapes, and each would be compiled.
+
+    Args:
+      candidate: the component.
+      rows: B of its users.
+
+    Returns:
+      Float32 [B, I].
     """
     users, items = candidate.users[rows], candidate.items
     centered = items - items.mean(0, keepdims=True)
@@ -217,8 +236,13 @@ def _scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray, "B I"]:
     return (scale[:, None] * users) @ items.T
 
 
-def _batches(on: ValidationUsers, components: int):
-    """Yields (rows of `on.users`, items that are not ranked, held-out items), for as many users as fit a chunk."""
+def user_batches(on: ValidationUsers, components: int):
+    """Yields (rows of `on.users`, items that are not ranked, held-out items), for as many users as fit a chunk.
+
+    Args:
+      on: the ranked users.
+      components: number of components whose scores are held at once.
+    """
     n_items = len(on.allowed)
     step = max(1, CHUNK // (n_items * components))
     for first in range(0, len(on.users), step):
@@ -242,8 +266,8 @@ def _short_lists(chosen: Sequence[Candidate], on: ValidationUsers) -> ShortLists
     be ranked for each choice of weights.
     """
     parts = []
-    for rows, masked, truth in _batches(on, len(chosen)):
-        found = np.stack([_scores(candidate, rows) for candidate in chosen])
+    for rows, masked, truth in user_batches(on, len(chosen)):
+        found = np.stack([standardized_scores(candidate, rows) for candidate in chosen])
         depth = min(DEPTH, masked.shape[1])
         listed = truth.copy()
         for own in found:

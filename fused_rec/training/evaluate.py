@@ -81,9 +81,10 @@ def evaluate_slices(prepared: Prepared, scorer: Scorer, per_user: UserMetrics) -
 
     Returns:
       Means over the users of each of `user_groups`, and under "item_interactions" means that count only the held-out
-      items of a band; empty slices are left out.
+      items of a band, or of "1+", all but new items; empty slices are left out.
     """
     items = bands(np.bincount(prepared.observed.item, minlength=prepared.dataset.n_items))
+    items["1+"] = ~items["0"]
     of_users = {name: user_slices(per_user, groups) for name, groups in user_groups(prepared).items()}
     return of_users | {"item_interactions": item_slices(scorer, items, *held_out(prepared, "test"))}
 

@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float32, Int
 
-from fused_rec.baselines.factors import COMPONENTS, Evidence, Factors
+from fused_rec.baselines.factors import COMPONENTS, Evidence, Factors, UserSource
+from fused_rec.baselines.launch import Launch, launch_parts
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
@@ -58,7 +59,7 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
     )
     found = None
     if processes.is_primary():
-        on = _validation_users(config, prepared)
+        on = validation_users(config, prepared)
         found = select_weights(_candidates(prepared, vectors, on.users), on)
         found = dataclasses.asdict(found)
     return Selection(**processes.broadcast_json(found))
@@ -83,12 +84,34 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
         if name not in COMPONENTS:
             trained[name] = np.asarray(weight, np.float32)
             continue
-        part = _closed_form(
-            name, weight, COMPONENTS[name].make(evidence, **selection.settings.get(name, COMPONENTS[name].grid[0]))
-        )
+        recommender = COMPONENTS[name]
+        made = recommender.make(evidence, **selection.settings.get(name, recommender.grid[0]))
+        part = closed_form(name, weight, made, recommender.user_source)
         # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
         closed.append(processes.broadcast_arrays(part))
-    fusion = LateFusion(trained, tuple(closed))
+    found = _with_fusion(prepared, LateFusion(trained, tuple(closed)))
+    return found if selection.launch is None else with_launch(found, Launch(**selection.launch))
+
+
+def with_launch(prepared: Prepared, launch: Launch) -> Prepared:
+    """Adds the components of a launch prior, built from what `prepared` observes.
+
+    Args:
+      prepared: with the other components of the score.
+      launch: weights of the prior.
+
+    Returns:
+      `prepared` with other graph inputs.
+    """
+    fusion = prepared.graph_inputs.fusion
+    assert fusion is not None
+    parts = tuple(
+        processes.broadcast_arrays(closed_form(*part)) for part in launch_parts(interactions_of(prepared), launch)
+    )
+    return _with_fusion(prepared, dataclasses.replace(fusion, closed=fusion.closed + parts))
+
+
+def _with_fusion(prepared: Prepared, fusion: LateFusion) -> Prepared:
     return dataclasses.replace(prepared, graph_inputs=dataclasses.replace(prepared.graph_inputs, fusion=fusion))
 
 
@@ -102,7 +125,13 @@ def selection_of(results: Mapping[str, Any]) -> Selection | None:
     return None if found is None else Selection(**found)
 
 
-def _validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
+def validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
+    """Returns the users on whom late fusion is selected, all or `MAX_USERS` of those with held-out items.
+
+    Args:
+      config: of which train.seed decides whom.
+      prepared: tables, split and observed interactions.
+    """
     spec, truth = held_out(prepared, "valid")
     users = np.flatnonzero(truth.sizes)
     if len(users) > MAX_USERS:
@@ -133,7 +162,9 @@ def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.nd
             except NotApplicableError as error:
                 LOG.info("%s %s is left out: %s", name, settings, error)
                 continue
-            rows = user_rows(_closed_form(name, 1.0, factors), prepared.graph_inputs.graph, users)
+            rows = user_rows(
+                closed_form(name, 1.0, factors, recommender.user_source), prepared.graph_inputs.graph, users
+            )
             yield Candidate(name, settings, rows, factors.target)
 
 
@@ -169,12 +200,7 @@ def _edges_of(graph: DeviceGraph, relation: Relation) -> scipy.sparse.csr_matrix
     return scipy.sparse.csr_matrix((ones, np.asarray(adjacency.senders), np.asarray(adjacency.receiver_start)), shape)
 
 
-def _closed_form(name: str, weight: float, factors: Factors) -> ClosedForm:
-    return ClosedForm(
-        np.asarray(weight, np.float32),
-        *factors[:2],
-        name,
-        COMPONENTS[name].user_source,
-        factors.text_columns,
-        factors.friends,
-    )
+def closed_form(name: str, weight: float, factors: Factors, user_source: UserSource) -> ClosedForm:
+    """Makes a component of the fused score from factors."""
+    of_rows = np.asarray(weight, np.float32), factors.source, factors.target
+    return ClosedForm(*of_rows, name, user_source, factors.text_columns, factors.friends)

@@ -64,7 +64,8 @@ from fused_rec.training.inputs import (
     seen_splits,
     with_finetuned_text,
 )
-from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion
+from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion, with_launch
+from fused_rec.training.launch_weights import select_launch
 from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
 
@@ -145,6 +146,9 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     prepared = with_finetuned_text(config, prepared, state)
     fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
     prepared = with_late_fusion(prepared, fusion)
+    if fusion and config.model.launch_cost and (launch := select_launch(config, prepared, state)):
+        fusion = dataclasses.replace(fusion, launch=dataclasses.asdict(launch))
+        prepared = with_launch(prepared, launch)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
     if config.train.refit:
