@@ -371,8 +371,7 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
         tuple(
             {"l2": l2, "l2_text": t, "l2_words": w}
             for l2 in (30.0, 300.0)
-            for t in (100.0, 1000.0)
-            for w in (30.0, 300.0)
+            for t, w in ((100.0, 30.0), (300.0, 10.0), (300.0, 100.0), (1000.0, 300.0))
         ),
         needs=("item_text",),
     ),
