@@ -115,8 +115,9 @@ def test_all_directions_give_ease_and_the_items_of_friends():
     ease_alone = factors.ease_factors(factors.singular_vectors(interactions, 1000), l2=5.0)
     np.testing.assert_array_equal(found.source, ease_alone.source)
     np.testing.assert_array_equal(found.target[:, :own], ease_alone.target)
-    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis, keepdims=True), 1)) for axis in (1, 0))
-    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, 0.7 * history / (of_user * of_item), atol=1e-5)
+    of_user, of_item = (np.maximum(history.sum(axis, keepdims=True), 1) for axis in (1, 0))
+    expected = 0.7 * history / (of_user**0.5 * of_item**0.25)
+    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, expected, atol=1e-5)
 
 
 def test_friends_have_few_directions(monkeypatch):
