@@ -217,9 +217,8 @@ def social_ease_factors(interactions: Interactions, singular: SingularVectors, *
 
     With R = Du^-1/2 X Di^-1/4, Du and Di the degrees of users and items, X on at most `FRIENDS_RANK` singular
     directions, score(u, .) = EASE(u, .) + weight d_u^-1/2 sum of R_f over the d_u friends f of u. The exponents were
-    chosen on validation of Epinions: without division by the item's degree popular items decide the sum, with its root
-    items of few users do. The sum is not standardized before it is added: EASE counts the more, the more items the user
-    has, and the friends the more, the more friends.
+    chosen on validation of Epinions. The sum is not standardized before it is added: EASE counts the more, the more
+    items the user has, and the friends the more, the more friends.
 
     Args:
       interactions: X.
