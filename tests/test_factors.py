@@ -120,6 +120,14 @@ def test_all_directions_give_ease_and_the_items_of_friends():
     np.testing.assert_allclose(found.friends @ found.target[:, own:].T, expected, atol=1e-5)
 
 
+def test_friends_mean_is_the_history_of_friends():
+    history, interactions = _random(30, 20, 0.3)
+    found = factors.friends_mean_factors(interactions, factors.singular_vectors(interactions, 1000))
+    assert found.friends is not None
+    assert found.source.shape == (20, 0)
+    np.testing.assert_allclose(found.friends @ found.target.T, history, atol=1e-5)
+
+
 def test_friends_have_few_directions(monkeypatch):
     _, interactions = _random(30, 20, 0.3)
     monkeypatch.setattr(factors, "FRIENDS_RANK", 4)

@@ -239,6 +239,17 @@ def social_ease_factors(interactions: Interactions, singular: SingularVectors, *
     return Factors(own.source, target, friends=np.float32(weight) * (history @ right) / np.sqrt(of_user))
 
 
+def friends_mean_factors(interactions: Interactions, singular: SingularVectors) -> Factors:
+    """Returns the items of a user's friends, all counted alike, on the singular directions: X V V' summed over friends.
+
+    Args:
+      interactions: X.
+      singular: of X.
+    """
+    right = singular.right.astype(np.float32)
+    return Factors(np.zeros((len(right), 0), np.float32), right, friends=interactions.history() @ right)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClosedFormRecommender:
     """A closed-form recommender that can be a component of the fused score.
@@ -329,6 +340,9 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
             for w in (30.0, 300.0)
         ),
         needs=("item_text",),
+    ),
+    "friends_mean": ClosedFormRecommender(
+        lambda evidence: friends_mean_factors(evidence.interactions, evidence.singular), ({},), needs=("ties",)
     ),
     "social_ease": ClosedFormRecommender(
         lambda evidence, **settings: social_ease_factors(evidence.interactions, evidence.singular, **settings),
