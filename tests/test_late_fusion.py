@@ -116,6 +116,7 @@ def test_the_part_of_a_friend_by_hand():
     fusion = LateFusion({MODEL: np.zeros((), np.float32)}, (part,))
     found = contributions(decompose(CONFIG, params(), inputs(fusion)), 0, [3, 4])
     own = part.source.shape[1]
+    assert part.friends is not None
     of_friends = {f: part.friends[f] @ part.target[:, own:].T / 2**0.5 for f in (1, 2)}
     raw = HISTORY[0] @ part.source @ part.target[:, :own].T + of_friends[1] + of_friends[2]
     for friend, values in of_friends.items():
