@@ -116,8 +116,17 @@ def test_all_directions_give_ease_and_the_items_of_friends():
     ease_alone = factors.ease_factors(factors.singular_vectors(interactions, 1000), l2=5.0)
     np.testing.assert_array_equal(found.source, ease_alone.source)
     np.testing.assert_array_equal(found.target[:, :own], ease_alone.target)
-    of_user, of_item = (np.sqrt(np.maximum(history.sum(axis, keepdims=True), 1)) for axis in (1, 0))
-    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, 0.7 * history / (of_user * of_item), atol=1e-5)
+    of_user, of_item = (np.maximum(history.sum(axis, keepdims=True), 1) for axis in (1, 0))
+    expected = 0.7 * history / (of_user**0.5 * of_item**0.25)
+    np.testing.assert_allclose(found.friends @ found.target[:, own:].T, expected, atol=1e-5)
+
+
+def test_friends_mean_is_the_history_of_friends():
+    history, interactions = _random(30, 20, 0.3)
+    found = factors.friends_mean_factors(interactions, factors.singular_vectors(interactions, 1000))
+    assert found.friends is not None
+    assert found.source.shape == (20, 0)
+    np.testing.assert_allclose(found.friends @ found.target.T, history, atol=1e-5)
 
 
 def test_friends_have_few_directions(monkeypatch):

@@ -55,8 +55,8 @@ def test_user_vectors_by_hand(name):
     }[part.user_source]
     if part.friends is not None:
         of_friends = FRIENDS @ part.friends / np.sqrt([[2], [1], [1], [1], [1], [1], [1]])  # user 0 has two
-        expected = np.concatenate([expected, of_friends], axis=1)
-    assert (part.friends is not None) == (name == "social_ease")
+        expected = of_friends if expected is None else np.concatenate([expected, of_friends], axis=1)
+    assert (part.friends is not None) == (name in ("friends_mean", "social_ease"))
     np.testing.assert_allclose(user_vectors(part, tiny.whole()), expected, atol=1e-5)
     some = np.array([4, 0, 6])
     np.testing.assert_allclose(late_fusion.user_rows(part, tiny.whole(), some), np.asarray(expected)[some], atol=1e-5)
@@ -117,6 +117,7 @@ def test_the_part_of_a_friend_by_hand():
     fusion = LateFusion({MODEL: np.zeros((), np.float32)}, (part,))
     found = contributions(decompose(CONFIG, params(), inputs(fusion)), 0, [3, 4])
     own = part.source.shape[1]
+    assert part.friends is not None
     of_friends = {f: part.friends[f] @ part.target[:, own:].T / 2**0.5 for f in (1, 2)}
     raw = HISTORY[0] @ part.source @ part.target[:, :own].T + of_friends[1] + of_friends[2]
     for friend, values in of_friends.items():

@@ -180,7 +180,7 @@ def _closed_form_terms(graph_inputs: GraphInputs, closed: ClosedForm, part: _Hos
         zeros = {t: np.broadcast_to(np.float32(0), (n, part.users.shape[1])) for t, n in graph.node_types}
         weights = PropagationWeights({}, {}, {}, {}, np.ones(1, np.float32))
         return _ComponentTerms([BranchTerms([zeros], [zeros | {USER: part.users}], weights, norm, part.items)], [])
-    found = [False] if closed.friends is None else [False, True]
+    found = [False] * (closed.source.shape[1] > 0) + [True] * (closed.friends is not None)
     return _ComponentTerms([_summed(graph, closed, part, friends) for friends in found], [])
 
 

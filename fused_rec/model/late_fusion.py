@@ -159,11 +159,12 @@ def user_vectors(component: ClosedForm, graph: DeviceGraph) -> Float32[Array, "U
         return jnp.ones((graph.count(USER), 1))
     if component.user_source == "text":
         return graph.all_gather(USER, jnp.asarray(graph.text[USER]))
-    sums = _sum_over(graph, INTERACTED_BY, jnp.asarray(component.source))
-    if component.friends is None:
-        return sums
-    of_friends = _sum_over_friends(graph, jnp.asarray(component.friends)) * friends_scale(graph)[:, None]
-    return jnp.concatenate([sums, of_friends], axis=1)
+    sums = []
+    if component.source.shape[1]:
+        sums.append(_sum_over(graph, INTERACTED_BY, jnp.asarray(component.source)))
+    if component.friends is not None:
+        sums.append(_sum_over_friends(graph, jnp.asarray(component.friends)) * friends_scale(graph)[:, None])
+    return jnp.concatenate(sums, axis=1)
 
 
 def friends_scale(graph: DeviceGraph) -> Float32[Array, "U"]:
