@@ -23,7 +23,7 @@ from fused_rec.model.late_fusion import MIN_VARIANCE
 LOG = logging.getLogger(__name__)
 
 K = 10  # the cutoff of NDCG
-MAX_USERS = 2000  # validation users that are ranked, at most
+MAX_USERS = 5000  # validation users that are ranked, at most
 DEPTH = 100  # best items of each component among which a sum is ranked
 MIN_GAIN = 1.5  # standard errors
 FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
@@ -260,16 +260,17 @@ def _mask(sets: UserItemSets, users: Int[np.ndarray, "B"], n_items: int) -> Bool
 
 
 def _short_lists(chosen: Sequence[Candidate], on: ValidationUsers) -> ShortLists:
-    """Lists the items that any component ranks among its first `DEPTH`, and the held-out ones.
+    """Lists the items that any component ranks among its first `DEPTH`.
 
     An item that no component ranks so high reaches the first ten of a sum so rarely that the whole catalogue need not
-    be ranked for each choice of weights.
+    be ranked for each choice of weights. Held-out items are listed on the same terms as others: without the unlisted
+    items that rank like them, they would have too few rivals.
     """
     parts = []
     for rows, masked, truth in user_batches(on, len(chosen)):
         found = np.stack([standardized_scores(candidate, rows) for candidate in chosen])
         depth = min(DEPTH, masked.shape[1])
-        listed = truth.copy()
+        listed = np.zeros_like(truth)
         for own in found:
             first = np.argpartition(np.where(masked, np.inf, -own - _fallback(on)), depth - 1, axis=1)[:, :depth]
             np.put_along_axis(listed, first, True, axis=1)
