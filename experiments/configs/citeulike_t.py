@@ -11,10 +11,10 @@ from experiments.configs import config_dict
 
 
 def get_config():
-    """Settings of tables.py, not tuned on this dataset."""
+    """Settings of tables.py, with the temperature that validation chooses there (.15: .1319, .3: .0959 with seed 0)."""
     return config_dict(
         data={"name": "citeulike_t"},
         split={"kind": "random"},
         model={"late_fusion": True, "dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
-        train={"temperature": 0.0, "learning_rate": 0.003, "eval_every": 20},
+        train={"temperature": 0.15, "learning_rate": 0.003, "eval_every": 20},
     )
