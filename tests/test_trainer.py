@@ -37,7 +37,7 @@ from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.run_dir import TablesChangedError
-from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
+from fused_rec.serving.recommender import candidate_filter, load, load_measured, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training import batch_sources, trainer
 from fused_rec.training.checkpoint import RECORD, CheckpointError, Checkpoints
@@ -236,7 +236,9 @@ def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undis
         record.write_text(record.read_text().replace("1", "2", 1))
     for part in ("valid", "test"):
         with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
-            load(workdir, part)
+            load_measured(workdir, part)
+    with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
+        load(workdir)
     (workdir / "results.json").unlink()
     shutil.rmtree(workdir / "refit")
     config = small(tables, cache, model__variant="graph", train__refit=True)
@@ -428,7 +430,7 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
 
 def test_evaluating_the_validation_part_of_a_refitted_run_shows_what_chose_it(cache, finished):
     """The refitted model has learned from that part; the one that chose the step has not."""
-    config, prepared, state = load(finished, "valid")
+    config, prepared, state = load_measured(finished, "valid")
     assert config.train.refit
     results = json.loads((finished / "results.json").read_text())
     assert evaluate_mean(prepared, scorer(config, prepared, state), "valid") == pytest.approx(
@@ -559,6 +561,6 @@ def test_the_temperature_is_chosen_on_validation(tables, cache, tmp_path):
     given = small(tables, cache, train__temperature=results["temperature"], model__late_fusion=True)
     alone = run_training(given, tmp_path / "alone")
     assert (alone["valid"], alone["test"]) == (results["valid"], results["test"])
-    config, prepared, state = load(tmp_path / "chosen")
+    config, prepared, state = load_measured(tmp_path / "chosen", "test")
     assert config.train.temperature == results["temperature"]
     assert evaluate_mean(prepared, scorer(config, prepared, state), "test") == results["test"]

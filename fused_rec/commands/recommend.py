@@ -28,14 +28,14 @@ from absl import app, flags
 from tqdm import tqdm
 
 from fused_rec.commands.launch import command
-from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, written_file
-from fused_rec.data.dataset import Dataset
+from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, DEFINE_served, written_file
+from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.evaluation.suitability import exclusion_counts
 from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
 from fused_rec.explanation.reasons import record
-from fused_rec.runs.run_dir import read_run
+from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
     candidate_filter,
@@ -43,6 +43,7 @@ from fused_rec.serving.recommender import (
     load,
     model_digest,
     rank_chunks,
+    read_served_tables,
     user_rows,
 )
 from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
@@ -50,6 +51,7 @@ from fused_rec.storage import fill_file
 from fused_rec.training.evaluate import scorer
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+HISTORY, TABLES = DEFINE_served()
 USERS = flags.DEFINE_list("users", None, "User ids; all users by default.")
 K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
@@ -109,13 +111,16 @@ def main(argv: list[str]) -> None:
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
-    config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
+    folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
+    config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     dataset = prepared.dataset
     may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value)
     users = user_rows(dataset, USERS.value)
     inputs = {
         "model": model_digest(WORKDIR.value),
-        "tables": read_run(Path(WORKDIR.value))["tables"],
+        "tables": digest(dataset),
+        "served": prepared.served(),
         "rules": rules_digest,
         "customers": hashlib.sha256(users.tobytes()).hexdigest(),
         "k": K.value,
@@ -134,6 +139,7 @@ def main(argv: list[str]) -> None:
             f"rule {name}: excludes {counts['excluded']} pairs, {counts['excluded_only_by_rule']} of them alone, "
             f"and {counts['excluded_from_topk']} of the {exclusions['top']} products ranked without rules"
         )
+    print(f"ranked with {describe_served(prepared.served())}")
     print(
         f"{exclusions['recommendations']} recommendations for "
         f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"

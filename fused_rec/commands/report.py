@@ -16,12 +16,15 @@ from fused_rec.commands.places import (
     DEFINE_path,
     DEFINE_rules,
     DEFINE_run,
+    DEFINE_served,
     DEFINE_split,
     require_known,
     written_file,
 )
+from fused_rec.serving.recommender import read_served_tables
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+HISTORY, TABLES = DEFINE_served()
 OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir by default.")
 SPLIT = DEFINE_split()
 BASELINE = DEFINE_baselines(BASELINES, default=["popularity", "item_knn"])
@@ -56,6 +59,8 @@ def main(argv: list[str]) -> None:
         k=K.value,
         rules=RULES.value,
         groups=GROUPS.value,
+        history=HISTORY.value,
+        dataset=read_served_tables(workdir, TABLES.value) if TABLES.value else None,
         data_path=DATA_PATH.value,
         cache=CACHE.value,
     )

@@ -6,6 +6,7 @@ workdir/
   select/, refit/      checkpoints and curves of the two phases (refit only with train.refit); select_0.3/ with a second
                        temperature, where validation chooses it
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
+  fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings
   README.md            the model card: data, training, metrics, and how to load the model
   results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
                        UTC time at which the run finished
@@ -27,7 +28,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import jax
 import numpy as np
@@ -43,6 +44,8 @@ LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_METRICS_PER_USER, CARD = "run.json", "results.json", "test_metrics_per_user.npz", "README.md"
 TABLES = "tables"  # folder in the workdir for tables given in memory (fused_rec.api)
 LOCK = "run.lock"
+REFIT = "refit"  # folder of the second training
+Model = Literal["valid", "test", "served"]  # whose metrics are those of validation, of test, and which ranks
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
 
@@ -351,6 +354,17 @@ def read_finished(workdir: Path) -> tuple[Config, int, str]:
     return config, results["best_step"], results["phase"]
 
 
+def phase_of(refit: bool, selected: str, model: Model) -> str:
+    """Returns the folder of the training of a model of a run.
+
+    Args:
+      refit: train.refit.
+      selected: folder of the training that validation selected.
+      model: which model.
+    """
+    return REFIT if refit and model != "valid" else selected
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of Python, the backend and the libraries that a result depends on."""
     names = ("fused_rec", "jax", "jaxlib", "flax", "optax", "jraph", "orbax-checkpoint", "transformers", "numpy")
@@ -400,10 +414,42 @@ def write_users(file: Path, per_user: UserMetrics) -> None:
     Raises:
       SaveError: the file cannot be written.
     """
-    arrays: dict[str, Any] = {"user": per_user.users, **per_user.metrics}
+    write_arrays(file, {"user": per_user.users, **per_user.metrics})
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays atomically, as an .npz file, which has a checksum of each.
+
+    Args:
+      file: the path.
+      arrays: by name.
+
+    Raises:
+      SaveError: the file cannot be written.
+    """
     archive = io.BytesIO()
     np.savez(archive, **arrays)
     write_file(file, archive.getvalue())
+
+
+def read_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
+    """Reads a file of `write_arrays`.
+
+    Args:
+      file: the path.
+      remedy: what to do where the file is damaged.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise a dozen types, tokenize.TokenError among them
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
 
 
 def read_users(file: Path) -> UserMetrics:
@@ -419,19 +465,13 @@ def read_users(file: Path) -> UserMetrics:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-            users = found.pop("user")
-            for name, values in [("user", users), *found.items()]:
-                if values.dtype != (np.int32 if name == "user" else np.float32) or values.shape != (len(users),):
-                    raise ValueError(f"{name} is {values.dtype} {values.shape}")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile and NumPy raise a dozen types, tokenize.TokenError among them
-        raise ValueError(
-            f"{file} is damaged ({error}); remove {RESULTS} beside it and run the same command again"
-        ) from error
+    remedy = f"remove {RESULTS} beside it and run the same command again"
+    found = read_arrays(file, remedy)
+    users = found.pop("user", np.zeros(()))
+    for name, values in [("user", users), *found.items()]:
+        sound = values.ndim == 1 and values.shape == users.shape
+        if not sound or values.dtype != (np.int32 if name == "user" else np.float32):
+            raise ValueError(f"{file} is damaged ({name} is {values.dtype} {values.shape}); {remedy}")
     return UserMetrics(users, found, {})
 
 

@@ -27,7 +27,7 @@ from fused_rec.training.component_weights import (
     select_weights,
 )
 from fused_rec.training.evaluate import held_out, interactions_of
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import AnyInputs, Prepared
 from fused_rec.training.sharding import parallel_trained_vectors, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import TrainState
 
@@ -64,12 +64,13 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
     return Selection(**processes.broadcast_json(found))
 
 
-def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepared:
+def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInputs:
     """Adds weights and closed-form components to the graph inputs, built from what `prepared` observes.
 
     Args:
-      prepared: tables, split and graph.
-      selection: of `select_late_fusion`, possibly of another split; None: the trained model alone.
+      prepared: tables and graph.
+      selection: of `select_late_fusion`, possibly of another split or other tables, which may lack what a component
+        needs: it is left out then. None: the trained model alone.
 
     Returns:
       `prepared` with other graph inputs.
@@ -82,6 +83,9 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
     for name, weight in {"popularity": FALLBACK, **selection.weights}.items():
         if name not in COMPONENTS:
             trained[name] = np.asarray(weight, np.float32)
+            continue
+        if absent := [what for what in COMPONENTS[name].needs if not evidence.has(what)]:
+            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
             continue
         part = _closed_form(
             name, weight, COMPONENTS[name].make(evidence, **selection.settings.get(name, COMPONENTS[name].grid[0]))

@@ -29,6 +29,7 @@ from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wan
 from fused_rec.runs.model_card import card, counts
 from fused_rec.runs.run_dir import (
     CARD,
+    REFIT,
     RESULTS,
     TEST_METRICS_PER_USER,
     RunResults,
@@ -38,6 +39,7 @@ from fused_rec.runs.run_dir import (
     finished_results,
     init_run_dir,
     lock_run_dir,
+    phase_of,
     read_run,
     when_finished,
     write_card,
@@ -54,6 +56,7 @@ from fused_rec.training.evaluate import (
     scorer,
     sharded_scorer,
 )
+from fused_rec.training.fitted import FITTED, fitted_of, write_fitted
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import (
     Prepared,
@@ -149,7 +152,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
 
     if config.train.refit:
         prepared = prepare(config, prepared.dataset, prepared.split, seen_splits(refit=True))
-        state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
+        state, refitted = fit(config, prepared, workdir / REFIT, steps=progress.best_step, metric_writer_of=shown)
         prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
 
@@ -169,6 +172,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
             "phase": phase,
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
+            "counts": counts(prepared.dataset, prepared.split),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -176,7 +180,9 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        write_card(workdir / CARD, _card(workdir, prepared, results))
+        fitted = fitted_of(config.model, prepared.dataset, prepared.text.fitted, prepared.graph_inputs)
+        write_fitted(workdir / FITTED, fitted)
+        write_card(workdir / CARD, _card(workdir, results))
         write_json(workdir / RESULTS, results)
     return results
 
@@ -204,12 +210,12 @@ def _select(
     return *found, seconds
 
 
-def _card(workdir: Path, prepared: Prepared, results: Mapping[str, Any]) -> str:
-    """The model card of the selected checkpoint."""
-    checkpoints = Path("refit" if results["config"]["train"]["refit"] else results["phase"]) / "checkpoints"
+def _card(workdir: Path, results: Mapping[str, Any]) -> str:
+    """The model card of the served checkpoint."""
+    checkpoints = Path(phase_of(results["config"]["train"]["refit"], results["phase"], "served")) / "checkpoints"
     step = results["best_step"]
     digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
-    return card(results, counts(prepared.dataset, prepared.split), digests, (checkpoints / str(step)).as_posix())
+    return card(results, digests, (checkpoints / str(step)).as_posix())
 
 
 def fit(
