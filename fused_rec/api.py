@@ -550,6 +550,8 @@ def report(
     rows = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
     candidates = candidate_filter(run.prepared.dataset, given or ())
     digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+    if dataset is not None:
+        digests["served tables"] = digest(dataset)
     facts = ReportData(
         results=run.results,
         curve=tuple(read_curves(workdir / run.results["phase"])),

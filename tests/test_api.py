@@ -335,9 +335,10 @@ def test_report(run, folder):
 
 
 def test_compare(config, folder, market):
-    small = fr.configure(config, train={"max_steps": 5})
+    small = fr.configure(config, train={"max_steps": 5, "refit": "all"})
     found = fr.compare(small, folder / "compare", ["fused", "popularity"], seeds=[0], dataset=market)
     assert not found["failures"] and (folder / "compare" / "compare.md").exists()
+    assert not list((folder / "compare").rglob("refit*")), "nothing is trained for serving alone"
 
 
 def test_encode(folder):

@@ -37,7 +37,7 @@ CHANGED = Config(
         popularity_weight=1.0,
         id_embedding_dropout=0.0,
     ),
-    train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit=True),
+    train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit="valid"),
 )
 
 # The module as users run it: the type checker of the tests would refuse an unknown choice before config.py can.
@@ -82,7 +82,7 @@ def test_numpy_numbers_are_numbers(number):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     for section in (config.model, UNCHECKED["ModelConfig"](dim=number)):
         assert (section.dim, type(section.dim)) == (64, int)
-    loose = {"train": {"temperature": np.float32(0.5), "refit": np.bool_(True)}, "data": {"name": np.str_("lastfm")}}
+    loose = {"train": {"temperature": np.float32(0.5), "refit": np.str_("all")}, "data": {"name": np.str_("lastfm")}}
     found = from_dict(loose)
     assert [type(value) for value in (found.train.temperature, found.train.refit, found.data.name)] == [
         float,
@@ -188,8 +188,8 @@ def test_a_value_out_of_bounds_is_named_with_its_bound(section, setting, value, 
 
 @pytest.mark.parametrize("limit", [{"history": 3}, {"new_item_share": 0.1}])
 def test_a_refit_would_bring_back_what_the_split_drops(limit):
-    with pytest.raises(ValueError, match=r"train\.refit is True; it must be False where split\.history or split\.new_"):
-        from_dict({"split": limit, "train": {"refit": True}})
+    with pytest.raises(ValueError, match=r"train\.refit is 'valid'; it must be none where split\.history or split"):
+        from_dict({"split": limit, "train": {"refit": "valid"}})
     assert from_dict({"split": limit}).split.drops_rows and not Config().split.drops_rows
 
 

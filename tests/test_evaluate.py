@@ -32,7 +32,7 @@ def finetuned(tmp_path_factory) -> fr.Run:
         data=data,
         text=text | {"finetune_learning_rate": 0.1, "tfidf_dim": 0, "max_tokens": 12},
         model={"dim": 4, "num_layers": 1},
-        train={"batch_size": 16, "max_steps": 6, "eval_every": 3, "refit": True},
+        train={"batch_size": 16, "max_steps": 6, "eval_every": 3, "refit": "valid"},
     )
     return fr.train(config, folder / "run")
 

@@ -374,7 +374,9 @@ def tables(tmp_path_factory) -> Path:
 
 def run_of(tables: Path, cache: Path) -> Config:
     config = config_of(cache, finetune_texts_per_step=8)
-    train = dataclasses.replace(config.train, max_steps=10, eval_every=4, patience=100, refit=True, learning_rate=0.02)
+    train = dataclasses.replace(
+        config.train, max_steps=10, eval_every=4, patience=100, refit="valid", learning_rate=0.02
+    )
     data = dataclasses.replace(config.data, name="tables", path=str(tables))
     return dataclasses.replace(config, data=data, train=train)
 

@@ -122,7 +122,7 @@ def finished(market, tmp_path_factory):
     config = fr.configure(
         text={"model": "tests/golden/tiny_bert", "tfidf_dim": 16, "cache": str(folder / "cache")},
         model={"dim": 8, "num_layers": 2, "late_fusion": True},
-        train={"max_steps": 20, "eval_every": 10, "batch_size": 64, "positives_per_user": 8, "refit": True},
+        train={"max_steps": 20, "eval_every": 10, "batch_size": 64, "positives_per_user": 8, "refit": "valid"},
     )
     return fr.train(config, folder / "run", market)
 

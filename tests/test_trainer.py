@@ -84,7 +84,7 @@ def command(module: str, *flags: str) -> list[str]:
 
 
 def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
-    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": True}
+    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": "valid"}
     return command(
         "train",
         f"--config={CONFIG}",
@@ -172,7 +172,7 @@ def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished
 @pytest.fixture(scope="module")
 def undisturbed(tables, cache, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_training(small(tables, cache, model__variant="graph", train__refit=True), workdir)
+    run_training(small(tables, cache, model__variant="graph", train__refit="valid"), workdir)
     return workdir
 
 
@@ -210,7 +210,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
 )
 def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
     """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
-    config = small(tables, cache, model__variant="graph", train__refit=True)
+    config = small(tables, cache, model__variant="graph", train__refit="valid")
     for (name, call), expected in zip(stops, kept, strict=True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped) as stopped, signals.handle_signals():
             ask_to_stop(patch, name, call)
@@ -224,6 +224,34 @@ def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, u
         assert not list((tmp_path / "run").rglob(".*")) and not (tmp_path / "run" / "run.lock").exists()
     run_training(config, tmp_path / "run")
     assert differences(tmp_path / "run", undisturbed) == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed_all(tables, cache, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed_all") / "run"
+    run_training(small(tables, cache, model__variant="graph", train__refit="all"), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [
+        pytest.param(("prepare", 2), {"select": 20}, id="before the last phase"),
+        pytest.param(("batch", 23), {"select": 20, "refit_all": 3}, id="in the last phase"),
+        pytest.param(("write_json", 1), {"select": 20}, id="before the results are written"),
+    ],
+)
+def test_the_training_on_all_rows_is_resumed(tables, cache, tmp_path, undisturbed_all, stop, kept):
+    config = small(tables, cache, model__variant="graph", train__refit="all")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
+        ask_to_stop(patch, *stop)
+        run_training(config, tmp_path / "run")
+    newest = {found.parent.name: Checkpoints(found).last_good() for found in (tmp_path / "run").glob("*/checkpoints")}
+    best = json.loads((undisturbed_all / "results.json").read_text())["best_step"]
+    assert newest == kept | ({"refit_all": best} if stop[0] == "write_json" else {})
+    run_training(config, tmp_path / "run")
+    assert differences(tmp_path / "run", undisturbed_all) == []
+    assert (tmp_path / "run" / "fitted.npz").read_bytes() == (undisturbed_all / "fitted.npz").read_bytes()
 
 
 def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undisturbed):
@@ -241,7 +269,7 @@ def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undis
         load(workdir)
     (workdir / "results.json").unlink()
     shutil.rmtree(workdir / "refit")
-    config = small(tables, cache, model__variant="graph", train__refit=True)
+    config = small(tables, cache, model__variant="graph", train__refit="valid")
     if best < 20:
         with pytest.raises(CheckpointError, match=f"{best} is damaged.*remove the folder of the checkpoints"):
             run_training(config, workdir)
@@ -431,7 +459,7 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
 def test_evaluating_the_validation_part_of_a_refitted_run_shows_what_chose_it(cache, finished):
     """The refitted model has learned from that part; the one that chose the step has not."""
     config, prepared, state = load_measured(finished, "valid")
-    assert config.train.refit
+    assert config.train.refit == "valid"
     results = json.loads((finished / "results.json").read_text())
     assert evaluate_mean(prepared, scorer(config, prepared, state), "valid") == pytest.approx(
         results["valid"], abs=1e-12

@@ -130,6 +130,19 @@ JAX guarantees that releases up to six months newer than the one that wrote `sco
     return _page(results, digests, "All settings are in `config.json`.", loading)
 
 
+def describe_training(results: Mapping[str, Any]) -> str:
+    """Says in words what the served model of a run was trained on, and which model was measured.
+
+    Args:
+      results: content of `results.json`.
+    """
+    return {
+        "none": "selected on validation and trained on the training split",
+        "valid": "refitted on training and validation",
+        "all": "retrained on all interactions once it was measured; the metrics are of the training split's model",
+    }[results["config"]["train"]["refit"]]
+
+
 def describe_served(served: Mapping[str, Any]) -> str:
     """Says in words what a ranking uses.
 
@@ -151,7 +164,6 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     model = ModelConfig(**config["model"])
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
     beside = _late_fusion(results.get("late_fusion"))
-    made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
@@ -166,7 +178,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 # {dataset}: {variant} model
 
 Ranks financial products for customers by {basis}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
-the state of step {results["best_step"]}, {made_of}. Language model of the texts: {language}.
+the state of step {results["best_step"]}, {describe_training(results)}. Language model of the texts: {language}.
 
 ## Trained on
 

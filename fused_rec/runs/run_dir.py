@@ -3,8 +3,9 @@
 workdir/
   run.json             config, and digests of the tables and of their columns; a run with another config (except the
                        settings of `config.NEUTRAL`) or with changed tables is refused
-  select/, refit/      checkpoints and curves of the two phases (refit only with train.refit); select_0.3/ with a second
-                       temperature, where validation chooses it
+  select/              checkpoints and curves of step selection; select_0.3/ with a second temperature, where validation
+                       chooses it
+  refit/, refit_all/   those of the second training, with train.refit "valid" or "all"
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
   fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings
   README.md            the model card: data, training, metrics, and how to load the model
@@ -28,12 +29,12 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
-from fused_rec.config import NEUTRAL, Config, differing, from_dict, to_dict, with_temperature
+from fused_rec.config import NEUTRAL, Config, Refit, differing, from_dict, to_dict, with_temperature
 from fused_rec.data.dataset import changes
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.evaluation.slices import Slices
@@ -44,8 +45,7 @@ LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_METRICS_PER_USER, CARD = "run.json", "results.json", "test_metrics_per_user.npz", "README.md"
 TABLES = "tables"  # folder in the workdir for tables given in memory (fused_rec.api)
 LOCK = "run.lock"
-REFIT = "refit"  # folder of the second training
-Model = Literal["valid", "test", "served"]  # whose metrics are those of validation, of test, and which ranks
+REFIT, REFIT_ALL = "refit", "refit_all"  # folders of the second training, by train.refit
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
 
@@ -275,7 +275,7 @@ def check_tables(tables: str, workdir: Path, made_of: Mapping[str, Any] | None =
         changed = "; ".join(changes(recorded.get("contents", {}), made_of or {}))
         raise TablesChangedError(
             f"the tables have changed since {workdir} was started{f' ({changed})' if changed else ''}; train on them "
-            "in a new workdir"
+            "in a new workdir, or serve them: --tables=DIR of recommend, export and report, dataset= of fr.load"
         )
 
 
@@ -354,15 +354,17 @@ def read_finished(workdir: Path) -> tuple[Config, int, str]:
     return config, results["best_step"], results["phase"]
 
 
-def phase_of(refit: bool, selected: str, model: Model) -> str:
+def phase_of(refit: Refit, selected: str, model: str) -> str:
     """Returns the folder of the training of a model of a run.
 
     Args:
       refit: train.refit.
       selected: folder of the training that validation selected.
-      model: which model.
+      model: "valid", "test" or "served": the model that validation or test metrics are of, or the one that ranks.
     """
-    return REFIT if refit and model != "valid" else selected
+    if refit == "all" and model == "served":
+        return REFIT_ALL
+    return REFIT if refit == "valid" and model != "valid" else selected
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.model.model import ID_EMBEDDING
-from fused_rec.runs.run_dir import TABLES, Model, check_tables, phase_of, read_finished, read_results
+from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results
 from fused_rec.text.cache import open_cache
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
 from fused_rec.training.fitted import FITTED, Fitted, id_rows, read_fitted
@@ -112,7 +112,7 @@ def load(
 
 @computes
 def load_measured(
-    workdir: str | Path, model: Model, *, data_path: str | Path | None = None, cache: str | Path | None = None
+    workdir: str | Path, model: str, *, data_path: str | Path | None = None, cache: str | Path | None = None
 ) -> tuple[Config, Prepared, TrainState]:
     """Loads a model of a finished run with the splits it was trained on, as it was evaluated.
 
@@ -227,7 +227,7 @@ def model_digest(workdir: str | Path) -> str:
     return checkpoints.digest(step)
 
 
-def _chosen(workdir: Path, model: Model) -> tuple[Config, Checkpoints, int]:
+def _chosen(workdir: Path, model: str) -> tuple[Config, Checkpoints, int]:
     config, step, selected = read_finished(workdir)
     phase = phase_of(config.train.refit, selected, model)
     checkpoints = Checkpoints(workdir / phase / "checkpoints")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.baselines.neighbors import item_counts
-from fused_rec.config import Config, GraphConfig, ModelConfig, TextConfig
+from fused_rec.config import Config, GraphConfig, ModelConfig, Refit, TextConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset
@@ -23,7 +23,6 @@ from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import HostGraph
 from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER, Relation
 from fused_rec.model.model import active_relations
-from fused_rec.runs.run_dir import Model
 from fused_rec.text.cache import open_cache
 from fused_rec.text.features import FittedFeatures, TextFeatures, apply_features, encode_features, without_tfidf
 from fused_rec.text.tfidf import apply_tfidf
@@ -214,7 +213,7 @@ def _unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
     return found
 
 
-def seen_splits(refit: bool, model: Model = "test") -> tuple[str, ...]:
+def seen_splits(refit: Refit, model: str = "test") -> tuple[str, ...]:
     """Returns the splits that a model of a run was trained on.
 
     Args:
@@ -222,7 +221,9 @@ def seen_splits(refit: bool, model: Model = "test") -> tuple[str, ...]:
       model: that of step selection, which validation metrics are of ("valid"), that which test metrics are of
         ("test"), or the one that is served.
     """
-    return SPLIT_NAMES[:2] if refit and model != "valid" else SPLIT_NAMES[:1]
+    if refit == "all" and model == "served":
+        return SPLIT_NAMES
+    return SPLIT_NAMES[:2] if refit == "valid" and model != "valid" else SPLIT_NAMES[:1]
 
 
 def make_graph_inputs(

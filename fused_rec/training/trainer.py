@@ -1,7 +1,8 @@
 """The training run: from a config and tables to a checkpointed model and `results.json`.
 
 `run_training(config, workdir)` reads, splits and prepares the tables, selects a step by validation (`fit`), optionally
-refits on train and valid, and evaluates on the test split once. The files are those of `fused_rec.runs.run_dir`.
+refits on train and valid, evaluates on the test split once, and optionally trains the model to serve on all rows. The
+files are those of `fused_rec.runs.run_dir`.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from fused_rec.runs.model_card import card, counts
 from fused_rec.runs.run_dir import (
     CARD,
     REFIT,
+    REFIT_ALL,
     RESULTS,
     TEST_METRICS_PER_USER,
     RunResults,
@@ -140,7 +142,7 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
-    """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
+    """Selects a step by validation, evaluates on the test split, refits as train.refit says, and writes the results."""
     given = config
     if config.model.late_fusion:  # refused now rather than after training
         require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
@@ -150,8 +152,8 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     prepared = with_late_fusion(prepared, fusion)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
-    if config.train.refit:
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits(refit=True))
+    if config.train.refit == "valid":
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"))
         state, refitted = fit(config, prepared, workdir / REFIT, steps=progress.best_step, metric_writer_of=shown)
         prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
@@ -159,6 +161,12 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     # Model selection is over: the only use of the test split.
     score = scorer(config, prepared, state)
     per_user = evaluate_users(prepared, score, "test")
+    slices = evaluate_slices(prepared, score, per_user)
+
+    if config.train.refit == "all":  # for serving alone; the metrics stay those of the model before
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("all", "served"))
+        _, refitted = fit(config, prepared, workdir / REFIT_ALL, steps=progress.best_step, metric_writer_of=shown)
+        seconds += refitted.seconds
     results = RunResults(
         dataset=prepared.dataset.name,
         split=prepared.split.kind,
@@ -166,7 +174,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         seed=config.train.seed,
         valid=valid,
         test=mean(per_user),
-        slices=evaluate_slices(prepared, score, per_user),
+        slices=slices,
         selected={
             "best_step": progress.best_step,
             "phase": phase,
