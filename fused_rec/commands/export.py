@@ -2,6 +2,7 @@
 
     python -m experiments.export --workdir=runs/mine --out=exported/mine
     python -m experiments.export --workdir=runs/mine --out=exported/mine --faiss
+    python -m experiments.export --workdir=runs/mine --tables=DIR_OF_TODAY --out=exported/today
 
 The folder is readable with safetensors, jax or Faiss alone; docs/INTEROP.md describes each file. --out is a new or
 empty folder. Vectors contain information about the users: protect the folder as the tables.

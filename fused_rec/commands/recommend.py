@@ -2,13 +2,15 @@
 
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
     python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
+    python -m experiments.recommend --workdir=runs/mine --tables=DIR_OF_TODAY --out=ranked.csv
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
-hashes of model, tables and rules, and the exclusions of each rule. docs/SUITABILITY.md describes rules. Items that the
-user has interacted with, in any split, are excluded unless --include_seen. Users are ranked and written in chunks:
-memory does not grow with the number of rankings, and the same command resumes after an interruption. Parquet has the
-ids unchanged; in CSV an id that a spreadsheet would read as a formula, or that begins with ', is prefixed by '
-(fused_rec/data/io/csv_safety.py).
+hashes of model, tables and rules, what the model uses of the tables, and the exclusions of each rule. It uses all rows,
+held-out ones too; with --history=train those it was trained on. --tables serves other tables (docs/commands.md).
+docs/SUITABILITY.md describes rules. Items that the user has interacted with, in any split, are excluded unless
+--include_seen. Users are ranked and written in chunks: memory does not grow with the number of rankings, and the same
+command resumes after an interruption. Parquet has the ids unchanged; in CSV an id that a spreadsheet would read as a
+formula, or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
 score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written.

@@ -4,7 +4,8 @@
     python -m experiments.report --workdir=runs/mine --split=test --users=2,3 --rules=rules.json --groups=age_band
 
 The file needs no network and no script. --split is evaluated again, together with baselines; the other numbers are
-those of results.json. Items are recommended as by experiments.recommend. docs/EXPLANATIONS.md describes the page.
+those of results.json. Items are recommended as by experiments.recommend, also with --history and --tables.
+docs/EXPLANATIONS.md describes the page.
 """
 
 from absl import app, flags
