@@ -549,22 +549,30 @@ def report(
     run = load(workdir, history=history, dataset=dataset, **folders)
     rows = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
     candidates = candidate_filter(run.prepared.dataset, given or ())
-    digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
-    if dataset is not None:
-        digests["served tables"] = digest(dataset)
+    digests = {} if dataset is None else {"served tables": digest(dataset)}
     facts = ReportData(
-        results=run.results,
-        curve=tuple(read_curves(workdir / run.results["phase"])),
-        split=split,
-        counts=run.results["counts"],
-        served=run.prepared.served(),
-        digests=digests | ({"rules": rules_digest} if rules_digest else {}),
+        digests=_digests(workdir) | digests | ({"rules": rules_digest} if rules_digest else {}),
         customers=recommended(*_model(run), candidates, rows, k, passages(*_model(run))),
         selection="drawn at random" if users is None else "as named",
+        **_facts(run),
         **evaluation,
     )
     write_file(out, render_page(facts).encode())
     return out
+
+
+def _digests(workdir: Path) -> dict[str, str]:
+    return {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Returns the fields of `ReportData` about training and serving."""
+    return {
+        "results": run.results,
+        "counts": run.results["counts"],
+        "curve": tuple(read_curves(run.workdir / run.results["phase"])),
+        "served": run.prepared.served(),
+    }
 
 
 def _evaluation(
@@ -582,7 +590,7 @@ def _evaluation(
     if rules is not None:
         of_rules = evaluate_rules(prepared, scorer(*measured), split, rules, groups=groups)
     slices = sliced(prepared, per_user[own], groups)
-    return {"models": compared(per_user, own), "slices": slices, "rules": of_rules}
+    return {"split": split, "models": compared(per_user, own), "slices": slices, "rules": of_rules}
 
 
 def _model(run: Run) -> tuple[Config, ModelInputs, TrainState]:

@@ -143,6 +143,8 @@ def read_fitted(file: Path) -> Fitted:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; rank with history 'train', or train in a new workdir")
     arrays = read_arrays(file, "train in a new workdir")
     try:
         record = json.loads(arrays["record"].tobytes())
