@@ -547,22 +547,19 @@ def report(
     folders = _folders(data_path, cache)
     evaluation = _evaluation(recommender.load_measured(workdir, split, **folders), split, baselines, given, groups)
     run = load(workdir, history=history, dataset=dataset, **folders)
-    rows = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
+    shown = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
     candidates = candidate_filter(run.prepared.dataset, given or ())
-    digests = {} if dataset is None else {"served tables": digest(dataset)}
-    facts = ReportData(
-        digests=_digests(workdir) | digests | ({"rules": rules_digest} if rules_digest else {}),
-        customers=recommended(*_model(run), candidates, rows, k, passages(*_model(run))),
-        selection="drawn at random" if users is None else "as named",
-        **_facts(run),
-        **evaluation,
-    )
+    digests = _digests(workdir, dataset) | ({"rules": rules_digest} if rules_digest else {})
+    customers = recommended(*_model(run), candidates, shown, k, passages(*_model(run)))
+    selection = "drawn at random" if users is None else "as named"
+    facts = ReportData(digests=digests, customers=customers, selection=selection, **_facts(run), **evaluation)
     write_file(out, render_page(facts).encode())
     return out
 
 
-def _digests(workdir: Path) -> dict[str, str]:
-    return {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+def _digests(workdir: Path, served: Dataset | None) -> dict[str, str]:
+    found = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+    return found if served is None else found | {"served tables": digest(served)}
 
 
 def _facts(run: Run) -> dict[str, Any]:
