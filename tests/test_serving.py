@@ -283,7 +283,7 @@ def test_what_is_gone_vanishes_and_what_cannot_be_served_is_counted(plain, marke
     assert gone_user not in found and gone_item not in found["C0001"]
     assert run.prepared.served()["unknown"] == {
         "ties of kinds that the training did not have, not used (the first: 'a new kind')": 1,
-        "customers without text and edges, ranked by popularity alone (the first: 'nobody')": 1,
+        "customers without text and edges, ranked by popularity alone": 1,
     }
     assert len(run.prepared.observed.ties) == len(rows["ties"]) - 1
     best = fr.recommend(run, ["nobody"], k=1)["item_id"][0].as_py()
