@@ -37,7 +37,6 @@ from fused_rec.reporting.data import (
 )
 from fused_rec.reporting.page import render_page
 from fused_rec.runs.loggers import read_curves
-from fused_rec.runs.model_card import counts
 from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import SCHEMA, as_texts, candidate_filter, model_digest, user_rows
@@ -49,7 +48,7 @@ from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer
 from fused_rec.training.evaluate_rules import evaluate_rules
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import ModelInputs, Prepared
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import run_training
 
@@ -61,14 +60,14 @@ class Run:
     Attributes:
       workdir: folder of the run.
       config: settings of the training.
-      prepared: tables, split and graph.
+      prepared: tables, and the graph of what the model uses of them.
       state: parameters of the selected step.
       results: content of `results.json`, with the metrics of each split: `run.results["test"]["ndcg@10"]`.
     """
 
     workdir: Path
     config: Config
-    prepared: Prepared
+    prepared: ModelInputs
     state: TrainState
     results: Mapping[str, Any]
 
@@ -189,7 +188,7 @@ def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | No
         that `load` and the commands find them; `config.data.k_core` and `config.data.min_value` apply to them.
 
     Returns:
-      The finished run. It opens only with the tables of its training; if they have moved, set `config.data.path`.
+      The finished run, which ranks with all rows of the tables (`load`); if they have moved, set `config.data.path`.
 
     Raises:
       ValueError: the workdir holds a run of another config.
@@ -227,8 +226,9 @@ def _reading(config: Config, dataset: Dataset | None, workdir: Path) -> Config:
 @computes
 def load(
     workdir: str | os.PathLike[str],
-    split: str = "test",
     *,
+    history: str = "all",
+    dataset: Dataset | None = None,
     data_path: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Run:
@@ -236,9 +236,11 @@ def load(
 
     Args:
       workdir: folder of the run.
-      split: the split to evaluate. It matters with `train.refit`: "valid" loads the model of step
-        selection, trained on the training split alone; "test" loads the refitted model.
-      data_path: current folder of the tables, if they have moved.
+      history: the interactions, reviews and ties by which the run ranks and explains: "all" that the tables have, or
+        those of the splits that the model was trained on ("train"). `evaluate` withholds held-out rows with either.
+      dataset: tables to serve in place of those of the training, such as newer ones. Users and items are matched by id;
+        new users are known by their interactions, text and ties, new items by text and attributes.
+      data_path: current folder of the tables of the training, if they have moved.
       cache: current folder of cached text embeddings, if it has changed.
 
     Returns:
@@ -246,27 +248,30 @@ def load(
 
     Raises:
       FileNotFoundError: the workdir holds no finished run.
-      TablesChangedError: the tables differ from those of the training.
+      TablesChangedError: the tables differ from those of the training; pass them as `dataset`.
       CheckpointError: the selected checkpoint is damaged.
+      ValueError: `history` is neither, or "train" with another `dataset`.
 
     Example:
       run = fr.load("runs/first")
+      today = fr.load("runs/first", dataset=fr.load_dataset("path/to/newer/tables"))
     """
     workdir = Path(workdir)
-    folders = {
-        "data_path": None if data_path is None else Path(data_path),
-        "cache": None if cache is None else Path(cache),
-    }
-    return Run(workdir, *recommender.load(workdir, split, **folders), read_results(workdir))
+    found = recommender.load(workdir, history, dataset=dataset, **_folders(data_path, cache))
+    return Run(workdir, *found, read_results(workdir))
 
 
-def _reload(run: Run, split: str) -> Run:
-    return load(run.workdir, split, data_path=run.config.data.path or None, cache=run.config.text.cache)
+def _folders(data_path: str | os.PathLike[str] | None, cache: str | os.PathLike[str] | None) -> dict[str, Any]:
+    places = {"data_path": data_path, "cache": cache}
+    return {name: None if place is None else Path(place) for name, place in places.items()}
 
 
 @computes
 def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
     """Evaluates the run, and optional baselines, on a held-out split by full-catalogue ranking.
+
+    The tables of the training are prepared again without held-out rows, whatever history the run was opened with, and
+    the model is the one that `run.results` has the metrics of.
 
     Args:
       run: a finished run.
@@ -286,9 +291,9 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
     """
     if split not in ("valid", "test"):
         raise ValueError(f"split is {split!r}; it must be valid or test")
-    if split == "valid" and run.config.train.refit:
-        run = _reload(run, split)
-    found = evaluate_with_baselines(*_model(run), split, baselines)
+    data_path, cache = run.config.data.path or None, run.config.text.cache
+    measured = recommender.load_measured(run.workdir, split, **_folders(data_path, cache))
+    found = evaluate_with_baselines(*measured, split, baselines)
     return {name: mean(per_user) for name, per_user in found.items()}
 
 
@@ -351,7 +356,7 @@ def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Pat
     Raises:
       FileExistsError: `out` is a file or a folder that is not empty.
       ImportError: `faiss` is asked for but not installed.
-      ValueError: the run is the model of step selection of a refitted run, or a vector is not finite.
+      ValueError: a vector is not finite.
       SaveError: the folder cannot be written.
 
     Example:
@@ -503,6 +508,8 @@ def report(
     k: int = 5,
     rules: str | os.PathLike[str] | None = None,
     groups: Sequence[str] = (),
+    history: str = "all",
+    dataset: Dataset | None = None,
     data_path: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -518,7 +525,9 @@ def report(
       k: recommended items per user.
       rules: JSON file of suitability rules (`docs/SUITABILITY.md`).
       groups: user attributes whose groups are compared.
-      data_path: current folder of the tables, if they have moved.
+      history: as of `load`, for the recommendations; metrics withhold held-out rows.
+      dataset: as of `load`, for the recommendations.
+      data_path: current folder of the tables of the training, if they have moved.
       cache: current folder of cached text embeddings, if it has changed.
 
     Returns:
@@ -535,43 +544,51 @@ def report(
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
     given, rules_digest = read_rules(rules) if rules is not None else (None, None)
-    run = load(workdir, split, data_path=data_path, cache=cache)
-    check_groups(run.prepared.dataset.users, groups)
-    evaluation = _evaluation(run, split, baselines, given, groups)
-    if run.config.train.refit and split == "valid":  # recommend with the final model, trained on more interactions
-        run = _reload(run, "test")
-    dataset = run.prepared.dataset
-    rows = sample(run.prepared, num_users) if users is None else user_rows(dataset, users)
-    digests = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
-    facts = ReportData(
-        counts=counts(dataset, run.prepared.split),
-        digests=digests | ({"rules": rules_digest} if rules_digest else {}),
-        customers=recommended(*_model(run), candidate_filter(dataset, given or ()), rows, k, passages(*_model(run))),
-        selection="drawn at random" if users is None else "as named",
-        **evaluation,
-    )
+    folders = _folders(data_path, cache)
+    evaluation = _evaluation(recommender.load_measured(workdir, split, **folders), split, baselines, given, groups)
+    run = load(workdir, history=history, dataset=dataset, **folders)
+    shown = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
+    candidates = candidate_filter(run.prepared.dataset, given or ())
+    digests = _digests(workdir, dataset) | ({"rules": rules_digest} if rules_digest else {})
+    customers = recommended(*_model(run), candidates, shown, k, passages(*_model(run)))
+    selection = "drawn at random" if users is None else "as named"
+    facts = ReportData(digests=digests, customers=customers, selection=selection, **_facts(run), **evaluation)
     write_file(out, render_page(facts).encode())
     return out
 
 
-def _evaluation(
-    run: Run, split: str, baselines: Sequence[str], rules: Sequence[Rule] | None, groups: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the fields of `ReportData` about training and evaluation."""
-    per_user, own = evaluate_with_baselines(*_model(run), split, baselines), run.config.model.variant
-    of_rules = None
-    if rules is not None:
-        of_rules = evaluate_rules(run.prepared, scorer(*_model(run)), split, rules, groups=groups)
-    slices = sliced(run.prepared, per_user[own], groups)
+def _digests(workdir: Path, served: Dataset | None) -> dict[str, str]:
+    found = {"tables": read_run(workdir)["tables"], "model": model_digest(workdir)}
+    return found if served is None else found | {"served tables": digest(served)}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Returns the fields of `ReportData` about training and serving."""
     return {
         "results": run.results,
-        "split": split,
-        "models": compared(per_user, own),
+        "counts": run.results["counts"],
         "curve": tuple(read_curves(run.workdir / run.results["phase"])),
-        "slices": slices,
-        "rules": of_rules,
+        "served": run.prepared.served(),
     }
 
 
-def _model(run: Run) -> tuple[Config, Prepared, TrainState]:
+def _evaluation(
+    measured: tuple[Config, Prepared, TrainState],
+    split: str,
+    baselines: Sequence[str],
+    rules: Sequence[Rule] | None,
+    groups: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the fields of `ReportData` about the evaluation."""
+    config, prepared, _ = measured
+    check_groups(prepared.dataset.users, groups)
+    per_user, own = evaluate_with_baselines(*measured, split, baselines), config.model.variant
+    of_rules = None
+    if rules is not None:
+        of_rules = evaluate_rules(prepared, scorer(*measured), split, rules, groups=groups)
+    slices = sliced(prepared, per_user[own], groups)
+    return {"split": split, "models": compared(per_user, own), "slices": slices, "rules": of_rules}
+
+
+def _model(run: Run) -> tuple[Config, ModelInputs, TrainState]:
     return run.config, run.prepared, run.state

@@ -29,6 +29,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 TextFeatureSource = Literal["real", "shuffled", "random"]
 Finetuning = Literal["frozen", "lora", "full"]
 SocialEdges = Literal["observed", "rewired", "none"]
+Refit = Literal["none", "valid", "all"]
 PLACES = (("data", "path"), ("text", "cache"))  # settings that name local folders
 # Settings of folders and speed, which change no result (`text.batch_tokens`: only by rounding). Tables are identified
 # by their digest, wherever they are. A run resumes with any of these changed (docs/commands.md, "Run directory").
@@ -316,7 +317,9 @@ class TrainConfig:
     patience: int = 5  # early stopping: evaluations without improvement before training ends
     metric: str = "ndcg@10"  # validation metric that selects the step
     wandb: str = ""  # Weights & Biases project that also receives curves and results; empty = none
-    refit: bool = False  # retrain on train and valid for the selected number of steps, then evaluate on test
+    # retrain for the selected number of steps: on train and valid, before the test metrics are measured; or on all
+    # interactions, after they were measured on the model of train alone, for serving; docs/commands.md
+    refit: Refit = "none"
     seed: int = 0  # random seed of initialization, batches, dropout and controls
 
     def __post_init__(self):
@@ -337,6 +340,8 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         fits = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
         _require(fits, "train.wandb", self.wandb, "a project name of at most 128 characters without / \\ # ? % :")
+        refits = typing.get_args(Refit)
+        _require(self.refit in refits, "train.refit", self.refit, f"one of {refits}")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "in [0, 2^31)")
 
 
@@ -354,8 +359,8 @@ class Config:
     def __post_init__(self):
         fits = not self.train.contrastive_weight or self.model.num_layers > 0
         _require(fits, "train.contrastive_weight", self.train.contrastive_weight, "0 where model.num_layers is 0")
-        fits = not (self.train.refit and self.split.drops_rows)
-        bound = "False where split.history or split.new_item_share is above 0: a refit adds the validation split"
+        fits = self.train.refit == "none" or not self.split.drops_rows
+        bound = "none where split.history or split.new_item_share is above 0: a refit adds held-out interactions"
         _require(fits, "train.refit", self.train.refit, bound)
         fits = self.text.finetune == "frozen" or self.model.uses_text
         _require(fits, "text.finetune", self.text.finetune, "frozen where model.variant is graph, which uses no text")
@@ -378,6 +383,12 @@ class Config:
 def with_temperature(config: Config, temperature: float) -> Config:
     """Returns the config with this train.temperature."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, temperature=temperature))
+
+
+def measured_alone(config: Config) -> Config:
+    """Returns the config without a training that only serving needs, for studies, which read metrics."""
+    refit = "none" if config.train.refit == "all" else config.train.refit
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, refit=refit))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

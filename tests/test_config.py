@@ -37,7 +37,7 @@ CHANGED = Config(
         popularity_weight=1.0,
         id_embedding_dropout=0.0,
     ),
-    train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit=True),
+    train=TrainConfig(loss="bpr", temperature=1.0, metric="recall@20", refit="valid"),
 )
 
 # The module as users run it: the type checker of the tests would refuse an unknown choice before config.py can.
@@ -82,9 +82,9 @@ def test_numpy_numbers_are_numbers(number):
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     for section in (config.model, UNCHECKED["ModelConfig"](dim=number)):
         assert (section.dim, type(section.dim)) == (64, int)
-    loose = {"train": {"temperature": np.float32(0.5), "refit": np.bool_(True)}, "data": {"name": np.str_("lastfm")}}
-    found = from_dict(loose)
-    assert [type(value) for value in (found.train.temperature, found.train.refit, found.data.name)] == [
+    loose = {"train": {"temperature": np.float32(0.5)}, "model": {"late_fusion": np.bool_(True)}}
+    found = from_dict(loose | {"data": {"name": np.str_("lastfm")}})
+    assert [type(value) for value in (found.train.temperature, found.model.late_fusion, found.data.name)] == [
         float,
         bool,
         str,
@@ -195,8 +195,8 @@ def test_text_is_reconstructed_where_id_embeddings_are_dropped(change):
 
 @pytest.mark.parametrize("limit", [{"history": 3}, {"new_item_share": 0.1}])
 def test_a_refit_would_bring_back_what_the_split_drops(limit):
-    with pytest.raises(ValueError, match=r"train\.refit is True; it must be False where split\.history or split\.new_"):
-        from_dict({"split": limit, "train": {"refit": True}})
+    with pytest.raises(ValueError, match=r"train\.refit is 'valid'; it must be none where split\.history or split"):
+        from_dict({"split": limit, "train": {"refit": "valid"}})
     assert from_dict({"split": limit}).split.drops_rows and not Config().split.drops_rows
 
 

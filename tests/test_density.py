@@ -101,7 +101,7 @@ def test_every_point_is_a_comparison_on_the_same_held_out_rows(measured, tables)
         assert (run["split"]["history"], run["split"]["new_item_share"], run["train"]["refit"]) == (
             history,
             share,
-            False,
+            "none",
         )
         found = read_users(out / folder / "runs" / "fused" / "0" / "test_metrics_per_user.npz").users
         users = found if users is None else users
@@ -174,7 +174,7 @@ def test_a_failed_run_leaves_its_means_and_gains_out(tables, tmp_path):
     report = measure_density(small(tables, **{"train.learning_rate": 1e38}), density, tmp_path)
     [point] = report["points"]
     run = json.loads((tmp_path / "history_2_new_0.2" / "runs" / "fused" / "0" / "run.json").read_text())["config"]
-    assert (run["split"]["history"], run["split"]["new_item_share"], run["train"]["refit"]) == (2, 0.2, False)
+    assert (run["split"]["history"], run["split"]["new_item_share"], run["train"]["refit"]) == (2, 0.2, "none")
     assert {failure["variant"] for failure in point["failures"]} == {"text", "graph", "fused"}
     assert point["chosen"] == {"branch": None, "baseline": "popularity", "single": "popularity"}
     text = (tmp_path / "density.md").read_text()

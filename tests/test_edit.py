@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
-from fused_rec.graph.adjacency import Adjacency, build_adjacency
+from fused_rec.graph.adjacency import Adjacency, DegreeScale, build_adjacency, degree_scale, degrees_of
 from fused_rec.graph.build import bidirectional_edges
+from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.edit import drop_edges, drop_interaction, find_edge
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Edges
@@ -49,6 +50,21 @@ def test_without_an_interaction_as_built_anew(gone):
     shapes = ([x.shape for x in jax.tree.leaves(graph)] for graph in (edited, whole))
     assert next(shapes) == next(shapes)
     assert jax.tree.structure(edited) == jax.tree.structure(whole)  # one compiled program for both
+
+
+def test_degrees_stay_standardized_as_by_another_graph():
+    scale = DegreeScale(0.7, 0.3, 0.9)
+    scales = dict.fromkeys((INTERACTS, INTERACTED_BY), scale)
+    edited = drop_interaction(device_graph(tiny.graph(), scales=scales), *pair_of(0))
+    for relation, rebuilt in without(np.array([0])).items():
+        found = edited.adjacencies[relation]
+        in_degree, out_degree = np.diff(rebuilt.receiver_start), np.diff(rebuilt.sender_start)
+        np.testing.assert_array_equal(found.degrees.in_degree, in_degree)
+        np.testing.assert_allclose(found.degrees.log_in_degree, (np.log1p(in_degree) - 0.7) / 0.3, rtol=1e-4)
+        np.testing.assert_allclose(found.degrees.log_out_degree, np.log1p(out_degree) - 0.9, rtol=1e-5)
+        assert found.scale == scale and rebuilt.scale is None
+        own = degree_scale(in_degree, out_degree)
+        jax.tree.map(np.testing.assert_array_equal, degrees_of(in_degree, out_degree, own), rebuilt.degrees)
 
 
 def test_one_after_the_other_is_both_at_once():

@@ -14,6 +14,7 @@ import fused_rec as fr
 from fused_rec import api
 from fused_rec.data.dataset import column
 from fused_rec.evaluation.ranking import mean
+from fused_rec.serving.recommender import load_measured
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users, held_out
 from fused_rec.training.inputs import prepare, read, with_pretrained_text
 
@@ -31,7 +32,7 @@ def finetuned(tmp_path_factory) -> fr.Run:
         data=data,
         text=text | {"finetune_learning_rate": 0.1, "tfidf_dim": 0, "max_tokens": 12},
         model={"dim": 4, "num_layers": 1},
-        train={"batch_size": 16, "max_steps": 6, "eval_every": 3, "refit": True},
+        train={"batch_size": 16, "max_steps": 6, "eval_every": 3, "refit": "valid"},
     )
     return fr.train(config, folder / "run")
 
@@ -39,13 +40,14 @@ def finetuned(tmp_path_factory) -> fr.Run:
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monkeypatch, tmp_path):
     """Baselines get the text embeddings of the pretrained encoder, as they would without the fine-tuned model."""
-    run = fr.load(finetuned.workdir, split)
-    alone = prepare(run.config, run.prepared.dataset, run.prepared.split)
-    pretrained = with_pretrained_text(run.prepared)
+    run = fr.load(finetuned.workdir)
+    config, prepared, _ = load_measured(finetuned.workdir, split)
+    alone = prepare(config, prepared.dataset, prepared.split)
+    pretrained = with_pretrained_text(prepared)
     expected = {}
     for name in BASELINES:
         fitted = baseline(name, pretrained, choose_settings(name, alone))
-        expected[name] = mean(evaluate_users(run.prepared, fitted, split))
+        expected[name] = mean(evaluate_users(prepared, fitted, split))
 
     by_api = fr.evaluate(run, split, BASELINES)
     assert {name: by_api[name] for name in BASELINES} == expected

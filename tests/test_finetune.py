@@ -25,7 +25,7 @@ from fused_rec.data.synthetic import make_synthetic
 from fused_rec.distributed import signals
 from fused_rec.distributed.devices import AXIS, pmap_over_devices
 from fused_rec.graph.schema import ITEM, USER
-from fused_rec.serving.recommender import load
+from fused_rec.serving.recommender import load, load_measured
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.text import encode as embed_module
 from fused_rec.training import batch_sources, finetune, finetune_step, sharding, trainer
@@ -374,7 +374,9 @@ def tables(tmp_path_factory) -> Path:
 
 def run_of(tables: Path, cache: Path) -> Config:
     config = config_of(cache, finetune_texts_per_step=8)
-    train = dataclasses.replace(config.train, max_steps=10, eval_every=4, patience=100, refit=True, learning_rate=0.02)
+    train = dataclasses.replace(
+        config.train, max_steps=10, eval_every=4, patience=100, refit="valid", learning_rate=0.02
+    )
     data = dataclasses.replace(config.data, name="tables", path=str(tables))
     return dataclasses.replace(config, data=data, train=train)
 
@@ -429,11 +431,11 @@ def test_checkpoints_hold_adapters_apart_and_no_published_weight(finished):
 
 @pytest.mark.parametrize("part", ["valid", "test"])
 def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
-    config, prepared, state = load(finished, part)
+    config, prepared, state = load_measured(finished, part)
     results = json.loads((finished / "results.json").read_text())
     measured = evaluate_mean(prepared, scorer(config, prepared, state), part)
     assert {name: measured[name] for name in results[part]} == results[part]
-    assert fr.recommend(fr.load(finished, part), ["C0001"], 4).num_rows == 4
+    assert fr.recommend(fr.load(finished), ["C0001"], 4).num_rows == 4
 
 
 def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):

@@ -19,7 +19,7 @@ from fused_rec.explanation.decomposition import contributions, decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY
 from fused_rec.model.late_fusion import MODEL, LateFusion, component_names, inverse_deviation, user_vectors
 from fused_rec.model.model import item_degree
-from fused_rec.serving.recommender import load
+from fused_rec.serving.recommender import load, load_measured
 from fused_rec.training import late_fusion
 from fused_rec.training.evaluate import evaluate_mean, scorer, user_item_vectors
 from fused_rec.training.inputs import init_state, prepare, read
@@ -142,7 +142,7 @@ def finished(market, tmp_path_factory):
     config = fr.configure(
         text={"model": "tests/golden/tiny_bert", "tfidf_dim": 16, "cache": str(folder / "cache")},
         model={"dim": 8, "num_layers": 2, "late_fusion": True},
-        train={"max_steps": 20, "eval_every": 10, "batch_size": 64, "positives_per_user": 8, "refit": True},
+        train={"max_steps": 20, "eval_every": 10, "batch_size": 64, "positives_per_user": 8, "refit": "valid"},
     )
     return fr.train(config, folder / "run", market)
 
@@ -159,14 +159,14 @@ def test_results_tell_the_components(finished):
 
 def test_the_selected_sum_is_what_validation_measured(finished):
     """The selection ranks on the host from short lists; evaluation ranks the catalogue on the devices."""
-    config, prepared, state = load(finished.workdir, "valid")
+    config, prepared, state = load_measured(finished.workdir, "valid")
     again = evaluate_mean(prepared, scorer(config, prepared, state), "valid")["ndcg@10"]
     assert again == pytest.approx(finished.results["late_fusion"]["fused"], abs=2e-3)
     assert again == pytest.approx(finished.results["valid"]["ndcg@10"], abs=1e-6)
 
 
 def test_a_loaded_run_scores_as_the_trained_one(finished):
-    config, prepared, state = load(finished.workdir)
+    config, prepared, state = load_measured(finished.workdir, "test")
     assert prepared.graph_inputs.fusion is not None
     again = evaluate_mean(prepared, scorer(config, prepared, state), "test")
     assert again["ndcg@10"] == pytest.approx(finished.results["test"]["ndcg@10"], abs=1e-6)
@@ -225,7 +225,7 @@ def test_explanations_and_counterfactuals_follow(finished):
 
 
 def test_selection_needs_inputs_of_the_training_split(finished):
-    config, prepared, state = load(finished.workdir)
+    config, prepared, state = load_measured(finished.workdir, "test")
     with pytest.raises(ValueError, match="late fusion is selected on data prepared from train, valid"):
         late_fusion.select_late_fusion(config, prepared, state)
 

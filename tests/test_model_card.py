@@ -21,7 +21,15 @@ def results(dataset: str = "market", variant: Variant = "fused", **changes: floa
     config = to_dict(Config(model=ModelConfig(variant=variant)))
     valid, test = ({metric: (place + 1) / part for place, metric in enumerate(METRICS)} for part in (30, 70))
     return {
-        **{"dataset": dataset, "split": "random", "variant": variant, "seed": 3, "best_step": 40, "parameters": 1234},
+        **{
+            "dataset": dataset,
+            "split": "random",
+            "variant": variant,
+            "seed": 3,
+            "best_step": 40,
+            "parameters": 1234,
+            "counts": AMOUNTS,
+        },
         **{"valid": valid | changes, "test": test, "config": config, "versions": {"python": "3.11", "jax": "0.10"}},
     }
 
@@ -35,7 +43,7 @@ def front_matter(made: str) -> tuple[dict, str]:
 
 def test_the_front_matter_has_the_numbers_in_full():
     given = results()
-    matter, _ = front_matter(card(given, AMOUNTS, DIGESTS, "select/checkpoints/40"))
+    matter, _ = front_matter(card(given, DIGESTS, "select/checkpoints/40"))
     assert (matter["library_name"], matter["license"]) == ("fused_rec", "apache-2.0")
     [entry] = matter["model-index"]
     assert entry["name"] == "market, fused"
@@ -51,18 +59,18 @@ def test_the_front_matter_has_the_numbers_in_full():
 
 def test_late_fusion_is_reported():
     given = results(variant="graph")
-    assert "by the graph alone. 1,234 parameters" in card(given, AMOUNTS, DIGESTS, "x")
+    assert "by the graph alone. 1,234 parameters" in card(given, DIGESTS, "x")
     given["late_fusion"] = {"weights": {"model": 1.0, "text_ease": 0.35}}
     text = (
         "by the graph alone, by late fusion of components with weights that validation chose (model 1, text ease 0.35)."
     )
-    assert text in card(given, AMOUNTS, DIGESTS, "x")
+    assert text in card(given, DIGESTS, "x")
 
 
 def test_a_hub_reads_it():
     from huggingface_hub import ModelCard
 
-    read = ModelCard(card(results("a: 'b' #1"), AMOUNTS, DIGESTS, "select/checkpoints/40"))
+    read = ModelCard(card(results("a: 'b' #1"), DIGESTS, "select/checkpoints/40"))
     data: Any = read.data
     assert data.library_name == "fused_rec"
     assert data.model_name == "a: 'b' #1, fused"
@@ -73,7 +81,7 @@ def test_a_hub_reads_it():
 
 
 def test_what_it_says():
-    made = card(results(), AMOUNTS, DIGESTS, "select/checkpoints/40")
+    made = card(results(), DIGESTS, "select/checkpoints/40")
     for said in (
         *("# market: fused model", "texts and graph", "1,234 parameters, seed 3", "step 40, selected on validation"),
         *(
@@ -85,12 +93,12 @@ def test_what_it_says():
         *("no investment advice", "does not judge whether a product suits a person", "`select/checkpoints/40`"),
     ):
         assert said in made, said
-    assert "Language model of the texts: none." in card(results(variant="graph"), AMOUNTS, DIGESTS, "x")
+    assert "Language model of the texts: none." in card(results(variant="graph"), DIGESTS, "x")
 
 
 @pytest.mark.parametrize("none", [math.nan, None])
 def test_a_metric_without_a_value_is_left_out(none):
-    matter, below = front_matter(card(results(auc=none), AMOUNTS, DIGESTS, "x"))
+    matter, below = front_matter(card(results(auc=none), DIGESTS, "x"))
     [entry] = matter["model-index"]
     types = [(r["dataset"]["split"], m["type"]) for r in entry["results"] for m in r["metrics"]]
     assert ("validation", "auc") not in types and ("test", "auc") in types
@@ -110,12 +118,12 @@ HOSTILE = [
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(HOSTILE) | st.text(max_size=30))
 def test_a_name_stays_a_name(name):
-    matter, below = front_matter(card(results(name), AMOUNTS, DIGESTS, "x"))
+    matter, below = front_matter(card(results(name), DIGESTS, "x"))
     assert set(matter) == {"library_name", "license", "tags", "model-index"}
     assert matter["license"] == "apache-2.0"
     title = below.strip().splitlines()[0]
     assert title.startswith("# ") and title.endswith(": fused model")
-    assert below.count("\n") == front_matter(card(results(), AMOUNTS, DIGESTS, "x"))[1].count("\n")
+    assert below.count("\n") == front_matter(card(results(), DIGESTS, "x"))[1].count("\n")
     for markup in ("<script", "![x]", "\n---\n"):
         assert markup not in below
 
@@ -124,10 +132,10 @@ def test_somebody_elses_readme_stays(tmp_path, caplog):
     file = tmp_path / "README.md"
     file.write_text("# My notes\n")
     with caplog.at_level(logging.WARNING):
-        write_card(file, card(results(), AMOUNTS, DIGESTS, "x"))
+        write_card(file, card(results(), DIGESTS, "x"))
     assert file.read_text() == "# My notes\n"
     assert "is not a model card and is kept" in caplog.text
     file.unlink()
     for seed in (1, 2):  # a card is replaced by the next
-        write_card(file, card(results() | {"seed": seed}, AMOUNTS, DIGESTS, "x"))
+        write_card(file, card(results() | {"seed": seed}, DIGESTS, "x"))
         assert f"seed {seed}" in file.read_text()

@@ -99,6 +99,10 @@ def hostile_facts() -> ReportData:
             **{"customers": 3, "products": 10, "interactions": 99, "reviews": 0, "social edges": 4},
             **{"in the training split": 66, "in the validation split": 11, "in the test split": 22},
         },
+        served={
+            **{"history": "all", "customers": 3, "products": 10, "interactions": 98, "reviews": 0, "social edges": 4},
+            "unknown": {img: 2},
+        },
         digests={"tables": "ab" * 32, "model": "cd" * 32},
         split="valid",
         models=(

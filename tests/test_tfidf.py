@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from fused_rec.text.tfidf import fit_tfidf
+from fused_rec.text.tfidf import apply_tfidf, fit_tfidf
 
 # Every term is in two of the six texts, so all weigh the same.
 CHAIN = ["gold ore", "gold coin", "bank coin", "bank loan", "loan", "ore"]
@@ -118,3 +118,16 @@ def test_a_model_without_terms_finds_none():
     model, found = fit_tfidf(CHAIN, 0)
     assert list(model.occurrences(CHAIN[0])) == []
     assert found.weights[2].toarray().shape == (1, 0) == (1, len(model.directions))
+
+
+def test_a_text_has_the_same_vector_whatever_other_texts_there_are():
+    model, found = fit_tfidf(CHAIN, 3)
+    again = apply_tfidf(model, CHAIN)
+    np.testing.assert_allclose(again.vectors, found.vectors, atol=1e-6)
+    np.testing.assert_allclose(again.weights.toarray(), found.weights.toarray(), atol=1e-12)
+    others = ["zebra", CHAIN[1].upper(), f"{CHAIN[1]} zebra"]
+    vectors = apply_tfidf(model, others).vectors
+    assert vectors.dtype == np.float32 and not vectors[0].any()
+    np.testing.assert_allclose(vectors[1:], np.stack([again.vectors[1]] * 2), atol=1e-7)
+    assert apply_tfidf(fit_tfidf(CHAIN, 0)[0], CHAIN).vectors.shape == (6, 0)
+    assert apply_tfidf(model, []).vectors.shape == (0, 3)

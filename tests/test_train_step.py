@@ -459,7 +459,7 @@ def test_no_step_receives_late_fusion():
 
 OTHER = of_training(LEARNING, seed=1)
 SAME_PROGRAM = [
-    of_training(LEARNING, seed=1, max_steps=7, eval_every=3, patience=9, refit=True),
+    of_training(LEARNING, seed=1, max_steps=7, eval_every=3, patience=9, refit="valid"),
     dataclasses.replace(
         LEARNING,
         data=DataConfig(name="lastfm", seed=2),

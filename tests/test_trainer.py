@@ -37,7 +37,7 @@ from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.run_dir import TablesChangedError
-from fused_rec.serving.recommender import candidate_filter, load, model_digest, rank_chunks, user_rows
+from fused_rec.serving.recommender import candidate_filter, load, load_measured, model_digest, rank_chunks, user_rows
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training import batch_sources, trainer
 from fused_rec.training.checkpoint import RECORD, CheckpointError, Checkpoints
@@ -84,7 +84,7 @@ def command(module: str, *flags: str) -> list[str]:
 
 
 def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
-    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": True}
+    settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": "valid"}
     return command(
         "train",
         f"--config={CONFIG}",
@@ -172,7 +172,7 @@ def test_a_killed_run_ends_as_if_never_stopped(tables, cache, tmp_path, finished
 @pytest.fixture(scope="module")
 def undisturbed(tables, cache, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_training(small(tables, cache, model__variant="graph", train__refit=True), workdir)
+    run_training(small(tables, cache, model__variant="graph", train__refit="valid"), workdir)
     return workdir
 
 
@@ -210,7 +210,7 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
 )
 def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
     """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
-    config = small(tables, cache, model__variant="graph", train__refit=True)
+    config = small(tables, cache, model__variant="graph", train__refit="valid")
     for (name, call), expected in zip(stops, kept, strict=True):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped) as stopped, signals.handle_signals():
             ask_to_stop(patch, name, call)
@@ -226,6 +226,34 @@ def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, u
     assert differences(tmp_path / "run", undisturbed) == []
 
 
+@pytest.fixture(scope="module")
+def undisturbed_all(tables, cache, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed_all") / "run"
+    run_training(small(tables, cache, model__variant="graph", train__refit="all"), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [
+        pytest.param(("prepare", 2), {"select": 20}, id="before the last phase"),
+        pytest.param(("batch", 23), {"select": 20, "refit_all": 3}, id="in the last phase"),
+        pytest.param(("write_json", 1), {"select": 20}, id="before the results are written"),
+    ],
+)
+def test_the_training_on_all_rows_is_resumed(tables, cache, tmp_path, undisturbed_all, stop, kept):
+    config = small(tables, cache, model__variant="graph", train__refit="all")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
+        ask_to_stop(patch, *stop)
+        run_training(config, tmp_path / "run")
+    newest = {found.parent.name: Checkpoints(found).last_good() for found in (tmp_path / "run").glob("*/checkpoints")}
+    best = json.loads((undisturbed_all / "results.json").read_text())["best_step"]
+    assert newest == kept | ({"refit_all": best} if stop[0] == "write_json" else {})
+    run_training(config, tmp_path / "run")
+    assert differences(tmp_path / "run", undisturbed_all) == []
+    assert (tmp_path / "run" / "fitted.npz").read_bytes() == (undisturbed_all / "fitted.npz").read_bytes()
+
+
 def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undisturbed):
     """Neither does training go on for nothing, nor does another state take its place when it is asked for."""
     workdir = tmp_path / "run"
@@ -236,10 +264,12 @@ def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undis
         record.write_text(record.read_text().replace("1", "2", 1))
     for part in ("valid", "test"):
         with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
-            load(workdir, part)
+            load_measured(workdir, part)
+    with pytest.raises(CheckpointError, match=f"checkpoints/{best} is damaged"):
+        load(workdir)
     (workdir / "results.json").unlink()
     shutil.rmtree(workdir / "refit")
-    config = small(tables, cache, model__variant="graph", train__refit=True)
+    config = small(tables, cache, model__variant="graph", train__refit="valid")
     if best < 20:
         with pytest.raises(CheckpointError, match=f"{best} is damaged.*remove the folder of the checkpoints"):
             run_training(config, workdir)
@@ -428,8 +458,8 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
 
 def test_evaluating_the_validation_part_of_a_refitted_run_shows_what_chose_it(cache, finished):
     """The refitted model has learned from that part; the one that chose the step has not."""
-    config, prepared, state = load(finished, "valid")
-    assert config.train.refit
+    config, prepared, state = load_measured(finished, "valid")
+    assert config.train.refit == "valid"
     results = json.loads((finished / "results.json").read_text())
     assert evaluate_mean(prepared, scorer(config, prepared, state), "valid") == pytest.approx(
         results["valid"], abs=1e-12
@@ -559,6 +589,6 @@ def test_the_temperature_is_chosen_on_validation(tables, cache, tmp_path):
     given = small(tables, cache, train__temperature=results["temperature"], model__late_fusion=True)
     alone = run_training(given, tmp_path / "alone")
     assert (alone["valid"], alone["test"]) == (results["valid"], results["test"])
-    config, prepared, state = load(tmp_path / "chosen")
+    config, prepared, state = load_measured(tmp_path / "chosen", "test")
     assert config.train.temperature == results["temperature"]
     assert evaluate_mean(prepared, scorer(config, prepared, state), "test") == results["test"]

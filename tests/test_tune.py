@@ -315,7 +315,7 @@ def test_a_config_as_source_comes_back(tmp_path):
     said = Config(
         data=DataConfig(name="tables", path='C:\\a "folder" of Zoë’s 🦊', repair=True),
         text=TextConfig(features="shuffled"),
-        train=TrainConfig(learning_rate=1 / 3, refit=True),
+        train=TrainConfig(learning_rate=1 / 3, refit="all"),
     )
     values = to_dict(said)
     values["graph"]["attributes"] = ("sector",)

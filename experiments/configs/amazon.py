@@ -20,5 +20,5 @@ def get_config():
             "edge_dropout": 0.5,
             "popularity_weight": 0.7,
         },
-        train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10, "refit": True},
+        train={"temperature": 0.3, "learning_rate": 0.002, "eval_every": 10, "refit": "valid"},
     )

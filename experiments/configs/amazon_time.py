@@ -21,5 +21,5 @@ def get_config():
             "popularity_weight": 1.0,
             "popularity_half_life": 365.0,
         },
-        train={"temperature": 0.5, "learning_rate": 0.002, "eval_every": 10, "refit": True},
+        train={"temperature": 0.5, "learning_rate": 0.002, "eval_every": 10, "refit": "valid"},
     )

@@ -21,6 +21,6 @@ def get_config():
             "eval_every": 40,
             "patience": 2,
             "max_steps": 320,
-            "refit": True,
+            "refit": "valid",
         },
     )

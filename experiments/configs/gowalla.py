@@ -31,6 +31,6 @@ def get_config():
             "patience": 2,
             "max_steps": 250,
             "metric": "recall@20",
-            "refit": True,
+            "refit": "valid",
         },
     )

@@ -15,5 +15,5 @@ def get_config():
         split={"kind": "predefined"},
         text={"tfidf_dim": 0},
         model={"late_fusion": True, "edge_dropout": 0.3},
-        train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": True},
+        train={"learning_rate": 0.01, "eval_every": 40, "patience": 2, "max_steps": 600, "refit": "valid"},
     )

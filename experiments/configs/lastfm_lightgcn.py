@@ -24,6 +24,6 @@ def get_config():
             "eval_every": 80,
             "max_steps": 80,
             "metric": "recall@20",
-            "refit": True,
+            "refit": "valid",
         },
     )

@@ -22,9 +22,8 @@ from fused_rec.reporting.data import (
 )
 from fused_rec.reporting.page import render_page
 from fused_rec.runs.loggers import read_curves
-from fused_rec.runs.model_card import counts
 from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_results, read_run, read_users
-from fused_rec.serving.recommender import candidate_filter, load, model_digest, user_rows
+from fused_rec.serving.recommender import candidate_filter, load, load_measured, model_digest, user_rows
 from fused_rec.storage import write_file
 from fused_rec.studies.variants import variant
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
         print(f"\n== {name}")
         run_training(variant_config(key), workdir / key)
         trained[name] = read_users(workdir / key / TEST_METRICS_PER_USER)
-    config, prepared, state = load(workdir / "fused")
+    _, prepared, _ = load_measured(workdir / "fused", "test")
     measured: dict[str, UserMetrics] = {}
     for key, name in BASELINES.items():
         measured[name] = evaluate_users(prepared, baseline(key, prepared, choose_settings(key, prepared)), "test")
@@ -62,14 +61,16 @@ def main(argv: list[str]) -> None:
     print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
-    token_passages = passages(config, prepared, state)
-    customers = recommended(config, prepared, state, candidate_filter(prepared.dataset), users, 5, token_passages)
+    config, inputs, state = load(workdir / "fused")
+    token_passages = passages(config, inputs, state)
+    customers = recommended(config, inputs, state, candidate_filter(prepared.dataset), users, 5, token_passages)
     show_customer(customers[0])
 
     results = read_results(workdir / "fused")
     facts = ReportData(
         results,
-        counts=counts(prepared.dataset, prepared.split),
+        counts=results["counts"],
+        served=inputs.served(),
         digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
         split="test",
         models=compared(measured, VARIANTS["fused"]),

@@ -29,7 +29,7 @@ from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.result_tables import table
 from fused_rec.evaluation.suitability import check_groups
 from fused_rec.runs.run_dir import write_json
-from fused_rec.serving.recommender import load
+from fused_rec.serving.recommender import load_measured
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer
 from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--groups and --prices say more of --rules; give these too")
     rules, _ = read_rules(RULES.value) if RULES.value else ((), "")
     prices = read_prices(Path(PRICES.value)) if PRICES.value else None
-    config, prepared, state = load(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    config, prepared, state = load_measured(WORKDIR.value, SPLIT.value, data_path=DATA_PATH.value, cache=CACHE.value)
     check_groups(prepared.dataset.users, GROUPS.value)
     measured = evaluate_with_baselines(config, prepared, state, SPLIT.value, BASELINE.value)
     print(f"{prepared.dataset.name}, {prepared.split.kind} split, {SPLIT.value} part")

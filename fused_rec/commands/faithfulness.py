@@ -23,7 +23,7 @@ from fused_rec.evaluation.plots import by_share
 from fused_rec.explanation.decomposition import decompose, scores
 from fused_rec.explanation.faithfulness import SHARES, curves, summary
 from fused_rec.runs.run_dir import write_json
-from fused_rec.serving.recommender import load
+from fused_rec.serving.recommender import load_measured
 from fused_rec.storage import write_figure
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
-    config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    config, prepared, state = load_measured(WORKDIR.value, "test", data_path=DATA_PATH.value, cache=CACHE.value)
     decomposition = decompose(config, state.params, prepared.graph_inputs)
     params = jax.device_put(state.params)
     graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=jax.device_put(prepared.graph_inputs.graph))

@@ -97,6 +97,23 @@ def DEFINE_run() -> tuple[flags.FlagHolder, flags.FlagHolder, flags.FlagHolder]:
     )
 
 
+def DEFINE_served() -> tuple[flags.FlagHolder, flags.FlagHolder]:  # noqa: N802
+    """Defines --history and --tables, what a finished run ranks with."""
+    return (
+        flags.DEFINE_enum(
+            "history",
+            "all",
+            ["train", "all"],
+            "Interactions, reviews and ties to rank with: all of the tables, or those that the model was trained on.",
+        ),
+        DEFINE_path(
+            "tables",
+            existing_folder,
+            "Folder of tables (docs/tables.md) to serve in place of those of the training; ids are matched.",
+        ),
+    )
+
+
 def DEFINE_split() -> flags.FlagHolder:  # noqa: N802
     """Defines --split, the held-out split to evaluate."""
     return flags.DEFINE_enum("split", "valid", ["valid", "test"], "Held-out split to evaluate.")

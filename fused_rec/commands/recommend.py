@@ -2,13 +2,15 @@
 
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
     python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
+    python -m experiments.recommend --workdir=runs/mine --tables=DIR_OF_TODAY --out=ranked.csv
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
-hashes of model, tables and rules, and the exclusions of each rule. docs/SUITABILITY.md describes rules. Items that the
-user has interacted with, in any split, are excluded unless --include_seen. Users are ranked and written in chunks:
-memory does not grow with the number of rankings, and the same command resumes after an interruption. Parquet has the
-ids unchanged; in CSV an id that a spreadsheet would read as a formula, or that begins with ', is prefixed by '
-(fused_rec/data/io/csv_safety.py).
+hashes of model, tables and rules, what the model uses of the tables, and the exclusions of each rule. It uses all rows,
+held-out ones too; with --history=train those it was trained on. --tables serves other tables (docs/commands.md).
+docs/SUITABILITY.md describes rules. Items that the user has interacted with, in any split, are excluded unless
+--include_seen. Users are ranked and written in chunks: memory does not grow with the number of rankings, and the same
+command resumes after an interruption. Parquet has the ids unchanged; in CSV an id that a spreadsheet would read as a
+formula, or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
 score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written.
@@ -28,14 +30,14 @@ from absl import app, flags
 from tqdm import tqdm
 
 from fused_rec.commands.launch import command
-from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, written_file
-from fused_rec.data.dataset import Dataset
+from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, DEFINE_served, written_file
+from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.evaluation.suitability import exclusion_counts
 from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
 from fused_rec.explanation.reasons import record
-from fused_rec.runs.run_dir import read_run
+from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
     candidate_filter,
@@ -43,6 +45,7 @@ from fused_rec.serving.recommender import (
     load,
     model_digest,
     rank_chunks,
+    read_served_tables,
     user_rows,
 )
 from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
@@ -50,6 +53,7 @@ from fused_rec.storage import fill_file
 from fused_rec.training.evaluate import scorer
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+HISTORY, TABLES = DEFINE_served()
 USERS = flags.DEFINE_list("users", None, "User ids; all users by default.")
 K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
@@ -109,13 +113,16 @@ def main(argv: list[str]) -> None:
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
-    config, prepared, state = load(WORKDIR.value, data_path=DATA_PATH.value, cache=CACHE.value)
+    other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
+    folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
+    config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     dataset = prepared.dataset
     may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value)
     users = user_rows(dataset, USERS.value)
     inputs = {
         "model": model_digest(WORKDIR.value),
-        "tables": read_run(Path(WORKDIR.value))["tables"],
+        "tables": digest(dataset),
+        "served": prepared.served(),
         "rules": rules_digest,
         "customers": hashlib.sha256(users.tobytes()).hexdigest(),
         "k": K.value,
@@ -134,6 +141,7 @@ def main(argv: list[str]) -> None:
             f"rule {name}: excludes {counts['excluded']} pairs, {counts['excluded_only_by_rule']} of them alone, "
             f"and {counts['excluded_from_topk']} of the {exclusions['top']} products ranked without rules"
         )
+    print(f"ranked with {describe_served(prepared.served())}")
     print(
         f"{exclusions['recommendations']} recommendations for "
         f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"

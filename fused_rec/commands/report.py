@@ -4,7 +4,8 @@
     python -m experiments.report --workdir=runs/mine --split=test --users=2,3 --rules=rules.json --groups=age_band
 
 The file needs no network and no script. --split is evaluated again, together with baselines; the other numbers are
-those of results.json. Items are recommended as by experiments.recommend. docs/EXPLANATIONS.md describes the page.
+those of results.json. Items are recommended as by experiments.recommend, also with --history and --tables.
+docs/EXPLANATIONS.md describes the page.
 """
 
 from absl import app, flags
@@ -16,12 +17,15 @@ from fused_rec.commands.places import (
     DEFINE_path,
     DEFINE_rules,
     DEFINE_run,
+    DEFINE_served,
     DEFINE_split,
     require_known,
     written_file,
 )
+from fused_rec.serving.recommender import read_served_tables
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
+HISTORY, TABLES = DEFINE_served()
 OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir by default.")
 SPLIT = DEFINE_split()
 BASELINE = DEFINE_baselines(BASELINES, default=["popularity", "item_knn"])
@@ -56,6 +60,8 @@ def main(argv: list[str]) -> None:
         k=K.value,
         rules=RULES.value,
         groups=GROUPS.value,
+        history=HISTORY.value,
+        dataset=read_served_tables(workdir, TABLES.value) if TABLES.value else None,
         data_path=DATA_PATH.value,
         cache=CACHE.value,
     )

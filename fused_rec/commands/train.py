@@ -17,6 +17,7 @@ from absl import flags
 from fused_rec.commands.launch import command_named, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, new_folder
 from fused_rec.distributed import processes
+from fused_rec.runs.model_card import describe_training
 from fused_rec.training.trainer import run_training
 
 CONFIG = DEFINE_config()
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
             f"{part:5}  "
             + "  ".join(f"{name} {results[part][name]:.4f}" for name in SHOWN if results[part][name] is not None)
         )
+    print(f"served model: {describe_training(results)}")
     print(f"finished: {results.get('finished', 'at a time that is not recorded')}")
     print(f"results: {WORKDIR.value}/results.json")
     print(f"rank products: {command_named('recommend')} --workdir={WORKDIR.value} --k=10 --out=ranked.csv")

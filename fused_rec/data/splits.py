@@ -179,6 +179,13 @@ def observe(dataset: Dataset, split: Split, splits: tuple[str, ...] = ("train",)
     return Observed(user[rows], item[rows], reviews, ties.take(_first_rows(ties)), age)
 
 
+def observe_all(dataset: Dataset) -> Observed:
+    """Returns everything the tables have, as a trained model is given it to rank; an evaluation uses `observe`."""
+    user, item = column(dataset.interactions, "user"), column(dataset.interactions, "item")
+    ties = dataset.ties.select(["source", "target", "kind"])
+    return Observed(user, item, dataset.reviews, ties.take(_first_rows(ties)), _age(dataset.interactions))
+
+
 def _age(interactions: pa.Table) -> Float32[np.ndarray, "E"]:
     """Computes the days by which each pair is older than the newest one, 0 without a timestamp."""
     if "timestamp" not in interactions.column_names or interactions.column("timestamp").null_count == len(interactions):

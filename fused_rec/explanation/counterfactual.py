@@ -15,7 +15,7 @@ from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.edit import drop_interaction
 from fused_rec.training.evaluate import scores_of
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 
@@ -31,7 +31,7 @@ class CounterfactualEffect(NamedTuple):
     rank_after: int
 
 
-def without_interaction(config: Config, prepared: Prepared, user: int, item: int) -> GraphInputs:
+def without_interaction(config: Config, prepared: ModelInputs, user: int, item: int) -> GraphInputs:
     """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
     Text features stay, including the user's reviews of the item, and so do parameters and the rows of the closed-form
@@ -83,7 +83,7 @@ def edited_inputs(
 def counterfactual_effect(
     config: Config,
     params: PyTree,
-    prepared: Prepared,
+    prepared: ModelInputs,
     user: int,
     item: int,
     removed_item: int,

@@ -28,7 +28,7 @@ from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.text.features import TextFeatures, node_means, open_language_model
 from fused_rec.text.pretrained import PretrainedModel
 from fused_rec.text.tfidf import TfidfModel
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 SIDES = (USER, ITEM)
@@ -106,7 +106,7 @@ class Attributor:
     means: Mapping[str, Float32[np.ndarray, "_ D"]]
 
 
-def attributor(config: Config, params: PyTree, prepared: Prepared) -> Attributor:
+def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attributor:
     """Prepares token attribution for a trained model.
 
     Args:

@@ -3,6 +3,7 @@
 The sparse sum (`fused_rec.graph.spmm`) reads one order and its derivative the other.
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, no_type_check
 
 import flax.struct
@@ -25,13 +26,27 @@ def default_backend() -> Backend:
     return "compiled" if kernels.usable() else "csr"
 
 
+class DegreeScale(NamedTuple):
+    """What standardizes the log degrees of a relation: fitted on one graph, it may be applied to others.
+
+    Attributes:
+      in_mean: mean of log(1 + in-degree) over the target type.
+      in_deviation: its standard deviation.
+      out_mean: mean of log(1 + out-degree) over the source type.
+    """
+
+    in_mean: float
+    in_deviation: float
+    out_mean: float
+
+
 class Degrees(NamedTuple):
     """Degrees of a relation's nodes in the whole graph, also where a step sums over a sample of the edges.
 
     Attributes:
       in_degree: float32, the number of incoming edges of each target node.
-      log_in_degree: log(1 + in-degree), standardized to mean 0 and deviation 1 over the target type.
-      log_out_degree: log(1 + out-degree) of each source node, less its mean over the source type.
+      log_in_degree: log(1 + in-degree), standardized by a `DegreeScale`.
+      log_out_degree: log(1 + out-degree) of each source node, less the mean of the `DegreeScale`.
     """
 
     in_degree: Float32[AnyArray, "targets"]
@@ -58,6 +73,7 @@ class Adjacency:
       sender_start: int32 [sources + 1], row starts in the order of `by_sender`.
       degrees: degrees in the whole graph.
       backend: which implementation of the sparse sum to use.
+      scale: what standardizes the degrees, if it was fitted on another graph; None: these degrees.
     """
 
     senders: Int32[AnyArray, "E"]
@@ -69,9 +85,12 @@ class Adjacency:
     sender_start: Int32[AnyArray, "sources_plus_1"]
     degrees: Degrees
     backend: Backend = flax.struct.field(pytree_node=False)
+    scale: DegreeScale | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def build_adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backend | None = None) -> Adjacency:
+def build_adjacency(
+    edges: Edges, n_sources: int, n_targets: int, backend: Backend | None = None, scale: DegreeScale | None = None
+) -> Adjacency:
     """Builds the adjacency of one relation, on the host.
 
     Args:
@@ -79,6 +98,7 @@ def build_adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backe
       n_sources: the number of source nodes.
       n_targets: the number of target nodes.
       backend: implementation of the sparse sum; None: `default_backend()`.
+      scale: what standardizes the degrees; None: the degrees of these edges.
 
     Returns:
       The adjacency, of NumPy arrays.
@@ -101,20 +121,26 @@ def build_adjacency(edges: Edges, n_sources: int, n_targets: int, backend: Backe
         order.astype(np.int32),
         receivers[order].astype(np.int32),
         sender_start,
-        degrees_of(np.diff(receiver_start), np.diff(sender_start)),
+        degrees_of(np.diff(receiver_start), np.diff(sender_start), scale),
         backend or default_backend(),
+        scale,
     )
 
 
-def degrees_of(in_degree: np.ndarray, out_degree: np.ndarray) -> Degrees:
-    """Computes `Degrees` from in-degrees [targets] and out-degrees [sources]."""
-    log_in_degree, log_out_degree = (
-        np.log1p(count) - np.log1p(count).sum() / max(len(count), 1) for count in (in_degree, out_degree)
-    )
-    deviation = np.sqrt((log_in_degree * log_in_degree).sum() / max(len(in_degree), 1))
-    return Degrees(
-        *(part.astype(np.float32) for part in (in_degree, log_in_degree / (deviation + 1e-6), log_out_degree))
-    )
+def degrees_of(in_degree: np.ndarray, out_degree: np.ndarray, scale: DegreeScale | None = None) -> Degrees:
+    """Computes `Degrees` of in-degrees [targets] and out-degrees [sources]; scale: None: `degree_scale` of them."""
+    scale = scale or degree_scale(in_degree, out_degree)
+    log_in_degree = (np.log1p(in_degree) - scale.in_mean) / (scale.in_deviation + 1e-6)
+    parts = in_degree, log_in_degree, np.log1p(out_degree) - scale.out_mean
+    return Degrees(*(part.astype(np.float32) for part in parts))
+
+
+def degree_scale(in_degree: np.ndarray, out_degree: np.ndarray) -> DegreeScale:
+    """Fits what standardizes in-degrees [targets] and out-degrees [sources] of a relation."""
+    in_mean, out_mean = (np.log1p(count).sum() / max(len(count), 1) for count in (in_degree, out_degree))
+    centered = np.log1p(in_degree) - in_mean
+    deviation = np.sqrt((centered * centered).sum() / max(len(in_degree), 1))
+    return DegreeScale(float(in_mean), float(deviation), float(out_mean))
 
 
 def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = None) -> list[Adjacency]:
@@ -164,9 +190,13 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
     return parts
 
 
-def build_adjacencies(graph: HostGraph, backend: Backend | None = None) -> dict[Relation, Adjacency]:
-    """Builds the adjacency of every relation of the graph; backend as in `build_adjacency`."""
+def build_adjacencies(
+    graph: HostGraph, backend: Backend | None = None, scales: Mapping[Relation, DegreeScale] | None = None
+) -> dict[Relation, Adjacency]:
+    """Builds the adjacency of every relation of the graph; backend and scales as in `build_adjacency`."""
     return {
-        relation: build_adjacency(edges, graph.count(relation.source), graph.count(relation.target), backend)
+        relation: build_adjacency(
+            edges, graph.count(relation.source), graph.count(relation.target), backend, (scales or {}).get(relation)
+        )
         for relation, edges in graph.edges.items()
     }

@@ -1,7 +1,7 @@
 """Construction of the graph from observed data: interactions, social edges, text-kNN edges and attribute nodes."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ def build(
     observed: Observed,
     text: Mapping[str, Float32[np.ndarray, "_ D"]],
     config: GraphConfig,
+    known: Collection[Relation] | None = None,
 ) -> HostGraph:
     """Builds the heterogeneous graph of observed data, every relation in both directions.
 
@@ -41,6 +42,7 @@ def build(
       observed: the interactions and ties that the model may see.
       text: text embeddings of users and items, float32 [n, D], by node type.
       config: the graph's settings.
+      known: relations of the graph that the model was trained on, the only ones that it can read; None: all.
 
     Returns:
       The graph, with text embeddings of width D.
@@ -53,7 +55,7 @@ def build(
     text = {node_type: text[node_type] for node_type in counts}
     parts = [
         bidirectional_edges(INTERACTS, INTERACTED_BY, observed.user, observed.item, counts),
-        social_relations(observed.ties, counts),
+        social_relations(observed.ties, counts, known),
     ]
     for name in config.attributes:
         values, edges = attribute_edges(dataset.items, name)
@@ -65,7 +67,10 @@ def build(
         if config.text_knn and text[node_type].any():
             relation = Relation(node_type, SIMILAR_TEXT, node_type)
             parts.append({relation: text_knn_edges(text[node_type], config.text_knn)})
-    return hetero_graph(counts, _merge_relations(parts), np.concatenate(list(text.values())))
+    relations = _merge_relations(parts)
+    if known is not None:
+        relations = {relation: edges for relation, edges in relations.items() if relation in known}
+    return hetero_graph(counts, relations, np.concatenate(list(text.values())))
 
 
 def check_relations(items: pa.Table, ties: pa.Table, config: GraphConfig) -> None:
@@ -141,12 +146,15 @@ def bidirectional_edges(
     return {forward: Edges(sources, targets, weight), backward: Edges(targets, sources, weight)}
 
 
-def social_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation, Edges]:
+def social_relations(
+    ties: pa.Table, counts: Mapping[str, int], known: Collection[Relation] | None = None
+) -> dict[Relation, Edges]:
     """Builds social edges: per kind of tie a relation from `target` to `source`, and its reverse unless all are mutual.
 
     Args:
       ties: a table with columns source, target (user indices) and kind.
       counts: the number of nodes by type.
+      known: as in `build`; a kind has a reverse if it is among them.
 
     Returns:
       Edges by relation.
@@ -160,9 +168,12 @@ def social_relations(ties: pa.Table, counts: Mapping[str, int]) -> dict[Relation
         pair = bidirectional_edges(
             Relation(USER, kind, USER), Relation(USER, f"{kind}_of", USER), senders, receivers, counts
         )
-        mutual = np.array_equal(
-            np.sort(senders * counts[USER] + receivers), np.sort(receivers * counts[USER] + senders)
-        )
+        if known is None:
+            mutual = np.array_equal(
+                np.sort(senders * counts[USER] + receivers), np.sort(receivers * counts[USER] + senders)
+            )
+        else:
+            mutual = list(pair)[1] not in known
         parts.append(dict(list(pair.items())[:1]) if mutual else pair)
     return _merge_relations(parts)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from fused_rec.distributed.devices import AnyArray, Shards
-from fused_rec.graph.adjacency import Adjacency, Backend, build_adjacencies
+from fused_rec.graph.adjacency import Adjacency, Backend, DegreeScale, build_adjacencies
 from fused_rec.graph.hetero import HostGraph
 from fused_rec.graph.schema import Relation
 
@@ -78,15 +78,18 @@ class DeviceGraph:
         return dataclasses.replace(self, adjacencies={**self.adjacencies, **adjacencies})
 
 
-def device_graph(graph: HostGraph, backend: Backend | None = None) -> DeviceGraph:
+def device_graph(
+    graph: HostGraph, backend: Backend | None = None, scales: Mapping[Relation, DegreeScale] | None = None
+) -> DeviceGraph:
     """Builds the whole graph for one device, of NumPy arrays.
 
     Args:
       graph: the graph with its edges.
       backend: implementation of the sparse sum; None: `default_backend()`.
+      scales: what standardizes the degrees of each relation; None, or no entry: its degrees in this graph.
 
     Returns:
       Text embeddings, which share memory with the graph's, and adjacencies.
     """
     text = {node_type: graph.text_of(node_type) for node_type, _ in graph.node_types}
-    return DeviceGraph(text, build_adjacencies(graph, backend), graph.node_types, graph.relations)
+    return DeviceGraph(text, build_adjacencies(graph, backend, scales), graph.node_types, graph.relations)

@@ -91,6 +91,7 @@ def _drop(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
         by_sender,
         receivers[by_sender],
         np.concatenate([[0], np.cumsum(out_degree)]).astype(np.int32),
-        degrees_of(in_degree, out_degree),
+        degrees_of(in_degree, out_degree, full.scale),
         full.backend,
+        full.scale,
     )

@@ -23,7 +23,7 @@ from fused_rec.graph.build import attribute_values
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
 from fused_rec.serving.recommender import rank_chunks as ranked
 from fused_rec.training.evaluate import scorer, user_groups
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import ModelInputs, Prepared
 from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
@@ -117,12 +117,14 @@ class Customer(NamedTuple):
 class ReportData:
     """Everything on the page.
 
-    results: of `results.json`. curve: lines of `train.curves.read_curves`. rules: of `train.measure.measure_rules`,
-    None without rules. selection: how the customers were, as in "5 customers, drawn at random".
+    results: of `results.json`. served: what the recommendations use, as `describe_served` takes it. curve: lines of
+    `train.curves.read_curves`. rules: of `train.measure.measure_rules`, None without rules. selection: how the
+    customers were, as in "5 customers, drawn at random".
     """
 
     results: Mapping[str, Any]
     counts: Mapping[str, int]
+    served: Mapping[str, Any]
     digests: Mapping[str, str]
     split: str
     models: tuple[Model, ...]
@@ -170,7 +172,7 @@ def _named(members: Mapping[str, np.ndarray], rows: Int[np.ndarray, "V"]) -> lis
     return out
 
 
-def sample(prepared: Prepared, count: int, seed: int = 0) -> Int64[np.ndarray, "_"]:
+def sample(prepared: ModelInputs, count: int, seed: int = 0) -> Int64[np.ndarray, "_"]:
     """Samples customers with training interactions at random; returns their rows, ascending."""
     known = np.unique(prepared.observed.user)
     drawn = np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False)
@@ -182,7 +184,7 @@ def no_passages(user: int, item: int) -> tuple[Passage, ...]:
     return ()
 
 
-def passages(config: Config, prepared: Prepared, state: TrainState) -> TokenPassages:
+def passages(config: Config, prepared: ModelInputs, state: TrainState) -> TokenPassages:
     """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
 
     A model without text has none, and neither has a pair whose token values do not add up, which is logged.
@@ -210,7 +212,7 @@ def passages(config: Config, prepared: Prepared, state: TrainState) -> TokenPass
 
 def recommended(
     config: Config,
-    prepared: Prepared,
+    prepared: ModelInputs,
     state: TrainState,
     may: CandidateFilter,
     users: Int64[np.ndarray, "V"],
@@ -267,7 +269,7 @@ def _best_interaction(contributed: Contributions) -> int | None:
     return max(values, key=lambda source: values[source]) if values else None
 
 
-def _n_ties(prepared: Prepared, user: int) -> int:
+def _n_ties(prepared: ModelInputs, user: int) -> int:
     ties = prepared.observed.ties
     source, target = (column(ties, name) for name in ("source", "target"))
     return len({*target[source == user].tolist(), *source[target == user].tolist()} - {user})

@@ -13,6 +13,7 @@ from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData,
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
 from fused_rec.reporting.markup import Element, append, cut, document, element
 from fused_rec.reporting.style import stylesheet
+from fused_rec.runs.model_card import describe_served, describe_training
 
 LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 MEANING = {
@@ -181,6 +182,7 @@ def _training(facts: ReportData) -> list[Element]:
         *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
         ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
         ["Model", f"{results['variant']}, {results['parameters']:,} parameters, seed {results['seed']}"],
+        ["Served model", describe_training(results)],
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
     drawn = []
@@ -202,6 +204,7 @@ def _training(facts: ReportData) -> list[Element]:
         element("div", *drawn, class_="figures wide") if drawn else none,
         _closed("The curves in numbers", _table("Every evaluation", header, body)) if facts.curve else None,
         _table("What it was trained on", None, rows),
+        element("p", f"The recommendations below use {cut(describe_served(facts.served), SENTENCE)}."),
         _closed("All settings", _table("Settings of the run", None, settings)),
     ]
     return [part for part in content if part is not None]

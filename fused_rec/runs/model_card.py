@@ -43,12 +43,11 @@ def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
     }
 
 
-def card(results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], checkpoint: str) -> str:
+def card(results: Mapping[str, Any], digests: Mapping[str, str], checkpoint: str) -> str:
     """Writes the card of a run's folder, as Markdown with YAML front matter (model-index of Hugging Face).
 
     Args:
       results: content of `results.json`; the front matter has its numbers in full precision.
-      amounts: as `counts` returns them.
       digests: SHA-256 by the name of the object.
       checkpoint: path of the selected checkpoint in the folder.
 
@@ -57,11 +56,11 @@ def card(results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mappin
     """
     return _page(
         results,
-        amounts,
         digests,
         "All metrics, and those of slices of the test split, are in `results.json`.",
         f"""\
-The checkpoint is in `{checkpoint}`. It ranks only with the tables it was trained on, which `run.json` identifies.
+The checkpoint is in `{checkpoint}`. It ranks by all rows of the tables it was trained on, which `run.json` identifies,
+held-out rows included; `history="train"` leaves these out. `dataset=` serves other tables.
 
 ```python
 import fused_rec as fr
@@ -73,13 +72,13 @@ fr.recommend(run, k=10)  # all users; users=["..."] names some
 
 
 def export_card(
-    results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], files: Mapping[str, str]
+    results: Mapping[str, Any], served: Mapping[str, Any], digests: Mapping[str, str], files: Mapping[str, str]
 ) -> str:
     """Writes the card of a folder of `fused_rec.serving.export_bundle`, which is read without this package.
 
     Args:
       results: content of `results.json`.
-      amounts: as `counts` returns them.
+      served: what the vectors use, as `describe_served` takes it.
       digests: SHA-256 by the name of the object.
       files: description of each file by its name.
 
@@ -87,19 +86,16 @@ def export_card(
       The card.
     """
     listed = "\n".join(f"| `{name}` | {what} |" for name, what in files.items())
-    return _page(
-        results,
-        amounts,
-        digests,
-        "All settings are in `config.json`.",
-        f"""\
+    loading = f"""\
 | file | |
 |---|---|
 {listed}
 
+The vectors use {in_markdown(describe_served(served))}.
+
 Products are ranked by the inner product of the customer's and the product's vector. Products that the customer already
 holds are included, and no suitability rule is applied: exclude products that must not be shown. New customers and
-products have no vector until a new model is exported.
+products have no vector until the run is exported again, with the tables that have them.
 
 ```python
 import json
@@ -130,22 +126,46 @@ with open("score.stablehlo", "rb") as file:
 all_scores = score.call(users, items, np.arange(min(100, len(users)), dtype=np.int32))  # float32 [100, products]
 ```
 
-JAX guarantees that releases up to six months newer than the one that wrote `score.stablehlo` can run it.""",
-    )
+JAX guarantees that releases up to six months newer than the one that wrote `score.stablehlo` can run it."""
+    return _page(results, digests, "All settings are in `config.json`.", loading)
 
 
-def _page(
-    results: Mapping[str, Any], amounts: Mapping[str, int], digests: Mapping[str, str], further: str, loading: str
-) -> str:
+def describe_training(results: Mapping[str, Any]) -> str:
+    """Says in words what the served model of a run was trained on, and which model was measured.
+
+    Args:
+      results: content of `results.json`.
+    """
+    return {
+        "none": "selected on validation and trained on the training split",
+        "valid": "refitted on training and validation",
+        "all": "retrained on all interactions once it was measured; the metrics are of the training split's model",
+    }[results["config"]["train"]["refit"]]
+
+
+def describe_served(served: Mapping[str, Any]) -> str:
+    """Says in words what a ranking uses.
+
+    Args:
+      served: `history`, numbers of customers, products, interactions, reviews and social edges, and `unknown`, counts
+        of what the model cannot use.
+    """
+    numbers = [f"{served[name]:,} {name}" for name in ("interactions", "reviews", "social edges")]
+    of = f"of {served['customers']:,} customers and {served['products']:,} products"
+    which = "all rows of the tables" if served["history"] == "all" else "the rows that the model was trained on"
+    unknown = "".join(f"; {count:,} {what}" for what, count in served["unknown"].items())
+    return f"{which} (history={served['history']}): {', '.join(numbers)} {of}{unknown}"
+
+
+def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, loading: str) -> str:
     """Fills the template; `further` is a sentence below the metrics, `loading` Markdown of a section."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
     beside = _late_fusion(results.get("late_fusion"))
-    made_of = "refitted on training and validation" if config["train"]["refit"] else "selected on validation"
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
-    amount = "\n".join(f"| {name} | {count:,} |" for name, count in amounts.items())
+    amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS
     )
@@ -158,7 +178,7 @@ def _page(
 # {dataset}: {variant} model
 
 Ranks financial products for customers by {basis}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
-the state of step {results["best_step"]}, {made_of}. Language model of the texts: {language}.
+the state of step {results["best_step"]}, {describe_training(results)}. Language model of the texts: {language}.
 
 ## Trained on
 

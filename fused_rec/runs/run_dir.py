@@ -3,9 +3,11 @@
 workdir/
   run.json             config, and digests of the tables and of their columns; a run with another config (except the
                        settings of `config.NEUTRAL`) or with changed tables is refused
-  select/, refit/      checkpoints and curves of the two phases (refit only with train.refit); select_0.3/ with a second
-                       temperature, where validation chooses it
+  select/              checkpoints and curves of step selection; select_0.3/ with a second temperature, where validation
+                       chooses it
+  refit/, refit_all/   those of the second training, with train.refit "valid" or "all"
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
+  fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings
   README.md            the model card: data, training, metrics, and how to load the model
   results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
                        UTC time at which the run finished
@@ -32,7 +34,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from fused_rec.config import NEUTRAL, Config, differing, from_dict, to_dict, with_temperature
+from fused_rec.config import NEUTRAL, Config, Refit, differing, from_dict, to_dict, with_temperature
 from fused_rec.data.dataset import changes
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.evaluation.slices import Slices
@@ -43,6 +45,7 @@ LOG = logging.getLogger(__name__)
 RUN, RESULTS, TEST_METRICS_PER_USER, CARD = "run.json", "results.json", "test_metrics_per_user.npz", "README.md"
 TABLES = "tables"  # folder in the workdir for tables given in memory (fused_rec.api)
 LOCK = "run.lock"
+REFIT, REFIT_ALL = "refit", "refit_all"  # folders of the second training, by train.refit
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of some network file systems
 
 
@@ -272,7 +275,7 @@ def check_tables(tables: str, workdir: Path, made_of: Mapping[str, Any] | None =
         changed = "; ".join(changes(recorded.get("contents", {}), made_of or {}))
         raise TablesChangedError(
             f"the tables have changed since {workdir} was started{f' ({changed})' if changed else ''}; train on them "
-            "in a new workdir"
+            "in a new workdir, or serve them: --tables=DIR of recommend, export and report, dataset= of fr.load"
         )
 
 
@@ -351,6 +354,19 @@ def read_finished(workdir: Path) -> tuple[Config, int, str]:
     return config, results["best_step"], results["phase"]
 
 
+def phase_of(refit: Refit, selected: str, model: str) -> str:
+    """Returns the folder of the training of a model of a run.
+
+    Args:
+      refit: train.refit.
+      selected: folder of the training that validation selected.
+      model: "valid", "test" or "served": the model that validation or test metrics are of, or the one that ranks.
+    """
+    if refit == "all" and model == "served":
+        return REFIT_ALL
+    return REFIT if refit == "valid" and model != "valid" else selected
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of Python, the backend and the libraries that a result depends on."""
     names = ("fused_rec", "jax", "jaxlib", "flax", "optax", "jraph", "orbax-checkpoint", "transformers", "numpy")
@@ -400,10 +416,42 @@ def write_users(file: Path, per_user: UserMetrics) -> None:
     Raises:
       SaveError: the file cannot be written.
     """
-    arrays: dict[str, Any] = {"user": per_user.users, **per_user.metrics}
+    write_arrays(file, {"user": per_user.users, **per_user.metrics})
+
+
+def write_arrays(file: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays atomically, as an .npz file, which has a checksum of each.
+
+    Args:
+      file: the path.
+      arrays: by name.
+
+    Raises:
+      SaveError: the file cannot be written.
+    """
     archive = io.BytesIO()
     np.savez(archive, **arrays)
     write_file(file, archive.getvalue())
+
+
+def read_arrays(file: Path, remedy: str) -> dict[str, np.ndarray]:
+    """Reads a file of `write_arrays`.
+
+    Args:
+      file: the path.
+      remedy: what to do where the file is damaged.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged.
+    """
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise a dozen types, tokenize.TokenError among them
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from error
 
 
 def read_users(file: Path) -> UserMetrics:
@@ -419,19 +467,13 @@ def read_users(file: Path) -> UserMetrics:
       FileNotFoundError: there is none.
       ValueError: it is damaged.
     """
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-            users = found.pop("user")
-            for name, values in [("user", users), *found.items()]:
-                if values.dtype != (np.int32 if name == "user" else np.float32) or values.shape != (len(users),):
-                    raise ValueError(f"{name} is {values.dtype} {values.shape}")
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zipfile and NumPy raise a dozen types, tokenize.TokenError among them
-        raise ValueError(
-            f"{file} is damaged ({error}); remove {RESULTS} beside it and run the same command again"
-        ) from error
+    remedy = f"remove {RESULTS} beside it and run the same command again"
+    found = read_arrays(file, remedy)
+    users = found.pop("user", np.zeros(()))
+    for name, values in [("user", users), *found.items()]:
+        sound = values.ndim == 1 and values.shape == users.shape
+        if not sound or values.dtype != (np.int32 if name == "user" else np.float32):
+            raise ValueError(f"{file} is damaged ({name} is {values.dtype} {values.shape}); {remedy}")
     return UserMetrics(users, found, {})
 
 

@@ -26,13 +26,13 @@ from jaxtyping import Array, Float32, Int32
 from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
 from fused_rec.memory import require_memory
-from fused_rec.runs.model_card import counts, export_card
+from fused_rec.runs.model_card import export_card
 from fused_rec.runs.run_dir import versions, write_json
 from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.training.checkpoint import named_leaves
 from fused_rec.training.evaluate import user_item_vectors
-from fused_rec.training.inputs import Prepared, seen_splits
+from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import TrainState
 
 USERS, ITEMS, PARAMETERS, SETTINGS = "users.safetensors", "items.safetensors", "model.safetensors", "config.json"
@@ -65,30 +65,33 @@ def check(out: Path, *, faiss: bool = False) -> None:
 
 
 def export_bundle(
-    out: Path, config: Config, prepared: Prepared, state: TrainState, results: Mapping[str, Any], *, faiss: bool = False
+    out: Path,
+    config: Config,
+    inputs: ModelInputs,
+    state: TrainState,
+    results: Mapping[str, Any],
+    *,
+    faiss: bool = False,
 ) -> None:
     """Writes the folder atomically.
 
     Args:
       out: a new or empty folder.
       config: settings of the run.
-      prepared: tables, split and graph.
+      inputs: tables and graph.
       state: of the selected step.
       results: content of `results.json`.
       faiss: also write a Faiss index.
 
     Raises:
       FileExistsError, ImportError: as `check` does.
-      ValueError: the run was refitted, and `state` is the one before; a vector is not finite; or there are more ids
-        than a safetensors file holds.
+      ValueError: a vector is not finite, or there are more ids than a safetensors file holds.
       InsufficientMemoryError: vectors or a file do not fit.
       SaveError: the folder cannot be written; names it and the reason, on a full disk also required and free space.
     """
     check(out, faiss=faiss)
-    if prepared.splits != seen_splits(config.train.refit):
-        raise ValueError("this model was refitted after selection; open the run's final one, part='test'")
-    dataset = prepared.dataset
-    users, items = user_item_vectors(config, prepared, state)
+    dataset = inputs.dataset
+    users, items = user_item_vectors(config, inputs, state)
     # Each file is built in memory; the index is there twice, as Faiss object and as bytes.
     need = max(users.nbytes, (3 if faiss else 1) * items.nbytes)
     require_memory(
@@ -106,7 +109,7 @@ def export_bundle(
             write_file(partial / INDEX, _index(items))
         there = {name: what for name, what in FILES.items() if (partial / name).exists()}
         digests = {name: _sha256(partial / name) for name in there}
-        made = export_card(results, counts(dataset, prepared.split), {"tables": digest(dataset), **digests}, there)
+        made = export_card(results, inputs.served(), {"tables": digest(dataset), **digests}, there)
         write_file(partial / CARD, made.encode())
 
     fill_folder(out, fill)

@@ -1,29 +1,47 @@
 """Serving a finished run: load it from its workdir and rank items for users under rules, in chunks of users."""
 
 import dataclasses
+import logging
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
 from fused_rec.config import Config, from_dict, to_dict
+from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.data.io.arrow import pc
+from fused_rec.data.splits import split
 from fused_rec.distributed.devices import computes, select_devices
 from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
-from fused_rec.runs.run_dir import TABLES, check_tables, read_finished, read_results
-from fused_rec.training.checkpoint import Checkpoints
-from fused_rec.training.inputs import Prepared, init_state, prepare, read, seen_splits, with_finetuned_text
+from fused_rec.model.model import ID_EMBEDDING
+from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results
+from fused_rec.text.cache import open_cache
+from fused_rec.training.checkpoint import CheckpointError, Checkpoints
+from fused_rec.training.fitted import FITTED, Fitted, id_rows, read_fitted
+from fused_rec.training.inputs import (
+    ModelInputs,
+    Prepared,
+    init_state,
+    prepare,
+    read_dataset,
+    seen_splits,
+    serving_inputs,
+    with_finetuned_text,
+)
 from fused_rec.training.late_fusion import selection_of, with_late_fusion
 from fused_rec.training.train_step import TrainState
 
+LOG = logging.getLogger(__name__)
+HISTORIES = "train", "all"  # what serving uses of the tables
 CHUNK_USERS = 65_536  # users whose rankings are in memory at once
 SCHEMA = pa.schema(
     {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32()}  # rank from 1
@@ -41,24 +59,27 @@ class RankedChunk(NamedTuple):
 @computes
 def load(
     workdir: str | Path,
-    split: str = "test",
+    history: str = "all",
     *,
+    dataset: Dataset | None = None,
     data_path: str | Path | None = None,
     cache: str | Path | None = None,
-) -> tuple[Config, Prepared, TrainState]:
+) -> tuple[Config, ModelInputs, TrainState]:
     """Loads a finished run for ranking.
 
     Args:
       workdir: folder of the run.
-      split: the split to evaluate. A refitted run was trained on the validation split, so "valid" loads the model of
-        step selection, with the graph of the training split alone.
-      data_path: current folder of the tables; None = that of the training.
+      history: what the model uses of the tables: "all" rows, or those of the splits it was trained on ("train").
+      dataset: tables to serve in place of those of the training. Users and items are matched by id; what the training
+        fitted is applied.
+      data_path: current folder of the tables of the training; None = as recorded.
       cache: current folder of cached text embeddings; None = that of the training.
 
     Returns:
-      The config, the prepared tables and graph, and the state of the selected step.
+      The config, tables and graph, and the state of the selected step.
 
     Raises:
+      ValueError: `history` is neither, or "train" with other tables, which have no split.
       TablesChangedError: the tables differ from those of the training.
       NoFolderError: the folder of the tables does not exist.
       CacheError: text must be encoded, and the cache cannot be created.
@@ -66,14 +87,122 @@ def load(
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
-    config, checkpoints, step = _chosen(workdir, split)
+    if history not in HISTORIES:
+        raise ValueError(f"history is {history!r}; it must be one of {HISTORIES}")
+    if history == "train":
+        if dataset is not None:
+            raise ValueError("history is 'train', and other tables have no training split; it must be 'all'")
+        return load_measured(workdir, "served", data_path=data_path, cache=cache)
+    config, checkpoints, step = _chosen(workdir, "served")
     config = _placed(config, workdir, data_path, cache)
-    dataset, data_split = read(config)
-    check_tables(digest(dataset), workdir, contents(dataset))
-    prepared = prepare(config, dataset, data_split, seen_splits(config.train.refit, split))
+    fitted = read_fitted(workdir / FITTED)
+    if config.encodes_text:
+        open_cache(config.text.cache)  # fails here rather than after the tables are read
+    if dataset is None:
+        dataset = _training_tables(config, workdir)
+    else:
+        dataset = describe(dataset, config.text.attributes)
+    inputs = serving_inputs(config, dataset, fitted)
+    for what, count in inputs.unknown.items():
+        LOG.warning("%d %s", count, what)
+    state = restore_parameters(checkpoints, step, init_state(config, inputs), fitted, dataset)
+    inputs = with_finetuned_text(config, inputs, state)
+    return config, with_late_fusion(inputs, selection_of(read_results(workdir))), state
+
+
+@computes
+def load_measured(
+    workdir: str | Path, model: str, *, data_path: str | Path | None = None, cache: str | Path | None = None
+) -> tuple[Config, Prepared, TrainState]:
+    """Loads a model of a finished run with the splits it was trained on, as it was evaluated.
+
+    Args:
+      workdir: folder of the run.
+      model: "valid": that of step selection, which the validation metrics are of; "test": that which the test metrics
+        are of; "served": that which ranks.
+      data_path: as of `load`.
+      cache: as of `load`.
+
+    Returns:
+      The config, the prepared tables and graph, and the state of the selected step.
+
+    Raises:
+      TablesChangedError, NoFolderError, CacheError, CheckpointError, FileNotFoundError: as `load`.
+    """
+    workdir = Path(workdir)
+    config, checkpoints, step = _chosen(workdir, model)
+    config = _placed(config, workdir, data_path, cache)
+    if config.encodes_text:
+        open_cache(config.text.cache)
+    dataset = _training_tables(config, workdir)
+    prepared = prepare(config, dataset, split(dataset, config.split), seen_splits(config.train.refit, model))
     state, _ = checkpoints.restore(step, like=init_state(config, prepared))
     prepared = with_finetuned_text(config, prepared, state)
     return config, with_late_fusion(prepared, selection_of(read_results(workdir))), state
+
+
+def read_served_tables(workdir: str | Path, folder: str | Path) -> Dataset:
+    """Reads tables to serve in place of those of the training, in the format of `docs/tables.md`.
+
+    Args:
+      workdir: folder of the run, whose settings of repair, `min_value`, delimiter and encoding hold; `k_core` does
+        not, so that users and items with few interactions are served.
+      folder: of the tables.
+
+    Raises:
+      DataError, NoFolderError: as `read_dataset`.
+      FileNotFoundError: workdir holds no finished run.
+    """
+    config, _, _ = read_finished(Path(workdir))
+    data = dataclasses.replace(config.data, name="tables", path=str(folder), k_core=1)
+    return read_dataset(dataclasses.replace(config, data=data))
+
+
+def restore_parameters(
+    checkpoints: Checkpoints, step: int, like: TrainState, fitted: Fitted, dataset: Dataset
+) -> TrainState:
+    """Restores the parameters of a checkpoint for the nodes of any tables.
+
+    Args:
+      checkpoints: of the training.
+      step: of the checkpoint.
+      like: an initial state for the tables.
+      fitted: of the training, with the ids of the nodes that were trained.
+      dataset: the tables.
+
+    Returns:
+      `like` with the trained parameters and no state of the optimizer. Rows of ID embeddings belong to ids; they are
+      zero for nodes that were not trained.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    arrays = checkpoints.arrays(step)
+
+    def trained(path: tuple, leaf: Any) -> np.ndarray:
+        name = "/".join(("params", jax.tree_util.keystr(path, simple=True, separator="/")))
+        if name not in arrays:
+            raise CheckpointError(f"{name} is not in the checkpoint of step {step}; train in a new workdir")
+        array, own = arrays[name], str(getattr(path[-1], "key", ""))
+        if own.startswith(ID_EMBEDDING):
+            array = np.concatenate([array, np.zeros_like(array[:1])])
+            array = array[id_rows(fitted, dataset, own.removeprefix(ID_EMBEDDING))]
+        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"{name} is {array.dtype}{array.shape} in the checkpoint of step {step} and {leaf.dtype}{leaf.shape} "
+                "in the model; train in a new workdir"
+            )
+        return array
+
+    params = jax.tree_util.tree_map_with_path(trained, like.params)
+    return dataclasses.replace(like, step=np.int32(step), params=params, opt_state=(), encoder_snapshot=())
+
+
+def _training_tables(config: Config, workdir: Path) -> Dataset:
+    """Reads the tables of the training, and checks that they are these."""
+    dataset = read_dataset(config)
+    check_tables(digest(dataset), workdir, contents(dataset))
+    return dataset
 
 
 def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: str | Path | None) -> Config:
@@ -88,20 +217,19 @@ def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: 
     return from_dict(values)
 
 
-def model_digest(workdir: str | Path, split: str = "test") -> str:
-    """Returns the SHA-256 of the selected checkpoint's manifest, which identifies parameters and config.
+def model_digest(workdir: str | Path) -> str:
+    """Returns the SHA-256 of the served checkpoint's manifest, which identifies parameters and config.
 
     Args:
       workdir: folder of the run.
-      split: as for `load`.
     """
-    _, checkpoints, step = _chosen(Path(workdir), split)
+    _, checkpoints, step = _chosen(Path(workdir), "served")
     return checkpoints.digest(step)
 
 
-def _chosen(workdir: Path, split: str) -> tuple[Config, Checkpoints, int]:
+def _chosen(workdir: Path, model: str) -> tuple[Config, Checkpoints, int]:
     config, step, selected = read_finished(workdir)
-    phase = "refit" if config.train.refit and split != "valid" else selected
+    phase = phase_of(config.train.refit, selected, model)
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
     if step not in checkpoints.steps():
         raise FileNotFoundError(

@@ -25,7 +25,7 @@ import numpy as np
 
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import Config, to_dict
+from fused_rec.config import Config, measured_alone, to_dict
 from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
@@ -126,7 +126,7 @@ def compare_variants(
     A failed run does not stop the others; the report lists it in "failures" and in all tables.
 
     Args:
-      config: the base config.
+      config: the base config; with train.refit "all" nothing is trained after the test metrics are measured.
       names: of `VARIANTS`, trained once per seed, and of `BASELINES`, evaluated once. Names that do not apply to the
         tables are reported and skipped. The reference is "fused", or else the first name.
       seeds: values of train.seed.
@@ -145,6 +145,7 @@ def compare_variants(
       SaveError: the report could not be written.
     """
     check_names(names)
+    config = measured_alone(config)
     if trials:
         importlib.import_module("fused_rec.studies.tune")  # fails early if Optuna is missing
     if not seeds or len(set(seeds)) < len(seeds):

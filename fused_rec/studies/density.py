@@ -86,7 +86,7 @@ def measure_density(config: Config, density: Density, out: str | Path, *, comman
     """Runs or resumes the comparison of each point, and writes the report.
 
     A user's other training interactions are dropped as `fused_rec.data.splits.split` does: no model sees them, and
-    their items are not ranked, since the user has them. `train.refit` is set to False at all points, also with all
+    their items are not ranked, since the user has them. `train.refit` is "none" at all points, also with all
     interactions: a refit would add the validation split to the training history.
 
     Args:
@@ -127,7 +127,7 @@ def measure_density(config: Config, density: Density, out: str | Path, *, comman
 
 def _at(config: Config, history: int, share: float) -> Config:
     split = dataclasses.replace(config.split, history=history, new_item_share=share)
-    return dataclasses.replace(config, split=split, train=dataclasses.replace(config.train, refit=False))
+    return dataclasses.replace(config, split=split, train=dataclasses.replace(config.train, refit="none"))
 
 
 def _length(history: int) -> str:

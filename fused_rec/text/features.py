@@ -19,7 +19,7 @@ from fused_rec.data.node_texts import NodeTextLinks, NodeTexts
 from fused_rec.memory import require_memory
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import PretrainedModel, open_model
-from fused_rec.text.tfidf import TfidfModel, TfidfVectors, fit_tfidf
+from fused_rec.text.tfidf import TfidfModel, TfidfVectors, apply_tfidf, fit_tfidf
 from fused_rec.text.whitening import Whitening, apply_whitening, fit_whitening
 
 if TYPE_CHECKING:
@@ -45,11 +45,13 @@ class FittedFeatures:
       tfidf: terms and directions.
       scales: divisors of the columns.
       whitening: the transform of each node type, None where fewer than two nodes have text.
+      lm_width: H.
     """
 
     tfidf: TfidfModel
     scales: ColumnScales
     whitening: Mapping[str, Whitening | None]
+    lm_width: int
 
 
 class NodeRows(NamedTuple):
@@ -124,6 +126,32 @@ def encode_features(config: TextConfig, texts: NodeTexts, seed: int) -> TextFeat
     return fit_features(texts, lm, tfidf_model, tfidf)
 
 
+def apply_features(config: TextConfig, texts: NodeTexts, fitted: FittedFeatures, seed: int) -> TextFeatures:
+    """Encodes texts and applies what was fitted on others, so that a text gets the same vector whatever else there is.
+
+    Controls (text.features) are drawn anew, for the nodes of these texts.
+
+    Args:
+      config: settings of the text features.
+      texts: one text or more, with links to nodes.
+      fitted: of `encode_features` or `without_tfidf`, of these settings.
+      seed: seed of the controls.
+
+    Returns:
+      The features, as wide as those that were fitted.
+
+    Raises:
+      InsufficientMemoryError, FileNotFoundError, ModuleNotFoundError, CacheError, ValueError: as `encode_features`.
+    """
+    _require_room(texts, fitted.lm_width + fitted.tfidf.directions.shape[1])
+    if config.features == "random":
+        texts, lm = random_texts(texts, fitted.lm_width, seed)
+        return TextFeatures(texts, lm, apply_tfidf(fitted.tfidf, texts.texts), fitted)
+    lm = encode_by(open_language_model(config), config, texts.texts, cache=config.cache)
+    texts = shuffle_texts(texts, seed) if config.features == "shuffled" else texts
+    return TextFeatures(texts, lm, apply_tfidf(fitted.tfidf, texts.texts), fitted)
+
+
 def without_tfidf(texts: NodeTexts, lm: Float32[np.ndarray, "T H"]) -> TextFeatures:
     """Returns `fit_features` of the language model's vectors alone."""
     return fit_features(texts, lm, *fit_tfidf(texts.texts, 0))
@@ -148,7 +176,7 @@ def fit_features(
     for node_type, links in texts.links.items():
         means, has_text = node_means(links, vectors)
         whitening[node_type] = fit_whitening(means[has_text])
-    return TextFeatures(texts, lm, tfidf, FittedFeatures(tfidf_model, scales, whitening))
+    return TextFeatures(texts, lm, tfidf, FittedFeatures(tfidf_model, scales, whitening, lm.shape[1]))
 
 
 def rms_norm(view: Float32[np.ndarray, "T D"]) -> float:

@@ -4,6 +4,7 @@ Dimensions: T texts, V terms, D directions.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ class TfidfModel(NamedTuple):
 
     terms: Mapping[str, int]  # row of `directions` by term
     directions: Float64[np.ndarray, "V D"]
+    idf: Float64[np.ndarray, "V"]  # inverse document frequencies
 
     def occurrences(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Yields (start, end, row of the term) of each term of a text, in characters of the text."""
@@ -60,10 +62,10 @@ def fit_tfidf(texts: Sequence[str], dims: int) -> tuple[TfidfModel, TfidfVectors
     Raises:
       InsufficientMemoryError: the directions would not fit into memory.
     """
-    weights, terms = _term_weights(texts) if dims else _no_terms(len(texts))
+    weights, terms, idf = _term_weights(texts) if dims else _no_terms(len(texts))
     if weights.shape[1] < 2:  # scikit-learn cannot decompose it
-        weights, _ = _no_terms(len(texts))
-        return TfidfModel({}, np.zeros((0, 0))), TfidfVectors(np.zeros((len(texts), 0), np.float32), weights)
+        model = TfidfModel({}, np.zeros((0, 0)), np.zeros(0))
+        return model, apply_tfidf(model, texts)
     # Imported here: scikit-learn would add a second to `import fused_rec.training`.
     from sklearn.decomposition import TruncatedSVD
 
@@ -74,26 +76,53 @@ def fit_tfidf(texts: Sequence[str], dims: int) -> tuple[TfidfModel, TfidfVectors
     # All directions where they are few: of two with equal singular values, either could be the one excluded.
     first: Any = TruncatedSVD(min(dims, *weights.shape), random_state=0)
     vectors = first.fit_transform(weights).astype(np.float32)
-    return TfidfModel(terms, np.asarray(first.components_).T), TfidfVectors(vectors, weights)
+    return TfidfModel(terms, np.asarray(first.components_).T, idf), TfidfVectors(vectors, weights)
 
 
-def _term_weights(texts: Sequence[str]) -> tuple[Any, Mapping[str, int]]:
-    """Computes the TF-IDF matrix [T, V] of texts, and the column of each term."""
+def apply_tfidf(model: TfidfModel, texts: Sequence[str]) -> TfidfVectors:
+    """Computes the vectors of any texts in a fitted model: a text gets the same vector whatever other texts there are.
+
+    Args:
+      model: of `fit_tfidf`.
+      texts: T texts; terms that the model does not have are left out.
+
+    Returns:
+      The vectors, zero for a text without a term of the model; those of the fitted texts up to rounding.
+    """
+    from scipy.sparse import csr_matrix
+
+    rows, columns, values = [], [], []
+    for row, text in enumerate(texts if model.terms else ()):
+        counts = Counter(model.terms[term] for term in TERM.findall(text.lower()) if term in model.terms)
+        found = np.fromiter(counts, np.int64, len(counts))
+        weight = (1 + np.log(np.fromiter(counts.values(), np.float64, len(counts)))) * model.idf[found]
+        rows.append(np.full(len(found), row))
+        columns.append(found)
+        values.append(weight / max(np.linalg.norm(weight), 1e-300))
+    shape = len(texts), len(model.idf)
+    none = [np.zeros(0, np.int64)]
+    at = np.concatenate(rows or none), np.concatenate(columns or none)
+    weights = csr_matrix((np.concatenate(values or [np.zeros(0)]), at), shape=shape)
+    return TfidfVectors((weights @ model.directions).astype(np.float32), weights)
+
+
+def _term_weights(texts: Sequence[str]) -> tuple[Any, Mapping[str, int], Float64[np.ndarray, "V"]]:
+    """Computes the TF-IDF matrix [T, V] of texts, the column of each term, and the terms' inverse frequencies."""
     if len(texts) < 4:  # no term is in two texts and in at most half of them
         return _no_terms(len(texts))
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     counts = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.5, token_pattern=TERM.pattern)
     try:
-        return counts.fit_transform(texts), counts.vocabulary_
+        return counts.fit_transform(texts), counts.vocabulary_, counts.idf_
     except ValueError as error:  # scikit-learn's error where no term is left
         if "vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
             raise
         return _no_terms(len(texts))
 
 
-def _no_terms(n_texts: int) -> tuple[Any, Mapping[str, int]]:
+def _no_terms(n_texts: int) -> tuple[Any, Mapping[str, int], Float64[np.ndarray, "V"]]:
     """Returns the TF-IDF matrix of texts that share no term, [T, 0]."""
     from scipy.sparse import csr_matrix
 
-    return csr_matrix((n_texts, 0)), {}
+    return csr_matrix((n_texts, 0)), {}, np.zeros(0)

@@ -169,14 +169,9 @@ class Checkpoints:
           CheckpointError: the step is missing or damaged, or a leaf is missing, unknown, or of another shape or dtype
             than in `like`; names the leaf. Nothing is cast.
         """
-        path = self._folder / str(step)
-        if not (path / MANIFEST).is_file():
-            raise CheckpointError(f"{path} holds no checkpoint; this run has the steps {self.steps()}")
-        if problem := self._problem(step):
-            raise CheckpointError(problem)
-        record = self._record(step)
-        wanted = named_leaves(like)
-        saved = {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record["leaves"].items()}
+        record = self._sound_record(step)
+        path, wanted = self._folder / str(step), named_leaves(like)
+        saved = _shapes(record)
         for name in sorted(wanted.keys() | saved.keys()):
             here = saved.get(name)
             there = (tuple(wanted[name].shape), wanted[name].dtype.name) if name in wanted else None
@@ -185,12 +180,36 @@ class Checkpoints:
                     f"{path}: {name} is {_describe(here)} in the checkpoint and {_describe(there)} in the model; "
                     "build the model from the configuration that the checkpoint was trained with."
                 )
+        arrays = self._arrays(step, record)
+        placed = [_place(name, arrays[name], leaf) for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), placed), record["extras"]
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of a checkpoint by name, on the host, for a model of other nodes.
+
+        Args:
+          step: one of `steps()`.
+
+        Raises:
+          CheckpointError: the step is missing or damaged.
+        """
+        return {name: np.asarray(array) for name, array in self._arrays(step, self._sound_record(step)).items()}
+
+    def _sound_record(self, step: int) -> dict[str, Any]:
+        path = self._folder / str(step)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(f"{path} holds no checkpoint; this run has the steps {self.steps()}")
+        if problem := self._problem(step):
+            raise CheckpointError(problem)
+        return self._record(step)
+
+    def _arrays(self, step: int, record: Mapping[str, Any]) -> dict[str, Any]:
+        saved = _shapes(record)
         arrays = {name: np.zeros(shape, jnp.dtype(dtype)) for name, (shape, dtype) in saved.items() if 0 in shape}
         if len(arrays) < len(saved):
             with _orbax() as orbax:
-                arrays |= orbax.restore((path / STATE).absolute())
-        placed = [_place(name, arrays[name], leaf) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), placed), record["extras"]
+                arrays |= orbax.restore((self._folder / str(step) / STATE).absolute())
+        return arrays
 
     def digest(self, step: int) -> str:
         """Returns the SHA-256 of the manifest of a step, which covers all bytes that `restore` verifies."""
@@ -302,6 +321,11 @@ def _place(name: str, array: Any, leaf: Any) -> Any:
     if placed.shape != leaf.shape or placed.dtype != leaf.dtype:  # device_put narrows 64-bit values unless told not to
         raise CheckpointError(f"{name} came back as {placed.dtype}{placed.shape}, not {leaf.dtype}{leaf.shape}")
     return placed
+
+
+def _shapes(record: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns shape and dtype of each leaf of a checkpoint."""
+    return {name: (tuple(leaf["shape"]), leaf["dtype"]) for name, leaf in record["leaves"].items()}
 
 
 def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:

@@ -21,7 +21,7 @@ from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, evalu
 from fused_rec.evaluation.slices import Slices, bands, item_slices, user_slices
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.training.footprint import require_embedding
-from fused_rec.training.inputs import Prepared, prepare, with_pretrained_text
+from fused_rec.training.inputs import ModelInputs, Prepared, prepare, with_pretrained_text
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import GraphInputs, TrainState
 
@@ -104,7 +104,7 @@ def held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]
     return RankingSpec(seen, dataset.n_items, candidates), truth
 
 
-def scorer(config: Config, prepared: Prepared, state: TrainState) -> jax.tree_util.Partial:
+def scorer(config: Config, prepared: ModelInputs, state: TrainState) -> jax.tree_util.Partial:
     """Builds the scorer of a trained model.
 
     A user about whom the model knows nothing, so that all scores are equal, is scored by popularity, as by a
@@ -146,7 +146,7 @@ def scores_of(
 
 
 def user_item_vectors(
-    config: Config, prepared: Prepared, state: TrainState
+    config: Config, prepared: ModelInputs, state: TrainState
 ) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
     """Computes vectors of all users and items, on the host, whose inner products are the scores of `scorer`.
 
@@ -284,7 +284,7 @@ def _has_equal_scores(scores: Any) -> jax.Array:
     return scores.max(axis=1, keepdims=True) == scores.min(axis=1, keepdims=True)
 
 
-def interactions_of(prepared: Prepared) -> Interactions:
+def interactions_of(prepared: ModelInputs) -> Interactions:
     """Returns the observed interactions, text features and social edges, as the baselines take them."""
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
     text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))

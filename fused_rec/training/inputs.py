@@ -2,42 +2,67 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from fused_rec.baselines.neighbors import item_counts
-from fused_rec.config import Config, GraphConfig, ModelConfig
+from fused_rec.config import Config, GraphConfig, ModelConfig, Refit, TextConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.leakage import audit
 from fused_rec.data.node_texts import NodeTexts, node_texts
 from fused_rec.data.sources import registry
-from fused_rec.data.splits import Observed, Split, observe, split
+from fused_rec.data.splits import SPLIT_NAMES, Observed, Split, observe, observe_all, split
+from fused_rec.graph.adjacency import DegreeScale
 from fused_rec.graph.build import build, check_relations
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import HostGraph
-from fused_rec.graph.schema import NO_TEXT_DIM
+from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER, Relation
+from fused_rec.model.model import active_relations
 from fused_rec.text.cache import open_cache
-from fused_rec.text.features import TextFeatures, encode_features, without_tfidf
+from fused_rec.text.features import FittedFeatures, TextFeatures, apply_features, encode_features, without_tfidf
+from fused_rec.text.tfidf import apply_tfidf
 from fused_rec.training import finetune
+from fused_rec.training.fitted import Fitted, node_ids
 from fused_rec.training.train_step import GraphInputs, TrainState, init
 
 LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A dataset, its split, and the graph of its observed splits."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """A dataset, and the graph of what a model may use of it: everything, unless it is split (`Prepared`)."""
 
+    history: ClassVar[str] = "all"
     dataset: Dataset
-    split: Split
-    observed: Observed  # interactions, texts and ties of the observed splits; ties as in the graph
-    splits: tuple[str, ...]  # the observed splits
+    observed: Observed  # interactions, texts and ties that the model uses; ties as in the graph
     text: TextFeatures  # by the pretrained encoder
     graph_inputs: GraphInputs
     encoder_data: finetune.EncoderData | None = None  # if the text encoder is trained
+    unknown: Mapping[str, int] = dataclasses.field(default_factory=dict)  # counts of what the model cannot use
+
+    def served(self) -> dict[str, Any]:
+        """Describes what a ranking uses: which history, and the numbers of users, items and rows."""
+        counts = self.dataset.n_users, self.dataset.n_items, len(self.observed.user)
+        names = "customers", "products", "interactions", "reviews", "social edges"
+        used = dict(zip(names, (*counts, len(self.observed.reviews), len(self.observed.ties)), strict=True))
+        return {"history": self.history, **used, "unknown": dict(self.unknown)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared(ModelInputs):
+    """The same of a split dataset, of which some splits are observed: inputs of training and evaluation."""
+
+    history: ClassVar[str] = "train"
+    split: Split
+    splits: tuple[str, ...]  # the observed splits
+
+
+AnyInputs = TypeVar("AnyInputs", bound=ModelInputs)
 
 
 def read(config: Config) -> tuple[Dataset, Split]:
@@ -126,17 +151,89 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
     )
 
 
-def seen_splits(refit: bool, split: str = "test") -> tuple[str, ...]:
-    """Returns the splits that the model to evaluate on a split was trained on.
+def serving_inputs(config: Config, dataset: Dataset, fitted: Fitted) -> ModelInputs:
+    """Prepares everything that tables have for a trained model, by what its training fitted.
 
     Args:
-      refit: train.refit: the final model is trained on the validation split too.
-      split: the split to evaluate; the model of step selection is evaluated on "valid".
+      config: all settings of the run.
+      dataset: the tables, those of the training or others.
+      fitted: of the training.
+
+    Returns:
+      The inputs. `unknown` counts ties of kinds that the model does not know, and users and items of whom there is
+      neither text nor any edge that it reads.
+
+    Raises:
+      InsufficientMemoryError: text embeddings do not fit in memory.
+      ValueError: columns that make no graph (`fused_rec.graph.build.check_relations`), or no texts for a trained text
+        encoder.
     """
-    return ("train", "valid") if refit and split != "valid" else ("train",)
+    observed = observe_all(dataset)
+    texts = node_texts(dataset, observed)
+    ties, unknown = _known_ties(social_edges(config.graph, observed.ties, config.train.seed), fitted)
+    observed = dataclasses.replace(observed, ties=ties)
+    check_relations(dataset.items, ties, config.graph)
+    text = _applied_text(config, texts, fitted.text)
+    rows = {name: nodes.rows for name, nodes in text.node_rows().items()}
+    graph = build(dataset, observed, rows, config.graph, fitted.scales)
+    inputs = ModelInputs(
+        dataset=dataset,
+        observed=observed,
+        text=text,
+        graph_inputs=make_graph_inputs(config.model, dataset, observed, graph, fitted.scales),
+        encoder_data=None if config.text.finetune == "frozen" else finetune.encoder_data(config.text, text),
+    )
+    return dataclasses.replace(inputs, unknown=unknown | _unreached(config.model, inputs))
 
 
-def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed, graph: HostGraph) -> GraphInputs:
+def _known_ties(ties: pa.Table, fitted: Fitted) -> tuple[pa.Table, dict[str, int]]:
+    """Splits off the ties of kinds that a training did not have, and counts them."""
+    known = {relation.name for relation in fitted.scales if relation.source == relation.target == USER}
+    is_known = np.array([kind in known for kind in ties.column("kind").to_pylist()], bool)
+    if is_known.all():
+        return ties, {}
+    first = ties.column("kind")[int(np.argmin(is_known))].as_py()
+    what = f"ties of kinds that the training did not have, not used (the first: {first!r})"
+    return ties.filter(pa.array(is_known)), {what: int((~is_known).sum())}
+
+
+def _unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
+    """Counts the users and the items without text and edges."""
+    found: dict[str, int] = {}
+    graph = inputs.graph_inputs.graph
+    for node_type, what in ((USER, "customers"), (ITEM, "products")):
+        reached = np.asarray(graph.text[node_type]).any(1)
+        for relation in active_relations(config, graph):
+            if relation.target == node_type:
+                reached = reached | (np.asarray(graph.adjacencies[relation].degrees.in_degree) > 0)
+        if not reached.all():
+            first = node_ids(inputs.dataset, node_type)[int(np.argmin(reached))].as_py()
+            what = f"{what} without text and edges, ranked by popularity alone"
+            LOG.warning("the first of the %s: %r", what, first)  # the counts stand in cards, which name no customer
+            found[what] = int((~reached).sum())
+    return found
+
+
+def seen_splits(refit: Refit, model: str = "test") -> tuple[str, ...]:
+    """Returns the splits that a model of a run was trained on.
+
+    Args:
+      refit: train.refit.
+      model: that of step selection, which validation metrics are of ("valid"), that which test metrics are of
+        ("test"), or the one that is served.
+    """
+    if refit == "all" and model == "served":
+        return SPLIT_NAMES
+    return SPLIT_NAMES[:2] if refit == "valid" and model != "valid" else SPLIT_NAMES[:1]
+
+
+def make_graph_inputs(
+    config: ModelConfig,
+    dataset: Dataset,
+    observed: Observed,
+    graph: HostGraph,
+    scales: Mapping[Relation, DegreeScale] | None = None,
+) -> GraphInputs:
     """Adds to a graph what else the model reads: trained items and popularity.
 
     Args:
@@ -144,15 +241,16 @@ def make_graph_inputs(config: ModelConfig, dataset: Dataset, observed: Observed,
       dataset: for the numbers of users and items.
       observed: the observed interactions.
       graph: the graph of them.
+      scales: what standardizes degrees, as of `device_graph`.
 
     Returns:
       The inputs, on the host.
     """
     popularity = item_counts(observed.item, observed.age, config.popularity_half_life, dataset.n_items)
-    return GraphInputs(device_graph(graph), trained_item_mask(dataset, observed), popularity)
+    return GraphInputs(device_graph(graph, scales=scales), trained_item_mask(dataset, observed), popularity)
 
 
-def init_state(config: Config, prepared: Prepared) -> TrainState:
+def init_state(config: Config, prepared: ModelInputs) -> TrainState:
     """Initializes a training state, including the text encoder's parameters if it is trained.
 
     Args:
@@ -166,7 +264,7 @@ def init_state(config: Config, prepared: Prepared) -> TrainState:
     return state if prepared.encoder_data is None else finetune.init_state(config, prepared.encoder_data, state)
 
 
-def with_finetuned_text(config: Config, prepared: Prepared, state: TrainState) -> Prepared:
+def with_finetuned_text(config: Config, prepared: AnyInputs, state: TrainState) -> AnyInputs:
     """Replaces text embeddings by those of the fine-tuned encoder; embeddings are cached on disk.
 
     Args:
@@ -184,7 +282,7 @@ def with_finetuned_text(config: Config, prepared: Prepared, state: TrainState) -
     return dataclasses.replace(prepared, graph_inputs=found.graph_inputs)
 
 
-def with_pretrained_text(prepared: Prepared) -> Prepared:
+def with_pretrained_text(prepared: AnyInputs) -> AnyInputs:
     """Replaces text embeddings by those of the pretrained encoder, which baselines use; inverts `with_finetuned_text`.
 
     Args:
@@ -228,12 +326,24 @@ def text_features(config: Config, texts: NodeTexts) -> TextFeatures:
       InsufficientMemoryError: text features do not fit in memory.
       ValueError: the text encoder is to be trained, and there are no texts.
     """
-    if not texts.texts and config.text.finetune != "frozen":
-        mode = config.text.finetune
-        raise ValueError(f"text.finetune is {mode!r}, and these tables have no texts; it must be frozen")
+    _require_texts(config.text, texts)
     if not config.model.reads_text or not texts.texts:
         return without_tfidf(texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32))
     return encode_features(config.text, texts, config.train.seed)
+
+
+def _applied_text(config: Config, texts: NodeTexts, fitted: FittedFeatures) -> TextFeatures:
+    """Returns the text features by what was fitted on other texts; raises as `text_features`."""
+    _require_texts(config.text, texts)
+    if texts.texts and fitted.lm_width != NO_TEXT_DIM:
+        return apply_features(config.text, texts, fitted, config.train.seed)
+    lm = np.zeros((len(texts.texts), fitted.lm_width), np.float32)
+    return TextFeatures(texts, lm, apply_tfidf(fitted.tfidf, texts.texts), fitted)
+
+
+def _require_texts(config: TextConfig, texts: NodeTexts) -> None:
+    if not texts.texts and config.finetune != "frozen":
+        raise ValueError(f"text.finetune is {config.finetune!r}, and these tables have no texts; it must be frozen")
 
 
 def trained_item_mask(dataset: Dataset, observed: Observed) -> np.ndarray:

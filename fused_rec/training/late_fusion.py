@@ -28,7 +28,7 @@ from fused_rec.training.component_weights import (
     select_weights,
 )
 from fused_rec.training.evaluate import held_out, interactions_of
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import AnyInputs, ModelInputs, Prepared
 from fused_rec.training.sharding import parallel_trained_vectors, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import TrainState
 
@@ -65,12 +65,13 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
     return Selection(**processes.broadcast_json(found))
 
 
-def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepared:
+def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInputs:
     """Adds weights and closed-form components to the graph inputs, built from what `prepared` observes.
 
     Args:
-      prepared: tables, split and graph.
-      selection: of `select_late_fusion`, possibly of another split; None: the trained model alone.
+      prepared: tables and graph.
+      selection: of `select_late_fusion`, possibly of another split or other tables, which may lack what a component
+        needs: it is left out then. None: the trained model alone.
 
     Returns:
       `prepared` with other graph inputs.
@@ -85,6 +86,9 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
             trained[name] = np.asarray(weight, np.float32)
             continue
         recommender = COMPONENTS[name]
+        if absent := [what for what in recommender.needs if not evidence.has(what)]:
+            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
+            continue
         made = recommender.make(evidence, **selection.settings.get(name, recommender.grid[0]))
         part = closed_form(name, weight, made, recommender.user_source)
         # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
@@ -93,7 +97,7 @@ def with_late_fusion(prepared: Prepared, selection: Selection | None) -> Prepare
     return found if selection.launch is None else with_launch(found, Launch(**selection.launch))
 
 
-def with_launch(prepared: Prepared, launch: Launch) -> Prepared:
+def with_launch(prepared: AnyInputs, launch: Launch) -> AnyInputs:
     """Adds the components of a launch prior, built from what `prepared` observes.
 
     Args:
@@ -111,7 +115,7 @@ def with_launch(prepared: Prepared, launch: Launch) -> Prepared:
     return _with_fusion(prepared, dataclasses.replace(fusion, closed=fusion.closed + parts))
 
 
-def _with_fusion(prepared: Prepared, fusion: LateFusion) -> Prepared:
+def _with_fusion(prepared: AnyInputs, fusion: LateFusion) -> AnyInputs:
     return dataclasses.replace(prepared, graph_inputs=dataclasses.replace(prepared.graph_inputs, fusion=fusion))
 
 
@@ -144,7 +148,7 @@ def validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
     return ValidationUsers(users, truth, spec.seen, allowed, np.log1p(counts).astype(np.float32))
 
 
-def _evidence(prepared: Prepared) -> Evidence:
+def _evidence(prepared: ModelInputs) -> Evidence:
     return Evidence(interactions_of(prepared), prepared.text.term_rows(ITEM))
 
 

@@ -147,7 +147,7 @@ def sharding_axes(tree: PyTree) -> PyTree:
 
 def compile_key(config: Config) -> Config:
     """Returns the config with every setting that the compiled step does not depend on set to a fixed value."""
-    same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": False}
+    same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": "none"}
     train = dataclasses.replace(config.train, **same, num_neighbors=0, wandb="")
     return Config(model=config.model, train=train)
 

@@ -1,7 +1,8 @@
 """The training run: from a config and tables to a checkpointed model and `results.json`.
 
 `run_training(config, workdir)` reads, splits and prepares the tables, selects a step by validation (`fit`), optionally
-refits on train and valid, and evaluates on the test split once. The files are those of `fused_rec.runs.run_dir`.
+refits on train and valid, evaluates on the test split once, and optionally trains the model to serve on all rows. The
+files are those of `fused_rec.runs.run_dir`.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wan
 from fused_rec.runs.model_card import card, counts
 from fused_rec.runs.run_dir import (
     CARD,
+    REFIT,
+    REFIT_ALL,
     RESULTS,
     TEST_METRICS_PER_USER,
     RunResults,
@@ -38,6 +41,7 @@ from fused_rec.runs.run_dir import (
     finished_results,
     init_run_dir,
     lock_run_dir,
+    phase_of,
     read_run,
     when_finished,
     write_card,
@@ -54,6 +58,7 @@ from fused_rec.training.evaluate import (
     scorer,
     sharded_scorer,
 )
+from fused_rec.training.fitted import FITTED, fitted_of, write_fitted
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import (
     Prepared,
@@ -138,7 +143,7 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
-    """Selects a step by validation, refits if configured, evaluates on the test split and writes the results."""
+    """Selects a step by validation, evaluates on the test split, refits as train.refit says, and writes the results."""
     given = config
     if config.model.late_fusion:  # refused now rather than after training
         require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
@@ -151,15 +156,21 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         prepared = with_launch(prepared, launch)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
-    if config.train.refit:
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits(refit=True))
-        state, refitted = fit(config, prepared, workdir / "refit", steps=progress.best_step, metric_writer_of=shown)
+    if config.train.refit == "valid":
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"))
+        state, refitted = fit(config, prepared, workdir / REFIT, steps=progress.best_step, metric_writer_of=shown)
         prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
 
     # Model selection is over: the only use of the test split.
     score = scorer(config, prepared, state)
     per_user = evaluate_users(prepared, score, "test")
+    slices = evaluate_slices(prepared, score, per_user)
+
+    if config.train.refit == "all":  # for serving alone; the metrics stay those of the model before
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("all", "served"))
+        _, refitted = fit(config, prepared, workdir / REFIT_ALL, steps=progress.best_step, metric_writer_of=shown)
+        seconds += refitted.seconds
     results = RunResults(
         dataset=prepared.dataset.name,
         split=prepared.split.kind,
@@ -167,12 +178,13 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         seed=config.train.seed,
         valid=valid,
         test=mean(per_user),
-        slices=evaluate_slices(prepared, score, per_user),
+        slices=slices,
         selected={
             "best_step": progress.best_step,
             "phase": phase,
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
+            "counts": counts(prepared.dataset, prepared.split),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -180,7 +192,9 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        write_card(workdir / CARD, _card(workdir, prepared, results))
+        fitted = fitted_of(config.model, prepared.dataset, prepared.text.fitted, prepared.graph_inputs)
+        write_fitted(workdir / FITTED, fitted)
+        write_card(workdir / CARD, _card(workdir, results))
         write_json(workdir / RESULTS, results)
     return results
 
@@ -208,12 +222,12 @@ def _select(
     return *found, seconds
 
 
-def _card(workdir: Path, prepared: Prepared, results: Mapping[str, Any]) -> str:
-    """The model card of the selected checkpoint."""
-    checkpoints = Path("refit" if results["config"]["train"]["refit"] else results["phase"]) / "checkpoints"
+def _card(workdir: Path, results: Mapping[str, Any]) -> str:
+    """The model card of the served checkpoint."""
+    checkpoints = Path(phase_of(results["config"]["train"]["refit"], results["phase"], "served")) / "checkpoints"
     step = results["best_step"]
     digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
-    return card(results, counts(prepared.dataset, prepared.split), digests, (checkpoints / str(step)).as_posix())
+    return card(results, digests, (checkpoints / str(step)).as_posix())
 
 
 def fit(

@@ -32,7 +32,7 @@ SETTINGS = {
     "train.patience": 100,
     "train.learning_rate": 0.02,
     "train.temperature": 0.15,
-    "train.refit": True,
+    "train.refit": "valid",
 }
 KINDS = ("any time", "any time", "while saving", "while saving", "after a save", "second phase")
 KILLS_A_RUN = 5

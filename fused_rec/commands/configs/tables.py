@@ -8,5 +8,5 @@ def get_config():
     return config_dict(
         data={"name": "tables"},
         model={"late_fusion": True, "dim": 128, "user_id_embedding": False, "edge_dropout": 0.5},
-        train={"temperature": 0.0, "learning_rate": 0.003, "eval_every": 20},
+        train={"refit": "all", "temperature": 0.0, "learning_rate": 0.003, "eval_every": 20},
     )
