@@ -10,14 +10,17 @@ validation splits the sum therefore stays at the best single component.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from fused_rec.evaluation.item_sets import UserItemSets
+from fused_rec.evaluation.top_k import TieBreak, random_order, top_k_filtered
 from fused_rec.model.late_fusion import MIN_VARIANCE
 
 LOG = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a componen
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
 FALLBACK = 1e-5  # standard deviations of popularity, beside scores of standard deviation 1
+ROUNDING = 1e-6  # of the largest score of a user: their standard deviation, where equal scores are computed in float32
 CHUNK = 1 << 25  # scores that are held at once
 
 
@@ -48,6 +52,11 @@ class Candidate:
     settings: Mapping[str, Any]
     users: Float32[np.ndarray, "V R"]
     items: Float32[np.ndarray, "I R"]
+
+    @functools.cached_property
+    def item_variance(self) -> float:
+        """The sum of the variances of the columns of `items`."""
+        return float(self.items.var(0).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,15 +198,32 @@ def ndcg_of_lists(
     Returns:
       Float32 [V].
     """
-    if scores.shape[1] > K:
-        first = np.argpartition(-scores, K, axis=1)[:, :K]
-        scores, truth = (np.take_along_axis(x, first, axis=1) for x in (scores, truth))
-    order = np.argsort(-scores, axis=1, kind="stable")
-    hits = np.take_along_axis(truth, order, axis=1)
+    first = best_items(scores, np.isfinite(scores), K)
+    # Short lists are filled with items that are not listed, and these are no truth.
+    hits = np.take_along_axis(truth & np.isfinite(scores), first, axis=1)
     hits = np.pad(hits, ((0, 0), (0, max(0, K - hits.shape[1]))))
     discount = 1 / np.log2(np.arange(2, K + 2))
     ideal = np.concatenate([[1], np.cumsum(discount)])[np.minimum(n_truth, K)]  # 1: no held-out item, no hit
     return ((hits * discount).sum(1) / ideal).astype(np.float32)
+
+
+def best_items(scores: Float32[np.ndarray, "B I"], eligible: Bool[np.ndarray, "B I"], k: int) -> Int[np.ndarray, "B k"]:
+    """Returns the best eligible items, best first; a list with fewer than k ends with items that are not eligible.
+
+    Args:
+      scores: of all items, finite where eligible.
+      eligible: the candidates.
+      k: length of the lists, at most I.
+    """
+    order = random_order(scores.shape[1], 0)
+    found = np.array(_best_items(np.where(eligible, scores, 0), eligible, order, min(k, scores.shape[1])))
+    first_other = np.argmin(eligible, axis=1)
+    return np.where(found < 0, first_other[:, None], found)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _best_items(scores: Any, eligible: Any, order: TieBreak, k: int) -> jax.Array:
+    return top_k_filtered(scores, eligible, order, k)[0]
 
 
 def _ndcg_of(candidate: Candidate, on: ValidationUsers) -> Float32[np.ndarray, "V"]:
@@ -227,13 +253,15 @@ def standardized_scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray
     Returns:
       Float32 [B, I].
     """
-    users, items = candidate.users[rows], candidate.items
-    centered = items - items.mean(0, keepdims=True)
-    covariance = centered.T @ centered / np.float32(len(items))
-    variance = ((users @ covariance) * users).sum(1)
-    varies = variance > MIN_VARIANCE * (users * users).sum(1) * np.trace(covariance)
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0).astype(np.float32)
-    return (scale[:, None] * users) @ items.T
+    users = candidate.users[rows]
+    scores = users @ candidate.items.T
+    variance = scores.var(1)
+    rounding = np.maximum(
+        MIN_VARIANCE * (users * users).sum(1) * candidate.item_variance, (ROUNDING * np.abs(scores).max(1)) ** 2
+    )
+    varies = variance > rounding
+    scores *= np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0).astype(np.float32)[:, None]
+    return scores
 
 
 def user_batches(on: ValidationUsers, components: int):
@@ -269,14 +297,15 @@ def _short_lists(chosen: Sequence[Candidate], on: ValidationUsers) -> ShortLists
     parts = []
     for rows, masked, truth in user_batches(on, len(chosen)):
         found = np.stack([standardized_scores(candidate, rows) for candidate in chosen])
-        depth = min(DEPTH, masked.shape[1])
         listed = np.zeros_like(truth)
         for own in found:
-            first = np.argpartition(np.where(masked, np.inf, -own - _fallback(on)), depth - 1, axis=1)[:, :depth]
-            np.put_along_axis(listed, first, True, axis=1)
+            np.put_along_axis(listed, best_items(own + _fallback(on), ~masked, DEPTH), True, axis=1)
         listed &= ~masked
-        order = np.argsort(~listed, axis=1, kind="stable")[:, : max(1, int(listed.sum(1).max(initial=0)))]
-        kept = np.take_along_axis(listed, order, axis=1)
+        row, item = np.nonzero(listed)
+        place = np.arange(len(row)) - np.searchsorted(row, row)  # nonzero gives rows in order
+        order = np.zeros((len(listed), max(1, int(listed.sum(1).max(initial=0)))), np.int64)
+        kept = np.zeros(order.shape, bool)
+        order[row, place], kept[row, place] = item, True
         scores = np.where(kept, np.take_along_axis(found, order[None], axis=2), 0)
         hits = np.take_along_axis(truth, order, axis=1) & kept
         parts.append((scores, kept, hits, _fallback(on)[order], truth.sum(1)))
