@@ -12,7 +12,7 @@ from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.leakage import audit
-from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.node_texts import NodeTexts, ReviewTexts, node_texts
 from fused_rec.data.sources import registry
 from fused_rec.data.splits import Observed, Split, observe, split
 from fused_rec.graph.build import build, check_relations
@@ -234,6 +234,24 @@ def text_features(config: Config, texts: NodeTexts) -> TextFeatures:
     if not config.model.reads_text or not texts.texts:
         return without_tfidf(texts, np.zeros((len(texts.texts), NO_TEXT_DIM), np.float32))
     return encode_features(config.text, texts, config.train.seed)
+
+
+def dropped_reviews(config: Config, texts: NodeTexts) -> ReviewTexts | None:
+    """Returns the reviews that model.review_dropout applies to in training steps.
+
+    Args:
+      config: settings of model, text and training.
+      texts: texts and their links to nodes.
+
+    Returns:
+      The reviews of observed interactions; None where there are none, or where steps keep all texts: without edge
+      dropout or text inputs, with sampled neighbors, with a trained text encoder, and for controls of the text.
+    """
+    model, reviews = config.model, texts.reviews
+    applies = model.review_dropout and model.edge_dropout > 0 and model.uses_text
+    if not applies or config.train.num_neighbors or config.text.finetune != "frozen":
+        return None
+    return reviews if reviews is not None and len(reviews.text) else None
 
 
 def trained_item_mask(dataset: Dataset, observed: Observed) -> np.ndarray:
