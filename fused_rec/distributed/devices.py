@@ -189,8 +189,8 @@ class PmappedFn:
         at, self._in = jax.tree.flatten(in_axes, is_leaf=_is_none)
         to, self._out = jax.tree.flatten(out_axes, is_leaf=_is_none)
         argument = [i for i, axes in enumerate(in_axes) for _ in jax.tree.leaves(axes, is_leaf=_is_none)]
-        # jax.pmap takes integers as axes of the leaves, not of the arguments, where there happen to be as many leaves as
-        # arguments (None has none of its own, a batch has four). A tuple among the axes keeps it from that.
+        # jax.pmap takes the axes for those of the leaves, not of the arguments, where there happen to be as many leaves
+        # as arguments (None has no leaf, a batch has four). A tuple among the axes keeps it from that.
 
         def flat(_: tuple, *parts: Any) -> tuple:
             return tuple(self._out.flatten_up_to(function(*self._in.unflatten(parts))))
