@@ -219,6 +219,7 @@ class ModelConfig:
     # embeddings are dropped, in any variant with ID embeddings (RLMRec-Gen); 0 = none
     text_reconstruction: float = 0.0
     edge_dropout: float = 0.0  # fraction of user-item edges dropped from message passing per step
+    review_dropout: bool = True  # a dropped edge takes its reviews out of the text of its user and item in that step
     # fraction of nodes whose ID embedding is dropped per step; a learned row replaces it with text_reconstruction
     id_embedding_dropout: float = 0.1
     id_init_std: float = 0.1  # standard deviation of the initial ID embeddings

@@ -31,7 +31,7 @@ from fused_rec.config import (
     Variant,
 )
 from fused_rec.data.batches import Batch, batch, steps_per_epoch, user_items
-from fused_rec.distributed.devices import AXIS
+from fused_rec.distributed.devices import AXIS, pmap_over_devices
 from fused_rec.graph.adjacency import Backend, shard_adjacency
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
@@ -298,6 +298,20 @@ def test_split_batch_by_hand():
     for part, same in zip(shard_batch(whole, 3), whole, strict=True):
         np.testing.assert_array_equal(part[:, 0], same)
     assert shard_batch(whole, 4).users.tolist() == [[7], [8], [9], [0]]
+
+
+@pytest.mark.parametrize("absent", range(6))
+def test_arguments_keep_their_axes_beside_absent_ones(absent):
+    """Also where arguments without leaves are as many as the leaves that another one has beyond one."""
+
+    def shapes(_, rows, whole):
+        return rows.users[None] + whole, rows.mask
+
+    axes, batch_there = ((None,) * absent, 0, None), shard_batch(batch_of(0), 2)
+    mapped = pmap_over_devices(shapes, 2, in_axes=axes, out_axes=(0, 0))
+    found, mask = mapped((None,) * absent, batch_there, jnp.int32(1))
+    assert found.shape == (2, 1, 3) and mask.shape == batch_there.mask.shape
+    np.testing.assert_array_equal(found[:, 0], batch_there.users + 1)
 
 
 @pytest.mark.parametrize("devices", [None, 1, 2, 4])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Float64, Int32
 
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.nodes import ITEM, USER
@@ -25,6 +25,15 @@ class NodeTextLinks(NamedTuple):
     n_nodes: int  # nodes of the type, with or without text
 
 
+class ReviewTexts(NamedTuple):
+    """The R observed reviews with text whose user and item have an observed interaction."""
+
+    user: Int32[np.ndarray, "R"]
+    item: Int32[np.ndarray, "R"]
+    text: Int32[np.ndarray, "R"]  # index into `NodeTexts.texts`
+    weights: Mapping[str, Float32[np.ndarray, "R"]]  # share of the text of the user and of the item, by node type
+
+
 @dataclass(frozen=True)
 class NodeTexts:
     """Texts of the nodes as sparse weights over T distinct texts.
@@ -33,10 +42,12 @@ class NodeTexts:
       texts: T texts, stripped and not blank, in order of first appearance: user descriptions, item descriptions,
         reviews.
       links: which nodes have which texts, for the node types `USER` and `ITEM`.
+      reviews: the part of the links that comes from reviews of observed interactions; None for a control.
     """
 
     texts: list[str]
     links: Mapping[str, NodeTextLinks]
+    reviews: ReviewTexts | None = None
 
 
 def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
@@ -47,7 +58,7 @@ def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
 
     Args:
       dataset: users and items, with optional `text`.
-      observed: its `reviews` are used.
+      observed: its `reviews` are used, and its interactions, to which they belong.
 
     Returns:
       The distinct texts and their weights for users and items.
@@ -56,9 +67,19 @@ def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
     encoded = pa.array([text for texts in texts_of_tables for text in texts], pa.string()).dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy()
     users, items, reviews = np.split(codes, np.cumsum([len(texts) for texts in texts_of_tables])[:-1])
-    writer, about = column(observed.reviews, "user"), column(observed.reviews, "item")
-    links = {USER: _weighted(users, writer, reviews), ITEM: _weighted(items, about, reviews)}
-    return NodeTexts(encoded.dictionary.to_pylist(), links)
+    written = reviews >= 0
+    reviews = reviews[written]
+    nodes = {name: column(observed.reviews, name)[written] for name in (USER, ITEM)}
+    described = {USER: users, ITEM: items}
+    links = {name: _weighted(described[name], nodes[name], reviews) for name in nodes}
+    weights = {name: _review_weights(described[name], nodes[name]).astype(np.float32) for name in nodes}
+    pairs, interactions = (
+        user.astype(np.int64) * dataset.n_items + item
+        for user, item in ((nodes[USER], nodes[ITEM]), (observed.user, observed.item))
+    )
+    at = np.isin(pairs, interactions)
+    found = ReviewTexts(nodes[USER][at], nodes[ITEM][at], reviews[at], {name: of[at] for name, of in weights.items()})
+    return NodeTexts(encoded.dictionary.to_pylist(), links, found)
 
 
 def _texts(table: pa.Table) -> list[str | None]:
@@ -71,16 +92,20 @@ def _texts(table: pa.Table) -> list[str | None]:
 def _weighted(
     description: Int32[np.ndarray, "n"], reviewed: Int32[np.ndarray, "R"], review: Int32[np.ndarray, "R"]
 ) -> NodeTextLinks:
-    """Computes the links of n nodes from their descriptions and R reviews; -1 = no text."""
+    """Computes the links of n nodes from their descriptions, -1 = none, and R reviews."""
     described = np.flatnonzero(description >= 0)
-    reviewed, review = reviewed[review >= 0], review[review >= 0]
     count = np.bincount(reviewed, minlength=len(description))
-    share = np.where(description >= 0, 0.5, 1.0)
     node = np.concatenate([described, reviewed]).astype(np.int64)
     text = np.concatenate([description[described], review])
-    weight = np.concatenate([np.where(count[described] > 0, 0.5, 1.0), share[reviewed] / count[reviewed]])
+    weight = np.concatenate([np.where(count[described] > 0, 0.5, 1.0), _review_weights(description, reviewed)])
     n_texts = int(text.max(initial=0)) + 1
     pairs, position = np.unique(node * n_texts + text, return_inverse=True)
     weights = np.bincount(position, weight, minlength=len(pairs))
     nodes, texts = (pairs // n_texts).astype(np.int32), (pairs % n_texts).astype(np.int32)
     return NodeTextLinks(nodes, texts, weights.astype(np.float32), len(description))
+
+
+def _review_weights(description: Int32[np.ndarray, "n"], reviewed: Int32[np.ndarray, "R"]) -> Float64[np.ndarray, "R"]:
+    """Computes the weight of each review in the text of the node that it belongs to."""
+    count = np.bincount(reviewed, minlength=len(description))
+    return np.where(description >= 0, 0.5, 1.0)[reviewed] / count[reviewed]

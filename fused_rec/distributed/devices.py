@@ -189,8 +189,10 @@ class PmappedFn:
         at, self._in = jax.tree.flatten(in_axes, is_leaf=_is_none)
         to, self._out = jax.tree.flatten(out_axes, is_leaf=_is_none)
         argument = [i for i, axes in enumerate(in_axes) for _ in jax.tree.leaves(axes, is_leaf=_is_none)]
+        # jax.pmap takes the axes for those of the leaves, not of the arguments, where there happen to be as many leaves
+        # as arguments (None has no leaf, a batch has four). A tuple among the axes keeps it from that.
 
-        def flat(*parts: Any) -> tuple:
+        def flat(_: tuple, *parts: Any) -> tuple:
             return tuple(self._out.flatten_up_to(function(*self._in.unflatten(parts))))
 
         self._mapped = jax.pmap(
@@ -198,17 +200,17 @@ class PmappedFn:
             axis_name=AXIS,
             # pmap takes none for those of several processes
             devices=None if devices is None else select_devices(devices),
-            in_axes=tuple(at),
+            in_axes=((), *at),
             out_axes=tuple(to),
-            donate_argnums=tuple(place for place, i in enumerate(argument) if i in donate),
+            donate_argnums=tuple(place for place, i in enumerate(argument, 1) if i in donate),
         )
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._out.unflatten(self._mapped(*self._in.flatten_up_to(arguments)))
+        return self._out.unflatten(self._mapped((), *self._in.flatten_up_to(arguments)))
 
     def lower(self, *arguments: Any) -> Any:
         """Lowers the function for arguments, like a jitted function."""
-        return self._mapped.lower(*self._in.flatten_up_to(arguments))
+        return self._mapped.lower((), *self._in.flatten_up_to(arguments))
 
 
 def _is_none(axis: object) -> bool:

@@ -376,15 +376,14 @@ def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray |
     if dropout is None or not share:
         return graph
     interacted_by, interacts = graph.adjacencies[INTERACTED_BY], graph.adjacencies[INTERACTS]
-    key = jax.random.fold_in(dropout, Stream.EDGE_DROPOUT)
-    kept_by_item = _edge_keep_mask(
-        key,
+    kept_by_item = edge_keep_mask(
+        dropout,
         share,
         graph.global_ids(USER, interacted_by.receivers),
         graph.global_ids_of_all(ITEM, interacted_by.senders),
     )
-    kept_by_user = _edge_keep_mask(
-        key, share, graph.global_ids_of_all(USER, interacts.senders), graph.global_ids(ITEM, interacts.receivers)
+    kept_by_user = edge_keep_mask(
+        dropout, share, graph.global_ids_of_all(USER, interacts.senders), graph.global_ids(ITEM, interacts.receivers)
     )
     return graph.with_adjacencies(
         {
@@ -394,10 +393,21 @@ def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray |
     )
 
 
-def _edge_keep_mask(
-    key: PRNGKeyArray, share: float, user: Int32[AnyArray, "E"], item: Int32[AnyArray, "E"]
+def edge_keep_mask(
+    dropout: PRNGKeyArray, share: float, user: Int32[AnyArray, "E"], item: Int32[AnyArray, "E"]
 ) -> Float32[Array, "E"]:
-    """0 with probability `share`, else 1 / (1 - share): a function of the key and the pair, on any device."""
+    """Draws which interactions edge dropout keeps in a step, the same on any device.
+
+    Args:
+      dropout: the random key of the step.
+      share: model.edge_dropout.
+      user: int32 [E], users of the interactions.
+      item: int32 [E], their items.
+
+    Returns:
+      float32 [E], 0 with probability `share`, else 1 / (1 - share): a function of the key and the pair.
+    """
+    key = jax.random.fold_in(dropout, Stream.EDGE_DROPOUT)
     pairs = jnp.concatenate([user, item]).astype(jnp.uint32)  # one block of Threefry per pair: 32 bits each
     bits = threefry_2x32(jax.random.key_data(key), pairs)[: len(user)]
     return (bits >= jnp.uint32(share * 2**32)) / jnp.float32(1 - share)

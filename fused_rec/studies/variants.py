@@ -46,6 +46,7 @@ PLAIN_MODEL = {
     "text_reconstruction": 0.0,
     "user_id_embedding": True,
     "edge_dropout": 0.0,
+    "review_dropout": False,
     "id_embedding_dropout": 0.0,
     "id_init_std": 0.01,  # small embeddings learn popularity first, the best signal with few interactions
 }
@@ -100,6 +101,9 @@ VARIANTS: dict[str, Variant] = {
     "no_late_fusion": Variant("the trained model alone", {"model": {"late_fusion": False}}, ablation=True),
     "no_launch_prior": Variant(
         "new items as the components score them", {"model": {"launch_cost": 0.0}}, ablation=True
+    ),
+    "no_review_dropout": Variant(
+        "dropped edges keep their reviews", {"model": {"review_dropout": False}}, ("text",), ablation=True
     ),
     "no_gates": Variant("without relation gates", {"model": {"relation_gates": False}}, ablation=True),
     "lora": Variant("language model fine-tuned by LoRA", {"text": {"finetune": "lora"}}, ("text",), ablation=True),

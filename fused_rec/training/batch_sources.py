@@ -1,6 +1,7 @@
 """What the steps of a run are given: the whole graph, sampled neighbors, or the whole graph with fine-tuned texts."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -11,10 +12,11 @@ from fused_rec.config import Config, TrainConfig
 from fused_rec.data.batches import Batch, UserItems, batch
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import device_put
+from fused_rec.model.review_dropout import device_reviews
 from fused_rec.training import finetune
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.finetune_step import frozen_parts, make_text_batch, parallel_finetune_step
-from fused_rec.training.inputs import Prepared
+from fused_rec.training.inputs import Prepared, dropped_reviews
 from fused_rec.training.neighbor_sampling import PROBE_BATCHES, neighbor_sampler
 from fused_rec.training.sharding import ParallelStep, parallel_train_step, shard_graph_inputs
 from fused_rec.training.train_step import GraphInputs
@@ -48,7 +50,7 @@ class BatchSource(Protocol):
 
 
 class WholeGraph:
-    """Every step gets the whole graph, which stays on the devices."""
+    """Every step gets the whole graph, which stays on the devices; validation gets it without the reviews to drop."""
 
     encoder_snapshot: PyTree = ()
 
@@ -62,8 +64,8 @@ class WholeGraph:
         return self._sharded, self._batches(step)
 
     def validation_inputs(self) -> GraphInputs:
-        """Returns the inputs of every step."""
-        return self._sharded
+        """Returns the whole graph with all texts."""
+        return dataclasses.replace(self._sharded, reviews=None)
 
     def refresh(self, params: PyTree) -> None:
         """Changes nothing."""
@@ -143,8 +145,11 @@ def batch_source(config: Config, prepared: Prepared, encoder_snapshot: PyTree, b
     """
     if prepared.encoder_data is not None:
         return FinetunedTexts(config, prepared.graph_inputs, prepared.encoder_data, encoder_snapshot, batches)
-    kind = SampledNeighbors if config.train.num_neighbors else WholeGraph
-    return kind(config, prepared.graph_inputs, batches)
+    if config.train.num_neighbors:
+        return SampledNeighbors(config, prepared.graph_inputs, batches)
+    reviews = dropped_reviews(config, prepared.text.texts)
+    on_device = None if reviews is None else device_reviews(prepared.text, reviews)
+    return WholeGraph(config, dataclasses.replace(prepared.graph_inputs, reviews=on_device), batches)
 
 
 def batch_of(settings: TrainConfig, user_items_of: UserItems, seed: int, step: int) -> Batch:

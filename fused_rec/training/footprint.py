@@ -32,6 +32,19 @@ def task_bytes(graph: DeviceGraph, devices: int) -> int:
     return (NUMBER * rows * width + EDGE * n_edges) // devices
 
 
+def review_bytes(graph: DeviceGraph, num_reviews: int, devices: int) -> int:
+    """Returns the bytes of one device's inputs of review dropout, and of three rows of each node while it runs.
+
+    Vectors, indices, row starts and degrees of reviews are on every device.
+    """
+    if not num_reviews:
+        return 0
+    width = graph.text[ITEM].shape[1]
+    rows = graph.count(USER) + graph.count(ITEM)
+    replicated = NUMBER * (num_reviews * (width + 7) + 2 * width * (width + 1))
+    return replicated + (2 * EDGE * num_reviews + NUMBER * rows * (3 * width + 3)) // devices
+
+
 def state_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of one device's ID embeddings, their gradient and AdamW's two moments."""
     if not config.model.uses_ids:
@@ -86,20 +99,24 @@ def encoder_bytes(config: Config, words: EncoderData, devices: int) -> int:
     return NUMBER * (copies * weights + model.num_hidden_layers * tokens * of_token)
 
 
-def require_step(config: Config, graph_inputs: GraphInputs, words: EncoderData | None = None) -> None:
+def require_step(
+    config: Config, graph_inputs: GraphInputs, words: EncoderData | None = None, num_reviews: int = 0
+) -> None:
     """Checks that a training step on the whole graph fits on each device.
 
     Args:
       config: all settings.
       graph_inputs: of the whole graph.
       words: texts and encoder, if the encoder is trained.
+      num_reviews: reviews that edge dropout drops too (`fused_rec.training.inputs.dropped_reviews`).
 
     Raises:
       InsufficientMemoryError: it does not fit.
     """
     graph, devices = graph_inputs.graph, len(select_devices(None))
     parts = (state_bytes(config, graph, devices), rounds_bytes(config, graph, devices))
-    need = task_bytes(graph, devices) + 2 * parts[1] + parts[0] + loss_bytes(config, graph, devices)
+    need = task_bytes(graph, devices) + review_bytes(graph, num_reviews, devices)
+    need += 2 * parts[1] + parts[0] + loss_bytes(config, graph, devices)
     remedy = REMEDY
     if words is not None:
         need += encoder_bytes(config, words, devices)

@@ -14,7 +14,7 @@ from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset
 from fused_rec.data.leakage import audit
-from fused_rec.data.node_texts import NodeTexts, node_texts
+from fused_rec.data.node_texts import NodeTexts, ReviewTexts, node_texts
 from fused_rec.data.sources import registry
 from fused_rec.data.splits import SPLIT_NAMES, Observed, Split, observe, observe_all, split
 from fused_rec.graph.adjacency import DegreeScale
@@ -344,6 +344,24 @@ def _applied_text(config: Config, texts: NodeTexts, fitted: FittedFeatures) -> T
 def _require_texts(config: TextConfig, texts: NodeTexts) -> None:
     if not texts.texts and config.finetune != "frozen":
         raise ValueError(f"text.finetune is {config.finetune!r}, and these tables have no texts; it must be frozen")
+
+
+def dropped_reviews(config: Config, texts: NodeTexts) -> ReviewTexts | None:
+    """Returns the reviews that model.review_dropout applies to in training steps.
+
+    Args:
+      config: settings of model, text and training.
+      texts: texts and their links to nodes.
+
+    Returns:
+      The reviews of observed interactions; None where there are none, or where steps keep all texts: without edge
+      dropout or text inputs, with sampled neighbors, with a trained text encoder, and for controls of the text.
+    """
+    model, reviews = config.model, texts.reviews
+    applies = model.review_dropout and model.edge_dropout > 0 and model.uses_text
+    if not applies or config.train.num_neighbors or config.text.finetune != "frozen":
+        return None
+    return reviews if reviews is not None and len(reviews.text) else None
 
 
 def trained_item_mask(dataset: Dataset, observed: Observed) -> np.ndarray:

@@ -23,10 +23,11 @@ from fused_rec.distributed.devices import (
     select_devices,
     shard_rows,
 )
-from fused_rec.graph.adjacency import shard_adjacency
+from fused_rec.graph.adjacency import Adjacency, shard_adjacency
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
 from fused_rec.model.model import Vectors
+from fused_rec.model.review_dropout import DeviceReviews
 from fused_rec.training.train_step import (
     GraphInputs,
     Metrics,
@@ -154,13 +155,17 @@ def tree_of_structure(structure: Any) -> PyTree:
 def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
     """Returns the device axis of each array of sharded graph inputs; None: replicated."""
     absent: Any = None
-    return GraphInputs(jax.tree.map(lambda _: SHARDED, graph_inputs.graph), absent, absent, absent)
+    reviews = graph_inputs.reviews
+    if reviews is not None:
+        links, norms = jax.tree.map(lambda _: SHARDED, (reviews.links, reviews.norms))
+        reviews = DeviceReviews(absent, absent, absent, absent, links, norms)
+    return GraphInputs(jax.tree.map(lambda _: SHARDED, graph_inputs.graph), absent, absent, absent, reviews)
 
 
 def shard_graph_inputs(
     graph_inputs: GraphInputs, devices: int | None = None, capacity: Mapping[Relation, int] | None = None
 ) -> GraphInputs:
-    """Shards text embeddings by node and edges by receiver; item statistics are replicated.
+    """Shards text embeddings by node and edges by receiver; item statistics and vectors of reviews are replicated.
 
     Args:
       graph_inputs: unsharded, on the host.
@@ -172,19 +177,29 @@ def shard_graph_inputs(
       Graph inputs on the devices.
     """
     shared = dataclasses.replace(graph_inputs, graph=_shard_graph(graph_inputs.graph, devices, capacity or {}))
+    if (reviews := graph_inputs.reviews) is not None:
+        links = {name: _shard_adjacency(adjacency, devices) for name, adjacency in reviews.links.items()}
+        norms = {name: shard_rows(np.asarray(rows), devices) for name, rows in reviews.norms.items()}
+        shared = dataclasses.replace(shared, reviews=dataclasses.replace(reviews, links=links, norms=norms))
     return device_put(shared, graph_inputs_axes(shared), devices)
 
 
 def _shard_graph(graph: DeviceGraph, devices: int | None, capacity: Mapping[Relation, int]) -> DeviceGraph:
     """This process's part of text embeddings, node IDs and adjacencies, [devices, ...] each."""
     count = len(select_devices(devices))
-    adjacencies = {}
-    for relation, adjacency in graph.adjacencies.items():
-        parts = shard_adjacency(adjacency, count, capacity.get(relation))
-        own = [parts[place] for place in local_indices(devices)]
-        adjacencies[relation] = jax.tree.map(lambda *of_devices: np.stack(of_devices), *own)
+    adjacencies = {
+        relation: _shard_adjacency(adjacency, devices, capacity.get(relation))
+        for relation, adjacency in graph.adjacencies.items()
+    }
     text, node_ids = jax.tree.map(lambda rows: shard_rows(np.asarray(rows), devices), (graph.text, graph.node_ids))
     return dataclasses.replace(graph, text=text, adjacencies=adjacencies, node_ids=node_ids, shards=Shards(count))
+
+
+def _shard_adjacency(adjacency: Adjacency, devices: int | None, capacity: int | None = None) -> Adjacency:
+    """This process's part of an adjacency, [devices, ...] each."""
+    parts = shard_adjacency(adjacency, len(select_devices(devices)), capacity)
+    own = [parts[place] for place in local_indices(devices)]
+    return jax.tree.map(lambda *of_devices: np.stack(of_devices), *own)
 
 
 def shard_state(state: PyTree, devices: int | None = None) -> PyTree:

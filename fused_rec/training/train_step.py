@@ -38,6 +38,7 @@ from fused_rec.model.model import (
     concat_branches,
     item_degree,
 )
+from fused_rec.model.review_dropout import DeviceReviews, drop_reviews
 
 Metrics = dict[str, Float32[Array, ""]]
 LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it is the sum of
@@ -83,12 +84,14 @@ class GraphInputs:
       popularity: float32, interactions of each item of the graph, discounted by model.popularity_half_life.
       fusion: weights and closed-form components of the ranking score, once they are selected (late fusion); no step
         reads them.
+      reviews: of training steps with review dropout; None: nodes keep all their texts in every step.
     """
 
     graph: DeviceGraph
     trained_items: Bool[AnyArray, "I"]
     popularity: Float32[AnyArray, "_"]
     fusion: LateFusion | None = None
+    reviews: DeviceReviews | None = None
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -316,9 +319,12 @@ def batch_loss(
     """
     branches: Any
     intermediates: Any
+    graph = graph_inputs.graph
+    if graph_inputs.reviews is not None:
+        graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
     branches, intermediates = FusedModel(config.model, config.train.compute_dtype).apply(
-        {"params": _params_of_nodes(graph_inputs.graph, params)},
-        graph_inputs.graph,
+        {"params": _params_of_nodes(graph, params)},
+        graph,
         dropout,
         mutable=["intermediates"],
     )

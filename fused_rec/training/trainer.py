@@ -62,6 +62,7 @@ from fused_rec.training.fitted import FITTED, fitted_of, write_fitted
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import (
     Prepared,
+    dropped_reviews,
     init_state,
     prepare,
     read,
@@ -262,7 +263,9 @@ def fit(
     if config.train.num_neighbors:  # validation embeds the whole graph
         require_embedding(config, prepared.graph_inputs)
     else:
-        require_step(config, prepared.graph_inputs, prepared.encoder_data)
+        reviews = dropped_reviews(config, prepared.text.texts)
+        num_reviews = 0 if reviews is None else len(reviews.text)
+        require_step(config, prepared.graph_inputs, prepared.encoder_data, num_reviews)
     return Trainer(config, prepared, folder, steps, on_evaluation, metric_writer_of).train()
 
 
