@@ -255,7 +255,14 @@ def prepared_of() -> Prepared:
     data, graph_inputs = dataset(), dataclasses.replace(inputs_of(), reviews=None)
     rows = np.arange(len(tiny.HELD))
     split = Split("random", rows, rows[:0], rows[:0])
-    return Prepared(data, split, observed(data), ("train",), features_of(texts_of()), graph_inputs)
+    return Prepared(
+        dataset=data,
+        split=split,
+        observed=observed(data),
+        splits=("train",),
+        text=features_of(texts_of()),
+        graph_inputs=graph_inputs,
+    )
 
 
 def test_validation_has_all_texts():
