@@ -18,6 +18,7 @@ def get_config():
             "dim": 256,
             "user_id_embedding": False,
             "edge_dropout": 0.5,
+            "review_dropout": False,  # validation: .2418 without, .2331 with (seeds 0 and 1)
             "popularity_weight": 0.7,
         },
         train={"learning_rate": 0.002, "eval_every": 10},
