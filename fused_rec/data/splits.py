@@ -85,9 +85,7 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
       stay in one split. Every row needs a timestamp.
     - per_user: the last ceil(test * n) of a user's n interactions, then the last ceil(valid * rest), never the first
       one. Rows are ordered by time, then hash; by hash alone without `timestamp`.
-    - per_user_random: the same counts, of rows ordered by hash alone.
-    - leave_one_out: a user's last interaction is test and the last but one is valid, in the order of per_user, and
-      never the first one: of two interactions one is test, a single one is train.
+    - per_user_random: the same counts, by hash alone. leave_one_out: one and one, in the order of per_user.
     - random: uniform over all interactions.
     - new_items, new_users: uniform over the items (users) with interactions; all interactions of one go together.
     - predefined: the `split` column; without a validation split, one is sampled from train, where each user's last
