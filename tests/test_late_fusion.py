@@ -17,7 +17,15 @@ from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.explanation.decomposition import contributions, decompose, scores
 from fused_rec.graph.schema import INTERACTED_BY
-from fused_rec.model.late_fusion import MODEL, LateFusion, component_names, inverse_deviation, user_vectors
+from fused_rec.model.late_fusion import (
+    MODEL,
+    LateFusion,
+    active_share,
+    component_names,
+    components,
+    inverse_deviation,
+    user_vectors,
+)
 from fused_rec.model.model import item_degree
 from fused_rec.serving.recommender import load, load_measured
 from fused_rec.training import late_fusion
@@ -67,11 +75,18 @@ def test_a_score_is_the_weighted_sum_of_standardized_components():
     users, items = EMBED(CONFIG, params(), inputs(fusion))
     weights = [fusion.trained[name] for name in sorted(fusion.trained)] + [part.weight for part in fusion.closed]
     parts = jax.jit(lambda *given: [part[1:] for part in score_components(CONFIG, *given)])(params(), inputs(fusion))
-    expected = np.zeros((7, 6))
-    for weight, (_, of_users, of_items) in zip(weights, parts, strict=True):
+    expected, prior, active = np.zeros((7, 6)), np.zeros((7, 6)), np.zeros((7, 1))
+    for name, weight, (_, of_users, of_items) in zip(component_names(fusion), weights, parts, strict=True):
         raw = np.asarray(of_users @ of_items.T, np.float64)
         deviation = raw.std(1, keepdims=True)
-        expected += np.where(deviation > 1e-4, weight * raw / np.maximum(deviation, 1e-4), 0)
+        part = np.where(deviation > 1e-4, weight * raw / np.maximum(deviation, 1e-4), 0)
+        if name.startswith("launch"):
+            prior += part
+        else:
+            expected, active = expected + part, active + weight * (deviation > 1e-4)
+    # A launch prior counts as much as the components that say something about the user.
+    total = sum(w for name, w in zip(component_names(fusion), weights, strict=True) if not name.startswith("launch"))
+    expected += prior * active / total
     np.testing.assert_allclose(np.asarray(users @ items.T), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -125,6 +140,20 @@ def test_the_part_of_a_friend_by_hand():
         np.testing.assert_allclose(found.value[at], (values / raw.std())[[3, 4]], rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(found.ids[at], found.value[at])
     np.testing.assert_allclose(found.value.sum(0), (raw / raw.std())[[3, 4]], rtol=1e-3, atol=1e-4)
+
+
+def test_the_launch_prior_counts_by_what_is_known_of_the_user():
+    """Of a user about whom no component says anything but the one that breaks ties, new items are not raised."""
+    known = [np.array(of) for of in ([1, 0, 0], [1, 1, 0], [1, 1, 1])]
+    share = active_share([(np.float32(w), of > 0) for w, of in zip((1, 0.5, 1e-5), known, strict=True)])
+    np.testing.assert_allclose(share, [1, 1 / 3, 0], rtol=1e-4)
+    part, prior = tiny.closed_form("ease", 1.0), tiny.launch_prior()[0]
+    graph = tiny.whole()
+    _, raised = components(LateFusion({}, (part, prior)), {}, graph)
+    [alone] = components(LateFusion({}, (part,)), {}, graph)
+    silent = np.asarray(alone.scale) == 0
+    assert silent.any() and not silent.all()
+    np.testing.assert_array_equal(np.asarray(raised.scale) == 0, silent)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def _market(new_truth):
     user, item = np.array(pairs).T
     truth, seen = item_sets(user, item, USERS), item_sets(np.array([], int), np.array([], int), USERS)
     on = ValidationUsers(np.arange(USERS), truth, seen, np.ones(ITEMS, bool), np.zeros(ITEMS, np.float32))
-    return Candidate("sum", {}, np.eye(USERS, dtype=np.float32), scores.T.copy()), on
+    return Candidate("sum", {"share": np.ones(USERS, np.float32)}, np.eye(USERS, dtype=np.float32), scores.T.copy()), on
 
 
 def test_popular_new_items_are_raised_by_expected_popularity():

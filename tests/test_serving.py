@@ -17,6 +17,7 @@ import fused_rec as fr
 from fused_rec.data.dataset import column
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.graph.schema import ITEM, USER
+from fused_rec.serving import recommender
 from fused_rec.serving.recommender import load_measured, model_digest
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.evaluate import scorer
@@ -335,3 +336,11 @@ def test_a_damaged_file_of_what_was_fitted_is_refused(plain, market, tmp_path):
     (tmp_path / "again.npz").write_bytes(content)
     with pytest.raises(ValueError, match="again.npz is damaged .*; train in a new workdir"):
         read_fitted(tmp_path / "again.npz")
+
+
+def test_interactions_below_the_minimum_value_of_the_training_are_not_served():
+    interactions = pa.table({"user": [0, 0, 1], "item": [0, 1, 1], "value": pa.array([2.0, 4.0, None])})
+    dataset = make_synthetic(0, 5, 4)
+    dataset = dataclasses.replace(dataset, interactions=interactions)
+    assert recommender._above_min_value(dataset, 3.0).interactions["item"].to_pylist() == [1, 1]
+    assert recommender._above_min_value(dataset, None) is dataset

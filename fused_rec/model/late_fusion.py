@@ -17,16 +17,19 @@ from typing import NamedTuple, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 from fused_rec.baselines.factors import UserSource
+from fused_rec.baselines.launch import PRIOR, TASTE
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, SIMILAR_TEXT, USER, Relation
 from fused_rec.graph.spmm import neighbor_sum
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
+LAUNCH = (PRIOR, TASTE)
 MODEL, GRAPH_BRANCH, TEXT_BRANCH = "model", "graph_branch", "text_branch"  # trained components
+MIN_SHARE = 1e-3
 MIN_VARIANCE = 1e-8  # of |u|^2 tr(C), a bound of the variance: less is rounding
 
 
@@ -103,9 +106,31 @@ def components(fusion: LateFusion, trained: Mapping[str, Vectors], graph: Device
     found = [(name, fusion.trained[name], *trained[name]) for name in sorted(fusion.trained)]  # as JAX orders them
     for closed in fusion.closed:
         found.append((closed.name, closed.weight, user_vectors(closed, graph), jnp.asarray(closed.target)))
+    scales = [weight * inverse_deviation(users, items) for _, weight, users, items in found]
+    share = active_share(
+        [(weight, scale > 0) for (name, weight, *_), scale in zip(found, scales, strict=True) if name not in LAUNCH]
+    )
     return [
-        Component(name, weight * inverse_deviation(users, items), users, items) for name, weight, users, items in found
+        Component(name, scale * share if name in LAUNCH else scale, users, items)
+        for (name, _, users, items), scale in zip(found, scales, strict=True)
     ]
+
+
+def active_share(parts: list[tuple[Float32[AnyArray, ""], Bool[AnyArray, "U"]]]) -> Float32[Array, "U"]:
+    """Computes how much of the weights is of components that say something about the user.
+
+    The launch prior counts by it: of a user without any signal nothing is known that new items could compete with, and
+    they get what is popular.
+
+    Args:
+      parts: the weight of each component, and for which users its scores vary.
+
+    Returns:
+      The shares; 0 below `MIN_SHARE`, the popularity that only breaks ties.
+    """
+    total = sum(weight for weight, _ in parts)
+    share = sum(weight * active for weight, active in parts) / total
+    return jnp.where(share < MIN_SHARE, 0, share)
 
 
 def concat_components(found: list[Component]) -> Vectors:

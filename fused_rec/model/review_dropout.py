@@ -68,7 +68,7 @@ def device_reviews(features: TextFeatures, reviews: ReviewTexts, backend: Backen
       InsufficientMemoryError: they do not fit in memory.
     """
     texts, width = features.lm.shape[0], features.lm.shape[1] + features.tfidf.vectors.shape[1]
-    need = 4 * (texts + 3 * len(reviews.text)) * width
+    need = 4 * (texts + 4 * len(reviews.text)) * width  # copies in float32, one of float64
     require_memory(need, f"review dropout of {len(reviews.text):,} reviews", "set model.review_dropout to False")
     vectors = features.vectors()[reviews.text]
     mean = vectors.mean(0, dtype=np.float64)

@@ -101,7 +101,7 @@ def load(
     if dataset is None:
         dataset = _training_tables(config, workdir)
     else:
-        dataset = describe(dataset, config.text.attributes)
+        dataset = describe(_above_min_value(dataset, config.data.min_value), config.text.attributes)
     inputs = serving_inputs(config, dataset, fitted)
     for what, count in inputs.unknown.items():
         LOG.warning("%d %s", count, what)
@@ -203,6 +203,14 @@ def _training_tables(config: Config, workdir: Path) -> Dataset:
     dataset = read_dataset(config)
     check_tables(digest(dataset), workdir, contents(dataset))
     return dataset
+
+
+def _above_min_value(dataset: Dataset, min_value: float | None) -> Dataset:
+    """Drops the interactions below data.min_value, as readers do; rows without a value stay."""
+    if min_value is None or "value" not in dataset.interactions.column_names:
+        return dataset
+    kept = pc.fill_null(pc.greater_equal(dataset.interactions["value"], min_value), True)
+    return dataclasses.replace(dataset, interactions=dataset.interactions.filter(kept))
 
 
 def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: str | Path | None) -> Config:

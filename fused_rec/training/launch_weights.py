@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from fused_rec.baselines.launch import TASTE, Launch, expected_popularity, launch_parts, new_items
 from fused_rec.config import Config
 from fused_rec.distributed import processes
+from fused_rec.model.late_fusion import LateFusion, active_share
 from fused_rec.training.component_weights import (
     Candidate,
     ValidationUsers,
@@ -76,7 +77,8 @@ def select_launch(config: Config, prepared: Prepared, state: TrainState) -> Laun
             if part.name == TASTE:
                 rows = user_rows(closed_form(*part), prepared.graph_inputs.graph, on.users)
                 taste = Candidate(part.name, {"weight": part.weight}, rows, part.factors.target)
-        score = Candidate("sum", {}, users[on.users], items)
+        share = _active_share(prepared.graph_inputs.fusion, users[on.users])
+        score = Candidate("sum", {"share": share}, users[on.users], items)
         found = best_launch(
             score, taste, new_items(interactions), expected_popularity(interactions), on, config.model.launch_cost
         )
@@ -96,7 +98,7 @@ def best_launch(
     """Chooses level, slope and taste.
 
     Args:
-      score: vectors of the score without a prior.
+      score: vectors of the score without a prior; settings["share"], float32 [V], multiplies the prior of each user.
       taste: of the component `TASTE`, whose standardized scores settings["weight"] multiplies; None: no text.
       new: the new items.
       popularity: their expected popularity.
@@ -141,6 +143,7 @@ class _Lists:
       known, of_choices: float32 [V, K] and [C, V, M], scores; -inf for items that are not ranked.
       known_hits, hits: bool of the same shapes, which of them are held out.
       n_known, n_new: [V], held-out items.
+      share: float32 [V, 1], a factor of the level.
     """
 
     known: Float32[np.ndarray, "V K"]
@@ -149,6 +152,7 @@ class _Lists:
     hits: Bool[np.ndarray, "C V M"]
     n_known: Int[np.ndarray, "V"]
     n_new: Int[np.ndarray, "V"]
+    share: Float32[np.ndarray, "V 1"]
 
     @classmethod
     def of(cls, score, taste, new, popularity, on: ValidationUsers, choices) -> "_Lists":
@@ -156,26 +160,26 @@ class _Lists:
         parts: list[tuple[np.ndarray, ...]] = []
         for rows, masked, truth in user_batches(on, 2):
             scores = np.where(masked, -np.inf, score.users[rows] @ score.items.T).astype(np.float32)
-            liking = np.float32(0)
+            share, liking = score.settings["share"][rows, None], np.float32(0)
             if taste is not None:
                 liking = (taste.settings["weight"] * standardized_scores(taste, rows))[:, new].astype(np.float32)
             of_choices = [
                 _best(
-                    scores[:, new] + np.float32(slope) * popularity[new].astype(np.float32) + np.float32(t) * liking,
+                    scores[:, new]
+                    + share * (np.float32(slope) * popularity[new].astype(np.float32) + np.float32(t) * liking),
                     truth[:, new],
                 )
                 for slope, t in choices
             ]
             stacked = (np.stack(column) for column in zip(*of_choices, strict=True))
-            parts.append(
-                (*_best(scores[:, ~new], truth[:, ~new]), *stacked, truth[:, ~new].sum(1), truth[:, new].sum(1))
-            )
-        axes = 0, 0, 1, 1, 0, 0
+            known = _best(scores[:, ~new], truth[:, ~new])
+            parts.append((*known, *stacked, truth[:, ~new].sum(1), truth[:, new].sum(1), share))
+        axes = 0, 0, 1, 1, 0, 0, 0
         return cls(*(np.concatenate(column, axis) for column, axis in zip(zip(*parts, strict=True), axes, strict=True)))
 
     def quality(self, choice: int, level: float) -> Quality:
         """Measures one choice of slope and taste at a level."""
-        scores = np.concatenate([self.known, self.of_choices[choice] + np.float32(level)], axis=1)
+        scores = np.concatenate([self.known, self.of_choices[choice] + np.float32(level) * self.share], axis=1)
         hits = np.concatenate([self.known_hits, self.hits[choice]], axis=1)
         is_new = np.broadcast_to(np.arange(hits.shape[1]) >= self.known.shape[1], hits.shape)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
@@ -188,6 +192,16 @@ class _Lists:
             _mean((hits & ~is_new).sum(1) / np.maximum(self.n_known, 1), self.n_known),
             _mean((hits & is_new).sum(1) / np.maximum(self.n_new, 1), self.n_new),
         )
+
+
+def _active_share(fusion: LateFusion | None, users: Float32[np.ndarray, "V D"]) -> Float32[np.ndarray, "V"]:
+    """Computes `active_share` from the user vectors of the score, in which a component without a say is 0."""
+    assert fusion is not None
+    widths = [part.target.shape[1] for part in fusion.closed]
+    blocks = np.split(users, np.cumsum([users.shape[1] - sum(widths), *widths])[:-1], axis=1)
+    # All trained components include the popularity bias: they vary for the same users.
+    weights = [sum(fusion.trained.values(), np.float32(0)), *(part.weight for part in fusion.closed)]
+    return np.asarray(active_share([(w, block.any(1)) for w, block in zip(weights, blocks, strict=True)]))
 
 
 def _best(scores: Float32[np.ndarray, "V N"], truth: Bool[np.ndarray, "V N"]) -> tuple[np.ndarray, np.ndarray]:
