@@ -16,6 +16,7 @@ from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties
 from fused_rec.explanation import paths
 from fused_rec.explanation.decomposition import (
     INTERACTION,
+    LAUNCH,
     POPULARITY,
     Contributions,
     by_modality,
@@ -73,7 +74,7 @@ def test_parts_sum_to_the_score(name):
             np.testing.assert_allclose(given, expected[user], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(split.value.sum(0), given, rtol=1e-4, atol=1e-6)
         own = split.value - split.ids - split.text
-        assert np.abs(own[[kind != POPULARITY for kind in split.kind]]).max(initial=0) < 1e-12
+        assert np.abs(own[[kind not in (POPULARITY, LAUNCH) for kind in split.kind]]).max(initial=0) < 1e-12
 
 
 @EVERY
@@ -92,6 +93,16 @@ def test_every_holding_and_tie_has_its_part():
     assert {(INTERACTION, item) for item in (0, 1, 2)} | {("tie:trusts", 1), ("tie:trusts", 2)} <= named
     assert len(named) == len(split.kind)
     assert {kind for kind, source in named if source < 0} == {"own_id", "own_text", "popularity"}
+
+
+def test_a_launch_prior_is_no_popularity():
+    """Item 5 has no interactions; to the launch prior items 3 and 4 are new as well."""
+    decomposition, _ = opened("late_fusion")
+    split = contributions(decomposition, 0, range(6))
+    value = dict(zip(split.kind, split.value, strict=True))
+    assert value[LAUNCH][3:].all() and not value[LAUNCH][:3].any()
+    assert value[POPULARITY][5] == 0 and value[POPULARITY][:5].all()
+    assert by_modality(decomposition, 0, 5)[LAUNCH] == value[LAUNCH][5]
 
 
 def test_a_user_of_whom_nothing_is_known_gets_what_is_popular():
@@ -287,6 +298,11 @@ def test_reasons_by_hand():
         "How many customers hold it (29% of what speaks for it).",
         "1 customer tied to this one (referral) leans towards it (20% of what speaks for it).",
     ]
+
+
+def test_no_customer_is_said_to_hold_a_new_item():
+    [reason] = reasons(MARKET, data_split((POPULARITY, -1, 0.0), (LAUNCH, -1, 0.3)))
+    assert reason[:2] == ("NEW", "It is new, and customers are expected to take it (100% of what speaks for it).")
 
 
 def test_where_nothing_speaks_for_an_item():

@@ -240,6 +240,23 @@ def test_the_launch_prior_changes_the_scores_of_new_items_alone(finished):
     assert late_fusion.with_launch(prepared, Launch(2.0)).graph_inputs.fusion == prepared.graph_inputs.fusion
 
 
+def test_where_the_tables_need_a_larger_l2_the_next_of_the_grid_is_taken(finished, caplog):
+    """Friends are weighted by 7 in no setting of the grid, so that no other l2 is known to fit."""
+    _, prepared, _ = load(finished.workdir)
+
+    def fused(**settings):
+        selection = late_fusion.Selection(dict.fromkeys(settings, 1.0), settings, {}, 0.0, 0)
+        return late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
+
+    found = fused(model={}, ease={"l2": 1e-6}, social_ease={"l2": 1e-6, "weight": 7.0})
+    expected = fused(model={}, ease={"l2": 10.0})
+    assert component_names(found) == component_names(expected) == ["model", "popularity", "ease"]
+    np.testing.assert_array_equal(found.closed[-1].target, expected.closed[-1].target)
+    taken, left_out = [record.getMessage() for record in caplog.records if record.name == late_fusion.__name__]
+    assert taken.startswith("ease {'l2': 1e-06} does not apply to these tables, {'l2': 10.0} is used: l2 is 1e-06")
+    assert left_out.startswith("social_ease {'l2': 1e-06, 'weight': 7.0} is left out of the score: l2 is 1e-06")
+
+
 def test_exported_vectors_have_the_scores(finished):
     config, prepared, state = load(finished.workdir)
     users, items = user_item_vectors(config, prepared, state)

@@ -292,6 +292,18 @@ def test_what_is_gone_vanishes_and_what_cannot_be_served_is_counted(plain, marke
     assert counts[run.prepared.dataset.items["item_id"].to_pylist().index(best)] == counts.max()
 
 
+def test_names_that_the_graph_gives_to_relations_of_users_are_no_kinds_of_ties(plain, market):
+    """The reverse of ties of the kind referral, and edges between similar texts."""
+    rows = frames(market)
+    for kind in ("referral_of", "similar_text"):
+        rows["ties"].append({"source_id": "C0001", "target_id": "C0003", "kind": kind, "timestamp": None})
+    inputs = fr.load(plain.workdir, dataset=tables(rows)).prepared
+    assert inputs.unknown == {
+        "ties of kinds that the training did not have, not used (the first: 'referral_of')": 2,
+    }
+    assert len(inputs.observed.ties) == market.ties.num_rows
+
+
 def test_a_run_with_all_components_serves_tables_that_lack_what_some_need(run, market):
     rows = frames(market) | {"ties": []}
     del rows["ties"], rows["reviews"]
@@ -330,7 +342,7 @@ def test_a_damaged_file_of_what_was_fitted_is_refused(plain, market, tmp_path):
     fitted = read_fitted(plain.workdir / FITTED)
     write_fitted(tmp_path / "again.npz", fitted)
     again = read_fitted(tmp_path / "again.npz")
-    assert (again.scales, again.trained) == (fitted.scales, fitted.trained)
+    assert (again.scales, again.trained, again.tie_kinds) == (fitted.scales, fitted.trained, ("referral",))
     content = bytearray((tmp_path / "again.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "again.npz").write_bytes(content)

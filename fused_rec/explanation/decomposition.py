@@ -1,10 +1,10 @@
 """Exact decomposition of a score into contributions of the user's embedding, text, interactions and social edges.
 
-A score is a sum over branches of <u / |u|, v_i>, and a popularity bias. Given the propagation weights, u is linear in
-ID embeddings and text features (fused_rec/model/propagation.py); v_i includes its norm and the weight of the branch.
-With late fusion (fused_rec/model/late_fusion.py) each component has branches of its own: those of the trained model
-again, or one of one layer for a closed-form component, whose u is a sum over the user's items, or over social edges;
-|u| includes the standard deviation and the weight. With the last layer written out,
+A score is a sum over branches of <u / |u|, v_i>, and biases: popularity and launch prior. Given the propagation
+weights, u is linear in ID embeddings and text features (fused_rec/model/propagation.py); v_i includes its norm and the
+weight of the branch. With late fusion (fused_rec/model/late_fusion.py) each component has branches of its own: those of
+the trained model again, or one of one layer for a closed-form component, whose u is a sum over the user's items, or
+over social edges; |u| includes the standard deviation and the weight. With the last layer written out,
 
     u = a_0 x_u + sum_l a_l (text_gate_l text_u + sum_r gate_r,l sum_{e = (s, u) in r} edge_e source_scale_s h^{l-1}_s)
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int, PyTree
 
+from fused_rec.baselines.launch import PRIOR
 from fused_rec.config import Config
 from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.device_graph import DeviceGraph
@@ -40,12 +41,13 @@ from fused_rec.training.train_step import BRANCHES, GraphInputs, score_component
 
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
-OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY = (
+OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY, LAUNCH = (
     "own_id",
     "own_text",
     "interaction",
     SIMILAR_TEXT,
     "popularity",
+    "launch",
 )
 TIE = "tie:"  # prefix of the social relations, whose names come from the tables
 
@@ -64,14 +66,15 @@ class BranchTerms(NamedTuple):
 
 
 class ScoreDecomposition(NamedTuple):
-    """Branches, adjacencies, embeddings and popularity biases of a trained model on one graph, as NumPy arrays."""
+    """Branches, adjacencies, embeddings and biases of a trained model on one graph, as NumPy arrays."""
 
     branches: list[BranchTerms]
     adjacencies: Mapping[Relation, Adjacency]
     users: Float32[np.ndarray, "U D"]  # as `embed_nodes` returns them
     items: Float32[np.ndarray, "I D"]
-    bias_users: Float32[np.ndarray, "U P"]  # each score has the bias <bias_users_u, bias_items_i>, from popularity
+    bias_users: Float32[np.ndarray, "U P"]  # each score has the bias <bias_users_u, bias_items_i>
     bias_items: Float32[np.ndarray, "I P"]
+    bias_kinds: list[str]  # P times `POPULARITY` or `LAUNCH`
     popularity: Float32[np.ndarray, "I"]
 
 
@@ -79,9 +82,9 @@ class Contributions(NamedTuple):
     """P contributions to the scores of n items for one user.
 
     Attributes:
-      kind: `OWN_ID`, `OWN_TEXT`, `INTERACTION`, `SIMILAR_USERS` (text-kNN edges), `POPULARITY`, or `TIE` + the name of
-        the social relation.
-      source: row of the item or neighboring user, -1 for the user's own contributions and for popularity.
+      kind: `OWN_ID`, `OWN_TEXT`, `INTERACTION`, `SIMILAR_USERS` (text-kNN edges), `POPULARITY`, `LAUNCH` (launch
+        prior of new items), or `TIE` + the name of the social relation.
+      source: row of the item or neighboring user, -1 for the user's own contributions, popularity and launch prior.
       value: contribution to each score.
       ids: the part of it from ID embeddings.
       text: the part of it from text; `value` - `ids` - `text` is from neither, such as popularity.
@@ -127,8 +130,9 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
         graph_inputs.graph.adjacencies,
         users,
         items,
-        np.stack([scale for scale, _ in bias], axis=1) if bias else np.zeros((shape[0], 0), np.float32),
-        np.stack([values for _, values in bias], axis=1) if bias else np.zeros((shape[1], 0), np.float32),
+        np.stack([scale for _, scale, _ in bias], axis=1) if bias else np.zeros((shape[0], 0), np.float32),
+        np.stack([values for _, _, values in bias], axis=1) if bias else np.zeros((shape[1], 0), np.float32),
+        [kind for kind, _, _ in bias],
         np.asarray(graph_inputs.popularity),
     )
 
@@ -143,10 +147,10 @@ class _HostComponent(NamedTuple):
 
 
 class _ComponentTerms(NamedTuple):
-    """The branches of one component, and (scale of each user, value of each item) of its popularity biases."""
+    """The branches of one component, and (kind, scale of each user, value of each item) of its biases."""
 
     branches: list[BranchTerms]
-    bias: list[tuple[np.ndarray, np.ndarray]]
+    bias: list[tuple[str, np.ndarray, np.ndarray]]
 
 
 def _columns(parts: list[_HostComponent]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -167,13 +171,15 @@ def _trained_terms(config: Config, branches: list[tuple], part: _HostComponent) 
         ids, text, weights, length = branches[number]
         items = part.items[:, place * dim : (place + 1) * dim]
         terms.append(BranchTerms(ids, text, weights, _norm(length, part.scale), items))
-    return _ComponentTerms(terms, [(part.scale, part.items[:, -1])] if config.model.popularity_weight else [])
+    bias = [(POPULARITY, part.scale, part.items[:, -1])] if config.model.popularity_weight else []
+    return _ComponentTerms(terms, bias)
 
 
 def _closed_form_terms(graph_inputs: GraphInputs, closed: ClosedForm, part: _HostComponent) -> _ComponentTerms:
     """Expresses a closed-form component as a branch of at most one layer."""
     if closed.user_source == "constant":
-        return _ComponentTerms([], [(part.scale, part.items[:, 0])])
+        kind = LAUNCH if closed.name == PRIOR else POPULARITY
+        return _ComponentTerms([], [(kind, part.scale, part.items[:, 0])])
     graph = graph_inputs.graph
     if closed.user_source == "text":
         norm = _norm(np.ones(len(part.users), np.float32), part.scale)
@@ -273,13 +279,17 @@ def contributions(
             found[key] = before[0] + ids @ into, before[1] + text @ into
     kinds, sources = zip(*found, strict=True)
     ids, text = (np.stack(column) for column in zip(*found.values(), strict=True))
-    prior = (decomposition.bias_items[rows].astype(float) @ decomposition.bias_users[user].astype(float))[None, :]
+    bias = {POPULARITY: nothing}
+    of_items = decomposition.bias_items[rows].astype(float) * decomposition.bias_users[user].astype(float)
+    for kind, values in zip(decomposition.bias_kinds, of_items.T, strict=True):
+        bias[kind] = bias.get(kind, nothing) + values
+    neither = np.zeros((len(bias), len(rows)))
     return Contributions(
-        [*kinds, POPULARITY],
-        np.array([*sources, -1]),
-        np.concatenate([ids + text, prior]),
-        np.concatenate([ids, nothing]),
-        np.concatenate([text, nothing]),
+        [*kinds, *bias],
+        np.array([*sources, *[-1] * len(bias)]),
+        np.concatenate([ids + text, *bias.values()]),
+        np.concatenate([ids, neither]),
+        np.concatenate([text, neither]),
     )
 
 
@@ -328,7 +338,7 @@ def by_modality(decomposition: ScoreDecomposition, user: int, item: int) -> dict
     contributed = contributions(decomposition, user, [item])
     found: dict[str, float] = {}
     for number, kind in enumerate(contributed.kind):
-        if kind in (OWN_ID, OWN_TEXT, POPULARITY):
+        if kind in (OWN_ID, OWN_TEXT, POPULARITY, LAUNCH):
             found[kind] = float(contributed.value[number, 0])
             continue
         for origin, values in (("id", contributed.ids), ("text", contributed.text)):

@@ -3,7 +3,7 @@
 Fully expanded, a user's embedding is a sum over paths from a source node, with its ID embedding or text, over relations
 to the user. The contribution of a path is the product of edge weights, gates and layer weights along it, summed over
 the layers at which it can start and over branches, times the dot product of the source embedding with the item. All
-paths sum to the score without popularity.
+paths sum to the score without popularity and launch prior.
 
 There are too many to enumerate. Each factor is a product along the path, so dynamic programming gives the best
 continuation from each node. Used as an upper bound, it makes a best-first search visit paths in the order of their

@@ -8,6 +8,7 @@ import pyarrow as pa
 from fused_rec.data.dataset import Dataset
 from fused_rec.explanation.decomposition import (
     INTERACTION,
+    LAUNCH,
     OWN_ID,
     OWN_TEXT,
     POPULARITY,
@@ -31,6 +32,7 @@ CODES = {
     OWN_ID: "USER_EMBEDDING",
     SIMILAR_USERS: "SIMILAR_USERS",
     POPULARITY: "POPULAR",
+    LAUNCH: "NEW",
 }
 NO_POSITIVE_CONTRIBUTION = "NO_POSITIVE_CONTRIBUTION"
 
@@ -99,6 +101,8 @@ def _sentence(dataset: Dataset, kind: str, source: np.ndarray, value: np.ndarray
         return "It fits what the customer has chosen so far as a whole"
     if kind == POPULARITY:
         return "How many customers hold it"
+    if kind == LAUNCH:
+        return "It is new, and customers are expected to take it"
     if kind == SIMILAR_USERS:
         return "Customers who say much the same lean towards it"
     tie = kind.removeprefix(TIE)
@@ -119,7 +123,7 @@ def record(decomposition: ScoreDecomposition, dataset: Dataset, user: int, items
     Returns:
       For each item a dictionary with user_id, item_id, score, parts (kind, source, value) and reasons (code, text). The
       values of the parts sum to the score. `source` is the id of the item or neighboring user; None for the user's own
-      contributions, for popularity, and for the sum of a kind beyond the `LISTED` largest.
+      contributions, for popularity and launch prior, and for the sum of a kind beyond the `LISTED` largest.
     """
     contributed, given = contributions(decomposition, user, items), scores(decomposition, user)
     ids = {INTERACTION: dataset.items.column("item_id")}

@@ -39,14 +39,18 @@ class Fitted:
       scales: what standardizes degrees, of each relation with edges; the model reads no other relation.
       trained: by node type with ID embeddings, the row of the embedding by the id of each node that was trained. The
         ids of attribute nodes are their values as text.
+      tie_kinds: kinds of the observed ties, sorted.
     """
 
     text: FittedFeatures
     scales: Mapping[Relation, DegreeScale]
     trained: Mapping[str, Mapping[str, int]]
+    tie_kinds: tuple[str, ...]
 
 
-def fitted_of(config: ModelConfig, dataset: Dataset, text: FittedFeatures, graph_inputs: GraphInputs) -> Fitted:
+def fitted_of(
+    config: ModelConfig, dataset: Dataset, text: FittedFeatures, graph_inputs: GraphInputs, ties: pa.Table
+) -> Fitted:
     """Collects what a training fits.
 
     Args:
@@ -54,6 +58,7 @@ def fitted_of(config: ModelConfig, dataset: Dataset, text: FittedFeatures, graph
       dataset: the tables.
       text: fitted on the observed texts.
       graph_inputs: of the observed splits, on the host.
+      ties: the observed ties, as in the graph.
     """
     graph = graph_inputs.graph
     relations = [relation for relation, count in graph.relations if count]
@@ -71,7 +76,7 @@ def fitted_of(config: ModelConfig, dataset: Dataset, text: FittedFeatures, graph
             rows = np.flatnonzero(sum((np.asarray(graph.adjacencies[r].degrees.in_degree) for r in into), 0 * rows))
         ids = node_ids(dataset, node_type)
         trained[node_type] = {ids[row].as_py(): row for row in rows.tolist()}
-    return Fitted(text, scales, trained)
+    return Fitted(text, scales, trained, tuple(sorted(ties.column("kind").unique().to_pylist())))
 
 
 def id_types(config: ModelConfig, node_types: list[str]) -> list[str]:
@@ -120,6 +125,7 @@ def write_fitted(file: Path, fitted: Fitted) -> None:
         "lm_width": text.lm_width,
         "degree_scales": [[relation, scale] for relation, scale in fitted.scales.items()],
         "trained": fitted.trained,
+        "tie_kinds": fitted.tie_kinds,
         "whitened": [name for name, found in text.whitening.items() if found is not None],
     }
     arrays = {
@@ -155,6 +161,6 @@ def read_fitted(file: Path) -> Fitted:
             whitening[name] = Whitening(arrays[f"center_{name}"], arrays[f"matrix_{name}"])
         text = FittedFeatures(tfidf, ColumnScales(*record["column_scales"]), whitening, record["lm_width"])
         scales = {Relation(*relation): DegreeScale(*scale) for relation, scale in record["degree_scales"]}
-        return Fitted(text, scales, record["trained"])
+        return Fitted(text, scales, record["trained"], tuple(record["tie_kinds"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); train in a new workdir") from error

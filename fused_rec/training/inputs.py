@@ -188,8 +188,7 @@ def serving_inputs(config: Config, dataset: Dataset, fitted: Fitted) -> ModelInp
 
 def _known_ties(ties: pa.Table, fitted: Fitted) -> tuple[pa.Table, dict[str, int]]:
     """Splits off the ties of kinds that a training did not have, and counts them."""
-    known = {relation.name for relation in fitted.scales if relation.source == relation.target == USER}
-    is_known = np.array([kind in known for kind in ties.column("kind").to_pylist()], bool)
+    is_known = np.array([kind in fitted.tie_kinds for kind in ties.column("kind").to_pylist()], bool)
     if is_known.all():
         return ties, {}
     first = ties.column("kind")[int(np.argmin(is_known))].as_py()

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float32, Int
 
-from fused_rec.baselines.factors import COMPONENTS, Evidence, Factors, UserSource
+from fused_rec.baselines.factors import COMPONENTS, ClosedFormRecommender, Evidence, Factors, UserSource
 from fused_rec.baselines.launch import Launch, launch_parts
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
@@ -70,8 +70,9 @@ def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInp
 
     Args:
       prepared: tables and graph.
-      selection: of `select_late_fusion`, possibly of another split or other tables, which may lack what a component
-        needs: it is left out then. None: the trained model alone.
+      selection: of `select_late_fusion`, possibly of another split or other tables. These may lack what a component
+        needs: it is left out then. They may also need a larger l2: the next of the grid is taken. None: the trained
+        model alone.
 
     Returns:
       `prepared` with other graph inputs.
@@ -89,12 +90,34 @@ def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInp
         if absent := [what for what in recommender.needs if not evidence.has(what)]:
             LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
             continue
-        made = recommender.make(evidence, **selection.settings.get(name, recommender.grid[0]))
+        made = _factors(name, recommender, evidence, selection.settings.get(name, recommender.grid[0]))
+        if made is None:
+            continue
         part = closed_form(name, weight, made, recommender.user_source)
         # From one process: singular vectors may differ by a rotation between machines, and must not be mixed.
         closed.append(processes.broadcast_arrays(part))
     found = _with_fusion(prepared, LateFusion(trained, tuple(closed)))
     return found if selection.launch is None else with_launch(found, Launch(**selection.launch))
+
+
+def _factors(
+    name: str, recommender: ClosedFormRecommender, evidence: Evidence, settings: Mapping[str, Any]
+) -> Factors | None:
+    """Makes a component, with the next larger l2 of its grid where the tables need one; None where none is enough."""
+    larger = [
+        other
+        for other in recommender.grid
+        if "l2" in settings and other == {**settings, "l2": other["l2"]} and other["l2"] > settings["l2"]
+    ]
+    following = min(larger, key=lambda other: other["l2"], default=None)
+    try:
+        return recommender.make(evidence, **settings)
+    except NotApplicableError as error:
+        if following is None:
+            LOG.warning("%s %s is left out of the score: %s", name, settings, error)
+            return None
+        LOG.warning("%s %s does not apply to these tables, %s is used: %s", name, settings, following, error)
+    return _factors(name, recommender, evidence, following)
 
 
 def with_launch(prepared: AnyInputs, launch: Launch) -> AnyInputs:

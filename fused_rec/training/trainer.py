@@ -193,7 +193,8 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        fitted = fitted_of(config.model, prepared.dataset, prepared.text.fitted, prepared.graph_inputs)
+        inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
+        fitted = fitted_of(config.model, *inputs)
         write_fitted(workdir / FITTED, fitted)
         write_card(workdir / CARD, _card(workdir, results))
         write_json(workdir / RESULTS, results)
