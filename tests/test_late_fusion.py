@@ -145,15 +145,15 @@ def test_the_part_of_a_friend_by_hand():
 def test_the_launch_prior_counts_by_what_is_known_of_the_user():
     """Of a user about whom no component says anything but the one that breaks ties, new items are not raised."""
     known = [np.array(of) for of in ([1, 0, 0], [1, 1, 0], [1, 1, 1])]
-    share = active_share([(np.float32(w), of > 0) for w, of in zip((1, 0.5, 1e-5), known, strict=True)])
+    share = active_share([(np.array(w, np.float32), of > 0) for w, of in zip((1, 0.5, 1e-5), known, strict=True)])
     np.testing.assert_allclose(share, [1, 1 / 3, 0], rtol=1e-4)
     part, prior = tiny.closed_form("ease", 1.0), tiny.launch_prior()[0]
     graph = tiny.whole()
     _, raised = components(LateFusion({}, (part, prior)), {}, graph)
     [alone] = components(LateFusion({}, (part,)), {}, graph)
-    silent = np.asarray(alone.scale) == 0
-    assert silent.any() and not silent.all()
-    np.testing.assert_array_equal(np.asarray(raised.scale) == 0, silent)
+    unknown = np.asarray(alone.scale) == 0
+    assert unknown.any() and not unknown.all()
+    np.testing.assert_array_equal(np.asarray(raised.scale) == 0, unknown)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------

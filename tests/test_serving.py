@@ -352,7 +352,7 @@ def test_a_damaged_file_of_what_was_fitted_is_refused(plain, market, tmp_path):
 
 def test_interactions_below_the_minimum_value_of_the_training_are_not_served():
     interactions = pa.table({"user": [0, 0, 1], "item": [0, 1, 1], "value": pa.array([2.0, 4.0, None])})
-    dataset = make_synthetic(0, 5, 4)
+    dataset = make_synthetic(0, 20, 20)
     dataset = dataclasses.replace(dataset, interactions=interactions)
     assert recommender._above_min_value(dataset, 3.0).interactions["item"].to_pylist() == [1, 1]
     assert recommender._above_min_value(dataset, None) is dataset

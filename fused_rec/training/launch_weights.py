@@ -200,7 +200,8 @@ def _active_share(fusion: LateFusion | None, users: Float32[np.ndarray, "V D"]) 
     widths = [part.target.shape[1] for part in fusion.closed]
     blocks = np.split(users, np.cumsum([users.shape[1] - sum(widths), *widths])[:-1], axis=1)
     # All trained components include the popularity bias: they vary for the same users.
-    weights = [sum(fusion.trained.values(), np.float32(0)), *(part.weight for part in fusion.closed)]
+    trained = np.asarray(sum(fusion.trained.values(), np.float32(0)), np.float32)
+    weights = [trained, *(np.asarray(part.weight) for part in fusion.closed)]
     return np.asarray(active_share([(w, block.any(1)) for w, block in zip(weights, blocks, strict=True)]))
 
 
