@@ -246,7 +246,9 @@ def test_where_the_tables_need_a_larger_l2_the_next_of_the_grid_is_taken(finishe
 
     def fused(**settings):
         selection = late_fusion.Selection(dict.fromkeys(settings, 1.0), settings, {}, 0.0, 0)
-        return late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
+        made = late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
+        assert made is not None
+        return made
 
     found = fused(model={}, ease={"l2": 1e-6}, social_ease={"l2": 1e-6, "weight": 7.0})
     expected = fused(model={}, ease={"l2": 10.0})

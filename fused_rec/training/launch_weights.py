@@ -202,7 +202,7 @@ def _active_share(fusion: LateFusion | None, users: Float32[np.ndarray, "V D"]) 
     # All trained components include the popularity bias: they vary for the same users.
     trained = np.asarray(sum(fusion.trained.values(), np.float32(0)), np.float32)
     weights = [trained, *(np.asarray(part.weight) for part in fusion.closed)]
-    return np.asarray(active_share([(w, block.any(1)) for w, block in zip(weights, blocks, strict=True)]))
+    return np.asarray(active_share([(w, np.asarray(block.any(1))) for w, block in zip(weights, blocks, strict=True)]))
 
 
 def _best(scores: Float32[np.ndarray, "V N"], truth: Bool[np.ndarray, "V N"]) -> tuple[np.ndarray, np.ndarray]:
