@@ -4,6 +4,7 @@ python3 -m venv DIR && DIR/bin/pip install -r experiments/competitors/cornac.txt
 DIR/bin/python experiments/competitors/cornac_text.py --data=FOLDER --train_size=10 --model=cvae --out=cvae_p10.json
 DIR/bin/python experiments/competitors/cornac_text.py --data=FOLDER --train_size=10 --vectors=EXPORT --out=ours_p10.json
 
+EXPORT must be written with --history=train, of a run with train.refit "none": the default has the test papers in it.
 Settings are the defaults of the package (CDL: one hidden layer of 200, as in its example). Texts are the words of the
 abstracts, as in the papers: compare with the dataset citeulike_t_p10_words. Recall@M is the mean over users with test
 papers of hits / test papers, over all papers that are not in the user's train, as in the papers on CDL and CVAE.
@@ -90,8 +91,9 @@ def main():
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--data", type=Path, required=True, help="folder of the published files")
     flags.add_argument("--train_size", type=int, choices=(1, 10), required=True, help="P of the published split")
-    flags.add_argument("--model", choices=("ctr", "cdl", "cvae"))
-    flags.add_argument("--vectors", type=Path, help="folder of experiments.export, in place of --model")
+    measured_side = flags.add_mutually_exclusive_group(required=True)
+    measured_side.add_argument("--model", choices=("ctr", "cdl", "cvae"))
+    measured_side.add_argument("--vectors", type=Path, help="folder of experiments.export --history=train")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--out", type=Path, required=True)
     given = flags.parse_args()
