@@ -118,3 +118,10 @@ def test_the_selection_standardizes_and_measures_as_the_devices_do():
     by_metrics = ndcg(jnp.asarray(hits), jnp.asarray(truth.sum(1), jnp.int32), 10)
     measured = cw.ndcg_of_lists(found, truth, truth.sum(1))
     np.testing.assert_allclose(np.delete(measured, 1), np.delete(by_metrics, 1), rtol=1e-5)  # 1: equal scores
+
+
+def test_held_out_items_are_listed_on_the_same_terms_as_others():
+    """Item 120 is none of the component's first `DEPTH`: alone in the list, it would lack the rivals before it."""
+    on = _users([(0, 5), (0, 120)], n_items=150)
+    lists = cw._short_lists([_candidate("x", -np.arange(150, dtype=np.float32)[None])], on)
+    assert lists.listed.sum() == cw.DEPTH and lists.truth.sum() == 1 and lists.n_truth.tolist() == [2]
