@@ -3,9 +3,9 @@
     import fused_rec as fr
 
     run = fr.train(fr.configure(data={"name": "synthetic"}), "runs/first")
-    fr.evaluate(run, "test")
-    fr.recommend(run, ["C0001"], k=5)
-    fr.explain(run, "C0001")
+    run.evaluate("test")
+    run.recommend(["C0001"], k=5)
+    run.explain("C0001")
 
 The names below are the whole public interface; each is imported when it is first asked for, so that `import fused_rec`
 costs nothing.
@@ -16,17 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fused_rec.api import (
-        Run,
         compare,
         configure,
-        counterfactual,
         encode,
-        evaluate,
-        explain,
-        export,
         load,
         load_dataset,
-        recommend,
         report,
         train,
         tune,
@@ -36,6 +30,7 @@ if TYPE_CHECKING:
     from fused_rec.data.io.tables import dataset_from_tables
     from fused_rec.data.io.writers import save_dataset
     from fused_rec.data.sources.download import fetch_dataset
+    from fused_rec.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,16 +40,11 @@ __all__ = [
     "Run",
     "compare",
     "configure",
-    "counterfactual",
     "dataset_from_tables",
     "encode",
-    "evaluate",
-    "explain",
-    "export",
     "fetch_dataset",
     "load",
     "load_dataset",
-    "recommend",
     "report",
     "save_dataset",
     "train",
@@ -66,6 +56,7 @@ _HOMES = {
     "Config": "config",
     "DataError": "data.dataset",
     "Dataset": "data.dataset",
+    "Run": "run",
     "dataset_from_tables": "data.io.tables",
     "fetch_dataset": "data.sources.download",
     "save_dataset": "data.io.writers",

@@ -3,30 +3,23 @@
 Users are the customers of a bank, items its products. U users, I items, T texts, D dimensions.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float32
 
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
 from fused_rec.data.dataset import Dataset, changes, contents, digest
-from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.tables import read_tables
 from fused_rec.data.io.writers import save_dataset
 from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Rule
-from fused_rec.evaluation.ranking import mean
-from fused_rec.evaluation.suitability import check_groups, suitable
-from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.decomposition import decompose
-from fused_rec.explanation.reasons import record
+from fused_rec.evaluation.suitability import check_groups
 from fused_rec.reporting.data import (
     ReportData,
     compared,
@@ -38,9 +31,9 @@ from fused_rec.reporting.data import (
 from fused_rec.reporting.page import render_page
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run
-from fused_rec.serving import export_bundle, recommender
-from fused_rec.serving.recommender import SCHEMA, as_texts, candidate_filter, model_digest, user_rows
-from fused_rec.serving.write_rankings import read_rules
+from fused_rec.serving import recommender
+from fused_rec.serving.recommender import candidate_filter, model_digest, user_rows
+from fused_rec.serving.write_rankings import Rules, read_rules
 from fused_rec.storage import write_file
 from fused_rec.studies.compare import compare_variants
 from fused_rec.studies.variants import VARIANTS
@@ -48,33 +41,9 @@ from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer
 from fused_rec.training.evaluate_rules import evaluate_rules
-from fused_rec.training.inputs import ModelInputs, Prepared
+from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.trainer import run_training
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Run:
-    """Finished run, ready to rank.
-
-    Attributes:
-      workdir: folder of the run.
-      config: settings of the training.
-      prepared: tables, and the graph of what the model uses of them.
-      state: parameters of the selected step.
-      results: content of `results.json`, with the metrics of each split: `run.results["test"]["ndcg@10"]`.
-    """
-
-    workdir: Path
-    config: Config
-    prepared: ModelInputs
-    state: TrainState
-    results: Mapping[str, Any]
-
-    def __repr__(self) -> str:
-        metric = self.config.train.metric
-        measured = ", ".join(f"{split} {metric} {self.results[split][metric]:.4f}" for split in ("valid", "test"))
-        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
 
 
 def configure(base: Config | None = None, /, **sections: Any) -> Config:
@@ -267,172 +236,6 @@ def _folders(data_path: str | os.PathLike[str] | None, cache: str | os.PathLike[
 
 
 @computes
-def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
-    """Evaluates the run, and optional baselines, on a held-out split by full-catalogue ranking.
-
-    The tables of the training are prepared again without held-out rows, whatever history the run was opened with, and
-    the model is the one that `run.results` has the metrics of.
-
-    Args:
-      run: a finished run.
-      split: "valid" or "test". Use "test" once, after all choices are made.
-      baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
-
-    Returns:
-      Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
-
-    Raises:
-      ValueError: an unknown split or baseline.
-      NotApplicableError: the tables lack what a baseline needs.
-
-    Example:
-      metrics = fr.evaluate(run, "test", baselines=["popularity", "ease"])
-      metrics["fused"]["ndcg@10"] - metrics["ease"]["ndcg@10"]
-    """
-    if split not in ("valid", "test"):
-        raise ValueError(f"split is {split!r}; it must be valid or test")
-    data_path, cache = run.config.data.path or None, run.config.text.cache
-    measured = recommender.load_measured(run.workdir, split, **_folders(data_path, cache))
-    found = evaluate_with_baselines(*measured, split, baselines)
-    return {name: mean(per_user) for name, per_user in found.items()}
-
-
-@computes
-def recommend(
-    run: Run,
-    users: Any = None,
-    k: int = 10,
-    *,
-    rules: str | os.PathLike[str] | None = None,
-    include_seen: bool = False,
-) -> pa.Table:
-    """Recommends the k best items to each user.
-
-    Args:
-      run: a finished run.
-      users: user ids, as text or integers, in a list, an array or a column of a data frame; None = all users.
-      k: items per user.
-      rules: JSON file of suitability rules (`docs/SUITABILITY.md`).
-      include_seen: also recommend items that the user has interacted with.
-
-    Returns:
-      A table with the columns user_id, rank (from 1), item_id, score and, if items have one, name. A user with fewer
-      than k candidates has fewer rows.
-
-    Raises:
-      ValueError: an id is unknown, empty or of another type, or the rules cannot be applied to these tables.
-
-    Example:
-      fr.recommend(run, ["C0001", "C0002"], k=5).to_pandas()
-    """
-    dataset = run.prepared.dataset
-    given = read_rules(rules)[0] if rules is not None else ()
-    candidates = candidate_filter(dataset, given, include_seen=include_seen)
-    rows = user_rows(dataset, users)
-    recommender.require_table(dataset, len(rows), k)
-    chunks = recommender.rank_chunks(scorer(run.config, run.prepared, run.state), dataset, candidates, rows, k)
-    table = pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
-    if "name" not in dataset.items.column_names:
-        return table
-    item_rows = pc.index_in(table["item_id"], value_set=dataset.items["item_id"].combine_chunks())
-    return table.append_column("name", dataset.items["name"].combine_chunks().take(item_rows.combine_chunks()))
-
-
-@computes
-def export(run: Run, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
-    """Exports the run to a folder that is readable without this package, in the layout of the Hugging Face Hub.
-
-    The folder holds user and item vectors whose inner products are the scores, a compiled scoring program, parameters,
-    settings and a model card (`docs/INTEROP.md`).
-
-    Args:
-      run: a finished run.
-      out: a new or empty folder.
-      faiss: also write a Faiss index of the items; needs the extra `faiss`.
-
-    Returns:
-      The folder.
-
-    Raises:
-      FileExistsError: `out` is a file or a folder that is not empty.
-      ImportError: `faiss` is asked for but not installed.
-      ValueError: a vector is not finite.
-      SaveError: the folder cannot be written.
-
-    Example:
-      fr.export(run, "exported/first")
-    """
-    export_bundle.export_bundle(Path(out), *_model(run), run.results, faiss=faiss)
-    return Path(out)
-
-
-@computes
-def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
-    """Explains scores by an exact decomposition into contributions (`docs/EXPLANATIONS.md`).
-
-    Args:
-      run: a finished run.
-      user: user id, as text or integer.
-      items: item ids, as text or integers; None = the k items that are recommended.
-      k: number of recommended items to explain, without `items`.
-
-    Returns:
-      One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score, largest
-      first) and `reasons` (a code and a sentence each, strongest first).
-
-    Raises:
-      ValueError: an id is unknown, empty or of another type.
-
-    Example:
-      [row] = fr.explain(run, "C0001", k=1)
-      [reason["text"] for reason in row["reasons"]]
-    """
-    dataset = run.prepared.dataset
-    row = int(user_rows(dataset, [user])[0])
-    wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
-    if not wanted:
-        return []
-    decomposition = decompose(run.config, run.state.params, run.prepared.graph_inputs)
-    return record(decomposition, dataset, row, [_item_row(dataset, item) for item in wanted])
-
-
-@computes
-def counterfactual(run: Run, user: Any, item: Any, without: Any) -> CounterfactualEffect:
-    """Recomputes an item's score and rank as if one interaction of the user had not happened.
-
-    Args:
-      run: a finished run.
-      user: user id, as text or integer.
-      item: id of the item whose score and rank are compared.
-      without: id of the item whose interaction with the user is removed from the graph; parameters stay.
-
-    Returns:
-      Score and rank (from 1, among unseen items) before and after.
-
-    Raises:
-      ValueError: an id is unknown, or the interaction is not in the model's graph.
-
-    Example:
-      effect = fr.counterfactual(run, "C0001", item="P007", without="P012")
-      effect.rank, effect.rank_after
-    """
-    dataset = run.prepared.dataset
-    row, removed = int(user_rows(dataset, [user])[0]), _item_row(dataset, without)
-    candidates = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
-    of = _item_row(dataset, item)
-    candidates[of] = True
-    return counterfactual_effect(run.config, run.state.params, run.prepared, row, of, removed, candidates)
-
-
-def _item_row(dataset: Dataset, item: Any) -> int:
-    [item] = as_texts([item], "items")
-    row = pc.index(dataset.items["item_id"], item).as_py()
-    if row < 0:
-        raise ValueError(f"unknown item id {item!r}; {dataset.name} has {dataset.n_items} items")
-    return row
-
-
-@computes
 def compare(
     config: Config,
     out: str | os.PathLike[str],
@@ -506,7 +309,7 @@ def report(
     users: Any = None,
     num_users: int = 5,
     k: int = 5,
-    rules: str | os.PathLike[str] | None = None,
+    rules: Rules | None = None,
     groups: Sequence[str] = (),
     history: str = "all",
     dataset: Dataset | None = None,
@@ -523,7 +326,7 @@ def report(
       users: ids of the users to show, as text or integers; None = a random sample.
       num_users: size of the random sample.
       k: recommended items per user.
-      rules: JSON file of suitability rules (`docs/SUITABILITY.md`).
+      rules: suitability rules, as of `Run.recommend`.
       groups: user attributes whose groups are compared.
       history: as of `load`, for the recommendations; metrics withhold held-out rows.
       dataset: as of `load`, for the recommendations.
@@ -550,7 +353,7 @@ def report(
     shown = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
     candidates = candidate_filter(run.prepared.dataset, given or ())
     digests = _digests(workdir, dataset) | ({"rules": rules_digest} if rules_digest else {})
-    customers = recommended(*_model(run), candidates, shown, k, passages(*_model(run)))
+    customers = recommended(*run.model, candidates, shown, k, passages(*run.model))
     selection = "drawn at random" if users is None else "as named"
     facts = ReportData(digests=digests, customers=customers, selection=selection, **_facts(run), **evaluation)
     write_file(out, render_page(facts).encode())
@@ -588,7 +391,3 @@ def _evaluation(
         of_rules = evaluate_rules(prepared, scorer(*measured), split, rules, groups=groups)
     slices = sliced(prepared, per_user[own], groups)
     return {"split": split, "models": compared(per_user, own), "slices": slices, "rules": of_rules}
-
-
-def _model(run: Run) -> tuple[Config, ModelInputs, TrainState]:
-    return run.config, run.prepared, run.state

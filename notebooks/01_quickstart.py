@@ -90,7 +90,7 @@ for ax, title in zip(axes.flat, ("training loss", "NDCG@10 on validation"), stri
 # item) that are ordered correctly. Use the test split only once, at the end.
 
 # %%
-found = pd.DataFrame(fr.evaluate(run, "test", baselines=["popularity", "item_knn"])).T
+found = pd.DataFrame(run.evaluate("test", baselines=["popularity", "item_knn"])).T
 found[["ndcg@10", "recall@10", "auc"]].style.format("{:.3f}").highlight_max()
 
 # %%
@@ -102,14 +102,14 @@ _ = ax.set(xlabel="on held-out holdings")
 
 # %%
 customer = "C0001"
-fr.recommend(run, [customer], k=5).to_pandas()
+run.recommend([customer], k=5).to_pandas()
 
 # %% [markdown]
 # A score decomposes exactly into contributions of the user's items, their own text, their social edges, and the
 # popularity of the item. The reasons are sentences about the largest contributions.
 
 # %%
-best = fr.explain(run, customer, k=1)[0]
+best = run.explain(customer, k=1)[0]
 [reason["text"] for reason in best["reasons"]]
 
 # %%
@@ -123,7 +123,7 @@ _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score
 
 # %%
 interactions = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]
-fr.counterfactual(run, customer, best["item_id"], without=interactions["source"].iloc[0])
+run.counterfactual(customer, best["item_id"], without=interactions["source"].iloc[0])
 
 # %% [markdown]
 # ## Reopening a run
@@ -131,4 +131,4 @@ fr.counterfactual(run, customer, best["item_id"], without=interactions["source"]
 # The run directory has the tables, checkpoints, curves, results and a model card.
 
 # %%
-fr.recommend(fr.load("runs/quickstart"), [customer], k=1).to_pandas()
+fr.load("runs/quickstart").recommend([customer], k=1).to_pandas()

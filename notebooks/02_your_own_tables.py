@@ -112,7 +112,7 @@ run
 # ## Recommendations for all users, as a file
 
 # %%
-ranked = fr.recommend(run, k=5).to_pandas()
+ranked = run.recommend(k=5).to_pandas()
 ranked.to_csv("ranked.csv", index=False)
 ranked.head(5)
 

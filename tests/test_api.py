@@ -83,7 +83,7 @@ def test_a_workdir_that_moved_takes_its_tables_along(run, folder, tmp_path):
         assert fr.load(tmp_path / "moved").config.data.path == str(tmp_path / "moved" / "tables")
         elsewhere = fr.load(tmp_path / "moved", data_path=folder / "away" / "tables")
         assert elsewhere.config.data.path == str(folder / "away" / "tables")
-        assert fr.evaluate(elsewhere, "test")["fused"] == pytest.approx(run.results["test"], nan_ok=True)
+        assert elsewhere.evaluate("test")["fused"] == pytest.approx(run.results["test"], nan_ok=True)
     finally:
         (folder / "away").rename(folder / "run")
 
@@ -96,10 +96,8 @@ def wide():
 
 
 def test_64_bit_types_of_jax_change_nothing(run, wide):
-    assert fr.recommend(run, ["C0001"], k=3)["score"].type == pa.float32()
-    assert fr.evaluate(run, "test")[run.config.model.variant]["ndcg@10"] == pytest.approx(
-        run.results["test"]["ndcg@10"]
-    )
+    assert run.recommend(["C0001"], k=3)["score"].type == pa.float32()
+    assert run.evaluate("test")[run.config.model.variant]["ndcg@10"] == pytest.approx(run.results["test"]["ndcg@10"])
     assert jax.numpy.arange(1).dtype == np.int64, "it stays on for the caller"
 
 
@@ -213,7 +211,7 @@ def test_a_run_is_kept_whole(run, config, folder, market):
     assert repr(run).startswith(f"Run('{folder}/run': tables, fused, valid ndcg@10 ")
     again = fr.load(folder / "run")
     assert again.results == run.results
-    assert fr.recommend(again, k=3).equals(fr.recommend(run, k=3))
+    assert again.recommend(k=3).equals(run.recommend(k=3))
     assert fr.train(config, folder / "run", market).results == run.results  # finished: opened, not trained
 
 
@@ -237,38 +235,10 @@ def test_fit_reads_what_the_config_names(config, folder, run, monkeypatch):
     assert other.results["test"] == run.results["test"]
 
 
-def test_measure(run):
-    found = fr.evaluate(run, "test", ["popularity"])
-    assert list(found) == ["popularity", "fused"]
-    assert found["fused"] == pytest.approx(run.results["test"], nan_ok=True)
-    with pytest.raises(ValueError, match="split is 'train'; it must be valid or test"):
-        fr.evaluate(run, "train")
-    with pytest.raises(ValueError, match=r"baselines are \['popular'\]"):
-        fr.evaluate(run, "valid", ["popular"])
-
-
-def test_recommend_and_reasons(run, market):
-    ranked = fr.recommend(run, ["C0003", "C0001"], k=4)
-    assert ranked.column_names == ["user_id", "rank", "item_id", "score", "name"]
-    assert ranked["user_id"].to_pylist() == ["C0003"] * 4 + ["C0001"] * 4
-    names = dict(zip(market.items["item_id"].to_pylist(), market.items["name"].to_pylist(), strict=True))
-    assert ranked["name"].to_pylist() == [names[item] for item in ranked["item_id"].to_pylist()]
-    reported = fr.explain(run, "C0003", k=4)
-    assert [row["item_id"] for row in reported] == ranked["item_id"].to_pylist()[:4]
-    for row, score in zip(reported, ranked["score"].to_pylist()[:4], strict=True):
-        assert row["score"] == pytest.approx(score, rel=1e-4)
-        assert sum(part["value"] for part in row["parts"]) == pytest.approx(score, rel=1e-4)
-        assert row["reasons"]
-    with pytest.raises(ValueError, match="users is 'C0001', one string; give a list"):
-        fr.recommend(run, "C0001")
-    with pytest.raises(ValueError, match="unknown item id 'P999'; tables has 30"):
-        fr.explain(run, "C0001", ["P999"])
-
-
 def test_an_empty_list_of_users_is_no_user(run, folder):
-    none = fr.recommend(run, [])
-    assert len(none) == 0 and none.schema == fr.recommend(run, ["C0001"], k=1).schema
-    assert fr.explain(run, "C0001", []) == []
+    none = run.recommend([])
+    assert len(none) == 0 and none.schema == run.recommend(["C0001"], k=1).schema
+    assert run.explain("C0001", []) == []
     page = fr.report(folder / "run", folder / "nobody.html", baselines=["popularity"], users=[])
     assert "C0001" not in page.read_text()
 
@@ -298,33 +268,6 @@ def test_what_is_no_id_is_refused_by_name(bad):
         user_rows(dataset, 7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="1 unknown user ids, first '8'"):
         user_rows(dataset, [7, 8])
-
-
-def test_a_run_of_integer_ids_is_asked_for_them(folder, config):
-    rng = np.random.default_rng(0)
-    pairs = np.unique(rng.integers(0, 20, (150, 2)), axis=0)
-    dataset = fr.dataset_from_tables({"user_id": pairs[:, 0], "item_id": pairs[:, 1]})
-    run = fr.train(fr.configure(config, model={"variant": "graph"}), folder / "integers", dataset)
-    user, item = (int(value) for value in pairs[0])
-    best = fr.recommend(run, [user], k=1)
-    assert best["user_id"].to_pylist() == [str(user)]
-    other = int(best["item_id"][0].as_py())
-    assert fr.explain(run, user, [other])[0]["item_id"] == str(other)
-    assert fr.counterfactual(run, user, other, without=item).rank == 1
-    page = fr.report(folder / "integers", folder / "integers.html", baselines=["popularity"], users=[user], k=1)
-    assert f">{user}<" in page.read_text() or str(user) in page.read_text()
-    with pytest.raises(ValueError, match="items has 1.0 of type float"):
-        fr.explain(run, user, [1.0])  # pyright: ignore[reportArgumentType]
-
-
-def test_what_if(run, market):
-    user = run.prepared.observed.user
-    item = run.prepared.observed.item[user == 0]
-    ids = market.items["item_id"].to_pylist()
-    best = fr.recommend(run, ["C0001"], k=1)
-    changed = fr.counterfactual(run, "C0001", best["item_id"][0].as_py(), without=ids[item[0]])
-    assert changed.rank == 1 and changed.score == pytest.approx(best["score"][0].as_py(), rel=1e-4)
-    assert changed.score_after != changed.score
 
 
 def test_report(run, folder):

@@ -49,7 +49,7 @@ def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monke
         fitted = baseline(name, pretrained, choose_settings(name, alone))
         expected[name] = mean(evaluate_users(prepared, fitted, split))
 
-    by_api = fr.evaluate(run, split, BASELINES)
+    by_api = run.evaluate(split, BASELINES)
     assert {name: by_api[name] for name in BASELINES} == expected
     assert by_api["fused"]["ndcg@10"] == pytest.approx(run.results[split]["ndcg@10"], abs=1e-6)
 

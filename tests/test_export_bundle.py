@@ -166,7 +166,7 @@ def test_the_card_s_code_runs_without_this_package(run, exported):
     assert done.returncode == 0, done.stderr
     best, scores = json.loads(done.stdout)
     ids = run.prepared.dataset.users["user_id"].to_pylist()
-    expected = fr.recommend(run, [ids[0]], k=10, include_seen=True)
+    expected = run.recommend([ids[0]], k=10, include_seen=True)
     assert best == expected["item_id"].to_pylist()
     wanted = np.asarray(scorer(run.config, run.prepared, run.state)(jnp.arange(len(ids))))
     np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-6)
@@ -179,7 +179,7 @@ def test_faiss_finds_what_recommend_ranks(run, exported):
     users, user_ids = load_vectors(exported / export_bundle.USERS)
     _, item_ids = load_vectors(exported / export_bundle.ITEMS)
     scores, rows = index.search(users, 7)
-    ranked = fr.recommend(run, k=7, include_seen=True)
+    ranked = run.recommend(k=7, include_seen=True)
     assert ranked["user_id"].to_pylist() == np.repeat(user_ids, 7).tolist()
     assert np.array(item_ids)[rows].ravel().tolist() == ranked["item_id"].to_pylist()
     np.testing.assert_allclose(scores.ravel(), ranked["score"].to_numpy(), rtol=1e-4, atol=1e-6)
@@ -205,15 +205,15 @@ def test_the_program_is_for_all_platforms_and_any_sizes():
 def test_a_folder_with_files_is_left_alone(run, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(FileExistsError, match="holds files already; name a new folder"):
-        fr.export(run, tmp_path)
+        run.save(tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
-        fr.export(run, tmp_path / "mine.txt")
+        run.save(tmp_path / "mine.txt")
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
 def test_an_empty_folder_will_do_and_no_index_comes_unasked(run, tmp_path):
     (tmp_path / "out").mkdir()
-    assert fr.export(run, tmp_path / "out") == tmp_path / "out"
+    assert run.save(tmp_path / "out") == tmp_path / "out"
     assert set(os.listdir(tmp_path / "out")) == set(export_bundle.FILES) - {export_bundle.INDEX} | {export_bundle.CARD}
     assert "faiss" not in (tmp_path / "out" / export_bundle.CARD).read_text()
     assert os.listdir(tmp_path) == ["out"]
@@ -222,7 +222,7 @@ def test_an_empty_folder_will_do_and_no_index_comes_unasked(run, tmp_path):
 def test_what_fails_leaves_nothing(run, tmp_path):
     spoiled = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.state.params)
     with pytest.raises(ValueError, match="the vector of customer 0 is not finite"):
-        fr.export(dataclasses.replace(run, state=dataclasses.replace(run.state, params=spoiled)), tmp_path / "out")
+        dataclasses.replace(run, state=dataclasses.replace(run.state, params=spoiled)).save(tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -232,14 +232,14 @@ def test_a_full_disk_names_path_need_and_free_space(run, full_disk):
         rf"{full_disk}/out could not be written: .*No space left.*; at least 0\.\d MB are needed; 0\.0 MB are free in"
     )
     with pytest.raises(SaveError, match=said):
-        fr.export(run, full_disk / "out")
+        run.save(full_disk / "out")
     assert os.listdir(full_disk) == ["filler"]
 
 
 def test_without_faiss_the_error_names_the_extra(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"items.faiss needs the library faiss: pip install -e '.\[faiss\]'"):
-        fr.export(run, tmp_path / "out", faiss=True)
+        run.save(tmp_path / "out", faiss=True)
     assert os.listdir(tmp_path) == []
 
 

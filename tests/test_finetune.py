@@ -435,7 +435,7 @@ def test_a_loaded_run_ranks_as_it_was_measured(finished, part):
     results = json.loads((finished / "results.json").read_text())
     measured = evaluate_mean(prepared, scorer(config, prepared, state), part)
     assert {name: measured[name] for name in results[part]} == results[part]
-    assert fr.recommend(fr.load(finished), ["C0001"], 4).num_rows == 4
+    assert fr.load(finished).recommend(["C0001"], 4).num_rows == 4
 
 
 def test_a_loaded_run_encodes_its_texts_once(finished, monkeypatch):

@@ -267,8 +267,8 @@ def test_exported_vectors_have_the_scores(finished):
 
 
 def test_explanations_and_counterfactuals_follow(finished):
-    [row] = fr.recommend(finished, k=1).slice(0, 1).to_pylist()
-    found = fr.explain(finished, row["user_id"])
+    [row] = finished.recommend(k=1).slice(0, 1).to_pylist()
+    found = finished.explain(row["user_id"])
     assert found[0]["score"] == pytest.approx(sum(part["value"] for part in found[0]["parts"]), rel=1e-3)
 
 

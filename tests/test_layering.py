@@ -34,6 +34,7 @@ LAYERS = (
     "serving",
     "explanation",
     "reporting",
+    "run",
     "api",
     "commands",  # parse flags and delegate
     "cli",  # imports the module of the chosen command alone

@@ -22,6 +22,7 @@ from fused_rec.serving.recommender import load_measured, model_digest
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.evaluate import scorer
 from fused_rec.training.fitted import FITTED, read_fitted, write_fitted
+from fused_rec.training.inputs import ModelInputs
 
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 
@@ -86,19 +87,19 @@ def test_held_out_holdings_explain_a_recommendation(run, market):
     user = int(np.argmax(everything - known))
     name = market.users["user_id"][user].as_py()
     held = set(run.prepared.observed.item[run.prepared.observed.user == user].tolist())
-    parts = [part for row in fr.explain(run, name, k=3) for part in row["parts"] if part["kind"] == "interaction"]
+    parts = [part for row in run.explain(name, k=3) for part in row["parts"] if part["kind"] == "interaction"]
     named = {market.items["item_id"].to_pylist().index(part["source"]) for part in parts if part["source"]}
     assert named == held
     hidden = held - set(train.prepared.observed.item[train.prepared.observed.user == user].tolist())
     item_id = market.items["item_id"][hidden.pop()].as_py()
-    best = fr.recommend(run, [name], k=1)["item_id"][0].as_py()
-    assert fr.counterfactual(run, name, best, without=item_id).rank == 1
+    best = run.recommend([name], k=1)["item_id"][0].as_py()
+    assert run.counterfactual(name, best, without=item_id).rank == 1
 
 
 def test_evaluation_withholds_whatever_the_run_was_opened_with(run):
     for split in ("valid", "test"):
-        assert fr.evaluate(run, split)["fused"] == pytest.approx(run.results[split], nan_ok=True, abs=1e-6)
-    assert isinstance(run.prepared, fr.api.ModelInputs) and not hasattr(run.prepared, "split")
+        assert run.evaluate(split)["fused"] == pytest.approx(run.results[split], nan_ok=True, abs=1e-6)
+    assert isinstance(run.prepared, ModelInputs) and not hasattr(run.prepared, "split")
 
 
 def test_what_was_fitted_is_applied_to_all_texts(run):
@@ -138,7 +139,7 @@ def test_an_untrained_id_embedding_is_not_used(run, market):
 
 def test_audit_card_and_page_say_what_was_used(run, market, tmp_path):
     used = f"history=all): {market.interactions.num_rows:,} interactions, {market.reviews.num_rows:,} reviews"
-    card = fr.export(run, tmp_path / "out") / "README.md"
+    card = run.save(tmp_path / "out") / "README.md"
     assert used in card.read_text()
     page = fr.report(run.workdir, tmp_path / "page.html", baselines=[], num_users=2)
     assert used in page.read_text()
@@ -156,7 +157,7 @@ def run_of_all(market, folder) -> fr.Run:
 
 def test_the_model_of_all_rows_is_served_and_another_one_is_measured(run, run_of_all):
     assert run_of_all.results["valid"] == run.results["valid"] and run_of_all.results["test"] == run.results["test"]
-    assert fr.evaluate(run_of_all, "test")["fused"] == pytest.approx(run.results["test"], nan_ok=True, abs=1e-6)
+    assert run_of_all.evaluate("test")["fused"] == pytest.approx(run.results["test"], nan_ok=True, abs=1e-6)
     step = run.results["best_step"]
     steps = {
         phase: Checkpoints(run_of_all.workdir / phase / "checkpoints").steps() for phase in ("select", "refit_all")
@@ -265,9 +266,9 @@ def test_new_users_and_items_are_served_by_what_is_known_of_them(plain, market):
     new = run.state.params["main"]["id_item"][-1]
     assert not new.any() and run.state.params["main"]["id_item"].any(1)[:-1].mean() > 0.9
     assert len({found[user]["new"] for user in found}) > 60, "the words of the new product say whom it suits"
-    ranked = fr.recommend(run, ["twin"], k=31)
+    ranked = run.recommend(["twin"], k=31)
     assert "new" in ranked["item_id"].to_pylist()
-    assert fr.explain(run, "twin", ["new"])[0]["reasons"]
+    assert run.explain("twin", ["new"])[0]["reasons"]
 
 
 def test_what_is_gone_vanishes_and_what_cannot_be_served_is_counted(plain, market):
@@ -287,7 +288,7 @@ def test_what_is_gone_vanishes_and_what_cannot_be_served_is_counted(plain, marke
         "customers without text and edges, ranked by popularity alone": 1,
     }
     assert len(run.prepared.observed.ties) == len(rows["ties"]) - 1
-    best = fr.recommend(run, ["nobody"], k=1)["item_id"][0].as_py()
+    best = run.recommend(["nobody"], k=1)["item_id"][0].as_py()
     counts = np.bincount(run.prepared.observed.item)
     assert counts[run.prepared.dataset.items["item_id"].to_pylist().index(best)] == counts.max()
 

@@ -291,7 +291,7 @@ def test_recommend_writes_what_is_not_held(tables, cache, finished, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     ranked = pyarrow.parquet.read_table(out)
-    assert ranked.column_names == ["user_id", "rank", "item_id", "score"]
+    assert ranked.column_names == ["user_id", "rank", "item_id", "score", "name"]
     rows = ranked.to_pylist()
     assert [(row["user_id"], row["rank"]) for row in rows] == [(u, r) for u in ("C0001", "C0002") for r in (1, 2, 3, 4)]
     assert not holds & {(row["user_id"], row["item_id"]) for row in rows}
@@ -319,6 +319,38 @@ def test_recommend_writes_what_is_not_held(tables, cache, finished, tmp_path):
     )
     assert done.returncode != 0
     assert "'nobody'" in done.stderr
+
+
+def test_recommend_reads_ids_from_files_and_filters_items(cache, finished, tables, tmp_path):
+    items = pyarrow.csv.read_csv(tables / "items.csv").to_pylist()
+    named, band = ({row["item_id"]: row[column] for row in items} for column in ("name", "risk_band"))
+    (tmp_path / "users.csv").write_text("user_id,since\nC0002,1\nC0001,2\n")
+    (tmp_path / "items.txt").write_text("\n".join(sorted(named)[:20]) + "\n")
+    out = tmp_path / "ranked.csv"
+    asked = [f"--workdir={finished}", f"--users_file={tmp_path}/users.csv", f"--items_file={tmp_path}/items.txt"]
+
+    def ended(*more: str) -> subprocess.CompletedProcess:
+        arguments = command("recommend", *asked, f"--out={out}", *more)
+        return subprocess.run(arguments, env=environment(cache), capture_output=True, text=True, check=False)
+
+    done = ended("--where=risk_band <= 3", "--k=30", "--include_seen", "--names", "--explain")
+    assert done.returncode == 0, done.stderr
+    ranked = pyarrow.csv.read_csv(out)
+    assert ranked.column_names == ["user_id", "rank", "item_id", "score", "name"], "these customers have no names"
+    expected = [item for item in sorted(named)[:20] if band[item] <= 3]
+    for user in ("C0002", "C0001"):
+        of_user = [row for row in ranked.to_pylist() if row["user_id"] == user]
+        assert sorted(row["item_id"] for row in of_user) == expected
+        assert all(row["name"] == named[row["item_id"]] for row in of_user)
+    inputs = json.loads((tmp_path / "ranked.csv.audit.json").read_text())["inputs"]
+    assert inputs["where"] == "risk_band <= 3" and len(inputs["candidates"]) == 64 and inputs["names"] is True
+    assert len((tmp_path / "reasons.jsonl").read_text().splitlines()) == ranked.num_rows
+
+    (tmp_path / "users.csv").write_text("C0002\nnobody\n")
+    done = ended()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    remedy = "correct it, or serve tables that have this user_id: --tables=DIR"
+    assert f"users.csv, row 2: user_id 'nobody' is unknown. {remedy}" in done.stderr
 
 
 def test_evaluate_repeats_the_results_and_shows_baselines(cache, finished):

@@ -219,7 +219,7 @@ def check_end_to_end() -> Line:
         )
         run = fr.Run(Path(), config, prepared, gather_state(stepped, state), {})
         with contextlib.redirect_stderr(io.StringIO()):  # findings only, no progress bars
-            [row] = fr.explain(run, "C0001", k=1)
+            [row] = run.explain("C0001", k=1)
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     total, score = sum(part["value"] for part in row["parts"]), row["score"]

@@ -29,6 +29,6 @@ def main(argv: list[str]) -> None:
     other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
     run = fr.load(WORKDIR.value, history=HISTORY.value, dataset=other, **folders)
-    out = fr.export(run, OUT.value, faiss=FAISS.value)
+    out = run.save(OUT.value, faiss=FAISS.value)
     for file in sorted(out.iterdir()):
         print(f"{file.stat().st_size:>12,}  {file}")

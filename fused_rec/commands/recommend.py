@@ -3,14 +3,21 @@
     python -m experiments.recommend --workdir=runs/lastfm --users=2,3 --k=10 --out=ranked.csv
     python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
     python -m experiments.recommend --workdir=runs/mine --tables=DIR_OF_TODAY --out=ranked.csv
+    python -m experiments.recommend --workdir=runs/mine --users_file=USERS --where="fee < 1" --out=ranked.csv
 
-Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score; and beside it OUT.audit.json:
-hashes of model, tables and rules, what the model uses of the tables, and the exclusions of each rule. It uses all rows,
-held-out ones too; with --history=train those it was trained on. --tables serves other tables (docs/commands.md).
-docs/SUITABILITY.md describes rules. Items that the user has interacted with, in any split, are excluded unless
---include_seen. Users are ranked and written in chunks: memory does not grow with the number of rankings, and the same
-command resumes after an interruption. Parquet has the ids unchanged; in CSV an id that a spreadsheet would read as a
-formula, or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
+Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score, the items' name where they have
+one, and with --names the users' as user_name; and beside it OUT.audit.json: hashes of model, tables and rules, filters,
+what the model uses of the tables, and the exclusions of each rule. It uses all rows, held-out ones too; with
+--history=train those it was trained on. --tables serves other tables (docs/commands.md). docs/SUITABILITY.md describes
+rules. Items that the user has interacted with, in any split, are excluded unless --include_seen.
+
+--users_file and --items_file have one id a line, or are CSV or Parquet with a column user_id or item_id. --items_file
+and --where restrict what may be recommended; --where compares columns of the items with values (==, !=, <, <=, >, >=,
+in [...], not in [...]), joined by and, or and not.
+
+Users are ranked and written in chunks: memory does not grow with the number of rankings, and the same command resumes
+after an interruption. Parquet has the ids unchanged; in CSV an id or name that a spreadsheet would read as a formula,
+or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
 score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written.
@@ -30,10 +37,18 @@ from absl import app, flags
 from tqdm import tqdm
 
 from fused_rec.commands.launch import command
-from fused_rec.commands.places import DEFINE_path, DEFINE_rules, DEFINE_run, DEFINE_served, written_file
+from fused_rec.commands.places import (
+    DEFINE_path,
+    DEFINE_rules,
+    DEFINE_run,
+    DEFINE_served,
+    existing_file,
+    written_file,
+)
 from fused_rec.data.dataset import Dataset, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
+from fused_rec.data.io.id_lists import read_ids
 from fused_rec.evaluation.suitability import exclusion_counts
 from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
 from fused_rec.explanation.reasons import record
@@ -41,12 +56,14 @@ from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
     candidate_filter,
+    candidate_items,
     count_chunks,
     load,
     model_digest,
     rank_chunks,
     read_served_tables,
     user_rows,
+    with_names,
 )
 from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
 from fused_rec.storage import fill_file
@@ -55,6 +72,10 @@ from fused_rec.training.evaluate import scorer
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
 USERS = flags.DEFINE_list("users", None, "User ids; all users by default.")
+USERS_FILE = DEFINE_path("users_file", existing_file, "File of user ids: one a line, or with a column user_id.")
+ITEMS_FILE = DEFINE_path("items_file", existing_file, "File of item ids that may be recommended; all by default.")
+WHERE = flags.DEFINE_string("where", None, "Condition on columns of the items, such as: type == 'fund' and fee < 1.")
+NAMES = flags.DEFINE_bool("names", False, "Also write the users' names.")
 K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
 RULES = DEFINE_rules()
@@ -105,10 +126,18 @@ def write_reasons(decomposition: ScoreDecomposition, dataset: Dataset, out: Path
     return file
 
 
+def _listed(file: Path | None, known: pa.ChunkedArray, column: str) -> list[str] | None:
+    """Reads a file of ids that are in the tables."""
+    remedy = f"correct it, or serve tables that have this {column}: --tables=DIR"
+    return None if file is None else read_ids(Path(file), column, known, remedy)
+
+
 def main(argv: list[str]) -> None:
     """Parses the flags, ranks, writes, tells what the rules excluded."""
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to rank for all customers")
+    if USERS.present and USERS_FILE.value:
+        raise app.UsageError("--users and --users_file are both given; drop one")
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
@@ -117,8 +146,9 @@ def main(argv: list[str]) -> None:
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
     config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     dataset = prepared.dataset
-    may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value)
-    users = user_rows(dataset, USERS.value)
+    among = candidate_items(dataset, _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id"), WHERE.value)
+    may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)
+    users = user_rows(dataset, _listed(USERS_FILE.value, dataset.users["user_id"], "user_id") or USERS.value)
     inputs = {
         "model": model_digest(WORKDIR.value),
         "tables": digest(dataset),
@@ -127,12 +157,18 @@ def main(argv: list[str]) -> None:
         "customers": hashlib.sha256(users.tobytes()).hexdigest(),
         "k": K.value,
         "include_seen": INCLUDE_HELD.value,
+        "where": WHERE.value,
+        "candidates": "all" if among is None else hashlib.sha256(among.tobytes()).hexdigest(),
+        "names": NAMES.value,
         "part": CHUNK_USERS,
     }
 
     def ranked(first: int) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
         found = rank_chunks(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
-        return ((part.table, exclusion_counts(part.ranking, may.names)) for part in found)
+        return (
+            (with_names(part.table, dataset, users=NAMES.value), exclusion_counts(part.ranking, may.names))
+            for part in found
+        )
 
     out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
     exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["exclusions"]

@@ -67,11 +67,13 @@ class CandidateFilter:
       tests: functions from users [B] to Bool [B, I], True where the item passes; like `Scorer`, each is a
         `Partial` of a function and its arrays.
       excluded: sets of items that each user must not get, for rules about pairs rather than attributes.
+      items: rows of the items that are candidates of any user; None = all.
     """
 
     names: tuple[str, ...] = ()
     tests: tuple[Partial, ...] = ()
     excluded: tuple[UserItemSets, ...] = ()
+    items: Int[np.ndarray, "C"] | None = None
 
     def without(self, name: str) -> "CandidateFilter":
         """Returns the filter without the rule of that name."""
@@ -81,6 +83,7 @@ class CandidateFilter:
             tuple(self.names[index] for index in kept),
             tuple(self.tests[index] for index in kept if index < n),
             tuple(self.excluded[index - n] for index in kept if index >= n),
+            self.items,
         )
 
 
@@ -129,6 +132,8 @@ class RankingSpec:
         mask = np.full(self.n_items, self.candidates is None)
         if self.candidates is not None:
             mask[self.candidates] = True
+        if self.filter.items is not None:
+            mask &= np.isin(np.arange(self.n_items), self.filter.items)
         return mask
 
 

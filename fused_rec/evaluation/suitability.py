@@ -86,6 +86,8 @@ def suitable(
     """
     fine = items >= 0
     taken = np.maximum(items, 0)
+    if eligible.items is not None:
+        fine &= np.isin(taken, eligible.items)
     for start in range(0, len(users), batch):
         rows = slice(start, start + batch)
         for test in eligible.tests:

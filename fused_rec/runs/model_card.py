@@ -66,7 +66,7 @@ held-out rows included; `history="train"` leaves these out. `dataset=` serves ot
 import fused_rec as fr
 
 run = fr.load("path/to/this/folder")  # data_path=DIR if the tables were moved
-fr.recommend(run, k=10)  # all users; users=["..."] names some
+run.recommend(k=10)  # all users; users=["..."] names some
 ```""",
     )
 

@@ -18,12 +18,13 @@ from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.splits import split
 from fused_rec.distributed.devices import computes, select_devices
-from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, apply
+from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, Side, apply
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.model.model import ID_EMBEDDING
 from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results
+from fused_rec.serving.item_conditions import matching_rows
 from fused_rec.text.cache import open_cache
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
 from fused_rec.training.fitted import FITTED, Fitted, id_rows, read_fitted
@@ -272,6 +273,39 @@ def as_texts(ids: Any, what: str = "users") -> list[str]:
     return texts
 
 
+def as_pairs(pairs: Any) -> tuple[list[str], list[str]]:
+    """Converts pairs of ids to two lists of ids.
+
+    Args:
+      pairs: a list of (user id, item id); or a tuple of two columns, as for `as_texts`; or a mapping, data frame or
+        Arrow table with the columns user_id and item_id.
+
+    Returns:
+      User ids and item ids, of one length.
+
+    Raises:
+      ValueError: it is none of these, or the columns differ in length.
+    """
+    if not isinstance(pairs, tuple | list):
+        try:
+            pairs = pairs["user_id"], pairs["item_id"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"pairs is of type {type(pairs).__name__}, without the columns user_id and item_id; give a list of "
+                "(user id, item id), or a tuple of two columns"
+            ) from error
+    elif isinstance(pairs, list):
+        if wrong := [pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2]:
+            raise ValueError(f"pairs has {wrong[0]!r:.80}; each must be (user id, item id)")
+        pairs = tuple(zip(*pairs, strict=True)) or ((), ())
+    if len(pairs) != 2:
+        raise ValueError(f"pairs is a tuple of {len(pairs)}; it must be two columns, user ids and item ids")
+    users, items = as_texts(pairs[0], "users"), as_texts(pairs[1], "items")
+    if len(users) != len(items):
+        raise ValueError(f"pairs has {len(users)} users and {len(items)} items; it must have as many of both")
+    return users, items
+
+
 def user_rows(dataset: Dataset, ids: Any) -> Int64[np.ndarray, "B"]:
     """Looks up user rows by id.
 
@@ -287,23 +321,68 @@ def user_rows(dataset: Dataset, ids: Any) -> Int64[np.ndarray, "B"]:
     """
     if ids is None:
         return np.arange(dataset.n_users)
-    asked = list(dict.fromkeys(as_texts(ids)))
-    rows = pc.index_in(pa.array(asked, pa.string()), value_set=dataset.users.column("user_id").combine_chunks())
+    return find_rows(dataset, "user", list(dict.fromkeys(as_texts(ids))))
+
+
+def find_rows(dataset: Dataset, side: Side, ids: Sequence[str]) -> Int64[np.ndarray, "B"]:
+    """Looks up rows of users or items by id.
+
+    Args:
+      dataset: tables.
+      side: "user" or "item".
+      ids: B ids.
+
+    Returns:
+      The row of each id.
+
+    Raises:
+      ValueError: an id is unknown (names it).
+    """
+    table = dataset.users if side == "user" else dataset.items
+    rows = pc.index_in(pa.array(ids, pa.string()), value_set=table.column(f"{side}_id").combine_chunks())
     if rows.null_count:
-        first = asked[rows.is_null().to_pylist().index(True)]
+        first = ids[rows.is_null().to_pylist().index(True)]
         raise ValueError(
-            f"{rows.null_count} unknown user ids, first {first!r}; {dataset.name} has {dataset.n_users} users"
+            f"{rows.null_count} unknown {side} ids, first {first!r}; {dataset.name} has {table.num_rows} {side}s"
         )
     return rows.to_numpy().astype(np.int64)
 
 
-def candidate_filter(dataset: Dataset, rules: Sequence[Rule] = (), *, include_seen: bool = False) -> CandidateFilter:
+def candidate_items(dataset: Dataset, items: Any = None, where: str | None = None) -> Int64[np.ndarray, "C"] | None:
+    """Finds the items that are candidates.
+
+    Args:
+      dataset: tables.
+      items: item ids, as for `as_texts`; None = all items.
+      where: condition on columns of the items (`fused_rec.serving.item_conditions`); None = none.
+
+    Returns:
+      Rows of the items that are listed and match, ascending; None = all items.
+
+    Raises:
+      ValueError: an id is unknown, or the condition does not fit the items.
+    """
+    listed = None if items is None else np.unique(find_rows(dataset, "item", as_texts(items, "items")))
+    if where is None:
+        return listed
+    matching = matching_rows(dataset.items, where)
+    return matching if listed is None else np.intersect1d(listed, matching)
+
+
+def candidate_filter(
+    dataset: Dataset,
+    rules: Sequence[Rule] = (),
+    *,
+    include_seen: bool = False,
+    items: Int64[np.ndarray, "C"] | None = None,
+) -> CandidateFilter:
     """Compiles rules for these tables; by default the last rule refuses the user's interactions of all splits.
 
     Args:
       dataset: tables.
       rules: suitability rules.
       include_seen: do not add that last rule.
+      items: rows of the candidates, as of `candidate_items`; None = all items.
 
     Returns:
       The filter.
@@ -317,7 +396,7 @@ def candidate_filter(dataset: Dataset, rules: Sequence[Rule] = (), *, include_se
     if not asked and not include_seen:
         rules = (*rules, Refuse(SEEN_RULE, held=True))
     held = item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
-    return apply(rules, dataset.users, dataset.items, held)
+    return dataclasses.replace(apply(rules, dataset.users, dataset.items, held), items=items)
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
@@ -357,7 +436,7 @@ def rank_chunks(
     k: int,
     *,
     first: int = 0,
-    devices: int | None = None,
+    progress: bool = True,
 ) -> Iterator[RankedChunk]:
     """Ranks the k best allowed items of each user, in chunks of `CHUNK_USERS` users.
 
@@ -371,7 +450,7 @@ def rank_chunks(
       users: int64 [V], user rows.
       k: items per user.
       first: number of the first chunk.
-      devices: number of devices, None = all.
+      progress: show a progress bar per chunk.
 
     Yields:
       The rankings of each chunk.
@@ -379,12 +458,13 @@ def rank_chunks(
     ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     # Of the last part too: a score may depend on the shape.
-    batch = min(users_per_batch(dataset.n_items), max(1, -(-len(users) // len(select_devices(devices)))))
-    spec = RankingSpec(nothing, dataset.n_items, filter=candidates, batch_size=batch, devices=devices)
+    batch = min(users_per_batch(dataset.n_items), max(1, -(-len(users) // len(select_devices(None)))))
+    spec = RankingSpec(nothing, dataset.n_items, filter=candidates, batch_size=batch)
     n_parts = count_chunks(len(users))
     for part in range(first, n_parts):
         own = users[part * CHUNK_USERS : (part + 1) * CHUNK_USERS]
-        of_part = dataclasses.replace(spec, progress=f"rank, part {part + 1} of {n_parts}")
+        label = f"rank, part {part + 1} of {n_parts}" if progress else ""
+        of_part = dataclasses.replace(spec, progress=label)
         ranking = rank(scorer, own, of_part, k)
         yield RankedChunk(_rows(own, ranking, *ids), own, ranking)
 
@@ -398,3 +478,22 @@ def _rows(users: Int64[np.ndarray, "V"], ranking: FilteredRanking, user_ids: pa.
         pa.array(ranking.scores[row, rank], pa.float32()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def with_names(table: pa.Table, dataset: Dataset, *, users: bool = False) -> pa.Table:
+    """Adds names to rankings.
+
+    Args:
+      table: of `SCHEMA`.
+      dataset: tables.
+      users: also add the users' names.
+
+    Returns:
+      The table with a column `name` where items have one, and `user_name` where users do and are asked for.
+    """
+    wanted = [(dataset.items, "item_id", "name")] + [(dataset.users, "user_id", "user_name")] * users
+    for nodes, key, title in wanted:
+        if "name" in nodes.column_names:
+            rows = pc.index_in(table[key], value_set=nodes[key].combine_chunks()).combine_chunks()
+            table = table.append_column(title, nodes["name"].combine_chunks().take(rows).cast(pa.string()))
+    return table

@@ -9,10 +9,11 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,33 @@ from fused_rec.distributed.signals import Stopped
 from fused_rec.evaluation.filters import Rule, parse
 from fused_rec.evaluation.suitability import sum_counts
 from fused_rec.runs.run_dir import LOCK, lock_run_dir, versions, write_json
-from fused_rec.serving.recommender import SCHEMA
 from fused_rec.storage import fill_file, write_file
 
 LOG = logging.getLogger(__name__)
 BEGUN, AUDIT = "begun.json", "audit.json"
+Rules = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 EXCLUSIONS = b"exclusions"  # metadata key of a part's file
 
 
-def read_rules(file: str | os.PathLike[str]) -> tuple[tuple[Rule, ...], str]:
-    """Reads a rules file.
+def read_rules(given: Rules) -> tuple[tuple[Rule, ...], str]:
+    """Reads suitability rules.
 
     Args:
-      file: JSON file.
+      given: a JSON file, its content as a dictionary, or the list of rules in it.
 
     Returns:
-      The rules and the SHA-256 of the file.
+      The rules and the SHA-256 of the file, or of the content as JSON.
 
     Raises:
       ValueError: the rules are invalid; names the file.
     """
-    content = Path(file).read_bytes()
+    if not isinstance(given, str | os.PathLike):
+        try:
+            text = json.dumps(given if isinstance(given, Mapping) else {"rules": list(given)})
+        except TypeError as error:
+            raise ValueError(f"the rules cannot be written as JSON ({error}); use texts, numbers and lists") from error
+        return parse(text), hashlib.sha256(text.encode()).hexdigest()
+    file, content = given, Path(given).read_bytes()
     try:
         return parse(content.decode("utf-8-sig")), hashlib.sha256(content).hexdigest()
     except ValueError as error:
@@ -68,7 +75,7 @@ def write_rankings(
       out: a name that ends in .parquet or .csv.
       inputs: hashes and settings that determine the rankings, as JSON; parts of other rankings are refused.
       n_parts: number of parts, 1 or more.
-      parts: yields, from a given part on, the rows of `SCHEMA` and `suitability.exclusion_counts` of each part.
+      parts: yields, from a given part on, the rows and `suitability.exclusion_counts` of each part.
       command: for the audit log.
 
     Returns:
@@ -185,28 +192,37 @@ def write_parquet(tables: Iterable[pa.Table], file: Path) -> None:
     """Writes tables as one Parquet file, with at least a row group per table.
 
     Args:
-      tables: tables of `SCHEMA`.
+      tables: one or more tables of one schema.
       file: the file.
     """
-    with pyarrow.parquet.ParquetWriter(file, SCHEMA) as writer:
+    schema, tables = _with_schema(tables)
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
         for table in tables:
             writer.write_table(table)
 
 
 def write_csv(tables: Iterable[pa.Table], file: Path) -> None:
-    """Writes tables as one CSV file, with ids escaped by `escape_csv`.
+    """Writes tables as one CSV file, with ids and names escaped by `escape_csv`.
 
     Args:
-      tables: tables of `SCHEMA`.
+      tables: one or more tables of one schema.
       file: the file.
     """
-    with pyarrow.csv.CSVWriter(file, SCHEMA) as writer:
+    schema, tables = _with_schema(tables)
+    with pyarrow.csv.CSVWriter(file, schema) as writer:
         for table in tables:
-            for name in ("user_id", "item_id"):
+            for name in [field.name for field in schema if pa.types.is_string(field.type)]:
                 coded = pc.dictionary_encode(table[name]).combine_chunks()  # escape each distinct id once
                 cells = pa.array(map(escape_csv, coded.dictionary.to_pylist()), pa.string())
                 table = replace(table, name, cells.take(coded.indices))
             writer.write_table(table)
+
+
+def _with_schema(tables: Iterable[pa.Table]) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    first, *rest = itertools.tee(tables)
+    tables = iter(tables)
+    first = next(tables)
+    return first.schema, itertools.chain([first], tables)
 
 
 WRITERS: dict[str, Callable[[Iterable[pa.Table], Path], None]] = {".csv": write_csv, ".parquet": write_parquet}

@@ -1,0 +1,345 @@
+"""A finished run as an object: recommendations, similar nodes, scores, explanations, vectors, evaluation and export.
+
+U users, I items, D columns of a vector, P pairs.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float32
+
+from fused_rec.config import Config
+from fused_rec.distributed.devices import computes
+from fused_rec.evaluation.filters import Side
+from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.suitability import suitable
+from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
+from fused_rec.explanation.decomposition import decompose
+from fused_rec.explanation.reasons import record
+from fused_rec.serving import export_bundle, recommender
+from fused_rec.serving.recommender import (
+    SCHEMA,
+    as_pairs,
+    as_texts,
+    candidate_filter,
+    candidate_items,
+    find_rows,
+    user_rows,
+    with_names,
+)
+from fused_rec.serving.vectors import ScoreCorrelation, pair_scores
+from fused_rec.serving.write_rankings import Rules, read_rules
+from fused_rec.training.evaluate import evaluate_with_baselines, scorer, user_item_vectors
+from fused_rec.training.inputs import ModelInputs
+from fused_rec.training.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Run:
+    """Finished run, ready to rank. It does not change, and keeps what it has computed once.
+
+    Attributes:
+      workdir: folder of the run.
+      config: settings of the training.
+      prepared: tables, and the graph of what the model uses of them.
+      state: parameters of the selected step.
+      results: content of `results.json`, with the metrics of each split.
+
+    Example:
+      run = fr.load("runs/first")
+      run.results["test"]["ndcg@10"]
+    """
+
+    workdir: Path
+    config: Config
+    prepared: ModelInputs
+    state: TrainState
+    results: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        metric = self.config.train.metric
+        measured = ", ".join(f"{split} {metric} {self.results[split][metric]:.4f}" for split in ("valid", "test"))
+        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
+
+    @computes
+    def recommend(
+        self,
+        users: Any = None,
+        k: int = 10,
+        *,
+        rules: Rules | None = None,
+        include_seen: bool = False,
+        items: Any = None,
+        where: str | None = None,
+        progress: bool = True,
+    ) -> pa.Table:
+        """Recommends the k best items to each user.
+
+        Args:
+          users: user ids, as text or integers, in a list, an array or a column of a data frame; None = all users.
+          k: items per user.
+          rules: suitability rules (`docs/SUITABILITY.md`): a JSON file, its content, or the list of rules.
+          include_seen: also recommend items that the user has interacted with.
+          items: ids of the items that may be recommended, as `users`; None = all items.
+          where: condition on columns of the items that may be recommended, such as `"type == 'fund'"`: comparisons
+            (==, !=, <, <=, >, >=, in [...], not in [...]) joined by and, or and not. An item with a missing value in
+            a comparison does not match.
+          progress: show a progress bar.
+
+        Returns:
+          A table with the columns user_id, rank (from 1), item_id, score and, if items have one, name. A user with
+          fewer than k candidates has fewer rows.
+
+        Raises:
+          ValueError: an id is unknown, empty or of another type, or rules or condition do not fit the tables.
+
+        Example:
+          run.recommend(["C0001", "C0002"], k=5).to_pandas()
+          run.recommend(["C0001"], where="sector == 'energy' and risk_band <= 3", progress=False)
+          run.recommend(rules=[{"name": "closed", "refuse": {"items": ["P007"]}}], items=["P003", "P007", "P012"])
+        """
+        dataset = self.prepared.dataset
+        given = () if rules is None else read_rules(rules)[0]
+        among = candidate_items(dataset, items, where)
+        candidates = candidate_filter(dataset, given, include_seen=include_seen, items=among)
+        rows = user_rows(dataset, users)
+        recommender.require_table(dataset, len(rows), k)
+        scores = scorer(*self.model)
+        chunks = recommender.rank_chunks(scores, dataset, candidates, rows, k, progress=progress)
+        return with_names(pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)]), dataset)
+
+    @computes
+    def similar_items(self, item: Any, k: int = 10) -> pa.Table:
+        """Finds the items whose scores are most like an item's.
+
+        The score of two items is the cosine of their scores over all users, each score less the user's mean over all
+        items: 1 where the same users like both as much, 0 where they have nothing in common. It depends on the scores
+        alone, and not on how their vectors are scaled.
+
+        Args:
+          item: item id, as text or integer.
+          k: number of other items.
+
+        Returns:
+          A table with the columns item_id, rank (from 1), score and, if items have one, name.
+
+        Raises:
+          ValueError: the id is unknown, empty or of another type.
+
+        Example:
+          run.similar_items("P007", k=3).to_pandas()
+        """
+        return self._similar("item", item, k)
+
+    @computes
+    def similar_users(self, user: Any, k: int = 10) -> pa.Table:
+        """Finds the users whose scores are most like a user's.
+
+        The score of two users is the correlation of their scores over all items, of those they hold too.
+
+        Args:
+          user: user id, as text or integer.
+          k: number of other users.
+
+        Returns:
+          A table with the columns user_id, rank (from 1) and score.
+
+        Raises:
+          ValueError: the id is unknown, empty or of another type.
+
+        Example:
+          run.similar_users("C0001", k=3).to_pandas()
+        """
+        return self._similar("user", user, k)
+
+    def _similar(self, side: Side, given: Any, k: int) -> pa.Table:
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        dataset = self.prepared.dataset
+        rows, scores = self._correlation.nearest(side, self._row(side, given), k)
+        ids = (dataset.users if side == "user" else dataset.items)[f"{side}_id"].combine_chunks().take(pa.array(rows))
+        ranks = pa.array(np.arange(1, len(rows) + 1), pa.int32())
+        table = pa.table({f"{side}_id": ids, "rank": ranks, "score": pa.array(scores, pa.float32())})
+        return with_names(table, dataset) if side == "item" else table
+
+    @computes
+    def score(self, pairs: Any) -> Float32[np.ndarray, "P"]:
+        """Scores pairs of users and items, whether the user has interacted with the item or not.
+
+        Args:
+          pairs: a list of (user id, item id); or a tuple of two columns, user ids and item ids; or a data frame or
+            Arrow table with the columns user_id and item_id.
+
+        Returns:
+          Float32 [P]: the scores, in the order of the pairs. Those of one user can be compared, as in a ranking.
+
+        Raises:
+          ValueError: an id is unknown, empty or of another type, or the columns differ in length.
+
+        Example:
+          run.score([("C0001", "P007"), ("C0001", "P012")])
+          run.score((["C0001", "C0002"], ["P007", "P007"]))
+        """
+        users, items = as_pairs(pairs)
+        dataset = self.prepared.dataset
+        return pair_scores(*self._vectors, find_rows(dataset, "user", users), find_rows(dataset, "item", items))
+
+    @property
+    def user_vectors(self) -> Float32[np.ndarray, "U D"]:
+        """Vectors of all users, in the order of `run.prepared.dataset.users`.
+
+        `run.user_vectors @ run.item_vectors.T` are the scores. A part of the score of every component of late fusion
+        has columns of its own (`docs/MODEL.md`).
+
+        Example:
+          run.user_vectors[0] @ run.item_vectors.T
+        """
+        return self._vectors[0]
+
+    @property
+    def item_vectors(self) -> Float32[np.ndarray, "I D"]:
+        """Vectors of all items, in the order of `run.prepared.dataset.items`; see `user_vectors`.
+
+        Example:
+          run.item_vectors.shape
+        """
+        return self._vectors[1]
+
+    @computes
+    def explain(self, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
+        """Explains scores by an exact decomposition into contributions (`docs/EXPLANATIONS.md`).
+
+        Args:
+          user: user id, as text or integer.
+          items: item ids, as text or integers; None = the k items that are recommended.
+          k: number of recommended items to explain, without `items`.
+
+        Returns:
+          One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score,
+          largest first) and `reasons` (a code and a sentence each, strongest first).
+
+        Raises:
+          ValueError: an id is unknown, empty or of another type.
+
+        Example:
+          [row] = run.explain("C0001", k=1)
+          [reason["text"] for reason in row["reasons"]]
+        """
+        dataset = self.prepared.dataset
+        row = self._row("user", user)
+        wanted = self.recommend([user], k, progress=False)["item_id"] if items is None else items
+        rows = find_rows(dataset, "item", as_texts(wanted, "items"))
+        if not len(rows):
+            return []
+        return record(
+            decompose(self.config, self.state.params, self.prepared.graph_inputs), dataset, row, rows.tolist()
+        )
+
+    @computes
+    def counterfactual(self, user: Any, item: Any, without: Any) -> CounterfactualEffect:
+        """Recomputes an item's score and rank as if one interaction of the user had not happened.
+
+        Args:
+          user: user id, as text or integer.
+          item: id of the item whose score and rank are compared.
+          without: id of the item whose interaction with the user is removed from the graph; parameters stay.
+
+        Returns:
+          Score and rank (from 1, among unseen items) before and after.
+
+        Raises:
+          ValueError: an id is unknown, or the interaction is not in the model's graph.
+
+        Example:
+          [best] = run.explain("C0001", k=1)
+          held = [part["source"] for part in best["parts"] if part["kind"] == "interaction" and part["source"]]
+          effect = run.counterfactual("C0001", best["item_id"], without=held[0])
+          effect.rank, effect.rank_after
+        """
+        dataset = self.prepared.dataset
+        row, of, removed = self._row("user", user), self._row("item", item), self._row("item", without)
+        candidates = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+        candidates[of] = True
+        return counterfactual_effect(self.config, self.state.params, self.prepared, row, of, removed, candidates)
+
+    @computes
+    def evaluate(self, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+        """Evaluates the run, and optional baselines, on a held-out split by full-catalogue ranking.
+
+        The tables of the training are prepared again without held-out rows, whatever history and tables the run was
+        opened with, and the model is the one that `run.results` has the metrics of.
+
+        Args:
+          split: "valid" or "test". Use "test" once, after all choices are made.
+          baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
+
+        Returns:
+          Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
+
+        Raises:
+          ValueError: an unknown split or baseline.
+          NotApplicableError: the tables lack what a baseline needs.
+
+        Example:
+          metrics = run.evaluate("test", baselines=["popularity", "ease"])
+          metrics["fused"]["ndcg@10"] - metrics["ease"]["ndcg@10"]
+        """
+        if split not in ("valid", "test"):
+            raise ValueError(f"split is {split!r}; it must be valid or test")
+        folders = {"data_path": self.config.data.path or None, "cache": self.config.text.cache}
+        measured = recommender.load_measured(self.workdir, split, **folders)
+        found = evaluate_with_baselines(*measured, split, baselines)
+        return {name: mean(per_user) for name, per_user in found.items()}
+
+    @computes
+    def save(self, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
+        """Saves the run to a folder that is readable without this package, in the layout of the Hugging Face Hub.
+
+        The folder holds user and item vectors whose inner products are the scores, a compiled scoring program,
+        parameters, settings and a model card (`docs/INTEROP.md`).
+
+        Args:
+          out: a new or empty folder.
+          faiss: also write a Faiss index of the items; needs the extra `faiss`.
+
+        Returns:
+          The folder.
+
+        Raises:
+          FileExistsError: `out` is a file or a folder that is not empty.
+          ImportError: `faiss` is asked for but not installed.
+          ValueError: a vector is not finite.
+          SaveError: the folder cannot be written.
+
+        Example:
+          run.save("exported/first")
+        """
+        export_bundle.export_bundle(Path(out), *self.model, self.results, faiss=faiss)
+        return Path(out)
+
+    @property
+    def model(self) -> tuple[Config, ModelInputs, TrainState]:
+        """Settings, inputs and state, as the functions of `fused_rec.training.evaluate` take them.
+
+        Example:
+          config, inputs, state = run.model
+        """
+        return self.config, self.prepared, self.state
+
+    @functools.cached_property
+    @computes
+    def _vectors(self) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
+        return user_item_vectors(*self.model)
+
+    @functools.cached_property
+    def _correlation(self) -> ScoreCorrelation:
+        return ScoreCorrelation(*self._vectors)
+
+    def _row(self, side: Side, given: Any) -> int:
+        return int(find_rows(self.prepared.dataset, side, as_texts([given], f"{side}s"))[0])
