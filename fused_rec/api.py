@@ -29,6 +29,7 @@ from fused_rec.reporting.data import (
     sliced,
 )
 from fused_rec.reporting.page import render_page
+from fused_rec.run import Run
 from fused_rec.runs.loggers import read_curves
 from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run
 from fused_rec.serving import recommender

@@ -57,7 +57,7 @@ def test_what_matches(where, expected):
     [
         (
             "kind == 'fund'",
-            "where has kind, which is no column of the items; they have item_id, type, sector, band, fee",
+            "where has kind, which is no column of the items; they have item_id, type, ",
         ),
         ("band == '1'", "where compares band, a column of int8, with '1'; it must be a number"),
         ("band == True", "it must be a number"),
