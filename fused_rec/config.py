@@ -348,7 +348,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. `to_dict` and `from_dict` convert it for JSON, checkpoints and absl flags."""
+    """All settings of a run. `to_dict` and `from_dict` convert it for JSON, checkpoints and absl flags.
+
+    Example:
+      fr.Config().model.dim
+    """
 
     data: DataConfig = DataConfig()
     split: SplitConfig = SplitConfig()

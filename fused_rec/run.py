@@ -10,33 +10,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, Int64
 
 from fused_rec.config import Config
+from fused_rec.data.io.tables import with_interactions
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Side
-from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.item_sets import UserItemSets
+from fused_rec.evaluation.ranking import RankingSpec, mean
 from fused_rec.evaluation.suitability import suitable
+from fused_rec.evaluation.top_k import random_order
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
 from fused_rec.explanation.decomposition import decompose
 from fused_rec.explanation.reasons import record
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import (
-    SCHEMA,
+    FEW,
     as_pairs,
     as_texts,
     candidate_filter,
     candidate_items,
     find_rows,
+    held_items,
+    ranking_table,
     user_rows,
-    with_names,
 )
-from fused_rec.serving.vectors import ScoreCorrelation, pair_scores
+from fused_rec.serving.update import with_dataset
+from fused_rec.serving.vectors import ScoreCorrelation, best_items, pair_scores
 from fused_rec.serving.write_rankings import Rules, read_rules
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer, user_item_vectors
-from fused_rec.training.inputs import ModelInputs
+from fused_rec.training.inputs import ModelInputs, Prepared
+from fused_rec.training.late_fusion import selection_of
 from fused_rec.training.train_step import TrainState
 
 
@@ -107,12 +114,31 @@ class Run:
         dataset = self.prepared.dataset
         given = () if rules is None else read_rules(rules)[0]
         among = candidate_items(dataset, items, where)
-        candidates = candidate_filter(dataset, given, include_seen=include_seen, items=among)
         rows = user_rows(dataset, users)
+        few = len(rows) <= FEW if not given else not len(rows)
+        if few and (found := self._best(rows, k, among, include_seen=include_seen)):
+            return ranking_table(dataset, rows, *found)
+        candidates = candidate_filter(dataset, given, include_seen=include_seen, items=among, held=self._held)
         recommender.require_table(dataset, len(rows), k)
-        scores = scorer(*self.model)
-        chunks = recommender.rank_chunks(scores, dataset, candidates, rows, k, progress=progress)
-        return with_names(pa.concat_tables([SCHEMA.empty_table(), *(chunk.table for chunk in chunks)]), dataset)
+        chunks = recommender.rank_chunks(self._scorer, dataset, candidates, rows, k, progress=progress)
+        return pa.concat_tables([chunk.table for chunk in chunks])
+
+    def _best(
+        self, rows: Int64[np.ndarray, "B"], k: int, among: Int64[np.ndarray, "C"] | None, *, include_seen: bool
+    ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]] | None:
+        """Ranks a few users on the host; None where `rank` has to say what is wrong."""
+        users, vectors, popularity = self._embedded
+        scores = users[rows] @ vectors.T
+        if k < 1 or not np.isfinite(scores).all():
+            return None
+        equal = scores.max(1, keepdims=True) == scores.min(1, keepdims=True)
+        scores = np.where(equal, popularity, scores)  # as `scores_of`
+        eligible = np.full(scores.shape, among is None)
+        if among is not None:
+            eligible[:, among] = True
+        for user, row in enumerate(rows) if not include_seen else ():
+            eligible[user, self._held.items[slice(*self._held.indptr[row : row + 2])]] = False
+        return best_items(scores, eligible, self._places, min(k, len(vectors)))
 
     @computes
     def similar_items(self, item: Any, k: int = 10) -> pa.Table:
@@ -166,7 +192,9 @@ class Run:
         ids = (dataset.users if side == "user" else dataset.items)[f"{side}_id"].combine_chunks().take(pa.array(rows))
         ranks = pa.array(np.arange(1, len(rows) + 1), pa.int32())
         table = pa.table({f"{side}_id": ids, "rank": ranks, "score": pa.array(scores, pa.float32())})
-        return with_names(table, dataset) if side == "item" else table
+        if side == "user" or "name" not in dataset.items.column_names:
+            return table
+        return table.append_column("name", dataset.items["name"].combine_chunks().take(pa.array(rows)))
 
     @computes
     def score(self, pairs: Any) -> Float32[np.ndarray, "P"]:
@@ -298,6 +326,38 @@ class Run:
         return {name: mean(per_user) for name, per_user in found.items()}
 
     @computes
+    def update(self, interactions: Any) -> "Run":
+        """Folds new interactions of known users and items in, without reading tables or encoding texts again.
+
+        The result equals `fr.load(workdir, dataset=...)` with these rows at the end of the interactions: in the graph,
+        popularity, the closed-form components of late fusion and the exclusion of seen items. Of rows with the same
+        pair, old ones among them, the earliest is kept. Parameters and text features stay; new users, items, texts and
+        ties are served by `fr.load(workdir, dataset=...)`.
+
+        Args:
+          interactions: a data frame, Arrow table or dictionary of columns: user_id, item_id and, as in the tables,
+            timestamp, value.
+
+        Returns:
+          A run with them; this one stays as it is.
+
+        Raises:
+          DataError: lists all faults, unknown ids and bad times among them, with row and remedy.
+          TypeError: `interactions` is no table.
+          ValueError: the run was opened with the history "train".
+
+        Example:
+          bought = {"user_id": ["C0001", "C0002"], "item_id": ["P007", "P012"]}
+          today = run.update(bought)
+          today.recommend(["C0001"], k=5)
+        """
+        if isinstance(self.prepared, Prepared):
+            raise ValueError('history is "train", which new rows do not belong to; open the run by fr.load(workdir)')
+        dataset = with_interactions(self.prepared.dataset, interactions, self.config.data.min_value)
+        inputs = with_dataset(self.config, self.prepared, dataset, selection_of(self.results))
+        return dataclasses.replace(self, prepared=inputs)
+
+    @computes
     def save(self, out: str | os.PathLike[str], *, faiss: bool = False) -> Path:
         """Saves the run to a folder that is readable without this package, in the layout of the Hugging Face Hub.
 
@@ -331,6 +391,26 @@ class Run:
           config, inputs, state = run.model
         """
         return self.config, self.prepared, self.state
+
+    @functools.cached_property
+    @computes
+    def _scorer(self) -> jax.tree_util.Partial:
+        return scorer(*self.model)
+
+    @functools.cached_property
+    def _embedded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Embeddings of users and items and the items' popularity, on the host."""
+        users, items, popularity = self._scorer.args
+        return tuple(np.asarray(part, np.float32) for part in (users, items, popularity))
+
+    @functools.cached_property
+    def _held(self) -> UserItemSets:
+        return held_items(self.prepared.dataset)
+
+    @functools.cached_property
+    def _places(self) -> Int32[np.ndarray, "I"]:
+        n_items = self.prepared.dataset.n_items
+        return np.asarray(random_order(n_items, RankingSpec.seed).places(n_items))
 
     @functools.cached_property
     @computes

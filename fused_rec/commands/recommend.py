@@ -63,7 +63,7 @@ from fused_rec.serving.recommender import (
     rank_chunks,
     read_served_tables,
     user_rows,
-    with_names,
+    with_user_names,
 )
 from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
 from fused_rec.storage import fill_file
@@ -165,10 +165,9 @@ def main(argv: list[str]) -> None:
 
     def ranked(first: int) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
         found = rank_chunks(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
-        return (
-            (with_names(part.table, dataset, users=NAMES.value), exclusion_counts(part.ranking, may.names))
-            for part in found
-        )
+        for part in found:
+            table = with_user_names(part.table, dataset) if NAMES.value else part.table
+            yield table, exclusion_counts(part.ranking, may.names)
 
     out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
     exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["exclusions"]

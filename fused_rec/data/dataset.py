@@ -34,6 +34,10 @@ class Dataset:
       repairs: number of repaired rows by description of the fault.
       notes: counts by description of what is no fault: columns not read, users without interactions, rows excluded by
         a setting.
+
+    Example:
+      dataset = fr.load_dataset("synthetic")
+      dataset.n_users, dataset.items.column_names
     """
 
     name: str
@@ -199,7 +203,14 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Error for input that cannot be used; `problems` has every fault found, the message lists them all."""
+    """Error for input that cannot be used; `problems` has every fault found, the message lists them all.
+
+    Example:
+      try:
+          fr.dataset_from_tables({"user_id": [None], "item_id": ["fund"]})
+      except fr.DataError as error:
+          [problem.remedy for problem in error.problems]
+    """
 
     def __init__(self, problems: list[Problem]):
         self.problems = tuple(problems)

@@ -1,16 +1,19 @@
-"""Removal of edges from a graph on the host, with weights and degrees as if they had never been there.
+"""Changes of the edges of a graph on the host, with weights and degrees as if it had been built so.
 
-Arrays keep their shapes, padded as those of `fused_rec.graph.adjacency.Adjacency`, so that a program compiled for the
-graph runs on the edited one too.
+Where edges are removed, arrays keep their shapes, padded as those of `fused_rec.graph.adjacency.Adjacency`, so that a
+program compiled for the graph runs on the edited one too.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
-from fused_rec.graph.adjacency import Adjacency, degrees_of
+from fused_rec.graph.adjacency import Adjacency, build_adjacency, degrees_of
+from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, SIMILAR_TEXT, Relation
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, SIMILAR_TEXT, Edges, Relation
 
 
 def find_edge(adjacency: Adjacency, sender: int, receiver: int) -> int:
@@ -44,6 +47,28 @@ def drop_interaction(graph: DeviceGraph, user: int, item: int) -> DeviceGraph:
     return drop_edges(
         graph, {INTERACTS: [find_edge(forward, user, item)], INTERACTED_BY: [find_edge(backward, item, user)]}
     )
+
+
+def replace_interactions(graph: DeviceGraph, user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"]) -> DeviceGraph:
+    """Builds the two relations of interactions anew; all other relations and the text features stay.
+
+    Args:
+      graph: the whole graph, on the host.
+      user: user row of each interaction; pairs are distinct.
+      item: item row of each interaction.
+
+    Returns:
+      The graph with these interactions, degrees standardized as before.
+    """
+    counts = dict(graph.node_types)
+    made = {}
+    for relation, edges in bidirectional_edges(INTERACTS, INTERACTED_BY, user, item, counts).items():
+        order = np.lexsort((edges.senders, edges.receivers))
+        old, ordered = graph.adjacencies[relation], Edges(*(part[order] for part in edges))
+        sides = counts[relation.source], counts[relation.target]
+        made[relation] = build_adjacency(ordered, *sides, old.backend, old.scale)
+    relations = tuple((relation, len(user) if relation in made else count) for relation, count in graph.relations)
+    return dataclasses.replace(graph, relations=relations).with_adjacencies(made)
 
 
 def drop_edges(graph: DeviceGraph, edges: Mapping[Relation, Sequence[int]]) -> DeviceGraph:

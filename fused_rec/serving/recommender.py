@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Float32, Int32, Int64
 
 from fused_rec.config import Config, from_dict, to_dict
 from fused_rec.data.attributes import describe
@@ -19,7 +19,7 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.data.splits import split
 from fused_rec.distributed.devices import computes, select_devices
 from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, Side, apply
-from fused_rec.evaluation.item_sets import item_sets
+from fused_rec.evaluation.item_sets import UserItemSets, item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
 from fused_rec.model.model import ID_EMBEDDING
@@ -43,6 +43,7 @@ from fused_rec.training.train_step import TrainState
 
 LOG = logging.getLogger(__name__)
 HISTORIES = "train", "all"  # what serving uses of the tables
+FEW = 8  # users who are ranked on the host, without a call of XLA
 CHUNK_USERS = 65_536  # users whose rankings are in memory at once
 SCHEMA = pa.schema(
     {"user_id": pa.string(), "rank": pa.int32(), "item_id": pa.string(), "score": pa.float32()}  # rank from 1
@@ -50,7 +51,7 @@ SCHEMA = pa.schema(
 
 
 class RankedChunk(NamedTuple):
-    """Rankings of a chunk of users: a table of `SCHEMA`, the user rows, and the result of `rank`."""
+    """Rankings of a chunk of users: their `ranking_table`, the user rows, and the result of `rank`."""
 
     table: pa.Table
     users: Int64[np.ndarray, "V"]
@@ -339,13 +340,16 @@ def find_rows(dataset: Dataset, side: Side, ids: Sequence[str]) -> Int64[np.ndar
       ValueError: an id is unknown (names it).
     """
     table = dataset.users if side == "user" else dataset.items
-    rows = pc.index_in(pa.array(ids, pa.string()), value_set=table.column(f"{side}_id").combine_chunks())
-    if rows.null_count:
-        first = ids[rows.is_null().to_pylist().index(True)]
-        raise ValueError(
-            f"{rows.null_count} unknown {side} ids, first {first!r}; {dataset.name} has {table.num_rows} {side}s"
-        )
-    return rows.to_numpy().astype(np.int64)
+    column = table.column(f"{side}_id")
+    if len(ids) <= FEW:  # reading the column for each takes less than making a hash table of it
+        rows = np.array([pc.index(column, given).as_py() for given in ids], np.int64)
+    else:
+        found = pc.index_in(pa.array(ids, pa.string()), value_set=column.combine_chunks())
+        rows = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    if (rows < 0).any():
+        unknown, first = int((rows < 0).sum()), ids[int(np.argmax(rows < 0))]
+        raise ValueError(f"{unknown} unknown {side} ids, first {first!r}; {dataset.name} has {table.num_rows} {side}s")
+    return rows
 
 
 def candidate_items(dataset: Dataset, items: Any = None, where: str | None = None) -> Int64[np.ndarray, "C"] | None:
@@ -375,6 +379,7 @@ def candidate_filter(
     *,
     include_seen: bool = False,
     items: Int64[np.ndarray, "C"] | None = None,
+    held: UserItemSets | None = None,
 ) -> CandidateFilter:
     """Compiles rules for these tables; by default the last rule refuses the user's interactions of all splits.
 
@@ -383,6 +388,7 @@ def candidate_filter(
       rules: suitability rules.
       include_seen: do not add that last rule.
       items: rows of the candidates, as of `candidate_items`; None = all items.
+      held: of `held_items`, if that was called before.
 
     Returns:
       The filter.
@@ -395,8 +401,13 @@ def candidate_filter(
         raise ValueError(f"rule {asked[0]!r} refuses seen items, and include_seen includes them; drop one")
     if not asked and not include_seen:
         rules = (*rules, Refuse(SEEN_RULE, held=True))
-    held = item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
+    held = held or held_items(dataset)
     return dataclasses.replace(apply(rules, dataset.users, dataset.items, held), items=items)
+
+
+def held_items(dataset: Dataset) -> UserItemSets:
+    """Returns the items that each user has interacted with, in any split."""
+    return item_sets(column(dataset.interactions, "user"), column(dataset.interactions, "item"), dataset.n_users)
 
 
 def require_table(dataset: Dataset, n_users: int, k: int) -> None:
@@ -455,7 +466,6 @@ def rank_chunks(
     Yields:
       The rankings of each chunk.
     """
-    ids = [dataset.users.column("user_id").combine_chunks(), dataset.items.column("item_id").combine_chunks()]
     nothing = item_sets(np.zeros(0, np.int32), np.zeros(0, np.int32), dataset.n_users)
     # Of the last part too: a score may depend on the shape.
     batch = min(users_per_batch(dataset.n_items), max(1, -(-len(users) // len(select_devices(None)))))
@@ -466,34 +476,43 @@ def rank_chunks(
         label = f"rank, part {part + 1} of {n_parts}" if progress else ""
         of_part = dataclasses.replace(spec, progress=label)
         ranking = rank(scorer, own, of_part, k)
-        yield RankedChunk(_rows(own, ranking, *ids), own, ranking)
+        yield RankedChunk(ranking_table(dataset, own, ranking.items, ranking.scores), own, ranking)
 
 
-def _rows(users: Int64[np.ndarray, "V"], ranking: FilteredRanking, user_ids: pa.Array, item_ids: pa.Array) -> pa.Table:
-    row, rank = np.nonzero(ranking.items >= 0)
-    columns = [
-        user_ids.take(pa.array(users[row])),
-        pa.array(rank + 1, pa.int32()),
-        item_ids.take(pa.array(ranking.items[row, rank])),
-        pa.array(ranking.scores[row, rank], pa.float32()),
-    ]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
-
-
-def with_names(table: pa.Table, dataset: Dataset, *, users: bool = False) -> pa.Table:
-    """Adds names to rankings.
+def ranking_table(
+    dataset: Dataset,
+    users: Int64[np.ndarray, "V"],
+    items: Int32[np.ndarray, "V k"],
+    scores: Float32[np.ndarray, "V k"],
+) -> pa.Table:
+    """Makes a table of rankings.
 
     Args:
-      table: of `SCHEMA`.
       dataset: tables.
-      users: also add the users' names.
+      users: user rows.
+      items: ranked items of each user, -1 at empty ranks.
+      scores: their scores.
 
     Returns:
-      The table with a column `name` where items have one, and `user_name` where users do and are asked for.
+      A row for each rank with an item, with the columns of `SCHEMA` and, where items have one, `name`.
     """
-    wanted = [(dataset.items, "item_id", "name")] + [(dataset.users, "user_id", "user_name")] * users
-    for nodes, key, title in wanted:
-        if "name" in nodes.column_names:
-            rows = pc.index_in(table[key], value_set=nodes[key].combine_chunks()).combine_chunks()
-            table = table.append_column(title, nodes["name"].combine_chunks().take(rows).cast(pa.string()))
-    return table
+    row, rank = np.nonzero(items >= 0)
+    of_item = pa.array(items[row, rank])
+    columns = [
+        dataset.users["user_id"].combine_chunks().take(pa.array(users[row])),
+        pa.array(rank + 1, pa.int32()),
+        dataset.items["item_id"].combine_chunks().take(of_item),
+        pa.array(scores[row, rank], pa.float32()),
+    ]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    if "name" not in dataset.items.column_names:
+        return table
+    return table.append_column("name", dataset.items["name"].combine_chunks().take(of_item).cast(pa.string()))
+
+
+def with_user_names(table: pa.Table, dataset: Dataset) -> pa.Table:
+    """Adds the column `user_name` to rankings, where users have names."""
+    if "name" not in dataset.users.column_names:
+        return table
+    rows = pc.index_in(table["user_id"], value_set=dataset.users["user_id"].combine_chunks()).combine_chunks()
+    return table.append_column("user_name", dataset.users["name"].combine_chunks().take(rows).cast(pa.string()))

@@ -1,17 +1,40 @@
-"""Scores of vectors on the host: pairs of users and items, and which users or items are scored alike.
+"""Scores of vectors on the host: the best items, pairs of users and items, and who or what is scored alike.
 
-U users, I items, D columns of a vector, P pairs, N rows of either side.
+U users, I items, D columns of a vector, P pairs, B users per batch, N rows of either side.
 """
 
 import functools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from fused_rec.evaluation.filters import Side
 
 ROWS = 4096  # at once, so that no copy of all vectors is needed
+
+
+def best_items(
+    scores: Float32[np.ndarray, "B I"], eligible: Bool[np.ndarray, "B I"], places: Int32[np.ndarray, "I"], k: int
+) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
+    """Selects the k best eligible items of each user, as `fused_rec.evaluation.top_k.top_k_filtered` does.
+
+    Args:
+      scores: finite scores of all items.
+      eligible: candidates.
+      places: of each item in the order of equal scores.
+      k: number of items.
+
+    Returns:
+      Items (-1 if fewer), and their scores (-inf if fewer).
+    """
+    items, top = np.full((len(scores), k), -1, np.int32), np.full((len(scores), k), -np.inf, np.float32)
+    for user, row in enumerate(np.where(eligible, scores + 0.0, -np.inf)):  # + 0: 0 for -0
+        least = np.partition(row, -k)[-k] if k < len(row) else -np.inf
+        found = np.flatnonzero((row >= least) & (row > -np.inf))
+        best = found[np.lexsort((places[found], -row[found]))[:k]]
+        items[user, : len(best)], top[user, : len(best)] = best, row[best]
+    return items, top
 
 
 def pair_scores(

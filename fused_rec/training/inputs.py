@@ -183,7 +183,7 @@ def serving_inputs(config: Config, dataset: Dataset, fitted: Fitted) -> ModelInp
         graph_inputs=make_graph_inputs(config.model, dataset, observed, graph, fitted.scales),
         encoder_data=None if config.text.finetune == "frozen" else finetune.encoder_data(config.text, text),
     )
-    return dataclasses.replace(inputs, unknown=unknown | _unreached(config.model, inputs))
+    return dataclasses.replace(inputs, unknown=unknown | unreached(config.model, inputs))
 
 
 def _known_ties(ties: pa.Table, fitted: Fitted) -> tuple[pa.Table, dict[str, int]]:
@@ -196,8 +196,8 @@ def _known_ties(ties: pa.Table, fitted: Fitted) -> tuple[pa.Table, dict[str, int
     return ties.filter(pa.array(is_known)), {what: int((~is_known).sum())}
 
 
-def _unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
-    """Counts the users and the items without text and edges."""
+def unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
+    """Counts the users and the items without text and edges that the model reads; logs the first of each."""
     found: dict[str, int] = {}
     graph = inputs.graph_inputs.graph
     for node_type, what in ((USER, "customers"), (ITEM, "products")):

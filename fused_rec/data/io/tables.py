@@ -53,7 +53,7 @@ from fused_rec.data.io.folder import find_tables, is_parquet, list_parts
 from fused_rec.data.io.numbers import typed as typed_from_text
 from fused_rec.data.io.plain import plain_table
 from fused_rec.data.io.times import periods_as_times
-from fused_rec.data.io.validate import ReaderLog, Tables, assemble
+from fused_rec.data.io.validate import ReaderLog, Tables, append_interactions, assemble
 
 # Required and optional columns by table; None: further columns are attributes.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
@@ -154,6 +154,10 @@ def dataset_from_tables(
     Raises:
       DataError: lists all faults of all tables.
       TypeError: an argument is no table.
+
+    Example:
+      held = {"user_id": ["ann", "bob", "bob"], "item_id": ["fund", "fund", "bond"]}
+      dataset = fr.dataset_from_tables(held, ties={"source_id": ["bob"], "target_id": ["ann"]})
     """
     given = {"interactions": interactions, "items": items, "users": users, "ties": ties, "reviews": reviews}
     tables: dict[str, pa.Table] = {}
@@ -168,6 +172,25 @@ def dataset_from_tables(
     tables.setdefault("interactions", _NO_INTERACTIONS)
     log = ReaderLog(notes, problems)
     return assemble(name, Tables(**tables), repair=repair, min_value=min_value, log=log)
+
+
+def with_interactions(dataset: Dataset, interactions: Any, min_value: int | float | None = None) -> Dataset:
+    """Appends interactions of known users and items to a dataset.
+
+    Args:
+      dataset: the tables.
+      interactions: a table, as of `dataset_from_tables`, without texts.
+      min_value: as of `dataset_from_tables`.
+
+    Returns:
+      Tables with other interactions. Of rows with the same pair, old ones among them, the earliest is kept.
+
+    Raises:
+      DataError: lists all faults, unknown ids and texts among them.
+      TypeError: `interactions` is no table.
+    """
+    table = select(_arrow(interactions, "interactions"), "interactions", "interactions", {}, typed=True)
+    return append_interactions(dataset, table, min_value)
 
 
 def _arrow(frame: Any, name: str) -> pa.Table:

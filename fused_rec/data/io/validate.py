@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64
 
-from fused_rec.data.dataset import DataError, Dataset, Problem, empty_ties, printable
+from fused_rec.data.dataset import DataError, Dataset, Problem, column, empty_ties, printable
 from fused_rec.data.io import checks
 from fused_rec.data.io.arrow import as_ids, distinct, flags, known, locate, pc, replace
 from fused_rec.data.io.checks import Finding, Report
@@ -112,6 +112,47 @@ def assemble(
     repairs = {f"{finding.table}: {finding.repaired}": finding.count for finding in findings}
     users, items = users.drop_columns([checks.ROW]), items.drop_columns([checks.ROW])
     return Dataset(printable(name), users, items, interactions, reviews, ties, repairs, notes)
+
+
+def append_interactions(dataset: Dataset, table: pa.Table, min_value: int | float | None = None) -> Dataset:
+    """Appends interactions of known users and items, as if their rows stood at the end of the table.
+
+    Args:
+      dataset: the tables.
+      table: as `Tables.interactions`, without texts.
+      min_value: as of `assemble`.
+
+    Returns:
+      Tables with other interactions. Of rows with the same pair, old ones among them, the earliest is kept.
+
+    Raises:
+      DataError: lists all faults, unknown ids and texts among them.
+    """
+    findings: list[Finding] = []
+    report = Report("interactions", findings, {})
+    events = _events(_with_nulls(Tables(table)).interactions, report, min_value)
+    rows = {name: locate(events[name], getattr(dataset, f"{name[:4]}s")[name]) for name in ("user_id", "item_id")}
+    for name, found in rows.items():
+        remedy = f"correct it, or serve tables that have this {name}: fr.load(workdir, dataset=...)"
+        report.add(
+            "unknown id",
+            events,
+            found < 0,
+            lambda r, name=name: f"{name} {events[name][r].as_py()!r} is unknown",
+            remedy,
+        )
+    if "text" in events.column_names and events["text"].null_count < len(events):
+        report.column("text has to be encoded", "leave the column out, or serve tables: fr.load(workdir, dataset=...)")
+    if findings:
+        raise DataError([problem for finding in findings for problem in finding.problems("interactions")])
+    columns = {name: events[name] for name in ("timestamp", "value", "split") if name in events.column_names}
+    if "value" in columns:
+        columns["value"] = columns["value"].cast(pa.float32(), safe=False)
+    new = pa.table({"user": rows["user_id"], "item": rows["item_id"], **columns})
+    new = new.filter(pa.array(_is_interaction(events, report, min_value)))
+    joined = pa.concat_tables([dataset.interactions, new], promote_options="default")
+    keys = column(joined, "user").astype(np.int64) << 32 | column(joined, "item")
+    return dataclasses.replace(dataset, interactions=joined.filter(pa.array(~_repeated(keys, _times(joined)))))
 
 
 def _refused(

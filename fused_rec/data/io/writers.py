@@ -46,6 +46,9 @@ def save_dataset(dataset: Dataset, folder: str | os.PathLike[str], layout: str =
       ValueError: the layout is unknown, or cannot hold an id.
       FileExistsError: the folder is not empty.
       SaveError: the folder cannot be written.
+
+    Example:
+      fr.save_dataset(fr.load_dataset("synthetic"), "saved")
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")

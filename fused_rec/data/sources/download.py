@@ -194,6 +194,9 @@ def fetch_dataset(name: str, out: str | os.PathLike[str] | None = None) -> Path:
     Raises:
       ValueError: the name is unknown.
       DownloadError: as in `download`.
+
+    Example:
+      dataset = fr.load_dataset("lastfm", path=fr.fetch_dataset("lastfm"))
     """
     if name not in PUBLICATIONS:
         offered = ", ".join(f"{known} ({publication.terms})" for known, publication in PUBLICATIONS.items())
