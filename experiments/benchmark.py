@@ -3,9 +3,9 @@
     FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --competitors=ENVIRONMENTS --out=train.json
 
 Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking of all items), encode (texts per second
-of a language model), scale (a step with 1e5 to 1e7 edges). Each side runs in its own process, competitors in
-environments of their own (experiments/competitors/*.txt). Sides alternate, and medians are reported. Run nothing else
-on the machine. docs/SPEED.md describes what is measured and how.
+of a language model), scale (a step with 1e5 to 1e7 edges), serve (recommendations to one user, by items and width).
+Each side runs in its own process, competitors in environments of their own (experiments/competitors/*.txt). Sides
+alternate, and medians are reported. Run nothing else on the machine. docs/SPEED.md describes what is measured and how.
 """
 
 import contextlib
@@ -29,19 +29,21 @@ from fused_rec.commands.launch import start
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
 
-SUITES = ("train", "encode", "evaluate", "scale")
+SUITES = ("train", "encode", "evaluate", "scale", "serve")
 DATA = {
     "train": ["lastfm", "gowalla"],
     "evaluate": ["lastfm", "gowalla"],
     "encode": ["amazon", "stocknet"],
     "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
+    "serve": ["generated:1e4", "generated:1e5"],
 }
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What is measured.", required=True)
 OUT = DEFINE_path("out", written_file_anywhere, "JSON file of the rows; a plot comes beside it.", required=True)
 NAMES = flags.DEFINE_list(
     "data",
     None,
-    "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet. None: those of the suite.",
+    "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet; of serve generated:ITEMS. None: those "
+    "of the suite.",
 )
 PEERS = DEFINE_path(
     "competitors", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on."
@@ -59,6 +61,7 @@ STEP = (
 )
 RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
+SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -478,6 +481,20 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
 
 
+def serve(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures a call that recommends to one user, with generated vectors; a name has the number of items."""
+    for name in names:
+        n_items = int(float(name.removeprefix("generated:")))
+        for width in WIDTHS:
+            with workplace() as folder:
+                np.savez(folder / "arrays.npz")
+                sizes = {"n_users": SERVED, "n_items": n_items, "width": width}
+                job = {**job_of(folder, "recommend", folder / "arrays.npz", **sizes), "k": 10}
+                title = f"one customer, {n_items:,} items, {width} columns"
+                measured = compared(title, (), job, same_lists, "10 unseen items of one customer")
+                yield from all_rows(measured, "peak_mb", "load_s")
+
+
 def shown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the rows as a table of medians and ratios."""
     heading = ("", "ours", "peer", "", "unit", "ahead", "")
@@ -528,7 +545,10 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and prints the table and the paths."""
     keep_to_threads()
-    out, suite = Path(OUT.value), {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale}[SUITE.value]
+    out, suite = (
+        Path(OUT.value),
+        {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale, "serve": serve}[SUITE.value],
+    )
     busy = os.getloadavg()[0]
     if busy > 0.3:
         print(f"the machine is not alone: load {busy:.1f}; times will be too long, and not evenly", file=sys.stderr)

@@ -1,8 +1,10 @@
 """What a run offers: rankings, similar users and items, scores of pairs, vectors, explanations."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -103,6 +105,37 @@ def test_rules_are_a_file_a_dictionary_or_a_list(run, folder):
         run.recommend(rules=[{"refuse": "held"}])
     with pytest.raises(ValueError, match="the rules cannot be written as JSON"):
         run.recommend(rules=[{"name": {1, 2}}])
+
+
+def test_a_few_customers_get_the_lists_that_they_get_among_all(run, market):
+    """They are ranked on the host, all others by XLA."""
+    for settings in ({"k": 7}, {"k": 7, "include_seen": True}, {"k": 30, "where": "risk_band <= 3"}, {"k": 1000}):
+        whole = run.recommend(**settings).to_pandas().set_index("user_id")
+        for users in (["C0001"], ["C0079", "C0005", "C0080"]):
+            few = run.recommend(users, **settings).to_pandas()
+            expected = whole.loc[users].reset_index()
+            assert few.drop(columns="score").equals(expected.drop(columns="score"))
+            np.testing.assert_allclose(few["score"], expected["score"], rtol=1e-4, atol=1e-5)
+
+
+def test_equal_scores_are_in_the_same_order_for_few_and_for_all(run, market):
+    """Of nodes about which nothing is known, all items have a score in common with others."""
+    params = jax.tree.map(np.zeros_like, run.state.params)
+    blank = dataclasses.replace(run, state=dataclasses.replace(run.state, params=params))
+    whole = blank.recommend(k=30, include_seen=True)
+    assert len(set(whole["score"].to_pylist())) < 30, "popularity is in the place of equal scores"
+    few = blank.recommend(["C0001", "C0002"], k=30, include_seen=True)
+    assert few.equals(whole.slice(0, 60))
+    assert blank.recommend(["C0001"], k=11, include_seen=True).equals(whole.slice(0, 11))
+
+
+def test_a_score_that_is_not_finite_is_named_for_few_users_too(run):
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.state.params)
+    spoiled = dataclasses.replace(run, state=dataclasses.replace(run.state, params=params))
+    with pytest.raises(ValueError, match="the scores of user 0 hold NaN or infinity"):
+        spoiled.recommend(["C0001"])
+    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
+        run.recommend(["C0001"], k=0)
 
 
 def test_progress_can_be_silenced(run, capfd):

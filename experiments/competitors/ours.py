@@ -74,6 +74,34 @@ def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     return lambda number: rank(scorer, everyone, spec, job["k"]).items
 
 
+def recommend(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
+    """The k best unseen items of one user, another one in each call: `run.recommend` of a model that is its vectors."""
+    import dataclasses
+
+    import fused_rec as fr
+    from fused_rec.config import Config
+    from fused_rec.data.splits import split
+    from fused_rec.studies.variants import variant
+    from fused_rec.training.inputs import init_state, prepare
+
+    n_users, n_items, width, held = job["n_users"], job["n_items"], job["width"], 10
+    rng = np.random.default_rng(0)
+    user, item = np.repeat(np.arange(n_users), held), rng.integers(0, n_items, n_users * held)
+    ids = np.arange(n_items)
+    tables = {"items": {"item_id": ids, "name": [f"Product {row}" for row in ids]}, "repair": True}
+    dataset = fr.dataset_from_tables({"user_id": user, "item_id": item}, **tables)
+    config = fr.configure(variant(Config(), "lightgcn"), model={"dim": width, "num_layers": 0})
+    prepared = prepare(config, dataset, split(dataset, config.split))
+    state = init_state(config, prepared)
+    rows = {
+        f"id_{side}": rng.normal(size=(n, width)).astype(np.float32)
+        for side, n in (("user", n_users), ("item", n_items))
+    }
+    state = dataclasses.replace(state, params={"main": {**state.params["main"], **rows}})
+    run = fr.Run(Path(), config, prepared, state, {})
+    return lambda number: np.array(run.recommend([number % n_users], k=job["k"])["item_id"].to_pylist(), np.int64)
+
+
 def measure(job: Job, arrays: Arrays) -> Callable[[int], float]:
     """Recall at k of every user with held-out items; all other metrics are computed with it."""
     import jax
@@ -118,6 +146,7 @@ def _dot(users, items, batch):
 TASKS = {
     "step": (("fused_rec.training.sharding", "fused_rec.studies.variants"), step),
     "rank": (("fused_rec.evaluation.ranking",), rank),
+    "recommend": (("fused_rec.run",), recommend),
     "measure": (("fused_rec.evaluation.ranking",), measure),
     "encode": (("fused_rec.text.encode",), encode),
 }
