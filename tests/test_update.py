@@ -58,8 +58,8 @@ def rows(folder: Path) -> pd.DataFrame:
 def new_rows(folder: Path) -> pd.DataFrame:
     """New pairs, one of them twice; old pairs, with an earlier and a later time; and a row without a time."""
     old = rows(folder)
-    [first, *_, last] = old.to_dict("records")
-    newest = int(old["timestamp"].max())
+    records = old.to_dict("records")
+    first, last, newest = records[0], records[-1], max(row["timestamp"] for row in records)
     held = set(zip(old["user_id"], old["item_id"], strict=True))
     pairs = [(f"C{u:04d}", f"P{i:03d}") for u in range(1, 9) for i in range(1, 31)]
     new = [pair for pair in pairs if pair not in held][::7][:8]
