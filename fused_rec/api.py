@@ -14,7 +14,7 @@ import pyarrow as pa
 from jaxtyping import Float32
 
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
+from fused_rec.config import Config, DataConfig, TextConfig, to_dict
 from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.tables import read_tables
@@ -43,7 +43,7 @@ from fused_rec.serving.recommender import SCHEMA, as_texts, candidate_filter, mo
 from fused_rec.serving.write_rankings import read_rules
 from fused_rec.storage import write_file
 from fused_rec.studies.compare import compare_variants
-from fused_rec.studies.variants import VARIANTS
+from fused_rec.studies.variants import VARIANTS, configured
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer
@@ -74,7 +74,7 @@ class Run:
     def __repr__(self) -> str:
         metric = self.config.train.metric
         measured = ", ".join(f"{split} {metric} {self.results[split][metric]:.4f}" for split in ("valid", "test"))
-        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
+        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.name}, {measured})"
 
 
 def configure(base: Config | None = None, /, **sections: Any) -> Config:
@@ -82,7 +82,8 @@ def configure(base: Config | None = None, /, **sections: Any) -> Config:
 
     Args:
       base: the config to start from; None = all defaults.
-      **sections: dictionaries of settings, by section of `Config`.
+      **sections: dictionaries of settings, by section of `Config`. A `model.method` among them, such as "lightgcn" or
+        "ease", applies the settings of that published method; the others given are applied after them.
 
     Returns:
       A new, validated config.
@@ -105,7 +106,7 @@ def configure(base: Config | None = None, /, **sections: Any) -> Config:
             f'{name} is {given!r:.60}; give a dictionary of settings by section, such as model={{"dim": 32}}; the '
             f"sections are {', '.join(values)}"
         )
-    return from_dict({**values, **{name: {**values.get(name, {}), **given} for name, given in sections.items()}})
+    return configured(base or Config(), sections)
 
 
 def load_dataset(
@@ -279,7 +280,7 @@ def evaluate(run: Run, split: str = "valid", baselines: Sequence[str] = ()) -> d
       baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
 
     Returns:
-      Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
+      Metrics, means over users, by name of the recommender; the run's own under the name of its method or variant.
 
     Raises:
       ValueError: an unknown split or baseline.
@@ -567,7 +568,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "results": run.results,
         "counts": run.results["counts"],
-        "curve": tuple(read_curves(run.workdir / run.results["phase"])),
+        "curve": tuple(read_curves(run.workdir / run.results.get("phase", ""))),
         "served": run.prepared.served(),
     }
 
@@ -582,7 +583,7 @@ def _evaluation(
     """Returns the fields of `ReportData` about the evaluation."""
     config, prepared, _ = measured
     check_groups(prepared.dataset.users, groups)
-    per_user, own = evaluate_with_baselines(*measured, split, baselines), config.model.variant
+    per_user, own = evaluate_with_baselines(*measured, split, baselines), config.model.name
     of_rules = None
     if rules is not None:
         of_rules = evaluate_rules(prepared, scorer(*measured), split, rules, groups=groups)
