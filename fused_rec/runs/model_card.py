@@ -139,7 +139,7 @@ def describe_model(results: Mapping[str, Any]) -> str:
     """
     if (settings := results.get("settings")) is not None:
         chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-        return f"Closed form, settings chosen on validation: {chosen or 'none'}"
+        return f"A baseline with {chosen}, chosen on validation" if chosen else "A baseline without settings"
     return f"{results['parameters']:,} parameters, seed {results['seed']}; the state of step {results['best_step']}"
 
 
@@ -177,17 +177,10 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
-    basis = (
-        f"the method {variant}"
-        if model.method
-        else "texts and graph"
-        if model.fuses_text
-        else "texts alone"
-        if model.uses_text
-        else "the graph alone"
-    )
+    basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
+    if model.method:
+        basis = f"the method {variant}"
     beside = _late_fusion(results.get("late_fusion"))
-    selected = "The settings were" if "settings" in results else "The step was"
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
@@ -216,8 +209,8 @@ SHA-256:
 
 ## Measured
 
-The whole catalogue is ranked for every customer with held-out products, without the products seen before.
-{selected} selected on validation; the test split was evaluated once, at the end.
+The whole catalogue is ranked for every customer with held-out products, without the products seen before. {"The step was" if model.is_trained else "The settings were"}
+selected on validation; the test split was evaluated once, at the end.
 
 | | validation | test |
 |---|---:|---:|

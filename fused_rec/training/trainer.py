@@ -244,10 +244,9 @@ def _select(
 def _card(workdir: Path, results: Mapping[str, Any]) -> str:
     """The model card of the served model."""
     tables = read_run(workdir)["tables"]
-    if "settings" in results:
-        return card(
-            results, {"tables": tables, "model": settings_digest(from_dict(results["config"]), results["settings"])}
-        )
+    if "settings" in results:  # of a baseline
+        model = settings_digest(from_dict(results["config"]), results["settings"])
+        return card(results, {"tables": tables, "model": model})
     checkpoints = Path(phase_of(results["config"]["train"]["refit"], results["phase"], "served")) / "checkpoints"
     step = results["best_step"]
     digests = {"tables": tables, "model": Checkpoints(workdir / checkpoints).digest(step)}
