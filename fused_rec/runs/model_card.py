@@ -209,8 +209,9 @@ SHA-256:
 
 ## Measured
 
-The whole catalogue is ranked for every customer with held-out products, without the products seen before. {"The step was" if model.is_trained else "The settings were"}
-selected on validation; the test split was evaluated once, at the end.
+The whole catalogue is ranked for every customer with held-out products, without the products seen before.
+{"The step was" if model.is_trained else "The settings were"} selected on validation; the test split was evaluated once,
+at the end.
 
 | | validation | test |
 |---|---:|---:|
