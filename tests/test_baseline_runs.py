@@ -3,17 +3,22 @@
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from test_serving import frames, tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
+from fused_rec.commands import launch
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation.ranking import mean
 from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_users
@@ -267,3 +272,35 @@ def test_a_method_sets_its_settings_and_others_win():
         not fr.configure(model={"method": "als"}).encodes_text
         and fr.configure(model={"method": "text_ease"}).encodes_text
     )
+
+
+def test_flags_beside_the_name_of_a_method_win(monkeypatch):
+    given = ["--config.model.method=lightgcn", "--config.model.dim=7", "--config.graph.attributes=('sector',)"]
+    argv = ["train", f"--config={Path(__file__).parents[1]}/experiments/configs/tables.py", *given]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(launch.flags, "FLAGS", values)
+    values(argv)
+    config = launch.config_of(holder.value)
+    assert (config.model.method, config.model.dim, config.graph.attributes) == ("lightgcn", 7, ("sector",))
+    assert (config.model.num_layers, config.train.loss, config.train.refit) == (3, "bpr", "all")
+
+
+def test_the_commands_take_a_method(run_of, tmp_path):
+    path, run = run_of("popularity").config.data.path, tmp_path / "run"
+
+    def ended(module: str, *given: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={run}", *given]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    data = f"--config.data.path={path}", "--config.data.repair=True"
+    done = ended("train", "--config=tables", *data, "--config.model.method=item_knn")
+    assert done.returncode == 0, done.stderr
+    assert "served model: fitted to the rows that it ranks with" in done.stdout
+    assert json.loads((run / "results.json").read_text())["variant"] == "item_knn"
+    done = ended("recommend", "--k=2", f"--out={tmp_path}/ranked.csv")
+    assert done.returncode == 0 and f"{2 * USERS} recommendations" in done.stdout, done.stderr
+    done = ended("recommend", "--k=2", f"--out={tmp_path}/other.csv", "--explain")
+    assert done.returncode == 1 and "model.method is item_knn, whose scores have no decomposition" in done.stderr
+    assert not (tmp_path / "other.csv").exists()

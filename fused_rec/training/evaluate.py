@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 from tqdm import tqdm
 
+from fused_rec.baselines.inner_products import baseline_vectors
 from fused_rec.baselines.neighbors import Interactions
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.baselines.inner_products import baseline_vectors
 from fused_rec.config import Config
 from fused_rec.data.dataset import column
 from fused_rec.data.splits import observe
