@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import Config, DataConfig, TextConfig, from_dict, to_dict
+from fused_rec.config import Config, DataConfig, TextConfig, to_dict
 from fused_rec.data.dataset import Dataset, changes, contents, digest
 from fused_rec.data.io.tables import read_tables
 from fused_rec.data.io.writers import save_dataset
@@ -37,7 +37,7 @@ from fused_rec.serving.recommender import candidate_filter, model_digest, user_r
 from fused_rec.serving.write_rankings import Rules, read_rules
 from fused_rec.storage import write_file
 from fused_rec.studies.compare import compare_variants
-from fused_rec.studies.variants import VARIANTS
+from fused_rec.studies.variants import VARIANTS, configured
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import open_model
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer
@@ -52,7 +52,8 @@ def configure(base: Config | None = None, /, **sections: Any) -> Config:
 
     Args:
       base: the config to start from; None = all defaults.
-      **sections: dictionaries of settings, by section of `Config`.
+      **sections: dictionaries of settings, by section of `Config`. A `model.method` among them, such as "lightgcn" or
+        "ease", applies the settings of that published method; the others given are applied after them.
 
     Returns:
       A new, validated config.
@@ -75,7 +76,7 @@ def configure(base: Config | None = None, /, **sections: Any) -> Config:
             f'{name} is {given!r:.60}; give a dictionary of settings by section, such as model={{"dim": 32}}; the '
             f"sections are {', '.join(values)}"
         )
-    return from_dict({**values, **{name: {**values.get(name, {}), **given} for name, given in sections.items()}})
+    return configured(base or Config(), sections)
 
 
 def load_dataset(
@@ -371,7 +372,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "results": run.results,
         "counts": run.results["counts"],
-        "curve": tuple(read_curves(run.workdir / run.results["phase"])),
+        "curve": tuple(read_curves(run.workdir / run.results.get("phase", ""))),
         "served": run.prepared.served(),
     }
 
@@ -386,7 +387,7 @@ def _evaluation(
     """Returns the fields of `ReportData` about the evaluation."""
     config, prepared, _ = measured
     check_groups(prepared.dataset.users, groups)
-    per_user, own = evaluate_with_baselines(*measured, split, baselines), config.model.variant
+    per_user, own = evaluate_with_baselines(*measured, split, baselines), config.model.name
     of_rules = None
     if rules is not None:
         of_rules = evaluate_rules(prepared, scorer(*measured), split, rules, groups=groups)

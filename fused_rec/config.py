@@ -14,6 +14,14 @@ SplitKind = Literal[
     "time", "per_user", "per_user_random", "leave_one_out", "random", "new_items", "new_users", "predefined"
 ]
 Variant = Literal["fused", "graph", "text"]
+# Published methods that model.method names: trained by gradients, with settings in fused_rec/studies/variants.py, and
+# without, of fused_rec/baselines/registry.py.
+TrainedMethod = Literal["bpr_mf", "lightgcn", "social_lightgcn", "xsimgcl", "rlmrec_con", "rlmrec_gen", "alpharec"]
+Baseline = Literal[
+    *("popularity", "item_knn", "user_knn", "friends_mean", "text_mean", "text_gcn", "als", "gf_cf", "ease"),
+    "text_ease",
+]
+METHODS = (*typing.get_args(TrainedMethod), *typing.get_args(Baseline))
 KS = (5, 10, 20, 50)  # cutoffs of ranking metrics
 METRICS = (
     "auc",
@@ -192,6 +200,9 @@ class ModelConfig:
     """Architecture. Variants: fused = text and graph; graph = without text; text = a user is made of item text."""
 
     variant: Variant = "fused"
+    # a published method, one of METHODS; empty = the model of these settings. A flag, or fr.configure, that names one
+    # applies the settings of the method, `variant` among them
+    method: str = ""
     dim: int = 64  # embedding dimension of each branch
     num_layers: int = 3  # propagation layers (hops)
     score: Score = "cosine"  # cosine similarity, or dot product
@@ -232,6 +243,7 @@ class ModelConfig:
             self.variant,
             f"one of {typing.get_args(Variant)}",
         )
+        _require(self.method in ("", *METHODS), "model.method", self.method, f"empty or one of {METHODS}")
         _require(self.score in typing.get_args(Score), "model.score", self.score, f"one of {typing.get_args(Score)}")
         _require(self.dim >= 1, "model.dim", self.dim, "at least 1")
         _require(self.num_layers >= 0, "model.num_layers", self.num_layers, "0 or more")
@@ -253,6 +265,16 @@ class ModelConfig:
         bound = "0 where no ID embeddings are dropped (model.id_embedding_dropout)"
         _require(fits, "model.text_reconstruction", self.text_reconstruction, bound)
         _require(self.id_init_std > 0, "model.id_init_std", self.id_init_std, "above 0")
+
+    @property
+    def name(self) -> str:
+        """The name of the model in results: its method, or else its variant."""
+        return self.method or self.variant
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether parameters are trained by gradients; if not, a baseline is fitted."""
+        return self.method not in typing.get_args(Baseline)
 
     @property
     def uses_ids(self) -> bool:

@@ -41,6 +41,7 @@ from fused_rec.serving.recommender import (
 from fused_rec.serving.update import with_dataset
 from fused_rec.serving.vectors import ScoreCorrelation, best_items, pair_scores
 from fused_rec.serving.write_rankings import Rules, read_rules
+from fused_rec.training.baseline_runs import fitted_state
 from fused_rec.training.evaluate import evaluate_with_baselines, scorer, user_item_vectors
 from fused_rec.training.inputs import ModelInputs, Prepared
 from fused_rec.training.late_fusion import selection_of
@@ -72,7 +73,7 @@ class Run:
     def __repr__(self) -> str:
         metric = self.config.train.metric
         measured = ", ".join(f"{split} {metric} {self.results[split][metric]:.4f}" for split in ("valid", "test"))
-        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.variant}, {measured})"
+        return f"Run({str(self.workdir)!r}: {self.prepared.dataset.name}, {self.config.model.name}, {measured})"
 
     @computes
     def recommend(
@@ -116,7 +117,7 @@ class Run:
         among = candidate_items(dataset, items, where)
         rows = user_rows(dataset, users)
         few = len(rows) <= FEW if not given else not len(rows)
-        if few and (found := self._best(rows, k, among, include_seen=include_seen)):
+        if few and self.config.model.is_trained and (found := self._best(rows, k, among, include_seen=include_seen)):
             return ranking_table(dataset, rows, *found)
         candidates = candidate_filter(dataset, given, include_seen=include_seen, items=among, held=self._held)
         recommender.require_table(dataset, len(rows), k)
@@ -308,7 +309,7 @@ class Run:
           baselines: names in `fused_rec.baselines.registry.BASELINES`; each is tuned on the validation split.
 
         Returns:
-          Metrics, means over users, by name of the recommender; the run's own under the name of its variant.
+          Metrics, means over users, by name of the recommender; the run's own under the name of its method or variant.
 
         Raises:
           ValueError: an unknown split or baseline.
@@ -354,6 +355,10 @@ class Run:
         if isinstance(self.prepared, Prepared):
             raise ValueError('history is "train", which new rows do not belong to; open the run by fr.load(workdir)')
         dataset = with_interactions(self.prepared.dataset, interactions, self.config.data.min_value)
+        if not self.config.model.is_trained:
+            inputs = with_dataset(self.config, self.prepared, dataset, None)
+            state = fitted_state(self.config, inputs, self.results["settings"])
+            return dataclasses.replace(self, prepared=inputs, state=state)
         inputs = with_dataset(self.config, self.prepared, dataset, selection_of(self.results))
         return dataclasses.replace(self, prepared=inputs)
 

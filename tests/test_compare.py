@@ -22,6 +22,7 @@ from fused_rec.runs.run_dir import BusyError, lock_run_dir, read_users
 from fused_rec.studies import compare as module
 from fused_rec.studies.compare import applicable, check_names, compare_variants
 from fused_rec.studies.variants import VARIANTS, variant
+from fused_rec.training import baseline_runs
 from fused_rec.training.inputs import read
 
 # No words, so that no language model is opened: "fused" is a graph without them.
@@ -223,7 +224,7 @@ def test_a_baseline_whose_library_is_missing_is_left_out(tables, compared, tmp_p
         raise ImportError(f"{name} needs the library implicit")
 
     shutil.copytree(compared[0], tmp_path / "out")
-    monkeypatch.setattr(module, "choose_settings", without_library)
+    monkeypatch.setattr(baseline_runs, "choose_settings", without_library)
     report = compare_variants(small(tables), ["popularity", "als"], [0], tmp_path / "out")
     assert report["skipped"] == {"als": "als needs the library implicit"}
     assert (report["failures"], report["reference"]) == ([], "popularity")

@@ -1,6 +1,7 @@
 """The published baselines among the variants, against their definitions worked out densely in NumPy."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -11,18 +12,20 @@ import pytest
 import tiny
 from tiny import quick_compilation  # noqa: F401
 
-from fused_rec.config import Config, ModelConfig, TrainConfig
+from fused_rec.baselines.registry import BASELINES
+from fused_rec.config import Baseline, Config, ModelConfig, TrainConfig, TrainedMethod, Variant
 from fused_rec.data.batches import Batch, batch, user_items
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
 from fused_rec.model.model import FIRST_LAYER, RECONSTRUCTED, FusedModel, item_degree
-from fused_rec.studies.variants import variant
+from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import train_step as step_module
 from fused_rec.training.evaluate import sharded_scorer
 from fused_rec.training.sharding import gather_state, parallel_train_step, shard_graph_inputs, shard_state
 from fused_rec.training.train_step import GraphInputs, embed_nodes, init
 
+OWN = typing.get_args(Variant)  # variants of this package's model
 PRESENT = np.array([True] * 5 + [False])  # item 5 is held by nobody
 HELD = user_items(tiny.HOLDER, tiny.HELD, tiny.COUNTS[USER], PRESENT)
 USERS, ITEMS = tiny.COUNTS[USER], tiny.COUNTS[ITEM]
@@ -380,3 +383,15 @@ def test_published_models_take_nothing_of_the_config_they_are_compared_with(name
     beside = variant(noisy, name)
     assert beside.train == plain.train
     assert dataclasses.replace(beside.model, popularity_half_life=0.0) == plain.model  # of no use without popularity
+
+
+def test_the_published_methods_have_one_list_of_names():
+    own = [name for name, of in VARIANTS.items() if not of.ablation and not of.control and name not in OWN]
+    assert sorted(typing.get_args(TrainedMethod)) == sorted(own)
+    assert typing.get_args(Baseline) == tuple(BASELINES)
+    for name in (*own, *BASELINES):
+        found = variant(Config(), name)
+        assert (found.model.method, variant(found, "no_gates").model.method) == (name, "")
+        needs = (VARIANTS | BASELINES)[name].needs  # as `require_method_inputs` reads them from the settings
+        assert ("text" in needs) == found.model.reads_text
+        assert ("ties" in needs) == (found.graph.social_edges != "none")

@@ -307,18 +307,21 @@ def _scorer(history, dense: Float32[np.ndarray, "n I"], known) -> Partial:
     n_users, n_items = history.shape
     on_device = jax.device_put(dense)  # jnp.asarray would copy once more
     if n_users < n_items:
-        return rank_unscorable_last(Partial(_rows_of, on_device), known)
+        return rank_unscorable_last(Partial(rows_of, on_device), known)
     zeros = jnp.zeros(n_items, jnp.float32)
-    return rank_unscorable_last(Partial(_sum_dense_rows, entries(history), on_device, zeros), known)
+    return rank_unscorable_last(Partial(sum_dense_rows, entries(history), on_device, zeros), known)
 
 
-def _rows_of(scores: Float32[Array, "U I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+def rows_of(scores: Float32[Array, "U I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    """Looks up rows of scores."""
     return scores[users]
 
 
-def _sum_dense_rows(
+def sum_dense_rows(
     left: Entries, right: Float32[Array, "I I"], zeros: Float32[Array, "I"], users: Int32[Array, "B"]
 ) -> Float32[Array, "B I"]:
+    """Computes left[users] @ right, `right` being dense."""
+
     def of_user(user):
         def add_row(entry, scores):
             return scores + left.values[entry] * right[left.columns[entry]]

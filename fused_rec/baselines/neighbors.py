@@ -109,9 +109,9 @@ def popularity(interactions: Interactions, *, half_life: float = 0) -> Partial:
       The scorer.
     """
     if not half_life:
-        return Partial(_same_for_all, jnp.asarray(interactions.history().sum(0), jnp.float32).reshape(-1))
+        return Partial(same_for_all, jnp.asarray(interactions.history().sum(0), jnp.float32).reshape(-1))
     age = np.zeros(len(interactions.item)) if interactions.age is None else interactions.age
-    return Partial(_same_for_all, jnp.asarray(item_counts(interactions.item, age, half_life, interactions.n_items)))
+    return Partial(same_for_all, jnp.asarray(item_counts(interactions.item, age, half_life, interactions.n_items)))
 
 
 def item_counts(
@@ -155,7 +155,7 @@ def item_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -
     """
     history = interactions.history()
     similar = _nearest("item_knn", history.T.tocsr(), num_neighbors, shrink)
-    return Partial(_sum_sparse_rows, entries(history), entries(similar), _zeros(interactions.n_items))
+    return Partial(sum_sparse_rows, entries(history), entries(similar), _zeros(interactions.n_items))
 
 
 def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:
@@ -174,7 +174,7 @@ def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -
     """
     history = interactions.history()
     similar = _nearest("user_knn", history, num_neighbors, shrink)
-    return Partial(_sum_sparse_rows, entries(similar), entries(history), _zeros(interactions.n_items))
+    return Partial(sum_sparse_rows, entries(similar), entries(history), _zeros(interactions.n_items))
 
 
 def friends_mean(interactions: Interactions) -> Partial:
@@ -195,7 +195,7 @@ def friends_mean(interactions: Interactions) -> Partial:
     history, ties = interactions.history(), interactions.ties("friends_mean")
     degree = np.diff(ties.indptr)
     ties.data /= np.repeat(degree, degree)
-    return Partial(_sum_sparse_rows, entries(ties), entries(history), _zeros(interactions.n_items))
+    return Partial(sum_sparse_rows, entries(ties), entries(history), _zeros(interactions.n_items))
 
 
 def text_mean(interactions: Interactions, *, own: float) -> Partial:
@@ -221,7 +221,7 @@ def text_mean(interactions: Interactions, *, own: float) -> Partial:
     users = _unit(history @ words)
     if interactions.user_text is not None:
         users = _unit(users + np.float32(own) * interactions.user_text)
-    return rank_unscorable_last(Partial(_dot, jnp.asarray(users), jnp.asarray(_unit(words))), np.abs(words).sum(1) > 0)
+    return rank_unscorable_last(Partial(dot, jnp.asarray(users), jnp.asarray(_unit(words))), np.abs(words).sum(1) > 0)
 
 
 def text_gcn(interactions: Interactions, *, num_layers: int, user_mean: bool) -> Partial:
@@ -258,7 +258,7 @@ def text_gcn(interactions: Interactions, *, num_layers: int, user_mean: bool) ->
         users, items = normal @ items, normal.T @ users
         sum_of_users += users
         sum_of_items += items
-    scorer = Partial(_dot, jnp.asarray(_unit(sum_of_users)), jnp.asarray(_unit(sum_of_items)))
+    scorer = Partial(dot, jnp.asarray(_unit(sum_of_users)), jnp.asarray(_unit(sum_of_items)))
     return rank_unscorable_last(scorer, np.abs(sum_of_items).sum(1) > 0)
 
 
@@ -300,7 +300,7 @@ def als(interactions: Interactions, *, factors: int, regularization: float, alph
             factors, regularization=regularization, alpha=alpha, iterations=ITERATIONS, random_state=seed
         )
         model.fit(scipy.sparse.csr_matrix(history), show_progress=False)
-    factorised = Partial(_dot, jnp.asarray(model.user_factors), jnp.asarray(model.item_factors))
+    factorised = Partial(dot, jnp.asarray(model.user_factors), jnp.asarray(model.item_factors))
     return rank_unscorable_last(factorised, has_interactions(history))
 
 
@@ -319,10 +319,11 @@ def rank_unscorable_last(scorer: Partial, known: Bool[np.ndarray, "I"]) -> Parti
     Returns:
       The new scorer.
     """
-    return scorer if known.all() else Partial(_rank_unscorable_last, scorer, jnp.asarray(known))
+    return scorer if known.all() else Partial(rank_unknown_last, scorer, jnp.asarray(known))
 
 
-def _rank_unscorable_last(scorer: Partial, known: Bool[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+def rank_unknown_last(scorer: Partial, known: Bool[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    """Scores as `scorer`, and items that are not known with the lowest score (`rank_unscorable_last`)."""
     scores = scorer(users)
     return jnp.where(known[None, :], scores, scores.min(1, keepdims=True))
 
@@ -427,15 +428,17 @@ def _zeros(n_items: int) -> Float32[Array, "I"]:
     return jnp.zeros(n_items, jnp.float32)
 
 
-def _same_for_all(scores: Float32[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+def same_for_all(scores: Float32[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    """Returns the same scores for each user."""
     return jnp.broadcast_to(scores[None, :], (users.shape[0], scores.shape[0]))
 
 
-def _dot(users: Float32[Array, "U K"], items: Float32[Array, "I K"], batch: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+def dot(users: Float32[Array, "U K"], items: Float32[Array, "I K"], batch: Int32[Array, "B"]) -> Float32[Array, "B I"]:
+    """Computes inner products of rows of `users` with all rows of `items`."""
     return users[batch] @ items.T
 
 
-def _sum_sparse_rows(
+def sum_sparse_rows(
     left: Entries, right: Entries, zeros: Float32[Array, "I"], users: Int32[Array, "B"]
 ) -> Float32[Array, "B I"]:
     """Computes left[users] @ right in time proportional to the entries used; row lengths differ too much to pad."""

@@ -14,10 +14,12 @@ class Baseline(NamedTuple):
     Attributes:
       fit: function (interactions, **settings) -> scorer.
       grid: settings that are tried on validation; at most 8, so that no baseline is better for having been tuned more.
+      needs: what the tables must have, "text" or "ties".
     """
 
     fit: Callable[..., Partial]
     grid: tuple[dict[str, Any], ...]
+    needs: tuple[str, ...] = ()
 
 
 _NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
@@ -37,11 +39,11 @@ BASELINES: dict[str, Baseline] = {
     ),
     "item_knn": Baseline(neighbors.item_knn, _NEIGHBOR_GRID),
     "user_knn": Baseline(neighbors.user_knn, _NEIGHBOR_GRID),
-    "friends_mean": Baseline(neighbors.friends_mean, ({},)),
-    "text_mean": Baseline(neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0))),
-    "text_gcn": Baseline(neighbors.text_gcn, _TEXT_GCN_GRID),
+    "friends_mean": Baseline(neighbors.friends_mean, ({},), needs=("ties",)),
+    "text_mean": Baseline(neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0)), needs=("text",)),
+    "text_gcn": Baseline(neighbors.text_gcn, _TEXT_GCN_GRID, needs=("text",)),
     "als": Baseline(neighbors.als, _ALS_GRID),
     "gf_cf": Baseline(linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
     "ease": Baseline(linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
-    "text_ease": Baseline(linear.text_ease, _TEXT_EASE_GRID),
+    "text_ease": Baseline(linear.text_ease, _TEXT_EASE_GRID, needs=("text",)),
 }

@@ -12,17 +12,20 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
 import ml_collections
 from absl import app, flags
+from ml_collections import config_flags
 
 from fused_rec.commands.exits import exit_broken_pipe, open_missing_streams
 from fused_rec.commands.places import CONFIG_NAMES
 from fused_rec.config import Config, from_dict
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import DeviceError, keep_memory
+from fused_rec.studies.variants import configured
 
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
@@ -52,8 +55,18 @@ def start(main: Callable[[list[str]], None], launcher: str = "") -> None:
 
 
 def config_of(values: ml_collections.ConfigDict) -> Config:
-    """Returns the config of a --config flag with an absolute data path: runs are opened from any folder."""
-    config = from_dict(values.to_dict())
+    """Returns the config of --config with an absolute data path: runs are opened from any folder.
+
+    A flag that names a model.method applies the method's settings; other settings that are flags stay as given.
+    """
+    settings: Any = values.to_dict()
+    config = from_dict(settings)
+    given: dict[str, dict[str, Any]] = {}
+    for name in config_flags.get_override_values(flags.FLAGS["config"]):
+        section, _, setting = name.partition(".")
+        given.setdefault(section, {})[setting] = settings[section][setting]
+    if "method" in given.get("model", {}):
+        config = configured(config, given)
     if not config.data.path:
         return config
     path = str(absolute(config.data.path))

@@ -50,7 +50,7 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.data.io.id_lists import read_ids
 from fused_rec.evaluation.suitability import exclusion_counts
-from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
+from fused_rec.explanation.decomposition import ScoreDecomposition, decompose, require_trained
 from fused_rec.explanation.reasons import record
 from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
@@ -145,6 +145,8 @@ def main(argv: list[str]) -> None:
     other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
     config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
+    if EXPLAIN.value:
+        require_trained(config)
     dataset = prepared.dataset
     among = candidate_items(dataset, _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id"), WHERE.value)
     may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)

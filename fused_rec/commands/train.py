@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=experiments/configs/lastfm.py --workdir=runs/lastfm
 
-The same command resumes a stopped run. All settings are flags: --config.model.dim=128.
+The same command resumes a stopped run. All settings are flags: --config.model.dim=128. --config.model.method names a
+published method, such as lightgcn or ease, to be trained in place of the model (docs/commands.md).
 
 For a finished run it reads the tables again and prints the stored results. If tables have changed, it names the changes
 and exits with status 3; if they cannot be read, with status 4.

@@ -13,6 +13,7 @@ from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
 from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
+from fused_rec.explanation.decomposition import require_trained
 from fused_rec.graph.edit import drop_interaction
 from fused_rec.training.evaluate import scores_of
 from fused_rec.training.inputs import ModelInputs
@@ -104,8 +105,9 @@ def counterfactual_effect(
       Score and rank before and after.
 
     Raises:
-      ValueError: the model's graph does not have the interaction.
+      ValueError: the model's graph does not have the interaction, or the model is a baseline.
     """
+    require_trained(config)
     candidates = eligible.copy()
     candidates[removed_item] = False
     found = []

@@ -13,6 +13,7 @@ score up to rounding. Every h splits further into a part from ID embeddings and 
 """
 
 import functools
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, PyTree
 
 from fused_rec.baselines.launch import PRIOR
-from fused_rec.config import Config
+from fused_rec.config import Config, TrainedMethod
 from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
@@ -97,6 +98,22 @@ class Contributions(NamedTuple):
     text: Float[np.ndarray, "P n"]
 
 
+def require_trained(config: Config) -> None:
+    """Checks that the run has a trained model, whose scores can be explained.
+
+    Args:
+      config: settings of the run.
+
+    Raises:
+      ValueError: model.method is a baseline.
+    """
+    if not config.model.is_trained:
+        raise ValueError(
+            f"model.method is {config.model.method}, whose scores have no decomposition; explanations need a trained "
+            f"model: a variant, or one of the methods {', '.join(typing.get_args(TrainedMethod))}"
+        )
+
+
 def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> ScoreDecomposition:
     """Computes the branch terms of a trained model for `contributions` and `best_paths`.
 
@@ -107,7 +124,11 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
 
     Returns:
       The terms of all users and items.
+
+    Raises:
+      ValueError: the model is a baseline.
     """
+    require_trained(config)
     branches, arrays = jax.device_get(
         _branch_terms(Config(model=config.model, train=config.train), params, graph_inputs)
     )

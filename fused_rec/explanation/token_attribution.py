@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, PyTree
 from fused_rec.config import Config
 from fused_rec.data.node_texts import ITEM, USER
 from fused_rec.distributed.devices import AnyArray
+from fused_rec.explanation.decomposition import require_trained
 from fused_rec.text.encode import Tokens, tokens
 from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.text.features import TextFeatures, node_means, open_language_model
@@ -118,9 +119,10 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
       The input of `attribute_tokens`.
 
     Raises:
-      ValueError: the model uses no text (variant graph, features random, or no texts), its encoder is fine-tuned, or
-        the language model has a prompt.
+      ValueError: the model is a baseline or uses no text (variant graph, features random, or no texts), its encoder is
+        fine-tuned, or the language model has a prompt.
     """
+    require_trained(config)
     if not config.encodes_text:
         why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
         raise ValueError(

@@ -97,8 +97,8 @@ class Recommended(NamedTuple):
     item_id: str
     name: str
     score: float
-    reasons: tuple[Reason, ...]
-    routes: tuple[Route, ...]
+    reasons: tuple[Reason, ...] = ()
+    routes: tuple[Route, ...] = ()
     effect: tuple[str, CounterfactualEffect] | None = None
     passages: tuple[Passage, ...] = ()
 
@@ -227,34 +227,50 @@ def recommended(
     if not len(users):
         return ()
     dataset = prepared.dataset
-    decomposition, names_of = decompose(config, state.params, prepared.graph_inputs), _Names(dataset)
+    names_of, why = _Names(dataset), _explainer(config, prepared, state, may, token_passages)
     [part] = ranked(scorer(config, prepared, state), dataset, may, users, k)
-    affordable = sum(count for _, count in prepared.graph_inputs.graph.relations) <= EDGES
     found = []
     for place, user in enumerate(tqdm(users.tolist(), desc="explain", unit="customer")):
         items = [item for item in part.ranking.items[place].tolist() if item >= 0]
-        contributed = contributions(decomposition, user, items)
-        without = None
-        if affordable and items and (best := _best_interaction(contributed)) is not None:
-            [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
-            changed = counterfactual_effect(config, state.params, prepared, user, items[0], best, open_to)
-            without = names_of.items[best], changed
+        scores = part.ranking.scores[place].tolist()
         shown = tuple(
-            Recommended(
-                rank + 1,
-                names_of.item_ids[item],
-                names_of.items[item],
-                float(part.ranking.scores[place, rank]),
-                tuple(reasons(dataset, contributed, rank)),
-                tuple(names_of.route(path, item) for path in best_paths(decomposition, user, item, PATHS)),
-                without if rank == 0 else None,
-                token_passages(user, item) if rank == 0 else (),
-            )
-            for rank, item in enumerate(items)
+            Recommended(rank + 1, names_of.item_ids[item], names_of.items[item], scores[rank], *explained)
+            for rank, (item, explained) in enumerate(zip(items, why(user, items), strict=True))
         )
         holds = tuple(names_of.items[item] for item in prepared.observed.item[prepared.observed.user == user].tolist())
         found.append(Customer(names_of.user_ids[user], names_of.users[user], holds, _n_ties(prepared, user), shown))
     return tuple(found)
+
+
+def _explainer(
+    config: Config, prepared: ModelInputs, state: TrainState, may: CandidateFilter, token_passages: TokenPassages
+) -> Callable[[int, list[int]], list[tuple]]:
+    """Returns what explains the items of a user: of each item, the last fields of `Recommended`.
+
+    A baseline has no explanations.
+    """
+    if not config.model.is_trained:
+        return lambda user, items: [() for _ in items]
+    dataset = prepared.dataset
+    decomposition, names_of = decompose(config, state.params, prepared.graph_inputs), _Names(dataset)
+    affordable = sum(count for _, count in prepared.graph_inputs.graph.relations) <= EDGES
+
+    def effect(user: int, item: int, contributed: Contributions) -> tuple[str, CounterfactualEffect] | None:
+        if not affordable or (best := _best_interaction(contributed)) is None:
+            return None
+        [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
+        return names_of.items[best], counterfactual_effect(config, state.params, prepared, user, item, best, open_to)
+
+    def explained(user: int, items: list[int]) -> list[tuple]:
+        contributed = contributions(decomposition, user, items)
+        found = []
+        for rank, item in enumerate(items):
+            routes = tuple(names_of.route(path, item) for path in best_paths(decomposition, user, item, PATHS))
+            first = (effect(user, item, contributed), token_passages(user, item)) if rank == 0 else ()
+            found.append((tuple(reasons(dataset, contributed, rank)), routes, *first))
+        return found
+
+    return explained
 
 
 def _best_interaction(contributed: Contributions) -> int | None:

@@ -13,7 +13,7 @@ from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData,
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
 from fused_rec.reporting.markup import Element, append, cut, document, element
 from fused_rec.reporting.style import stylesheet
-from fused_rec.runs.model_card import describe_served, describe_training
+from fused_rec.runs.model_card import describe_model, describe_served, describe_training
 
 LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 MEANING = {
@@ -110,7 +110,7 @@ def _tiles(facts: ReportData) -> Element:
         (
             "NDCG@10, validation split",
             f"{results['valid']['ndcg@10']:.3f}",
-            f"step {results['best_step']} chosen by it",
+            f"step {results['best_step']} chosen by it" if "best_step" in results else "settings chosen by it",
         ),
     ]
     others = [model for model in facts.models if model.against is not None]
@@ -118,7 +118,7 @@ def _tiles(facts: ReportData) -> Element:
         best = max(others, key=lambda model: _order(model.metrics["ndcg@10"][0]))
         assert best.against is not None
         shown.append((f"Against {best.name}, the best other", *_gain(best.against["ndcg@10"])))
-    shown.append(("Training", f"{results['seconds']:,.0f} s", f"{results['parameters']:,} parameters"))
+    shown.append(("Training", f"{results['seconds']:,.0f} s", describe_model(results)))
     tiles = [
         element(
             "div",
@@ -181,7 +181,7 @@ def _training(facts: ReportData) -> list[Element]:
         ["Dataset", results["dataset"]],
         *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
         ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
-        ["Model", f"{results['variant']}, {results['parameters']:,} parameters, seed {results['seed']}"],
+        ["Model", f"{results['variant']}: {describe_model(results)}"],
         ["Served model", describe_training(results)],
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
@@ -375,7 +375,8 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
         bar = element("span", class_="track", aria_hidden="true")
         bar.append(element("span", style=f"width:{min(max(reason.share, 0.0), 1.0):.1%}"))
         why.append(element("li", cut(reason.text, SENTENCE), bar))
-    left = element("div", element("h5", "Why"), element("ol", *why, class_="reasons"))
+    reasons = element("ol", *why, class_="reasons") if why else element("p", "No reasons are known.", class_="muted")
+    left = element("div", element("h5", "Why"), reasons)
     if item.effect is not None:
         append(left, _without(*item.effect))
     for passage in item.passages:

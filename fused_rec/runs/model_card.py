@@ -43,23 +43,24 @@ def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
     }
 
 
-def card(results: Mapping[str, Any], digests: Mapping[str, str], checkpoint: str) -> str:
+def card(results: Mapping[str, Any], digests: Mapping[str, str], checkpoint: str = "") -> str:
     """Writes the card of a run's folder, as Markdown with YAML front matter (model-index of Hugging Face).
 
     Args:
       results: content of `results.json`; the front matter has its numbers in full precision.
       digests: SHA-256 by the name of the object.
-      checkpoint: path of the selected checkpoint in the folder.
+      checkpoint: path of the selected checkpoint in the folder; empty: of a baseline, which has none.
 
     Returns:
       The card.
     """
+    where = f"The checkpoint is in `{checkpoint}`." if checkpoint else "The model is fitted when the run is loaded."
     return _page(
         results,
         digests,
         "All metrics, and those of slices of the test split, are in `results.json`.",
         f"""\
-The checkpoint is in `{checkpoint}`. It ranks by all rows of the tables it was trained on, which `run.json` identifies,
+{where} It ranks by all rows of the tables it was trained on, which `run.json` identifies,
 held-out rows included; `history="train"` leaves these out. `dataset=` serves other tables.
 
 ```python
@@ -130,12 +131,26 @@ JAX guarantees that releases up to six months newer than the one that wrote `sco
     return _page(results, digests, "All settings are in `config.json`.", loading)
 
 
+def describe_model(results: Mapping[str, Any]) -> str:
+    """Says in words how large a run's model is, and what validation selected.
+
+    Args:
+      results: content of `results.json`.
+    """
+    if (settings := results.get("settings")) is not None:
+        chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
+        return f"A baseline with {chosen}, chosen on validation" if chosen else "A baseline without settings"
+    return f"{results['parameters']:,} parameters, seed {results['seed']}; the state of step {results['best_step']}"
+
+
 def describe_training(results: Mapping[str, Any]) -> str:
     """Says in words what the served model of a run was trained on, and which model was measured.
 
     Args:
       results: content of `results.json`.
     """
+    if "settings" in results:
+        return "fitted to the rows that it ranks with; the metrics are of the model without held-out rows"
     return {
         "none": "selected on validation and trained on the training split",
         "valid": "refitted on training and validation",
@@ -163,6 +178,8 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
+    if model.method:
+        basis = f"the method {variant}"
     beside = _late_fusion(results.get("late_fusion"))
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
@@ -177,8 +194,8 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 
 # {dataset}: {variant} model
 
-Ranks financial products for customers by {basis}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
-the state of step {results["best_step"]}, {describe_training(results)}. Language model of the texts: {language}.
+Ranks financial products for customers by {basis}{beside}. {describe_model(results)}, {describe_training(results)}.
+Language model of the texts: {language}.
 
 ## Trained on
 
@@ -192,8 +209,9 @@ SHA-256:
 
 ## Measured
 
-The whole catalogue is ranked for every customer with held-out products, without the products seen before. The step was
-selected on validation; the test split was evaluated once, at the end.
+The whole catalogue is ranked for every customer with held-out products, without the products seen before.
+{"The step was" if model.is_trained else "The settings were"} selected on validation; the test split was evaluated once,
+at the end.
 
 | | validation | test |
 |---|---:|---:|

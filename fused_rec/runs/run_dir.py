@@ -338,7 +338,8 @@ def read_finished(workdir: Path) -> tuple[Config, int, str]:
       workdir: folder of the run.
 
     Returns:
-      The config with the selected temperature, the step of the selected checkpoint, and the folder of its training.
+      The config with the selected temperature, the step of the selected checkpoint, and the folder of its training; of
+      a baseline, which has neither, 0 and an empty name.
 
     Raises:
       FileNotFoundError: the folder has no finished run.
@@ -346,11 +347,14 @@ def read_finished(workdir: Path) -> tuple[Config, int, str]:
     """
     if not (workdir / RESULTS).exists():
         raise FileNotFoundError(f"{workdir} holds no {RESULTS}; finish the run there with `fused-rec train` first")
-    results = read_results(workdir)
-    for name, kind in (("best_step", int), ("temperature", float), ("phase", str)):
+    results, config = read_results(workdir), from_dict(read_run(workdir)["config"])
+    selected = {"best_step": int, "temperature": float, "phase": str} if config.model.is_trained else {"settings": dict}
+    for name, kind in selected.items():
         if not isinstance(results.get(name), kind):
             raise ValueError(f"{workdir / RESULTS} has no {name}; train in a new workdir")
-    config = with_temperature(from_dict(read_run(workdir)["config"]), results["temperature"])
+    if not config.model.is_trained:
+        return config, 0, ""
+    config = with_temperature(config, results["temperature"])
     return config, results["best_step"], results["phase"]
 
 

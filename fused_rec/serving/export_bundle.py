@@ -4,7 +4,7 @@ OUT/
   users.safetensors    `vectors` float32 [U, D] and, in the metadata, `ids`: JSON, one per row
   items.safetensors    the same of items; the score is the inner product of a user's and an item's row
   score.stablehlo      scoring function as exported by `jax.export`: see `score_program`
-  model.safetensors    the parameters, by their path in the tree
+  model.safetensors    the parameters, by their path in the tree; a baseline has none
   config.json          `model_type`, the run's settings without local paths, versions
   README.md            the model card, with metadata and loading code
   items.faiss          optional: an exact inner-product index of Faiss, whose numbers are the rows of the items
@@ -85,7 +85,8 @@ def export_bundle(
 
     Raises:
       FileExistsError, ImportError: as `check` does.
-      ValueError: a vector is not finite, or there are more ids than a safetensors file holds.
+      ValueError: a vector is not finite, those of a baseline are too wide, or there are more ids than a safetensors
+        file holds.
       InsufficientMemoryError: vectors or a file do not fit.
       SaveError: the folder cannot be written; names it and the reason, on a full disk also required and free space.
     """
@@ -102,8 +103,9 @@ def export_bundle(
         save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())
         save_vectors(partial / ITEMS, items, dataset.items["item_id"].to_pylist())
         write_file(partial / PROGRAM, score_program(users.shape[1]))
-        parameters = {name: np.asarray(leaf) for name, leaf in named_leaves(state.params).items()}
-        write_file(partial / PARAMETERS, safetensors.numpy.save(parameters, {"format": "flax"}))
+        if config.model.is_trained:  # the vectors are all that a baseline has
+            parameters = {name: np.asarray(leaf) for name, leaf in named_leaves(state.params).items()}
+            write_file(partial / PARAMETERS, safetensors.numpy.save(parameters, {"format": "flax"}))
         write_json(partial / SETTINGS, {"model_type": "fused_rec", **portable(config), "versions": versions()})
         if faiss:
             write_file(partial / INDEX, _index(items))

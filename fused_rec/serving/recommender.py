@@ -26,6 +26,7 @@ from fused_rec.model.model import ID_EMBEDDING
 from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results
 from fused_rec.serving.item_conditions import matching_rows
 from fused_rec.text.cache import open_cache
+from fused_rec.training.baseline_runs import fitted_state, settings_digest
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
 from fused_rec.training.fitted import FITTED, Fitted, id_rows, read_fitted
 from fused_rec.training.inputs import (
@@ -86,6 +87,7 @@ def load(
       NoFolderError: the folder of the tables does not exist.
       CacheError: text must be encoded, and the cache cannot be created.
       CheckpointError: the selected checkpoint is damaged; no other one is used instead.
+      NotApplicableError: the tables lack what a baseline reads.
       FileNotFoundError: workdir holds no finished run.
     """
     workdir = Path(workdir)
@@ -107,6 +109,8 @@ def load(
     inputs = serving_inputs(config, dataset, fitted)
     for what, count in inputs.unknown.items():
         LOG.warning("%d %s", count, what)
+    if checkpoints is None:
+        return config, inputs, fitted_state(config, inputs, read_results(workdir)["settings"])
     state = restore_parameters(checkpoints, step, init_state(config, inputs), fitted, dataset)
     inputs = with_finetuned_text(config, inputs, state)
     return config, with_late_fusion(inputs, selection_of(read_results(workdir))), state
@@ -138,6 +142,8 @@ def load_measured(
         open_cache(config.text.cache)
     dataset = _training_tables(config, workdir)
     prepared = prepare(config, dataset, split(dataset, config.split), seen_splits(config.train.refit, model))
+    if checkpoints is None:
+        return config, prepared, fitted_state(config, prepared, read_results(workdir)["settings"])
     state, _ = checkpoints.restore(step, like=init_state(config, prepared))
     prepared = with_finetuned_text(config, prepared, state)
     return config, with_late_fusion(prepared, selection_of(read_results(workdir))), state
@@ -228,17 +234,22 @@ def _placed(config: Config, workdir: Path, data_path: str | Path | None, cache: 
 
 
 def model_digest(workdir: str | Path) -> str:
-    """Returns the SHA-256 of the served checkpoint's manifest, which identifies parameters and config.
+    """Returns the SHA-256 of the served checkpoint's manifest, or of a baseline's settings, which identifies the model.
 
     Args:
       workdir: folder of the run.
     """
-    _, checkpoints, step = _chosen(Path(workdir), "served")
+    config, checkpoints, step = _chosen(Path(workdir), "served")
+    if checkpoints is None:
+        return settings_digest(config, read_results(Path(workdir))["settings"])
     return checkpoints.digest(step)
 
 
-def _chosen(workdir: Path, model: str) -> tuple[Config, Checkpoints, int]:
+def _chosen(workdir: Path, model: str) -> tuple[Config, Checkpoints | None, int]:
+    """Returns the config, and the checkpoints and the step of a model of a run; a baseline has no checkpoints."""
     config, step, selected = read_finished(workdir)
+    if not config.model.is_trained:
+        return config, None, step
     phase = phase_of(config.train.refit, selected, model)
     checkpoints = Checkpoints(workdir / phase / "checkpoints")
     if step not in checkpoints.steps():

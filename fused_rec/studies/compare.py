@@ -15,7 +15,6 @@ import importlib.util
 import logging
 import os
 import platform
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,14 @@ from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation import plots, result_tables, significance
-from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
 from fused_rec.runs import run_dir
-from fused_rec.runs.run_dir import RunResults, lock_run_dir
+from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
-from fused_rec.training.evaluate import (
-    baseline,
-    choose_settings,
-    evaluate_mean,
-    evaluate_slices,
-    evaluate_users,
-)
-from fused_rec.training.inputs import Prepared, prepare, read, seen_splits
+from fused_rec.training.inputs import read
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
@@ -160,27 +151,23 @@ def _compare_variants(
     dataset, data_split = read(config)
     kept, skipped = applicable(config, names, dataset, data_split)
     learned = {name: variant(config, name) for name in kept if name in VARIANTS}
-    untrained = [name for name in kept if name in BASELINES]
+    untrained = {name: variant(config, name) for name in kept if name in BASELINES}
     left = len(learned) * len(seeds) + len(untrained)
     outcomes = _Outcomes(f"{dataset.name}, {data_split.kind} split", out, left, trials, skipped)
     tables = digest(dataset), contents(dataset)
-    for name in untrained:
-        _check_folder(outcomes.folder(name, BASELINE_SEED), config, tables)
+    for name, of_baseline in untrained.items():
+        _check_folder(outcomes.folder(name, BASELINE_SEED), of_baseline, tables)
     for name, of_variant in learned.items():
         for seed in seeds:  # tuned settings are unknown here
             _check_folder(outcomes.folder(name, seed), None if trials else _seeded(of_variant, seed), tables)
 
     # Baselines first: they are fast, and report faults of the input before training.
-    missing = [name for name in untrained if not (outcomes.folder(name, BASELINE_SEED) / run_dir.RESULTS).exists()]
-    prepared = _prepare_both(config, dataset, data_split) if missing else None
-    for name in untrained:
+    for name, of_baseline in untrained.items():
         with outcomes.run(name, BASELINE_SEED) as folder:
-            if prepared and name in missing:
-                try:
-                    measure_baseline(config, name, *prepared, folder)
-                except ImportError as error:
-                    raise MissingExtraError(str(error)) from error
-    del prepared
+            try:
+                _run(of_baseline, tables, folder)
+            except ImportError as error:
+                raise MissingExtraError(str(error)) from error
     configs = {}
     for name, of_variant in learned.items():
         if trials:
@@ -194,10 +181,7 @@ def _compare_variants(
         configs[name] = to_dict(of_variant)
         for seed in seeds:
             with outcomes.run(name, seed) as folder:
-                if (folder / run_dir.RESULTS).exists():
-                    run_dir.finished_results(_seeded(of_variant, seed), *tables, folder)
-                else:
-                    trainer.run_training(_seeded(of_variant, seed), folder)
+                _run(_seeded(of_variant, seed), tables, folder)
 
     if not (names := [name for name in kept if name not in outcomes.skipped]):
         raise ValueError(f"nothing is left to compare: {outcomes.skipped}")
@@ -246,15 +230,13 @@ def applicable(
     skipped: dict[str, str] = {}
     configs: dict[Config, str] = {}
     for name in names:
-        if name in BASELINES:
-            kept.append(name)
-            continue
-        absent = [what for what in VARIANTS[name].needs if not there[what]]
+        needs = (VARIANTS | BASELINES)[name].needs
+        absent = [what for what in needs if not there[what]]
         if absent:
             skipped[name] = f"{dataset.name} has no {' and no '.join(absent)}"
-        elif "text" in VARIANTS[name].needs and not config.model.uses_text:
+        elif "text" in needs and not config.model.uses_text:
             skipped[name] = "the config uses no text"
-        elif (settings := variant(config, name)) in configs:
+        elif (settings := _unnamed(variant(config, name), name)) in configs:
             skipped[name] = f"its settings are those of {configs[settings]}"
         else:
             configs[settings] = name
@@ -266,40 +248,6 @@ def applicable(
     return kept, skipped
 
 
-def measure_baseline(config: Config, name: str, alone: Prepared, seen: Prepared, folder: Path) -> None:
-    """Tunes a baseline on validation, evaluates it, and writes the same files as a trained run.
-
-    Args:
-      config: the base config.
-      name: a key of `BASELINES`.
-      alone: inputs of the training split.
-      seen: inputs for the test split; they include validation interactions after a refit.
-      folder: of the run.
-    """
-    began = time.monotonic()
-    settings = choose_settings(name, alone, config.train.metric)
-    score = baseline(name, seen, settings)
-    seconds = time.monotonic() - began
-    valid = evaluate_mean(alone, score if seen is alone else baseline(name, alone, settings), "valid")
-    per_user = evaluate_users(seen, score, "test")
-    run_dir.init_run_dir(config, digest(seen.dataset), folder, contents(seen.dataset))
-    run_dir.write_users(folder / run_dir.TEST_METRICS_PER_USER, per_user)
-    results = RunResults(
-        dataset=seen.dataset.name,
-        split=seen.split.kind,
-        variant=name,
-        seed=BASELINE_SEED,
-        valid=valid,
-        test=mean(per_user),
-        slices=evaluate_slices(seen, score, per_user),
-        selected={"settings": settings},
-        seconds=seconds,
-        parameters=None,
-        config=config,
-    )
-    run_dir.write_json(folder / run_dir.RESULTS, results.contents())
-
-
 def hardware() -> dict[str, Any]:
     """Describes the machine and its devices, on which run times depend."""
     devices = jax.local_devices()
@@ -309,6 +257,12 @@ def hardware() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "devices": f"{len(devices)} {devices[0].device_kind}",
     }
+
+
+def _unnamed(config: Config, name: str) -> Config:
+    """Returns the settings of a variant without its name, which tell whether two are the same; a baseline keeps it."""
+    method = name if name in BASELINES else ""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, method=method))
 
 
 def runs_folder(out: Path, trials: int) -> Path:
@@ -377,10 +331,12 @@ def _tuned(config: Config, folder: Path, trials: int) -> Config:
     return tune(config, folder, trials)
 
 
-def _prepare_both(config: Config, dataset: Dataset, data_split: Split) -> tuple[Prepared, Prepared]:
-    alone = prepare(config, dataset, data_split)
-    splits = seen_splits(config.train.refit)
-    return alone, alone if splits == alone.splits else prepare(config, dataset, data_split, splits)
+def _run(config: Config, tables: tuple[str, Mapping[str, Any]], folder: Path) -> None:
+    """Trains, or measures a baseline, unless the folder has the finished run."""
+    if (folder / run_dir.RESULTS).exists():
+        run_dir.finished_results(config, *tables, folder)
+    else:
+        trainer.run_training(config, folder)
 
 
 def _seeded(config: Config, seed: int) -> Config:

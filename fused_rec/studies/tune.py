@@ -86,6 +86,9 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
     """
     if trials < 1:
         raise ValueError(f"trials is {trials}; it must be at least 1")
+    if not config.model.is_trained:
+        name = config.model.method
+        raise ValueError(f"model.method is {name}, which training itself tunes; tune a model with trained parameters")
     folder = Path(folder)
     if not config.train.temperature:  # a run would try several; here the trials do
         config = with_temperature(config, TEMPERATURES[0])

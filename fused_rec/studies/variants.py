@@ -1,10 +1,11 @@
-"""Named variants of a config: ablations, controls and published baselines, as changes of settings."""
+"""Named variants of a config: ablations, controls and published methods, as changes of settings."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fused_rec.config import Config
+from fused_rec.baselines.registry import BASELINES
+from fused_rec.config import METHODS, Config, from_dict, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,22 +190,53 @@ VARIANTS: dict[str, Variant] = {
 
 
 def variant(config: Config, name: str) -> Config:
-    """Applies a variant to a config.
+    """Applies a variant or baseline to a config.
 
     Args:
       config: the base config.
-      name: a key of `VARIANTS`.
+      name: a key of `VARIANTS` or `BASELINES`.
 
     Returns:
-      The changed config.
+      The changed config, whose model.method is the name of a published method.
 
     Raises:
       ValueError: an unknown name; lists the known ones.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"variant is {name!r}; it must be one of {', '.join(VARIANTS)}")
+    if name not in VARIANTS and name not in BASELINES:
+        raise ValueError(f"variant is {name!r}; it must be one of {', '.join((*VARIANTS, *BASELINES))}")
+    overrides = VARIANTS[name].overrides if name in VARIANTS else _inputs_of(BASELINES[name].needs)
+    model = {**overrides.get("model", {}), "method": name if name in METHODS else ""}
     sections = {
         section: dataclasses.replace(getattr(config, section), **settings)
-        for section, settings in VARIANTS[name].overrides.items()
+        for section, settings in {**overrides, "model": model}.items()
     }
     return dataclasses.replace(config, **sections)
+
+
+def _inputs_of(needs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The settings by which a baseline gets the inputs that it needs, and no others are prepared."""
+    return {
+        "model": PLAIN_MODEL | {"variant": "text" if "text" in needs else "graph"},
+        "text": FROZEN,
+        "graph": PLAIN_GRAPH | {"social_edges": "observed" if "ties" in needs else "none"},
+    }
+
+
+def configured(config: Config, given: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Changes settings; where model.method is among them, the method's own settings are applied before the others.
+
+    Args:
+      config: the base config.
+      given: settings by section.
+
+    Returns:
+      The changed, validated config.
+
+    Raises:
+      ValueError: as `fused_rec.config.from_dict`.
+    """
+    name = given.get("model", {}).get("method")
+    if isinstance(name, str) and name in METHODS:
+        config = variant(config, name)
+    values = to_dict(config)
+    return from_dict({**values, **{name: {**values.get(name, {}), **settings} for name, settings in given.items()}})

@@ -1,7 +1,7 @@
 """Scorers of a trained model and of baselines, and their evaluation on a held-out split."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, PyTree
 from tqdm import tqdm
 
+from fused_rec.baselines.inner_products import baseline_vectors
 from fused_rec.baselines.neighbors import Interactions
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Config
@@ -105,7 +106,7 @@ def held_out(prepared: Prepared, split: str) -> tuple[RankingSpec, UserItemSets]
 
 
 def scorer(config: Config, prepared: ModelInputs, state: TrainState) -> jax.tree_util.Partial:
-    """Builds the scorer of a trained model.
+    """Builds the scorer of a run's model.
 
     A user about whom the model knows nothing, so that all scores are equal, is scored by popularity, as by a
     `baseline`.
@@ -115,6 +116,8 @@ def scorer(config: Config, prepared: ModelInputs, state: TrainState) -> jax.tree
       prepared: inputs of the model.
       state: unsharded.
     """
+    if not config.model.is_trained:
+        return state.params  # of `fused_rec.training.baseline_runs.fitted_state`
     return sharded_scorer(config, shard_graph_inputs(prepared.graph_inputs), shard_state(state.params))
 
 
@@ -162,11 +165,16 @@ def user_item_vectors(
       User vectors and item vectors.
 
     Raises:
-      ValueError: a vector is not finite.
+      ValueError: a vector is not finite, or those of a baseline are too wide.
       InsufficientMemoryError: the vectors do not fit.
     """
-    require_embedding(config, prepared.graph_inputs, "lower model.dim, or set model.late_fusion to False")
-    users, items = parallel_embed_nodes(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
+    if config.model.is_trained:
+        require_embedding(config, prepared.graph_inputs, "lower model.dim, or set model.late_fusion to False")
+        graph_inputs = shard_graph_inputs(prepared.graph_inputs)
+        users, items = parallel_embed_nodes(config)(shard_state(state.params), graph_inputs)
+    else:
+        fitted, _ = state.params.args  # as `baseline` makes it
+        users, items = baseline_vectors(config.model.method, fitted, prepared.dataset.n_users)
     rows = np.arange(len(users), dtype=np.int32)
     step = users_per_batch(len(items))
     unscorable = np.concatenate(
@@ -220,7 +228,7 @@ def choose_settings(name: str, prepared: Prepared, metric: str = "ndcg@10") -> d
     return chosen
 
 
-def baseline(name: str, prepared: Prepared, settings: dict[str, Any]) -> Scorer:
+def baseline(name: str, prepared: ModelInputs, settings: Mapping[str, Any]) -> jax.tree_util.Partial:
     """Fits a baseline; a user about whom it knows nothing, so that all scores are equal, is scored by popularity.
 
     Otherwise a comparison would show for how many users a model ranks at all, not by how much it ranks better.
@@ -255,7 +263,7 @@ def evaluate_with_baselines(
       baselines: names in `BASELINES`.
 
     Returns:
-      Metrics per user by name; the model is the last, under the name of its variant.
+      Metrics per user by name; the model is the last, under the name of its method or variant.
 
     Raises:
       ValueError: an unknown baseline.
@@ -271,7 +279,7 @@ def evaluate_with_baselines(
     for name in tqdm(baselines, desc="baselines", disable=not baselines):
         fitted = baseline(name, pretrained, choose_settings(name, alone))
         found[name] = evaluate_users(prepared, fitted, split)
-    return found | {config.model.variant: evaluate_users(prepared, scorer(config, prepared, state), split)}
+    return found | {config.model.name: evaluate_users(prepared, scorer(config, prepared, state), split)}
 
 
 def _popularity_where_unscorable(scorer: Callable[..., Any], popularity: AnyArray, users: AnyArray) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from fused_rec.baselines.neighbors import item_counts
+from fused_rec.baselines.neighbors import NotApplicableError, item_counts
 from fused_rec.config import Config, GraphConfig, ModelConfig, Refit, TextConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
@@ -109,6 +109,30 @@ def read_dataset(config: Config) -> Dataset:
         *(table.num_rows for table in (dataset.interactions, dataset.reviews, dataset.ties)),
     )
     return dataset
+
+
+def require_method_inputs(config: Config, dataset: Dataset, data_split: Split) -> None:
+    """Checks, before any computation, that the tables have what a published method (model.method) reads.
+
+    Args:
+      config: all settings.
+      dataset: the tables.
+      data_split: their split.
+
+    Raises:
+      NotApplicableError: the training split has no texts or no social edges, and the method reads them.
+    """
+    method, observed = config.model.method, observe(dataset, data_split)
+    if method and config.model.reads_text and not node_texts(dataset, observed).texts:
+        lacks = "texts", "give a column text of items or users, or the table reviews"
+    elif method and config.graph.social_edges != "none" and not observed.ties.num_rows:
+        lacks = "social edges", "give the table ties"
+    else:
+        return
+    raise NotApplicableError(
+        f"{method} reads {lacks[0]}, and the training split of {dataset.name} has none; {lacks[1]}, or choose another "
+        "model.method"
+    )
 
 
 def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[str, ...] = ("train",)) -> Prepared:

@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec.baselines.factors import require_singular_vectors
-from fused_rec.config import TEMPERATURES, Config, to_dict, with_temperature
+from fused_rec.config import TEMPERATURES, Config, from_dict, to_dict, with_temperature
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import AnyArray, computes
-from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.ranking import UserMetrics, mean
 from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wandb_library
 from fused_rec.runs.model_card import card, counts
 from fused_rec.runs.run_dir import (
@@ -48,6 +48,7 @@ from fused_rec.runs.run_dir import (
     write_json,
     write_users,
 )
+from fused_rec.training.baseline_runs import measure_baseline, settings_digest
 from fused_rec.training.batch_sources import batch_of, batch_source, interruptible
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
 from fused_rec.training.early_stopping import Progress, update_early_stopping
@@ -67,6 +68,7 @@ from fused_rec.training.inputs import (
     prepare,
     read,
     read_dataset,
+    require_method_inputs,
     seen_splits,
     with_finetuned_text,
 )
@@ -109,7 +111,8 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
       BusyError: another process trains in workdir.
       SaveError: a checkpoint or result could not be written.
       CheckpointError: the checkpoint of the best step is damaged.
-      ImportError: train.wandb names a project, and the library is not installed.
+      ImportError: train.wandb names a project, or model.method a baseline, whose library is not installed.
+      NotApplicableError: the tables lack what model.method reads.
       Stopped: a signal requested a stop (see `fused_rec.distributed.signals`); the same call resumes the run.
     """
     workdir = Path(workdir)
@@ -132,19 +135,31 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
     dataset, data_split = read(config)
     tables = digest(dataset)
     processes.check_equal_across_processes("the digest of the tables", tables)
+    require_method_inputs(config, dataset, data_split)
     prepared = prepare(config, dataset, data_split)
     # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
         init_run_dir(config, tables, workdir, contents(dataset))
     with metric_writer(config, workdir) if processes.is_primary() else contextlib.nullcontext() as shown:
-        results = _select_and_test(config, workdir, prepared, shown)
+        if config.model.is_trained:
+            measured, prepared, per_user = _select_and_test(config, workdir, prepared, shown)
+        else:
+            measured, prepared, per_user = measure_baseline(config, prepared)
+        results = measured.contents()
+        if processes.is_primary():
+            _write(workdir, prepared, per_user, results)
         if shown is not None:
             shown.write_results(results)
     return results
 
 
-def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None) -> dict[str, Any]:
-    """Selects a step by validation, evaluates on the test split, refits as train.refit says, and writes the results."""
+def _select_and_test(
+    config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None
+) -> tuple[RunResults, Prepared, UserMetrics]:
+    """Selects a step by validation, evaluates on the test split, and refits as train.refit says.
+
+    Returns the results, the inputs of the served model, and the test metrics per user.
+    """
     given = config
     if config.model.late_fusion:  # refused now rather than after training
         require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
@@ -175,7 +190,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     results = RunResults(
         dataset=prepared.dataset.name,
         split=prepared.split.kind,
-        variant=config.model.variant,
+        variant=config.model.name,
         seed=config.train.seed,
         valid=valid,
         test=mean(per_user),
@@ -190,15 +205,17 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         config=given,
-    ).contents()
-    if processes.is_primary():
-        write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
-        fitted = fitted_of(config.model, *inputs)
-        write_fitted(workdir / FITTED, fitted)
-        write_card(workdir / CARD, _card(workdir, results))
-        write_json(workdir / RESULTS, results)
-    return results
+    )
+    return results, prepared, per_user
+
+
+def _write(workdir: Path, prepared: Prepared, per_user: UserMetrics, results: dict[str, Any]) -> None:
+    """Writes the files of a finished run, results.json last."""
+    write_users(workdir / TEST_METRICS_PER_USER, per_user)
+    inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
+    write_fitted(workdir / FITTED, fitted_of(from_dict(results["config"]).model, *inputs))
+    write_card(workdir / CARD, _card(workdir, results))
+    write_json(workdir / RESULTS, results)
 
 
 def _select(
@@ -225,10 +242,14 @@ def _select(
 
 
 def _card(workdir: Path, results: Mapping[str, Any]) -> str:
-    """The model card of the served checkpoint."""
+    """The model card of the served model."""
+    tables = read_run(workdir)["tables"]
+    if "settings" in results:  # of a baseline
+        model = settings_digest(from_dict(results["config"]), results["settings"])
+        return card(results, {"tables": tables, "model": model})
     checkpoints = Path(phase_of(results["config"]["train"]["refit"], results["phase"], "served")) / "checkpoints"
     step = results["best_step"]
-    digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
+    digests = {"tables": tables, "model": Checkpoints(workdir / checkpoints).digest(step)}
     return card(results, digests, (checkpoints / str(step)).as_posix())
 
 
