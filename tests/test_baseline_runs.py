@@ -16,6 +16,7 @@ from test_serving import frames, tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
+from experiments.configs.tables import get_config
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands import launch
@@ -278,9 +279,9 @@ def test_a_method_sets_its_settings_and_others_win():
 
 def test_flags_beside_the_name_of_a_method_win(monkeypatch):
     given = ["--config.model.method=lightgcn", "--config.model.dim=7", "--config.graph.attributes=('sector',)"]
-    argv = ["train", f"--config={Path(__file__).parents[1]}/experiments/configs/tables.py", *given]
+    argv = ["train", *given]
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
+    holder = config_flags.DEFINE_config_dict("config", get_config(), flag_values=values)
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(launch.flags, "FLAGS", values)
     values(argv)
