@@ -280,9 +280,9 @@ def test_a_method_sets_its_settings_and_others_win():
 def test_flags_beside_the_name_of_a_method_win(monkeypatch):
     given = ["--config.model.method=lightgcn", "--config.model.dim=7", "--config.graph.attributes=('sector',)"]
     argv = ["train", *given]
+    monkeypatch.setattr("sys.argv", argv)
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_dict("config", get_config(), flag_values=values)
-    monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(launch.flags, "FLAGS", values)
     values(argv)
     config = launch.config_of(holder.value)
