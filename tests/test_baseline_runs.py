@@ -17,6 +17,7 @@ from test_serving import frames, tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
+from experiments.configs.tables import get_config
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands import launch
@@ -296,10 +297,10 @@ def test_a_method_sets_its_settings_and_others_win():
 
 def test_flags_beside_the_name_of_a_method_win(monkeypatch):
     given = ["--config.model.method=lightgcn", "--config.model.dim=7", "--config.graph.attributes=('sector',)"]
-    argv = ["train", f"--config={Path(__file__).parents[1]}/experiments/configs/tables.py", *given]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, flag_values=values, lock_config=True)
+    argv = ["train", *given]
     monkeypatch.setattr("sys.argv", argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", get_config(), flag_values=values)
     monkeypatch.setattr(launch.flags, "FLAGS", values)
     values(argv)
     config = launch.config_of(holder.value)
