@@ -27,7 +27,7 @@ from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import AnyArray, computes
 from fused_rec.evaluation.ranking import mean
 from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wandb_library
-from fused_rec.runs.model_card import card, counts
+from fused_rec.runs.model_card import card, counts, describe_sources
 from fused_rec.runs.run_dir import (
     CARD,
     REFIT,
@@ -118,7 +118,10 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     if processes.is_primary():
         check_config(config, workdir)
         if (workdir / RESULTS).exists():
+            stated = read_run(workdir)["config"].get("card")
             results = finished_results(config, *_read_again(config, workdir), workdir)
+            if stated != to_dict(config)["card"]:
+                _update_card(workdir, results)
     if (results := processes.broadcast_json(results)) is not None:
         return results
     if config.train.wandb and processes.is_primary():
@@ -186,6 +189,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
             "counts": counts(prepared.dataset, prepared.split),
+            "data": describe_sources(config.data.name, prepared.dataset, prepared.used_interactions()),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -230,6 +234,14 @@ def _card(workdir: Path, results: Mapping[str, Any]) -> str:
     step = results["best_step"]
     digests = {"tables": read_run(workdir)["tables"], "model": Checkpoints(workdir / checkpoints).digest(step)}
     return card(results, digests, (checkpoints / str(step)).as_posix())
+
+
+def _update_card(workdir: Path, results: Mapping[str, Any]) -> None:
+    """Writes the card of a finished run again, by new settings of the section `card`."""
+    try:
+        write_card(workdir / CARD, _card(workdir, results))
+    except OSError as error:
+        LOG.warning("%s could not be updated with the new settings: %s", workdir / CARD, error)
 
 
 def fit(
