@@ -44,7 +44,11 @@ def results(
             "finished": "2024-04-01T09:30:00+00:00",
             "data": {
                 **{"source": "tables", "sha256": "ab" * 32, "repairs": {"unknown id": 1234}},
-                **{"period": ["2024-01-02", "2024-03-31"], "trained_period": ["2024-01-02", "2024-02-28"]},
+                **{
+                    "period": ["2024-01-02", "2024-03-31"],
+                    "trained_period": ["2024-01-02", "2024-02-28"],
+                    "foreign_texts": 0.25,
+                },
             },
         },
         **{"valid": valid | changes, "test": test, "config": config, "versions": {"python": "3.11", "jax": "0.10"}},
@@ -87,7 +91,7 @@ def test_late_fusion_is_reported():
     assert text in card(given, DIGESTS, "x")
 
 
-def test_what_nobody_states_is_not_claimed():
+def test_an_empty_license_is_not_claimed():
     made = card(results(), DIGESTS, "x")
     for what in ("Owner", "Purpose", "License"):
         assert f"| {what} | not stated |" in made
@@ -112,6 +116,13 @@ def test_origin_is_in_both_cards():
     given["data"] |= {"repairs": {}, "period": None}
     made = card(given, DIGESTS, "x")
     assert "| Repairs by the reader | none |" in made and "| Interactions of the tables | without timestamps |" in made
+
+
+def test_foreign_texts_are_reported_where_they_are_most():
+    given = results()
+    assert "another language" not in card(given, DIGESTS, "x")
+    given["data"]["foreign_texts"] = 0.83
+    assert "| Texts | 83% are of another language than all-MiniLM-L6-v2 reads |" in card(given, DIGESTS, "x")
 
 
 def test_another_license_is_named_beside_other():

@@ -97,7 +97,11 @@ def hostile_facts() -> ReportData:
             "finished": "2024-04-01T09:30:00+00:00",
             "data": {
                 **{"source": "tables", "sha256": "ab" * 32, "repairs": {img: 1234}},
-                **{"period": ["2024-01-02", "2024-03-31"], "trained_period": ["2024-01-02", "2024-02-28"]},
+                **{
+                    "period": ["2024-01-02", "2024-03-31"],
+                    "trained_period": ["2024-01-02", "2024-02-28"],
+                    "foreign_texts": 0.25,
+                },
             },
             "versions": {"python": "3.11", "jax": "0.10", "flax": "0.12"},
         },

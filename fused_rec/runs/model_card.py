@@ -10,6 +10,7 @@ from fused_rec.config import ModelConfig
 from fused_rec.data.dataset import Dataset, digest, period, printable
 from fused_rec.data.splits import SPLIT_NAMES, Split
 from fused_rec.evaluation.result_tables import in_markdown
+from fused_rec.text.coverage import MOST
 
 LIBRARY = "library_name: fused_rec"  # line of the front matter that identifies our cards
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
@@ -83,6 +84,7 @@ def describe_origin(results: Mapping[str, Any]) -> dict[str, str]:
     """
     stated, data = results["config"]["card"], results["data"]
     repairs = ", ".join(f"{what}: {count:,}" for what, count in data["repairs"].items())
+    foreign, encoder = data["foreign_texts"], results["config"]["text"]["model"]
     return {
         **{what.capitalize(): stated[what] or NOT_STATED for what in ("owner", "purpose", "license")},
         "Trained": results["finished"],
@@ -90,6 +92,7 @@ def describe_origin(results: Mapping[str, Any]) -> dict[str, str]:
         "Interactions trained on": _dates(data["trained_period"]),
         "Interactions of the tables": _dates(data["period"]),
         "Repairs by the reader": repairs or "none",
+        **({"Texts": f"{foreign:.0%} are of another language than {encoder} reads"} if foreign > MOST else {}),
     }
 
 

@@ -48,6 +48,7 @@ from fused_rec.runs.run_dir import (
     write_json,
     write_users,
 )
+from fused_rec.text.coverage import foreign_text_warning
 from fused_rec.training.batch_sources import batch_of, batch_source, interruptible
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
 from fused_rec.training.early_stopping import Progress, update_early_stopping
@@ -136,6 +137,8 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
     tables = digest(dataset)
     processes.check_equal_across_processes("the digest of the tables", tables)
     prepared = prepare(config, dataset, data_split)
+    if processes.is_primary() and (warning := foreign_text_warning(config.text.model, prepared.text.coverage)):
+        LOG.warning("%s", warning)
     # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
         init_run_dir(config, tables, workdir, contents(dataset))
@@ -189,7 +192,8 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
             "counts": counts(prepared.dataset, prepared.split),
-            "data": describe_sources(config.data.name, prepared.dataset, prepared.used_interactions()),
+            "data": describe_sources(config.data.name, prepared.dataset, prepared.used_interactions())
+            | {"foreign_texts": prepared.text.coverage.share},
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
