@@ -294,9 +294,11 @@ def _front_matter(results: Mapping[str, Any]) -> str:
         for metric in METRICS
         if _is_number(results[part][metric])
     ]
+    license_id, license_name = _license(results["config"]["card"]["license"])
     data = ModelCardData(
         library_name=LIBRARY.partition(": ")[2],
-        **_license(results["config"]["card"]["license"]),
+        license=license_id,
+        license_name=license_name,
         tags=["recommendation", "graph", "finance", "jax"],
         model_name=f"{name}, {results['variant']}",
         eval_results=measured,
@@ -304,11 +306,11 @@ def _front_matter(results: Mapping[str, Any]) -> str:
     return data.to_yaml()
 
 
-def _license(stated: str) -> dict[str, str]:
-    """Returns the fields of the front matter about the license: none where it is not stated."""
+def _license(stated: str) -> tuple[str | None, str | None]:
+    """Returns `license` and `license_name` of the front matter, None for what is left out."""
     if not stated or stated.lower() in HUB_LICENSES:
-        return {"license": stated.lower()} if stated else {}
-    return {"license": "other", "license_name": printable(" ".join(stated.split()))}
+        return stated.lower() or None, None
+    return "other", printable(" ".join(stated.split()))
 
 
 def _is_number(value: float | None) -> bool:
