@@ -1,6 +1,6 @@
 """Writes the split of a config as RecBole's benchmark files, for `recbole_accuracy.py`.
 
-    FUSED_REC_DATA=DIR python -m experiments.competitors.split_files experiments/configs/ml_100k.py FOLDER
+    PYTHONPATH=. python experiments/competitors/split_files.py experiments/configs/ml_100k.py FOLDER
 
 FOLDER/pairs/pairs.{train,valid,test}.inter have the pairs of user and item, without ratings and times.
 """
