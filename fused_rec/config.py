@@ -39,9 +39,11 @@ Finetuning = Literal["frozen", "lora", "full"]
 SocialEdges = Literal["observed", "rewired", "none"]
 Refit = Literal["none", "valid", "all"]
 PLACES = (("data", "path"), ("text", "cache"))  # settings that name local folders
-# Settings of folders and speed, which change no result (`text.batch_tokens`: only by rounding). Tables are identified
-# by their digest, wherever they are. A run resumes with any of these changed (docs/commands.md, "Run directory").
-NEUTRAL = (*PLACES, ("text", "offline"), ("text", "batch_tokens"), ("train", "wandb"))
+STATED = (("card", "owner"), ("card", "purpose"), ("card", "license"))  # settings that only cards and pages read
+# Settings of folders, speed and cards, which change no result (`text.batch_tokens`: only by rounding). Tables are
+# identified by their digest, wherever they are. A run resumes with any of these changed (docs/commands.md, "Run
+# directory").
+NEUTRAL = (*PLACES, ("text", "offline"), ("text", "batch_tokens"), ("train", "wandb"), *STATED)
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # surrogates come from names that are not UTF-8
 
 
@@ -369,6 +371,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CardConfig:
+    """What cards and pages say of a model beyond what the run knows; empty = not stated."""
+
+    owner: str = ""  # who is responsible for the model
+    purpose: str = ""  # what it may be used for
+    license: str = ""  # of the model: a name, or an identifier of the Hugging Face Hub, such as cc-by-4.0
+
+    def __post_init__(self):
+        _require_sane("card", self)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. `to_dict` and `from_dict` convert it for JSON, checkpoints and absl flags.
 
@@ -382,6 +396,7 @@ class Config:
     graph: GraphConfig = GraphConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    card: CardConfig = CardConfig()
 
     def __post_init__(self):
         fits = not self.train.contrastive_weight or self.model.num_layers > 0

@@ -56,7 +56,7 @@ def test_what_is_absent_takes_its_default():
 
 def test_every_section_and_setting_is_in_the_dictionary():
     values = to_dict(Config())
-    assert list(values) == ["data", "split", "text", "graph", "model", "train"]
+    assert list(values) == ["data", "split", "text", "graph", "model", "train", "card"]
     for name, section in values.items():
         assert list(section) == [field.name for field in dataclasses.fields(getattr(Config(), name))]
 
@@ -115,7 +115,7 @@ def test_a_config_cannot_be_changed_and_can_be_a_key():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": {}}, r"config is \['modle'\]; it must be made of the sections \['data', .*'train'\]"),
+        ({"modle": {}}, r"config is \['modle'\]; it must be made of the sections \['card', 'data', .*'train'\]"),
         ({"model": {"width": 3}}, r"config section model is \['width'\]; it must be made of the settings \['dim'"),
         ({"model": {"dim": 3.0}}, r"model\.dim is 3\.0; it must be of type int"),
         ({"model": {"dim": "3"}}, r"model\.dim is '3'; it must be of type int"),

@@ -50,6 +50,7 @@ def config(folder) -> fr.Config:
         text={"model": MODEL, "cache": str(folder / "cache")},
         model={"dim": 8},
         train={"batch_size": 32, "max_steps": 4, "eval_every": 2, "learning_rate": 0.02},
+        card={"owner": "Retail", "license": "Internal"},
     )
 
 
@@ -123,6 +124,7 @@ def test_what_the_folder_holds(run, exported, config):
 def test_settings_come_back_but_for_places(exported, config):
     there = json.loads((exported / export_bundle.SETTINGS).read_text())
     assert there.pop("model_type") == "fused_rec" and {"python", "jax"} <= set(there.pop("versions"))
+    there = {section: there[section] for section in to_dict(config)}
     expected = fr.configure(config, data={"path": ""}, text={"cache": fr.Config().text.cache})
     assert from_dict(there) == expected
     assert not any(
@@ -131,12 +133,31 @@ def test_settings_come_back_but_for_places(exported, config):
     )
 
 
+@pytest.mark.parametrize("history", ["all", "train"])
+def test_the_settings_say_what_was_trained_and_served(run, folder, tmp_path, history):
+    loaded = fr.load(run.workdir, history=history)
+    loaded.save(tmp_path / "out")
+    there = json.loads((tmp_path / "out" / export_bundle.SETTINGS).read_text())
+    tables = json.loads((run.workdir / "run.json").read_text())["tables"]
+    assert there["served"] == loaded.prepared.served() | {"sha256": tables} and there["served"]["history"] == history
+    assert there["card"] == {"owner": "Retail", "purpose": "", "license": "Internal"}
+    for name in ("data", "counts", "finished", "best_step"):
+        assert there["trained"][name] == run.results[name]
+    assert there["trained"]["data"]["sha256"] == tables
+    of_rows = {"all": run.results["counts"]["interactions"], "train": run.results["counts"]["in the training split"]}
+    assert there["served"]["interactions"] == of_rows[history]
+    dates = run.results["data"]["period" if history == "all" else "trained_period"]
+    assert there["served"]["period"] == dates and dates[0] < dates[1]
+    card = (tmp_path / "out" / export_bundle.CARD).read_text()
+    assert f"(history={history}): {of_rows[history]:,} interactions ({dates[0]} to {dates[1]})" in card
+
+
 def test_the_card_is_read_by_a_hub(run, exported):
     from huggingface_hub import ModelCard
 
     content = (exported / export_bundle.CARD).read_text()
     data = ModelCard(content).data.to_dict()
-    assert data["library_name"] == "fused_rec" and data["license"] == "apache-2.0"
+    assert data["library_name"] == "fused_rec" and data["license"] == "other" and data["license_name"] == "Internal"
     measured = {
         (result["dataset"]["split"], metric["type"]): metric["value"]
         for result in data["model-index"][0]["results"]

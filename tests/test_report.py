@@ -80,6 +80,7 @@ def hostile_facts() -> ReportData:
     config = to_dict(Config())
     config["data"]["path"] = img
     config["text"]["model"] = svg
+    config["card"] = {"owner": img, "purpose": mixed, "license": ""}
     return ReportData(
         results={
             "dataset": title,
@@ -93,6 +94,15 @@ def hostile_facts() -> ReportData:
             "seconds": 61.25,
             "parameters": 12345,
             "config": config,
+            "finished": "2024-04-01T09:30:00+00:00",
+            "data": {
+                **{"source": "tables", "sha256": "ab" * 32, "repairs": {img: 1234}},
+                **{
+                    "period": ["2024-01-02", "2024-03-31"],
+                    "trained_period": ["2024-01-02", "2024-02-28"],
+                    "foreign_texts": 0.25,
+                },
+            },
             "versions": {"python": "3.11", "jax": "0.10", "flax": "0.12"},
         },
         counts={
@@ -101,7 +111,7 @@ def hostile_facts() -> ReportData:
         },
         served={
             **{"history": "all", "customers": 3, "products": 10, "interactions": 98, "reviews": 0, "social edges": 4},
-            "unknown": {img: 2},
+            **{"period": ["2024-01-02", "2024-03-31"], "unknown": {img: 2}},
         },
         digests={"tables": "ab" * 32, "model": "cd" * 32},
         split="valid",
@@ -221,6 +231,26 @@ def test_the_page_says_what_was_found(read):
         *("holds 21 products, 2 ties", "and 9 more", "score 0.750", "Fund +0.500; Co -0.250"),
         "Trained on 66 interactions of 3 customers and 10 products",
         "as wide by chance alone with p = 0.020",
+        *(
+            "2024-01-02 to 2024-02-28",
+            "2024-04-01T09:30:00+00:00",
+            ": 1,234",
+            "98 interactions (2024-01-02 to 2024-03-31)",
+        ),
+    ):
+        assert said in shown, said
+    cells = read.named("td")
+    assert {HOSTILE[0], "not stated"} <= set(cells)
+
+
+def test_late_fusion_is_on_the_page():
+    facts = hostile_facts()
+    fusion = {"weights": {"model": 1.0}, "launch": {"level": 1.5, "slope": 0.0, "taste": 0.0}}
+    shown = " ".join(
+        Page(render_page(dataclasses.replace(facts, results={**facts.results, "late_fusion": fusion}))).texts
+    )
+    for said in (
+        "validation chose (model 1) and a launch prior that raises products without interactions (level 1.5,",
     ):
         assert said in shown, said
 

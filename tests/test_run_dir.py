@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fused_rec.config import NEUTRAL, Config, DataConfig, TextConfig, TrainConfig, differing, from_dict, to_dict
+from fused_rec.config import (
+    NEUTRAL,
+    CardConfig,
+    Config,
+    DataConfig,
+    TextConfig,
+    TrainConfig,
+    differing,
+    from_dict,
+    to_dict,
+)
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.runs import run_dir
 from fused_rec.runs.loggers import CurveLogger
@@ -256,6 +266,7 @@ def test_a_workdir_keeps_where_its_tables_are_now(tmp_path):
         data=DataConfig(path="elsewhere"),
         text=TextConfig(cache="other", offline=False, batch_tokens=512),
         train=TrainConfig(wandb="project"),
+        card=CardConfig(owner="Risk", purpose="Trials", license="mit"),
     )
     assert {tuple(name.split(".")) for name in differing(moved, to_dict(Config()))} == set(NEUTRAL)
     init_run_dir(moved, tables, tmp_path)

@@ -14,7 +14,7 @@ import pytest
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
-from fused_rec.data.dataset import column
+from fused_rec.data.dataset import column, period
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.serving import recommender
@@ -138,7 +138,9 @@ def test_an_untrained_id_embedding_is_not_used(run, market):
 
 
 def test_audit_card_and_page_say_what_was_used(run, market, tmp_path):
-    used = f"history=all): {market.interactions.num_rows:,} interactions, {market.reviews.num_rows:,} reviews"
+    first, last = period(market.interactions) or ("", "")
+    rows = f"{market.interactions.num_rows:,} interactions ({first} to {last}), {market.reviews.num_rows:,} reviews"
+    used = f"history=all): {rows}"
     card = run.save(tmp_path / "out") / "README.md"
     assert used in card.read_text()
     page = fr.report(run.workdir, tmp_path / "page.html", baselines=[], num_users=2)

@@ -384,6 +384,20 @@ def test_a_run_has_a_model_card(finished):
     assert "| customers | 80 |" in below and "refitted on training and validation" in below
 
 
+def test_the_card_of_a_finished_run_takes_new_statements(tables, cache, tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    before = json.loads((workdir / "results.json").read_text())
+    config = small(tables, cache, model__variant="graph", train__refit="valid", card__owner="Risk")
+    results = run_training(config, workdir)
+    assert "| Owner | Risk |" in (workdir / "README.md").read_text()
+    assert results["config"]["card"]["owner"] == "Risk" and before["config"]["card"]["owner"] == ""
+    kept = {name: value for name, value in results.items() if name != "config"}
+    assert kept == {name: value for name, value in before.items() if name != "config"}
+    assert differences(workdir, undisturbed) == ["results.json, config"]
+    assert load(workdir)[0].card.owner == "Risk"
+
+
 def test_a_page_about_a_run(cache, tmp_path, finished):
     """A real run's page has its numbers, its customers and its products, and recommends as `recommend` does."""
     rules = tmp_path / "rules.json"

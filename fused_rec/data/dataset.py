@@ -95,6 +95,22 @@ def empty_ties() -> pa.Table:
     )
 
 
+def period(table: pa.Table) -> list[str] | None:
+    """Finds the first and the last date of a table.
+
+    Args:
+      table: with or without a column `timestamp`, unix seconds.
+
+    Returns:
+      Both dates, UTC, in ISO 8601; None without any timestamp.
+    """
+    times = table.column("timestamp").drop_null() if "timestamp" in table.column_names else ()
+    if not len(times):
+        return None
+    seconds = np.asarray(times, np.int64)
+    return [str(np.datetime64(int(end), "s").astype("datetime64[D]")) for end in (seconds.min(), seconds.max())]
+
+
 TABLES = ("users", "items", "interactions", "reviews", "ties")
 
 

@@ -13,7 +13,13 @@ from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData,
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
 from fused_rec.reporting.markup import Element, append, cut, document, element
 from fused_rec.reporting.style import stylesheet
-from fused_rec.runs.model_card import describe_model, describe_served, describe_training
+from fused_rec.runs.model_card import (
+    describe_late_fusion,
+    describe_model,
+    describe_origin,
+    describe_served,
+    describe_training,
+)
 
 LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 MEANING = {
@@ -178,11 +184,11 @@ def _training(facts: ReportData) -> list[Element]:
     results, counts = facts.results, facts.counts
     metric = results["config"]["train"]["metric"]
     rows = [
-        ["Dataset", results["dataset"]],
+        *([what, text] for what, text in describe_origin(results).items()),
         *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
         ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
         ["Model", f"{results['variant']}: {describe_model(results)}"],
-        ["Served model", describe_training(results)],
+        ["Served model", describe_training(results) + describe_late_fusion(results.get("late_fusion"))],
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
     drawn = []

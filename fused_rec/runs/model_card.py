@@ -1,13 +1,16 @@
 """Model card of a trained run: Markdown for people, front matter for model hubs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from fused_rec.config import ModelConfig
-from fused_rec.data.dataset import Dataset, printable
+from fused_rec.data.dataset import Dataset, digest, period, printable
 from fused_rec.data.splits import SPLIT_NAMES, Split
 from fused_rec.evaluation.result_tables import in_markdown
+from fused_rec.text.coverage import MOST
 
 LIBRARY = "library_name: fused_rec"  # line of the front matter that identifies our cards
 METRICS = ("ndcg@10", "recall@10", "precision@10", "hitrate@10", "mrr@10", "map@10", "auc", "coverage@10")
@@ -20,7 +23,13 @@ LIMITS = """\
 - It reproduces the popularity and the differences between groups of its data. It was not evaluated on other customers,
   products or periods than those above.
 - Parameters and vectors contain information about the people in the tables. Protect this folder as the tables.
-- The code is under Apache-2.0. Tables and language model have their own licences."""
+- The license of fused_rec is that of its code, not of this model. Tables and language model have their own licenses."""
+NOT_STATED = "not stated"
+# Identifiers that the Hugging Face Hub takes as `license`; any other license is "other" there, with its name beside it.
+HUB_LICENSES = frozenset(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause mpl-2.0 gpl-2.0 gpl-3.0 lgpl-3.0 agpl-3.0 cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
+    "cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-nc-nd-4.0 openrail unknown other".split()
+)
 
 
 def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
@@ -41,6 +50,54 @@ def counts(dataset: Dataset, data_split: Split) -> dict[str, int]:
         **{f"in the {NAMES.get(part, 'training')} split": len(getattr(data_split, part)) for part in SPLIT_NAMES},
         **({"dropped from training": len(data_split.dropped)} if len(data_split.dropped) else {}),
     }
+
+
+def describe_sources(source: str, dataset: Dataset, trained: pa.Table) -> dict[str, Any]:
+    """Describes the data of a training for cards, pages and exports.
+
+    Args:
+      source: data.name.
+      dataset: the tables.
+      trained: the interactions that the served model was trained on.
+
+    Returns:
+      `source`, `sha256` of the tables, first and last date of the interactions of the tables and of those trained on
+      (`period`, `trained_period`; None without timestamps), and counts of `repairs` by the reader.
+    """
+    return {
+        "source": source,
+        "sha256": digest(dataset),
+        "period": period(dataset.interactions),
+        "trained_period": period(trained),
+        "repairs": dict(dataset.repairs),
+    }
+
+
+def describe_origin(results: Mapping[str, Any]) -> dict[str, str]:
+    """Says whose model it is, what it is for, what it was trained on and when, as texts without markup.
+
+    Args:
+      results: content of `results.json`.
+
+    Returns:
+      Texts by what they are about.
+    """
+    stated, data = results["config"]["card"], results["data"]
+    repairs = ", ".join(f"{what}: {count:,}" for what, count in data["repairs"].items())
+    foreign, encoder = data["foreign_texts"], results["config"]["text"]["model"]
+    return {
+        **{what.capitalize(): stated[what] or NOT_STATED for what in ("owner", "purpose", "license")},
+        "Trained": results["finished"],
+        "Data": f"{results['dataset']} (data.name={data['source']})",
+        "Interactions trained on": _dates(data["trained_period"]),
+        "Interactions of the tables": _dates(data["period"]),
+        "Repairs by the reader": repairs or "none",
+        **({"Texts": f"{foreign:.0%} are of another language than {encoder} reads"} if foreign > MOST else {}),
+    }
+
+
+def _dates(found: Sequence[str] | None) -> str:
+    return "without timestamps" if found is None else " to ".join(found)
 
 
 def card(results: Mapping[str, Any], digests: Mapping[str, str], checkpoint: str = "") -> str:
@@ -162,10 +219,11 @@ def describe_served(served: Mapping[str, Any]) -> str:
     """Says in words what a ranking uses.
 
     Args:
-      served: `history`, numbers of customers, products, interactions, reviews and social edges, and `unknown`, counts
-        of what the model cannot use.
+      served: `history`, numbers of customers, products, interactions, reviews and social edges, `period` of the
+        interactions, and `unknown`, counts of what the model cannot use.
     """
     numbers = [f"{served[name]:,} {name}" for name in ("interactions", "reviews", "social edges")]
+    numbers[0] += f" ({_dates(served['period'])})"
     of = f"of {served['customers']:,} customers and {served['products']:,} products"
     which = "all rows of the tables" if served["history"] == "all" else "the rows that the model was trained on"
     unknown = "".join(f"; {count:,} {what}" for what, count in served["unknown"].items())
@@ -180,7 +238,8 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
     if model.method:
         basis = f"the method {variant}"
-    beside = _late_fusion(results.get("late_fusion"))
+    beside = describe_late_fusion(results.get("late_fusion"))
+    origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in describe_origin(results).items())
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
@@ -196,6 +255,10 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 
 Ranks financial products for customers by {basis}{beside}. {describe_model(results)}, {describe_training(results)}.
 Language model of the texts: {language}.
+
+| | |
+|---|---|
+{origin}
 
 ## Trained on
 
@@ -249,9 +312,11 @@ def _front_matter(results: Mapping[str, Any]) -> str:
         for metric in METRICS
         if _is_number(results[part][metric])
     ]
+    license_id, license_name = _license(results["config"]["card"]["license"])
     data = ModelCardData(
         library_name=LIBRARY.partition(": ")[2],
-        license="apache-2.0",
+        license=license_id,
+        license_name=license_name,
         tags=["recommendation", "graph", "finance", "jax"],
         model_name=f"{name}, {results['variant']}",
         eval_results=measured,
@@ -259,16 +324,30 @@ def _front_matter(results: Mapping[str, Any]) -> str:
     return data.to_yaml()
 
 
+def _license(stated: str) -> tuple[str | None, str | None]:
+    """Returns `license` and `license_name` of the front matter, None for what is left out."""
+    if not stated or stated.lower() in HUB_LICENSES:
+        return stated.lower() or None, None
+    return "other", printable(" ".join(stated.split()))
+
+
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _late_fusion(selection: Mapping[str, Any] | None) -> str:
-    """Names the components of the score, with their weights."""
+def describe_late_fusion(selection: Mapping[str, Any] | None) -> str:
+    """Names the components of the score with their weights, and the launch prior, as the end of a sentence.
+
+    Args:
+      selection: `late_fusion` of `results.json`; None: the trained model scores alone.
+    """
     if selection is None:
         return ""
     weights = ", ".join(f"{name.replace('_', ' ')} {weight:.2g}" for name, weight in selection["weights"].items())
-    return f", by late fusion of components with weights that validation chose ({weights})"
+    launch = selection.get("launch")
+    prior = launch and ", ".join(f"{name} {weight:.2g}" for name, weight in launch.items())
+    raised = f" and a launch prior that raises products without interactions ({prior})" if prior else ""
+    return f", by late fusion of components with weights that validation chose ({weights}){raised}"
 
 
 def _number(value: float | None) -> str:

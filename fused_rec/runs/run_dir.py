@@ -197,6 +197,7 @@ def finished_results(config: Config, tables: str, made_of: Mapping[str, Any], wo
         try:
             with lock_run_dir(workdir):
                 init_run_dir(config, tables, workdir, made_of)
+                write_json(workdir / RESULTS, read_results(workdir) | {"config": to_dict(config)})
         except OSError as error:
             LOG.warning("%s could not be updated with the new settings: %s", workdir / RUN, error)
     LOG.info("%s with the same tables; returning its results", when_finished(workdir))

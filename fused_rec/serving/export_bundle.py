@@ -5,7 +5,8 @@ OUT/
   items.safetensors    the same of items; the score is the inner product of a user's and an item's row
   score.stablehlo      scoring function as exported by `jax.export`: see `score_program`
   model.safetensors    the parameters, by their path in the tree; a baseline has none
-  config.json          `model_type`, the run's settings without local paths, versions
+  config.json          `model_type`, the run's settings without local paths, versions; `trained`: data, dates and step
+                       of the training; `served`: which rows of which tables the vectors use; `exported`: UTC time
   README.md            the model card, with metadata and loading code
   items.faiss          optional: an exact inner-product index of Faiss, whose numbers are the rows of the items
 
@@ -27,7 +28,7 @@ from fused_rec.config import Config, portable
 from fused_rec.data.dataset import digest
 from fused_rec.memory import require_memory
 from fused_rec.runs.model_card import export_card
-from fused_rec.runs.run_dir import versions, write_json
+from fused_rec.runs.run_dir import now, versions, write_json
 from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.training.checkpoint import named_leaves
@@ -43,7 +44,7 @@ FILES = {  # descriptions for the card
     ITEMS: "`vectors` float32, a row a product; `ids` in the metadata",
     PROGRAM: "the program that scores, for CPU, CUDA and TPU (`jax.export`)",
     PARAMETERS: "the parameters by their path",
-    SETTINGS: "settings and versions",
+    SETTINGS: "settings and versions; `trained`: the data of the training; `served`: what the vectors use",
     INDEX: "a Faiss index of the products, exact, by inner product",
 }
 
@@ -99,6 +100,8 @@ def export_bundle(
         need, "the folder's largest file", "lower model.dim, set model.late_fusion to False, or leave out --faiss"
     )
 
+    served = inputs.served() | {"sha256": digest(dataset)}
+
     def fill(partial: Path) -> None:
         save_vectors(partial / USERS, users, dataset.users["user_id"].to_pylist())
         save_vectors(partial / ITEMS, items, dataset.items["item_id"].to_pylist())
@@ -106,15 +109,23 @@ def export_bundle(
         if config.model.is_trained:  # the vectors are all that a baseline has
             parameters = {name: np.asarray(leaf) for name, leaf in named_leaves(state.params).items()}
             write_file(partial / PARAMETERS, safetensors.numpy.save(parameters, {"format": "flax"}))
-        write_json(partial / SETTINGS, {"model_type": "fused_rec", **portable(config), "versions": versions()})
+        write_json(partial / SETTINGS, _settings(config, results, served))
         if faiss:
             write_file(partial / INDEX, _index(items))
         there = {name: what for name, what in FILES.items() if (partial / name).exists()}
         digests = {name: _sha256(partial / name) for name in there}
-        made = export_card(results, inputs.served(), {"tables": digest(dataset), **digests}, there)
+        made = export_card(results, served, {"tables": served["sha256"], **digests}, there)
         write_file(partial / CARD, made.encode())
 
     fill_folder(out, fill)
+
+
+def _settings(config: Config, results: Mapping[str, Any], served: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the contents of `config.json`."""
+    names = "dataset", "split", "variant", "seed", "best_step", "finished", "data", "counts", "late_fusion"
+    made = {"versions": versions(), "exported": now()}
+    trained = {name: results[name] for name in names}
+    return {"model_type": "fused_rec", **portable(config), **made, "trained": trained, "served": dict(served)}
 
 
 def score_program(width: int) -> bytes:

@@ -17,6 +17,7 @@ from fused_rec.config import TextConfig
 from fused_rec.data.controls import random_texts, shuffle_texts
 from fused_rec.data.node_texts import NodeTextLinks, NodeTexts
 from fused_rec.memory import require_memory
+from fused_rec.text.coverage import Coverage, measure_coverage
 from fused_rec.text.encode import encode_texts
 from fused_rec.text.pretrained import PretrainedModel, open_model
 from fused_rec.text.tfidf import TfidfModel, TfidfVectors, apply_tfidf, fit_tfidf
@@ -70,12 +71,14 @@ class TextFeatures:
       lm: float32 [T, H], the language model's vectors; random ones of a control.
       tfidf: TF-IDF vectors of the texts.
       fitted: scales, whitening and the TF-IDF model.
+      coverage: counts of texts of other languages than the encoder's, where texts were encoded for a training.
     """
 
     texts: NodeTexts
     lm: Float32[np.ndarray, "T H"]
     tfidf: TfidfVectors
     fitted: FittedFeatures
+    coverage: Coverage = Coverage(0, 0)
 
     def vectors(self) -> Float32[np.ndarray, "T D"]:
         """Returns the vectors of all texts: the language model's columns, then those of TF-IDF."""
@@ -122,8 +125,9 @@ def encode_features(config: TextConfig, texts: NodeTexts, seed: int) -> TextFeat
     if config.features == "random":
         return without_tfidf(*random_texts(texts, model.config.hidden_size + tfidf.vectors.shape[1], seed))
     lm = encode_by(model, config, texts.texts, cache=config.cache)
+    coverage = measure_coverage(texts.texts, model.tokenizer)
     texts = shuffle_texts(texts, seed) if config.features == "shuffled" else texts
-    return fit_features(texts, lm, tfidf_model, tfidf)
+    return dataclasses.replace(fit_features(texts, lm, tfidf_model, tfidf), coverage=coverage)
 
 
 def apply_features(config: TextConfig, texts: NodeTexts, fitted: FittedFeatures, seed: int) -> TextFeatures:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.evaluation.ranking import UserMetrics, mean
-from fused_rec.runs.model_card import counts
 from fused_rec.runs.run_dir import RunResults
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_mean, evaluate_slices, evaluate_users
 from fused_rec.training.inputs import ModelInputs, Prepared, prepare, seen_splits
@@ -51,7 +50,7 @@ def measure_baseline(config: Config, alone: Prepared) -> tuple[RunResults, Prepa
         valid=valid,
         test=mean(per_user),
         slices=evaluate_slices(seen, score, per_user),
-        selected={"settings": settings, "counts": counts(seen.dataset, seen.split)},
+        selected={"settings": settings},
         seconds=seconds,
         parameters=None,
         config=config,

@@ -12,7 +12,7 @@ from fused_rec.baselines.neighbors import NotApplicableError, item_counts
 from fused_rec.config import Config, GraphConfig, ModelConfig, Refit, TextConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
-from fused_rec.data.dataset import Dataset
+from fused_rec.data.dataset import Dataset, period
 from fused_rec.data.leakage import audit
 from fused_rec.data.node_texts import NodeTexts, ReviewTexts, node_texts
 from fused_rec.data.sources import registry
@@ -45,12 +45,17 @@ class ModelInputs:
     encoder_data: finetune.EncoderData | None = None  # if the text encoder is trained
     unknown: Mapping[str, int] = dataclasses.field(default_factory=dict)  # counts of what the model cannot use
 
+    def used_interactions(self) -> pa.Table:
+        """Returns the rows of `dataset.interactions` that the model uses."""
+        return self.dataset.interactions
+
     def served(self) -> dict[str, Any]:
-        """Describes what a ranking uses: which history, and the numbers of users, items and rows."""
+        """Describes what a ranking uses: which history, its first and last date, numbers of users, items and rows."""
         counts = self.dataset.n_users, self.dataset.n_items, len(self.observed.user)
         names = "customers", "products", "interactions", "reviews", "social edges"
         used = dict(zip(names, (*counts, len(self.observed.reviews), len(self.observed.ties)), strict=True))
-        return {"history": self.history, **used, "unknown": dict(self.unknown)}
+        dates = period(self.used_interactions())
+        return {"history": self.history, **used, "period": dates, "unknown": dict(self.unknown)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,10 @@ class Prepared(ModelInputs):
     history: ClassVar[str] = "train"
     split: Split
     splits: tuple[str, ...]  # the observed splits
+
+    def used_interactions(self) -> pa.Table:
+        """Returns the rows of the observed splits."""
+        return self.dataset.interactions.take(np.concatenate([getattr(self.split, name) for name in self.splits]))
 
 
 AnyInputs = TypeVar("AnyInputs", bound=ModelInputs)

@@ -27,7 +27,7 @@ from fused_rec.distributed import processes, signals
 from fused_rec.distributed.devices import AnyArray, computes
 from fused_rec.evaluation.ranking import UserMetrics, mean
 from fused_rec.runs.loggers import CurveLogger, MetricWriter, metric_writer, wandb_library
-from fused_rec.runs.model_card import card, counts
+from fused_rec.runs.model_card import card, counts, describe_sources
 from fused_rec.runs.run_dir import (
     CARD,
     REFIT,
@@ -48,6 +48,7 @@ from fused_rec.runs.run_dir import (
     write_json,
     write_users,
 )
+from fused_rec.text.coverage import foreign_text_warning
 from fused_rec.training.baseline_runs import measure_baseline, settings_digest
 from fused_rec.training.batch_sources import batch_of, batch_source, interruptible
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
@@ -121,7 +122,10 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     if processes.is_primary():
         check_config(config, workdir)
         if (workdir / RESULTS).exists():
+            stated = read_run(workdir)["config"].get("card")
             results = finished_results(config, *_read_again(config, workdir), workdir)
+            if stated != to_dict(config)["card"]:
+                _update_card(workdir, results)
     if (results := processes.broadcast_json(results)) is not None:
         return results
     if config.train.wandb and processes.is_primary():
@@ -137,6 +141,8 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
     processes.check_equal_across_processes("the digest of the tables", tables)
     require_method_inputs(config, dataset, data_split)
     prepared = prepare(config, dataset, data_split)
+    if processes.is_primary() and (warning := foreign_text_warning(config.text.model, prepared.text.coverage)):
+        LOG.warning("%s", warning)
     # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
         init_run_dir(config, tables, workdir, contents(dataset))
@@ -145,7 +151,7 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
             measured, prepared, per_user = _select_and_test(config, workdir, prepared, shown)
         else:
             measured, prepared, per_user = measure_baseline(config, prepared)
-        results = measured.contents()
+        results = measured.contents() | _data_of(config, prepared)
         if processes.is_primary():
             _write(workdir, prepared, per_user, results)
         if shown is not None:
@@ -200,13 +206,19 @@ def _select_and_test(
             "phase": phase,
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
-            "counts": counts(prepared.dataset, prepared.split),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         config=given,
     )
     return results, prepared, per_user
+
+
+def _data_of(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """The parts of the results about the data of the served model."""
+    data = describe_sources(config.data.name, prepared.dataset, prepared.used_interactions())
+    shares = {"foreign_texts": prepared.text.coverage.share}
+    return {"counts": counts(prepared.dataset, prepared.split), "data": data | shares}
 
 
 def _write(workdir: Path, prepared: Prepared, per_user: UserMetrics, results: dict[str, Any]) -> None:
@@ -251,6 +263,14 @@ def _card(workdir: Path, results: Mapping[str, Any]) -> str:
     step = results["best_step"]
     digests = {"tables": tables, "model": Checkpoints(workdir / checkpoints).digest(step)}
     return card(results, digests, (checkpoints / str(step)).as_posix())
+
+
+def _update_card(workdir: Path, results: Mapping[str, Any]) -> None:
+    """Writes the card of a finished run again, by new settings of the section `card`."""
+    try:
+        write_card(workdir / CARD, _card(workdir, results))
+    except OSError as error:
+        LOG.warning("%s could not be updated with the new settings: %s", workdir / CARD, error)
 
 
 def fit(
