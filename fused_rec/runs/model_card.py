@@ -136,11 +136,14 @@ def describe_training(results: Mapping[str, Any]) -> str:
     Args:
       results: content of `results.json`.
     """
-    return {
+    trained = {
         "none": "selected on validation and trained on the training split",
         "valid": "refitted on training and validation",
         "all": "retrained on all interactions once it was measured; the metrics are of the training split's model",
     }[results["config"]["train"]["refit"]]
+    if (source := results.get("init_from")) is None:
+        return trained
+    return f"{trained}; it started from the parameters of {in_markdown(source['run'])} (model {source['model'][:12]})"
 
 
 def describe_served(served: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
 from fused_rec.runs import run_dir
-from fused_rec.runs.run_dir import RunResults, lock_run_dir
+from fused_rec.runs.run_dir import RunResults, lock_run_dir, seen_splits
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
@@ -46,7 +46,7 @@ from fused_rec.training.evaluate import (
     evaluate_slices,
     evaluate_users,
 )
-from fused_rec.training.inputs import Prepared, prepare, read, seen_splits
+from fused_rec.training.inputs import Prepared, prepare, read
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"

@@ -33,16 +33,19 @@ from fused_rec.runs.run_dir import (
     REFIT,
     REFIT_ALL,
     RESULTS,
+    RUN,
     TEST_METRICS_PER_USER,
     RunResults,
     TablesNotReadError,
     as_json,
     check_config,
+    check_init_from,
     finished_results,
     init_run_dir,
     lock_run_dir,
     phase_of,
     read_run,
+    seen_splits,
     when_finished,
     write_card,
     write_json,
@@ -58,7 +61,7 @@ from fused_rec.training.evaluate import (
     scorer,
     sharded_scorer,
 )
-from fused_rec.training.fitted import FITTED, fitted_of, write_fitted
+from fused_rec.training.fitted import FITTED, FITTED_SELECT, Fitted, fitted_of, write_fitted
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import (
     Prepared,
@@ -67,13 +70,13 @@ from fused_rec.training.inputs import (
     prepare,
     read,
     read_dataset,
-    seen_splits,
     with_finetuned_text,
 )
 from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion, with_launch
 from fused_rec.training.launch_weights import select_launch
 from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
+from fused_rec.training.warm_start import PAIRS, read_initial, stored_initial, write_initial, write_pairs
 
 LOG = logging.getLogger(__name__)
 MANY_INTERACTIONS = 100_000  # above, a temperature is not chosen by training twice
@@ -85,7 +88,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 @computes
-def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
+def run_training(config: Config, workdir: str | Path, init_from: str | Path | None = None) -> dict[str, Any]:
     """Starts or resumes one run and trains it to the end.
 
     For a finished run the tables are read and compared with the run's, and its results come back.
@@ -93,12 +96,14 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     Args:
       config: all settings.
       workdir: folder of the run; made where it is missing.
+      init_from: folder of a finished run whose parameters a new run starts from (`fused_rec.training.warm_start`); it
+        is read once.
 
     Returns:
       The contents of `results.json`.
 
     Raises:
-      ValueError: workdir holds a run of another config.
+      ValueError: workdir holds a run of another config or with another start; or as `read_initial`.
       TablesChangedError: workdir holds a run of other tables.
       TablesNotReadError: the run in workdir is finished, and the tables cannot be read.
       DeviceError: JAX has no device.
@@ -112,11 +117,12 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
       ImportError: train.wandb names a project, and the library is not installed.
       Stopped: a signal requested a stop (see `fused_rec.distributed.signals`); the same call resumes the run.
     """
-    workdir = Path(workdir)
+    workdir, init_from = Path(workdir), None if init_from is None else Path(init_from)
     processes.check_equal_across_processes("the config", json.dumps(as_json(to_dict(config)), sort_keys=True))
     results = None
     if processes.is_primary():
         check_config(config, workdir)
+        check_init_from(init_from, workdir)
         if (workdir / RESULTS).exists():
             results = finished_results(config, *_read_again(config, workdir), workdir)
     if (results := processes.broadcast_json(results)) is not None:
@@ -124,18 +130,24 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     if config.train.wandb and processes.is_primary():
         wandb_library()  # fails here rather than after the tables are read and encoded
     with lock_run_dir(workdir) if processes.is_primary() else contextlib.nullcontext():
-        return _run_training(config, workdir)
+        return _run_training(config, workdir, init_from)
 
 
-def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
+def _run_training(config: Config, workdir: Path, init_from: Path | None) -> dict[str, Any]:
     """`run_training` of an unfinished run, with the lock held."""
     dataset, data_split = read(config)
     tables = digest(dataset)
     processes.check_equal_across_processes("the digest of the tables", tables)
-    prepared = prepare(config, dataset, data_split)
+    started = (workdir / RUN).exists() if processes.is_primary() else False
+    initial = stored_initial(workdir) if started else None
+    if init_from is not None and initial is None:
+        initial = read_initial(config, init_from, dataset, data_split)
+    prepared = prepare(config, dataset, data_split, initial=initial)
     # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
-        init_run_dir(config, tables, workdir, contents(dataset))
+        if initial is not None and not started:  # before run.json, which says that it is there
+            write_initial(workdir, initial)
+        init_run_dir(config, tables, workdir, contents(dataset), initial and initial.source)
     with metric_writer(config, workdir) if processes.is_primary() else contextlib.nullcontext() as shown:
         results = _select_and_test(config, workdir, prepared, shown)
         if shown is not None:
@@ -157,8 +169,9 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
         prepared = with_launch(prepared, launch)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
+    selected = _fitted(config, prepared)
     if config.train.refit == "valid":
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"))
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"), prepared.initial)
         state, refitted = fit(config, prepared, workdir / REFIT, steps=progress.best_step, metric_writer_of=shown)
         prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
@@ -169,7 +182,8 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     slices = evaluate_slices(prepared, score, per_user)
 
     if config.train.refit == "all":  # for serving alone; the metrics stay those of the model before
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("all", "served"))
+        splits = seen_splits("all", "served")
+        prepared = prepare(config, prepared.dataset, prepared.split, splits, prepared.initial)
         _, refitted = fit(config, prepared, workdir / REFIT_ALL, steps=progress.best_step, metric_writer_of=shown)
         seconds += refitted.seconds
     results = RunResults(
@@ -186,6 +200,7 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
             "counts": counts(prepared.dataset, prepared.split),
+            "init_from": _started_from(prepared),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -193,12 +208,35 @@ def _select_and_test(config: Config, workdir: Path, prepared: Prepared, shown: M
     ).contents()
     if processes.is_primary():
         write_users(workdir / TEST_METRICS_PER_USER, per_user)
-        inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
-        fitted = fitted_of(config.model, *inputs)
-        write_fitted(workdir / FITTED, fitted)
+        _write_fitted(config, workdir, prepared, selected)
         write_card(workdir / CARD, _card(workdir, results))
         write_json(workdir / RESULTS, results)
     return results
+
+
+def _fitted(config: Config, prepared: Prepared) -> Fitted:
+    """What a training on these inputs fits; a warm start keeps the degree scales of the earlier run."""
+    inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
+    own = fitted_of(config.model, *inputs)
+    if prepared.initial is None:
+        return own
+    return dataclasses.replace(own, scales={**own.scales, **prepared.initial.fitted.scales})
+
+
+def _write_fitted(config: Config, workdir: Path, served: Prepared, selected: Fitted) -> None:
+    """Writes what was fitted, and the pairs that were learned from."""
+    write_fitted(workdir / FITTED, _fitted(config, served))
+    if config.train.refit != "none":
+        write_fitted(workdir / FITTED_SELECT, selected)
+    write_pairs(workdir / PAIRS, served.dataset, served.split, served.initial)
+
+
+def _started_from(prepared: Prepared) -> dict[str, Any] | None:
+    """Names the run that a warm start started from, without the place of its folder."""
+    if prepared.initial is None:
+        return None
+    source = prepared.initial.source
+    return {"run": Path(source["workdir"]).name} | {name: source[name] for name in ("phase", "step", "model", "tables")}
 
 
 def _select(
@@ -289,7 +327,7 @@ class Trainer:
         self._config, self._prepared, self._folder = config, prepared, folder
         self._on_evaluation, self._metric_writer = on_evaluation, metric_writer_of
         self._curves: CurveLogger | None = None
-        self._validates, self._last = steps is None, steps or config.train.max_steps
+        self._validates, self._last = steps is None, config.train.max_steps if steps is None else steps
         self._checkpoints = Checkpoints(folder / "checkpoints")
         state, self.progress = resume(config, prepared, self._checkpoints)
         self._whole = dataclasses.replace(state, encoder_snapshot=())  # for shapes
@@ -333,7 +371,12 @@ class Trainer:
         return self._selected(), self.progress
 
     def _take_steps(self, bar: tqdm) -> None:
-        """Takes steps until the last one or until early stopping, and evaluates between them."""
+        """Takes steps until the last one or until early stopping, and evaluates between them.
+
+        A warm start is evaluated before its first step, which may be the best choice.
+        """
+        if self._prepared.initial is not None and not self.taken and self.progress.best is None:
+            self.evaluate()
         while True:
             if self._pending and self._is_evaluated():
                 self.evaluate()
@@ -361,7 +404,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validates, updates early stopping, and writes curves and a checkpoint of the step taken last."""
-        values, improved = mean_metrics(self._pending), False
+        values, improved = mean_metrics(self._pending) if self._pending else {}, False
         if self._validates or self.taken < self._last:
             self._source.refresh(self._state.params)
         if self._validates:
@@ -375,7 +418,7 @@ class Trainer:
             if self._on_evaluation is not None:
                 self._on_evaluation(self.taken, value)
         self._add_seconds()
-        if self._curves is not None:
+        if self._curves is not None and values:
             self._curves.write(self.taken, values)
         self._pending = []
         self.checkpoint(best=improved)
