@@ -98,9 +98,10 @@ def test_the_served_model_of_earlier_tables_is_the_start_where_the_held_out_rows
     recorded = read_run(warm.workdir)["init_from"]
     assert recorded == initial.source and recorded["workdir"] == str(earlier.workdir.resolve())
     assert warm.results["init_from"]["model"] == recorded["model"] == fr.api.model_digest(earlier.workdir)
-    assert f"started from the parameters of earlier (model {recorded['model'][:12]})" in (
-        warm.workdir / "README.md"
-    ).read_text()
+    assert (
+        f"started from the parameters of earlier (model {recorded['model'][:12]})"
+        in (warm.workdir / "README.md").read_text()
+    )
 
 
 def test_rows_go_by_id_and_new_nodes_start_fresh(market, folder, earlier):

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 
 from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.io.arrow import pc
 from fused_rec.data.splits import without_time
 
 
@@ -73,7 +73,7 @@ def until(dataset: Dataset, end: int) -> Dataset:
 
 def _with_rows(table: pa.Table, known: Bool[np.ndarray, "U"]) -> pa.Table:
     """Replaces user indices by those among the users that are known."""
-    rows: Int64[np.ndarray, "U"] = np.cumsum(known) - 1
+    rows = np.cumsum(known) - 1
     for place, name in enumerate(table.column_names):
         if name in ("user", "source", "target"):
             table = table.set_column(place, name, pa.array(rows[column(table, name)].astype(np.int32)))
