@@ -21,6 +21,7 @@ out/
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def backtest(config: Config, plan: Backtest, out: str | Path, *, command: str = 
         ends = period_ends(dataset, plan.first, plan.periods)
         run_dir.init_run_dir(config, digest(dataset), out, contents(dataset))
         rows: list[dict[str, Any]] = []
-        for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False), 1):
+        for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
             LOG.info("period %d of %d: %s", number, plan.periods, _label(begin, end))
             period = _period(dataset, begin, end, out)
             before = out / f"until_{ends[number - 2]}" if number > 1 else None
