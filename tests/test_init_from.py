@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -123,14 +124,15 @@ def test_rows_go_by_id_and_new_nodes_start_fresh(market, folder, earlier):
 
 
 def test_what_the_earlier_run_fitted_is_applied_and_stored(warm, earlier):
-    first, second = read_fitted(earlier.workdir / FITTED), read_fitted(warm.workdir / FITTED)
+    first: Any = read_fitted(earlier.workdir / FITTED)
+    second: Any = read_fitted(warm.workdir / FITTED)
     assert second.text.tfidf.terms == first.text.tfidf.terms
     for node_type in (USER, ITEM):
         np.testing.assert_array_equal(second.text.whitening[node_type].matrix, first.text.whitening[node_type].matrix)
     assert {relation: second.scales[relation] for relation in first.scales} == first.scales
     assert len(second.trained[USER]) > len(first.trained[USER])
     # A refit fits on more rows, and the model of step selection keeps its own transforms.
-    own = read_fitted(earlier.workdir / FITTED_SELECT)
+    own: Any = read_fitted(earlier.workdir / FITTED_SELECT)
     assert own.text.whitening[ITEM].center.tolist() != first.text.whitening[ITEM].center.tolist()
 
 

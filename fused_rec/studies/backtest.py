@@ -30,13 +30,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fused_rec.baselines.neighbors import popularity
+from fused_rec.baselines.neighbors import Interactions, popularity
 from fused_rec.config import Config, DataConfig, SplitConfig, to_dict
 from fused_rec.data.dataset import Dataset, column, contents, digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.writers import save_dataset
 from fused_rec.data.periods import period_ends, until
 from fused_rec.data.sources import registry
+from fused_rec.data.splits import observe_all
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation import plots
 from fused_rec.evaluation.item_sets import item_sets
@@ -48,7 +49,7 @@ from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.serving import recommender
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.compare import hardware
-from fused_rec.training.evaluate import interactions_of, scorer
+from fused_rec.training.evaluate import scorer
 from fused_rec.training.trainer import run_training
 
 LOG = logging.getLogger(__name__)
@@ -179,8 +180,9 @@ def _run_period(config: Config, plan: Backtest, period: _Period, before: Path | 
         for name, workdir in runs.items():
             values[name].append(_measured(period, workdir, own / f"{name}.npz", newer=name == STALE))
     if not (file := period.folder / f"{POPULARITY}.npz").exists():
-        _, inputs, _ = recommender.load(period.folder / str(plan.seeds[0]) / RETRAIN)
-        _evaluate(period, popularity(interactions_of(inputs), half_life=config.model.popularity_half_life), file)
+        known = observe_all(period.known)
+        counted = Interactions(known.user, known.item, period.known.n_users, period.known.n_items, age=known.age)
+        _evaluate(period, popularity(counted, half_life=config.model.popularity_half_life), file)
     measured = run_dir.read_users(file)
     values[POPULARITY].append(dict(measured.metrics))
     ids = period.known.users["user_id"].take(measured.users).to_pylist()
