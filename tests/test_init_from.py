@@ -73,24 +73,33 @@ def all_scores(config, inputs, state) -> np.ndarray:
     return np.asarray(scorer(config, inputs, state)(np.arange(inputs.dataset.n_users, dtype=np.int32)))
 
 
-@pytest.mark.parametrize(("kind", "refit"), [("time", "all"), ("per_user", "valid"), ("random", "none")])
-def test_with_the_same_tables_step_0_has_the_scores_of_the_earlier_run(market, tmp_path, folder, kind, refit):
-    config = settings(folder, kind, refit=refit)
-    first = fr.train(config, tmp_path / "first", market)
-    _, measured, state = load_measured(first.workdir, "valid")
-    initial = read_initial(config, first.workdir, market, split(market, config.split))
-    assert initial.source["phase"] == "select"  # the served model knows held-out pairs, or is the same
-    prepared = prepare(config, market, split(market, config.split), initial=initial)
+def check_same_scores(config: fr.Config, workdir: Path, tables: fr.Dataset) -> None:
+    """With the same tables the start is the model of step selection, and scores as it does before the first step."""
+    _, measured, state = load_measured(workdir, "valid")
+    initial = read_initial(config, workdir, tables, split(tables, config.split))
+    assert initial.source["phase"] == "select"  # the served model knows held-out pairs
+    prepared = prepare(config, tables, split(tables, config.split), initial=initial)
     trained = np.asarray(prepared.graph_inputs.trained_items)
     found, expected = all_scores(config, prepared, init_state(config, prepared)), all_scores(config, measured, state)
     np.testing.assert_allclose(found[:, trained], expected[:, trained], atol=1e-5)
     assert not np.allclose(expected, all_scores(config, measured, init_state(config, measured)), atol=1e-2)
 
-    second = fr.train(config, tmp_path / "second", market, init_from=first.workdir)
-    [at_start, *_] = read_curves(second.workdir / "select")
-    assert at_start["step"] == 0
-    assert at_start["valid/ndcg@10"] == pytest.approx(first.results["valid"]["ndcg@10"], abs=2e-3)
-    assert second.results["valid"]["ndcg@10"] >= at_start["valid/ndcg@10"] - 1e-6
+
+def test_with_the_same_tables_step_0_has_the_scores_of_the_earlier_run(earlier, market):
+    check_same_scores(earlier.config, earlier.workdir, until(market, time_of(market, 0.7)))
+
+
+def test_the_same_holds_for_a_split_that_is_not_by_time(folder, market):
+    run = fr.train(settings(folder, "per_user", refit="valid"), folder / "per_user", market)
+    check_same_scores(run.config, run.workdir, market)
+
+
+def test_the_start_is_evaluated_as_step_0(warm):
+    at_start, *later = read_curves(warm.workdir / "select")
+    assert (at_start["step"], [entry["step"] for entry in later]) == (0, [5, 10])
+    best = max((at_start, *later), key=lambda entry: entry["valid/ndcg@10"])
+    assert warm.results["best_step"] == best["step"]
+    assert [entry["step"] for entry in read_curves(warm.workdir / "refit_all")][:1] != [0]  # nothing is validated there
 
 
 def test_the_served_model_of_earlier_tables_is_the_start_where_the_held_out_rows_are_later(warm, earlier):
@@ -153,16 +162,13 @@ def test_a_run_that_learned_from_held_out_rows_is_refused(market, folder, earlie
     assert not (tmp_path / "other" / "run.json").exists()
 
 
-def test_a_step_chosen_by_what_is_the_test_split_now_is_refused(market, folder, tmp_path):
-    """The validation rows of the first run are the test rows of the second, and none of them was learned from."""
-    first = fr.train(settings(folder), tmp_path / "first", market)
-    mine = split(market, first.config.split)
-    ends = [int(column(market.interactions, "timestamp")[rows].max()) for rows in (mine.train, mine.valid)]
-    earlier_tables = until(market, ends[1])
-    share = len(mine.valid) / earlier_tables.interactions.num_rows
-    config = fr.configure(first.config, split={"test": share, "valid": 0.1})
-    with pytest.raises(ValueError, match="pairs that are held out now"):
-        fr.train(config, tmp_path / "second", earlier_tables, init_from=first.workdir)
+def test_a_step_chosen_by_what_is_the_test_split_now_is_refused(market, folder, earlier):
+    """The validation rows of the earlier run are the test rows now, and its model learned from none of them."""
+    tables = until(market, time_of(market, 0.7))
+    then = split(tables, earlier.config.split)
+    now = dataclasses.replace(then, valid=then.test, test=then.valid)
+    with pytest.raises(ValueError, match=rf"chose its step by {len(then.valid)} of the {len(then.valid)} pairs"):
+        read_initial(earlier.config, earlier.workdir, tables, now)
 
 
 def test_what_ancestors_learned_counts(market, folder, warm, earlier, tmp_path):
