@@ -246,8 +246,7 @@ def test_no_step_is_a_choice(market, folder, earlier, tmp_path):
     assert json.loads((run.workdir / "results.json").read_text())["init_from"]["step"] == earlier.results["best_step"]
 
 
-def test_several_processes_are_refused(market, folder, earlier, tmp_path, monkeypatch):
+def test_several_processes_are_refused(folder, earlier, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "is_single_process", lambda: False)
-    config = settings(folder)
-    with pytest.raises(ValueError, match="run of several processes"):
-        read_initial(config, earlier.workdir, market, split(market, config.split))
+    with pytest.raises(ValueError, match="run of several processes; train it in one"):
+        trainer.run_training(settings(folder), tmp_path / "run", earlier.workdir)

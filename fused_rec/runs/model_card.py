@@ -143,7 +143,7 @@ def describe_training(results: Mapping[str, Any]) -> str:
     }[results["config"]["train"]["refit"]]
     if (source := results.get("init_from")) is None:
         return trained
-    return f"{trained}; it started from the parameters of {in_markdown(source['run'])} (model {source['model'][:12]})"
+    return f"{trained}; it started from the parameters of {printable(source['run'])} (model {source['model'][:12]})"
 
 
 def describe_served(served: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 # {dataset}: {variant} model
 
 Ranks financial products for customers by {basis}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
-the state of step {results["best_step"]}, {describe_training(results)}. Language model of the texts: {language}.
+the state of step {results["best_step"]}, {in_markdown(describe_training(results))}. Language model of the texts: {language}.
 
 ## Trained on
 

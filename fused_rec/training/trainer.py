@@ -118,6 +118,8 @@ def run_training(config: Config, workdir: str | Path, init_from: str | Path | No
       Stopped: a signal requested a stop (see `fused_rec.distributed.signals`); the same call resumes the run.
     """
     workdir, init_from = Path(workdir), None if init_from is None else Path(init_from)
+    if init_from is not None and not processes.is_single_process():
+        raise ValueError("init_from is given to a run of several processes; train it in one")
     processes.check_equal_across_processes("the config", json.dumps(as_json(to_dict(config)), sort_keys=True))
     results = None
     if processes.is_primary():

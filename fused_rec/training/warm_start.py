@@ -22,7 +22,6 @@ from jaxtyping import Int64, UInt64
 from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.splits import SPLIT_NAMES, Split
-from fused_rec.distributed import processes
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.runs.run_dir import phase_of, read_arrays, read_finished, read_run, seen_splits, write_arrays
 from fused_rec.training.checkpoint import Checkpoints
@@ -79,13 +78,11 @@ def read_initial(config: Config, init_from: Path, dataset: Dataset, data_split: 
       Parameters, and what was fitted.
 
     Raises:
-      ValueError: a setting differs that parameters depend on; both models of the run learned from pairs that are held
-        out, or validation chose by pairs of the test split; or the run has several processes.
+      ValueError: a setting differs that parameters depend on; or both models of the run learned from pairs that are
+        held out, or validation chose by pairs of the test split.
       FileNotFoundError: the folder holds no finished run.
       CheckpointError: the checkpoint is damaged.
     """
-    if not processes.is_single_process():
-        raise ValueError("init_from is given to a run of several processes; train it in one")
     earlier, step, selected = read_finished(init_from)
     _check_settings(config, earlier, init_from)
     pairs = read_arrays(init_from / PAIRS, REMEDY)
