@@ -173,6 +173,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS
     )
     sha = "\n".join(f"- {name}: `{digest}`" for name, digest in digests.items())
+    trained = in_markdown(describe_training(results))
     versions = ", ".join(f"{name} {in_markdown(version)}" for name, version in results["versions"].items())
     return f"""---
 {_front_matter(results)}
@@ -181,7 +182,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 # {dataset}: {variant} model
 
 Ranks financial products for customers by {basis}{beside}. {results["parameters"]:,} parameters, seed {results["seed"]};
-the state of step {results["best_step"]}, {in_markdown(describe_training(results))}. Language model of the texts: {language}.
+the state of step {results["best_step"]}, {trained}. Language model of the texts: {language}.
 
 ## Trained on
 
