@@ -149,7 +149,13 @@ def encode(
 
 
 @computes
-def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | None = None) -> Run:
+def train(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    dataset: Dataset | None = None,
+    *,
+    init_from: str | os.PathLike[str] | None = None,
+) -> Run:
     """Trains a model, resumes an interrupted training, or opens the run if it is finished.
 
     Args:
@@ -157,12 +163,14 @@ def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | No
       workdir: folder of the run; made if needed.
       dataset: tables in memory instead of those that `config.data` names. They are saved as Parquet in the workdir, so
         that `load` and the commands find them; `config.data.k_core` and `config.data.min_value` apply to them.
+      init_from: folder of a finished run on earlier tables, whose parameters the training starts from
+        (`docs/DAILY.md`); it must have learned from none of the rows that are held out now.
 
     Returns:
       The finished run, which ranks with all rows of the tables (`load`); if they have moved, set `config.data.path`.
 
     Raises:
-      ValueError: the workdir holds a run of another config.
+      ValueError: the workdir holds a run of another config or with another start, or `init_from` does not fit.
       TablesChangedError: the workdir holds a run of other tables; names the changes. It is a ValueError.
       NonFiniteLossError: the loss or the parameters are not finite.
 
@@ -170,7 +178,7 @@ def train(config: Config, workdir: str | os.PathLike[str], dataset: Dataset | No
       run = fr.train(fr.configure(data={"name": "synthetic"}), "runs/first")
     """
     config = _reading(config, dataset, Path(workdir))
-    run_training(config, Path(workdir))
+    run_training(config, Path(workdir), None if init_from is None else Path(init_from))
     return load(workdir, data_path=config.data.path or None, cache=config.text.cache)
 
 

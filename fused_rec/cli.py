@@ -22,6 +22,7 @@ COMMANDS = {
     "faithfulness": "Measure whether explanations name what the scores rest on.",
     "compare": "Compare variants and baselines over seeds: means, intervals, tests, figures.",
     "density": "Measure when fusion pays: by training interactions per user and share of new items.",
+    "backtest": "Measure retraining, warm start and a stale model, period after period.",
     "regret": "Tabulate fused against the best single method of finished comparisons.",
     "tune": "Choose the settings of a config on the validation split.",
     "encode": "Encode the lines of a file as text vectors; delete cached ones.",

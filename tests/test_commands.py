@@ -19,6 +19,7 @@ SMALL = (
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
 )
 COMMANDS = (
+    "backtest",
     "compare",
     "convert",
     "demo",

@@ -66,6 +66,22 @@ def test_density_shows_means_and_gains_by_history():
         assert (text[0].get_xdata() < 0).all()  # beside the other variant
 
 
+def test_periods_show_quality_and_seconds_by_strategy():
+    def period(known: int, **means: float) -> dict:
+        metrics = {name: {"ndcg@10": {"mean": mean, "low": mean - 0.1, "high": mean}} for name, mean in means.items()}
+        trainings = [{"strategy": "retrain", "seconds": known / 10}, {"strategy": "retrain", "seconds": known / 5}]
+        return {"known_interactions": known, "metrics": metrics, "trainings": trainings}
+
+    figure = plots.by_period([period(1000, retrain=0.5), period(2000, retrain=0.4, stale=0.3)], "ndcg@10", "market")
+    quality, cost = figure.axes
+    retrain, stale = quality.containers
+    assert (retrain[0].get_ydata().tolist(), stale[0].get_ydata().tolist()) == ([0.5, 0.4], [0.3])
+    assert stale[2][0].get_segments()[0][:, 1] == pytest.approx([0.2, 0.3])
+    [seconds] = cost.lines  # what is not trained has no line; the mean over seeds
+    assert seconds.get_ydata() == pytest.approx([150, 300])
+    assert [label.get_text() for label in quality.get_xticklabels()] == ["1,000", "2,000"]
+
+
 def test_settings_of_trials_and_the_best_one():
     def trial(number: int, state: str, value: float | None, rate: float) -> dict:
         return {"trial": number, "state": state, "value": value, "train.learning_rate": rate, "model.dim": 64}

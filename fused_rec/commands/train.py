@@ -8,6 +8,9 @@ published method, such as lightgcn or ease, to be trained in place of the model 
 For a finished run it reads the tables again and prints the stored results. If tables have changed, it names the changes
 and exits with status 3; if they cannot be read, with status 4.
 
+With --init_from, training starts from the parameters of an earlier run; rows of ID embeddings are matched by id
+(docs/DAILY.md).
+
 With several processes, each with its own devices, run the same command in each: with --distributed where the cluster
 assigns the processes (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coordinator, --num_processes and
 --process_id.
@@ -16,13 +19,16 @@ assigns the processes (SLURM, Open MPI, Kubernetes, Cloud TPU), else with --coor
 from absl import flags
 
 from fused_rec.commands.launch import command_named, config_of
-from fused_rec.commands.places import DEFINE_config, DEFINE_path, new_folder
+from fused_rec.commands.places import DEFINE_config, DEFINE_path, existing_folder, new_folder
 from fused_rec.distributed import processes
 from fused_rec.runs.model_card import describe_training
 from fused_rec.training.trainer import run_training
 
 CONFIG = DEFINE_config()
 WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
+INIT_FROM = DEFINE_path(
+    "init_from", existing_folder, "Folder of a finished run on earlier tables, whose parameters training starts from."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Run as one of several processes, set up from the cluster's environment."
 )
@@ -38,7 +44,7 @@ def main(argv: list[str]) -> None:
     given = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or any(part is not None for part in given):
         processes.connect(*given)
-    results = run_training(config, WORKDIR.value)
+    results = run_training(config, WORKDIR.value, INIT_FROM.value)
     if not processes.is_primary():
         return
     for part in ("valid", "test"):

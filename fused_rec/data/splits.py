@@ -225,12 +225,12 @@ def _times(dataset: Dataset, kind: str) -> Int64[np.ndarray, "_"]:
     if missing:
         raise ValueError(
             f"split.kind {kind} needs a timestamp on every interaction, and {missing} of {table.num_rows} have none; "
-            f"fill them in, remove those rows, or choose random: {_without_time(dataset, 'interactions')}"
+            f"fill them in, remove those rows, or choose random: {without_time(dataset, 'interactions')}"
         )
     return column(table, "timestamp").astype(np.int64)
 
 
-def _without_time(dataset: Dataset, what: str) -> str:
+def without_time(dataset: Dataset, what: str) -> str:
     """Names the first rows of a table without a timestamp by their ids."""
     table = getattr(dataset, what)
     ends = {"source": "user", "target": "user"} if what == "ties" else {"user": "user", "item": "item"}
@@ -373,7 +373,7 @@ def _late(dataset: Dataset, what: str, cut: int | None) -> Bool[np.ndarray, "_"]
         raise ValueError(
             f"{missing} of {table.num_rows} {what} have no timestamp, so a time split cannot place them before or "
             f"after {cut}; give each a time (0 = from the start) or choose another split.kind: "
-            f"{_without_time(dataset, what)}"
+            f"{without_time(dataset, what)}"
         )
     return column(table, "timestamp") >= cut
 

@@ -185,6 +185,38 @@ def by_density(panels: Sequence[Mapping[str, Any]], metric: str, title: str) -> 
     return figure
 
 
+def by_period(periods: Sequence[Mapping[str, Any]], metric: str, title: str) -> "Figure":
+    """Plots the quality of each strategy by period with 95 % intervals, and the seconds of its trainings beside it.
+
+    periods: of a report of `fused_rec.studies.backtest`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for period in periods for name in period["metrics"]))
+    means = {name: [period["metrics"].get(name, {}).get(metric) for period in periods] for name in names}
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(9.0, 3.4), dpi=150, layout="constrained")
+        quality, cost = figure.subplots(1, 2, width_ratios=(3, 2))
+        _intervals(quality, means, ("mean", "low", "high"), 1.0)
+        for order, name in enumerate(names):
+            seconds = [[one["seconds"] for one in period["trainings"] if one["strategy"] == name] for period in periods]
+            known = [(place, float(np.mean(found))) for place, found in enumerate(seconds) if found]
+            if known:
+                places, values = zip(*known, strict=True)
+                cost.plot(places, values, marker=MARKERS[order], color=COLOURS[order], markersize=4.5, label=name)
+        for axes, what in ((quality, f"{metric} of the next period, 95 % interval"), (cost, "seconds of training")):
+            axes.set_xticks(range(len(periods)), [f"{period['known_interactions']:,}" for period in periods])
+            axes.set_xlabel("interactions until then")
+            axes.set_ylabel(what)
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+            axes.set_axisbelow(True)
+        quality.legend(frameon=False, fontsize=8)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
+    return figure
+
+
 def _intervals(
     axes: Any, series: Mapping[str, Sequence[Mapping[str, float] | None]], fields: tuple[str, str, str], scale: float
 ) -> None:

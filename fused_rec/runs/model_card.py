@@ -208,11 +208,14 @@ def describe_training(results: Mapping[str, Any]) -> str:
     """
     if "settings" in results:
         return "fitted to the rows that it ranks with; the metrics are of the model without held-out rows"
-    return {
+    trained = {
         "none": "selected on validation and trained on the training split",
         "valid": "refitted on training and validation",
         "all": "retrained on all interactions once it was measured; the metrics are of the training split's model",
     }[results["config"]["train"]["refit"]]
+    if (source := results.get("init_from")) is None:
+        return trained
+    return f"{trained}; it started from the parameters of {printable(source['run'])} (model {source['model'][:12]})"
 
 
 def describe_served(served: Mapping[str, Any]) -> str:
@@ -246,6 +249,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
         f"| {metric} | {_number(results['valid'][metric])} | {_number(results['test'][metric])} |" for metric in METRICS
     )
     sha = "\n".join(f"- {name}: `{digest}`" for name, digest in digests.items())
+    trained = in_markdown(describe_training(results))
     versions = ", ".join(f"{name} {in_markdown(version)}" for name, version in results["versions"].items())
     return f"""---
 {_front_matter(results)}
@@ -253,7 +257,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 
 # {dataset}: {variant} model
 
-Ranks financial products for customers by {basis}{beside}. {describe_model(results)}, {describe_training(results)}.
+Ranks financial products for customers by {basis}{beside}. {describe_model(results)}, {trained}.
 Language model of the texts: {language}.
 
 | | |

@@ -7,7 +7,10 @@ workdir/
                        chooses it
   refit/, refit_all/   those of the second training, with train.refit "valid" or "all"
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
-  fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings
+  fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings;
+                       with a refit, fitted_select.npz has those of step selection
+  pairs.npz            hashes of the pairs of each split, so that a warm start can tell what this run has learned from
+  init.npz, init_fitted.npz   of a warm start: the parameters and transforms that it started from
   README.md            the model card: data, training, metrics, and how to load the model
   results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
                        UTC time at which the run finished
@@ -36,6 +39,7 @@ import numpy as np
 
 from fused_rec.config import NEUTRAL, Config, Refit, differing, from_dict, to_dict, with_temperature
 from fused_rec.data.dataset import changes
+from fused_rec.data.splits import SPLIT_NAMES
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.evaluation.slices import Slices
 from fused_rec.runs.model_card import LIBRARY
@@ -238,7 +242,34 @@ def check_config(config: Config, workdir: Path) -> None:
         )
 
 
-def init_run_dir(config: Config, tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
+def check_init_from(init_from: Path | None, workdir: Path) -> None:
+    """Checks that a run in `workdir`, if any, started from this run; it is not read again.
+
+    Args:
+      init_from: folder of the earlier run of this call; None: the run starts from nothing.
+      workdir: folder of the run.
+
+    Raises:
+      ValueError: the run started from another one, or from nothing; names both.
+    """
+    if not (workdir / RUN).exists():
+        return
+    there = read_run(workdir).get("init_from", {}).get("workdir")
+    here = None if init_from is None else str(init_from.expanduser().resolve())
+    if there != here:
+        raise ValueError(
+            f"{workdir} holds a run with another start (init_from is {there} there and {here} here); give this run a "
+            "workdir of its own"
+        )
+
+
+def init_run_dir(
+    config: Config,
+    tables: str,
+    workdir: Path,
+    made_of: Mapping[str, Any] | None = None,
+    init_from: Mapping[str, Any] | None = None,
+) -> None:
     """Writes `run.json` of a new run, or updates the settings of `config.NEUTRAL` in that of an existing one.
 
     Args:
@@ -246,18 +277,23 @@ def init_run_dir(config: Config, tables: str, workdir: Path, made_of: Mapping[st
       tables: `digest` of the tables.
       workdir: folder of the run; made where it is missing.
       made_of: `contents` of the tables, which let later messages name changes.
+      init_from: the run that a warm start starts from; None: nothing, or as recorded.
 
     Raises:
       ValueError: the folder has a run of another config.
       TablesChangedError: the folder has a run of other tables.
     """
     check_config(config, workdir)
+    started = {} if init_from is None else {"init_from": dict(init_from)}
     if (workdir / RUN).exists():
         check_tables(tables, workdir, made_of)
-        if not differing(config, read_run(workdir)["config"]):
+        recorded = read_run(workdir)
+        if not differing(config, recorded["config"]):
             return
+        started = {"init_from": recorded["init_from"]} if "init_from" in recorded else {}
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / RUN, {"config": to_dict(config), "tables": tables, "contents": dict(made_of or {})})
+    values = {"config": to_dict(config), "tables": tables, "contents": dict(made_of or {})}
+    write_json(workdir / RUN, values | started)
 
 
 def check_tables(tables: str, workdir: Path, made_of: Mapping[str, Any] | None = None) -> None:
@@ -293,7 +329,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
     found = read_json_object(workdir / RUN)
     sections = found.get("config")
     sound = isinstance(sections, dict) and all(isinstance(settings, dict) for settings in sections.values())
-    sound = sound and isinstance(found.get("contents", {}), dict)
+    sound = sound and all(isinstance(found.get(name, {}), dict) for name in ("contents", "init_from"))
     if not sound or not isinstance(found.get("tables"), str):
         raise ValueError(f"{workdir / RUN} has no config or no digest of the tables; train in a new workdir")
     return found
@@ -370,6 +406,19 @@ def phase_of(refit: Refit, selected: str, model: str) -> str:
     if refit == "all" and model == "served":
         return REFIT_ALL
     return REFIT if refit == "valid" and model != "valid" else selected
+
+
+def seen_splits(refit: Refit, model: str = "test") -> tuple[str, ...]:
+    """Returns the splits that a model of a run was trained on.
+
+    Args:
+      refit: train.refit.
+      model: that of step selection, which validation metrics are of ("valid"), that which test metrics are of
+        ("test"), or the one that is served.
+    """
+    if refit == "all" and model == "served":
+        return SPLIT_NAMES
+    return SPLIT_NAMES[:2] if refit == "valid" and model != "valid" else SPLIT_NAMES[:1]
 
 
 def versions() -> dict[str, str]:

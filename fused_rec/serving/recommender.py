@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64
@@ -22,25 +21,24 @@ from fused_rec.evaluation.filters import SEEN_RULE, Refuse, Rule, Side, apply
 from fused_rec.evaluation.item_sets import UserItemSets, item_sets
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, rank, users_per_batch
 from fused_rec.memory import require_memory
-from fused_rec.model.model import ID_EMBEDDING
-from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results
+from fused_rec.runs.run_dir import TABLES, check_tables, phase_of, read_finished, read_results, seen_splits
 from fused_rec.serving.item_conditions import matching_rows
 from fused_rec.text.cache import open_cache
 from fused_rec.training.baseline_runs import fitted_state, settings_digest
-from fused_rec.training.checkpoint import CheckpointError, Checkpoints
-from fused_rec.training.fitted import FITTED, Fitted, id_rows, read_fitted
+from fused_rec.training.checkpoint import Checkpoints
+from fused_rec.training.fitted import FITTED, Fitted, read_fitted, trained_parameters
 from fused_rec.training.inputs import (
     ModelInputs,
     Prepared,
     init_state,
     prepare,
     read_dataset,
-    seen_splits,
     serving_inputs,
     with_finetuned_text,
 )
 from fused_rec.training.late_fusion import selection_of, with_late_fusion
 from fused_rec.training.train_step import TrainState
+from fused_rec.training.warm_start import stored_initial
 
 LOG = logging.getLogger(__name__)
 HISTORIES = "train", "all"  # what serving uses of the tables
@@ -141,7 +139,8 @@ def load_measured(
     if config.encodes_text:
         open_cache(config.text.cache)
     dataset = _training_tables(config, workdir)
-    prepared = prepare(config, dataset, split(dataset, config.split), seen_splits(config.train.refit, model))
+    data_split, splits = split(dataset, config.split), seen_splits(config.train.refit, model)
+    prepared = prepare(config, dataset, data_split, splits, stored_initial(workdir))
     if checkpoints is None:
         return config, prepared, fitted_state(config, prepared, read_results(workdir)["settings"])
     state, _ = checkpoints.restore(step, like=init_state(config, prepared))
@@ -185,24 +184,7 @@ def restore_parameters(
     Raises:
       CheckpointError: the checkpoint is damaged, or of another model.
     """
-    arrays = checkpoints.arrays(step)
-
-    def trained(path: tuple, leaf: Any) -> np.ndarray:
-        name = "/".join(("params", jax.tree_util.keystr(path, simple=True, separator="/")))
-        if name not in arrays:
-            raise CheckpointError(f"{name} is not in the checkpoint of step {step}; train in a new workdir")
-        array, own = arrays[name], str(getattr(path[-1], "key", ""))
-        if own.startswith(ID_EMBEDDING):
-            array = np.concatenate([array, np.zeros_like(array[:1])])
-            array = array[id_rows(fitted, dataset, own.removeprefix(ID_EMBEDDING))]
-        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-            raise CheckpointError(
-                f"{name} is {array.dtype}{array.shape} in the checkpoint of step {step} and {leaf.dtype}{leaf.shape} "
-                "in the model; train in a new workdir"
-            )
-        return array
-
-    params = jax.tree_util.tree_map_with_path(trained, like.params)
+    params = trained_parameters(checkpoints.arrays(step), like.params, fitted, dataset)
     return dataclasses.replace(like, step=np.int32(step), params=params, opt_state=(), encoder_snapshot=())
 
 

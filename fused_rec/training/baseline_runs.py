@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.evaluation.ranking import UserMetrics, mean
-from fused_rec.runs.run_dir import RunResults
+from fused_rec.runs.run_dir import RunResults, seen_splits
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_mean, evaluate_slices, evaluate_users
-from fused_rec.training.inputs import ModelInputs, Prepared, prepare, seen_splits
+from fused_rec.training.inputs import ModelInputs, Prepared, prepare
 from fused_rec.training.train_step import TrainState
 
 

@@ -274,7 +274,7 @@ def evaluate_with_baselines(
     pretrained = alone = with_pretrained_text(prepared)
     # The texts and ties of a refitted run include the validation split, on which settings are chosen.
     if baselines and len(prepared.observed.user) != len(prepared.split.train):
-        alone = prepare(config, prepared.dataset, prepared.split)
+        alone = prepare(config, prepared.dataset, prepared.split, initial=prepared.initial)
     found = {}
     for name in tqdm(baselines, desc="baselines", disable=not baselines):
         fitted = baseline(name, pretrained, choose_settings(name, alone))

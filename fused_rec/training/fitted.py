@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from fused_rec.config import ModelConfig
 from fused_rec.data.dataset import Dataset
@@ -20,14 +21,16 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.graph.adjacency import DegreeScale, degree_scale
 from fused_rec.graph.build import attribute_values
 from fused_rec.graph.schema import ITEM, USER, Relation
-from fused_rec.model.model import active_relations
+from fused_rec.model.model import ID_EMBEDDING, active_relations
 from fused_rec.runs.run_dir import read_arrays, write_arrays
 from fused_rec.text.features import ColumnScales, FittedFeatures
 from fused_rec.text.tfidf import TfidfModel
 from fused_rec.text.whitening import Whitening
+from fused_rec.training.checkpoint import CheckpointError
 from fused_rec.training.train_step import GraphInputs
 
-FITTED = "fitted.npz"  # in the run directory
+# In the run directory: of the served model; and, with a refit, of the one that validation selected.
+FITTED, FITTED_SELECT = "fitted.npz", "fitted_select.npz"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +109,48 @@ def id_rows(fitted: Fitted, dataset: Dataset, node_type: str) -> Int[np.ndarray,
     place = pc.index_in(node_ids(dataset, node_type), value_set=pa.array(known, pa.string()))
     rows = np.fromiter(known.values(), np.int64, len(known))
     return np.append(rows, -1)[pc.fill_null(place, len(rows)).to_numpy(zero_copy_only=False)]
+
+
+def trained_parameters(
+    arrays: Mapping[str, np.ndarray], like: PyTree, fitted: Fitted, dataset: Dataset, *, keep_new: bool = False
+) -> PyTree:
+    """Takes the parameters of a trained model for the nodes of any tables.
+
+    Args:
+      arrays: of its checkpoint, by name.
+      like: initial parameters for the tables.
+      fitted: of its training, with the ids of the nodes that were trained.
+      dataset: the tables.
+      keep_new: nodes and relations that were not trained keep the values of `like`; else the rows of ID embeddings of
+        such nodes are zero, and no parameter may be missing.
+
+    Returns:
+      The parameters, shaped as `like`. Rows of ID embeddings belong to ids.
+
+    Raises:
+      CheckpointError: a parameter is missing or of another shape or dtype; names it.
+    """
+
+    def trained(path: tuple, leaf: Any) -> np.ndarray:
+        name = "/".join(("params", jax.tree_util.keystr(path, simple=True, separator="/")))
+        if name not in arrays:
+            if keep_new:
+                return leaf
+            raise CheckpointError(f"{name} is not in the checkpoint; train in a new workdir")
+        array, own = arrays[name], str(getattr(path[-1], "key", ""))
+        if own.startswith(ID_EMBEDDING):
+            rows = id_rows(fitted, dataset, own.removeprefix(ID_EMBEDDING))
+            array = np.concatenate([array, np.zeros_like(array[:1])])[rows]
+            if keep_new and array.shape == leaf.shape:
+                array = np.where(rows[:, None] < 0, leaf, array)
+        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            raise CheckpointError(
+                f"{name} is {array.dtype}{array.shape} in the checkpoint and {leaf.dtype}{leaf.shape} in the model; "
+                "train in a new workdir"
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(trained, like)
 
 
 def write_fitted(file: Path, fitted: Fitted) -> None:

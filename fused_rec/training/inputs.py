@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from fused_rec.baselines.neighbors import NotApplicableError, item_counts
-from fused_rec.config import Config, GraphConfig, ModelConfig, Refit, TextConfig
+from fused_rec.config import Config, GraphConfig, ModelConfig, TextConfig
 from fused_rec.data import controls
 from fused_rec.data.attributes import describe
 from fused_rec.data.dataset import Dataset, period
 from fused_rec.data.leakage import audit
 from fused_rec.data.node_texts import NodeTexts, ReviewTexts, node_texts
 from fused_rec.data.sources import registry
-from fused_rec.data.splits import SPLIT_NAMES, Observed, Split, observe, observe_all, split
+from fused_rec.data.splits import Observed, Split, observe, observe_all, split
 from fused_rec.graph.adjacency import DegreeScale
 from fused_rec.graph.build import build, check_relations
 from fused_rec.graph.device_graph import device_graph
@@ -27,8 +27,9 @@ from fused_rec.text.cache import open_cache
 from fused_rec.text.features import FittedFeatures, TextFeatures, apply_features, encode_features, without_tfidf
 from fused_rec.text.tfidf import apply_tfidf
 from fused_rec.training import finetune
-from fused_rec.training.fitted import Fitted, node_ids
+from fused_rec.training.fitted import Fitted, node_ids, trained_parameters
 from fused_rec.training.train_step import GraphInputs, TrainState, init
+from fused_rec.training.warm_start import Initial
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Prepared(ModelInputs):
     history: ClassVar[str] = "train"
     split: Split
     splits: tuple[str, ...]  # the observed splits
+    initial: Initial | None = None  # what a warm start starts from
 
     def used_interactions(self) -> pa.Table:
         """Returns the rows of the observed splits."""
@@ -144,7 +146,13 @@ def require_method_inputs(config: Config, dataset: Dataset, data_split: Split) -
     )
 
 
-def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[str, ...] = ("train",)) -> Prepared:
+def prepare(
+    config: Config,
+    dataset: Dataset,
+    data_split: Split,
+    splits: tuple[str, ...] = ("train",),
+    initial: Initial | None = None,
+) -> Prepared:
     """Removes held-out rows, audits the rest for leaks, encodes its texts and builds the graph inputs.
 
     Controls (text.features, graph.social_edges) are applied after the audit, which would refuse their made-up data.
@@ -154,6 +162,7 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
       dataset: the tables.
       data_split: their split.
       splits: the observed splits.
+      initial: what a warm start starts from; what the earlier run fitted is applied, and not fitted anew.
 
     Returns:
       Everything that training and evaluation need.
@@ -170,7 +179,8 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
     checked = audit(dataset, data_split, observed, texts, splits)
     LOG.info("leak audit passed: %s", ", ".join(f"{count} {what}" for what, count in checked.items()))
     observed = dataclasses.replace(observed, ties=social_edges(config.graph, observed.ties, config.train.seed))
-    text = text_features(config, texts)
+    text = text_features(config, texts) if initial is None else _applied_text(config, texts, initial.fitted.text)
+    scales = None if initial is None else initial.fitted.scales
     graph = build(dataset, observed, {name: nodes.rows for name, nodes in text.node_rows().items()}, config.graph)
     encoder_data = None if config.text.finetune == "frozen" else finetune.encoder_data(config.text, text)
     return Prepared(
@@ -179,8 +189,9 @@ def prepare(config: Config, dataset: Dataset, data_split: Split, splits: tuple[s
         observed=observed,
         splits=splits,
         text=text,
-        graph_inputs=make_graph_inputs(config.model, dataset, observed, graph),
+        graph_inputs=make_graph_inputs(config.model, dataset, observed, graph, scales),
         encoder_data=encoder_data,
+        initial=initial,
     )
 
 
@@ -246,19 +257,6 @@ def unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
     return found
 
 
-def seen_splits(refit: Refit, model: str = "test") -> tuple[str, ...]:
-    """Returns the splits that a model of a run was trained on.
-
-    Args:
-      refit: train.refit.
-      model: that of step selection, which validation metrics are of ("valid"), that which test metrics are of
-        ("test"), or the one that is served.
-    """
-    if refit == "all" and model == "served":
-        return SPLIT_NAMES
-    return SPLIT_NAMES[:2] if refit == "valid" and model != "valid" else SPLIT_NAMES[:1]
-
-
 def make_graph_inputs(
     config: ModelConfig,
     dataset: Dataset,
@@ -290,10 +288,17 @@ def init_state(config: Config, prepared: ModelInputs) -> TrainState:
       prepared: the graph inputs and encoder data.
 
     Returns:
-      The state at step 0, unsharded, on the host.
+      The state at step 0, unsharded, on the host. Of a warm start it has the earlier run's parameters; nodes and
+      relations that the earlier run did not train keep their random values.
     """
     state = init(config, prepared.graph_inputs)
-    return state if prepared.encoder_data is None else finetune.init_state(config, prepared.encoder_data, state)
+    if prepared.encoder_data is not None:
+        state = finetune.init_state(config, prepared.encoder_data, state)
+    if not isinstance(prepared, Prepared) or (initial := prepared.initial) is None:
+        return state
+    params = trained_parameters(initial.params, state.params, initial.fitted, prepared.dataset, keep_new=True)
+    encoder_snapshot = state.encoder_snapshot if prepared.encoder_data is None else params[finetune.ENCODER]
+    return dataclasses.replace(state, params=params, encoder_snapshot=encoder_snapshot)
 
 
 def with_finetuned_text(config: Config, prepared: AnyInputs, state: TrainState) -> AnyInputs:

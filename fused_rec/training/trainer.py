@@ -33,16 +33,19 @@ from fused_rec.runs.run_dir import (
     REFIT,
     REFIT_ALL,
     RESULTS,
+    RUN,
     TEST_METRICS_PER_USER,
     RunResults,
     TablesNotReadError,
     as_json,
     check_config,
+    check_init_from,
     finished_results,
     init_run_dir,
     lock_run_dir,
     phase_of,
     read_run,
+    seen_splits,
     when_finished,
     write_card,
     write_json,
@@ -60,7 +63,7 @@ from fused_rec.training.evaluate import (
     scorer,
     sharded_scorer,
 )
-from fused_rec.training.fitted import FITTED, fitted_of, write_fitted
+from fused_rec.training.fitted import FITTED, FITTED_SELECT, Fitted, fitted_of, write_fitted
 from fused_rec.training.footprint import require_embedding, require_step
 from fused_rec.training.inputs import (
     Prepared,
@@ -70,13 +73,13 @@ from fused_rec.training.inputs import (
     read,
     read_dataset,
     require_method_inputs,
-    seen_splits,
     with_finetuned_text,
 )
 from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion, with_launch
 from fused_rec.training.launch_weights import select_launch
 from fused_rec.training.sharding import gather_state, shard_state
 from fused_rec.training.train_step import TrainState
+from fused_rec.training.warm_start import PAIRS, read_initial, stored_initial, write_initial, write_pairs
 
 LOG = logging.getLogger(__name__)
 MANY_INTERACTIONS = 100_000  # above, a temperature is not chosen by training twice
@@ -88,7 +91,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 @computes
-def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
+def run_training(config: Config, workdir: str | Path, init_from: str | Path | None = None) -> dict[str, Any]:
     """Starts or resumes one run and trains it to the end.
 
     For a finished run the tables are read and compared with the run's, and its results come back.
@@ -96,12 +99,14 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     Args:
       config: all settings.
       workdir: folder of the run; made where it is missing.
+      init_from: folder of a finished run whose parameters a new run starts from (`fused_rec.training.warm_start`); it
+        is read once.
 
     Returns:
       The contents of `results.json`.
 
     Raises:
-      ValueError: workdir holds a run of another config.
+      ValueError: workdir holds a run of another config or with another start; or as `read_initial`.
       TablesChangedError: workdir holds a run of other tables.
       TablesNotReadError: the run in workdir is finished, and the tables cannot be read.
       DeviceError: JAX has no device.
@@ -116,11 +121,16 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
       NotApplicableError: the tables lack what model.method reads.
       Stopped: a signal requested a stop (see `fused_rec.distributed.signals`); the same call resumes the run.
     """
-    workdir = Path(workdir)
+    workdir, init_from = Path(workdir), None if init_from is None else Path(init_from)
+    if init_from is not None and not processes.is_single_process():
+        raise ValueError("init_from is given to a run of several processes; train it in one")
+    if init_from is not None and not config.model.is_trained:
+        raise ValueError(f"init_from is given to {config.model.method}, which has no parameters; leave it out")
     processes.check_equal_across_processes("the config", json.dumps(as_json(to_dict(config)), sort_keys=True))
     results = None
     if processes.is_primary():
         check_config(config, workdir)
+        check_init_from(init_from, workdir)
         if (workdir / RESULTS).exists():
             stated = read_run(workdir)["config"].get("card")
             results = finished_results(config, *_read_again(config, workdir), workdir)
@@ -131,29 +141,36 @@ def run_training(config: Config, workdir: str | Path) -> dict[str, Any]:
     if config.train.wandb and processes.is_primary():
         wandb_library()  # fails here rather than after the tables are read and encoded
     with lock_run_dir(workdir) if processes.is_primary() else contextlib.nullcontext():
-        return _run_training(config, workdir)
+        return _run_training(config, workdir, init_from)
 
 
-def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
+def _run_training(config: Config, workdir: Path, init_from: Path | None) -> dict[str, Any]:
     """`run_training` of an unfinished run, with the lock held."""
     dataset, data_split = read(config)
     tables = digest(dataset)
     processes.check_equal_across_processes("the digest of the tables", tables)
     require_method_inputs(config, dataset, data_split)
-    prepared = prepare(config, dataset, data_split)
+    started = (workdir / RUN).exists() if processes.is_primary() else False
+    initial = stored_initial(workdir) if started else None
+    if init_from is not None and initial is None:
+        initial = read_initial(config, init_from, dataset, data_split)
+    prepared = prepare(config, dataset, data_split, initial=initial)
     if processes.is_primary() and (warning := foreign_text_warning(config.text.model, prepared.text.coverage)):
         LOG.warning("%s", warning)
     # Only now: a fault of the input leaves the folder free for a corrected command.
     if processes.is_primary():
-        init_run_dir(config, tables, workdir, contents(dataset))
+        if initial is not None and not started:  # before run.json, which says that it is there
+            write_initial(workdir, initial)
+        init_run_dir(config, tables, workdir, contents(dataset), initial and initial.source)
     with metric_writer(config, workdir) if processes.is_primary() else contextlib.nullcontext() as shown:
         if config.model.is_trained:
-            measured, prepared, per_user = _select_and_test(config, workdir, prepared, shown)
+            measured, prepared, per_user, selected = _select_and_test(config, workdir, prepared, shown)
         else:
+            selected = _fitted(config, prepared)
             measured, prepared, per_user = measure_baseline(config, prepared)
         results = measured.contents() | _data_of(config, prepared)
         if processes.is_primary():
-            _write(workdir, prepared, per_user, results)
+            _write(workdir, prepared, per_user, results, selected)
         if shown is not None:
             shown.write_results(results)
     return results
@@ -161,10 +178,10 @@ def _run_training(config: Config, workdir: Path) -> dict[str, Any]:
 
 def _select_and_test(
     config: Config, workdir: Path, prepared: Prepared, shown: MetricWriter | None
-) -> tuple[RunResults, Prepared, UserMetrics]:
+) -> tuple[RunResults, Prepared, UserMetrics, Fitted]:
     """Selects a step by validation, evaluates on the test split, and refits as train.refit says.
 
-    Returns the results, the inputs of the served model, and the test metrics per user.
+    Returns the results, the inputs of the served model, the test metrics per user, and what step selection fitted.
     """
     given = config
     if config.model.late_fusion:  # refused now rather than after training
@@ -178,8 +195,9 @@ def _select_and_test(
         prepared = with_launch(prepared, launch)
     valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
 
+    selected = _fitted(config, prepared)
     if config.train.refit == "valid":
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"))
+        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("valid"), prepared.initial)
         state, refitted = fit(config, prepared, workdir / REFIT, steps=progress.best_step, metric_writer_of=shown)
         prepared = with_late_fusion(with_finetuned_text(config, prepared, state), fusion)
         seconds += refitted.seconds
@@ -190,7 +208,8 @@ def _select_and_test(
     slices = evaluate_slices(prepared, score, per_user)
 
     if config.train.refit == "all":  # for serving alone; the metrics stay those of the model before
-        prepared = prepare(config, prepared.dataset, prepared.split, seen_splits("all", "served"))
+        splits = seen_splits("all", "served")
+        prepared = prepare(config, prepared.dataset, prepared.split, splits, prepared.initial)
         _, refitted = fit(config, prepared, workdir / REFIT_ALL, steps=progress.best_step, metric_writer_of=shown)
         seconds += refitted.seconds
     results = RunResults(
@@ -206,12 +225,13 @@ def _select_and_test(
             "phase": phase,
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
+            "init_from": _started_from(prepared),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         config=given,
     )
-    return results, prepared, per_user
+    return results, prepared, per_user, selected
 
 
 def _data_of(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -221,13 +241,33 @@ def _data_of(config: Config, prepared: Prepared) -> dict[str, Any]:
     return {"counts": counts(prepared.dataset, prepared.split), "data": data | shares}
 
 
-def _write(workdir: Path, prepared: Prepared, per_user: UserMetrics, results: dict[str, Any]) -> None:
-    """Writes the files of a finished run, results.json last."""
+def _write(workdir: Path, prepared: Prepared, per_user: UserMetrics, results: dict[str, Any], selected: Fitted) -> None:
+    """Writes the files of a finished run, results.json last; `selected` is what step selection fitted."""
+    config = from_dict(results["config"])
     write_users(workdir / TEST_METRICS_PER_USER, per_user)
-    inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
-    write_fitted(workdir / FITTED, fitted_of(from_dict(results["config"]).model, *inputs))
+    write_fitted(workdir / FITTED, _fitted(config, prepared))
+    if config.train.refit != "none":
+        write_fitted(workdir / FITTED_SELECT, selected)
+    write_pairs(workdir / PAIRS, prepared.dataset, prepared.split, prepared.initial)
     write_card(workdir / CARD, _card(workdir, results))
     write_json(workdir / RESULTS, results)
+
+
+def _fitted(config: Config, prepared: Prepared) -> Fitted:
+    """What a training on these inputs fits; a warm start keeps the degree scales of the earlier run."""
+    inputs = prepared.dataset, prepared.text.fitted, prepared.graph_inputs, prepared.observed.ties
+    own = fitted_of(config.model, *inputs)
+    if prepared.initial is None:
+        return own
+    return dataclasses.replace(own, scales={**own.scales, **prepared.initial.fitted.scales})
+
+
+def _started_from(prepared: Prepared) -> dict[str, Any] | None:
+    """Names the run that a warm start started from, without the place of its folder."""
+    if prepared.initial is None:
+        return None
+    source = prepared.initial.source
+    return {"run": Path(source["workdir"]).name} | {name: source[name] for name in ("phase", "step", "model", "tables")}
 
 
 def _select(
@@ -330,7 +370,7 @@ class Trainer:
         self._config, self._prepared, self._folder = config, prepared, folder
         self._on_evaluation, self._metric_writer = on_evaluation, metric_writer_of
         self._curves: CurveLogger | None = None
-        self._validates, self._last = steps is None, steps or config.train.max_steps
+        self._validates, self._last = steps is None, config.train.max_steps if steps is None else steps
         self._checkpoints = Checkpoints(folder / "checkpoints")
         state, self.progress = resume(config, prepared, self._checkpoints)
         self._whole = dataclasses.replace(state, encoder_snapshot=())  # for shapes
@@ -374,7 +414,12 @@ class Trainer:
         return self._selected(), self.progress
 
     def _take_steps(self, bar: tqdm) -> None:
-        """Takes steps until the last one or until early stopping, and evaluates between them."""
+        """Takes steps until the last one or until early stopping, and evaluates between them.
+
+        A warm start is evaluated before its first step, which may be the best choice.
+        """
+        if self._prepared.initial is not None and not self.taken and self.progress.best is None:
+            self.evaluate()
         while True:
             if self._pending and self._is_evaluated():
                 self.evaluate()
@@ -402,7 +447,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Validates, updates early stopping, and writes curves and a checkpoint of the step taken last."""
-        values, improved = mean_metrics(self._pending), False
+        values, improved = mean_metrics(self._pending) if self._pending else {}, False
         if self._validates or self.taken < self._last:
             self._source.refresh(self._state.params)
         if self._validates:
@@ -416,7 +461,7 @@ class Trainer:
             if self._on_evaluation is not None:
                 self._on_evaluation(self.taken, value)
         self._add_seconds()
-        if self._curves is not None:
+        if self._curves is not None and values:
             self._curves.write(self.taken, values)
         self._pending = []
         self.checkpoint(best=improved)
