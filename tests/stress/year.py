@@ -14,9 +14,10 @@ tables of a day hold what happened until then; a customer or product is listed a
 - One warm training is ended by SIGKILL and resumed, and compared bit for bit with an undisturbed one.
 
 NDCG@10 and recall@10 are of the lists in the files that `recommend` wrote, on what the listed customers bought next:
-until the next month, or until the next day of serving. Prints tables, writes year.json, year.md and, with Matplotlib,
-year.png to the folder; exits with 1 where a check failed: a list with a product that the customer has or that is not
-listed, a customer neither served nor counted, an audit file of other tables, new customers or products in no list.
+until the next month, or until the next day of serving. Seconds are CPU seconds of a command. Prints tables, writes
+year.json, year.md and, with Matplotlib, year.png to the folder. Exits with 1 where a check failed: a list with a
+product that the customer has or that is not listed, a customer neither served nor counted, an audit file of other
+tables, new customers or products in no list.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -120,7 +122,7 @@ class Bank:
       market: what happens.
       out: the folder.
       faults: what the checks found.
-      seconds: wall-clock seconds of each call, by command.
+      seconds: CPU seconds of each call on all its cores, by command; other work on the machine adds none.
     """
 
     def __init__(self, market: Market, out: Path):
@@ -143,7 +145,7 @@ class Bank:
           killed: end the training by SIGKILL after its first checkpoint, and resume it.
 
         Returns:
-          Steps and wall-clock seconds.
+          Steps and CPU seconds.
         """
         command = ["train", "--config=tables", *(f"--config.{setting}" for setting in SETTINGS)]
         command += [f"--config.data.path={self.tables(day)}", f"--config.text.cache={self.out / 'cache'}"]
@@ -191,12 +193,12 @@ class Bank:
         return faults
 
     def _call(self, command: Sequence[str]) -> float:
-        began = time.monotonic()
+        began = _cpu_seconds()
         process = _begin(command)
         _, stderr = process.communicate()
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}:\n{stderr.decode()}")
-        self.seconds[command[0]].append(time.monotonic() - began)
+        self.seconds[command[0]].append(_cpu_seconds() - began)
         return self.seconds[command[0]][-1]
 
 
@@ -206,6 +208,12 @@ def _begin(command: Sequence[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(lists: Lists, bought: Mapping[str, set[str]]) -> dict[str, dict[str, float]]:
@@ -363,7 +371,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         numbers = [f"{one['mean']:.4f}" if one else "" for one in means]
         cells.append([_date(period["begin"])[:7], *(f"{period[name]:,}" for name in counts), *numbers])
     parts = ["NDCG@10 of each month\n", markdown_table(cells)]
-    cells = [["months after the first", "NDCG@10", "vs. retrain", "recall@10", "vs. retrain", "steps", "seconds"]]
+    cells = [["months after the first", "NDCG@10", "vs. retrain", "recall@10", "vs. retrain", "steps", "CPU seconds"]]
     for name, found in report["strategies"].items():
         cost = report["cost"].get(name)
         numbers = [f"{cost['steps']:.0f}", f"{cost['seconds']:.0f}"] if cost else ["–", "–"]
@@ -431,10 +439,13 @@ def main() -> None:
         (out / "year.json").write_text(json.dumps(report, indent=1))
         (out / "year.md").write_text(markdown(report))
         if importlib.util.find_spec("matplotlib"):
-            write_figure(out / "year.png", plots.by_period(report["periods"], METRICS[0], "a year of a generated bank"))
+            write_figure(
+                out / "year.png",
+                plots.by_period(report["periods"], METRICS[0], "a year of a generated bank, CPU seconds"),
+            )
     print(f"\n{markdown(report)}")
     print(f"{report['cold_lists']} lists of later days are of customers who have bought nothing yet")
-    print(f"seconds of commands: {report['seconds']}")
+    print(f"CPU seconds of commands: {report['seconds']}")
     print(f"{len(bank.faults)} faults")
     for fault in bank.faults:
         print(fault)
