@@ -142,7 +142,7 @@ class Bank:
           name: of the run.
           day: unix seconds.
           source: name of the run to start from; None: train from nothing.
-          killed: end the training by SIGKILL after its first checkpoint, and resume it.
+          killed: end the training by SIGKILL once a checkpoint after step 0 is there, and resume it.
 
         Returns:
           Steps and CPU seconds.
@@ -153,7 +153,7 @@ class Bank:
         command += [f"--init_from={self.out / source}"] if source else []
         if killed:
             process = _begin(command)
-            while process.poll() is None and not any(self.out.glob(f"{name}/*/checkpoints/[0-9]*")):
+            while process.poll() is None and not any(self.out.glob(f"{name}/*/checkpoints/[1-9]*")):
                 time.sleep(0.001)
             process.kill()
             process.communicate()
