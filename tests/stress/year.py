@@ -163,9 +163,9 @@ class Bank:
         results = json.loads((self.out / name / "results.json").read_text())
         return {"steps": results["best_step"], "seconds": seconds}
 
-    def recommend(self, name: str, day: int) -> dict[str, list[str]]:
-        """Ranks the listed products for all listed customers with a model, and checks the file."""
-        tables, file = self.tables(day), self.out / "lists" / _date(day) / f"{Path(name).name}.parquet"
+    def recommend(self, name: str, day: int, strategy: str = WARM) -> dict[str, list[str]]:
+        """Ranks the listed products for all listed customers with a run, and checks the file."""
+        tables, file = self.tables(day), self.out / "lists" / _date(day) / f"{strategy}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         command = ["recommend", f"--workdir={self.out / name}", f"--tables={tables}", f"--k={K}", f"--out={file}"]
         self._call(command)
@@ -252,7 +252,7 @@ def play(bank: Bank, months: int, every: int) -> list[dict[str, Any]]:
             found = differences(bank.out / f"{runs[WARM]}_killed", bank.out / runs[WARM])
             bank.faults += [f"{date}, killed and resumed: {fault}" for fault in found]
         january, before = january or runs[RETRAIN], runs.get(WARM, runs[RETRAIN])
-        lists = {name: bank.recommend(run, begin) for name, run in runs.items()}
+        lists = {name: bank.recommend(run, begin, name) for name, run in runs.items()}
         served = lists.get(WARM, lists[RETRAIN])
         row = _counts(bank.market, begin, end, starts[0]) | {"trainings": trainings, "killed": place == KILLED}
         asked = _of_listed(bank.market, begin, end)
@@ -417,16 +417,16 @@ def check_new(bank: Bank, january: int) -> None:
 def main() -> None:
     """Plays the year, prints and writes its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--customers", type=int, default=1200)
-    parser.add_argument("--products", type=int, default=300)
+    parser.add_argument("--customers", type=int, default=2500)
+    parser.add_argument("--products", type=int, default=400)
     parser.add_argument("--months", type=int, default=12)
     parser.add_argument("--every", type=int, default=10, help="days from one serving to the next")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="new folder; a temporary one by default")
-    parser.add_argument("--quick", action="store_true", help="three months of a small market")
+    parser.add_argument("--quick", action="store_true", help="three months of a smaller market")
     asked = parser.parse_args()
     if asked.quick:
-        asked.customers, asked.products, asked.months, asked.every = 400, 100, 3, 15
+        asked.customers, asked.products, asked.months, asked.every = 1200, 300, 3, 15
     if asked.months < 2:
         parser.error(f"--months is {asked.months}; it must be at least 2: in the first month there is one model")
     with tempfile.TemporaryDirectory() as temporary:
