@@ -141,7 +141,7 @@ def create_app(service: Service) -> Starlette:
     app = Starlette(
         routes=[Route(path, _endpoint(service, answer), methods=methods) for path, (answer, methods) in routes.items()],
         middleware=[Middleware(_Measured, service=service, paths=frozenset(routes))],
-        exception_handlers={RequestError: _refused, HTTPException: _refused_by_router, Exception: _failed},
+        exception_handlers={HTTPException: _refused_by_router},
     )
     app.router.redirect_slashes = False
     return app
@@ -190,16 +190,27 @@ async def _metrics(service: Service, request: Request) -> Response:
 def _endpoint(
     service: Service, answer: Callable[[Service, Request], Awaitable[Response]]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Returns the endpoint that answers to the host names that are served."""
+    """Returns the endpoint, which answers faults too: the connection stays."""
 
     async def endpoint(request: Request) -> Response:
-        host = request.headers.get("host", "").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if service.server_names is not None and name not in service.server_names:
-            raise RequestError(421, f"the header Host is {shown(host)}; it must be a name of --server_names")
-        return await answer(service, request)
+        try:
+            _check_host(service, request)
+            return await answer(service, request)
+        except RequestError as error:
+            headers = {503: {"Retry-After": "1"}, 408: {"Connection": "close"}}
+            return _json({"error": str(error)}, error.status, headers.get(error.status))
+        except Exception:
+            LOG.exception("a request to %s failed", request.url.path)
+            return _json({"error": "the server failed; its log says why"}, 500)
 
     return endpoint
+
+
+def _check_host(service: Service, request: Request) -> None:
+    host = request.headers.get("host", "").lower()
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if service.server_names is not None and name not in service.server_names:
+        raise RequestError(421, f"the header Host is {shown(host)}; it must be a name of --server_names")
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
@@ -230,22 +241,12 @@ def _json(values: dict[str, Any], status: int = 200, headers: dict[str, str] | N
     return Response(body, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _json({"error": str(error)}, error.status, {"Retry-After": "1"} if error.status == 503 else None)
-
-
 async def _refused_by_router(request: Request, error: Exception) -> Response:
     """Answers unknown paths and methods."""
     assert isinstance(error, HTTPException)
     known = "the paths are /v1/recommend, /v1/explain, /v1/similar_items, /health, /metrics"
     message = f"the method is {shown(request.method)}; see the header Allow" if error.status_code == 405 else known
     return _json({"error": message}, error.status_code, dict(error.headers or {}))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """Answers faults of the server; the server library logs them."""
-    return _json({"error": "the server failed; its log says why"}, 500)
 
 
 class _Measured:
