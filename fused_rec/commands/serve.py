@@ -64,10 +64,15 @@ def main(argv: list[str]) -> None:
 
     config = uvicorn.Config(
         create_app(service),
-        # Whatever else is installed, the same parts answer.
-        **{"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off", "proxy_headers": False},
-        # Addresses of requests hold ids of users, so none is logged.
-        **{"log_config": None, "log_level": "warning", "access_log": False, "server_header": False},
+        loop="asyncio",  # whatever else is installed, the same parts answer
+        http="h11",
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,  # addresses of requests hold ids of users
+        log_config=None,
+        log_level="warning",
         timeout_graceful_shutdown=math.ceil(2 * limits.timeout) + 1,
     )
     signal.signal(signal.SIGHUP, lambda number, frame: service.reload())
