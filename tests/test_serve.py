@@ -65,7 +65,7 @@ class Server:
     def __init__(self, folder: Path, *flags: str):
         command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}/served", "--port=0", *flags]
         compiled = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/xla", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment = os.environ | {"XLA_FLAGS": ""} | compiled
+        environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | compiled
         self.log = folder / "server.log"
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -114,6 +114,17 @@ def ranked(run: fr.Run, users: list[str], k: int = 10, **settings) -> list[dict]
     return [{"user_id": user, "items": rows} for user, rows in found.items()]
 
 
+def same(got: list[dict], expected: list[dict]) -> bool:
+    """Whether these are the same lists with the same scores, up to rounding."""
+    mine, its = ([row for listed in lists for row in listed["items"]] for lists in (got, expected))
+    return (
+        [(listed["user_id"], len(listed["items"])) for listed in got]
+        == [(listed["user_id"], len(listed["items"])) for listed in expected]
+        and [row | {"score": 0} for row in mine] == [row | {"score": 0} for row in its]
+        and [row["score"] for row in mine] == pytest.approx([row["score"] for row in its], rel=1e-4)
+    )
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,18 +133,16 @@ def test_answers_equal_those_of_the_run(run, client, folder):
     got = client.get("/v1/recommend", params={"user": "C0001"})
     assert got.status_code == 200 and got.headers["content-type"] == "application/json"
     assert got.json()["model"] == digest
-    assert got.json()["recommendations"] == ranked(run, ["C0001"], rules=RULES)
+    assert same(got.json()["recommendations"], ranked(run, ["C0001"], rules=RULES))
     users = [f"C{n:04d}" for n in (3, 1, 2, 9, 8, 7, 6, 5, 4, 12, 11)]
     asked = {"users": [*users, "C0001"], "k": 3, "where": "risk_band <= 4", "include_seen": True}
-    got = client.post("/v1/recommend", json=asked).json()
-    expected = ranked(run, users, 3, rules=RULES, where="risk_band <= 4", include_seen=True)
-    assert [list_of["user_id"] for list_of in got["recommendations"]] == users, "each once, in the order given"
-    for mine, its in zip(got["recommendations"], expected, strict=True):
-        assert [row["item_id"] for row in mine["items"]] == [row["item_id"] for row in its["items"]]
-        assert [row["score"] for row in mine["items"]] == pytest.approx([row["score"] for row in its["items"]])
+    got = client.post("/v1/recommend", json=asked).json()["recommendations"]
+    assert same(got, ranked(run, users, 3, rules=RULES, where="risk_band <= 4", include_seen=True)), (
+        "each once, in order"
+    )
     few = client.get("/v1/recommend?user=C0001&k=2&items=P001&items=P002&items=P003&include_seen=true").json()
     among = {"items": ["P001", "P002", "P003"], "include_seen": True}
-    assert few["recommendations"] == ranked(run, ["C0001"], 2, rules=RULES, **among)
+    assert same(few["recommendations"], ranked(run, ["C0001"], 2, rules=RULES, **among))
 
 
 def test_rules_hold_for_every_answer(run, client):
@@ -155,8 +164,9 @@ def test_explanations_do_not_name_other_users(run, client):
     [expected] = run.explain("C0001", [best])
     got = client.get("/v1/explain", params={"user": "C0001", "item": best})
     found = got.json()["explanation"]
-    assert found["score"] == expected["score"] and found["reasons"] == expected["reasons"]
-    assert [part["value"] for part in found["parts"]] == [part["value"] for part in expected["parts"]]
+    assert found["reasons"] == expected["reasons"] and found["score"] == pytest.approx(expected["score"], rel=1e-4)
+    values = [part["value"] for part in expected["parts"]]
+    assert [part["value"] for part in found["parts"]] == pytest.approx(values, rel=1e-3, abs=1e-6)
     others = {part["source"] for part in expected["parts"] if part["kind"].startswith("tie:")}
     assert others - {None}, "the run names them"
     assert set(re.findall(r"C\d{4}", got.text)) == {"C0001"}
@@ -304,7 +314,7 @@ def test_many_requests_at_once_are_answered_or_refused(server, client, run):
     assert set(statuses) <= {200, 503} and statuses.count(200) >= 32
     for user, answer in zip(users, answers, strict=True):
         if answer.status_code == 200:
-            assert answer.json()["recommendations"] == expected[user]
+            assert same(answer.json()["recommendations"], expected[user])
         else:
             refused(answer, 503, "32 requests are pending, the most")
             assert answer.headers["retry-after"] == "1"
@@ -360,7 +370,7 @@ def test_the_model_is_exchanged_under_load(server, client, folder, runs):
     pairs = {(name, user) for name, (user, _) in zip(named, answers, strict=True)}
     expected = {(name, user): ranked(runs[name], [user], rules=RULES) for name, user in pairs}
     for name, (user, answer) in zip(named, answers, strict=True):
-        assert answer.json()["recommendations"] == expected[name, user]
+        assert same(answer.json()["recommendations"], expected[name, user])
     wait_for_load(server, client, "done")
     assert client.get("/health").json()["model"] == model_digest(folder / "A")
 
