@@ -10,6 +10,7 @@ from fused_rec.data.dataset import printable
 
 MAX_ID = 1_000  # characters of an id
 MAX_WHERE = 2_000  # characters of a condition; each of its comparisons reads a column
+EXAMPLE = '{"users": ["ID"]}'
 FIELDS = ("users", "k", "where", "items", "include_seen")
 
 
@@ -108,9 +109,9 @@ def read_json(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f'the body cannot be read as JSON; send an object: {{"users": ["{"ID"}"]}}') from error
+        raise RequestError(400, f"the body cannot be read as JSON; send an object: {EXAMPLE}") from error
     if not isinstance(found, dict):
-        raise RequestError(400, f'the body is {shown(found)}; it must be an object: {{"users": ["{"ID"}"]}}')
+        raise RequestError(400, f"the body is {shown(found)}; it must be an object: {EXAMPLE}")
     return found
 
 
