@@ -13,6 +13,7 @@ from market import write_tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
+from fused_rec.evaluation.filters import parse
 
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {

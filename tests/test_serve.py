@@ -32,7 +32,7 @@ RULES = [
     {"name": "withdrawn", "refuse": {"items": ["P007"]}},
     {"name": "risk", "require": ["item.risk_band", "at_most", "user.risk_tolerance"], "allow_unknown": ["user"]},
 ]
-LIMITS = ("--max_users=20", "--max_k=12", "--max_body=4096", "--max_pending=32", "--timeout=1.5")
+LIMITS = ("--max_users=20", "--max_k=12", "--max_body=4096", "--max_pending=32", "--timeout=5")
 
 
 @pytest.fixture(scope="module")
@@ -287,18 +287,6 @@ def test_paths_methods_types_and_hosts_that_are_not_served(client):
     assert client.get("/health").status_code == 200
 
 
-def test_a_slow_body_holds_up_nobody(server, client):
-    head = (
-        "POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
-        slow.sendall(head.encode() + b"{")
-        for _ in range(3):
-            assert client.get("/v1/recommend?user=C0001").status_code == 200
-        answer = slow.recv(10_000).decode()
-    assert answer.startswith("HTTP/1.1 408") and "the body took more than 1.5 seconds" in answer
-
-
 # --- load and exchange -----------------------------------------------------------------------------------------------
 
 
@@ -309,9 +297,17 @@ async def gather(url: str, users: list[str], connections: int):
         return await asyncio.gather(*(client.get("/v1/recommend", params={"user": user}) for user in users))
 
 
-def test_many_requests_at_once_are_answered_or_refused(server, client, run):
+def test_many_requests_at_once_are_answered_or_refused(server, run):
+    """A client that does not send the rest of its body holds up nobody."""
     users = [f"C{1 + n % 60:04d}" for n in range(200)]
-    answers = asyncio.run(gather(server.url, users, connections=200))
+    head = (
+        "POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+        slow.sendall(head.encode() + b"{")
+        answers = asyncio.run(gather(server.url, users, connections=200))
+        late = slow.recv(10_000).decode()
+        assert late.startswith("HTTP/1.1 408") and "the body took more than 5 seconds" in late and not slow.recv(1)
     expected = {user: ranked(run, [user], rules=RULES) for user in set(users)}
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) <= {200, 503} and statuses.count(200) >= 32
