@@ -391,8 +391,8 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(server, client, folder):
 
 
 def test_it_ends_when_what_it_began_is_answered(folder):
-    slow = {"users": [f"C{n:04d}" for n in range(1, 61)], "where": f"risk_band in [{','.join('1' * 900)}]"}
-    with serving(folder) as server, httpx.Client(base_url=server.url, timeout=60) as watcher:
+    slow = {"users": [f"C{n:04d}" for n in range(1, 61)], "where": f"risk_band in [{','.join('1' * 300)}]"}
+    with serving(folder, "--timeout=60") as server, httpx.Client(base_url=server.url, timeout=60) as watcher:
         answers: list[Any] = []
         ready = threading.Barrier(8)
 
