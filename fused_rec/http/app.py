@@ -30,8 +30,8 @@ from fused_rec.http.requests import (
     RequestError,
     check_id,
     check_k,
-    read_json,
-    read_query,
+    parse_body,
+    parse_query,
     recommend_request,
     shown,
 )
@@ -150,21 +150,21 @@ def create_app(service: Service) -> Starlette:
 async def _recommend(service: Service, request: Request) -> Response:
     model, limits = service.model, service.limits
     if request.method == "POST":
-        values = read_json(await _body(request, limits))
+        values = parse_body(await _body(request, limits))
     else:
-        values = read_query(request.query_params.multi_items(), ("user",), ("k", "where", "items", "include_seen"))
+        values = parse_query(request.query_params.multi_items(), ("user",), ("k", "where", "items", "include_seen"))
         values["users"] = [values.pop("user")]
     return _json(await service.compute(model.recommend, recommend_request(values, limits)))
 
 
 async def _explain(service: Service, request: Request) -> Response:
-    values = read_query(request.query_params.multi_items(), ("user", "item"))
+    values = parse_query(request.query_params.multi_items(), ("user", "item"))
     user, item = (check_id(name, values[name]) for name in ("user", "item"))
     return _json(await service.compute(service.model.explain, user, item))
 
 
 async def _similar_items(service: Service, request: Request) -> Response:
-    values = read_query(request.query_params.multi_items(), ("item",), ("k",))
+    values = parse_query(request.query_params.multi_items(), ("item",), ("k",))
     item, k = check_id("item", values["item"]), check_k(values.get("k", 10), service.limits)
     return _json(await service.compute(service.model.similar_items, item, k))
 

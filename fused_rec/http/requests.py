@@ -57,7 +57,7 @@ class RecommendRequest:
     include_seen: bool = False
 
 
-def read_query(
+def parse_query(
     pairs: Iterable[tuple[str, str]], required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Reads the parameters of a query string.
@@ -94,7 +94,7 @@ def read_query(
     return found
 
 
-def read_json(body: bytes) -> dict[str, Any]:
+def parse_body(body: bytes) -> dict[str, Any]:
     """Reads the JSON object of a body.
 
     Args:
