@@ -109,7 +109,7 @@ def load_dataset(
 
     Example:
       dataset = fr.load_dataset("synthetic")
-      dataset = fr.load_dataset("path/to/tables", repair=True, min_value=4)
+      dataset = fr.load_dataset("path/to/tables", repair=True, k_core=2)
     """
     settings: dict[str, Any] = {"repair": repair, "k_core": k_core, "delimiter": delimiter, "encoding": encoding}
     settings["min_value"] = None if min_value is None else float(min_value)

@@ -403,7 +403,7 @@ class Run:
     def _embedded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Embeddings of users and items and the items' popularity, on the host."""
         users, items, popularity = self._scorer.args
-        return tuple(np.asarray(part, np.float32) for part in (users, items, popularity))
+        return np.asarray(users), np.asarray(items), np.asarray(popularity, np.float32)
 
     @functools.cached_property
     def _held(self) -> UserItemSets:

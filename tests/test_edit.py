@@ -8,7 +8,7 @@ import tiny
 from fused_rec.graph.adjacency import Adjacency, DegreeScale, build_adjacency, degree_scale, degrees_of
 from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.device_graph import device_graph
-from fused_rec.graph.edit import drop_edges, drop_interaction, find_edge
+from fused_rec.graph.edit import drop_edges, drop_interaction, find_edge, replace_interactions
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, Edges
 
@@ -50,6 +50,19 @@ def test_without_an_interaction_as_built_anew(gone):
     shapes = ([x.shape for x in jax.tree.leaves(graph)] for graph in (edited, whole))
     assert next(shapes) == next(shapes)
     assert jax.tree.structure(edited) == jax.tree.structure(whole)  # one compiled program for both
+
+
+def test_other_interactions_as_built_anew():
+    """One is gone, two are new, and all are in another order; the scale stays that of the graph before."""
+    user, item = np.append(tiny.HOLDER[:0:-1], [6, 6]), np.append(tiny.HELD[:0:-1], [5, 0])
+    edges = bidirectional_edges(INTERACTS, INTERACTED_BY, user, item, tiny.COUNTS)
+    scales = {relation: DegreeScale(0.7, 0.3, 0.9) for relation in edges}
+    expected = device_graph(
+        hetero_graph(tiny.COUNTS, tiny.relations(tiny.words()) | edges, tiny.words()), scales=scales
+    )
+    edited = replace_interactions(device_graph(tiny.graph(), scales=scales), user, item)
+    jax.tree.map(np.testing.assert_array_equal, edited, expected)
+    assert jax.tree.structure(edited) == jax.tree.structure(expected) and edited.relations == expected.relations
 
 
 def test_degrees_stay_standardized_as_by_another_graph():

@@ -27,9 +27,9 @@ NOT_HERE = {"fetch_dataset": "it downloads", "tune": "tests/test_tune.py runs it
 
 def documented() -> dict[str, str]:
     """Docstrings of the public names and of the methods and properties of `Run`, by name."""
-    found = {name: inspect.getdoc(getattr(fr, name)) for name in fr.__all__}
+    found = {name: inspect.getdoc(getattr(fr, name)) or "" for name in fr.__all__}
     methods = {name for name in vars(fr.Run) if not name.startswith("_")} - set(fr.Run.__dataclass_fields__)
-    return found | {f"Run.{name}": inspect.getdoc(getattr(fr.Run, name)) for name in methods}
+    return found | {f"Run.{name}": inspect.getdoc(getattr(fr.Run, name)) or "" for name in methods}
 
 
 def example(docstring: str) -> str:

@@ -59,7 +59,7 @@ def test_recommend_and_reasons(run, market):
         assert row["reasons"]
     with pytest.raises(ValueError, match="users is 'C0001', one string; give a list"):
         run.recommend("C0001")
-    with pytest.raises(ValueError, match="unknown item id 'P999'; tables has 30"):
+    with pytest.raises(ValueError, match="1 unknown item ids, first 'P999'; tables has 30"):
         run.explain("C0001", ["P999"])
 
 

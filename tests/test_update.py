@@ -58,14 +58,15 @@ def rows(folder: Path) -> pd.DataFrame:
 def new_rows(folder: Path) -> pd.DataFrame:
     """New pairs, one of them twice; old pairs, with an earlier and a later time; and a row without a time."""
     old = rows(folder)
-    first, last, newest = old.iloc[0], old.iloc[-1], int(old["timestamp"].max())
+    records = old.to_dict("records")
+    first, last, newest = records[0], records[-1], max(row["timestamp"] for row in records)
     held = set(zip(old["user_id"], old["item_id"], strict=True))
     pairs = [(f"C{u:04d}", f"P{i:03d}") for u in range(1, 9) for i in range(1, 31)]
     new = [pair for pair in pairs if pair not in held][::7][:8]
     given = [(*pair, newest + n * DAY) for n, pair in enumerate(new)]
     given += [(*new[0], newest - 90 * DAY), (*new[1], None)]
-    given += [(first.user_id, first.item_id, int(first.timestamp) - 200 * DAY)]
-    given += [(last.user_id, last.item_id, newest + DAY)]
+    given += [(first["user_id"], first["item_id"], int(first["timestamp"]) - 200 * DAY)]
+    given += [(last["user_id"], last["item_id"], newest + DAY)]
     frame = pd.DataFrame(given, columns=["user_id", "item_id", "timestamp"])
     return frame.astype({"timestamp": "Int64"})
 

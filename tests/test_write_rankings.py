@@ -55,6 +55,20 @@ def written(out: Path) -> dict:
     return write_rankings(out, MADE_OF, PARTS, drawn, "a command")
 
 
+def test_names_are_written_and_harmless(tmp_path):
+    def named(first: int) -> Iterator[tuple[pa.Table, dict]]:
+        for table, counts in drawn(first):
+            yield table.append_column("name", pa.array(["=SUM(1)", None, "a fund", "'quoted'"])), counts
+
+    for suffix, names in ((".parquet", ["=SUM(1)", None]), (".csv", ["'=SUM(1)", ""])):
+        out = tmp_path / f"ranked{suffix}"
+        write_rankings(out, MADE_OF, PARTS, named, "a command")
+        read = pq.read_table if suffix == ".parquet" else pyarrow.csv.read_csv
+        table = read(out)
+        assert table.column_names == [*SCHEMA.names, "name"] and len(table) == 4 * PARTS
+        assert table["name"].to_pylist()[:2] == names
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
 def test_the_file_and_its_log(tmp_path, suffix):
     out = tmp_path / f"ranked{suffix}"

@@ -90,6 +90,8 @@ def _compared(op: ast.cmpop, left: ast.expr, right: ast.expr, items: pa.Table) -
     if compare is None or not names:
         raise _NotAcceptedError(ast.unparse(ast.Compare(left, [op], [right])))
     kind = _column(names[0], items).type
+    if any(pa.types.is_null(_column(name, items).type) for name in names):  # a column without any value
+        return pa.nulls(items.num_rows, pa.bool_())
     sides = [_column(s.id, items) if isinstance(s, ast.Name) else _value(s, names[0], kind) for s in (left, right)]
     try:
         return compare(*sides)
@@ -112,8 +114,6 @@ def _value(node: ast.expr, name: str, kind: pa.DataType) -> pa.Scalar:
         value = ast.literal_eval(node)
     except ValueError as error:
         raise _NotAcceptedError(ast.unparse(node)) from error
-    if pa.types.is_null(kind):
-        return pa.scalar(None)
     expected, fits = "text in quotes", isinstance(value, str)
     if pa.types.is_boolean(kind):
         expected, fits = "True or False", isinstance(value, bool)

@@ -3,7 +3,8 @@
     python tests/stress/serve.py --workdir=runs/mine --connections=1,4,16 --seconds=20
 
 Starts `experiments.serve` on the run, asks for random users, and prints per number of connections the answers, the
-answers per second, and the median and 99th percentile of the seconds that a client waits. `--rules` serves with rules.
+answers per second, the median and 99th percentile of what a client waits, and the CPU time of the server per answer,
+which depends less on what else the machine does. `--rules` serves with rules.
 """
 
 import argparse
@@ -33,9 +34,16 @@ def asked(url: str, users: list[str], seed: int, until: float) -> list[float]:
     return waited
 
 
+def cpu_seconds(url: str) -> float:
+    """Returns what the server has used so far."""
+    [seconds] = re.findall(r"^process_cpu_seconds_total (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return float(seconds)
+
+
 def measured(url: str, users: list[str], connections: int, seconds: float) -> str:
     """Asks over so many connections at once; returns a line of the table."""
     waited: list[float] = []
+    used = cpu_seconds(url)
     until = time.perf_counter() + seconds
     threads = [
         threading.Thread(target=lambda seed=seed: waited.extend(asked(url, users, seed, until)))
@@ -45,8 +53,9 @@ def measured(url: str, users: list[str], connections: int, seconds: float) -> st
         thread.start()
     for thread in threads:
         thread.join()
+    used = (cpu_seconds(url) - used) / len(waited) * 1000
     half, most = np.percentile(waited, [50, 99]) * 1000
-    return f"| {connections} | {len(waited):,} | {len(waited) / seconds:,.0f} | {half:.1f} | {most:.1f} |"
+    return f"| {connections} | {len(waited):,} | {len(waited) / seconds:,.0f} | {half:.1f} | {most:.1f} | {used:.1f} |"
 
 
 def main() -> None:
@@ -66,7 +75,8 @@ def main() -> None:
         assert server.stdout is not None
         [url] = re.findall(r"http://\S+", server.stdout.readline())
         print(f"{dataset.n_users:,} users, {dataset.n_items:,} items")
-        print("| connections | answers | per second | median ms | p99 ms |\n|---:|---:|---:|---:|---:|")
+        print("| connections | answers | per second | median ms | p99 ms | CPU ms per answer |")
+        print("|---:|---:|---:|---:|---:|---:|")
         for connections in map(int, flags.connections.split(",")):
             print(measured(url, users, connections, flags.seconds), flush=True)
     finally:
