@@ -13,6 +13,7 @@ from market import write_tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
+from fused_rec.evaluation.filters import parse
 
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {
@@ -109,7 +110,19 @@ def test_rules_are_a_file_a_dictionary_or_a_list(run, folder):
 
 def test_a_few_customers_get_the_lists_that_they_get_among_all(run, market):
     """They are ranked on the host, all others by XLA."""
-    for settings in ({"k": 7}, {"k": 7, "include_seen": True}, {"k": 30, "where": "risk_band <= 3"}, {"k": 1000}):
+    rules = [
+        {"name": "risk", "require": ["item.risk_band", "at_most", "user.risk_tolerance"], "allow_unknown": ["user"]},
+        {"name": "withdrawn", "refuse": {"items": ["P003", "P007"]}},
+        {"name": "advised against", "refuse": {"pairs": [["C0005", "P001"], ["C0079", "P012"], ["C0001", "P002"]]}},
+    ]
+    under_rules = (
+        {"k": 30, "rules": rules},
+        {"k": 30, "rules": parse(json.dumps({"rules": rules})), "include_seen": True},
+        {"k": 30, "rules": rules[:1], "where": "risk_band <= 3"},
+        {"k": 30, "rules": [{"name": "seen", "refuse": "held"}]},
+    )
+    free = ({"k": 7}, {"k": 7, "include_seen": True}, {"k": 30, "where": "risk_band <= 3"}, {"k": 1000})
+    for settings in (*free, *under_rules):
         whole = run.recommend(**settings).to_pandas().set_index("user_id")
         for users in (["C0001"], ["C0079", "C0005", "C0080"]):
             few = run.recommend(users, **settings).to_pandas()
