@@ -25,7 +25,7 @@ from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.ranking import mean
 from fused_rec.evaluation.suitability import check_groups, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.decomposition import decompose
+from fused_rec.explanation.explained_model import explained_model
 from fused_rec.explanation.reasons import record
 from fused_rec.reporting.data import (
     ReportData,
@@ -377,8 +377,8 @@ def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str
       k: number of recommended items to explain, without `items`.
 
     Returns:
-      One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score, largest
-      first) and `reasons` (a code and a sentence each, strongest first).
+      One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score, those
+      without which it would change most first) and `reasons` (a code and a sentence each, strongest first).
 
     Raises:
       ValueError: an id is unknown, empty or of another type.
@@ -392,8 +392,8 @@ def explain(run: Run, user: Any, items: Any = None, k: int = 5) -> list[dict[str
     wanted = recommend(run, [user], k)["item_id"].to_pylist() if items is None else as_texts(items, "items")
     if not wanted:
         return []
-    decomposition = decompose(run.config, run.state.params, run.prepared.graph_inputs)
-    return record(decomposition, dataset, row, [_item_row(dataset, item) for item in wanted])
+    model = explained_model(run.config, run.state.params, run.prepared)
+    return record(model, row, [_item_row(dataset, item) for item in wanted])
 
 
 @computes

@@ -1,5 +1,7 @@
 """Removal of edges from a graph on the host, with weights and degrees as if they had never been there.
 
+What standardizes the degrees stays: it was fitted in training, as the parameters were that read them.
+
 Arrays keep their shapes, padded as those of `fused_rec.graph.adjacency.Adjacency`, so that a program compiled for the
 graph runs on the edited one too.
 """
