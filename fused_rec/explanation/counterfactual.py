@@ -224,10 +224,10 @@ def counterfactual_set(
         return None
     for size in range(1, LARGEST_SET + 1):
         if math.comb(len(search.sources), size - 1) > MOST_GRAPHS:
-            return search.greedy(smallest=False)
+            break
         if found := search.of_size(size):
             return found
-    return search.greedy(smallest=False)
+    return search.greedy()
 
 
 class _SetSearch:
@@ -288,11 +288,12 @@ class _SetSearch:
                     return found
         return None
 
-    def greedy(self, *, smallest: bool) -> CounterfactualSet | None:
+    def greedy(self) -> CounterfactualSet | None:
+        """The first set, source by source, without which the item leaves the top k."""
         gone: list[int] = []
         while len(gone) < len(self.sources):
             gone.append(int(self.leads(gone).argmin()))
-            if found := self.verified(gone, smallest=smallest):
+            if found := self.verified(gone, smallest=False):
                 return found
         return None
 

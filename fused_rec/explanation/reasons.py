@@ -4,6 +4,7 @@ Contributions sum to the score, and their shares are stated. Order is by effect:
 source (`fused_rec.explanation.leave_one_out`); a contribution without a source counts as itself.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from fused_rec.data.dataset import Dataset
+from fused_rec.explanation.counterfactual import CounterfactualSet
 from fused_rec.explanation.decomposition import (
     INTERACTION,
     LAUNCH,
@@ -123,6 +125,26 @@ def _sentence(dataset: Dataset, kind: str, source: np.ndarray, weight: np.ndarra
     if len(source) == 1:
         return f"1 customer tied to this one ({tie}) leans towards it"
     return f"{len(source)} customers tied to this one ({tie}) lean towards it"
+
+
+def set_sentence(dataset: Dataset, found: CounterfactualSet) -> str:
+    """Says without what another product would take an item's place; no other customer is named.
+
+    Args:
+      dataset: tables, for display names.
+      found: of `fused_rec.explanation.counterfactual.counterfactual_set`.
+    """
+    items = [source.row for source in found.sources if source.kind == INTERACTION]
+    parts = names(dataset.items.take(items), "item_id")
+    for kind, count in Counter(source.kind for source in found.sources if source.kind != INTERACTION).items():
+        customers = "1 customer" if count == 1 else f"{count} customers"
+        said = "with much the same text" if kind == SIMILAR_USERS else f"tied to this one ({kind.removeprefix(TIE)})"
+        parts.append(f"{customers} {said}")
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+    if found.entering < 0:
+        return f"Without {listed} it would not be listed."
+    [entering] = names(dataset.items.take([found.entering]), "item_id")
+    return f"Without {listed} it would be {entering}."
 
 
 def record(model: ExplainedModel, user: int, items: list[int]) -> list[dict[str, Any]]:
