@@ -90,7 +90,7 @@ def test_effects_are_those_of_recomputation(name):
     fusion = tiny.late_fusion() if config.model.late_fusion else None
     popularity = test_decomposition.graph_inputs().popularity
     if config.model.popularity_half_life:
-        popularity = item_counts(tiny.HELD, AGE, config.model.popularity_half_life, 6)
+        popularity = item_counts(tiny.HELD, OBSERVED.age, config.model.popularity_half_life, 6)
     graph_inputs = GraphInputs(market(), np.arange(6) < 5, popularity, fusion)
     params = disturbed(config, graph_inputs)
     model = leave_one_out(config, params, OBSERVED, graph_inputs)

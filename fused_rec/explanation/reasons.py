@@ -134,7 +134,7 @@ def set_sentence(dataset: Dataset, found: CounterfactualSet) -> str:
       dataset: tables, for display names.
       found: of `fused_rec.explanation.counterfactual.counterfactual_set`.
     """
-    items = [source.row for source in found.sources if source.kind == INTERACTION]
+    items = np.array([source.row for source in found.sources if source.kind == INTERACTION], np.int64)
     parts = names(dataset.items.take(items), "item_id")
     for kind, count in Counter(source.kind for source in found.sources if source.kind != INTERACTION).items():
         customers = "1 customer" if count == 1 else f"{count} customers"
