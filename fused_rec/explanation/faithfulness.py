@@ -176,8 +176,7 @@ def summary(found: Sequence[Curves], seed: int = 0) -> dict[str, Any]:
     if not found:
         raise ValueError(
             f"no user asked has {LEAST_SOURCES} sources that together raise the score by {LEAST_RISE:.0%}; ask for "
-            "others, "
-            "or train on tables in which users hold more"
+            "others, or train on tables in which users hold more"
         )
     report: dict[str, Any] = {}
     for kind in ("deletion", "insertion"):
