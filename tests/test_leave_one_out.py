@@ -114,7 +114,7 @@ def test_a_few_at_a_time_as_all_at_once(monkeypatch):
 def test_a_source_that_no_part_reads_has_no_effect():
     config, graph_inputs = CONFIGS["lightgcn"], GraphInputs(market(), np.arange(6) < 5, np.ones(6, np.float32))
     found = effects(leave_one_out(config, disturbed(config, graph_inputs), OBSERVED, graph_inputs), 0, [1, 5])
-    is_read = np.array([kind == "interaction" for kind in found.kind])
+    is_read = np.array([kind != "similar_text" for kind in found.kind])
     assert np.abs(found.value[is_read]).max() > 0.01
     assert not is_read.all() and not found.value[~is_read].any()
 

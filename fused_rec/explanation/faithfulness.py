@@ -30,7 +30,7 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 ORDERS = ("leave_one_out", "parts", "gradient", "attention", "random")
 SHARES = np.linspace(0, 1, 6)
 LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
-LEAST_RISE = 0.1  # of the score: smallest increase of it by all sources, by which curves are normalized
+LEAST_RISE = 0.05  # of the score: smallest increase of it by all sources, by which curves are normalized
 DRAWS = 10_000
 
 

@@ -89,7 +89,7 @@ def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inpu
     Returns:
       Embeddings of all layers, sparse matrices, and covariances of late fusion.
     """
-    graph, fusion = jax.device_get(graph_inputs.graph), graph_inputs.fusion
+    graph, fusion = graph_inputs.graph, graph_inputs.fusion
     parts = fusion.closed if fusion else ()
     closed = tuple(_Closed(jax.device_get(part), _covariance(np.asarray(part.target))) for part in parts)
     return LeaveOneOut(
@@ -284,23 +284,23 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
     items, user = branch.out[ITEM], change.user
     if cosine:
         user = user / np.sqrt((user * user).sum(1, keepdims=True) + TINY)
-    rows = items if len(wanted) == len(items) else items[wanted]
+    rows = items[wanted]
     scored = user @ rows.T
+    size, own = (user * user).sum(1), (rows * rows).sum(1)
+    spread = 1.0 if cosine else float(items.var(0).sum())
     terms = [(term.items[wanted].T, term.row) for term in change.terms if term.items is not None and term.row.any()]
-    for column, row in terms:
-        scored = scored + column * (row * user).sum(1)[:, None]
-    size = (user * user).sum(1)
+    if not terms:
+        return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
+    shape = len(user), len(rows)
+    columns = np.stack([np.broadcast_to(column, shape) for column, _ in terms], axis=2)  # [P, n, T]
+    changes = np.stack([row for _, row in terms], axis=1)  # [P, T, K]
+    scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]
     if not cosine:
-        return scored, size, float(items.var(0).sum())
-    own = (rows * rows).sum(1)[None]
-    squares = own
-    for number, (column, row) in enumerate(terms):
-        slope = 2 * (row @ rows.T) + column * (row * row).sum(1)[:, None]
-        for other, second in terms[:number]:
-            slope += other * (2 * (row * second).sum(1)[:, None])
-        squares = squares + column * slope
+        return scored, size, spread
+    turned = changes.swapaxes(1, 2)
+    squares = own + (columns * (2 * (rows @ turned) + columns @ (changes @ turned))).sum(2)
     for source, item in np.argwhere(squares < CANCELED * own):  # differences of large numbers: row by row
-        exact = rows[item] + sum(column[source % len(column), item] * row[source] for column, row in terms)
-        left = without_rounding(exact[None], rows[item][None])[0]
+        exact = rows[[item]] + columns[source, item] @ changes[source]
+        [left] = without_rounding(exact, rows[[item]])
         scored[source, item], squares[source, item] = left @ user[source], left @ left
-    return scored / np.sqrt(squares + TINY), size, 1.0
+    return scored / np.sqrt(squares + TINY), size, spread
