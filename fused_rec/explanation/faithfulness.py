@@ -30,7 +30,7 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 ORDERS = ("leave_one_out", "parts", "gradient", "attention", "random")
 SHARES = np.linspace(0, 1, 6)
 LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
-LEAST_RISE = 0.05  # of the score: smallest increase of it by all sources, by which curves are normalized
+LEAST_RISE = 0.05  # smallest increase of the score by all sources, by which curves are normalized
 DRAWS = 10_000
 
 
@@ -121,7 +121,7 @@ def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator
       rng: of the random order.
 
     Returns:
-      The curves; None with fewer than `LEAST_SOURCES` sources or a rise below `LEAST_RISE` of the score.
+      The curves; None with fewer than `LEAST_SOURCES` sources or a rise below `LEAST_RISE`.
     """
     user_sources = sources(model.inputs.graph_inputs.graph, model.leave_one_out.reverse, user)
     if len(user_sources) < LEAST_SOURCES:
@@ -138,9 +138,8 @@ def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator
         return known[gone.tobytes()]
 
     none = score(np.ones(len(user_sources), bool))
-    whole = score(np.zeros(len(user_sources), bool))
-    rise = whole - none
-    if rise < LEAST_RISE * abs(whole):
+    rise = score(np.zeros(len(user_sources), bool)) - none
+    if rise < LEAST_RISE:
         return None
     given = attributions(model, user, item, user_sources)
     given["random"] = rng.random(len(user_sources))
@@ -175,8 +174,8 @@ def summary(found: Sequence[Curves], seed: int = 0) -> dict[str, Any]:
     """
     if not found:
         raise ValueError(
-            f"no user asked has {LEAST_SOURCES} sources that together raise the score by {LEAST_RISE:.0%}; ask for "
-            "others, or train on tables in which users hold more"
+            f"no user asked has {LEAST_SOURCES} sources that together raise the score by {LEAST_RISE}; ask for others, "
+            "or train on tables in which users hold more"
         )
     report: dict[str, Any] = {}
     for kind in ("deletion", "insertion"):

@@ -27,6 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import numpy as np
+    from tqdm import tqdm
 
     from fused_rec.explanation.counterfactual import score_of, without_sources
     from fused_rec.explanation.decomposition import decompose, scores
@@ -43,7 +44,8 @@ def main() -> None:
     setup = time.process_time() - start
     rng = np.random.default_rng(arguments.seed)
     errors, counts, seconds, alone = [], [], [], []
-    for user in rng.permutation(prepared.dataset.n_users).tolist():
+    bar = tqdm(rng.permutation(prepared.dataset.n_users).tolist(), unit="user")
+    for user in bar:
         own, given = prepared.observed.item[prepared.observed.user == user], scores(decomposition, user).copy()
         given[own] = -np.inf
         item, named = int(given.argmax()), sources(model.graph, model.reverse, user)
@@ -58,8 +60,10 @@ def main() -> None:
             alone.append(time.process_time() - start)
             scale = max(abs(float(found.score[0])), 1e-3)
             errors.append(abs(float(found.score[0]) - after - float(found.value[place, 0])) / scale)
+        bar.set_postfix_str(f"{len(errors)} effects, largest difference {max(errors, default=0):.1e}")
         if len(errors) >= arguments.effects:
             break
+    bar.close()
     middle, last = (1000 * float(np.quantile(seconds, share)) for share in (0.5, 0.95))
     print(
         f"{prepared.dataset.name}: {len(errors)} effects of {len(counts)} users, median {np.median(counts):.0f} sources"
