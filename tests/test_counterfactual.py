@@ -61,6 +61,8 @@ def test_beyond_three_the_search_is_greedy_and_says_so(opened, left_out, monkeyp
     found = counterfactual_set(left_out, prepared, 0, before[0], 2, eligible(prepared, 0))
     assert found is not None and not found.smallest
     assert before[0] not in ranked(opened, 0, found.sources)[:2]
+    for source in found.sources:  # each is needed
+        assert before[0] in ranked(opened, 0, [other for other in found.sources if other != source])[:2]
     monkeypatch.setattr(subject, "LARGEST_SET", 0)
     assert counterfactual_set(left_out, prepared, 0, before[0], 24, eligible(prepared, 0)) is None
     assert counterfactual_set(left_out, prepared, 0, before[5], 3, eligible(prepared, 0)) is None  # not in the top 3

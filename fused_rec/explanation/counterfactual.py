@@ -205,8 +205,8 @@ def counterfactual_set(
 
     Sets of one source are tested by their effects, sets of two and three by the effects on the graph without one or two
     of them, in descending order of effect. Where none suffices, or three would take more than `MOST_GRAPHS` graphs,
-    sources are removed one by one, each time the one without which the item is ahead least. The set that is returned is
-    recomputed.
+    sources are removed one by one, each time the one without which the item is ahead least, and those that turn out not
+    to be needed are put back. The set that is returned is recomputed.
 
     Args:
       model: of `leave_one_out` for `prepared`.
@@ -289,13 +289,17 @@ class _SetSearch:
         return None
 
     def greedy(self) -> CounterfactualSet | None:
-        """The first set, source by source, without which the item leaves the top k."""
+        """The first set, source by source, without which the item leaves the top k, less what it does not need."""
         gone: list[int] = []
-        while len(gone) < len(self.sources):
+        found = None
+        while found is None and len(gone) < len(self.sources):
             gone.append(int(self.leads(gone).argmin()))
-            if found := self.verified(gone, smallest=False):
-                return found
-        return None
+            found = self.verified(gone, smallest=False)
+        for place in gone if found else ():
+            rest = [other for other in gone if other != place]
+            if smaller := self.verified(rest, smallest=False):
+                gone, found = rest, smaller
+        return found
 
     def verified(self, gone: list[int], *, smallest: bool) -> CounterfactualSet | None:
         """The set, if a recomputation confirms it."""
