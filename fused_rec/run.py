@@ -25,7 +25,7 @@ from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, mean
 from fused_rec.evaluation.suitability import suitable
 from fused_rec.evaluation.top_k import random_order
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.decomposition import ScoreDecomposition, decompose
+from fused_rec.explanation.explained_model import ExplainedModel, explained_model
 from fused_rec.explanation.reasons import record
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import (
@@ -256,7 +256,7 @@ class Run:
 
         Returns:
           One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score,
-          largest first) and `reasons` (a code and a sentence each, strongest first).
+          those without which it would change most first) and `reasons` (a code and a sentence each, strongest first).
 
         Raises:
           ValueError: an id is unknown, empty or of another type.
@@ -271,7 +271,7 @@ class Run:
         rows = find_rows(dataset, "item", as_texts(wanted, "items"))
         if not len(rows):
             return []
-        return record(self._decomposition, dataset, row, rows.tolist())
+        return record(self._explained, row, rows.tolist())
 
     @computes
     def counterfactual(self, user: Any, item: Any, without: Any) -> CounterfactualEffect:
@@ -432,8 +432,8 @@ class Run:
 
     @functools.cached_property
     @computes
-    def _decomposition(self) -> ScoreDecomposition:
-        return decompose(self.config, self.state.params, self.prepared.graph_inputs)
+    def _explained(self) -> ExplainedModel:
+        return explained_model(self.config, self.state.params, self.prepared)
 
     @functools.cached_property
     @computes
