@@ -25,8 +25,10 @@ from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, mean
 from fused_rec.evaluation.suitability import suitable
 from fused_rec.evaluation.top_k import random_order
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
+from fused_rec.explanation.counterfactual import counterfactual_set as smallest_set
+from fused_rec.explanation.decomposition import INTERACTION
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
-from fused_rec.explanation.reasons import record
+from fused_rec.explanation.reasons import record, set_sentence
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import (
     FEW,
@@ -299,6 +301,45 @@ class Run:
         candidates = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
         candidates[of] = True
         return counterfactual_effect(self.config, self.state.params, self.prepared, row, of, removed, candidates)
+
+    @computes
+    def counterfactual_set(self, user: Any, item: Any, k: int = 10) -> dict[str, Any] | None:
+        """Finds the smallest set of a user's sources without which an item leaves the k best.
+
+        Sources are interactions, social edges and users with similar text. The ranking without them is recomputed.
+
+        Args:
+          user: user id, as text or integer.
+          item: id of an item among the k best.
+          k: length of the list.
+
+        Returns:
+          `sources` (`kind` and `item_id` of each; None where it is another user), `smallest` (False where too many sets
+          would have had to be tested, and sources were removed one by one), `rank`, `rank_after`, `entering` (the id of
+          the item that enters the list, None if there is none) and `text`, a sentence. None if the item is not among
+          the k best, or stays there without any source.
+
+        Raises:
+          ValueError: an id is unknown, or the model is a baseline.
+
+        Example:
+          [best] = run.explain("C0001", k=1)
+          found = run.counterfactual_set("C0001", best["item_id"], k=1)
+        """
+        dataset = self.prepared.dataset
+        row, of = self._row("user", user), self._row("item", item)
+        eligible = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+        found = smallest_set(self._explained.leave_one_out, self.prepared, row, of, k, eligible)
+        if found is None:
+            return None
+        ids = dataset.items["item_id"]
+        named = [
+            {"kind": source.kind, "item_id": ids[source.row].as_py() if source.kind == INTERACTION else None}
+            for source in found.sources
+        ]
+        entering = None if found.entering < 0 else ids[found.entering].as_py()
+        ranks = {"rank": found.rank, "rank_after": found.rank_after, "entering": entering}
+        return {"sources": named, "smallest": found.smallest, **ranks, "text": set_sentence(dataset, found)}
 
     @computes
     def evaluate(self, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:

@@ -235,6 +235,16 @@ def test_what_if(run, market):
     assert changed.score_after != changed.score
 
 
+def test_the_set_without_which_an_item_is_not_the_first(run):
+    first, second = run.recommend(["C0001"], k=2)["item_id"].to_pylist()
+    found = run.counterfactual_set("C0001", first, k=1)
+    assert found["rank"] == 1 < found["rank_after"] and found["sources"] and found["entering"] not in (None, first)
+    assert run.counterfactual_set("C0001", second, k=1) is None
+    if found["smallest"] and [source["kind"] for source in found["sources"]] == ["interaction"]:
+        [source] = found["sources"]
+        assert run.counterfactual("C0001", first, without=source["item_id"]).rank_after > 1
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
