@@ -52,7 +52,7 @@ $(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
 
 $(VENV)/.installed-tests: $(VENV)/.installed
 	@echo "Installing the test tools and what single files need into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps,faiss,wandb,notebooks]"
+	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps,faiss,wandb,serve,notebooks]"
 	@touch $@
 
 docs: $(VENV)/.installed

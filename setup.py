@@ -64,6 +64,7 @@ setup(
         "tests": [
             "beartype>=0.22.1",
             "build>=1.2",
+            "httpx>=0.28.1",  # asks the server as clients do
             "hypothesis>=6.100",
             "ir-measures>=0.4",
             "pandas>=2.2.3",  # frames that tests hand over, as polars'
@@ -74,6 +75,11 @@ setup(
             "ruff>=0.15",
         ],
         "faiss": ["faiss-cpu>=1.15"],
+        "serve": [
+            "prometheus-client>=0.26",  # metrics in the text format that Prometheus reads
+            "starlette>=1.10",  # routes, requests and responses of the ASGI application
+            "uvicorn>=0.54",  # the HTTP server; without [standard], whose parts in C are not needed
+        ],
         "docs": ["furo>=2024.8", "myst-nb>=1.2", "sphinx>=8.0"],
         "plots": ["matplotlib>=3.9"],
         "notebooks": [

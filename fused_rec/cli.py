@@ -19,6 +19,7 @@ COMMANDS = {
     "recommend": "Rank items for users with a finished run, as CSV or Parquet.",
     "report": "Write one HTML page about a finished run.",
     "export": "Write a finished run as a folder of vectors, parameters, program and card.",
+    "serve": "Serve a finished run over HTTP: recommend, explain, similar items, health, metrics.",
     "faithfulness": "Measure whether explanations name what the scores rest on.",
     "compare": "Compare variants and baselines over seeds: means, intervals, tests, figures.",
     "density": "Measure when fusion pays: by training interactions per user and share of new items.",

@@ -6,11 +6,12 @@ U users, I items, D columns of a vector, P pairs.
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64
@@ -18,14 +19,16 @@ from jaxtyping import Float32, Int32, Int64
 from fused_rec.config import Config
 from fused_rec.data.io.tables import with_interactions
 from fused_rec.distributed.devices import computes
-from fused_rec.evaluation.filters import Side
+from fused_rec.evaluation.filters import Refuse, Require, Rule, Side
 from fused_rec.evaluation.item_sets import UserItemSets
-from fused_rec.evaluation.ranking import RankingSpec, mean
+from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, mean
 from fused_rec.evaluation.suitability import suitable
 from fused_rec.evaluation.top_k import random_order
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.decomposition import decompose
-from fused_rec.explanation.reasons import record
+from fused_rec.explanation.counterfactual import counterfactual_set as smallest_set
+from fused_rec.explanation.decomposition import INTERACTION
+from fused_rec.explanation.explained_model import ExplainedModel, explained_model
+from fused_rec.explanation.reasons import record, set_sentence
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import (
     FEW,
@@ -81,7 +84,7 @@ class Run:
         users: Any = None,
         k: int = 10,
         *,
-        rules: Rules | None = None,
+        rules: Rules | tuple[Rule, ...] | None = None,
         include_seen: bool = False,
         items: Any = None,
         where: str | None = None,
@@ -92,7 +95,8 @@ class Run:
         Args:
           users: user ids, as text or integers, in a list, an array or a column of a data frame; None = all users.
           k: items per user.
-          rules: suitability rules (`docs/SUITABILITY.md`): a JSON file, its content, or the list of rules.
+          rules: suitability rules (`docs/SUITABILITY.md`): a JSON file, its content, the list of rules, or rules
+            that `fused_rec.evaluation.filters.parse` returned.
           include_seen: also recommend items that the user has interacted with.
           items: ids of the items that may be recommended, as `users`; None = all items.
           where: condition on columns of the items that may be recommended, such as `"type == 'fund'"`: comparisons
@@ -113,19 +117,19 @@ class Run:
           run.recommend(rules=[{"name": "closed", "refuse": {"items": ["P007"]}}], items=["P003", "P007", "P012"])
         """
         dataset = self.prepared.dataset
-        given = () if rules is None else read_rules(rules)[0]
         among = candidate_items(dataset, items, where)
         rows = user_rows(dataset, users)
-        few = len(rows) <= FEW if not given else not len(rows)
-        if few and self.config.model.is_trained and (found := self._best(rows, k, among, include_seen=include_seen)):
+        given = self._candidates(_as_rules(rules), include_seen)
+        candidates = dataclasses.replace(given, items=among)
+        few = len(rows) <= FEW and self.config.model.is_trained
+        if few and (found := self._best(rows, k, candidates)):
             return ranking_table(dataset, rows, *found)
-        candidates = candidate_filter(dataset, given, include_seen=include_seen, items=among, held=self._held)
         recommender.require_table(dataset, len(rows), k)
         chunks = recommender.rank_chunks(self._scorer, dataset, candidates, rows, k, progress=progress)
         return pa.concat_tables([chunk.table for chunk in chunks])
 
     def _best(
-        self, rows: Int64[np.ndarray, "B"], k: int, among: Int64[np.ndarray, "C"] | None, *, include_seen: bool
+        self, rows: Int64[np.ndarray, "B"], k: int, candidates: CandidateFilter
     ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]] | None:
         """Ranks a few users on the host; None where `rank` has to say what is wrong."""
         users, vectors, popularity = self._embedded
@@ -134,11 +138,14 @@ class Run:
             return None
         equal = scores.max(1, keepdims=True) == scores.min(1, keepdims=True)
         scores = np.where(equal, popularity, scores)  # as `scores_of`
-        eligible = np.full(scores.shape, among is None)
-        if among is not None:
-            eligible[:, among] = True
-        for user, row in enumerate(rows) if not include_seen else ():
-            eligible[user, self._held.items[slice(*self._held.indptr[row : row + 2])]] = False
+        eligible = np.full(scores.shape, candidates.items is None)
+        if candidates.items is not None:
+            eligible[:, candidates.items] = True
+        for user, row in enumerate(rows):
+            for test in candidates.tests:  # one user at a time: each shape would be compiled
+                eligible[user] &= np.asarray(test(jnp.asarray(rows[user : user + 1], jnp.int32)))[0]
+            for excluded in candidates.excluded:
+                eligible[user, excluded.items[slice(*excluded.indptr[row : row + 2])]] = False
         return best_items(scores, eligible, self._places, min(k, len(vectors)))
 
     @computes
@@ -251,7 +258,7 @@ class Run:
 
         Returns:
           One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score,
-          largest first) and `reasons` (a code and a sentence each, strongest first).
+          those without which it would change most first) and `reasons` (a code and a sentence each, strongest first).
 
         Raises:
           ValueError: an id is unknown, empty or of another type.
@@ -266,9 +273,7 @@ class Run:
         rows = find_rows(dataset, "item", as_texts(wanted, "items"))
         if not len(rows):
             return []
-        return record(
-            decompose(self.config, self.state.params, self.prepared.graph_inputs), dataset, row, rows.tolist()
-        )
+        return record(self._explained, row, rows.tolist())
 
     @computes
     def counterfactual(self, user: Any, item: Any, without: Any) -> CounterfactualEffect:
@@ -296,6 +301,45 @@ class Run:
         candidates = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
         candidates[of] = True
         return counterfactual_effect(self.config, self.state.params, self.prepared, row, of, removed, candidates)
+
+    @computes
+    def counterfactual_set(self, user: Any, item: Any, k: int = 10) -> dict[str, Any] | None:
+        """Finds the smallest set of a user's sources without which an item leaves the k best.
+
+        Sources are interactions, social edges and users with similar text. The ranking without them is recomputed.
+
+        Args:
+          user: user id, as text or integer.
+          item: id of an item among the k best.
+          k: length of the list.
+
+        Returns:
+          `sources` (`kind` and `item_id` of each; None where it is another user), `smallest` (False where too many sets
+          would have had to be tested, and sources were removed one by one), `rank`, `rank_after`, `entering` (the id of
+          the item that enters the list, None if there is none) and `text`, a sentence. None if the item is not among
+          the k best, or stays there without any source.
+
+        Raises:
+          ValueError: an id is unknown, or the model is a baseline.
+
+        Example:
+          [best] = run.explain("C0001", k=1)
+          found = run.counterfactual_set("C0001", best["item_id"], k=1)
+        """
+        dataset = self.prepared.dataset
+        row, of = self._row("user", user), self._row("item", item)
+        eligible = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
+        found = smallest_set(self._explained.leave_one_out, self.prepared, row, of, k, eligible)
+        if found is None:
+            return None
+        ids = dataset.items["item_id"]
+        named = [
+            {"kind": source.kind, "item_id": ids[source.row].as_py() if source.kind == INTERACTION else None}
+            for source in found.sources
+        ]
+        entering = None if found.entering < 0 else ids[found.entering].as_py()
+        ranks = {"rank": found.rank, "rank_after": found.rank_after, "entering": entering}
+        return {"sources": named, "smallest": found.smallest, **ranks, "text": set_sentence(dataset, found)}
 
     @computes
     def evaluate(self, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
@@ -418,6 +462,21 @@ class Run:
         return np.asarray(random_order(n_items, RankingSpec.seed).places(n_items))
 
     @functools.cached_property
+    def _candidates(self) -> Callable[[tuple[Rule, ...], bool], CandidateFilter]:
+        """Compiles rules for (rules, include_seen), and keeps the last ones: a server asks with the same each time."""
+
+        @functools.lru_cache(maxsize=4)
+        def compiled(rules: tuple[Rule, ...], include_seen: bool) -> CandidateFilter:
+            return candidate_filter(self.prepared.dataset, rules, include_seen=include_seen, held=self._held)
+
+        return compiled
+
+    @functools.cached_property
+    @computes
+    def _explained(self) -> ExplainedModel:
+        return explained_model(self.config, self.state.params, self.prepared)
+
+    @functools.cached_property
     @computes
     def _vectors(self) -> tuple[Float32[np.ndarray, "U D"], Float32[np.ndarray, "I D"]]:
         return user_item_vectors(*self.model)
@@ -428,3 +487,11 @@ class Run:
 
     def _row(self, side: Side, given: Any) -> int:
         return int(find_rows(self.prepared.dataset, side, as_texts([given], f"{side}s"))[0])
+
+
+def _as_rules(rules: Rules | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
+    if rules is None:
+        return ()
+    if isinstance(rules, tuple) and (parsed := tuple(rule for rule in rules if isinstance(rule, Refuse | Require))):
+        return parsed
+    return read_rules(rules)[0]  # pyright: ignore[reportArgumentType]

@@ -106,7 +106,7 @@ run.recommend([customer], k=5).to_pandas()
 
 # %% [markdown]
 # A score decomposes exactly into contributions of the user's items, their own text, their social edges, and the
-# popularity of the item. The reasons are sentences about the largest contributions.
+# popularity of the item. The reasons are sentences about those without which the score would fall most.
 
 # %%
 best = run.explain(customer, k=1)[0]
@@ -119,7 +119,7 @@ ax = parts["value"].head(12)[::-1].plot.barh(figsize=(7, 3.4))
 _ = ax.set(xlabel=f"what it adds to the score of {best['item_id']}, {best['score']:.3f} in all")
 
 # %% [markdown]
-# A counterfactual recomputes score and rank without the interaction that contributes most.
+# A counterfactual recomputes score and rank without the interaction that has the largest effect.
 
 # %%
 interactions = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]

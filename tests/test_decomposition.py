@@ -288,23 +288,37 @@ def test_reasons_by_hand():
         ),
     )
     # In favour: holdings .5, popularity .29, referrals .2, the own id .01: 1 together.
-    assert [(reason.code, round(reason.share, 6)) for reason in reasons(MARKET, split)] == [
+    assert [(reason.code, round(reason.share, 6)) for reason in reasons(MARKET, split, split.value)] == [
         ("INTERACTIONS", 0.5),
         ("POPULAR", 0.29),
         ("TIES", 0.2),
     ]
-    assert [reason.text for reason in reasons(MARKET, split)] == [
+    assert [reason.text for reason in reasons(MARKET, split, split.value)] == [
         "The customer holds Bond fund and Cash and 1 more (50% of what speaks for it).",
         "How many customers hold it (29% of what speaks for it).",
         "1 customer tied to this one (referral) leans towards it (20% of what speaks for it).",
     ]
 
 
+def test_reasons_are_ordered_by_effects():
+    """Without a source the score changes by another amount than its part; a part without a source counts as itself."""
+    split = data_split((INTERACTION, 0, 0.3), (INTERACTION, 2, 0.2), ("tie:referral", 1, 0.1), ("own_text", -1, 0.4))
+    found = reasons(MARKET, split, np.array([[0.1], [0.15], [0.5], [np.nan]]))
+    assert [(reason.code, round(reason.share, 6)) for reason in found] == [
+        ("TIES", 0.1),
+        ("OWN_TEXT", 0.4),
+        ("INTERACTIONS", 0.5),
+    ]
+    assert found[2].text.startswith("The customer holds Bond fund and Cash (")
+
+
 def test_no_customer_is_said_to_hold_a_new_item():
-    [reason] = reasons(MARKET, data_split((POPULARITY, -1, 0.0), (LAUNCH, -1, 0.3)))
+    split = data_split((POPULARITY, -1, 0.0), (LAUNCH, -1, 0.3))
+    [reason] = reasons(MARKET, split, np.full((2, 1), np.nan))
     assert reason[:2] == ("NEW", "It is new, and customers are expected to take it (100% of what speaks for it).")
 
 
 def test_where_nothing_speaks_for_an_item():
-    [reason] = reasons(MARKET, data_split((INTERACTION, 0, -0.2), (POPULARITY, -1, 0.0)))
+    split = data_split((INTERACTION, 0, -0.2), (POPULARITY, -1, 0.0))
+    [reason] = reasons(MARKET, split, split.value)
     assert (reason.code, reason.share) == ("NO_POSITIVE_CONTRIBUTION", 0.0)

@@ -15,19 +15,12 @@ from fused_rec.config import Config, GraphConfig, ModelConfig, TextConfig
 from fused_rec.data.splits import split
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.explanation import faithfulness as subject
-from fused_rec.explanation.counterfactual import without_interaction
+from fused_rec.explanation.counterfactual import without_interaction, without_sources
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, contributions, decompose
-from fused_rec.explanation.faithfulness import (
-    SHARES,
-    SIMILAR,
-    Curves,
-    area,
-    attributions,
-    curves,
-    sources,
-    summary,
-    without_sources,
-)
+from fused_rec.explanation.explained_model import explained_model
+from fused_rec.explanation.faithfulness import SHARES, Curves, area, attributions, curves, summary
+from fused_rec.explanation.sources import SIMILAR, Source, reverse_relations
+from fused_rec.explanation.sources import sources as sources_of
 from fused_rec.graph.build import build
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS
@@ -58,6 +51,10 @@ def opened(tmp_path_factory):
 def given(config, params, graph_inputs, user) -> np.ndarray:
     users, items = jax.jit(embed_nodes, static_argnums=0)(config, params, graph_inputs)
     return np.asarray(users[user] @ items.T)
+
+
+def sources(graph_inputs, user) -> list[Source]:
+    return sources_of(graph_inputs.graph, reverse_relations(graph_inputs.graph), user)
 
 
 def a_user(prepared) -> int:
@@ -113,7 +110,8 @@ def test_without_holdings_and_ties_as_built_anew(opened):
     )
     graph = build(prepared.dataset, less, text, config.graph)
     popularity = item_counts(less.item, less.age, config.model.popularity_half_life, prepared.dataset.n_items)
-    anew = GraphInputs(device_graph(graph), prepared.graph_inputs.trained_items, popularity)
+    scales = {relation: a.scale for relation, a in prepared.graph_inputs.graph.adjacencies.items()}
+    anew = GraphInputs(device_graph(graph, scales=scales), prepared.graph_inputs.trained_items, popularity)
     graph_inputs = without_sources(config, observed, prepared.graph_inputs, user, gone)
     for other in (user, (user + 1) % prepared.dataset.n_users):
         expected = given(config, params, anew, other)
@@ -155,8 +153,8 @@ def test_mutual_ties_are_their_own_way_back(opened):
 def test_gradients_are_differences(opened):
     config, prepared, params, *_ = opened
     user, item, graph_inputs = a_user(prepared), 5, prepared.graph_inputs
-    user_sources, decomposition = sources(graph_inputs, user), decompose(config, params, graph_inputs)
-    found = attributions(config, params, graph_inputs, decomposition, user, item, user_sources)
+    user_sources = sources(graph_inputs, user)
+    found = attributions(explained_model(config, params, prepared), user, item, user_sources)
     for number in range(0, len(user_sources), 3):
         scored = []
         for factor in (0.9, 1.1):
@@ -176,9 +174,9 @@ def test_attention_is_the_part_without_its_direction(opened):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1, variant="graph"))
     params = init(config, prepared.graph_inputs).params
     user, item = a_user(prepared), 5
-    user_sources, decomposition = sources(prepared.graph_inputs, user), decompose(config, params, prepared.graph_inputs)
-    found = attributions(config, params, prepared.graph_inputs, decomposition, user, item, user_sources)
-    [branch] = decomposition.branches
+    user_sources, model = sources(prepared.graph_inputs, user), explained_model(config, params, prepared)
+    found = attributions(model, user, item, user_sources)
+    [branch] = model.decomposition.branches
     for source, part, weight in zip(user_sources, found["parts"], found["attention"], strict=True):
         relation = source.edges[0][0]
         if relation in branch.weights.edge:
@@ -195,10 +193,10 @@ def test_curves_are_scores_without_the_first(opened, monkeypatch):
     user, item = a_user(prepared), 5
     monkeypatch.setattr(subject, "LEAST_SOURCES", 1)
     draw = functools.partial(np.random.default_rng, 3)
-    decomposition, user_sources = decompose(config, params, prepared.graph_inputs), sources(prepared.graph_inputs, user)
-    found = curves(config, params, prepared, decomposition, user, item, draw())
+    model, user_sources = explained_model(config, params, prepared), sources(prepared.graph_inputs, user)
+    found = curves(model, user, item, draw())
     assert found is not None
-    order = attributions(config, params, prepared.graph_inputs, decomposition, user, item, user_sources)
+    order = attributions(model, user, item, user_sources)
     order["random"] = draw().random(len(user_sources))
 
     def score(gone) -> float:
@@ -215,7 +213,7 @@ def test_curves_are_scores_without_the_first(opened, monkeypatch):
         assert found.deletion[name][2] == pytest.approx((score(first) - nothing) / found.rise, rel=1e-4, abs=1e-5)
         assert found.insertion[name][2] == pytest.approx((score(rest) - nothing) / found.rise, rel=1e-4, abs=1e-5)
     monkeypatch.setattr(subject, "LEAST_RISE", 1e6)
-    assert curves(config, params, prepared, decomposition, user, item, draw()) is None
+    assert curves(model, user, item, draw()) is None
 
 
 def test_a_summary_by_hand():
@@ -225,15 +223,15 @@ def test_a_summary_by_hand():
     step = np.array([1.0, *[0.0] * 5])
 
     def one(own: np.ndarray) -> Curves:
-        return Curves(0.1, {name: own if name == "parts" else down for name in subject.ORDERS},
+        return Curves(0.1, {name: own if name == "leave_one_out" else down for name in subject.ORDERS},
                       dict.fromkeys(subject.ORDERS, up))  # fmt: skip
 
     report = summary([one(step), one(step)])
-    assert report["deletion"]["parts"]["area"] == pytest.approx(0.1)
+    assert report["deletion"]["leave_one_out"]["area"] == pytest.approx(0.1)
     assert report["deletion"]["random"]["difference"] == pytest.approx({"mean": -0.4, "low": -0.4, "high": -0.4})
     assert report["insertion"]["random"]["difference"] == pytest.approx({"mean": 0, "low": 0, "high": 0})
     assert report["insertion"]["attention"]["curve"] == pytest.approx(up.tolist())
-    mixed = summary([one(step), one(down)])["deletion"]["parts"]
+    mixed = summary([one(step), one(down)])["deletion"]["leave_one_out"]
     assert (mixed["low"], mixed["area"], mixed["high"]) == pytest.approx((0.1, 0.3, 0.5))
     with pytest.raises(ValueError, match="ask for others"):
         summary([])

@@ -36,6 +36,7 @@ LAYERS = (
     "reporting",
     "run",
     "api",
+    "http",
     "commands",  # parse flags and delegate
     "cli",  # imports the module of the chosen command alone
 )
@@ -98,6 +99,9 @@ ONLY_IN = {
     "sklearn": ("text/tfidf.py", "baselines/linear.py"),  # imported where used: it takes a second
     "faiss": ("serving/export_bundle.py",),  # an extra, imported where used
     "wandb": ("runs/loggers.py",),  # an extra, imported where used: it may speak to the network
+    "starlette": ("http/app.py",),  # an extra; commands/serve.py imports this file where it is used
+    "prometheus_client": ("http/metrics.py",),  # the same extra
+    "uvicorn": ("commands/serve.py",),  # the same extra, imported where used
     "matplotlib": ("evaluation/plots.py",),  # an extra, imported where used; its global state (pyplot) nowhere
     **dict.fromkeys(("torch", "torch_geometric", "recbole", "sentence_transformers"), ("experiments/competitors/*",)),
     **dict.fromkeys(("pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"), ()),

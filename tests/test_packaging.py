@@ -20,7 +20,13 @@ from fused_rec.kernels import LIBRARY
 
 ROOT = Path(__file__).parents[1]
 # Where the name to install differs from the name to import.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "faiss": "faiss-cpu"}
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "faiss": "faiss-cpu",
+    "prometheus_client": "prometheus-client",
+}
 # What one file alone needs is an extra.
 EXTRAS = {
     "studies/tune.py": "sweeps",
@@ -28,6 +34,9 @@ EXTRAS = {
     "evaluation/plots.py": "plots",
     "serving/export_bundle.py": "faiss",
     "runs/loggers.py": "wandb",
+    "http/app.py": "serve",
+    "http/metrics.py": "serve",
+    "commands/serve.py": "serve",
 }
 
 

@@ -13,6 +13,7 @@ from market import write_tables
 from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
+from fused_rec.evaluation.filters import parse
 
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {
@@ -109,7 +110,19 @@ def test_rules_are_a_file_a_dictionary_or_a_list(run, folder):
 
 def test_a_few_customers_get_the_lists_that_they_get_among_all(run, market):
     """They are ranked on the host, all others by XLA."""
-    for settings in ({"k": 7}, {"k": 7, "include_seen": True}, {"k": 30, "where": "risk_band <= 3"}, {"k": 1000}):
+    rules = [
+        {"name": "risk", "require": ["item.risk_band", "at_most", "user.risk_tolerance"], "allow_unknown": ["user"]},
+        {"name": "withdrawn", "refuse": {"items": ["P003", "P007"]}},
+        {"name": "advised against", "refuse": {"pairs": [["C0005", "P001"], ["C0079", "P012"], ["C0001", "P002"]]}},
+    ]
+    under_rules = (
+        {"k": 30, "rules": rules},
+        {"k": 30, "rules": parse(json.dumps({"rules": rules})), "include_seen": True},
+        {"k": 30, "rules": rules[:1], "where": "risk_band <= 3"},
+        {"k": 30, "rules": [{"name": "seen", "refuse": "held"}]},
+    )
+    free = ({"k": 7}, {"k": 7, "include_seen": True}, {"k": 30, "where": "risk_band <= 3"}, {"k": 1000})
+    for settings in (*free, *under_rules):
         whole = run.recommend(**settings).to_pandas().set_index("user_id")
         for users in (["C0001"], ["C0079", "C0005", "C0080"]):
             few = run.recommend(users, **settings).to_pandas()
@@ -220,6 +233,16 @@ def test_what_if(run, market):
     changed = run.counterfactual("C0001", best["item_id"][0].as_py(), without=ids[item[0]])
     assert changed.rank == 1 and changed.score == pytest.approx(best["score"][0].as_py(), rel=1e-4)
     assert changed.score_after != changed.score
+
+
+def test_the_set_without_which_an_item_is_not_the_first(run):
+    first, second = run.recommend(["C0001"], k=2)["item_id"].to_pylist()
+    found = run.counterfactual_set("C0001", first, k=1)
+    assert found["rank"] == 1 < found["rank_after"] and found["sources"] and found["entering"] not in (None, first)
+    assert run.counterfactual_set("C0001", second, k=1) is None
+    if found["smallest"] and [source["kind"] for source in found["sources"]] == ["interaction"]:
+        [source] = found["sources"]
+        assert run.counterfactual("C0001", first, without=source["item_id"]).rank_after > 1
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

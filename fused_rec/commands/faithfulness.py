@@ -3,12 +3,11 @@
     python -m experiments.faithfulness --workdir=runs/lastfm --users=200 --out=faithfulness.json
 
 For a random sample of users and the item ranked first for each, the user's interactions and neighbors are removed
-(deletion) and restored (insertion) in the order of the contributions, and in three other orders; each score is
+(deletion) and restored (insertion) in the order of their leave-one-out effects, and in other orders; each score is
 recomputed. Writes curves and areas as JSON and, beside it, as a figure (needs the extra `plots`).
 docs/EXPLANATIONS.md has measured tables.
 """
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from tqdm import tqdm
 from fused_rec.commands.launch import command
 from fused_rec.commands.places import DEFINE_path, DEFINE_run, written_file
 from fused_rec.evaluation.plots import by_share
-from fused_rec.explanation.decomposition import decompose, scores
-from fused_rec.explanation.faithfulness import SHARES, curves, summary
+from fused_rec.explanation.decomposition import scores
+from fused_rec.explanation.explained_model import explained_model
+from fused_rec.explanation.faithfulness import ORDERS, SHARES, curves, summary
 from fused_rec.runs.run_dir import write_json
 from fused_rec.serving.recommender import load_measured
 from fused_rec.storage import write_figure
@@ -38,10 +38,7 @@ def main(argv: list[str]) -> None:
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
     config, prepared, state = load_measured(WORKDIR.value, "test", data_path=DATA_PATH.value, cache=CACHE.value)
-    decomposition = decompose(config, state.params, prepared.graph_inputs)
-    params = jax.device_put(state.params)
-    graph_inputs = dataclasses.replace(prepared.graph_inputs, graph=jax.device_put(prepared.graph_inputs.graph))
-    prepared = dataclasses.replace(prepared, graph_inputs=graph_inputs)
+    model = explained_model(config, jax.device_put(state.params), prepared)
     rng = np.random.default_rng(SEED.value)
     found, asked = [], 0
     with tqdm(total=USERS.value, desc="faithfulness", unit="customer") as bar:
@@ -51,9 +48,9 @@ def main(argv: list[str]) -> None:
             asked += 1
             bar.set_postfix_str(f"{asked} asked")
             own = prepared.observed.item[prepared.observed.user == user]
-            given = scores(decomposition, user).copy()
+            given = scores(model.decomposition, user).copy()
             given[own] = -np.inf
-            one = curves(config, params, prepared, decomposition, user, int(given.argmax()), rng)
+            one = curves(model, user, int(given.argmax()), rng)
             if one is not None:
                 found.append(one)
                 bar.update()
@@ -70,11 +67,11 @@ def main(argv: list[str]) -> None:
     write_json(out, report)
     print(f"{report['data']}, {report['split']} split: {len(found)} customers of {asked} asked\n")
     for kind, better in (("deletion", "lower is better"), ("insertion", "higher is better")):
-        print(f"{kind}, area under the curve ({better})    parts less this order, 95 %")
+        print(f"{kind}, area under the curve ({better})    {ORDERS[0]} less this order, 95 %")
         for name, row in report[kind].items():
             apart = row["difference"]
             mean = f"{row['area']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-            print(f"  {name:10s} {mean}   {apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})")
+            print(f"  {name:13s} {mean}   {apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})")
     print(f"numbers: {out}")
     if importlib.util.find_spec("matplotlib") is None:
         print('the figure needs Matplotlib: pip install -e ".[plots]", then the same again')

@@ -45,12 +45,13 @@ from fused_rec.commands.places import (
     existing_file,
     written_file,
 )
-from fused_rec.data.dataset import Dataset, digest
+from fused_rec.data.dataset import digest
 from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.data.io.id_lists import read_ids
 from fused_rec.evaluation.suitability import exclusion_counts
-from fused_rec.explanation.decomposition import ScoreDecomposition, decompose, require_trained
+from fused_rec.explanation.decomposition import require_trained
+from fused_rec.explanation.explained_model import ExplainedModel, explained_model
 from fused_rec.explanation.reasons import record
 from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
@@ -102,9 +103,9 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
             )
 
 
-def write_reasons(decomposition: ScoreDecomposition, dataset: Dataset, out: Path, rows: int) -> Path:
+def write_reasons(model: ExplainedModel, out: Path, rows: int) -> Path:
     """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
-    file = out.with_name(REASONS)
+    file, dataset = out.with_name(REASONS), model.inputs.dataset
     ids = {
         name: table.column(name).combine_chunks()
         for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
@@ -118,7 +119,7 @@ def write_reasons(decomposition: ScoreDecomposition, dataset: Dataset, out: Path
                 )
                 starts = np.flatnonzero(np.diff(user, prepend=-1))
                 for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
-                    for row in record(decomposition, dataset, int(user[start]), item[start:end].tolist()):
+                    for row in record(model, int(user[start]), item[start:end].tolist()):
                         stream.write(json.dumps(row, ensure_ascii=True) + "\n")
                     bar.update(int(end - start))
 
@@ -184,8 +185,8 @@ def main(argv: list[str]) -> None:
         f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"
     )
     if EXPLAIN.value:
-        decomposition = decompose(config, state.params, prepared.graph_inputs)
-        print(f"reasons: {write_reasons(decomposition, dataset, out, exclusions['recommendations'])}")
+        model = explained_model(config, state.params, prepared)
+        print(f"reasons: {write_reasons(model, out, exclusions['recommendations'])}")
     if exclusions["users_with_short_list"]:
         print(
             f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "

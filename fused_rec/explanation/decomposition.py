@@ -53,6 +53,13 @@ OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY, LAUNCH = (
 TIE = "tie:"  # prefix of the social relations, whose names come from the tables
 
 
+def source_kind(relation: Relation) -> str:
+    """Returns the kind of contributions whose sources are connected to the user by a relation."""
+    if relation == INTERACTED_BY:
+        return INTERACTION
+    return SIMILAR_USERS if relation.name == SIMILAR_USERS else TIE + relation.name
+
+
 class BranchTerms(NamedTuple):
     """Embeddings of one branch by layer, split into parts from ID embeddings (`ids`) and from text (`text`).
 
@@ -334,13 +341,7 @@ def _terms(decomposition: ScoreDecomposition, branch: BranchTerms, user: int) ->
             * sum(f * h[relation.source][senders] for f, h in zip(factors, every, strict=False))
             for every in (branch.ids, branch.text)
         )
-        kind = (
-            INTERACTION
-            if relation == INTERACTED_BY
-            else relation.name
-            if relation.name == SIMILAR_USERS
-            else TIE + relation.name
-        )
+        kind = source_kind(relation)
         for sender, from_ids, from_text in zip(senders.tolist(), ids, text, strict=True):
             yield (kind, sender), from_ids, from_text
 

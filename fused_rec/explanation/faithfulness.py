@@ -17,31 +17,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from fused_rec.config import Config
-from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.significance import paired_bootstrap, resampled_means
-from fused_rec.explanation.counterfactual import edited_inputs
-from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, TIE, ScoreDecomposition, contributions
-from fused_rec.graph.adjacency import Adjacency
-from fused_rec.graph.edit import drop_edges, find_edge
-from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, USER, Relation
-from fused_rec.training.inputs import Prepared
+from fused_rec.explanation.counterfactual import score_of, without_sources
+from fused_rec.explanation.decomposition import contributions
+from fused_rec.explanation.explained_model import ExplainedModel
+from fused_rec.explanation.leave_one_out import effects
+from fused_rec.explanation.sources import Source, sources
+from fused_rec.graph.schema import Relation
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
-ORDERS = ("parts", "gradient", "attention", "random")
+ORDERS = ("leave_one_out", "parts", "gradient", "attention", "random")
 SHARES = np.linspace(0, 1, 6)
 LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
 LEAST_RISE = 0.05  # smallest increase of the score by all sources, by which curves are normalized
-SIMILAR = Relation(USER, SIMILAR_USERS, USER)
 DRAWS = 10_000
-
-
-class Source(NamedTuple):
-    """Neighbor of the user and the edges removed with it: (relation, index of the edge)."""
-
-    kind: str
-    row: int
-    edges: tuple[tuple[Relation, int], ...]
 
 
 class Curves(NamedTuple):
@@ -58,102 +48,29 @@ class Curves(NamedTuple):
     insertion: dict[str, Float[np.ndarray, "S"]]
 
 
-def sources(graph_inputs: GraphInputs, user: int) -> list[Source]:
-    """Lists the in-neighbors of a user, named as in `decomposition.contributions`.
-
-    Args:
-      graph_inputs: of which the graph counts.
-      user: user row.
-
-    Returns:
-      The sources. An interaction or social edge includes its reverse edge; a text-kNN edge has none.
-    """
-    found, adjacencies = [], graph_inputs.graph.adjacencies
-    for relation, adjacency in adjacencies.items():
-        if relation.target != USER:
-            continue
-        kind = (
-            INTERACTION if relation == INTERACTED_BY else SIMILAR_USERS if relation == SIMILAR else TIE + relation.name
-        )
-        back = None if relation == SIMILAR else _reverse(adjacencies, relation)
-        for edge in range(*np.asarray(adjacency.receiver_start[user : user + 2]).tolist()):
-            sender = int(adjacency.senders[edge])
-            edges = [(relation, edge)]
-            if back is not None:
-                edges.append((back, find_edge(adjacencies[back], user, sender)))
-            found.append(Source(kind, sender, tuple(edges)))
-    return found
-
-
-def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> Relation:
-    """Returns the relation with the reverse edges; a symmetric relation is its own reverse."""
-    if relation == INTERACTED_BY:
-        return INTERACTS
-    names = relation.name, f"{relation.name}_of", relation.name.removesuffix("_of")
-    one = adjacencies[relation]
-    turned = np.stack([one.senders, one.receivers])[:, one.by_sender]
-    for other in (Relation(USER, name, USER) for name in names):
-        back = adjacencies.get(other)
-        if back is not None and np.array_equal(turned, np.stack([back.receivers, back.senders])):
-            return other
-    raise ValueError(f"no relation has the reverse edges of {relation}; build the graph with `build`")
-
-
-def without_sources(
-    config: Config, observed: Observed, graph_inputs: GraphInputs, user: int, gone: Sequence[Source]
-) -> GraphInputs:
-    """Removes sources of a user from the graph inputs, by `fused_rec.graph.edit.drop_edges`.
-
-    As in `fused_rec.explanation.counterfactual` text features stay.
-
-    Args:
-      config: settings of the run.
-      observed: training interactions.
-      graph_inputs: graph and item statistics.
-      user: user row.
-      gone: sources to remove.
-
-    Returns:
-      The changed inputs.
-    """
-    edges: dict[Relation, list[int]] = {}
-    for source in gone:
-        for relation, edge in source.edges:
-            edges.setdefault(relation, []).append(edge)
-    changed = dataclasses.replace(graph_inputs, graph=drop_edges(graph_inputs.graph, edges))
-    items = [source.row for source in gone if source.kind == INTERACTION]
-    return edited_inputs(config, observed, changed, user, items)
-
-
 def attributions(
-    config: Config,
-    params: PyTree,
-    graph_inputs: GraphInputs,
-    decomposition: ScoreDecomposition,
-    user: int,
-    item: int,
-    user_sources: Sequence[Source],
+    model: ExplainedModel, user: int, item: int, user_sources: Sequence[Source]
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Attributes a score to the user's sources by each of `ORDERS` except random.
 
     Args:
-      config: settings of the run.
-      params: parameters.
-      graph_inputs: graph and item statistics.
-      decomposition: of the model.
+      model: of `fused_rec.explanation.explained_model.explained_model`.
       user: user row.
       item: item row.
       user_sources: `sources` of the user.
 
     Returns:
-      By order, a value per source. parts: its contribution (`decomposition.contributions`). gradient: the derivative of
+      By order, a value per source. leave_one_out: its effect. parts: its contribution. gradient: the derivative of
       the score by a factor on all edges of the source (gradient x input), including their effect on norms and other
       nodes. attention: the source's weight in the user's embedding, summed over layers, times the norm of the item's
       embedding, as a heat map of edge weights shows.
     """
+    graph_inputs, decomposition = model.inputs.graph_inputs, model.decomposition
     split = contributions(decomposition, user, [item])
     of = dict(zip(zip(split.kind, split.source.tolist(), strict=True), split.value[:, 0], strict=True))
-    slope = {r: np.asarray(g) for r, g in _slope(compile_key(config), params, graph_inputs, user, item).items()}
+    slope = {
+        r: np.asarray(g) for r, g in _slope(compile_key(model.config), model.params, graph_inputs, user, item).items()
+    }
     attention = np.zeros(len(user_sources))
     for branch in decomposition.branches:
         given, size = branch.weights, np.linalg.norm(branch.items[item]) / branch.user_norm[user]
@@ -165,6 +82,7 @@ def attributions(
                     size * factor * given.edge[relation][edge] * given.source_scale[relation][source.row]
                 )
     return {
+        "leave_one_out": effects(model.leave_one_out, user, [item]).value[:, 0],
         "parts": np.array([of.get((source.kind, source.row), 0.0) for source in user_sources]),
         "gradient": np.array(
             [
@@ -193,30 +111,11 @@ def _slope(
     return jax.grad(score)(weights)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score(
-    config: Config, params: PyTree, graph_inputs: GraphInputs, user: int | AnyArray, item: int | AnyArray
-) -> Float32[Array, ""]:
-    users, items = embed_nodes(config, params, graph_inputs)
-    return users[user] @ items[item]
-
-
-def curves(
-    config: Config,
-    params: PyTree,
-    prepared: Prepared,
-    decomposition: ScoreDecomposition,
-    user: int,
-    item: int,
-    rng: np.random.Generator,
-) -> Curves | None:
+def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator) -> Curves | None:
     """Computes the deletion and insertion curves of one pair for each of `ORDERS`.
 
     Args:
-      config: settings of the run.
-      params: parameters.
-      prepared: tables, split and graph.
-      decomposition: of the model.
+      model: of `fused_rec.explanation.explained_model.explained_model`.
       user: user row.
       item: item row.
       rng: of the random order.
@@ -224,7 +123,7 @@ def curves(
     Returns:
       The curves; None with fewer than `LEAST_SOURCES` sources or a rise below `LEAST_RISE`.
     """
-    user_sources = sources(prepared.graph_inputs, user)
+    user_sources = sources(model.inputs.graph_inputs.graph, model.leave_one_out.reverse, user)
     if len(user_sources) < LEAST_SOURCES:
         return None
     known: dict[bytes, float] = {}
@@ -232,15 +131,17 @@ def curves(
     def score(gone: Bool[np.ndarray, "n"]) -> float:
         if gone.tobytes() not in known:
             without_them = [source for source, away in zip(user_sources, gone, strict=True) if away]
-            graph_inputs = without_sources(config, prepared.observed, prepared.graph_inputs, user, without_them)
-            known[gone.tobytes()] = float(_score(compile_key(config), params, graph_inputs, user, item))
+            graph_inputs = without_sources(
+                model.config, model.inputs.observed, model.inputs.graph_inputs, user, without_them
+            )
+            known[gone.tobytes()] = float(score_of(model.config, model.params, graph_inputs, user, item))
         return known[gone.tobytes()]
 
     none = score(np.ones(len(user_sources), bool))
     rise = score(np.zeros(len(user_sources), bool)) - none
     if rise < LEAST_RISE:
         return None
-    given = attributions(config, params, prepared.graph_inputs, decomposition, user, item, user_sources)
+    given = attributions(model, user, item, user_sources)
     given["random"] = rng.random(len(user_sources))
     found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = {}, {}
     for name in ORDERS:
@@ -265,8 +166,8 @@ def summary(found: Sequence[Curves], seed: int = 0) -> dict[str, Any]:
 
     Returns:
       By "deletion" (lower is better) and "insertion" (higher is better) and by order: mean area with its 95 % interval
-      over users, mean curve, and "difference", the area of order "parts" minus that of this order over the same users
-      (`paired_bootstrap`).
+      over users, mean curve, and "difference", the area of order "leave_one_out" minus that of this order over the same
+      users (`paired_bootstrap`).
 
     Raises:
       ValueError: there is no pair.

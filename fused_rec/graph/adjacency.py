@@ -73,7 +73,7 @@ class Adjacency:
       sender_start: int32 [sources + 1], row starts in the order of `by_sender`.
       degrees: degrees in the whole graph.
       backend: which implementation of the sparse sum to use.
-      scale: what standardizes the degrees, if it was fitted on another graph; None: these degrees.
+      scale: what standardizes the degrees, fitted on these edges or on those of a training; None for a device's share.
     """
 
     senders: Int32[AnyArray, "E"]
@@ -113,6 +113,8 @@ def build_adjacency(
     order = np.argsort(senders.astype(np.int64) * n_targets + receivers)
     receiver_start = np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32)
     sender_start = np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32)
+    degrees = np.diff(receiver_start), np.diff(sender_start)
+    scale = scale or degree_scale(*degrees)
     return Adjacency(
         senders.astype(np.int32),
         receivers.astype(np.int32),
@@ -121,7 +123,7 @@ def build_adjacency(
         order.astype(np.int32),
         receivers[order].astype(np.int32),
         sender_start,
-        degrees_of(np.diff(receiver_start), np.diff(sender_start), scale),
+        degrees_of(*degrees, scale),
         backend or default_backend(),
         scale,
     )

@@ -2,6 +2,8 @@
 
 Where edges are removed, arrays keep their shapes, padded as those of `fused_rec.graph.adjacency.Adjacency`, so that a
 program compiled for the graph runs on the edited one too.
+
+What standardizes the degrees stays: it was fitted in training, as the parameters were that read them.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Float, Int, Int64
 from tqdm import tqdm
 
 from fused_rec.config import Config
@@ -15,7 +15,8 @@ from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
 from fused_rec.evaluation.significance import Difference, mean_interval, paired_bootstrap
 from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions, contributions, decompose
+from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions
+from fused_rec.explanation.explained_model import contributions_and_effects, explained_model
 from fused_rec.explanation.paths import Path, best_paths
 from fused_rec.explanation.reasons import Reason, names, reasons
 from fused_rec.explanation.token_attribution import attribute_tokens, attributor
@@ -222,7 +223,7 @@ def recommended(
     """The k best products of each customer under `may`, with why.
 
     Of each customer's first product: what is `said`, word by word, and what becomes of it without the interaction
-    that contributes most, left out where the graph has more than `EDGES` edges.
+    without which the score falls most, left out where the graph has more than `EDGES` edges.
     """
     if not len(users):
         return ()
@@ -252,34 +253,32 @@ def _explainer(
     if not config.model.is_trained:
         return lambda user, items: [() for _ in items]
     dataset = prepared.dataset
-    decomposition, names_of = decompose(config, state.params, prepared.graph_inputs), _Names(dataset)
+    model, names_of = explained_model(config, state.params, prepared), _Names(dataset)
     affordable = sum(count for _, count in prepared.graph_inputs.graph.relations) <= EDGES
 
-    def effect(user: int, item: int, contributed: Contributions) -> tuple[str, CounterfactualEffect] | None:
-        if not affordable or (best := _best_interaction(contributed)) is None:
+    def without(user: int, item: int, best: int | None) -> tuple[str, CounterfactualEffect] | None:
+        if not affordable or best is None:
             return None
         [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
         return names_of.items[best], counterfactual_effect(config, state.params, prepared, user, item, best, open_to)
 
     def explained(user: int, items: list[int]) -> list[tuple]:
-        contributed = contributions(decomposition, user, items)
-        found = []
+        contributed, effect = contributions_and_effects(model, user, items)
+        best, found = _best_interaction(contributed, effect) if items else None, []
         for rank, item in enumerate(items):
-            routes = tuple(names_of.route(path, item) for path in best_paths(decomposition, user, item, PATHS))
-            first = (effect(user, item, contributed), token_passages(user, item)) if rank == 0 else ()
-            found.append((tuple(reasons(dataset, contributed, rank)), routes, *first))
+            routes = tuple(names_of.route(path, item) for path in best_paths(model.decomposition, user, item, PATHS))
+            first = (without(user, item, best), token_passages(user, item)) if rank == 0 else ()
+            found.append((tuple(reasons(dataset, contributed, effect, rank)), routes, *first))
         return found
 
     return explained
 
 
-def _best_interaction(contributed: Contributions) -> int | None:
-    """Returns the interaction with the largest positive contribution to the first item, if any."""
+def _best_interaction(contributed: Contributions, effect: Float[np.ndarray, "P n"]) -> int | None:
+    """Returns the interaction with the largest positive effect on the first item, if any."""
     values = {
         int(source): value
-        for kind, source, value in zip(
-            contributed.kind, contributed.source, contributed.value[:, 0].tolist(), strict=True
-        )
+        for kind, source, value in zip(contributed.kind, contributed.source, effect[:, 0].tolist(), strict=True)
         if kind == INTERACTION and value > 0
     }
     return max(values, key=lambda source: values[source]) if values else None

@@ -233,14 +233,17 @@ def describe_served(served: Mapping[str, Any]) -> str:
     return f"{which} (history={served['history']}): {', '.join(numbers)} {of}{unknown}"
 
 
+def _basis(model: ModelConfig, variant: str) -> str:
+    if model.method:
+        return f"the method {variant}"
+    return "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
+
+
 def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, loading: str) -> str:
     """Fills the template; `further` is a sentence below the metrics, `loading` Markdown of a section."""
     config = results["config"]
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
-    basis = "texts and graph" if model.fuses_text else "texts alone" if model.uses_text else "the graph alone"
-    if model.method:
-        basis = f"the method {variant}"
     beside = describe_late_fusion(results.get("late_fusion"))
     origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in describe_origin(results).items())
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
@@ -257,7 +260,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
 
 # {dataset}: {variant} model
 
-Ranks financial products for customers by {basis}{beside}. {describe_model(results)}, {trained}.
+Ranks financial products for customers by {_basis(model, variant)}{beside}. {describe_model(results)}, {trained}.
 Language model of the texts: {language}.
 
 | | |

@@ -1,0 +1,306 @@
+"""Leave-one-out effects: how much each source of a user changes a score, for all sources at once and exactly.
+
+The effect of a source (interaction, social edge, text-kNN edge) is the score minus the score on the graph without it:
+edges in both directions, their weights, degrees, gates, popularity, norms, and the standard deviations of late fusion.
+It equals recomputation (`fused_rec.explanation.counterfactual.without_sources`) up to rounding. Embeddings without each
+edge are from `fused_rec.explanation.edge_removal`; user vectors of closed-form components lose one row.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float32, Int, PyTree
+
+from fused_rec.config import Config, ModelConfig
+from fused_rec.data.splits import Observed
+from fused_rec.explanation.decomposition import TIE, source_kind
+from fused_rec.explanation.edge_removal import Branch, Change, branches, embeddings_without, without_rounding
+from fused_rec.explanation.sources import Sources, reverse_relations, senders_of, sources_by_relation
+from fused_rec.graph.device_graph import DeviceGraph
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
+from fused_rec.model.late_fusion import (
+    GRAPH_BRANCH,
+    LAUNCH,
+    MIN_SHARE,
+    MIN_VARIANCE,
+    MODEL,
+    TEXT_BRANCH,
+    ClosedForm,
+    social_relations,
+)
+from fused_rec.training.train_step import GraphInputs
+
+CHUNK = 1 << 24  # entries of the columns of the sources that are computed together
+TINY = 1e-12  # as in `fused_rec.model.losses.unit`
+CANCELED = 0.05  # a squared norm less than that of what it was is computed again
+
+
+class Effects(NamedTuple):
+    """Effects of the P sources of a user on the scores of n items.
+
+    Attributes:
+      kind: as of `Contributions`.
+      source: row of the item or neighboring user.
+      value: the score minus the score without the source.
+      score: the score with all sources.
+    """
+
+    kind: list[str]
+    source: Int[np.ndarray, "P"]
+    value: Float[np.ndarray, "P n"]
+    score: Float[np.ndarray, "n"]
+
+
+class _Closed(NamedTuple):
+    """A closed-form component and the covariance of its item rows."""
+
+    part: ClosedForm
+    covariance: Float32[np.ndarray, "R R"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveOneOut:
+    """What `effects` reads of a model on one graph; see `leave_one_out`."""
+
+    config: Config
+    params: PyTree
+    graph: DeviceGraph
+    observed: Observed
+    popularity: Float32[np.ndarray, "I"]
+    age_weight: Float[np.ndarray, "E"]  # what each interaction adds to the popularity of its item
+    trained: Mapping[str, float] | None  # weights of the trained components; None without late fusion
+    branches: tuple[Branch, ...]
+    closed: tuple[_Closed, ...]
+    reverse: Mapping[Relation, Relation | None]
+
+
+def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inputs: GraphInputs) -> LeaveOneOut:
+    """Prepares `effects`, once per model and graph.
+
+    Args:
+      config: settings of the run.
+      params: parameters, not sharded.
+      observed: interactions of the graph.
+      graph_inputs: graph and item statistics, on the host.
+
+    Returns:
+      Embeddings of all layers, sparse matrices, and covariances of late fusion.
+    """
+    graph, fusion = graph_inputs.graph, graph_inputs.fusion
+    parts = fusion.closed if fusion else ()
+    closed = tuple(_Closed(jax.device_get(part), _covariance(np.asarray(part.target))) for part in parts)
+    return LeaveOneOut(
+        config,
+        params,
+        graph,
+        observed,
+        np.asarray(graph_inputs.popularity),
+        _age_weight(config.model, observed),
+        None if fusion is None else {name: float(weight) for name, weight in fusion.trained.items()},
+        branches(config, params, graph),
+        closed,
+        reverse_relations(graph),
+    )
+
+
+def on_edited(model: LeaveOneOut, observed: Observed, graph_inputs: GraphInputs) -> LeaveOneOut:
+    """Prepares `effects` on a graph from which edges are removed; faster than anew.
+
+    Args:
+      model: on the whole graph.
+      observed: interactions that are left.
+      graph_inputs: of `fused_rec.explanation.counterfactual.without_sources`.
+
+    Returns:
+      The same on the edited graph.
+    """
+    return dataclasses.replace(
+        model,
+        graph=graph_inputs.graph,
+        observed=observed,
+        popularity=np.asarray(graph_inputs.popularity),
+        age_weight=_age_weight(model.config.model, observed),
+        branches=branches(model.config, model.params, graph_inputs.graph),
+    )
+
+
+def _age_weight(config: ModelConfig, observed: Observed) -> np.ndarray:
+    """What each interaction adds to the popularity of its item, as in `fused_rec.baselines.neighbors.item_counts`."""
+    if not config.popularity_half_life or not len(observed.item):
+        return np.ones(len(observed.item))
+    weight = np.exp2((observed.age.min() - observed.age.astype(np.float64)) / config.popularity_half_life)
+    return weight * (len(weight) / weight.sum())
+
+
+def _covariance(rows: np.ndarray) -> np.ndarray:
+    centered = rows - rows.mean(0, keepdims=True)
+    return centered.T @ centered / len(rows)
+
+
+def effects(model: LeaveOneOut, user: int, items: Sequence[int] | Int[np.ndarray, "n"]) -> Effects:
+    """Computes the effect of each source of a user on the scores of items.
+
+    Args:
+      model: of `leave_one_out`.
+      user: user row.
+      items: n item rows.
+
+    Returns:
+      The effects, in the order of `fused_rec.explanation.sources.sources`. The score is the sum of the components, also
+      where nothing is left of the user, whom `fused_rec.explanation.decomposition.scores` ranks by popularity.
+    """
+    rows = np.asarray(items, np.int64)
+    kinds: list[str] = []
+    found, values = [], []
+    whole = _scores(model, user, None, rows)
+    groups = sources_by_relation(model.graph, model.reverse, user)
+    # Columns over the nodes: at most four new ones per layer.
+    nodes = sum(count for _, count in model.graph.node_types)
+    layers = max(len(branch.layers) - 1 for branch in model.branches)
+    size = max(1, CHUNK // (nodes * max(4 * layers, 1)))
+    for group in groups:
+        for start in range(0, len(group.rows), size):
+            part = _part(group, slice(start, start + size))
+            without = _scores(model, user, part, rows)
+            values.append(np.broadcast_to(whole - without, (len(part.rows), len(rows))))
+        kinds += [source_kind(group.relation)] * len(group.rows)
+        found.append(group.rows)
+    if not groups:
+        return Effects([], np.zeros(0, np.int64), np.zeros((0, len(rows))), whole[0])
+    return Effects(kinds, np.concatenate(found), np.concatenate(values), whole[0])
+
+
+def _part(group: Sources, at: slice) -> Sources:
+    return group._replace(rows=group.rows[at], edges=group.edges[at], back_edges=group.back_edges[at])
+
+
+# --- the score -----------------------------------------------------------------------------------------------------
+
+
+def _scores(model: LeaveOneOut, user: int, gone: Sources | None, items: np.ndarray) -> np.ndarray:
+    """Scores [P, n] without each of the sources, [1, n] with all (None)."""
+    if model.trained is None:
+        return _trained_scores(model, user, gone, items)[MODEL][0].astype(np.float64)
+    parts = []  # (name, weight, 1 / standard deviation [P or 1], scores of the items [P or 1, n])
+    if model.trained:  # a standard deviation is one over all items
+        by_name = _trained_scores(model, user, gone, np.arange(len(model.popularity)))
+        for name, weight in model.trained.items():
+            scored, bound = by_name[name]
+            parts.append((name, weight, _inverse(scored.astype(np.float64).var(1), bound), scored[:, items]))
+    for closed in model.closed:
+        vectors = _closed_vectors(model.graph, closed.part, user, gone)
+        variance = ((vectors @ closed.covariance) * vectors).sum(1).astype(np.float64)
+        bound = (vectors * vectors).sum(1) * np.trace(closed.covariance)
+        scored = vectors @ closed.part.target[items].T
+        parts.append((closed.part.name, float(closed.part.weight), _inverse(variance, bound), scored))
+    others = [(weight, inverse > 0) for name, weight, inverse, _ in parts if name not in LAUNCH]
+    share = sum((weight * active for weight, active in others), np.zeros(1)) / sum(weight for weight, _ in others)
+    share = np.where(share < MIN_SHARE, 0, share)
+    factors = [weight * inverse * (share if name in LAUNCH else 1) for name, weight, inverse, _ in parts]
+    scores = (factor[:, None] * part[3].astype(np.float64) for factor, part in zip(factors, parts, strict=True))
+    return sum(scores, np.zeros((1, len(items))))
+
+
+def _inverse(variance: np.ndarray, bound: np.ndarray | float) -> np.ndarray:
+    """One over the standard deviation, 0 where the variance is rounding, as `inverse_deviation` has it."""
+    varies = variance > MIN_VARIANCE * bound
+    return np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
+
+
+def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: Sources | None) -> np.ndarray:
+    """The user's vector of a closed-form component, [1, R], or [P, R] where the sources are parts of it."""
+    if part.user_source == "constant":
+        return np.ones((1, 1), np.float32)
+    if part.user_source == "text":
+        return np.asarray(graph.text[USER])[[user]]
+    sums = []
+    if part.source.shape[1]:
+        own = part.source[senders_of(graph, INTERACTED_BY, user)].sum(0, keepdims=True)
+        sums.append(own - part.source[gone.rows] if gone and gone.relation == INTERACTED_BY else own)
+    if part.friends is not None:
+        friends = np.concatenate([senders_of(graph, relation, user) for relation in social_relations(graph)])
+        total, count = part.friends[friends].sum(0, keepdims=True), len(friends)
+        if gone and source_kind(gone.relation).startswith(TIE):
+            total, count = total - part.friends[gone.rows], count - 1
+        sums.append(total / np.float32(max(count, 1)) ** np.float32(0.5))
+    width = max(map(len, sums))
+    return np.concatenate([np.broadcast_to(rows, (width, rows.shape[1])) for rows in sums], axis=1)
+
+
+def _trained_scores(
+    model: LeaveOneOut, user: int, gone: Sources | None, wanted: np.ndarray
+) -> dict[str, tuple[np.ndarray, Any]]:
+    """Scores [P, n] of the trained components, and the bounds of their variances."""
+    count = 1 if gone is None else len(gone.rows)
+    found, sizes, spreads = [], [], []
+    for branch in model.branches:
+        change = Change(branch.out[USER][[user]], []) if gone is None else embeddings_without(branch, user, gone)
+        scored, size, spread = _branch_scores(branch, change, wanted)
+        found.append(np.broadcast_to(scored, (count, len(wanted))))
+        sizes.append(size)
+        spreads.append(spread)
+    bias = _popularity_bias(model, user, gone, wanted)
+    if len(found) == 1:
+        joined = found[0]
+    else:
+        adjacency = model.graph.adjacencies[INTERACTS]
+        n_interactions = np.broadcast_to(np.diff(adjacency.receiver_start)[wanted], (count, len(wanted))).copy()
+        if gone is not None and gone.relation == INTERACTED_BY:
+            n_interactions -= wanted == gone.rows[:, None]
+        share = (n_interactions / (n_interactions + 1)).astype(np.float32)
+        joined = share * found[0] + (1 - share) * found[1]
+    names = (MODEL, GRAPH_BRANCH, TEXT_BRANCH)[: 1 if len(found) == 1 else 3]
+    with_bias = bias is not None
+    totals = [sum(sizes), *sizes]
+    return {
+        name: (scored + bias if with_bias else scored, (total + with_bias) * sum(spreads))
+        for name, scored, total in zip(names, (joined, *found), totals, strict=False)
+    }
+
+
+def _popularity_bias(model: LeaveOneOut, user: int, gone: Sources | None, wanted: np.ndarray) -> np.ndarray | None:
+    """The popularity bias of items, [P, n] without each of the sources; None without one."""
+    factor = model.config.model.popularity_weight * model.config.train.temperature
+    if not factor:
+        return None
+    counts = model.popularity[None, wanted].astype(np.float64)
+    if gone is not None and gone.relation == INTERACTED_BY:
+        observed, n_edges = model.observed, len(model.observed.item)
+        own = np.flatnonzero(observed.user == user)
+        lost = model.age_weight[own][np.argsort(observed.item[own], kind="stable")]
+        lost = lost[np.searchsorted(np.sort(observed.item[own]), gone.rows)][:, None]
+        # Counts with decay are scaled to the number of interactions.
+        rescaled = (n_edges - 1) / np.maximum(n_edges - lost, 1e-12)
+        counts = np.maximum(counts - lost * (wanted == gone.rows[:, None]), 0) * rescaled
+    return (factor * np.log1p(counts)).astype(np.float32)
+
+
+def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Scores [P, n] of one branch, |u|^2 [P], and the trace of the covariance of the items' rows."""
+    cosine = branch.config.score == "cosine"
+    items, user = branch.out[ITEM], change.user
+    if cosine:
+        user = user / np.sqrt((user * user).sum(1, keepdims=True) + TINY)
+    rows = items[wanted]
+    scored = user @ rows.T
+    size, own = (user * user).sum(1), (rows * rows).sum(1)
+    spread = 1.0 if cosine else float(items.var(0).sum())
+    terms = [(term.items[wanted].T, term.row) for term in change.terms if term.items is not None and term.row.any()]
+    if not terms:
+        return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
+    shape = len(user), len(rows)
+    columns = np.stack([np.broadcast_to(column, shape) for column, _ in terms], axis=2)  # [P, n, T]
+    changes = np.stack([row for _, row in terms], axis=1)  # [P, T, K]
+    scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]
+    if not cosine:
+        return scored, size, spread
+    turned = changes.swapaxes(1, 2)
+    squares = own + (columns * (2 * (rows @ turned) + columns @ (changes @ turned))).sum(2)
+    for source, item in np.argwhere(squares < CANCELED * own):  # differences of large numbers: row by row
+        exact = rows[[item]] + columns[source, item] @ changes[source]
+        [left] = without_rounding(exact, rows[[item]])
+        scored[source, item], squares[source, item] = left @ user[source], left @ left
+    return scored / np.sqrt(squares + TINY), size, spread
