@@ -122,7 +122,8 @@ def export_bundle(
 
 def _settings(config: Config, results: Mapping[str, Any], served: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of `config.json`."""
-    names = "dataset", "split", "variant", "seed", "best_step", "finished", "data", "counts", "late_fusion"
+    chosen = ("best_step", "late_fusion") if config.model.is_trained else ("settings",)
+    names = "dataset", "split", "variant", "seed", *chosen, "finished", "data", "counts"
     made = {"versions": versions(), "exported": now()}
     trained = {name: results[name] for name in names}
     return {"model_type": "fused_rec", **portable(config), **made, "trained": trained, "served": dict(served)}
