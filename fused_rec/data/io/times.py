@@ -206,7 +206,7 @@ def _dates(numbers: Int64[np.ndarray, "R"]) -> tuple[Int64[np.ndarray, "R"], Boo
     day = np.where(calendar, numbers % 100, np.where(ordinal, numbers % 1000, 1))
     fits = (month >= 1) & (month <= 12) & (day >= 1)
     start = ((year - 1970) * 12 + np.where(fits, month, 1) - 1).astype("datetime64[M]")
-    date = start.astype("datetime64[D]") + np.where(fits, day, 1) - 1
+    date = start.astype("datetime64[D]") + (np.where(fits, day, 1) - 1).astype("timedelta64[D]")
     fits &= np.where(
         ordinal, date.astype("datetime64[Y]").astype(np.int64) + 1970 == year, date.astype(start.dtype) == start
     )
