@@ -5,6 +5,7 @@ U users, I items, D columns of a vector, P pairs.
 
 import dataclasses
 import functools
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,7 @@ class Run:
           run.recommend(["C0001"], where="sector == 'energy' and risk_band <= 3", progress=False)
           run.recommend(rules=[{"name": "closed", "refuse": {"items": ["P007"]}}], items=["P003", "P007", "P012"])
         """
+        _require_k(k)
         dataset = self.prepared.dataset
         among = candidate_items(dataset, items, where)
         rows = user_rows(dataset, users)
@@ -134,7 +136,7 @@ class Run:
         """Ranks a few users on the host; None where `rank` has to say what is wrong."""
         users, vectors, popularity = self._embedded
         scores = users[rows] @ vectors.T
-        if k < 1 or not np.isfinite(scores).all():
+        if not np.isfinite(scores).all():
             return None
         equal = scores.max(1, keepdims=True) == scores.min(1, keepdims=True)
         scores = np.where(equal, popularity, scores)  # as `scores_of`
@@ -193,8 +195,7 @@ class Run:
         return self._similar("user", user, k)
 
     def _similar(self, side: Side, given: Any, k: int) -> pa.Table:
-        if k < 1:
-            raise ValueError(f"k is {k}; it must be at least 1")
+        _require_k(k)
         dataset = self.prepared.dataset
         rows, scores = self._correlation.nearest(side, self._row(side, given), k)
         ids = (dataset.users if side == "user" else dataset.items)[f"{side}_id"].combine_chunks().take(pa.array(rows))
@@ -326,6 +327,7 @@ class Run:
           [best] = run.explain("C0001", k=1)
           found = run.counterfactual_set("C0001", best["item_id"], k=1)
         """
+        _require_k(k)
         dataset = self.prepared.dataset
         row, of = self._row("user", user), self._row("item", item)
         eligible = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
@@ -495,3 +497,10 @@ def _as_rules(rules: Rules | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
     if isinstance(rules, tuple) and (parsed := tuple(rule for rule in rules if isinstance(rule, Refuse | Require))):
         return parsed
     return read_rules(rules)[0]  # pyright: ignore[reportArgumentType]
+
+
+def _require_k(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
+        raise ValueError(f"k is {k!r} of type {type(k).__name__}; it must be an integer of at least 1")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")

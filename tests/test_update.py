@@ -111,6 +111,10 @@ def test_a_run_with_new_interactions_is_the_one_of_the_longer_table(folder, run)
         ({"user_id": ["C0001"], "item_id": [None]}, "interactions, row 2: item_id is empty"),
         ({"user_id": ["C0001"]}, "column item_id is missing"),
         ({"user_id": ["C0001"], "item_id": ["P001"], "text": ["good"]}, "text has to be encoded. leave the column out"),
+        (
+            {"user_id": ["C0001"], "item_id": ["P021"], "time": ["2024-05-01"]},
+            "column 'time' would not be read: leave it",
+        ),
     ],
 )
 def test_faults_are_named(run, given, message):

@@ -207,6 +207,7 @@ def by_period(periods: Sequence[Mapping[str, Any]], metric: str, title: str) -> 
                 cost.plot(places, values, marker=MARKERS[order], color=COLOURS[order], markersize=4.5, label=name)
         for axes, what in ((quality, f"{metric} of the next period, 95 % interval"), (cost, "seconds of training")):
             axes.set_xticks(range(len(periods)), [f"{period['known_interactions']:,}" for period in periods])
+            axes.tick_params("x", rotation=45 if len(periods) > 5 else 0)
             axes.set_xlabel("interactions until then")
             axes.set_ylabel(what)
             axes.set_ylim(bottom=0)

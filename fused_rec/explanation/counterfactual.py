@@ -61,8 +61,10 @@ def without_interaction(config: Config, prepared: ModelInputs, user: int, item: 
     """
     observed, graph_inputs = prepared.observed, prepared.graph_inputs
     if not ((observed.user == user) & (observed.item == item)).any():
+        dataset = prepared.dataset
+        ids = dataset.users["user_id"][user].as_py(), dataset.items["item_id"][item].as_py()
         raise ValueError(
-            f"user {user} has no training interaction with item {item}; give one that is in the model's graph"
+            f"user {ids[0]} has no training interaction with item {ids[1]}; give one that is in the model's graph"
         )
     graph = drop_interaction(graph_inputs.graph, user, item)
     return edited_inputs(config, observed, dataclasses.replace(graph_inputs, graph=graph), user, [item])

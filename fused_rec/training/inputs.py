@@ -251,7 +251,7 @@ def unreached(config: ModelConfig, inputs: ModelInputs) -> dict[str, int]:
                 reached = reached | (np.asarray(graph.adjacencies[relation].degrees.in_degree) > 0)
         if not reached.all():
             first = node_ids(inputs.dataset, node_type)[int(np.argmin(reached))].as_py()
-            what = f"{what} without text and edges, ranked by popularity alone"
+            what = f"{what} without {'text and edges' if config.uses_text else 'edges'}, ranked by popularity alone"
             LOG.warning("the first of the %s: %r", what, first)  # the counts stand in cards, which name no customer
             found[what] = int((~reached).sum())
     return found

@@ -186,10 +186,16 @@ def with_interactions(dataset: Dataset, interactions: Any, min_value: int | floa
       Tables with other interactions. Of rows with the same pair, old ones among them, the earliest is kept.
 
     Raises:
-      DataError: lists all faults, unknown ids and texts among them.
+      DataError: lists all faults, unknown ids, texts and columns that the format does not have among them.
       TypeError: `interactions` is no table.
     """
-    table = select(_arrow(interactions, "interactions"), "interactions", "interactions", {}, typed=True)
+    given, (required, optional) = _arrow(interactions, "interactions"), COLUMNS["interactions"]
+    columns = (*required, *(optional or ()))
+    remedy = f"leave it out, or name it as one of {', '.join(columns)}"
+    faults = [f"column {name!r} would not be read" for name in given.column_names if name not in columns]
+    if faults:
+        raise DataError([Problem("interactions", None, fault, remedy) for fault in faults])
+    table = select(given, "interactions", "interactions", {}, typed=True)
     return append_interactions(dataset, table, min_value)
 
 
