@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -21,6 +20,7 @@ from experiments.configs.tables import get_config
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands import launch
+from fused_rec.data.io.arrow import pc
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation.ranking import mean
 from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_users

@@ -147,9 +147,8 @@ def test_a_score_that_is_not_finite_is_named_for_few_users_too(run):
     spoiled = dataclasses.replace(run, state=dataclasses.replace(run.state, params=params))
     with pytest.raises(ValueError, match="the scores of user 0 hold NaN or infinity"):
         spoiled.recommend(["C0001"])
-    for k in (2.5, True, "3"):
-        with pytest.raises(ValueError, match=r"k is .* of type .*; it must be an integer of at least 1"):
-            run.recommend(["C0001"], k=k)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="k is True of type bool; it must be an integer of at least 1"):
+        run.recommend(["C0001"], k=True)
     with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
         run.recommend(["C0001"], k=0)
 

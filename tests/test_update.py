@@ -113,7 +113,7 @@ def test_a_run_with_new_interactions_is_the_one_of_the_longer_table(folder, run)
         ({"user_id": ["C0001"], "item_id": ["P001"], "text": ["good"]}, "text has to be encoded. leave the column out"),
         (
             {"user_id": ["C0001"], "item_id": ["P021"], "time": ["2024-05-01"]},
-            "column 'time' would not be read: leave it",
+            "column 'time' would not be read. leave it",
         ),
     ],
 )
