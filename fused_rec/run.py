@@ -5,6 +5,7 @@ U users, I items, D columns of a vector, P pairs.
 
 import dataclasses
 import functools
+import logging
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64
 
 from fused_rec.config import Config
+from fused_rec.data.dataset import Dataset
 from fused_rec.data.io.tables import with_interactions
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Refuse, Require, Rule, Side
@@ -50,6 +52,8 @@ from fused_rec.training.evaluate import evaluate_with_baselines, scorer, user_it
 from fused_rec.training.inputs import ModelInputs, Prepared
 from fused_rec.training.late_fusion import selection_of
 from fused_rec.training.train_step import TrainState
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -401,6 +405,8 @@ class Run:
         if isinstance(self.prepared, Prepared):
             raise ValueError('history is "train", which new rows do not belong to; open the run by fr.load(workdir)')
         dataset = with_interactions(self.prepared.dataset, interactions, self.config.data.min_value)
+        if (untimed := _untimed(dataset)) > _untimed(self.prepared.dataset) == 0:
+            LOG.warning("%d new interactions have no timestamp, and all others have one; give the column", untimed)
         if not self.config.model.is_trained:
             inputs = with_dataset(self.config, self.prepared, dataset, None)
             state = fitted_state(self.config, inputs, self.results["settings"])
@@ -497,6 +503,12 @@ def _as_rules(rules: Rules | tuple[Rule, ...] | None) -> tuple[Rule, ...]:
     if isinstance(rules, tuple) and (parsed := tuple(rule for rule in rules if isinstance(rule, Refuse | Require))):
         return parsed
     return read_rules(rules)[0]  # pyright: ignore[reportArgumentType]
+
+
+def _untimed(dataset: Dataset) -> int:
+    """Counts the interactions without a time, in tables that have times."""
+    rows = dataset.interactions
+    return rows["timestamp"].null_count if "timestamp" in rows.column_names else 0
 
 
 def _require_k(k: Any) -> None:

@@ -1,5 +1,6 @@
 """Interactions that are folded into a run: as if the tables had had them when it was opened."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -127,6 +128,18 @@ def test_faults_are_named(run, given, message):
 def test_a_run_of_the_training_history_is_not_updated(folder):
     with pytest.raises(ValueError, match='history is "train"'):
         fr.load(folder / "run", history="train").update({"user_id": ["C0001"], "item_id": ["P001"]})
+
+
+def test_a_missing_time_is_said_where_all_rows_have_one(run, caplog):
+    rows = run.prepared.dataset.interactions
+    timed = dataclasses.replace(run.prepared.dataset, interactions=rows.filter(rows["timestamp"].is_valid()))
+    known = dataclasses.replace(run, prepared=dataclasses.replace(run.prepared, dataset=timed))
+    [item] = known.recommend(["C0001"], k=1)["item_id"].to_pylist()
+    known.update({"user_id": ["C0001"], "item_id": [item]})
+    assert "1 new interactions have no timestamp" in caplog.text
+    caplog.clear()
+    known.update({"user_id": ["C0001"], "item_id": [item], "timestamp": [1_700_000_000]})
+    assert "no timestamp" not in caplog.text
 
 
 def test_no_rows_change_nothing(run):
