@@ -166,8 +166,8 @@ def test_insurance():
     ("name", "counts"),
     [
         ("citeulike_t_words", {}),
-        ("citeulike_t_p1", {"train": 7947, "test": 126913}),
-        ("citeulike_t_p10", {"train": 53399, "test": 81461}),
+        ("citeulike_t_p1", {"train": 7947, "valid": 16795, "test": 110118}),
+        ("citeulike_t_p10", {"train": 53399, "valid": 12255, "test": 69206}),
     ],
 )
 def test_citeulike_t(name, counts):
@@ -488,7 +488,7 @@ def test_citeulike_t_published_split(tmp_path):
     assert dataset.interactions.to_pydict() == {
         "user": [0, 1, 0],
         "item": [1, 2, 0],
-        "split": ["train", "train", "test"],
+        "split": ["train", "train", "valid"],  # user 0 is for validation
     }
     with pytest.raises(DataError, match="cf-train-10-users.dat.gz: no such file"):
         citeulike_t(tmp_path, False, train_size=10)

@@ -178,9 +178,10 @@ def test_published_without_valid_carves_it_from_train_and_spares_each_users_last
     assert parts.test.tolist() == [9]
     assert len(parts.valid) == 4  # round(.5 * 9), to even
     assert set(np.array(user)[parts.train].tolist()) == {0, 1, 2, 3}
-    # only five rows can go without emptying a user: the sixth takes a user's only row, and no more than that
-    emptied = split(data, SplitConfig(kind="predefined", valid=0.67))
-    assert len(emptied.valid) == 6 and len(set(np.array(user)[emptied.train].tolist())) == 3
+    # five rows can go without emptying a user, and six cannot
+    assert len(split(data, SplitConfig(kind="predefined", valid=0.56)).valid) == 5
+    with pytest.raises(ValueError, match="6 of its 9 training rows .* cannot be drawn: 4 are the only one left"):
+        split(data, SplitConfig(kind="predefined", valid=0.67))
 
 
 @pytest.mark.parametrize("kind", typing.get_args(SplitKind))

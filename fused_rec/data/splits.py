@@ -88,8 +88,7 @@ def split(dataset: Dataset, config: SplitConfig) -> Split:
     - per_user_random: the same counts, by hash alone. leave_one_out: one and one, in the order of per_user.
     - random: uniform over all interactions.
     - new_items, new_users: uniform over the items (users) with interactions; all interactions of one go together.
-    - predefined: the `split` column; without a validation split, one is sampled from train, where each user's last
-      row is taken only if no others are left.
+    - predefined: the `split` column; without a validation split, one is sampled from train, and each user keeps a row.
 
     Then training rows are dropped: those of `config.new_item_share` of the items, drawn by hash, and of each user all
     but the newest `config.history` of the rest; rows without a timestamp count as the oldest, ties are ordered by hash.
@@ -305,7 +304,14 @@ def _predefined(dataset: Dataset, config: SplitConfig, hashes: UInt64[np.ndarray
         is_last[:-1] = user[order][1:] != user[order][:-1]
         last_of_user = np.empty(len(order), bool)
         last_of_user[order] = is_last
-        split_codes[train[np.lexsort((hashes[train], last_of_user))[: round(config.valid * len(train))]]] = 1
+        n_valid = round(config.valid * len(train))
+        if n_valid > (~last_of_user).sum():
+            raise ValueError(
+                f"the predefined split of {dataset.name} has no validation rows, and {n_valid} of its {len(train)} "
+                f"training rows (split.valid {config.valid}) cannot be drawn: {last_of_user.sum()} are the only one "
+                "left of their user; name validation rows in the split column, or lower split.valid"
+            )
+        split_codes[train[np.lexsort((hashes[train], last_of_user))[:n_valid]]] = 1
     return split_codes
 
 

@@ -8,6 +8,9 @@ An abstract is published as words with counts, in no order. Its text has the wor
 those that occur at least twice, and so on up to `MAX_REPEATS` times: TF-IDF sees counts, and an encoder that truncates
 loses repetitions first.
 
+The published splits have no validation split, and users of P = 1 keep no paper beside one held out of train. So the
+test papers of every tenth user (`VALID_USERS`) are the validation split, and these users have no test papers.
+
 Tags were typed by users who saved the paper, but the files do not say by whom: the tags of a held-out pair cannot be
 removed, neither here nor in published results. Compare with `tags=False` (`citeulike_t_words` and its splits).
 
@@ -28,6 +31,7 @@ from fused_rec.data.io.files import plain_or_gz, read_lines
 from fused_rec.data.io.validate import Tables, assemble
 
 MAX_REPEATS = 4  # of a word in a text; 92 % of the words of an abstract occur fewer times
+VALID_USERS = 10  # one user in so many is for validation
 REMEDY = "download it again, with the other files of the dataset"
 _ID = "[0-9]{1,9}"  # as many digits fit into 32 bits
 _COUNTED = f"{_ID}:{_ID}"
@@ -39,8 +43,8 @@ def citeulike_t(path: Path, repair: bool, *, train_size: int | None = None, tags
     Args:
       path: folder with the files.
       repair: as in `fused_rec.data.io.tables.read_tables`.
-      train_size: P of a published split, 1 or 10: each user has up to P papers in train and the others in test. None:
-        all pairs, without a predefined split.
+      train_size: P of a published split, 1 or 10: each user has up to P papers in train and the others in test, or in
+        validation. None: all pairs, without a predefined split.
       tags: whether a paper's text ends with its tags, the most frequent first, and the items have them as a list
         column `tags`.
 
@@ -74,10 +78,13 @@ def citeulike_t(path: Path, repair: bool, *, train_size: int | None = None, tags
 
 
 def _pairs(papers: list[Int64[np.ndarray, "_"]], split: str) -> pa.Table:
-    """Builds the interactions of one file; `split` is empty for none."""
+    """Builds the interactions of one file; `split` is empty for none, and some users of test are for validation."""
     users = np.repeat(np.arange(len(papers)), [len(ids) for ids in papers])
     pairs = pa.table({"user_id": users, "item_id": np.concatenate([np.zeros(0, np.int64), *papers])})
-    return pairs.append_column("split", pa.array([split] * len(pairs), pa.string())) if split else pairs
+    if not split:
+        return pairs
+    names = np.where((users % VALID_USERS == 0) & (split == "test"), "valid", split)
+    return pairs.append_column("split", pa.array(names, pa.string()))
 
 
 def _texts(path: Path) -> pa.Array:
