@@ -21,15 +21,22 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from fused_rec.commands.exits import exit_broken_pipe, open_missing_streams
-from fused_rec.commands.places import CONFIG_NAMES
+from fused_rec.commands.places import CONFIG_NAMES, DEFINE_path, new_folder
 from fused_rec.config import Config, from_dict
 from fused_rec.distributed import processes, signals
-from fused_rec.distributed.devices import DeviceError, keep_memory
+from fused_rec.distributed.devices import DeviceError, keep_memory, keep_programs
 from fused_rec.studies.variants import configured
 
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
+COMPILED = DEFINE_path(
+    "compilation_cache",
+    new_folder,
+    "Folder of compiled programs, which later commands read; empty: none is kept.",
+    default="~/.cache/fused_rec/compiled",
+    optional=True,
+)
 _program: tuple[str, ...] = ()  # the console script and its command, where that runs
 _MISSING = re.compile(r"flag --(\S+)=None: Flag --\1 must have a value other than None\.")
 
@@ -119,6 +126,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
     _log()
+    if COMPILED.value is not None:
+        keep_programs(COMPILED.value)
     # Everything here is float32 or int32; fused_rec.distributed.devices.computes does the same for the Python
     # interface.
     jax.config.update("jax_enable_x64", False)
@@ -185,7 +194,7 @@ def _describe(module: str) -> None:
         return
     text = sys.modules[module].__doc__ or ""
     sys.modules["__main__"].__doc__ = text.replace("python -m experiments.", f"{_program[0]} ") if _program else text
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
+    for flag in (*flags.FLAGS.get_key_flags_for_module(module), flags.FLAGS["compilation_cache"]):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
