@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 import scipy.sparse
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Float32, Int32
@@ -187,6 +186,8 @@ def subspace_iteration(matrix, rank: int, iterations: int) -> tuple[Float[np.nda
 
 def exact_singular_vectors(matrix, rank: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
     """Computes the largest singular values, descending, and right singular vectors from the smaller Gram matrix."""
+    import scipy.linalg  # not at the top: --help would take a fifth longer
+
     n_rows, n_columns = matrix.shape
     gram = (matrix @ matrix.T if n_rows < n_columns else matrix.T @ matrix).toarray()
     squared, vectors = scipy.linalg.eigh(gram, subset_by_index=(max(len(gram) - rank, 0), len(gram) - 1))
@@ -289,6 +290,8 @@ def _invert(matrix: Float32[np.ndarray, "n n"]) -> bool:
 
 
 def _invert_whole(matrix: Float32[np.ndarray, "n n"]) -> bool:
+    import scipy.linalg
+
     potrf, potri = scipy.linalg.get_lapack_funcs(("potrf", "potri"), dtype=np.float32)
     # Cholesky in place: half the work and a third of the memory of a general inverse.
     factor, failed = potrf(matrix, lower=1, overwrite_a=1)

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jaxtyping import PyTree
 
@@ -118,7 +117,7 @@ class Checkpoints:
         # Orbax refuses empty arrays; the record has their shapes and dtypes.
         if stored := {name: array for name, array in arrays.items() if array.size}:
             with _orbax() as orbax:
-                orbax.save((partial / STATE).absolute(), args=ocp.args.StandardSave(stored))
+                orbax.save((partial / STATE).absolute(), stored)
         (partial / RECORD).write_text(record, encoding="utf-8")
         (partial / MANIFEST).write_text(_manifest(partial), encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
@@ -272,8 +271,10 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _orbax() -> Iterator[ocp.Checkpointer]:
+def _orbax() -> Iterator[Any]:
     """Yields a synchronous Orbax checkpointer that logs only warnings."""
+    import orbax.checkpoint as ocp  # not at the top: --help would take a fifth longer
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity(min(verbosity, logging.WARNING))
     try:

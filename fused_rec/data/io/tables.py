@@ -64,7 +64,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "reviews": (("user_id", "item_id", "text"), ("timestamp",)),
 }
 
-_NO_INTERACTIONS = pa.table({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())})
+_NO_INTERACTIONS = pa.schema({"user_id": pa.string(), "item_id": pa.string()}).empty_table()
 _INDEX = re.compile("__index_level_[0-9]+__")  # pandas' name of an unnamed index
 
 
