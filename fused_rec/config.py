@@ -21,7 +21,8 @@ Baseline = Literal[
     *("popularity", "item_knn", "user_knn", "friends_mean", "text_mean", "text_gcn", "als", "gf_cf", "ease"),
     "text_ease",
 ]
-METHODS = (*typing.get_args(TrainedMethod), *typing.get_args(Baseline))
+BASELINE_NAMES = typing.get_args(Baseline)
+METHODS = (*typing.get_args(TrainedMethod), *BASELINE_NAMES)
 KS = (5, 10, 20, 50)  # cutoffs of ranking metrics
 METRICS = (
     "auc",

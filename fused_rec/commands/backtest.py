@@ -12,7 +12,6 @@ from absl import app, flags
 
 from fused_rec.commands.launch import command, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
-from fused_rec.studies.backtest import Backtest, backtest
 
 CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figure.", required=True)
@@ -23,6 +22,8 @@ SEEDS = flags.DEFINE_integer("num_seeds", 1, "Runs of each training: train.seed 
 
 def main(argv: list[str]) -> None:
     """Runs the study, and prints the tables and the paths."""
+    from fused_rec.studies.backtest import Backtest, backtest
+
     try:
         plan = Backtest(PERIODS.value, FIRST.value, tuple(range(SEEDS.value)))
     except ValueError as error:

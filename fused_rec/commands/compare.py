@@ -14,7 +14,6 @@ from absl import app, flags
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.launch import command, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
-from fused_rec.studies.compare import check_names, compare_variants
 from fused_rec.studies.variants import VARIANTS
 
 CONFIG = DEFINE_config()
@@ -30,6 +29,8 @@ TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned varian
 
 def main(argv: list[str]) -> None:
     """Runs the comparison, and prints the table and the paths; exits with status 1 if a run failed."""
+    from fused_rec.studies.compare import check_names, compare_variants
+
     try:
         check_names(NAMES.value)
     except ValueError as error:

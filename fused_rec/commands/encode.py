@@ -17,11 +17,6 @@ from absl import app, flags
 
 from fused_rec.commands.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
 from fused_rec.config import TextConfig
-from fused_rec.distributed.devices import check_devices
-from fused_rec.text.cache import open_cache, purge
-from fused_rec.text.encode import count_tokens, encode_texts
-from fused_rec.text.pretrained import open_model
-from fused_rec.text.vectors import check_name, read_lines, save_vectors
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
@@ -41,6 +36,12 @@ DOWNLOAD = flags.DEFINE_bool("download", not DEFAULTS.offline, "Download a model
 
 def main(argv: list[str]) -> None:
     """Encodes a file, or deletes the cache."""
+    from fused_rec.distributed.devices import check_devices
+    from fused_rec.text.cache import open_cache, purge
+    from fused_rec.text.encode import count_tokens, encode_texts
+    from fused_rec.text.pretrained import open_model
+    from fused_rec.text.vectors import check_name, read_lines, save_vectors
+
     if PURGE.value:
         if INPUT.value or OUTPUT.value or not CACHE.value:
             raise app.UsageError("--purge takes no other flag than --cache, the folder whose text vectors go")

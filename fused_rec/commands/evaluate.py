@@ -12,7 +12,6 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     DEFINE_baselines,
     DEFINE_path,
@@ -23,20 +22,11 @@ from fused_rec.commands.places import (
     require_known,
     written_file,
 )
-from fused_rec.config import METRICS
-from fused_rec.data.sources.fartrans import read_prices
-from fused_rec.evaluation.ranking import mean
-from fused_rec.evaluation.result_tables import table
-from fused_rec.evaluation.suitability import check_groups
-from fused_rec.runs.run_dir import write_json
-from fused_rec.serving.recommender import load_measured
-from fused_rec.serving.write_rankings import read_rules
-from fused_rec.training.evaluate import evaluate_with_baselines, scorer
-from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
+from fused_rec.config import BASELINE_NAMES, METRICS
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 SPLIT = DEFINE_split()
-BASELINE = DEFINE_baselines(BASELINES, default=[])
+BASELINE = DEFINE_baselines(BASELINE_NAMES, default=[])
 METRIC = flags.DEFINE_list(
     "metrics", ["recall@10", "ndcg@10", "auc"], f"Metrics to print: any of {', '.join(METRICS)}."
 )
@@ -49,7 +39,17 @@ OUT = DEFINE_path("out", written_file, "With --rules: JSON file of their effects
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, prints one table."""
-    require_known(BASELINE, BASELINES)
+    from fused_rec.data.sources.fartrans import read_prices
+    from fused_rec.evaluation.ranking import mean
+    from fused_rec.evaluation.result_tables import table
+    from fused_rec.evaluation.suitability import check_groups
+    from fused_rec.runs.run_dir import write_json
+    from fused_rec.serving.recommender import load_measured
+    from fused_rec.serving.write_rankings import read_rules
+    from fused_rec.training.evaluate import evaluate_with_baselines, scorer
+    from fused_rec.training.evaluate_rules import evaluate_rules, returns_after
+
+    require_known(BASELINE, BASELINE_NAMES)
     require_known(METRIC, METRICS)
     if not METRIC.value:
         raise app.UsageError("--metrics is empty; leave it out, or name one or more")

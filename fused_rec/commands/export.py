@@ -14,8 +14,6 @@ from absl import flags
 
 import fused_rec as fr
 from fused_rec.commands.places import DEFINE_path, DEFINE_run, DEFINE_served, written_folder
-from fused_rec.serving import export_bundle
-from fused_rec.serving.recommender import read_served_tables
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
@@ -25,6 +23,9 @@ FAISS = flags.DEFINE_bool("faiss", False, "Also write items.faiss; needs the ext
 
 def main(argv: list[str]) -> None:
     """Opens the run, writes the folder, and lists its files."""
+    from fused_rec.serving import export_bundle
+    from fused_rec.serving.recommender import read_served_tables
+
     export_bundle.check(Path(OUT.value), faiss=FAISS.value)
     other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}

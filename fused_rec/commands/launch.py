@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import absl.logging
-import jax
 import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,11 +22,9 @@ from ml_collections import config_flags
 from fused_rec.commands.exits import exit_broken_pipe, open_missing_streams
 from fused_rec.commands.places import CONFIG_NAMES, DEFINE_path, new_folder
 from fused_rec.config import Config, from_dict
-from fused_rec.distributed import processes, signals
-from fused_rec.distributed.devices import DeviceError, keep_memory, keep_programs
-from fused_rec.studies.variants import configured
 
-FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, DeviceError, app.UsageError)
+# JAX and what needs it are imported once the flags are parsed: --help and a misspelt flag do not wait for them.
+FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
 COMPILED = DEFINE_path(
@@ -52,7 +49,6 @@ def start(main: Callable[[list[str]], None], launcher: str = "") -> None:
     """
     global _program
     _program = (launcher, main.__module__.rpartition(".")[2]) if launcher else ()
-    keep_memory()
     open_missing_streams()
     _describe(main.__module__)
     try:
@@ -73,6 +69,8 @@ def config_of(values: ml_collections.ConfigDict) -> Config:
         section, _, setting = name.partition(".")
         given.setdefault(section, {})[setting] = settings[section][setting]
     if "method" in given.get("model", {}):
+        from fused_rec.studies.variants import configured
+
         config = configured(config, given)
     if not config.data.path:
         return config
@@ -125,6 +123,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    import jax
+
+    from fused_rec.distributed import processes, signals
+    from fused_rec.distributed.devices import DeviceError, keep_memory, keep_programs
+
+    keep_memory()
     _log()
     if COMPILED.value is not None:
         keep_programs(COMPILED.value)
@@ -154,7 +158,7 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
                 flush=True,
             )
             os._exit(1)  # an orderly end would wait for the others
-        if flags.FLAGS.verbosity > 0 or not isinstance(error, FAULTS):
+        if flags.FLAGS.verbosity > 0 or not isinstance(error, (*FAULTS, DeviceError)):
             raise
         sys.stdout.flush()  # what was said before comes before
         print(_report(error), file=sys.stderr)

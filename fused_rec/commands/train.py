@@ -20,9 +20,6 @@ from absl import flags
 
 from fused_rec.commands.launch import command_named, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, existing_folder, new_folder
-from fused_rec.distributed import processes
-from fused_rec.runs.model_card import describe_training
-from fused_rec.training.trainer import run_training
 
 CONFIG = DEFINE_config()
 WORKDIR = DEFINE_path("workdir", new_folder, "Folder of the run: checkpoints, curves, results.json.", required=True)
@@ -40,6 +37,10 @@ SHOWN = ("recall@10", "ndcg@10", "auc")
 
 def main(argv: list[str]) -> None:
     """Trains, and prints the results and the paths."""
+    from fused_rec.distributed import processes
+    from fused_rec.runs.model_card import describe_training
+    from fused_rec.training.trainer import run_training
+
     config = config_of(CONFIG.value)
     given = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if DISTRIBUTED.value or any(part is not None for part in given):
