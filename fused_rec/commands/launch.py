@@ -5,8 +5,10 @@ Status and messages are the same for `fused-rec NAME` and `python -m experiments
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
+import platform
 import re
 import shlex
 import sys
@@ -27,7 +29,9 @@ from fused_rec.config import Config, from_dict
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
-COMPILED = DEFINE_path(
+PROGRAM_BYTES = 2**30  # of compiled programs that are kept
+PROGRAM_SECONDS = 0.1  # of compilation from which on a program is kept
+DEFINE_path(
     "compilation_cache",
     new_folder,
     "Folder of compiled programs, which later commands read; empty: none is kept.",
@@ -126,12 +130,12 @@ def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
     import jax
 
     from fused_rec.distributed import processes, signals
-    from fused_rec.distributed.devices import DeviceError, keep_memory, keep_programs
+    from fused_rec.distributed.devices import DeviceError, keep_memory
 
     keep_memory()
     _log()
-    if COMPILED.value is not None:
-        keep_programs(COMPILED.value)
+    if (folder := flags.FLAGS["compilation_cache"].value) is not None:
+        keep_programs(folder)
     # Everything here is float32 or int32; fused_rec.distributed.devices.computes does the same for the Python
     # interface.
     jax.config.update("jax_enable_x64", False)
@@ -200,6 +204,40 @@ def _describe(module: str) -> None:
     sys.modules["__main__"].__doc__ = text.replace("python -m experiments.", f"{_program[0]} ") if _program else text
     for flag in (*flags.FLAGS.get_key_flags_for_module(module), flags.FLAGS["compilation_cache"]):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def keep_programs(folder: Path) -> None:
+    """Lets JAX keep compiled programs in a folder, for later processes; must be called before the first compilation.
+
+    Programs for a CPU may have instructions that another CPU lacks, so each kind of CPU has a subfolder. Nothing
+    changes where JAX already has such a folder (JAX_COMPILATION_CACHE_DIR), or where this one cannot be written.
+
+    Args:
+      folder: the folder; JAX removes the programs used least recently beyond `PROGRAM_BYTES`.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        own = folder.expanduser() / f"{platform.machine()}-{_processor()}"
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)  # a program is executed: nobody else may write one
+        own.chmod(0o700)
+    except (OSError, RuntimeError):  # RuntimeError: the home directory is not known
+        return
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    jax.config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", PROGRAM_SECONDS)
+
+
+def _processor() -> str:
+    """Returns a hash of the instructions that the CPU has, where Linux lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    listed = next((line for line in lines if line.lower().startswith(("flags", "features"))), "".join(lines[:1]))
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def command() -> str:

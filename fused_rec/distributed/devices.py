@@ -8,11 +8,8 @@ which are often similar in degree or age, are thus on different devices. An arra
 import ctypes
 import dataclasses
 import functools
-import hashlib
-import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -32,9 +29,6 @@ SHARDED = 0  # where a divided array has its devices on the way to them: [device
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-PROGRAM_BYTES = 2**30  # of compiled programs that are kept
-PROGRAM_SECONDS = 0.1  # of compilation from which on a program is kept
-
 
 def keep_memory() -> None:
     """Lets the process keep freed memory for later allocations; must be called before the first thread starts.
@@ -46,38 +40,6 @@ def keep_memory() -> None:
     if mallopt is not None:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
             mallopt(option, value)
-
-
-def keep_programs(folder: Path) -> None:
-    """Lets JAX keep compiled programs in a folder, for later processes; must be called before the first compilation.
-
-    Programs for a CPU may have instructions that another CPU lacks, so each kind of CPU has a subfolder. Nothing
-    changes where JAX already has such a folder (JAX_COMPILATION_CACHE_DIR), or where this one cannot be written.
-
-    Args:
-      folder: the folder; JAX removes the programs used least recently beyond `PROGRAM_BYTES`.
-    """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return
-    try:
-        own = folder.expanduser() / f"{platform.machine()}-{_processor()}"
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)  # a program is executed: nobody else may write one
-        own.chmod(0o700)
-    except (OSError, RuntimeError):  # RuntimeError: the home directory is not known
-        return
-    jax.config.update("jax_compilation_cache_dir", str(own))
-    jax.config.update("jax_compilation_cache_max_size", PROGRAM_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", PROGRAM_SECONDS)
-
-
-def _processor() -> str:
-    """Returns a hash of the instructions that the CPU has, where Linux lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    listed = next((line for line in lines if line.lower().startswith(("flags", "features"))), "".join(lines[:1]))
-    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 class DeviceError(RuntimeError):

@@ -8,10 +8,10 @@ PROGRAM = """
 import logging, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from fused_rec.distributed import devices
+from fused_rec.commands import launch
 
-devices.PROGRAM_SECONDS = 0.0
-devices.keep_programs(Path(sys.argv[1]))
+launch.PROGRAM_SECONDS = 0.0
+launch.keep_programs(Path(sys.argv[1]))
 logging.getLogger("jax._src.compiler").setLevel(logging.DEBUG)
 logging.basicConfig(stream=sys.stdout)
 print(jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((8, 8))).sum())
