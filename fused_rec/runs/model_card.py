@@ -245,7 +245,8 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     beside = describe_late_fusion(results.get("late_fusion"))
-    origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in describe_origin(results).items())
+    stated = describe_origin(results) | results.get("review", {})
+    origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in stated.items())
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
