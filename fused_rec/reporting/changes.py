@@ -1,12 +1,13 @@
 """The differences of two runs in words: tables that Markdown and the page share, and a page of their own."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_rec.evaluation.result_tables import in_markdown, markdown_table
 from fused_rec.evaluation.significance import Difference
 from fused_rec.reporting.figures import Bar, bars, interval
-from fused_rec.reporting.layout import NAME, gain, html_page, table, tiles, versions
+from fused_rec.reporting.layout import METRICS, NAME, gain, html_page, table, tiles, versions
 from fused_rec.reporting.markup import Element, cut, element
 from fused_rec.runs.model_card import describe_served
 
@@ -27,7 +28,7 @@ REASONS = {
     "chance": "the same, of sources chosen at random",
     "effects": "rank correlation of the effects of sources",
 }
-COLUMNS = ("overlap", "first_unchanged", "score_correlation", "first_reason", "reasons", "sources", "chance")
+STABLE = ("overlap", "first_unchanged", "score_correlation", "first_reason", "reasons", "sources", "chance")
 SURVIVAL = (
     "A reason survives where the other run gives one with the same code for the same product, and where the "
     "interaction that it names first is among the three with the largest effects there."
@@ -35,12 +36,16 @@ SURVIVAL = (
 
 
 class ChangeTable(NamedTuple):
-    """A table: caption, titles of the columns, cells by row; `note` is a sentence below it."""
+    """A table: caption, titles of the columns, cells by row; `note` is a sentence below it.
+
+    words: the cells are texts, and not numbers.
+    """
 
     caption: str
     header: tuple[str, ...]
     rows: list[list[str]]
     note: str = ""
+    words: bool = False
 
 
 def change_tables(found: Mapping[str, Any]) -> dict[str, list[ChangeTable]]:
@@ -69,11 +74,13 @@ def _runs(found: Mapping[str, Any]) -> ChangeTable:
         "Trained": [side["finished"] for side in sides],
         "Interactions trained on": [_dates(side["trained_period"]) for side in sides],
         "Repairs by the reader": [_repairs(side["repairs"]) for side in sides],
-        "Recommends with": [_served(side) for side in sides],
+        "Ranks with": [_served(side) for side in sides],
         "SHA-256 of the model": [side["model"][:16] for side in sides],
         "SHA-256 of the tables": [side["tables"][:16] for side in sides],
     }
-    return ChangeTable("The two runs", ("", "Before", "After"), [[name, *cells] for name, cells in rows.items()])
+    return ChangeTable(
+        "The two runs", ("Property", "Before", "After"), [[name, *cells] for name, cells in rows.items()]
+    )
 
 
 def _dates(found: Sequence[str] | None) -> str:
@@ -91,13 +98,13 @@ def _served(side: Mapping[str, Any]) -> str:
 def _data(found: Mapping[str, Any]) -> ChangeTable:
     columns = ("before", "after", "common", "new", "gone")
     rows = [[name.capitalize(), *(f"{of[key]:,}" for key in columns)] for name, of in found["data"].items()]
-    return ChangeTable("Data that they recommend with", ("", "Before", "After", "In both", "New", "Gone"), rows)
+    return ChangeTable("Data that they rank with", ("Table", "Before", "After", "In both", "New", "Gone"), rows)
 
 
 def _settings(found: Mapping[str, Any]) -> ChangeTable:
     rows = [[name, *map(repr, values)] for name, values in found["settings"].items()]
     note = "" if rows else "All settings are the same."
-    return ChangeTable("Settings that differ", ("Setting", "Before", "After"), rows, note)
+    return ChangeTable("Settings that differ", ("Setting", "Before", "After"), rows, note, words=True)
 
 
 def _metrics(found: Mapping[str, Any] | None) -> ChangeTable:
@@ -109,7 +116,7 @@ def _metrics(found: Mapping[str, Any] | None) -> ChangeTable:
         value, between = gain(_difference(of))
         p = "< .001" if of["p"] < 0.001 else f"{of['p']:.3f}"
         ends = between.removeprefix("95 % interval ")
-        rows.append([name, f"{of['before']:.4f}", f"{of['after']:.4f}", value, ends, p])
+        rows.append([METRICS[name], f"{of['before']:.4f}", f"{of['after']:.4f}", value, ends, p])
     note = f"Of the {found['users']:,} customers with held-out products in both, paired."
     if not found["same_held_out"]:
         note += " The held-out interactions of the two runs are not the same ones: tables or splits differ."
@@ -126,7 +133,7 @@ def _lists(found: Mapping[str, Any]) -> ChangeTable:
     note = f"The first {found['k']} products of {found['users']:,} customers who are in both runs."
     if taken["left"]:
         note += f" {taken['left']:,} products left the lists, {taken['now_held']:,} of them held by the customer now."
-    return ChangeTable("Top lists", ("", "Mean [95 %]"), _rows(found, LISTS), note)
+    return ChangeTable("How far the lists agree", ("Measure", "Mean [95 %]"), _rows(found, LISTS), note)
 
 
 def _rows(found: Mapping[str, Any], named: Mapping[str, str]) -> list[list[str]]:
@@ -149,11 +156,12 @@ def _exposure(found: Mapping[str, Any]) -> ChangeTable:
 
 
 def _reasons(found: Mapping[str, Any] | None) -> ChangeTable:
-    header = ("", "Mean [95 %]")
+    caption, header = "How far the reasons agree", ("Measure", "Mean [95 %]")
     if found is None:
-        return ChangeTable("Reasons", header, [], "A baseline has no explanations, so no reasons are compared.")
-    note = f"The recommendations before, explained by both runs: {found['pairs']:,} of {found['users']:,} customers."
-    return ChangeTable("Reasons", header, _rows(found, REASONS), f"{note} {SURVIVAL}")
+        return ChangeTable(caption, header, [], "A baseline has no explanations, so no reasons are compared.")
+    pairs = f"{found['pairs']:,} products of {found['users']:,} customers"
+    note = f"What was recommended before, explained by both runs: {pairs}."
+    return ChangeTable(caption, header, _rows(found, REASONS), f"{note} {SURVIVAL}")
 
 
 def _codes(found: Mapping[str, Any] | None) -> list[ChangeTable]:
@@ -165,19 +173,18 @@ def _codes(found: Mapping[str, Any] | None) -> list[ChangeTable]:
 
 
 def stability_table(differences: Sequence[Mapping[str, Any]]) -> ChangeTable:
-    """Puts the stability of lists, scores and reasons into a table, a row for each other run.
+    """Puts the stability of lists, scores and reasons into a table, a column for each other run.
 
     Args:
       differences: of `fused_rec.reporting.diff.diff`, each between the run and another one.
     """
-    titles = LISTS | REASONS
-    rows = []
-    for found in differences:
-        known = {**found["lists"], **(found["reasons"] or {})}
-        cells = [mean_text(known[name]) if name in known else "–" for name in COLUMNS]
-        rows.append([found["after"]["workdir"], found["change"], *cells])
-    header = ("Other run", "What differs", *(titles[name][:1].upper() + titles[name][1:] for name in COLUMNS))
-    return ChangeTable("What stays in other runs, from 0 to 1, with 95 % intervals", header, rows, SURVIVAL)
+    header = ("Measure", *(Path(found["after"]["workdir"]).name for found in differences))
+    rows = [["What differs", *(found["change"] for found in differences)]]
+    for name, title in (LISTS | REASONS).items():
+        if name in STABLE:
+            values = [(found["lists"] | (found["reasons"] or {})).get(name) for found in differences]
+            rows.append([title[:1].upper() + title[1:], *("–" if of is None else mean_text(of) for of in values)])
+    return ChangeTable("What stays in other runs, from 0 to 1, with 95 % intervals", header, rows, SURVIVAL, words=True)
 
 
 def change_of(found: Mapping[str, Any]) -> str:
@@ -224,7 +231,7 @@ def _elements(tables: Sequence[ChangeTable]) -> list[Element]:
     made = []
     for one in tables:
         if one.rows:
-            made.append(table(one.caption, one.header, one.rows))
+            made.append(table(one.caption, one.header, one.rows, words=one.words))
         if one.note:
             made.append(element("p", one.note, class_="muted"))
     return made
@@ -238,10 +245,9 @@ def _metric_figures(found: Mapping[str, Any] | None) -> list[Element]:
     figures = []
     for name, of in (found or {"metrics": {}})["metrics"].items():
         rows = [Bar("before", of["before"]), Bar("after", of["after"], own=True)]
-        title, (value, between) = f"{name}, test split", gain(_difference(of))
-        key = f"change-{name.replace('@', '-')}"
-        caption = f"Change {value}, {between}."
-        figures.append(_figure(title, bars(key, title, rows, name), caption))
+        title, (value, between) = f"{METRICS[name]} on the test split", gain(_difference(of))
+        drawn = bars(f"change-{name.replace('@', '-')}", title, rows, METRICS[name])
+        figures.append(_figure(title, drawn, f"Change {value}, {between}."))
     return figures
 
 

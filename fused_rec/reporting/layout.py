@@ -9,6 +9,7 @@ from fused_rec.reporting.style import stylesheet
 
 LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 NAME, SENTENCE = 120, 600  # maximum characters shown of a name and a sentence
+METRICS = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "mrr@10": "MRR@10", "auc": "AUC"}  # titles
 Section = tuple[str, str, Sequence[Element]]  # id, title, content
 # No script runs and nothing is loaded, whatever a text of the tables holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -97,7 +98,11 @@ def closed(title: str, *content: Element) -> Element:
 
 
 def table(
-    caption: str, header: Sequence[str] | None, body: Sequence[Sequence[str]], own: Sequence[bool] | None = None
+    caption: str,
+    header: Sequence[str] | None,
+    body: Sequence[Sequence[str]],
+    own: Sequence[bool] | None = None,
+    words: bool = False,
 ) -> Element:
     """Makes a table that scrolls in its own box; the first cell of each row is its header.
 
@@ -106,6 +111,7 @@ def table(
       header: titles of the columns; None: of a table of facts, which has none.
       body: cells of each row.
       own: rows in bold letters.
+      words: the cells are texts, which are broken into lines, and not numbers; so are those of a table of facts.
     """
     rows = [
         element(
@@ -119,7 +125,6 @@ def table(
     head = None
     if header is not None:
         head = element("thead", element("tr", *(element("th", title, scope="col") for title in header)))
-    made = element(
-        "table", element("caption", caption), head, element("tbody", *rows), class_=None if header else "facts"
-    )
+    kind = "facts" if words or header is None else None
+    made = element("table", element("caption", caption), head, element("tbody", *rows), class_=kind)
     return element("div", made, class_="scroll", tabindex="0", role="region", aria_label=caption)

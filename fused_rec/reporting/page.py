@@ -12,7 +12,7 @@ from fused_rec.evaluation.suitability import Gaps, Group
 from fused_rec.reporting.changes import change_elements, stability_elements
 from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData, Route, Sliced
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
-from fused_rec.reporting.layout import NAME, SENTENCE, closed, gain, html_page, table, tiles, versions
+from fused_rec.reporting.layout import METRICS, NAME, SENTENCE, closed, gain, html_page, table, tiles, versions
 from fused_rec.reporting.markup import Element, append, cut, element
 from fused_rec.reporting.review import review
 from fused_rec.runs.model_card import describe_late_fusion, describe_model, describe_training
@@ -22,7 +22,6 @@ MEANING = {
     "recall@10": "the share of the held-out products found among the first ten",
     "auc": "how often a held-out product is ranked above another one",
 }
-TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
 SPLIT_TITLES = {"valid": "validation split", "test": "test split"}
 TEXT = 4000  # maximum characters shown of a passage
 INTERACTIONS = 12  # maximum interactions of a user shown by name
@@ -121,18 +120,18 @@ def _order(value: float) -> float:
 def _quality(facts: ReportData) -> list[Element]:
     part = SPLIT_TITLES[facts.split]
     figures = []
-    for metric in TITLES:
+    for metric in MEANING:
         rows = [Bar(cut(model.name, NAME), *model.metrics[metric], own=model.against is None) for model in facts.models]
-        title = f"{TITLES[metric]} on the {part}"
-        figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, TITLES[metric]), title, metric))
-    header = ["Model", *(f"{TITLES[metric]} [95 %]" for metric in TITLES), "NDCG@10 gained by the run's model"]
+        title = f"{METRICS[metric]} on the {part}"
+        figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, METRICS[metric]), title, metric))
+    header = ["Model", *(f"{METRICS[metric]} [95 %]" for metric in MEANING), "NDCG@10 gained by the run's model"]
     body = []
     for model in facts.models:
         gained = "–"
         if model.against is not None:
             value, between = gain(model.against["ndcg@10"])
             gained = f"{value} ({between.removeprefix('95 % interval ')})"
-        body.append([model.name, *(interval(*model.metrics[metric]) for metric in TITLES), gained])
+        body.append([model.name, *(interval(*model.metrics[metric]) for metric in MEANING), gained])
     own = [model.against is None for model in facts.models]
     note = "Whole catalogue ranked, known products left out; intervals by a bootstrap over customers."
     if facts.split == "valid":
@@ -146,7 +145,7 @@ def _quality(facts: ReportData) -> list[Element]:
 
 def _figure(svg: Element, title: str, metric: str) -> Element:
     meaning = MEANING[metric]
-    return element("figure", element("h3", title), svg, element("figcaption", f"{TITLES[metric]}: {meaning}."))
+    return element("figure", element("h3", title), svg, element("figcaption", f"{METRICS[metric]}: {meaning}."))
 
 
 def _training(facts: ReportData) -> list[Element]:
@@ -201,7 +200,7 @@ def _slices(facts: ReportData) -> list[Element]:
 
 
 def _sliced(key: str, one: Sliced, split: str) -> Element:
-    gaps, metric = one.gaps, TITLES.get(one.metric, one.metric)
+    gaps, metric = one.gaps, METRICS.get(one.metric, one.metric)
     groups = sorted(gaps.groups.items(), key=lambda group: _natural(group[0]))
     rows = [
         Bar(f"{cut(name, NAME)}: {group.users:,} customers", group.mean, group.low, group.high)
@@ -283,7 +282,7 @@ def _under_rules(attribute: str, metric: str, found: Mapping[str, Any]) -> Slice
         name: Group(of["users"], *(_nan(of[key]) for key in Group._fields[1:])) for name, of in found["groups"].items()
     }
     gap = {name: _nan(found[name]) for name in ("gap", "low", "high", "p")}
-    caption = f"{TITLES[metric]} under the rules" if metric in TITLES else f"{metric} the rules"
+    caption = f"{METRICS[metric]} under the rules" if metric in METRICS else f"{metric} the rules"
     return Sliced(attribute, caption, Gaps(groups, found["best"], found["worst"], **gap))
 
 

@@ -21,11 +21,11 @@ def review(facts: ReportData) -> dict[str, str]:
       facts: content of the page.
 
     Returns:
-      Answers by question: owner, purpose, license, data with their dates and repairs; what recommendations use; rules
+      Answers by question: owner, purpose, license, data with their dates and repairs; what it ranks with; rules
       with their cost; gaps between groups; stability; what changed since the run before. What was not measured is named
       with the flag that measures it.
     """
-    return describe_origin(facts.results) | {"Recommendations use": describe_served(facts.served)} | measured(facts)
+    return describe_origin(facts.results) | {"Ranks with": describe_served(facts.served)} | measured(facts)
 
 
 def measured(facts: ReportData) -> dict[str, str]:
