@@ -9,7 +9,7 @@ from fused_rec.evaluation.significance import Difference
 from fused_rec.reporting.figures import Bar, bars, interval
 from fused_rec.reporting.layout import METRICS, NAME, gain, html_page, table, tiles, versions
 from fused_rec.reporting.markup import Element, cut, element
-from fused_rec.runs.model_card import describe_served
+from fused_rec.runs.model_card import describe_dates, describe_repairs, describe_served
 
 OUTPUTS = "diff.json", "diff.md", "diff.html"
 # What is measured between two runs, by its name in the results of `fused_rec.reporting.diff`.
@@ -72,23 +72,14 @@ def _runs(found: Mapping[str, Any]) -> ChangeTable:
         "Data": [side["dataset"] for side in sides],
         "Model": [f"{side['variant']}, seed {side['seed']}" for side in sides],
         "Trained": [side["finished"] for side in sides],
-        "Interactions trained on": [_dates(side["trained_period"]) for side in sides],
-        "Repairs by the reader": [_repairs(side["repairs"]) for side in sides],
+        "Interactions trained on": [describe_dates(side["trained_period"]) for side in sides],
+        "Repairs by the reader": [describe_repairs(side["repairs"]) for side in sides],
         "Ranks with": [_served(side) for side in sides],
         "SHA-256 of the model": [side["model"][:16] for side in sides],
         "SHA-256 of the tables": [side["tables"][:16] for side in sides],
     }
-    return ChangeTable(
-        "The two runs", ("Property", "Before", "After"), [[name, *cells] for name, cells in rows.items()]
-    )
-
-
-def _dates(found: Sequence[str] | None) -> str:
-    return "without timestamps" if found is None else " to ".join(found)
-
-
-def _repairs(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{what}: {count:,}" for what, count in found.items()) or "none"
+    cells = [[name, *values] for name, values in rows.items()]
+    return ChangeTable("The two runs", ("Property", "Before", "After"), cells, words=True)
 
 
 def _served(side: Mapping[str, Any]) -> str:
