@@ -95,7 +95,7 @@ def describe_origin(results: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def describedescribe_dates(found: Sequence[str] | None) -> str:
+def describe_dates(found: Sequence[str] | None) -> str:
     """Says the first and the last date of `fused_rec.data.dataset.period`."""
     return "without timestamps" if found is None else " to ".join(found)
 
