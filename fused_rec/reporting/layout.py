@@ -1,5 +1,6 @@
 """The frame that pages share: head, skip link, header with links to the sections, tables, folded parts, footer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def versions(results: Mapping[str, Any]) -> str:
 
 def gain(found: Difference) -> tuple[str, str]:
     """Returns a difference and its interval, relative where possible."""
-    if found.relative == found.relative:
+    if math.isfinite(found.relative):
         low, high = found.relative_low, found.relative_high
         return f"{found.relative:+.1%}", f"95 % interval {low:+.1%} to {high:+.1%}"
     return f"{found.difference:+.4f}", f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
