@@ -151,6 +151,7 @@ def _figure(svg: Element, title: str, metric: str) -> Element:
 def _training(facts: ReportData) -> list[Element]:
     results, counts = facts.results, facts.counts
     metric = results["config"]["train"]["metric"]
+    of_metric = f"{METRICS.get(metric, metric)} on the validation split"
     rows = [
         *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
         ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
@@ -159,14 +160,14 @@ def _training(facts: ReportData) -> list[Element]:
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
     drawn = []
-    shown = ((f"valid/{metric}", metric, f"{metric} on the validation split"), ("loss", "loss", "Training loss"))
+    shown = ((f"valid/{metric}", metric, of_metric), ("loss", "loss", "Training loss"))
     for key, unit, title in shown:
         points = [(float(line["step"] or 0), line.get(key)) for line in facts.curve]
         if any(value is not None for _, value in points):
             svg = curve(f"curve-{unit.replace('@', '-')}", title, points, unit, results["best_step"])
             drawn.append(element("figure", element("h3", title), svg))
     none = None if drawn else element("p", "No curves were kept.", class_="muted")
-    header = ["Step", "Training loss", f"{metric} on the validation split"]
+    header = ["Step", "Training loss", of_metric]
     body = [[f"{line['step']:g}", _cell(line.get("loss")), _cell(line.get(f"valid/{metric}"))] for line in facts.curve]
     settings = [
         [f"{section}.{name}", repr(value)]

@@ -176,7 +176,7 @@ mark.plus { border-bottom: 3px solid var(--own); } mark.minus { border-bottom: 3
 .minus-3 { background: var(--minus-3); } .minus-4 { background: var(--minus-4); font-weight: 650; }
 footer { padding-top: 24px; padding-bottom: 40px; color: var(--muted); font-size: .9rem; }
 @media (forced-colors: active) { svg .own, svg .other, .track span { forced-color-adjust: none; } }
-@media print { details, figure, tr { break-inside: avoid; } nav, .skip { display: none; }
+@media print { figure, tr { break-inside: avoid; } nav, .skip { display: none; }
   details::details-content { content-visibility: visible; height: auto; } .scroll { overflow: visible; }
   th, td { white-space: normal; } }
 """
