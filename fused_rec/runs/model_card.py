@@ -250,8 +250,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     beside = describe_late_fusion(results.get("late_fusion"))
-    stated = describe_origin(results) | results.get("review", {})
-    origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in stated.items())
+    origin = _rows(describe_origin(results) | results.get("review", {}))
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
@@ -305,6 +304,10 @@ at the end.
 
 {versions}
 """
+
+
+def _rows(texts: Mapping[str, str]) -> str:
+    return "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in texts.items())
 
 
 def _front_matter(results: Mapping[str, Any]) -> str:
