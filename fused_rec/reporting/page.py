@@ -3,7 +3,6 @@
 `render_page` is pure: data in, HTML out. All texts of the tables pass through `fused_rec.reporting.markup`.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -340,7 +339,8 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
         element("span", f" {item.item_id if item.item_id != item.name else ''} score {item.score:.3f}", class_="muted"),
     )
     why = []
-    for reason, (kept, asked) in itertools.zip_longest(item.reasons, item.survived, fillvalue=(0, 0)):
+    survived = item.survived or [(0, 0)] * len(item.reasons)
+    for reason, (kept, asked) in zip(item.reasons, survived, strict=True):
         bar = element("span", class_="track", aria_hidden="true")
         bar.append(element("span", style=f"width:{min(max(reason.share, 0.0), 1.0):.1%}"))
         why.append(element("li", cut(reason.text, SENTENCE), _weak(kept, asked), bar))
