@@ -83,13 +83,23 @@ def test_metrics_are_those_of_the_runs_paired(first, second, changed):
     assert found["users"] == len(values[0])
 
 
+def lists_of(run: fr.Run, users: list[str]) -> list[list[str]]:
+    """The ids of the ten items recommended to each user."""
+    listed = run.recommend(users, k=10, progress=False).to_pandas().groupby("user_id").item_id.apply(list)
+    return [listed[user] for user in users]
+
+
+def shared(lists: list[list[list[str]]]) -> float:
+    """The mean share of common ids."""
+    return float(
+        np.mean([len({*one} & {*other}) / max(len(one), len(other)) for one, other in zip(*lists, strict=True)])
+    )
+
+
 def test_lists_are_those_that_are_recommended(first, second, changed):
-    lists = [
-        run.recommend(k=10, progress=False).to_pandas().groupby("user_id").item_id.apply(list)
-        for run in (first, second)
-    ]
-    shares = [len({*one} & {*other}) / max(len(one), len(other)) for one, other in zip(*lists, strict=True)]
-    assert changed["lists"]["overlap"]["mean"] == pytest.approx(np.mean(shares))
+    users = first.prepared.dataset.users["user_id"].to_pylist()
+    lists = [lists_of(run, users) for run in (first, second)]
+    assert changed["lists"]["overlap"]["mean"] == pytest.approx(shared(lists))
     top = changed["lists"]["gained"][0]
     count = [sum(top["item_id"] in own for own in side) / len(side) for side in lists]
     assert (top["before"], top["after"]) == (pytest.approx(count[0]), pytest.approx(count[1]))
@@ -133,6 +143,8 @@ def test_only_common_ids_are_compared(first, market, caplog):
         **{"before": market.n_items, "after": market.n_items, "common": 20},
         **{"new": market.n_items - 20, "gone": market.n_items - 20},
     }
+    users = market.users["user_id"].to_pylist()[:30]
+    assert found["lists"]["overlap"]["mean"] == pytest.approx(shared([lists_of(run, users) for run in (first, other)]))
     assert "only 30 of" in caplog.text
 
 
