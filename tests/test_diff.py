@@ -229,6 +229,8 @@ def test_agreement_by_hand():
     other = item(("POPULAR", "INTERACTIONS"), a=5, b=1, c=2, d=3, e=4)
     found = agreement(one, other)
     assert (found.first_reason, found.reasons) == (0, 1)
+    found_other = agreement(item(("POPULAR", "NEW")), item(("POPULAR", "OWN_TEXT")))
+    assert (found_other.first_reason, found_other.reasons) == (1, 0.5)
     assert found.sources == pytest.approx(1 / 3)  # a, b, c against a, e, d
     assert found.chance == pytest.approx(TOP / 5)
     assert found.effects == pytest.approx(0)
