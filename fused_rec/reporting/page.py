@@ -368,9 +368,9 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
 
 def _weak(kept: int, asked: int) -> Element | None:
     """Marks a reason that does not survive in every other run."""
-    return (
-        element("strong", f" Weak: it holds in {kept} of {asked} other runs.", class_="weak") if kept < asked else None
-    )
+    if kept >= asked:
+        return None
+    return element("strong", f" Weak: it holds in {kept} of {_count(asked, 'other run')}.", class_="weak")
 
 
 def _without(item: str, change: Any) -> Element:
