@@ -62,6 +62,7 @@ setup(
     extras_require={
         "als": ["implicit>=0.7.2", "threadpoolctl>=3.1"],  # one baseline alone needs them
         "tests": [
+            "axe-playwright-python>=0.1.8",  # drives an installed browser; brings axe, which checks accessibility
             "beartype>=0.22.1",
             "build>=1.2",
             "httpx>=0.28.1",  # asks the server as clients do

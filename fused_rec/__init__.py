@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fused_rec.api import (
         compare,
         configure,
+        diff,
         encode,
         load,
         load_dataset,
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "configure",
     "dataset_from_tables",
+    "diff",
     "encode",
     "fetch_dataset",
     "load",

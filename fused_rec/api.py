@@ -6,7 +6,7 @@ Users are the customers of a bank, items its products. U users, I items, T texts
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -20,7 +20,9 @@ from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.suitability import check_groups
+from fused_rec.reporting.changes import in_words, render_changes
 from fused_rec.reporting.data import (
+    Explain,
     ReportData,
     compared,
     passages,
@@ -28,14 +30,17 @@ from fused_rec.reporting.data import (
     sample,
     sliced,
 )
+from fused_rec.reporting.diff import ComparedRun, explained, stability
+from fused_rec.reporting.diff import diff as compare_runs
 from fused_rec.reporting.page import render_page
+from fused_rec.reporting.review import measured
 from fused_rec.run import Run
 from fused_rec.runs.loggers import read_curves
-from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run
+from fused_rec.runs.run_dir import RUN, TABLES, TablesChangedError, read_results, read_run, record_review, write_json
 from fused_rec.serving import recommender
 from fused_rec.serving.recommender import candidate_filter, model_digest, user_rows
 from fused_rec.serving.write_rankings import Rules, read_rules
-from fused_rec.storage import write_file
+from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.studies.compare import compare_variants
 from fused_rec.studies.variants import VARIANTS, configured
 from fused_rec.text.encode import encode_texts
@@ -44,7 +49,7 @@ from fused_rec.training.evaluate import evaluate_with_baselines, scorer
 from fused_rec.training.evaluate_rules import evaluate_rules
 from fused_rec.training.inputs import Prepared
 from fused_rec.training.train_step import TrainState
-from fused_rec.training.trainer import run_training
+from fused_rec.training.trainer import run_training, update_card
 
 
 def configure(base: Config | None = None, /, **sections: Any) -> Config:
@@ -321,6 +326,10 @@ def report(
     k: int = 5,
     rules: Rules | None = None,
     groups: Sequence[str] = (),
+    names: bool = False,
+    previous: str | os.PathLike[str] | None = None,
+    compared_runs: Sequence[str | os.PathLike[str]] = (),
+    card: bool = False,
     history: str = "all",
     dataset: Dataset | None = None,
     data_path: str | os.PathLike[str] | None = None,
@@ -338,36 +347,135 @@ def report(
       k: recommended items per user.
       rules: suitability rules, as of `Run.recommend`.
       groups: user attributes whose groups are compared.
+      names: show the names of users, and not their ids alone.
+      previous: folder of the run before, from which the page shows what changed.
+      compared_runs: folders of other runs (seeds, refits, data), in which reasons survive or not.
+      card: also write what was found about rules, groups, stability and changes into the model card.
       history: as of `load`, for the recommendations; metrics withhold held-out rows.
       dataset: as of `load`, for the recommendations.
-      data_path: current folder of the tables of the training, if they have moved.
-      cache: current folder of cached text embeddings, if it has changed.
+      data_path: as of `load`.
+      cache: as of `load`.
 
     Returns:
       The file.
 
     Raises:
       ValueError: an unknown id, baseline or attribute.
-      FileNotFoundError: the workdir holds no finished run.
-      TablesChangedError: the tables differ from those of the training.
+      FileNotFoundError, TablesChangedError: as `load`.
 
     Example:
       fr.report("runs/first", num_users=3, k=5)
     """
     workdir = Path(workdir)
     out = workdir / "report.html" if out is None else Path(out)
-    given, rules_digest = read_rules(rules) if rules is not None else (None, None)
-    folders = _folders(data_path, cache)
-    evaluation = _evaluation(recommender.load_measured(workdir, split, **folders), split, baselines, given, groups)
-    run = load(workdir, history=history, dataset=dataset, **folders)
-    shown = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
-    candidates = candidate_filter(run.prepared.dataset, given or ())
-    digests = _digests(workdir, dataset) | ({"rules": rules_digest} if rules_digest else {})
-    customers = recommended(*run.model, candidates, shown, k, passages(*run.model))
-    selection = "drawn at random" if users is None else "as named"
-    facts = ReportData(digests=digests, customers=customers, selection=selection, **_facts(run), **evaluation)
+    shown = _Shown(users, num_users, k, names, previous, tuple(compared_runs))
+    measure = _Measure(split, tuple(baselines), rules, tuple(groups))
+    facts = _report_data(workdir, measure, shown, {"history": history, "dataset": dataset}, _folders(data_path, cache))
     write_file(out, render_page(facts).encode())
+    if card:
+        update_card(workdir, record_review(workdir, measured(facts)))
     return out
+
+
+class _Measure(NamedTuple):
+    """What `report` measures, as its arguments."""
+
+    split: str
+    baselines: Sequence[str]
+    rules: Rules | None
+    groups: Sequence[str]
+
+
+class _Shown(NamedTuple):
+    """What `report` shows, as its arguments."""
+
+    users: Any
+    num_users: int
+    k: int
+    names: bool
+    previous: str | os.PathLike[str] | None
+    compared_runs: Sequence[str | os.PathLike[str]]
+
+
+def _report_data(
+    workdir: Path, measure: _Measure, shown: _Shown, served: dict[str, Any], folders: dict[str, Any]
+) -> ReportData:
+    given, rules_digest = read_rules(measure.rules) if measure.rules is not None else (None, None)
+    measured_model = recommender.load_measured(workdir, measure.split, **folders)
+    evaluation = _evaluation(measured_model, measure.split, measure.baselines, given, measure.groups)
+    run, cache = load(workdir, **served, **folders), folders["cache"]
+    others = [_compared(load(other, **served, cache=cache)) for other in shown.compared_runs]
+    explained_others = [explained(other) for other in others if other.config.model.is_trained]
+    dataset = run.prepared.dataset
+    rows = sample(run.prepared, shown.num_users) if shown.users is None else user_rows(dataset, shown.users)
+    explain = Explain(shown.k, passages(*run.model), explained_others, shown.names)
+    changed = None
+    if shown.previous is not None:
+        changed = compare_runs(_compared(load(shown.previous, cache=cache)), _compared(run))
+    return ReportData(
+        digests=_digests(workdir, served["dataset"]) | ({"rules": rules_digest} if rules_digest else {}),
+        customers=recommended(*run.model, candidate_filter(dataset, given or ()), rows, explain),
+        selection="drawn at random" if shown.users is None else "as named",
+        changed=changed,
+        stability=tuple(compare_runs(_compared(run), other) for other in others),
+        **_facts(run),
+        **evaluation,
+    )
+
+
+@computes
+def diff(
+    before: Run | str | os.PathLike[str],
+    after: Any,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    k: int = 10,
+    num_users: int = 200,
+) -> dict[str, Any]:
+    """Compares runs: data, settings, test metrics, top lists and reasons (`docs/EXPLANATIONS.md`).
+
+    Args:
+      before: a run, or the folder of a finished one.
+      after: the run that is compared with it, or several: runs, such as that of `Run.update`, or folders.
+      out: new folder for `diff.json`, `diff.md` and `diff.html`; None = write nothing.
+      k: items per list.
+      num_users: users drawn at random whose reasons and scores are compared.
+
+    Returns:
+      `differences`, of each run of `after` the differences from `before` (`fused_rec.reporting.diff.diff`), and
+      `stability`, means over them: how much of lists, scores and reasons stays.
+
+    Raises:
+      ValueError: two runs have no user or no item in common, or `after` is empty.
+      FileExistsError: `out` is there and not empty.
+      FileNotFoundError: a folder holds no finished run.
+
+    Example:
+      changed = fr.diff(run, run.update({"user_id": ["C0001"], "item_id": ["P007"]}), num_users=3)
+      changed["differences"][0]["lists"]["overlap"]["mean"]
+    """
+    if out is not None:
+        check_new(Path(out))
+    first = _compared(before)
+    others = [after] if isinstance(after, Run | str | os.PathLike) else after
+    differences = [compare_runs(first, _compared(other), k=k, num_users=num_users) for other in others]
+    if not differences:
+        raise ValueError("after is empty; give a run, a folder or a list of them")
+    found = {"differences": differences, "stability": stability(differences)}
+
+    def write(folder: Path) -> None:
+        write_json(folder / "diff.json", found)
+        write_file(folder / "diff.md", in_words(differences).encode())
+        write_file(folder / "diff.html", render_changes(differences, first.results).encode())
+
+    if out is not None:
+        fill_folder(Path(out), write)
+    return found
+
+
+def _compared(given: Run | str | os.PathLike[str]) -> ComparedRun:
+    run = given if isinstance(given, Run) else load(given)
+    return ComparedRun(run.workdir, *run.model, run.results)
 
 
 def _digests(workdir: Path, served: Dataset | None) -> dict[str, str]:

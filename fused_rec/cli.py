@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Evaluate a finished run again, beside baselines or under rules.",
     "recommend": "Rank items for users with a finished run, as CSV or Parquet.",
     "report": "Write one HTML page about a finished run.",
+    "diff": "Show what changed between two finished runs: data, settings, metrics, top lists, reasons.",
     "export": "Write a finished run as a folder of vectors, parameters, program and card.",
     "serve": "Serve a finished run over HTTP: recommend, explain, similar items, health, metrics.",
     "faithfulness": "Measure whether explanations name what the scores rest on.",

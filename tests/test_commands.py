@@ -24,6 +24,7 @@ COMMANDS = (
     "convert",
     "demo",
     "density",
+    "diff",
     "doctor",
     "encode",
     "evaluate",

@@ -118,6 +118,14 @@ def test_origin_is_in_both_cards():
     assert "| Repairs by the reader | none |" in made and "| Interactions of the tables | without timestamps |" in made
 
 
+def test_a_review_is_in_both_cards():
+    found = results() | {"review": {"Reviewed": "2024-05-01T09:30:00+00:00", "Stability": "seed1 keeps 0.9 | of it"}}
+    for made in (card(found, DIGESTS), export_card(found, SERVED, DIGESTS, {})):
+        assert "| Reviewed | 2024-05-01T09:30:00+00:00 |" in made
+        assert "| Stability | seed1 keeps 0.9 \\| of it |" in made
+    assert "Stability" not in card(results(), DIGESTS)
+
+
 def test_foreign_texts_are_reported_where_they_are_most():
     given = results()
     assert "another language" not in card(given, DIGESTS, "x")

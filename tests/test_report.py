@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from fused_rec.evaluation.suitability import Gaps, Group
 from fused_rec.explanation.counterfactual import CounterfactualEffect
 from fused_rec.explanation.reasons import Reason
 from fused_rec.reporting import data as finding
-from fused_rec.reporting import page as page_module
+from fused_rec.reporting import layout
+from fused_rec.reporting.changes import LISTS, REASONS, render_changes
+from fused_rec.reporting.changes import in_words as changes_in_words
 from fused_rec.reporting.data import (
     Customer,
     Hop,
@@ -33,6 +36,7 @@ from fused_rec.reporting.data import (
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
 from fused_rec.reporting.markup import cut, document, element, visible
 from fused_rec.reporting.page import render_page
+from fused_rec.reporting.review import review
 from fused_rec.reporting.style import DARK as DARK_PALETTE
 from fused_rec.reporting.style import LIGHT as LIGHT_PALETTE
 from fused_rec.reporting.style import READ, SEEN, contrast, stylesheet
@@ -45,6 +49,51 @@ HOSTILE = (
     "Fund & Co. <b>bold</b> &lt;i&gt; \u202egnol\u202c \0 'quoted'",
     "nothing" * 300,
 )
+
+
+def hostile_changes() -> dict[str, Any]:
+    """Differences of two runs, made by hand, as of `fused_rec.reporting.diff.diff`."""
+    img, svg, attribute, title, mixed, long = HOSTILE
+    mean = {"mean": 0.75, "low": 0.7, "high": 0.8, "users": 34}
+    served = {"history": "all", "customers": 3, "products": 10, "interactions": 98, "reviews": 0, "social edges": 4}
+    side = {
+        **{
+            "workdir": attribute,
+            "dataset": title,
+            "variant": "fused",
+            "seed": 0,
+            "finished": "2024-04-01T09:30:00+00:00",
+        },
+        **{"model": "cd" * 32, "tables": "ab" * 32, "other_tables": True, "trained_period": None, "repairs": {img: 3}},
+        "served": served | {"period": None, "unknown": {mixed: 2}},
+    }
+    change = {
+        "difference": 0.01,
+        "low": -0.01,
+        "high": 0.03,
+        "relative": 0.1,
+        "relative_low": -0.1,
+        "relative_high": 0.3,
+    }
+    return {
+        **{"before": side, "after": side, "change": f"data.path {svg}"},
+        "data": {"interactions": {"before": 90, "after": 98, "common": 88, "new": 10, "gone": 2}},
+        "settings": {"data.path": [img, svg], "train.seed": [0, 1]},
+        "metrics": {
+            **{"users": 34, "same_held_out": False},
+            "metrics": {"ndcg@10": {"before": 0.1, "after": 0.11, **change, "p": 0.3}},
+        },
+        "lists": {
+            **{"k": 10, "users": 34, "taken": {"left": 7, "now_held": 3}},
+            **dict.fromkeys(LISTS, mean),
+            "gained": [{"item_id": "1", "name": svg, "before": 0.1, "after": 0.2}],
+            "lost": [{"item_id": "2", "name": long, "before": 0.2, "after": 0.1}],
+        },
+        "reasons": {
+            **{"users": 34, "pairs": 340, "codes": {"INTERACTIONS": {"survives": 0.25, "given": 300}}},
+            **dict.fromkeys(REASONS, mean),
+        },
+    }
 
 
 def hostile_facts() -> ReportData:
@@ -71,7 +120,11 @@ def hostile_facts() -> ReportData:
     )
     item = Recommended(
         *(1, attribute, img, 0.75),
-        (Reason("INTERACTIONS", f"The customer holds {svg} (60% of what speaks for it).", 0.6),),
+        (
+            Reason("INTERACTIONS", f"The customer holds {svg} (60% of what speaks for it).", 0.6),
+            Reason("POPULAR", "How many customers hold it (40% of what speaks for it).", 0.4),
+        ),
+        ((1, 3), (3, 3)),
         routes,
         (mixed, CounterfactualEffect(0.75, 1, 0.5, 4)),
         (Passage(title, mixed, (Span(0, 4, 0.5), Span(7, 9, -0.25))), Passage("Long", "word " * 2000)),
@@ -146,6 +199,8 @@ def hostile_facts() -> ReportData:
                 }
             },
         },
+        changed=hostile_changes(),
+        stability=(hostile_changes(),),
         customers=(Customer(title, img, (svg, *("one",) * 20), 2, (item, second)), Customer("7", "7", (), 0, ())),
         selection="drawn at random",
     )
@@ -193,7 +248,7 @@ def test_nothing_to_show_is_a_page_as_well():
 
 
 def test_a_page_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(page_module, "LARGEST", 10_000)
+    monkeypatch.setattr(layout, "LARGEST", 10_000)
     with pytest.raises(ValueError, match="bytes, at most 10,000; ask for fewer customers or products"):
         render_page(hostile_facts())
 
@@ -241,6 +296,45 @@ def test_the_page_says_what_was_found(read):
         assert said in shown, said
     cells = read.named("td")
     assert {HOSTILE[0], "not stated"} <= set(cells)
+
+
+def test_a_review_is_answered(read):
+    shown = " ".join(read.texts)
+    for said in (
+        "excludes 40 pairs, costs -0.0100 [-0.0200, 0] of NDCG@10",
+        "of NDCG@10 on the validation split: ",
+        "keeps 0.750 [0.700, 0.800] of the first 10 products",
+        "weak, surviving in less than half: INTERACTIONS",
+        "since 2024-04-01T09:30:00+00:00: data.path",
+        "all rows of the tables (history=all): 98 interactions",
+    ):
+        assert said in shown, said
+    nothing = dataclasses.replace(hostile_facts(), rules=None, slices=(), changed=None, stability=())
+    answers = review(nothing)
+    for flag in ("--rules=FILE", "--compared_runs=DIR", "--previous=DIR"):
+        assert any(flag in answer for answer in answers.values()), flag
+    assert Page(render_page(nothing)).faults == []
+
+
+def test_weak_reasons_are_marked(read):
+    assert read.named("strong") == [" Weak: it holds in 1 of 3 other runs."] * 2  # one for each of two products
+
+
+def test_changes_are_a_page_and_words():
+    read = Page(render_changes([hostile_changes()] * 2, hostile_facts().results))
+    assert read.faults == []
+    shown = " ".join(read.texts)
+    words = changes_in_words([hostile_changes()] * 2)
+    for said in (
+        "+10.0%",
+        "-10.0% to +30.0%",
+        "10.0 points",
+        "3 of them held by the customer now",
+        "25.0%",
+        "not the same",
+    ):
+        assert said in shown and said in words, said
+    assert "<img" not in words and HOSTILE[0] in shown
 
 
 def test_late_fusion_is_on_the_page():

@@ -11,6 +11,10 @@ import pytest
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
 DARK, LIGHT = 0, 1  # of preferredColorScheme
 
 
@@ -105,8 +109,7 @@ def browse(
     assert BROWSER is not None
     command = [
         BROWSER,
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *("--headless", "--hide-scrollbars", *FLAGS),
         *("--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", f"--window-size={width},1600"),
         f"--blink-settings=preferredColorScheme={scheme}",
         *flags,

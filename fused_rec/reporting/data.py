@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset, column
+from fused_rec.data.io.arrow import pc
 from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
 from fused_rec.evaluation.significance import Difference, mean_interval, paired_bootstrap
 from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions
-from fused_rec.explanation.explained_model import contributions_and_effects, explained_model
+from fused_rec.explanation.explained_model import ExplainedModel, contributions_and_effects, explained_model
 from fused_rec.explanation.paths import Path, best_paths
 from fused_rec.explanation.reasons import Reason, names, reasons
+from fused_rec.explanation.stability import ExplainedItem, explained_item, explained_items, survives
 from fused_rec.explanation.token_attribution import attribute_tokens, attributor
 from fused_rec.graph.build import attribute_values
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
@@ -92,20 +94,28 @@ class Route(NamedTuple):
 
 
 class Recommended(NamedTuple):
-    """One product for one customer. effect: (name of a holding, what changes without it)."""
+    """One product for one customer.
+
+    effect: (name of a holding, what changes without it). survived: of each reason, in how many other runs it survives,
+    of how many that know customer and product.
+    """
 
     rank: int
     item_id: str
     name: str
     score: float
     reasons: tuple[Reason, ...] = ()
+    survived: tuple[tuple[int, int], ...] = ()
     routes: tuple[Route, ...] = ()
     effect: tuple[str, CounterfactualEffect] | None = None
     passages: tuple[Passage, ...] = ()
 
 
 class Customer(NamedTuple):
-    """A customer whose recommendations are shown. interactions: names of what the model has seen them hold."""
+    """A customer whose recommendations are shown. interactions: names of what the model has seen them hold.
+
+    name: the id, unless names were asked for.
+    """
 
     user_id: str
     name: str
@@ -120,7 +130,8 @@ class ReportData:
 
     results: of `results.json`. served: what the recommendations use, as `describe_served` takes it. curve: lines of
     `train.curves.read_curves`. rules: of `train.measure.measure_rules`, None without rules. selection: how the
-    customers were, as in "5 customers, drawn at random".
+    customers were, as in "5 customers, drawn at random". changed: of `fused_rec.reporting.diff.diff`, from the run
+    before to this one, None without one. stability: the same from this run to each other one.
     """
 
     results: Mapping[str, Any]
@@ -134,9 +145,27 @@ class ReportData:
     rules: Mapping[str, Any] | None
     customers: tuple[Customer, ...]
     selection: str
+    changed: Mapping[str, Any] | None = None
+    stability: tuple[Mapping[str, Any], ...] = ()
 
 
 TokenPassages = Callable[[int, int], tuple[Passage, ...]]
+
+
+class Explain(NamedTuple):
+    """What is shown of each customer.
+
+    Attributes:
+      k: number of products.
+      token_passages: of `passages`.
+      others: explained models of other runs, in which reasons may survive.
+      with_names: whether customers are named.
+    """
+
+    k: int
+    token_passages: TokenPassages
+    others: Sequence[ExplainedModel] = ()
+    with_names: bool = False
 
 
 def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
@@ -217,10 +246,9 @@ def recommended(
     state: TrainState,
     may: CandidateFilter,
     users: Int64[np.ndarray, "V"],
-    k: int,
-    token_passages: TokenPassages = no_passages,
+    how: Explain,
 ) -> tuple[Customer, ...]:
-    """The k best products of each customer under `may`, with why.
+    """The best products of each customer under `may`, with why.
 
     Of each customer's first product: what is `said`, word by word, and what becomes of it without the interaction
     without which the score falls most, left out where the graph has more than `EDGES` edges.
@@ -228,23 +256,24 @@ def recommended(
     if not len(users):
         return ()
     dataset = prepared.dataset
-    names_of, why = _Names(dataset), _explainer(config, prepared, state, may, token_passages)
-    [part] = ranked(scorer(config, prepared, state), dataset, may, users, k)
+    names_of, why = _Names(dataset), _explainer(config, prepared, state, may, how)
+    [part] = ranked(scorer(config, prepared, state), dataset, may, users, how.k)
     found = []
     for place, user in enumerate(tqdm(users.tolist(), desc="explain", unit="customer")):
         items = [item for item in part.ranking.items[place].tolist() if item >= 0]
         scores = part.ranking.scores[place].tolist()
-        shown = tuple(
+        best = tuple(
             Recommended(rank + 1, names_of.item_ids[item], names_of.items[item], scores[rank], *explained)
             for rank, (item, explained) in enumerate(zip(items, why(user, items), strict=True))
         )
         holds = tuple(names_of.items[item] for item in prepared.observed.item[prepared.observed.user == user].tolist())
-        found.append(Customer(names_of.user_ids[user], names_of.users[user], holds, _n_ties(prepared, user), shown))
+        name = (names_of.users if how.with_names else names_of.user_ids)[user]
+        found.append(Customer(names_of.user_ids[user], name, holds, _n_ties(prepared, user), best))
     return tuple(found)
 
 
 def _explainer(
-    config: Config, prepared: ModelInputs, state: TrainState, may: CandidateFilter, token_passages: TokenPassages
+    config: Config, prepared: ModelInputs, state: TrainState, may: CandidateFilter, how: Explain
 ) -> Callable[[int, list[int]], list[tuple]]:
     """Returns what explains the items of a user: of each item, the last fields of `Recommended`.
 
@@ -265,13 +294,31 @@ def _explainer(
     def explained(user: int, items: list[int]) -> list[tuple]:
         contributed, effect = contributions_and_effects(model, user, items)
         best, found = _best_interaction(contributed, effect) if items else None, []
+        own = [explained_item(dataset, contributed, effect, place, item) for place, item in enumerate(items)]
+        survived = _survived(names_of.user_ids[user], own, how.others)
         for rank, item in enumerate(items):
             routes = tuple(names_of.route(path, item) for path in best_paths(model.decomposition, user, item, PATHS))
-            first = (without(user, item, best), token_passages(user, item)) if rank == 0 else ()
-            found.append((tuple(reasons(dataset, contributed, effect, rank)), routes, *first))
+            first = (without(user, item, best), how.token_passages(user, item)) if rank == 0 else ()
+            found.append((tuple(reasons(dataset, contributed, effect, rank)), survived[rank], routes, *first))
         return found
 
     return explained
+
+
+def _survived(
+    user_id: str, own: Sequence[ExplainedItem], others: Sequence[ExplainedModel]
+) -> list[tuple[tuple[int, int], ...]]:
+    """Counts, for each reason of each item, the other runs in which it survives, and those that know user and item."""
+    counts = [np.zeros((len(item.codes), 2), np.int64) for item in own]
+    for model in others if own else ():
+        tables = model.inputs.dataset
+        user = pc.index(tables.users["user_id"], user_id).as_py()
+        rows = [pc.index(tables.items["item_id"], item.item_id).as_py() for item in own]
+        known = [place for place, row in enumerate(rows) if row >= 0 and user >= 0]
+        there = explained_items(model, user, [rows[place] for place in known]) if known else []
+        for place, other in zip(known, there, strict=True):
+            counts[place] += [[survives(code, own[place], other), 1] for code in own[place].codes]
+    return [tuple((int(kept), int(asked)) for kept, asked in of_item) for of_item in counts]
 
 
 def _best_interaction(contributed: Contributions, effect: Float[np.ndarray, "P n"]) -> int | None:

@@ -4,32 +4,25 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fused_rec.evaluation.significance import Difference
 from fused_rec.evaluation.suitability import Gaps, Group
+from fused_rec.reporting.changes import change_elements, stability_elements
 from fused_rec.reporting.data import Customer, Passage, Recommended, ReportData, Route, Sliced
 from fused_rec.reporting.figures import Bar, PathDiagram, Step, bars, curve, in_words, interval, path_diagrams
-from fused_rec.reporting.markup import Element, append, cut, document, element
-from fused_rec.reporting.style import stylesheet
-from fused_rec.runs.model_card import (
-    describe_late_fusion,
-    describe_model,
-    describe_origin,
-    describe_served,
-    describe_training,
-)
+from fused_rec.reporting.layout import METRICS, NAME, SENTENCE, closed, gain, html_page, table, tiles, versions
+from fused_rec.reporting.markup import Element, append, cut, element
+from fused_rec.reporting.review import review
+from fused_rec.runs.model_card import describe_late_fusion, describe_model, describe_training
 
-LARGEST = 5_000_000  # maximum bytes of a page; larger ones are slow on phones
 MEANING = {
     "ndcg@10": "how high the held-out products stand among the first ten",
     "recall@10": "the share of the held-out products found among the first ten",
     "auc": "how often a held-out product is ranked above another one",
 }
-TITLES = {"ndcg@10": "NDCG@10", "recall@10": "Recall@10", "auc": "AUC"}
 SPLIT_TITLES = {"valid": "validation split", "test": "test split"}
-NAME, SENTENCE, TEXT = 120, 600, 4000  # maximum characters shown of a name, a reason and a passage
+TEXT = 4000  # maximum characters shown of a passage
 INTERACTIONS = 12  # maximum interactions of a user shown by name
 DEGREES = 4  # number of highlighting levels
 FAINT = 0.1  # minimum weight of a marked token, relative to the largest of its passage
@@ -49,56 +42,47 @@ def render_page(facts: ReportData) -> str:
     """
     name, variant = facts.results["dataset"], facts.results["variant"]
     sections = [
+        ("review", "For a review", _review(facts)),
         ("quality", "How well it ranks", _quality(facts)),
         ("training", "How it was trained", _training(facts)),
         ("slices", "For whom it works", _slices(facts)),
         ("suitability", "Suitability", _suitability(facts)),
+        ("stability", "Stability", _stability(facts)),
+        ("changes", "Since the run before", _changes(facts)),
         ("customers", "Recommendations", _customers(facts)),
     ]
-    links = [element("li", element("a", title, href=f"#{key}")) for key, title, _ in sections]
-    body = element(
-        "body",
-        element("a", "Skip to the content", class_="skip", href="#content"),
-        element(
-            "header",
-            element("h1", element("bdi", cut(name, NAME)), f": {variant} model"),
-            element("p", _lead(facts)),
-            element("nav", element("ul", *links), aria_label="Sections"),
-            _tiles(facts),
-        ),
-        element("main", *(_section(*section) for section in sections), id="content"),
-        element(
-            "footer",
-            element(
-                "p",
-                "The model ranks products. It does not judge whether one suits a person, and this is no investment "
-                "advice. The page may hold personal data; share it as you would share the tables.",
-            ),
-            element("p", "Made by fused_rec with ", ", ".join(_versions(facts.results)), "."),
-        ),
-    )
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{cut(name, NAME)}: {variant} model"),
-        element("style", stylesheet()),
-    )
-    made = document(element("html", head, body, lang="en"))
-    if (size := len(made.encode())) > LARGEST:
-        raise ValueError(f"the page has {size:,} bytes, at most {LARGEST:,}; ask for fewer customers or products")
-    return made
+    heading = [
+        element("h1", element("bdi", cut(name, NAME)), f": {variant} model"),
+        element("p", _lead(facts)),
+        _tiles(facts),
+    ]
+    footer = [
+        "The model ranks products. It does not judge whether one suits a person, and this is no investment "
+        "advice. The page may hold personal data; share it as you would share the tables.",
+        f"Made by fused_rec with {versions(facts.results)}.",
+    ]
+    return html_page(f"{cut(name, NAME)}: {variant} model", heading, sections, footer)
 
 
-def _section(key: str, title: str, content: Sequence[Element]) -> Element:
-    return element("section", element("h2", title, id=f"{key}-title"), *content, id=key, aria_labelledby=f"{key}-title")
+def _review(facts: ReportData) -> list[Element]:
+    rows = [[question, answer] for question, answer in review(facts).items()]
+    return [table("What a reviewer asks", None, rows)]
 
 
-def _versions(results: Mapping[str, Any]) -> list[str]:
-    return [f"{name} {results['versions'][name]}" for name in ("python", "jax", "flax") if name in results["versions"]]
+def _stability(facts: ReportData) -> list[Element]:
+    if not facts.stability:
+        return [element("p", "No other run was compared, so it is not known which reasons would stay.")]
+    return stability_elements(facts.stability)
+
+
+def _changes(facts: ReportData) -> list[Element]:
+    if facts.changed is None:
+        return [element("p", "No earlier run was compared.")]
+    return [
+        part
+        for title, content in change_elements(facts.changed)
+        for part in (element("h3", title, class_="part"), *content)
+    ]
 
 
 def _lead(facts: ReportData) -> str:
@@ -123,47 +107,30 @@ def _tiles(facts: ReportData) -> Element:
     if others:
         best = max(others, key=lambda model: _order(model.metrics["ndcg@10"][0]))
         assert best.against is not None
-        shown.append((f"Against {best.name}, the best other", *_gain(best.against["ndcg@10"])))
+        shown.append((f"Against {best.name}, the best other", *gain(best.against["ndcg@10"])))
     shown.append(("Training", f"{results['seconds']:,.0f} s", describe_model(results)))
-    tiles = [
-        element(
-            "div",
-            element("dt", cut(title, NAME)),
-            element("dd", number, class_="number"),
-            element("dd", note, class_="note"),
-        )
-        for title, number, note in shown
-    ]
-    return element("dl", *tiles, class_="tiles", aria_label="At a glance")
+    return tiles(shown)
 
 
 def _order(value: float) -> float:
     return value if math.isfinite(value) else -math.inf
 
 
-def _gain(found: Difference) -> tuple[str, str]:
-    """Returns the gain and its interval, relative to the baseline where possible."""
-    if math.isfinite(found.relative):
-        low, high = found.relative_low, found.relative_high
-        return f"{found.relative:+.1%}", f"95 % interval {low:+.1%} to {high:+.1%}"
-    return f"{found.difference:+.4f}", f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
-
-
 def _quality(facts: ReportData) -> list[Element]:
     part = SPLIT_TITLES[facts.split]
     figures = []
-    for metric in TITLES:
+    for metric in MEANING:
         rows = [Bar(cut(model.name, NAME), *model.metrics[metric], own=model.against is None) for model in facts.models]
-        title = f"{TITLES[metric]} on the {part}"
-        figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, TITLES[metric]), title, metric))
-    header = ["Model", *(f"{TITLES[metric]} [95 %]" for metric in TITLES), "NDCG@10 gained by the run's model"]
+        title = f"{METRICS[metric]} on the {part}"
+        figures.append(_figure(bars(f"bars-{metric.replace('@', '-')}", title, rows, METRICS[metric]), title, metric))
+    header = ["Model", *(f"{METRICS[metric]} [95 %]" for metric in MEANING), "NDCG@10 gained by the run's model"]
     body = []
     for model in facts.models:
-        gain = "–"
+        gained = "–"
         if model.against is not None:
-            found = model.against["ndcg@10"]
-            gain = f"{_gain(found)[0]} ({_gain(found)[1].removeprefix('95 % interval ')})"
-        body.append([model.name, *(interval(*model.metrics[metric]) for metric in TITLES), gain])
+            value, between = gain(model.against["ndcg@10"])
+            gained = f"{value} ({between.removeprefix('95 % interval ')})"
+        body.append([model.name, *(interval(*model.metrics[metric]) for metric in MEANING), gained])
     own = [model.against is None for model in facts.models]
     note = "Whole catalogue ranked, known products left out; intervals by a bootstrap over customers."
     if facts.split == "valid":
@@ -171,20 +138,20 @@ def _quality(facts: ReportData) -> list[Element]:
     return [
         element("p", note, class_="muted"),
         element("div", *figures, class_="figures"),
-        _table(f"Each model on the {part}", header, body, own),
+        table(f"Each model on the {part}", header, body, own),
     ]
 
 
 def _figure(svg: Element, title: str, metric: str) -> Element:
     meaning = MEANING[metric]
-    return element("figure", element("h3", title), svg, element("figcaption", f"{TITLES[metric]}: {meaning}."))
+    return element("figure", element("h3", title), svg, element("figcaption", f"{METRICS[metric]}: {meaning}."))
 
 
 def _training(facts: ReportData) -> list[Element]:
     results, counts = facts.results, facts.counts
     metric = results["config"]["train"]["metric"]
+    of_metric = f"{METRICS.get(metric, metric)} on the validation split"
     rows = [
-        *([what, text] for what, text in describe_origin(results).items()),
         *([name[:1].upper() + name[1:], f"{count:,}"] for name, count in counts.items()),
         ["Split", f"{results['split']}, seed {results['config']['split']['seed']}"],
         ["Model", f"{results['variant']}: {describe_model(results)}"],
@@ -192,14 +159,14 @@ def _training(facts: ReportData) -> list[Element]:
         *([f"SHA-256 of the {name}", digest] for name, digest in facts.digests.items()),
     ]
     drawn = []
-    shown = ((f"valid/{metric}", metric, f"{metric} on the validation split"), ("loss", "loss", "Training loss"))
+    shown = ((f"valid/{metric}", metric, of_metric), ("loss", "loss", "Training loss"))
     for key, unit, title in shown:
         points = [(float(line["step"] or 0), line.get(key)) for line in facts.curve]
         if any(value is not None for _, value in points):
             svg = curve(f"curve-{unit.replace('@', '-')}", title, points, unit, results["best_step"])
             drawn.append(element("figure", element("h3", title), svg))
     none = None if drawn else element("p", "No curves were kept.", class_="muted")
-    header = ["Step", "Training loss", f"{metric} on the validation split"]
+    header = ["Step", "Training loss", of_metric]
     body = [[f"{line['step']:g}", _cell(line.get("loss")), _cell(line.get(f"valid/{metric}"))] for line in facts.curve]
     settings = [
         [f"{section}.{name}", repr(value)]
@@ -208,20 +175,15 @@ def _training(facts: ReportData) -> list[Element]:
     ]
     content = [
         element("div", *drawn, class_="figures wide") if drawn else none,
-        _closed("The curves in numbers", _table("Every evaluation", header, body)) if facts.curve else None,
-        _table("What it was trained on", None, rows),
-        element("p", f"The recommendations below use {cut(describe_served(facts.served), SENTENCE)}."),
-        _closed("All settings", _table("Settings of the run", None, settings)),
+        closed("The curves in numbers", table("Every evaluation", header, body)) if facts.curve else None,
+        table("What it was trained on", None, rows),
+        closed("All settings", table("Settings of the run", None, settings)),
     ]
     return [part for part in content if part is not None]
 
 
 def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _closed(title: str, *content: Element) -> Element:
-    return element("details", element("summary", title), *content)
 
 
 def _slices(facts: ReportData) -> list[Element]:
@@ -238,7 +200,7 @@ def _slices(facts: ReportData) -> list[Element]:
 
 
 def _sliced(key: str, one: Sliced, split: str) -> Element:
-    gaps, metric = one.gaps, TITLES.get(one.metric, one.metric)
+    gaps, metric = one.gaps, METRICS.get(one.metric, one.metric)
     groups = sorted(gaps.groups.items(), key=lambda group: _natural(group[0]))
     rows = [
         Bar(f"{cut(name, NAME)}: {group.users:,} customers", group.mean, group.low, group.high)
@@ -300,7 +262,7 @@ def _suitability(facts: ReportData) -> list[Element]:
     ]
     content = [
         element("div", *figures, class_="figures"),
-        _table(f"(Customer, product) pairs of {rules['users']:,} customers that each rule excludes", header, body),
+        table(f"(Customer, product) pairs of {rules['users']:,} customers that each rule excludes", header, body),
     ]
     if exclusions["users_without_recommendations"]:
         content.append(
@@ -320,7 +282,7 @@ def _under_rules(attribute: str, metric: str, found: Mapping[str, Any]) -> Slice
         name: Group(of["users"], *(_nan(of[key]) for key in Group._fields[1:])) for name, of in found["groups"].items()
     }
     gap = {name: _nan(found[name]) for name in ("gap", "low", "high", "p")}
-    caption = f"{TITLES[metric]} under the rules" if metric in TITLES else f"{metric} the rules"
+    caption = f"{METRICS[metric]} under the rules" if metric in METRICS else f"{metric} the rules"
     return Sliced(attribute, caption, Gaps(groups, found["best"], found["worst"], **gap))
 
 
@@ -377,10 +339,11 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
         element("span", f" {item.item_id if item.item_id != item.name else ''} score {item.score:.3f}", class_="muted"),
     )
     why = []
-    for reason in item.reasons:
+    survived = item.survived or [(0, 0)] * len(item.reasons)
+    for reason, (kept, asked) in zip(item.reasons, survived, strict=True):
         bar = element("span", class_="track", aria_hidden="true")
         bar.append(element("span", style=f"width:{min(max(reason.share, 0.0), 1.0):.1%}"))
-        why.append(element("li", cut(reason.text, SENTENCE), bar))
+        why.append(element("li", cut(reason.text, SENTENCE), _weak(kept, asked), bar))
     reasons = element("ol", *why, class_="reasons") if why else element("p", "No reasons are known.", class_="muted")
     left = element("div", element("h5", "Why"), reasons)
     if item.effect is not None:
@@ -397,10 +360,17 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
             element("h5", "The paths that add most"),
             path_diagrams(f"ways-{key}", title, found, cut(item.name, NAME)),
             element("figcaption", "Solid: over the graph. Dashed: by likeness to the product."),
-            _closed("The paths in words", path_list),
+            closed("The paths in words", path_list),
         )
         append(content, figure)
     return element("details", summary, content, open=first)
+
+
+def _weak(kept: int, asked: int) -> Element | None:
+    """Marks a reason that does not survive in every other run."""
+    if kept >= asked:
+        return None
+    return element("strong", f" Weak: it holds in {kept} of {_count(asked, 'other run')}.", class_="weak")
 
 
 def _without(item: str, change: Any) -> Element:
@@ -452,25 +422,3 @@ def _passage(passage: Passage) -> Element:
         element("p", f"Words that count most: {top_words}.", class_="muted") if top_words else None,
         class_="passage",
     )
-
-
-def _table(
-    caption: str, header: Sequence[str] | None, body: Sequence[Sequence[str]], own: Sequence[bool] | None = None
-) -> Element:
-    """Builds a table that scrolls in its own box; the first cell of each row is its header."""
-    rows = [
-        element(
-            "tr",
-            element("th", element("bdi", cut(row[0], NAME)), scope="row"),
-            *(element("td", cut(cell, SENTENCE)) for cell in row[1:]),
-            class_="own" if own and own[place] else None,
-        )
-        for place, row in enumerate(body)
-    ]
-    head = None
-    if header is not None:
-        head = element("thead", element("tr", *(element("th", title, scope="col") for title in header)))
-    table = element(
-        "table", element("caption", caption), head, element("tbody", *rows), class_=None if header else "facts"
-    )
-    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)

@@ -72,7 +72,13 @@ def _variables(palette: dict[str, str]) -> str:
 def stylesheet() -> str:
     """Returns the style sheet. It must not contain text of tables, because style sheets are not escaped."""
     return "".join(
-        [_variables(LIGHT), "@media (prefers-color-scheme:dark){", _variables(DARK), "}", " ".join(_RULES.split())]
+        [
+            _variables(LIGHT),
+            "@media screen and (prefers-color-scheme:dark){",
+            _variables(DARK),
+            "}",
+            " ".join(_RULES.split()),
+        ]
     )
 
 
@@ -146,15 +152,17 @@ summary > h3, summary > h4 { display: inline; }
 .chips { list-style: none; padding: 0; margin: 4px 0 12px; display: flex; flex-wrap: wrap; gap: 6px; }
 .chips li { background: var(--card); border: 1px solid var(--line); border-radius: 999px; padding: 2px 10px;
   font-size: .85rem; max-width: 100%; }
-.ranked { list-style: none; padding: 0; margin: 0; }
-.ranked > li { border-top: 1px solid var(--line); }
-.ranked > li > details { margin: 0; }
-.ranked > li > details > summary { padding: 10px 0; }
+.recommendations { list-style: none; padding: 0; margin: 0; }
+.recommendations > li { border-top: 1px solid var(--line); }
+.recommendations > li > details { margin: 0; }
+.recommendations > li > details > summary { padding: 10px 0; }
 .rank { color: var(--own); font-weight: 650; font-variant-numeric: tabular-nums; }
 .because { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 16px;
   align-items: start; padding-bottom: 14px; }
 .reasons { list-style: none; padding: 0; margin: 0 0 12px; }
 .reasons li { margin: 0 0 10px; }
+.weak { display: block; color: var(--against); font-size: .9rem; }
+.part { margin: 20px 0 8px; }
 .track { display: block; height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin-top: 3px; }
 .track span { display: block; height: 100%; background: var(--own); border-radius: 4px; }
 .if { border-left: 4px solid var(--own); padding: 2px 0 2px 12px; margin: 0 0 12px; }
@@ -168,5 +176,7 @@ mark.plus { border-bottom: 3px solid var(--own); } mark.minus { border-bottom: 3
 .minus-3 { background: var(--minus-3); } .minus-4 { background: var(--minus-4); font-weight: 650; }
 footer { padding-top: 24px; padding-bottom: 40px; color: var(--muted); font-size: .9rem; }
 @media (forced-colors: active) { svg .own, svg .other, .track span { forced-color-adjust: none; } }
-@media print { details { break-inside: avoid; } nav, .skip { display: none; } }
+@media print { figure, tr { break-inside: avoid; } nav, .skip { display: none; }
+  details::details-content { content-visibility: visible; height: auto; } .scroll { overflow: visible; }
+  th, td { white-space: normal; } }
 """

@@ -83,21 +83,26 @@ def describe_origin(results: Mapping[str, Any]) -> dict[str, str]:
       Texts by what they are about.
     """
     stated, data = results["config"]["card"], results["data"]
-    repairs = ", ".join(f"{what}: {count:,}" for what, count in data["repairs"].items())
     foreign, encoder = data["foreign_texts"], results["config"]["text"]["model"]
     return {
         **{what.capitalize(): stated[what] or NOT_STATED for what in ("owner", "purpose", "license")},
         "Trained": results["finished"],
         "Data": f"{results['dataset']} (data.name={data['source']})",
-        "Interactions trained on": _dates(data["trained_period"]),
-        "Interactions of the tables": _dates(data["period"]),
-        "Repairs by the reader": repairs or "none",
+        "Interactions trained on": describe_dates(data["trained_period"]),
+        "Interactions of the tables": describe_dates(data["period"]),
+        "Repairs by the reader": describe_repairs(data["repairs"]),
         **({"Texts": f"{foreign:.0%} are of another language than {encoder} reads"} if foreign > MOST else {}),
     }
 
 
-def _dates(found: Sequence[str] | None) -> str:
+def describe_dates(found: Sequence[str] | None) -> str:
+    """Says the first and the last date of `fused_rec.data.dataset.period`."""
     return "without timestamps" if found is None else " to ".join(found)
+
+
+def describe_repairs(found: Mapping[str, int]) -> str:
+    """Says what the reader repaired, with counts."""
+    return ", ".join(f"{what}: {count:,}" for what, count in found.items()) or "none"
 
 
 def card(results: Mapping[str, Any], digests: Mapping[str, str], checkpoint: str = "") -> str:
@@ -226,7 +231,7 @@ def describe_served(served: Mapping[str, Any]) -> str:
         interactions, and `unknown`, counts of what the model cannot use.
     """
     numbers = [f"{served[name]:,} {name}" for name in ("interactions", "reviews", "social edges")]
-    numbers[0] += f" ({_dates(served['period'])})"
+    numbers[0] += f" ({describe_dates(served['period'])})"
     of = f"of {served['customers']:,} customers and {served['products']:,} products"
     which = "all rows of the tables" if served["history"] == "all" else "the rows that the model was trained on"
     unknown = "".join(f"; {count:,} {what}" for what, count in served["unknown"].items())
@@ -245,7 +250,7 @@ def _page(results: Mapping[str, Any], digests: Mapping[str, str], further: str, 
     variant, dataset = results["variant"], in_markdown(results["dataset"])
     model = ModelConfig(**config["model"])
     beside = describe_late_fusion(results.get("late_fusion"))
-    origin = "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in describe_origin(results).items())
+    origin = _rows(describe_origin(results) | results.get("review", {}))
     language = in_markdown(config["text"]["model"]) if model.reads_text else "none"
     amount = "\n".join(f"| {name} | {count:,} |" for name, count in results["counts"].items())
     measured = "\n".join(
@@ -299,6 +304,10 @@ at the end.
 
 {versions}
 """
+
+
+def _rows(texts: Mapping[str, str]) -> str:
+    return "\n".join(f"| {what} | {in_markdown(text)} |" for what, text in texts.items())
 
 
 def _front_matter(results: Mapping[str, Any]) -> str:

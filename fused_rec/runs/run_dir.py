@@ -13,7 +13,7 @@ workdir/
   init.npz, init_fitted.npz   of a warm start: the parameters and transforms that it started from
   README.md            the model card: data, training, metrics, and how to load the model
   results.json         written last: validation and test metrics, test slices, seconds, parameters, versions, and the
-                       UTC time at which the run finished
+                       UTC time at which the run finished; later, what a review found (`record_review`)
   wandb.json           if train.wandb names a project: the run's ID there; wandb/ has what was sent
   run.lock             held by the training process, and removed at its end
 """
@@ -206,6 +206,26 @@ def finished_results(config: Config, tables: str, made_of: Mapping[str, Any], wo
             LOG.warning("%s could not be updated with the new settings: %s", workdir / RUN, error)
     LOG.info("%s with the same tables; returning its results", when_finished(workdir))
     return read_results(workdir)
+
+
+def record_review(workdir: Path, review: Mapping[str, str]) -> dict[str, Any]:
+    """Records what a review of a finished run found, for its card.
+
+    Args:
+      workdir: folder of the run.
+      review: answers by question.
+
+    Returns:
+      The contents of `results.json`, with the date and the answers under `review`.
+
+    Raises:
+      BusyError: another process writes in the folder.
+      SaveError: the file cannot be written.
+    """
+    with lock_run_dir(workdir):
+        results = read_results(workdir) | {"review": {"Reviewed": now(), **review}}
+        write_json(workdir / RESULTS, results)
+    return results
 
 
 def when_finished(workdir: Path) -> str:

@@ -101,7 +101,7 @@ def load(
     if config.encodes_text:
         open_cache(config.text.cache)  # fails here rather than after the tables are read
     if dataset is None:
-        dataset = _training_tables(config, workdir)
+        dataset = training_tables(config, workdir)
     else:
         dataset = describe(_above_min_value(dataset, config.data.min_value), config.text.attributes)
     inputs = serving_inputs(config, dataset, fitted)
@@ -138,7 +138,7 @@ def load_measured(
     config = _placed(config, workdir, data_path, cache)
     if config.encodes_text:
         open_cache(config.text.cache)
-    dataset = _training_tables(config, workdir)
+    dataset = training_tables(config, workdir)
     data_split, splits = split(dataset, config.split), seen_splits(config.train.refit, model)
     prepared = prepare(config, dataset, data_split, splits, stored_initial(workdir))
     if checkpoints is None:
@@ -188,8 +188,17 @@ def restore_parameters(
     return dataclasses.replace(like, step=np.int32(step), params=params, opt_state=(), encoder_snapshot=())
 
 
-def _training_tables(config: Config, workdir: Path) -> Dataset:
-    """Reads the tables of the training, and checks that they are these."""
+def training_tables(config: Config, workdir: Path) -> Dataset:
+    """Reads the tables of the training, and checks that they are these.
+
+    Args:
+      config: settings of the run.
+      workdir: folder of the run.
+
+    Raises:
+      TablesChangedError: they are others.
+      DataError, NoFolderError: as `read_dataset`.
+    """
     dataset = read_dataset(config)
     check_tables(digest(dataset), workdir, contents(dataset))
     return dataset

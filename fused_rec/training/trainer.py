@@ -135,7 +135,7 @@ def run_training(config: Config, workdir: str | Path, init_from: str | Path | No
             stated = read_run(workdir)["config"].get("card")
             results = finished_results(config, *_read_again(config, workdir), workdir)
             if stated != to_dict(config)["card"]:
-                _update_card(workdir, results)
+                update_card(workdir, results)
     if (results := processes.broadcast_json(results)) is not None:
         return results
     if config.train.wandb and processes.is_primary():
@@ -305,12 +305,17 @@ def _card(workdir: Path, results: Mapping[str, Any]) -> str:
     return card(results, digests, (checkpoints / str(step)).as_posix())
 
 
-def _update_card(workdir: Path, results: Mapping[str, Any]) -> None:
-    """Writes the card of a finished run again, by new settings of the section `card`."""
+def update_card(workdir: Path, results: Mapping[str, Any]) -> None:
+    """Writes the card of a finished run again; a folder that cannot be written is a warning.
+
+    Args:
+      workdir: folder of the run.
+      results: content of `results.json`.
+    """
     try:
         write_card(workdir / CARD, _card(workdir, results))
     except OSError as error:
-        LOG.warning("%s could not be updated with the new settings: %s", workdir / CARD, error)
+        LOG.warning("%s could not be updated: %s", workdir / CARD, error)
 
 
 def fit(
