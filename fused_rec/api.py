@@ -20,6 +20,7 @@ from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.suitability import check_groups
+from fused_rec.explanation.catalogs import SOURCE, open_catalog
 from fused_rec.reporting.data import (
     ReportData,
     compared,
@@ -321,6 +322,7 @@ def report(
     k: int = 5,
     rules: Rules | None = None,
     groups: Sequence[str] = (),
+    language: str | os.PathLike[str] = SOURCE,
     history: str = "all",
     dataset: Dataset | None = None,
     data_path: str | os.PathLike[str] | None = None,
@@ -338,6 +340,7 @@ def report(
       k: recommended items per user.
       rules: suitability rules, as of `Run.recommend`.
       groups: user attributes whose groups are compared.
+      language: of the reasons, as of `Run.explain`.
       history: as of `load`, for the recommendations; metrics withhold held-out rows.
       dataset: as of `load`, for the recommendations.
       data_path: current folder of the tables of the training, if they have moved.
@@ -347,14 +350,14 @@ def report(
       The file.
 
     Raises:
-      ValueError: an unknown id, baseline or attribute.
+      ValueError: an unknown id, baseline, attribute or language.
       FileNotFoundError: the workdir holds no finished run.
       TablesChangedError: the tables differ from those of the training.
 
     Example:
       fr.report("runs/first", num_users=3, k=5)
     """
-    workdir = Path(workdir)
+    workdir, catalog = Path(workdir), open_catalog(language)
     out = workdir / "report.html" if out is None else Path(out)
     given, rules_digest = read_rules(rules) if rules is not None else (None, None)
     folders = _folders(data_path, cache)
@@ -363,7 +366,7 @@ def report(
     shown = sample(run.prepared, num_users) if users is None else user_rows(run.prepared.dataset, users)
     candidates = candidate_filter(run.prepared.dataset, given or ())
     digests = _digests(workdir, dataset) | ({"rules": rules_digest} if rules_digest else {})
-    customers = recommended(*run.model, candidates, shown, k, passages(*run.model))
+    customers = recommended(run.model, candidates, shown, k, passages(*run.model), catalog)
     selection = "drawn at random" if users is None else "as named"
     facts = ReportData(digests=digests, customers=customers, selection=selection, **_facts(run), **evaluation)
     write_file(out, render_page(facts).encode())

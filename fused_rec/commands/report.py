@@ -14,6 +14,7 @@ from fused_rec.api import report
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     DEFINE_baselines,
+    DEFINE_language,
     DEFINE_path,
     DEFINE_rules,
     DEFINE_run,
@@ -33,6 +34,7 @@ USERS = flags.DEFINE_list("users", None, "Ids of the users to show; a random sam
 NUM_USERS = flags.DEFINE_integer("num_users", 5, "Size of the random sample of users.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Items per user.", lower_bound=1)
 RULES = DEFINE_rules()
+LANGUAGE = DEFINE_language()
 GROUPS = flags.DEFINE_list("groups", [], "User attributes whose groups are compared.")
 
 SHOWN = 500  # recommendations: of the names of real tables they take less than the page may have
@@ -60,6 +62,7 @@ def main(argv: list[str]) -> None:
         k=K.value,
         rules=RULES.value,
         groups=GROUPS.value,
+        language=LANGUAGE.value,
         history=HISTORY.value,
         dataset=read_served_tables(workdir, TABLES.value) if TABLES.value else None,
         data_path=DATA_PATH.value,
