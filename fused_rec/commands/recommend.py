@@ -58,7 +58,7 @@ from fused_rec.explanation.catalogs import open_catalog
 from fused_rec.explanation.decomposition import require_trained
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
 from fused_rec.explanation.reasons import Content, add_words, record
-from fused_rec.explanation.token_attribution import Attributor, attributor
+from fused_rec.explanation.token_attribution import Attributor, attributor, require_text
 from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
@@ -152,8 +152,8 @@ def _listed(file: Path | None, known: pa.ChunkedArray, column: str) -> list[str]
     return None if file is None else read_ids(Path(file), column, known, remedy)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags, ranks, writes, tells what the rules excluded."""
+def _checked_out() -> Path:
+    """Refuses flags that do not go together, and returns the file to write."""
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to rank for all customers")
     if USERS.present and USERS_FILE.value:
@@ -162,16 +162,23 @@ def main(argv: list[str]) -> None:
         unused := [f"--{flag.name}" for flag in (LANGUAGE, SETS, WORDS, USER_IDS) if flag.present]
     ):
         raise app.UsageError(f"{', '.join(unused)} without --explain; give it too, or drop {unused[0]}")
-    catalog = open_catalog(LANGUAGE.value)
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, ranks, writes, tells what the rules excluded."""
+    out, catalog = _checked_out(), open_catalog(LANGUAGE.value)
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
     other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
     config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     if EXPLAIN.value:
         require_trained(config)
+    if WORDS.value:
+        require_text(config)
     dataset = prepared.dataset
     among = candidate_items(dataset, _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id"), WHERE.value)
     may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)

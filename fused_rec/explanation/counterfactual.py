@@ -265,8 +265,6 @@ class _EditedGraphs:
             away = [self.sources[place].row for place in gone if self.sources[place].kind == INTERACTION]
             model = on_edited(model, without_interactions(model.observed, self.user, away), self.edited(gone))
         found = np.full((len(self.sources), len(self.items)), np.inf)
-        if len(self.candidates) <= self.k or len(gone) == len(self.sources):
-            return found
         given = effects(model, self.user, np.arange(len(model.popularity)))
         without = given.score - given.value
         # The k best others are the k best of all or, where the item is one of these, the next one too.
@@ -288,7 +286,8 @@ class _SetSearch:
         self.before = graphs.scores(frozenset())
         self.rank = self.rank_in(self.before)
         self.leaves = self.rank <= graphs.k
-        gain = self.gains(frozenset()) if graphs.sources else np.zeros(0)
+        known = graphs.sources and len(self.others) >= graphs.k
+        gain = self.gains(frozenset()) if known else np.zeros(0)
         self.order = np.argsort(-gain, kind="stable").tolist()  # first those without which the item is nearest
 
     def rank_in(self, scores: np.ndarray) -> int:

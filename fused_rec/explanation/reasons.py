@@ -199,46 +199,49 @@ def record(model: ExplainedModel, user: int, items: list[int], content: Content 
     dataset = model.inputs.dataset
     contributed, effect = contributions_and_effects(model, user, items)
     given, ranked_by = scores(model.decomposition, user), _weights(contributed, effect)
-    ids = {INTERACTION: dataset.items.column("item_id")}
-    user_ids = dataset.users.column("user_id")
-    source_ids = [
-        None if source < 0 or not (kind == INTERACTION or content.user_ids) else ids.get(kind, user_ids)[source].as_py()
-        for kind, source in zip(contributed.kind, contributed.source.tolist(), strict=True)
-    ]
+    user_id, item_ids = dataset.users["user_id"][user].as_py(), dataset.items["item_id"]
+    source_ids = _source_ids(dataset, contributed, content.user_ids)
     rows = []
     for column, item in enumerate(items):
         value, order = contributed.value[:, column], np.argsort(-np.abs(ranked_by[:, column]), kind="stable")
-        listed = []
-        for part in order[:LISTED].tolist():
-            has_effect = not np.isnan(effect[part, column])
-            listed.append(
-                {
-                    "kind": contributed.kind[part],
-                    "source": source_ids[part],
-                    "value": float(value[part]),
-                    "effect": float(effect[part, column]) if has_effect else None,
-                }
-            )
+        parts = [
+            {
+                "kind": contributed.kind[part],
+                "source": source_ids[part],
+                "value": float(value[part]),
+                "effect": None if np.isnan(effect[part, column]) else float(effect[part, column]),
+            }
+            for part in order[:LISTED].tolist()
+        ]
         rest: dict[str, float] = {}
         for part in order[LISTED:]:
             rest[contributed.kind[part]] = rest.get(contributed.kind[part], 0.0) + float(value[part])
-        others = [{"kind": kind, "source": None, "value": part, "effect": None} for kind, part in rest.items()]
+        parts += [{"kind": kind, "source": None, "value": part, "effect": None} for kind, part in rest.items()]
+        found = reasons(dataset, contributed, effect, column, content.catalog)
         rows.append(
             {
-                "user_id": user_ids[user].as_py(),
-                "item_id": ids[INTERACTION][item].as_py(),
+                "user_id": user_id,
+                "item_id": item_ids[item].as_py(),
                 "score": float(given[item]),
-                "parts": listed + others,
-                "reasons": [
-                    {"code": reason.code, "text": reason.text}
-                    for reason in reasons(dataset, contributed, effect, column, content.catalog)
-                ],
+                "parts": parts,
+                "reasons": [{"code": reason.code, "text": reason.text} for reason in found],
             }
         )
     if content.k:
         for row, found in zip(rows, _sets(model, user, items, content), strict=True):
             row["set"] = found and set_record(dataset, found, content.catalog)
     return rows
+
+
+def _source_ids(dataset: Dataset, contributed: Contributions, user_ids: bool) -> list[str | None]:
+    """The id of each source; None for other users, unless they are asked for."""
+    ids = {INTERACTION: dataset.items["item_id"]}
+    return [
+        ids.get(kind, dataset.users["user_id"])[source].as_py()
+        if source >= 0 and (kind == INTERACTION or user_ids)
+        else None
+        for kind, source in zip(contributed.kind, contributed.source.tolist(), strict=True)
+    ]
 
 
 def _sets(model: ExplainedModel, user: int, items: list[int], content: Content) -> list[CounterfactualSet | None]:

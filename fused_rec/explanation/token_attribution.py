@@ -142,6 +142,23 @@ class Attributor:
         return float(users[rows[0]] @ items[rows[1]])
 
 
+def require_text(config: Config) -> None:
+    """Checks that the run has a trained model that uses text.
+
+    Args:
+      config: settings of the run.
+
+    Raises:
+      ValueError: it has not.
+    """
+    require_trained(config)
+    if not config.encodes_text:
+        why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
+        raise ValueError(
+            f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"
+        )
+
+
 def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attributor:
     """Prepares token attribution for a trained model.
 
@@ -157,12 +174,7 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
       ValueError: the model is a baseline or uses no text (variant graph, features random, or no texts), or the language
         model has a prompt.
     """
-    require_trained(config)
-    if not config.encodes_text:
-        why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
-        raise ValueError(
-            f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"
-        )
+    require_text(config)
     features = prepared.text
     if not features.texts.texts:
         raise ValueError(f"{prepared.dataset.name} has no texts; token attribution needs texts")
