@@ -148,7 +148,8 @@ def test_a_word_is_worth_its_derivative_along_the_way(opened):
     [of_user] = [place for place, text in enumerate(found.texts) if text.text == SCRIPTS]
     of_item = sides.index(ITEM)
     texts = np.array([read.features.texts.texts.index(text.text) for text in found.texts])
-    moved = list(subject._embed_tokens(read, texts.tolist()).values())
+    embedded = subject._embed_tokens(read, texts.tolist())
+    moved = [embedded[text] for text in texts.tolist()]
     shares = np.array([[text.weight * (text.side == side) for text in found.texts] for side in (USER, ITEM)])
     own = np.stack([read.means[USER][user], read.means[ITEM][item]])
     rest = own - shares @ read.vectors[texts]
@@ -236,7 +237,7 @@ def test_the_two_nodes_start_at_their_rows_of_the_graph(opened, name):
             given.append(text)
             return np.zeros(1), 0 * text
 
-        subject._scored(read, rows, scored, own[None])
+        subject._scored(read, rows, scored, own[None].astype(np.float64))
         graph = prepared.graph_inputs.graph
         expected = [graph.text[side][row] for side, row in zip((USER, ITEM), rows, strict=True)]
         np.testing.assert_allclose(given[0][0], expected, atol=1e-5)
@@ -283,7 +284,10 @@ def test_a_fine_tuned_encoder(folder, training):
 
 
 def test_words_of_other_languages_are_not_listed(opened, monkeypatch):
+    """The tokenizer of the tests splits all words; of this text alone the language is said not to be read."""
     _, _, read = opened("fused")
+    assert not largest_words(attribute(read, 0, 3))
+    monkeypatch.setattr(subject, "foreign_texts", lambda texts, _: [False for _ in texts])
     found = attribute(read, 0, 3)
     assert {word["side"] for word in largest_words(found)} == {USER, ITEM}
     monkeypatch.setattr(subject, "foreign_texts", lambda texts, _: [text == SCRIPTS for text in texts])
@@ -324,7 +328,7 @@ def test_terms_are_added_to_the_words_they_stand_in():
     values[[row for *_, row in places]] = 7, 10, 20, 30
     # As BERT splits it, cut after "and": red _ fox and
     spans = [(0, 3, 1.0), (3, 4, 2.0), (4, 7, 3.0), (8, 11, 4.0)]
-    assert subject._with_terms(spans, found, texts[0], values) == [
+    assert subject._with_terms(spans, found, texts[0], dict(enumerate(values.tolist()))) == [
         (0, 3, 1 + 3), (3, 4, 2 + 1), (4, 7, 3 + 3), (8, 11, 14), (13, 20, 20), (21, 24, 30),
     ]  # fmt: skip
 
@@ -333,7 +337,11 @@ def test_what_a_term_is_worth_is_shared_by_its_occurrences():
     found, _ = fit_tfidf(["gold and gold", "gold", "and", "x", "y"], 2)
     values = np.zeros(len(found.terms))
     values[found.terms["gold"]] = 1
-    assert subject._with_terms([], found, "gold and gold", values) == [(0, 4, 0.5), (5, 8, 0.0), (9, 13, 0.5)]
+    assert subject._with_terms([], found, "gold and gold", dict(enumerate(values.tolist()))) == [
+        (0, 4, 0.5),
+        (5, 8, 0.0),
+        (9, 13, 0.5),
+    ]
 
 
 def test_tokens_stop_at_the_limit():

@@ -50,7 +50,7 @@ class Pair(NamedTuple):
 
 
 class PairScorer:
-    """Scores of pairs as functions of their text features.
+    """Scores of pairs as functions of their text features; a node without text stays without, others keep some.
 
     Args:
       config: settings of the run; `local` holds for it.
