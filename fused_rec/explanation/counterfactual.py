@@ -24,7 +24,7 @@ from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LARGEST_SET = 3  # sources: smaller sets are searched exhaustively
-MOST_GRAPHS = 500  # without each of which effects are computed, for all sets of a size
+MOST_GRAPHS = 250  # without each of which effects are computed, for all sets of a size
 
 
 class CounterfactualEffect(NamedTuple):
