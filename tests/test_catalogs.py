@@ -46,7 +46,7 @@ def test_a_catalog_is_compiled_and_complete(language):
     found = {(message.id,) if isinstance(message.id, str) else tuple(message.id) for message in catalog if message.id}
     assert found == set(MESSAGES.values())
     assert all(message.string and not message.fuzzy for message in catalog)
-    assert all(all(message.string) for message in catalog if message.pluralizable)
+    assert all(all(message.string or ()) for message in catalog if message.pluralizable)
     assert open_catalog(language).faults() == [] and open_catalog(language).language == language
 
 

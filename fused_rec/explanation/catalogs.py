@@ -85,8 +85,8 @@ class Catalog:
         return self.say("end of list", first=first, last=last)
 
     def _text(self, message: str, n: int = 1) -> str:
-        texts = MESSAGES[message]
-        return self.translations.ngettext(*texts, n) if len(texts) == 2 else self.translations.gettext(*texts)
+        one, *many = MESSAGES[message]
+        return self.translations.ngettext(one, many[0], n) if many else self.translations.gettext(one)
 
     def faults(self) -> list[str]:
         """Lists what translations have between braces that their sentence does not have, or lack of it."""

@@ -238,7 +238,7 @@ def _changed_rows(
     def gate(name: str, own: Array, degree: Array) -> Array:
         if config.layer_combination != "learned":
             return jnp.ones(config.effective_layers)
-        made = Gate(config.effective_layers, config.relation_gates)
+        made: Any = Gate(config.effective_layers, config.relation_gates)
         return made.apply({"params": params[name]}, own[None], jnp.reshape(degree, 1))[:, 0]
 
     for level in range(config.effective_layers):

@@ -40,9 +40,9 @@ from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LOG = logging.getLogger(__name__)
-# Gauss-Legendre points of t, tried in order until `TOLERANCE` holds. Positions t^POWER are dense near the baseline,
-# where the language model changes most.
-POINTS, POWER = (8, 16, 32, 96), 3
+# Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %.
+POINTS = (24, 48, 96, 192)
+ROWS = 8  # points per call of the encoder, of which the backward pass keeps all layers
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
 LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
@@ -362,8 +362,7 @@ def _integrated(
 ) -> Iterable[_Integral]:
     """Integrates the attributions along each path."""
     nodes, parts = np.polynomial.legendre.leggauss(points)
-    nodes, parts = (nodes + 1) / 2, parts / 2
-    shares, parts = nodes**POWER, parts * POWER * nodes ** (POWER - 1)
+    shares, parts = (nodes + 1) / 2, parts / 2
     wanted = sorted({int(text) for path in paths for text in path.texts})
     # The first row is the baseline.
     encoded = {text: _encoded(read, embedded[text], np.append(0, shares)) for text in wanted}
@@ -425,7 +424,12 @@ def _embed_tokens(read: Attributor, texts: Sequence[int]) -> dict[int, _Embedded
 
 def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"]) -> Float32[np.ndarray, "n H"]:
     """Encodes a text at these positions of the path."""
-    return np.asarray(_encode(read.weights, _at(text, shares), text.mask, _encoder(read.model)))
+    padded = np.pad(shares, (0, -len(shares) % ROWS))
+    made = [
+        np.asarray(_encode(read.weights, _at(text, some), text.mask, _encoder(read.model)))
+        for some in np.split(padded, range(ROWS, len(padded), ROWS))
+    ]
+    return np.concatenate(made)[: len(shares)]
 
 
 def _token_gradients(
@@ -436,14 +440,17 @@ def _token_gradients(
     slopes: Sequence[Float[np.ndarray, "n H"]],
 ) -> Float64[np.ndarray, "P L"]:
     """Integrates the dot product of each token embedding with its gradient, for each of P gradients of the vectors."""
-    own, at, found = np.where(text.moves[:, None], text.embeddings, 0), _at(text, shares), []
+    own, found = np.where(text.moves[:, None], text.embeddings, 0), np.zeros((len(slopes), len(text.mask)))
     for start in range(0, len(slopes), TOGETHER):
         some = np.stack(slopes[start : start + TOGETHER]) * parts[:, None]
         padded = np.zeros((TOGETHER, *some.shape[1:]), np.float32)
         padded[: len(some)] = some
-        given = (read.weights, at, text.mask, padded, np.int32(len(some)), own)
-        found.append(np.asarray(_embedding_gradients(*given, _encoder(read.model)))[: len(some)])
-    return np.concatenate(found).astype(np.float64)
+        for first in range(0, len(shares), ROWS):
+            rows = slice(first, first + ROWS)
+            given = (read.weights, _at(text, shares[rows]), text.mask, padded[:, rows], np.int32(len(some)), own)
+            summed = np.asarray(_embedding_gradients(*given, _encoder(read.model)))
+            found[start : start + len(some)] += summed[: len(some)]
+    return found
 
 
 def _encoder(model: PretrainedModel) -> tuple:
