@@ -1,4 +1,4 @@
-# make demo | test | lint | docs | notebooks | package | clean
+# make demo | test | lint | docs | notebooks | catalogs | package | clean
 # PYTHON=python3.12 make test        make test PYTEST_ARGS="-k losses"
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py $(wildcard fused_rec/kernels/*.cc fused_rec/kernels/*.h) requirements-minilm.txt
 
-.PHONY: demo test lint docs notebooks package clean
+.PHONY: demo test lint docs notebooks catalogs package clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -31,6 +31,11 @@ notebooks: $(VENV)/.installed-tests
 	sed -E -i.bak 's#(github(\.com)?)/[[:alnum:]_.-]+/[[:alnum:]_.-]+#\1/$(REPOSITORY)#g' notebooks/*.py && rm notebooks/*.bak
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 	$(BIN)/python tests/stress/notebooks.py
+
+# Compiles the message catalogs of the reasons.
+LOCALE := fused_rec/explanation/locale
+catalogs: $(VENV)/.installed-tests
+	for file in $(LOCALE)/*.po; do $(BIN)/pybabel compile -i $$file -o $${file%.po}.mo -l $$(basename $$file .po); done
 
 # Builds sdist and wheel, and uses the wheel from outside the checkout.
 package: $(VENV)/.installed-tests

@@ -32,7 +32,7 @@ setup(
     # experiments/ stays out: its name would claim a top-level module of every environment. Its commands are in
     # fused_rec/commands, which is installed.
     packages=find_packages(include=["fused_rec", "fused_rec.*"]),
-    package_data={"fused_rec": ["py.typed"]},
+    package_data={"fused_rec": ["py.typed", "explanation/locale/*"]},
     entry_points={"console_scripts": ["fused-rec = fused_rec.cli:main"]},
     ext_modules=[KERNELS],
     zip_safe=False,
@@ -63,6 +63,7 @@ setup(
         "als": ["implicit>=0.7.2", "threadpoolctl>=3.1"],  # one baseline alone needs them
         "tests": [
             "axe-playwright-python>=0.1.8",  # drives an installed browser; brings axe, which checks accessibility
+            "babel>=2.17",  # compiles message catalogs
             "beartype>=0.22.1",
             "build>=1.2",
             "httpx>=0.28.1",  # asks the server as clients do

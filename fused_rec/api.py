@@ -20,6 +20,7 @@ from fused_rec.data.sources import registry
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation.filters import Rule
 from fused_rec.evaluation.suitability import check_groups
+from fused_rec.explanation.catalogs import SOURCE, Catalog, open_catalog
 from fused_rec.reporting.changes import in_words, render_changes
 from fused_rec.reporting.data import (
     Explain,
@@ -330,6 +331,7 @@ def report(
     previous: str | os.PathLike[str] | None = None,
     compared_runs: Sequence[str | os.PathLike[str]] = (),
     card: bool = False,
+    language: str | os.PathLike[str] = SOURCE,
     history: str = "all",
     dataset: Dataset | None = None,
     data_path: str | os.PathLike[str] | None = None,
@@ -351,6 +353,7 @@ def report(
       previous: folder of the run before, from which the page shows what changed.
       compared_runs: folders of other runs (seeds, refits, data), in which reasons survive or not.
       card: also write what was found about rules, groups, stability and changes into the model card.
+      language: of the reasons, as of `Run.explain`.
       history: as of `load`, for the recommendations; metrics withhold held-out rows.
       dataset: as of `load`, for the recommendations.
       data_path: as of `load`.
@@ -360,15 +363,15 @@ def report(
       The file.
 
     Raises:
-      ValueError: an unknown id, baseline or attribute.
+      ValueError: an unknown id, baseline or attribute or language.
       FileNotFoundError, TablesChangedError: as `load`.
 
     Example:
       fr.report("runs/first", num_users=3, k=5)
     """
-    workdir = Path(workdir)
+    workdir, catalog = Path(workdir), open_catalog(language)
     out = workdir / "report.html" if out is None else Path(out)
-    shown = _Shown(users, num_users, k, names, previous, tuple(compared_runs))
+    shown = _Shown(users, num_users, k, names, previous, tuple(compared_runs), catalog)
     measure = _Measure(split, tuple(baselines), rules, tuple(groups))
     facts = _report_data(workdir, measure, shown, {"history": history, "dataset": dataset}, _folders(data_path, cache))
     write_file(out, render_page(facts).encode())
@@ -395,6 +398,7 @@ class _Shown(NamedTuple):
     names: bool
     previous: str | os.PathLike[str] | None
     compared_runs: Sequence[str | os.PathLike[str]]
+    catalog: Catalog
 
 
 def _report_data(
@@ -408,13 +412,13 @@ def _report_data(
     explained_others = [explained(other) for other in others if other.config.model.is_trained]
     dataset = run.prepared.dataset
     rows = sample(run.prepared, shown.num_users) if shown.users is None else user_rows(dataset, shown.users)
-    explain = Explain(shown.k, passages(*run.model), explained_others, shown.names)
+    explain = Explain(shown.k, passages(*run.model), explained_others, shown.names, shown.catalog)
     changed = None
     if shown.previous is not None:
         changed = compare_runs(_compared(load(shown.previous, cache=cache)), _compared(run))
     return ReportData(
         digests=_digests(workdir, served["dataset"]) | ({"rules": rules_digest} if rules_digest else {}),
-        customers=recommended(*run.model, candidate_filter(dataset, given or ()), rows, explain),
+        customers=recommended(run.model, candidate_filter(dataset, given or ()), rows, explain),
         selection="drawn at random" if shown.users is None else "as named",
         changed=changed,
         stability=tuple(compare_runs(_compared(run), other) for other in others),

@@ -27,11 +27,11 @@ from fused_rec.evaluation.item_sets import UserItemSets
 from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, mean
 from fused_rec.evaluation.suitability import suitable
 from fused_rec.evaluation.top_k import random_order
-from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
-from fused_rec.explanation.counterfactual import counterfactual_set as smallest_set
-from fused_rec.explanation.decomposition import INTERACTION
+from fused_rec.explanation.catalogs import SOURCE, open_catalog
+from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect, counterfactual_sets
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
-from fused_rec.explanation.reasons import record, set_sentence
+from fused_rec.explanation.reasons import Content, add_words, record, set_record
+from fused_rec.explanation.token_attribution import Attributor, attributor
 from fused_rec.serving import export_bundle, recommender
 from fused_rec.serving.recommender import (
     FEW,
@@ -253,32 +253,53 @@ class Run:
         return self._vectors[1]
 
     @computes
-    def explain(self, user: Any, items: Any = None, k: int = 5) -> list[dict[str, Any]]:
+    def explain(
+        self,
+        user: Any,
+        items: Any = None,
+        k: int = 5,
+        *,
+        language: str | os.PathLike[str] = SOURCE,
+        sets: bool = False,
+        words: bool = False,
+        user_ids: bool = False,
+    ) -> list[dict[str, Any]]:
         """Explains scores by an exact decomposition into contributions (`docs/EXPLANATIONS.md`).
 
         Args:
           user: user id, as text or integer.
           items: item ids, as text or integers; None = the k items that are recommended.
           k: number of recommended items to explain, without `items`.
+          language: of the sentences: "en", "de", "fr", or the path of a compiled catalog (.mo).
+          sets: also give the counterfactual set of each item, of the k best.
+          words: also give the words of the user's and the item's texts with the largest attributions.
+          user_ids: name other users in `parts` by their ids, for readers who may see them.
 
         Returns:
           One dictionary per item with `user_id`, `item_id`, `score`, `parts` (contributions that sum to the score,
-          those without which it would change most first) and `reasons` (a code and a sentence each, strongest first).
+          those without which it would change most first) and `reasons` (a code and a sentence each, strongest first);
+          with `sets` also `set`, as of `counterfactual_set`; with `words` also `words` (`side`, `word`, `value`).
 
         Raises:
-          ValueError: an id is unknown, empty or of another type.
+          ValueError: an id is unknown, empty or of another type, or the language is not known; or the
+            model uses no text, and `words` are asked for.
 
         Example:
           [row] = run.explain("C0001", k=1)
           [reason["text"] for reason in row["reasons"]]
         """
+        _require_k(k)
         dataset = self.prepared.dataset
+        content = Content(open_catalog(language), user_ids, k if sets else 0, candidate_filter(dataset))
         row = self._row("user", user)
         wanted = self.recommend([user], k, progress=False)["item_id"] if items is None else items
         rows = find_rows(dataset, "item", as_texts(wanted, "items"))
         if not len(rows):
             return []
-        return record(self._explained, row, rows.tolist())
+        found = record(self._explained, row, rows.tolist(), content)
+        if words:
+            add_words(found, self._attributor, [(row, item) for item in rows.tolist()])
+        return found
 
     @computes
     def counterfactual(self, user: Any, item: Any, without: Any) -> CounterfactualEffect:
@@ -308,44 +329,50 @@ class Run:
         return counterfactual_effect(self.config, self.state.params, self.prepared, row, of, removed, candidates)
 
     @computes
-    def counterfactual_set(self, user: Any, item: Any, k: int = 10) -> dict[str, Any] | None:
-        """Finds the smallest set of a user's sources without which an item leaves the k best.
+    def counterfactual_set(
+        self,
+        user: Any,
+        item: Any,
+        k: int = 10,
+        *,
+        rules: Rules | tuple[Rule, ...] | None = None,
+        language: str | os.PathLike[str] = SOURCE,
+    ) -> dict[str, Any] | None:
+        """Finds the smallest set of a user's sources without which an item leaves the k best, or enters them.
 
         Sources are interactions, social edges and users with similar text. The ranking without them is recomputed.
 
         Args:
           user: user id, as text or integer.
-          item: id of an item among the k best.
+          item: id of an item that the user may be recommended.
           k: length of the list.
+          rules: as of `recommend`.
+          language: of the sentence, as of `explain`.
 
         Returns:
           `sources` (`kind` and `item_id` of each; None where it is another user), `smallest` (False where too many sets
-          would have had to be tested, and sources were removed one by one), `rank`, `rank_after`, `entering` (the id of
-          the item that enters the list, None if there is none) and `text`, a sentence. None if the item is not among
-          the k best, or stays there without any source.
+          would have had to be tested, and sources were removed one by one), `rank`, `rank_after`, `entering` and
+          `leaving` (ids of the items that enter and leave the list, one of them this item; `entering` is None if none
+          is left) and `text`, a sentence. None if the item stays where it is without any source.
 
         Raises:
-          ValueError: an id is unknown, or the model is a baseline.
+          ValueError: an id is unknown, the item is no candidate, or the model is a baseline.
 
         Example:
           [best] = run.explain("C0001", k=1)
           found = run.counterfactual_set("C0001", best["item_id"], k=1)
+          tenth = run.recommend(["C0001"], k=10)["item_id"][9]
+          found = run.counterfactual_set("C0001", tenth.as_py(), k=3)  # what keeps it from the best three
         """
         _require_k(k)
         dataset = self.prepared.dataset
         row, of = self._row("user", user), self._row("item", item)
-        eligible = suitable(candidate_filter(dataset), np.array([row]), np.arange(dataset.n_items)[None])[0]
-        found = smallest_set(self._explained.leave_one_out, self.prepared, row, of, k, eligible)
-        if found is None:
-            return None
-        ids = dataset.items["item_id"]
-        named = [
-            {"kind": source.kind, "item_id": ids[source.row].as_py() if source.kind == INTERACTION else None}
-            for source in found.sources
-        ]
-        entering = None if found.entering < 0 else ids[found.entering].as_py()
-        ranks = {"rank": found.rank, "rank_after": found.rank_after, "entering": entering}
-        return {"sources": named, "smallest": found.smallest, **ranks, "text": set_sentence(dataset, found)}
+        candidates = self._candidates(_as_rules(rules), False)
+        eligible = suitable(candidates, np.array([row]), np.arange(dataset.n_items)[None])[0]
+        if not eligible[of]:
+            raise ValueError(f"item {item} is no candidate of user {user}: it is held or refused; give another item")
+        [found] = counterfactual_sets(self._explained.leave_one_out, self.prepared, row, [of], k, eligible)
+        return found and set_record(dataset, found, open_catalog(language))
 
     @computes
     def evaluate(self, split: str = "valid", baselines: Sequence[str] = ()) -> dict[str, dict[str, float]]:
@@ -483,6 +510,11 @@ class Run:
     @computes
     def _explained(self) -> ExplainedModel:
         return explained_model(self.config, self.state.params, self.prepared)
+
+    @functools.cached_property
+    @computes
+    def _attributor(self) -> Attributor:
+        return attributor(self.config, self.state.params, self.prepared)
 
     @functools.cached_property
     @computes

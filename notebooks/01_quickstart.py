@@ -126,6 +126,23 @@ interactions = parts[(parts["kind"] == "interaction") & (parts["source"] != "")]
 run.counterfactual(customer, best["item_id"], without=interactions["source"].iloc[0])
 
 # %% [markdown]
+# A counterfactual set is the smallest set without which another product would be the first: purchases, social edges
+# and users with similar text. The sentence is for the customer, here also in German.
+
+# %%
+for language in ("en", "de"):
+    print(run.counterfactual_set(customer, best["item_id"], k=1, language=language)["text"])
+
+# %% [markdown]
+# Words: what each word of the customer's and the product's texts adds to the score, by integrated gradients.
+
+# %%
+[row] = run.explain(customer, [best["item_id"]], words=True)
+words = pd.DataFrame(row["words"])
+ax = words.set_index(words["word"] + " (" + words["side"] + ")")["value"][::-1].plot.barh(figsize=(7, 3.4))
+_ = ax.set(xlabel="what it adds to the score")
+
+# %% [markdown]
 # ## Reopening a run
 #
 # The run directory has the tables, checkpoints, curves, results and a model card.

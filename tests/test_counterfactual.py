@@ -9,7 +9,7 @@ from test_faithfulness import given, opened  # noqa: F401
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.explanation import counterfactual as subject
-from fused_rec.explanation.counterfactual import CounterfactualSet, counterfactual_set, without_sources
+from fused_rec.explanation.counterfactual import CounterfactualSet, counterfactual_sets, without_sources
 from fused_rec.explanation.leave_one_out import leave_one_out
 from fused_rec.explanation.reasons import set_sentence
 from fused_rec.explanation.sources import Source, sources
@@ -34,46 +34,85 @@ def eligible(prepared, user: int) -> np.ndarray:
     return ~np.isin(np.arange(prepared.dataset.n_items), prepared.observed.item[prepared.observed.user == user])
 
 
-@pytest.mark.parametrize(("user", "place", "k"), [(0, 0, 1), (3, 1, 2), (5, 2, 3), (11, 0, 3)])
+def smallest(opened, own, user: int, item: int, k: int) -> int:  # noqa: F811
+    """The size of the smallest set that takes the item out of the top k, or into it, by trying all of up to two."""
+    inside = item in ranked(opened, user)[:k]
+
+    def moves(size: int) -> bool:
+        return any((item in ranked(opened, user, gone)[:k]) != inside for gone in itertools.combinations(own, size))
+
+    return next((size for size in (1, 2) if moves(size)), 3)
+
+
+@pytest.mark.parametrize(
+    ("user", "place", "k"), [(0, 0, 1), (3, 1, 2), (5, 2, 3), (11, 0, 3), (0, 2, 2), (3, 1, 1), (5, 4, 4), (11, 1, 1)]
+)
 def test_sets_are_the_smallest_of_all(opened, left_out, user, place, k):  # noqa: F811
     _, prepared, *_ = opened
     before = ranked(opened, user)
     item = before[place]
-    found = counterfactual_set(left_out, prepared, user, item, k, eligible(prepared, user))
+    [found] = counterfactual_sets(left_out, prepared, user, [item], k, eligible(prepared, user))
     own = sources(left_out.graph, left_out.reverse, user)
-
-    def leaves(size: int) -> bool:
-        return any(item not in ranked(opened, user, gone)[:k] for gone in itertools.combinations(own, size))
-
-    smallest = next((size for size in (1, 2) if leaves(size)), 3)
-    assert found is not None and found.rank == place + 1
-    assert len(found.sources) == smallest if smallest < 3 else len(found.sources) > 2
-    assert found.smallest == (len(found.sources) <= subject.LARGEST_SET)
+    size = smallest(opened, own, user, item, k)
+    if found is None:
+        assert size == 3 and place >= k and (user, place) != (3, 1)
+        return
+    assert found.rank == place + 1
+    assert len(found.sources) == size if size < 3 else len(found.sources) > 2
+    assert found.smallest == (len(found.sources) <= subject.LARGEST_SET + 1)
     after = ranked(opened, user, found.sources)
-    assert found.rank_after == after.index(item) + 1 > k
-    assert found.entering == next(other for other in after[:k] if other not in before[:k])
+    assert found.rank_after == after.index(item) + 1
+    assert (found.rank <= k) != (found.rank_after <= k)
+    assert item == (found.leaving if place < k else found.entering)
+    if place < k:
+        assert found.entering == next(other for other in after[:k] if other not in before[:k])
+    else:
+        assert found.leaving == [other for other in before[:k] if other not in after[:k]][-1]
+
+
+def test_items_of_a_list_share_graphs(opened, left_out, monkeypatch):  # noqa: F811
+    """Each item has the set that it has alone, and no graph is computed twice."""
+    _, prepared, *_ = opened
+    user, k = 3, 2
+    monkeypatch.setattr(subject, "MOST_GRAPHS", 20)
+    items, asked = ranked(opened, user)[:3], eligible(prepared, user)
+    alone = [counterfactual_sets(left_out, prepared, user, [item], k, asked)[0] for item in items]
+    computed, on_edited = [], subject.on_edited
+    monkeypatch.setattr(
+        subject, "on_edited", lambda *given: computed.append(str(given[2].popularity)) or on_edited(*given)
+    )
+    graphs = subject._EditedGraphs(left_out, prepared, user, items, k, asked)
+    assert [subject._SetSearch(graphs, place).search() for place in range(len(items))] == alone
+    assert len(computed) == graphs.leads.cache_info().currsize - 1
 
 
 def test_beyond_three_the_search_is_greedy_and_says_so(opened, left_out, monkeypatch):  # noqa: F811
     _, prepared, *_ = opened
     monkeypatch.setattr(subject, "MOST_GRAPHS", 0)
     before = ranked(opened, 0)
-    found = counterfactual_set(left_out, prepared, 0, before[0], 2, eligible(prepared, 0))
-    assert found is not None and not found.smallest
+    [found] = counterfactual_sets(left_out, prepared, 0, [before[0]], 2, eligible(prepared, 0))
+    assert found is not None and found.smallest == (len(found.sources) == 1)
     assert before[0] not in ranked(opened, 0, found.sources)[:2]
     for source in found.sources:  # each is needed
         assert before[0] in ranked(opened, 0, [other for other in found.sources if other != source])[:2]
     monkeypatch.setattr(subject, "LARGEST_SET", 0)
-    assert counterfactual_set(left_out, prepared, 0, before[0], 24, eligible(prepared, 0)) is None
-    assert counterfactual_set(left_out, prepared, 0, before[5], 3, eligible(prepared, 0)) is None  # not in the top 3
+    assert counterfactual_sets(left_out, prepared, 0, [before[0]], 24, eligible(prepared, 0)) == [None]
 
 
 def test_a_set_in_words():
     gone = [Source("interaction", 0, ()), Source("tie:referral", 1, ()), Source("interaction", 1, ())]
-    assert set_sentence(MARKET, CounterfactualSet(tuple(gone), True, 1, 2, 3)) == (
-        "Without Cash, i1 and 1 customer tied to this one (referral) it would be Gold."
+    leaves = CounterfactualSet(tuple(gone), True, 1, 2, 3, 0)
+    assert set_sentence(MARKET, leaves) == (
+        "You see this because of Cash, i1 and 1 customer tied to you (referral); without them it would be Gold."
+    )
+    assert set_sentence(MARKET, leaves._replace(sources=(gone[0],))) == (
+        "You see this because of Cash; without that it would be Gold."
+    )
+    enters = leaves._replace(rank=5, rank_after=1, entering=0, leaving=3)
+    assert set_sentence(MARKET, enters) == (
+        "Without Cash, i1 and 1 customer tied to you (referral) you would see this in place of Gold."
     )
     alike = tuple(Source("similar_text", row, ()) for row in (0, 2))
-    assert set_sentence(MARKET, CounterfactualSet(alike, False, 1, 2, -1)) == (
-        "Without 2 customers with much the same text it would not be listed."
+    assert set_sentence(MARKET, CounterfactualSet(alike, False, 1, 2, -1, 0)) == (
+        "You see this because of 2 customers with much the same text; without them it would not be listed."
     )

@@ -19,7 +19,15 @@ from market import write_tables
 from tokenizers import models, normalizers, pre_tokenizers
 
 import fused_rec as fr
-from fused_rec.text.coverage import ADVISED, JUDGED, MULTILINGUAL, Coverage, foreign_text_warning, measure_coverage
+from fused_rec.text.coverage import (
+    ADVISED,
+    JUDGED,
+    MULTILINGUAL,
+    Coverage,
+    foreign_text_warning,
+    foreign_texts,
+    measure_coverage,
+)
 from fused_rec.text.pretrained import HUB_ID, MINILM, MINILM_PACKAGE
 
 needs_minilm = pytest.mark.skipif(importlib.util.find_spec(MINILM_PACKAGE) is None, reason="MiniLM is not installed")
@@ -64,6 +72,8 @@ def test_texts_are_judged_by_their_words():
     ]
     assert measure_coverage(few, tokenizer) == Coverage(0, 0)
     assert measure_coverage([], tokenizer) == Coverage(0, 0)
+    texts = ["Dieser Fonds kauft Anleihen", "This fund holds bonds", "Anleihen"]
+    assert foreign_texts(texts, wordpiece("this", "fund", "holds", "bonds")) == [True, False, False]
 
 
 def test_a_run_of_han_may_have_a_piece_a_letter():

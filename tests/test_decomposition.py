@@ -294,7 +294,7 @@ def test_reasons_by_hand():
         ("TIES", 0.2),
     ]
     assert [reason.text for reason in reasons(MARKET, split, split.value)] == [
-        "The customer holds Bond fund and Cash and 1 more (50% of what speaks for it).",
+        "The customer holds Bond fund, Cash and 1 more (50% of what speaks for it).",
         "How many customers hold it (29% of what speaks for it).",
         "1 customer tied to this one (referral) leans towards it (20% of what speaks for it).",
     ]

@@ -60,6 +60,7 @@ IO_ALLOWED = (
     "runs/loggers.py",
     "serving/write_rankings.py",  # rankings of all customers, part by part
     "serving/export_bundle.py",  # writes the folder of an exported run
+    "explanation/catalogs.py",  # reads message catalogs
     "distributed/signals.py",  # says that a signal was received
     "studies/tune.py",
     "runs/run_dir.py",

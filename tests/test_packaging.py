@@ -92,8 +92,8 @@ def test_every_folder_is_a_package(promised):
 
 
 def test_type_marker_is_shipped(promised):
-    assert promised["package_data"] == {"fused_rec": ["py.typed"]}
-    assert (ROOT / "fused_rec" / "py.typed").exists()
+    assert promised["package_data"] == {"fused_rec": ["py.typed", "explanation/locale/*"]}
+    assert all(list((ROOT / "fused_rec").glob(pattern)) for pattern in promised["package_data"]["fused_rec"])
 
 
 def test_the_kernel_may_be_missing(promised):

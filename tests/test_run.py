@@ -241,7 +241,14 @@ def test_the_set_without_which_an_item_is_not_the_first(run):
     first, second = run.recommend(["C0001"], k=2)["item_id"].to_pylist()
     found = run.counterfactual_set("C0001", first, k=1)
     assert found["rank"] == 1 < found["rank_after"] and found["sources"] and found["entering"] not in (None, first)
-    assert run.counterfactual_set("C0001", second, k=1) is None
+    assert found["leaving"] == first and found["text"].startswith("You see this because of ")
+    enters = run.counterfactual_set("C0001", second, k=1, language="fr")
+    assert enters is None or (enters["rank"], enters["rank_after"], enters["entering"]) == (2, 1, second)
+    rules = [{"name": "withdrawn", "refuse": {"items": [found["entering"]]}}]
+    assert run.counterfactual_set("C0001", first, k=1, rules=rules)["entering"] != found["entering"]
+    held = run.prepared.dataset.items["item_id"][int(run.prepared.observed.item[run.prepared.observed.user == 0][0])]
+    with pytest.raises(ValueError, match="is no candidate of user C0001: it is held or refused; give another item"):
+        run.counterfactual_set("C0001", held.as_py(), k=1)
     if found["smallest"] and [source["kind"] for source in found["sources"]] == ["interaction"]:
         [source] = found["sources"]
         assert run.counterfactual("C0001", first, without=source["item_id"]).rank_after > 1

@@ -165,7 +165,7 @@ def test_explanations_do_not_name_other_users(run, client):
     best = (
         (listed["user_id"], row["item_id"]) for listed in ranked(run, users, 1, rules=RULES) for row in listed["items"]
     )
-    explained = (run.explain(user, [item])[0] for user, item in best)
+    explained = (run.explain(user, [item], user_ids=True)[0] for user, item in best)
     expected = next(row for row in explained if any(part["source"] in users for part in row["parts"]))
     got = client.get("/v1/explain", params={"user": expected["user_id"], "item": expected["item_id"]})
     found = got.json()["explanation"]
@@ -173,6 +173,15 @@ def test_explanations_do_not_name_other_users(run, client):
     values = [part["value"] for part in expected["parts"]]
     assert [part["value"] for part in found["parts"]] == pytest.approx(values, rel=1e-3, abs=1e-6)
     assert set(re.findall(r"C\d{4}", got.text)) == {expected["user_id"]}
+
+
+def test_an_explanation_has_the_set_of_the_k_best_under_the_rules(run, client):
+    [listed] = ranked(run, ["C0001"], 1, rules=RULES)
+    best = listed["items"][0]["item_id"]
+    got = client.get(f"/v1/explain?user=C0001&item={best}&k=1").json()["explanation"]
+    assert got["set"] == run.counterfactual_set("C0001", best, k=1, rules=RULES)
+    assert "set" not in client.get(f"/v1/explain?user=C0001&item={best}").json()["explanation"]
+    refused(client.get(f"/v1/explain?user=C0001&item={best}&k=0"), 400, "k is 0; it must be an integer from 1 to 12")
 
 
 def test_health_and_metrics(client, folder):

@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
     print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
-    config, inputs, state = load(workdir / "fused")
-    token_passages = passages(config, inputs, state)
-    customers = recommended(config, inputs, state, candidate_filter(prepared.dataset), users, 5, token_passages)
+    model = load(workdir / "fused")
+    customers = recommended(model, candidate_filter(prepared.dataset), users, Explain(5, passages(*model)))
+    inputs = model[1]
     show_customer(customers[0])
 
     results = read_results(workdir / "fused")

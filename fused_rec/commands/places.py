@@ -12,6 +12,8 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
+from fused_rec.explanation.catalogs import LANGUAGES, SOURCE
+
 Check = Callable[[Path], str]  # what is wrong with the place, empty where nothing is
 flags.disclaim_key_flags()  # a flag defined by a function here is one of the calling module's, and in its --help
 CONFIGS = Path(__file__).with_name("configs")
@@ -127,6 +129,12 @@ def DEFINE_baselines(known: Iterable[str], default: Sequence[str]) -> flags.Flag
 def DEFINE_rules() -> flags.FlagHolder:  # noqa: N802
     """Defines --rules, a file of suitability rules."""
     return DEFINE_path("rules", existing_file, "JSON file of suitability rules; see docs/SUITABILITY.md.")
+
+
+def DEFINE_language() -> flags.FlagHolder:  # noqa: N802
+    """Defines --language, that of the reasons."""
+    about = f"Language of the reasons: {', '.join(LANGUAGES)}, or the path of a compiled message catalog (.mo)."
+    return flags.DEFINE_string("language", SOURCE, about)
 
 
 def require_known(flag: flags.FlagHolder, known: Iterable[str]) -> None:

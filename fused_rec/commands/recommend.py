@@ -20,10 +20,13 @@ after an interruption. Parquet has the ids unchanged; in CSV an id or name that 
 or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
 
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
-score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written.
+score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written. --language chooses
+that of the sentences. --sets adds the smallest set without which the item would leave the list, and --words the words
+of the texts with the largest attributions (docs/EXPLANATIONS.md). Other customers are named only with --user_ids.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,7 @@ from tqdm import tqdm
 
 from fused_rec.commands.launch import command
 from fused_rec.commands.places import (
+    DEFINE_language,
     DEFINE_path,
     DEFINE_rules,
     DEFINE_run,
@@ -50,9 +54,11 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.data.io.csv_safety import unescape_csv
 from fused_rec.data.io.id_lists import read_ids
 from fused_rec.evaluation.suitability import exclusion_counts
+from fused_rec.explanation.catalogs import open_catalog
 from fused_rec.explanation.decomposition import require_trained
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
-from fused_rec.explanation.reasons import record
+from fused_rec.explanation.reasons import Content, add_words, record
+from fused_rec.explanation.token_attribution import Attributor, attributor, require_text
 from fused_rec.runs.model_card import describe_served
 from fused_rec.serving.recommender import (
     CHUNK_USERS,
@@ -81,8 +87,13 @@ K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
 RULES = DEFINE_rules()
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
+LANGUAGE = DEFINE_language()
+SETS = flags.DEFINE_bool("sets", False, "With --explain: what each item would leave the list without; takes seconds.")
+WORDS = flags.DEFINE_bool("words", False, "With --explain: the words of the texts that count most.")
+USER_IDS = flags.DEFINE_bool("user_ids", False, "With --explain: name other users in parts by their ids.")
 INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Also rank items that the user has interacted with.")
 
+TOGETHER = 64  # users whose texts are encoded together
 REASONS = "reasons.jsonl"  # one folder has the reasons of the file that was last written there
 
 
@@ -103,7 +114,9 @@ def read_ranked(out: Path) -> Iterator[pa.Table]:
             )
 
 
-def write_reasons(model: ExplainedModel, out: Path, rows: int) -> Path:
+def write_reasons(
+    model: ExplainedModel, out: Path, rows: int, content: Content, words: Attributor | None = None
+) -> Path:
     """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
     file, dataset = out.with_name(REASONS), model.inputs.dataset
     ids = {
@@ -117,11 +130,17 @@ def write_reasons(model: ExplainedModel, out: Path, rows: int) -> Path:
                 user, item = (
                     pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id")
                 )
-                starts = np.flatnonzero(np.diff(user, prepend=-1))
-                for start, end in zip(starts, [*starts[1:], len(user)], strict=True):
-                    for row in record(model, int(user[start]), item[start:end].tolist()):
-                        stream.write(json.dumps(row, ensure_ascii=True) + "\n")
-                    bar.update(int(end - start))
+                starts = [*np.flatnonzero(np.diff(user, prepend=-1)).tolist(), len(user)]
+                users = list(itertools.pairwise(starts))
+                for some in (users[place : place + TOGETHER] for place in range(0, len(users), TOGETHER)):
+                    found = []
+                    for start, end in some:
+                        found += record(model, int(user[start]), item[start:end].tolist(), content)
+                    if words is not None:
+                        these = slice(some[0][0], some[-1][1])
+                        add_words(found, words, list(zip(user[these].tolist(), item[these].tolist(), strict=True)))
+                    stream.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in found)
+                    bar.update(len(found))
 
     fill_file(file, fill)
     return file
@@ -133,21 +152,33 @@ def _listed(file: Path | None, known: pa.ChunkedArray, column: str) -> list[str]
     return None if file is None else read_ids(Path(file), column, known, remedy)
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags, ranks, writes, tells what the rules excluded."""
+def _checked_out() -> Path:
+    """Refuses flags that do not go together, and returns the file to write."""
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to rank for all customers")
     if USERS.present and USERS_FILE.value:
         raise app.UsageError("--users and --users_file are both given; drop one")
+    if not EXPLAIN.value and (
+        unused := [f"--{flag.name}" for flag in (LANGUAGE, SETS, WORDS, USER_IDS) if flag.present]
+    ):
+        raise app.UsageError(f"{', '.join(unused)} without --explain; give it too, or drop {unused[0]}")
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Parses the flags, ranks, writes, tells what the rules excluded."""
+    out, catalog = _checked_out(), open_catalog(LANGUAGE.value)
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
     other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
     config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     if EXPLAIN.value:
         require_trained(config)
+    if WORDS.value:
+        require_text(config)
     dataset = prepared.dataset
     among = candidate_items(dataset, _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id"), WHERE.value)
     may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)
@@ -186,7 +217,9 @@ def main(argv: list[str]) -> None:
     )
     if EXPLAIN.value:
         model = explained_model(config, state.params, prepared)
-        print(f"reasons: {write_reasons(model, out, exclusions['recommendations'])}")
+        words = attributor(config, state.params, prepared) if WORDS.value else None
+        content = Content(catalog, USER_IDS.value, K.value if SETS.value else 0, may)
+        print(f"reasons: {write_reasons(model, out, exclusions['recommendations'], content, words)}")
     if exclusions["users_with_short_list"]:
         print(
             f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "

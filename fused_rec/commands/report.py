@@ -19,6 +19,7 @@ from fused_rec.api import report
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     DEFINE_baselines,
+    DEFINE_language,
     DEFINE_path,
     DEFINE_rules,
     DEFINE_run,
@@ -39,6 +40,7 @@ USERS = flags.DEFINE_list("users", None, "Ids of the users to show; a random sam
 NUM_USERS = flags.DEFINE_integer("num_users", 5, "Size of the random sample of users.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Items per user.", lower_bound=1)
 RULES = DEFINE_rules()
+LANGUAGE = DEFINE_language()
 GROUPS = flags.DEFINE_list("groups", [], "User attributes whose groups are compared.")
 NAMES = flags.DEFINE_bool("names", False, "Show the users' names, and not their ids alone.")
 PREVIOUS = DEFINE_path("previous", existing_folder, "Folder of the run before, from which changes are shown.")
@@ -77,6 +79,7 @@ def main(argv: list[str]) -> None:
         previous=PREVIOUS.value,
         compared_runs=[Path(folder).expanduser() for folder in COMPARED.value],
         card=CARD.value,
+        language=LANGUAGE.value,
         history=HISTORY.value,
         dataset=read_served_tables(workdir, TABLES.value) if TABLES.value else None,
         data_path=DATA_PATH.value,

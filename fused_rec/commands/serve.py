@@ -19,13 +19,14 @@ from types import FrameType
 
 from absl import app, flags
 
-from fused_rec.commands.places import DEFINE_rules, DEFINE_run, DEFINE_served
+from fused_rec.commands.places import DEFINE_language, DEFINE_rules, DEFINE_run, DEFINE_served
 from fused_rec.http.requests import Limits
 from fused_rec.http.served import Source, load_served
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
 RULES = DEFINE_rules()
+LANGUAGE = DEFINE_language()
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this computer.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0 for any that is free.", 0, 65_535)
 SERVER_NAMES = flags.DEFINE_list(
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> None:
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it would end the process while the first model is loaded
     listener = _bound(HOST.value, PORT.value)
-    source = Source(WORKDIR.value, HISTORY.value, TABLES.value, RULES.value, DATA_PATH.value, CACHE.value)
+    given = (WORKDIR, HISTORY, TABLES, RULES, DATA_PATH, CACHE, LANGUAGE)
+    source = Source(*(flag.value for flag in given))
     limits = Limits(MAX_USERS.value, MAX_K.value, MAX_BODY.value, MAX_PENDING.value, TIMEOUT.value)
     service = Service(lambda: load_served(source), limits, _server_names())
 

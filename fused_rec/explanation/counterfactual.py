@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LARGEST_SET = 3  # sources: smaller sets are searched exhaustively
-MOST_GRAPHS = 500  # without each of which effects are computed, for all sets of a size
+MOST_GRAPHS = 250  # without each of which effects are computed, for all sets of a size
 
 
 class CounterfactualEffect(NamedTuple):
@@ -184,14 +183,15 @@ def _score(
 
 
 class CounterfactualSet(NamedTuple):
-    """Sources of a user without which an item leaves the user's top k.
+    """Sources of a user without which an item leaves the user's top k, or enters it.
 
     Attributes:
       sources: the sources, in descending order of effect.
-      smallest: no smaller set has this effect; False where the search was greedy.
+      smallest: no smaller set has this effect; False where that is not known.
       rank: rank of the item, from 1.
-      rank_after: its rank without the sources, above k, recomputed.
-      entering: row of the best item that enters the top k; -1 if none is left.
+      rank_after: its rank without the sources, recomputed.
+      entering: row of the item, or of the best one that enters in its place; -1 if none is left.
+      leaving: row of the item, or of the last one that leaves in its place.
     """
 
     sources: tuple[Source, ...]
@@ -199,122 +199,163 @@ class CounterfactualSet(NamedTuple):
     rank: int
     rank_after: int
     entering: int
+    leaving: int
 
 
-def counterfactual_set(
-    model: LeaveOneOut, prepared: ModelInputs, user: int, item: int, k: int, eligible: Bool[np.ndarray, "I"]
-) -> CounterfactualSet | None:
-    """Finds the smallest set of a user's sources without which an item leaves the top k.
+def counterfactual_sets(
+    model: LeaveOneOut, prepared: ModelInputs, user: int, items: Sequence[int], k: int, eligible: Bool[np.ndarray, "I"]
+) -> list[CounterfactualSet | None]:
+    """Finds for each item the smallest set of a user's sources without which it leaves the top k, or enters it.
 
     Sets of one source are tested by their effects, sets of two and three by the effects on the graph without one or two
-    of them, in descending order of effect. Where none suffices, or three would take more than `MOST_GRAPHS` graphs,
-    sources are removed one by one, each time the one without which the item is ahead least, and those that turn out not
-    to be needed are put back. The set that is returned is recomputed.
+    of them, the most promising first. Where none suffices, or three would take more than `MOST_GRAPHS` graphs, sources
+    are removed one by one, each time the best, and those that turn out not to be needed are put back. The set that is
+    returned is recomputed. A graph is computed once for all items.
 
     Args:
       model: of `leave_one_out` for `prepared`.
       prepared: tables and graph, on the host.
       user: user row.
-      item: row of an item in the top k.
+      items: rows of eligible items.
       k: length of the list.
       eligible: candidates of the ranking; items whose interactions are removed are added only if they are among them.
 
     Returns:
-      The set; None if the item is not in the top k, or stays there without any source.
+      The set of each item; None if the item stays where it is without any source.
     """
-    search = _SetSearch(model, prepared, user, item, k, eligible)
-    if search.rank > k:
-        return None
-    for size in range(1, LARGEST_SET + 1):
-        if math.comb(len(search.sources), size - 1) > MOST_GRAPHS:
-            break
-        if found := search.of_size(size):
-            return found
-    return search.greedy()
+    graphs = _EditedGraphs(model, prepared, user, items, k, eligible)
+    return [_SetSearch(graphs, place).search() for place in range(len(items))]
 
 
-class _SetSearch:
-    """Search for a set of sources without which an item leaves the top k."""
+class _EditedGraphs:
+    """Scores of a user without some of the sources, numbered by their places in `sources`."""
 
     def __init__(
-        self, model: LeaveOneOut, prepared: ModelInputs, user: int, item: int, k: int, eligible: Bool[np.ndarray, "I"]
+        self,
+        model: LeaveOneOut,
+        prepared: ModelInputs,
+        user: int,
+        items: Sequence[int],
+        k: int,
+        eligible: Bool[np.ndarray, "I"],
     ):
-        self.model, self.prepared, self.user, self.item, self.k = model, prepared, user, item, k
-        self.others = np.flatnonzero(eligible & (np.arange(len(eligible)) != item))
+        self.model, self.prepared, self.user, self.items, self.k = model, prepared, user, np.asarray(items), k
+        self.candidates = np.flatnonzero(eligible)
         self.sources = sources(model.graph, model.reverse, user)
-        self.before = self.recomputed(())
-        self.rank = self.rank_in(self.before)
-        lead = self.leads(()) if self.sources else np.zeros(0)
-        self.order = np.argsort(lead, kind="stable").tolist()  # first those without which the item is ahead least
+        self.leads = functools.cache(self._leads)
+        self.scores = functools.lru_cache(maxsize=16)(self._scores)
 
-    def edited(self, gone: Sequence[int]) -> GraphInputs:
+    def edited(self, gone: frozenset[int]) -> GraphInputs:
         removed = [self.sources[place] for place in gone]
         return without_sources(
             self.model.config, self.prepared.observed, self.prepared.graph_inputs, self.user, removed
         )
 
-    def recomputed(self, gone: Sequence[int]) -> Float32[np.ndarray, "I"]:
+    def _scores(self, gone: frozenset[int]) -> Float32[np.ndarray, "I"]:
         users = np.array([self.user], np.int32)
         return np.asarray(_scores(compile_key(self.model.config), self.model.params, self.edited(gone), users))[0]
 
-    def rank_in(self, scores: np.ndarray) -> int:
-        return 1 + int((scores[self.others] > scores[self.item]).sum())
+    def _leads(self, gone: frozenset[int]) -> Float[np.ndarray, "P n"]:
+        """By how much each item is ahead of the k-th best other, without `gone` and each further source.
 
-    def leads(self, gone: Sequence[int]) -> Float[np.ndarray, "P"]:
-        """By how much the item is ahead of the k-th best other without `gone` and each further source.
-
-        Infinite for sources that are gone, minus infinite where no score is left: popularity ranks then.
+        NaN where no score is left, and popularity ranks; infinite for sources that are gone.
         """
         model = self.model
         if gone:
             away = [self.sources[place].row for place in gone if self.sources[place].kind == INTERACTION]
             model = on_edited(model, without_interactions(model.observed, self.user, away), self.edited(gone))
+        found = np.full((len(self.sources), len(self.items)), np.inf)
         given = effects(model, self.user, np.arange(len(model.popularity)))
         without = given.score - given.value
-        lead = np.full(len(without), np.inf)
-        if len(self.others) >= self.k:
-            best = np.partition(without[:, self.others], len(self.others) - self.k, axis=1)[:, -self.k :].min(1)
-            lead = without[:, self.item] - best
-        lead = np.where(np.ptp(without, axis=1) == 0, -np.inf, lead)
-        found = np.full(len(self.sources), np.inf)
-        found[np.setdiff1d(np.arange(len(found)), gone)] = lead
+        # The k best others are the k best of all or, where the item is one of these, the next one too.
+        border = len(self.candidates) - self.k - 1
+        best = np.partition(without[:, self.candidates], (border, border + 1), axis=1)[:, border : border + 2]
+        own = without[:, self.items]
+        lead = own - np.where(own >= best[:, 1:], best[:, :1], best[:, 1:])
+        left = np.setdiff1d(np.arange(len(self.sources)), [*gone])
+        found[left] = np.where(np.ptp(without, axis=1, keepdims=True) == 0, np.nan, lead)
         return found
 
-    def of_size(self, size: int) -> CounterfactualSet | None:
-        """The first set of a size, in the order of the sources, without which the item leaves the top k."""
-        for first in itertools.combinations(range(len(self.order)), size - 1):
-            gone = [self.order[place] for place in first]
-            lead = self.leads(gone)
-            later = [self.order[place] for place in range(first[-1] + 1 if first else 0, len(self.order))]
-            for last in sorted((place for place in later if lead[place] < 0), key=lambda place: lead[place]):
-                if found := self.verified([*gone, last], smallest=True):
+
+class _SetSearch:
+    """Search for a set of sources without which one item leaves the top k, or enters it."""
+
+    def __init__(self, graphs: _EditedGraphs, place: int):
+        self.graphs, self.place, self.item = graphs, place, int(graphs.items[place])
+        self.others = graphs.candidates[graphs.candidates != self.item]
+        self.before = graphs.scores(frozenset())
+        self.rank = self.rank_in(self.before)
+        self.leaves = self.rank <= graphs.k
+        known = graphs.sources and len(self.others) >= graphs.k
+        gain = self.gains(frozenset()) if known else np.zeros(0)
+        self.order = np.argsort(-gain, kind="stable").tolist()  # first those without which the item is nearest
+
+    def rank_in(self, scores: np.ndarray) -> int:
+        return 1 + int((scores[self.others] > scores[self.item]).sum())
+
+    def gains(self, gone: frozenset[int]) -> Float[np.ndarray, "P"]:
+        """How far the item is beyond the border of the top k, without `gone` and each further source."""
+        lead = self.graphs.leads(gone)[:, self.place]
+        gain = np.where(np.isnan(lead), np.inf, -lead if self.leaves else lead)
+        gain[[*gone]] = -np.inf
+        return gain
+
+    def search(self) -> CounterfactualSet | None:
+        refuted = 0  # no set of so many sources, or of fewer, suffices
+        for size in range(1, min(LARGEST_SET, len(self.order)) + 1):
+            prefixes = self.prefixes(size)
+            if len(prefixes) > MOST_GRAPHS:
+                break
+            for prefix in prefixes:
+                if found := self.completed(frozenset(prefix)):
                     return found
+            refuted = size
+        return self.greedy(refuted)
+
+    def prefixes(self, size: int) -> list[tuple[int, ...]]:
+        """Sets of one source less, of which every set of this size has one: of three sources two are in one half."""
+        if size < 3:
+            return list(itertools.combinations(self.order[: -size + 1 or None], size - 1))
+        halves = (self.order[::2], self.order[1::2])
+        pairs = [pair for half in halves for pair in itertools.combinations(half, size - 1)]
+        return sorted(pairs, key=lambda pair: sum(map(self.order.index, pair)))
+
+    def completed(self, prefix: frozenset[int]) -> CounterfactualSet | None:
+        """A set of the prefix and a further source that suffices."""
+        gain = self.gains(prefix)
+        for last in np.argsort(-gain, kind="stable")[: int((gain >= 0).sum())].tolist():
+            if found := self.verified(prefix | {last}, smallest=True):
+                return found
         return None
 
-    def greedy(self) -> CounterfactualSet | None:
-        """The first set, source by source, without which the item leaves the top k, less what it does not need."""
-        gone: list[int] = []
-        found = None
-        while found is None and len(gone) < len(self.sources):
-            gone.append(int(self.leads(gone).argmin()))
-            found = self.verified(gone, smallest=False)
-        for place in gone if found else ():
-            rest = [other for other in gone if other != place]
-            if smaller := self.verified(rest, smallest=False):
-                gone, found = rest, smaller
+    def greedy(self, refuted: int) -> CounterfactualSet | None:
+        """The first set, source by source, that suffices, less what it does not need."""
+        gone: frozenset[int] = frozenset()
+        found, added = None, []
+        while found is None and len(gone) < len(self.order):
+            added.append(int(self.gains(gone).argmax()))
+            gone = gone | {added[-1]}
+            found = self.verified(gone, smallest=len(gone) == refuted + 1)
+        for place in added if found else ():
+            rest = gone - {place}
+            if len(rest) > refuted and (fewer := self.verified(rest, smallest=len(rest) == refuted + 1)):
+                gone, found = rest, fewer
         return found
 
-    def verified(self, gone: list[int], *, smallest: bool) -> CounterfactualSet | None:
+    def verified(self, gone: frozenset[int], *, smallest: bool) -> CounterfactualSet | None:
         """The set, if a recomputation confirms it."""
-        after = self.recomputed(gone)
+        after, k = self.graphs.scores(gone), self.graphs.k
         rank = self.rank_in(after)
-        if rank <= self.k:
+        if (rank > k) != self.leaves:
             return None
-        first = np.argsort(-self.before[self.others], kind="stable")[: self.k - 1]
-        top = self.others[np.argsort(-after[self.others], kind="stable")[: self.k]]
-        entering = [other for other in top.tolist() if other not in set(self.others[first].tolist())]
-        named = tuple(self.sources[place] for place in sorted(gone, key=self.order.index))
-        return CounterfactualSet(named, smallest, self.rank, rank, entering[0] if entering else -1)
+        named = tuple(self.graphs.sources[place] for place in sorted(gone, key=self.order.index))
+        candidates = self.graphs.candidates
+        old, new = (candidates[np.argsort(-x[candidates], kind="stable")[:k]].tolist() for x in (self.before, after))
+        if self.leaves:
+            entering = next((other for other in new if other not in old and other != self.item), -1)
+            return CounterfactualSet(named, smallest, self.rank, rank, entering, self.item)
+        leaving = next(other for other in old[::-1] if other not in new)
+        return CounterfactualSet(named, smallest, self.rank, rank, self.item, leaving)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Token attribution: integrated gradients of a score over the words of the user's and the item's own texts.
+"""Token attribution: integrated gradients of scores over the words of the users' and the items' own texts.
 
 Integrated gradients (Sundararajan, Taly and Yan, 2017, arXiv 1703.01365) run from baseline texts to the real texts,
 through the language model, whitening, gates and all propagation layers. At position a of the path, token embeddings and
@@ -8,11 +8,15 @@ the path; attributions sum to the score minus the baseline score.
 
 Only the text features of the two nodes change. Constant: text of other nodes, text-kNN edges and their weights, the
 whitening, and those texts of the two nodes that are not attributed.
+
+Many pairs are attributed together: a text is encoded once for all of them, and its gradients share a forward pass.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,32 +25,41 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int, PyTree
 
 from fused_rec.config import Config
-from fused_rec.data.node_texts import ITEM, USER
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.decomposition import require_trained
+from fused_rec.explanation.pair_score import SIDES, PairScorer, local
+from fused_rec.text.coverage import foreign_texts
 from fused_rec.text.encode import Tokens, tokens
+from fused_rec.text.encoders.lora import with_adapters
 from fused_rec.text.encoders.registry import apply_encoder
 from fused_rec.text.features import TextFeatures, node_means, open_language_model
 from fused_rec.text.pretrained import PretrainedModel
 from fused_rec.text.tfidf import TfidfModel
+from fused_rec.training import finetune
 from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
-SIDES = (USER, ITEM)
+LOG = logging.getLogger(__name__)
 # Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %.
 POINTS = (24, 48, 96, 192)
-TOGETHER = 8  # points per encoder call
+ROWS = 8  # points per call of the encoder, of which the backward pass keeps all layers
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
 LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
+TOGETHER = 16  # gradients of a text per call of the encoder
+WORDS = 10  # that `largest_words` lists
 
 
 class Text(NamedTuple):
-    """Text of the pair: its side ("user" or "item") and its weight in the mean of its node's texts."""
+    """Text of a pair: its side ("user" or "item"), and its weight in the mean of its node's texts.
+
+    foreign: of another language than the encoder reads (`fused_rec.text.coverage`).
+    """
 
     side: str
     text: str
     weight: float
+    foreign: bool = False
 
 
 class TokenValue(NamedTuple):
@@ -90,11 +103,13 @@ class Attributor:
       config: settings of the run.
       params: parameters, on the device.
       graph_inputs: the graph, on the device.
-      model: the language model.
+      model: the language model, fine-tuned where the run is.
       weights: its parameters, on the device.
       features: texts, their vectors, and the fitted transforms.
       vectors: vectors of all texts, as of `TextFeatures.vectors`.
       means: mean text vector of each node, by side.
+      embeddings: of all users and of all items.
+      scorer: of pairs, None where it does not apply (`local`).
     """
 
     config: Config
@@ -105,6 +120,43 @@ class Attributor:
     features: TextFeatures
     vectors: Float32[np.ndarray, "T D"]
     means: Mapping[str, Float32[np.ndarray, "_ D"]]
+    embeddings: tuple[Float32[np.ndarray, "U _"], Float32[np.ndarray, "I _"]]
+    scorer: PairScorer | None
+
+    def slopes(self, rows: tuple[int, int]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Returns the function from text features [n, 2, D] of a pair to scores [n] and gradients."""
+        if self.scorer is not None:
+            pair = self.scorer.pair(*rows, self.score(rows))
+            return lambda text: jax.device_get(self.scorer.scores_and_slopes(pair, text))  # pyright: ignore
+        settings, at = compile_key(self.config), np.array(rows, np.int32)
+
+        def found(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            each = [jax.device_get(_score(settings, self.params, self.graph_inputs, at, own)) for own in text]
+            return np.stack([value for value, _ in each]), np.stack([slope for _, slope in each])
+
+        return found
+
+    def score(self, rows: tuple[int, int]) -> float:
+        """Returns the score of a pair."""
+        users, items = self.embeddings
+        return float(users[rows[0]] @ items[rows[1]])
+
+
+def require_text(config: Config) -> None:
+    """Checks that the run has a trained model that uses text.
+
+    Args:
+      config: settings of the run.
+
+    Raises:
+      ValueError: it has not.
+    """
+    require_trained(config)
+    if not config.encodes_text:
+        why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
+        raise ValueError(
+            f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"
+        )
 
 
 def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attributor:
@@ -119,18 +171,10 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
       The input of `attribute_tokens`.
 
     Raises:
-      ValueError: the model is a baseline or uses no text (variant graph, features random, or no texts), its encoder is
-        fine-tuned, or the language model has a prompt.
+      ValueError: the model is a baseline or uses no text (variant graph, features random, or no texts), or the language
+        model has a prompt.
     """
-    require_trained(config)
-    if not config.encodes_text:
-        why = f"model.variant is {config.model.variant} and text.features {config.text.features}"
-        raise ValueError(
-            f"{why}; token attribution needs a variant that uses text (fused or text) with real text features"
-        )
-    if config.text.finetune != "frozen":
-        why = f"text.finetune is {config.text.finetune}"
-        raise ValueError(f"{why}; token attribution needs a frozen encoder, a run with text.finetune frozen")
+    require_text(config)
     features = prepared.text
     if not features.texts.texts:
         raise ValueError(f"{prepared.dataset.name} has no texts; token attribution needs texts")
@@ -140,97 +184,92 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
             f"{config.text.model} prepends the prompt {model.prompt!r} to each text; token attribution needs a "
             "language model without a prompt"
         )
+    if prepared.encoder_data is not None:
+        trained = params[finetune.ENCODER]
+        encoded = finetune.encode_all_texts(config, prepared.encoder_data, prepared.graph_inputs, trained, keep=True)
+        training: Any = config.text.finetune
+        weights = jax.device_get(with_adapters(training, model.params, trained))
+        model, features = dataclasses.replace(model, params=weights), features.with_lm(encoded.vectors)
     vectors = features.vectors()
     means = {side: node_means(features.texts.links[side], vectors)[0] for side in SIDES}
+    embeddings = jax.device_get(_embeddings(compile_key(config), params, prepared.graph_inputs))
+    scorer = PairScorer(config, params, prepared.graph_inputs) if local(config.model) else None
     on_device: Any = jax.device_put((params, prepared.graph_inputs, model.params))
     params, graph_inputs, weights = on_device
-    return Attributor(config, params, graph_inputs, model, weights, features, vectors, means)
+    return Attributor(config, params, graph_inputs, model, weights, features, vectors, means, embeddings, scorer)
 
 
-def attribute_tokens(read: Attributor, user: int, item: int, *, limit: int = LIMIT) -> TokenAttribution:
-    """Attributes the score of a pair to the words of the user's and the item's own texts.
+@functools.partial(jax.jit, static_argnums=0)
+def _embeddings(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
+    return embed_nodes(config, params, graph_inputs)
 
-    Each point of the path costs a forward and backward pass of the graph model, and one of the encoder per text.
+
+def attribute_tokens(
+    read: Attributor, pairs: Sequence[tuple[int, int]], *, limit: int = LIMIT
+) -> list[TokenAttribution | None]:
+    """Attributes the scores of pairs to the words of the users' and the items' own texts.
+
+    Each point of the path costs a backward pass of the encoder per pair and text, and a forward pass per text.
 
     Args:
       read: of `attributor`.
-      user: user row.
-      item: item row.
+      pairs: rows of users and items; those that share texts are best given together.
       limit: texts per node to attribute: those whose replacement by the mean text changes the score most, to first
         order.
 
     Returns:
-      The attribution.
-
-    Raises:
-      ArithmeticError: 192 points miss the score difference by more than `TOLERANCE`.
+      The attribution of each pair; None, and a warning, where no number of points leaves an error of `TOLERANCE`.
     """
-    rows = user, item
-    own = np.stack([read.means[side][row] for side, row in zip(SIDES, rows, strict=True)])
-    with_text, center, matrix = _whitening(read, own)
-    space: Any = jax.device_put((with_text, center.astype(np.float32), matrix.astype(np.float32)))
-    settings, at = compile_key(read.config), np.array(rows, np.int32)
-
-    def scored(means: Float[np.ndarray, "2 D"]) -> tuple[float, Float32[np.ndarray, "2 D"]]:
-        value, slope = _score(settings, read.params, read.graph_inputs, at, means.astype(np.float32), *space)
-        return float(value), np.asarray(slope)
-
-    score, slope = scored(own)
-    path = _path(read, own, *_chosen(read, rows, with_text, slope, center, limit))
-    baseline_vectors = np.zeros((len(path.texts), read.model.config.hidden_size), np.float32)
-    for place, text in enumerate(path.embedded):
-        baseline_vectors[place] = _encoded(read, text, np.zeros(1))[0]
-    baseline, _ = scored(_means(read, path, baseline_vectors, 0.0))
-    difference = score - baseline
-    for points in POINTS if len(path.texts) else (0,):
-        by_token, by_term = _integrated(read, path, points, scored)
-        total = sum(float(values.sum()) for values in (*by_token, *by_term))
-        error = abs(total - difference) / max(abs(difference), LEAST * abs(score), 1e-12)
-        if error <= TOLERANCE:
-            break
-    else:
-        raise ArithmeticError(
-            f"{POINTS[-1]} points leave the words' values {error:.1%} from the difference of scores, {difference:.2e}; "
-            f"it must be {TOLERANCE:.0%} at most. Split fewer texts: limit is {limit}"
-        )
-    count = sum(
-        int((read.features.texts.links[side].nodes == row).sum()) for side, row in zip(SIDES, rows, strict=True)
-    )
-    found, texts = _values(read, path, by_token, by_term), _texts(read, path)
-    return TokenAttribution(found, texts, count - len(texts), score, baseline, error, points)
+    paths = [_path(read, rows, limit) for rows in pairs]
+    texts = {int(text) for path in paths for text in path.texts}
+    embedded, foreign = _embed_tokens(read, sorted(texts)), _foreign(read, sorted(texts))
+    found: list[TokenAttribution | None] = [None] * len(pairs)
+    left, error = list(range(len(pairs))), 0.0
+    for points in POINTS:
+        missed = []
+        for place, part in zip(left, _integrated(read, [paths[n] for n in left], embedded, points), strict=True):
+            path = paths[place]
+            total = sum(float(values.sum()) for values in (*part.by_token, *part.by_term))
+            difference = path.score - part.baseline
+            error = abs(total - difference) / max(abs(difference), LEAST * abs(path.score), 1e-12)
+            if error > TOLERANCE:
+                missed.append(place)
+                continue
+            values = _values(read, path, part, embedded)
+            shown = [
+                Text(SIDES[side], read.features.texts.texts[text], float(share), foreign[int(text)])
+                for side, text, share in zip(path.sides, path.texts, path.shares, strict=True)
+            ]
+            left_out = path.count - len(shown)
+            found[place] = TokenAttribution(values, shown, left_out, path.score, part.baseline, error, points)
+        left = missed
+    for place in left:
+        LOG.warning("words of user %d and item %d miss the score by more than %g", *pairs[place], TOLERANCE)
+    return found
 
 
-def _whitening(
-    read: Attributor, own: Float32[np.ndarray, "2 D"]
-) -> tuple[Bool[np.ndarray, "2"], Float64[np.ndarray, "2 D"], Float64[np.ndarray, "2 D D"]]:
-    """Which of the two nodes have text, and center and matrix of their whitening, zero where there is none."""
-    found, width = [read.features.fitted.whitening[side] for side in SIDES], own.shape[1]
-    return (
-        np.array([by is not None and bool(mean.any()) for by, mean in zip(found, own, strict=True)]),
-        np.stack([np.zeros(width) if by is None else by.center for by in found]),
-        np.stack([np.zeros((width, width)) if by is None else by.matrix for by in found]),
-    )
+def largest_words(found: TokenAttribution) -> list[dict[str, Any]]:
+    """Lists the `WORDS` words with the largest attributions, as JSON values.
+
+    Args:
+      found: of `attribute_tokens`.
+
+    Returns:
+      `side` ("user" or "item"), `word` and `value`, summed over the occurrences of a word; without texts of languages
+      that the encoder does not read.
+    """
+    total: dict[tuple[str, str], float] = {}
+    for word in found.tokens:
+        if not found.texts[word.text].foreign and any(map(str.isalnum, word.token)):
+            key = word.side, word.token.lower()
+            total[key] = total.get(key, 0.0) + word.value
+    largest = sorted(total.items(), key=lambda pair: -abs(pair[1]))[:WORDS]
+    return [{"side": side, "word": word, "value": value} for (side, word), value in largest]
 
 
-def _chosen(
-    read: Attributor,
-    rows: tuple[int, int],
-    with_text: Bool[np.ndarray, "2"],
-    slope: Float32[np.ndarray, "2 D"],
-    center: Float64[np.ndarray, "2 D"],
-    limit: int,
-) -> tuple[Int[np.ndarray, "B"], Int[np.ndarray, "B"], Float32[np.ndarray, "B"]]:
-    """(0 for the user's and 1 for the item's, text, weight) of the texts that are attributed."""
-    found = []
-    for number, (side, row) in enumerate(zip(SIDES, rows, strict=True)):
-        links = read.features.texts.links[side]
-        mine = np.flatnonzero(links.nodes == row)[: None if with_text[number] else 0]
-        texts, weights = links.texts[mine], links.weights[mine]
-        effect = np.abs(weights * ((read.vectors[texts] - center[number]) @ slope[number]))
-        first = np.sort(np.argsort(-effect, kind="stable")[:limit])
-        found.append((np.full(len(first), number), texts[first], weights[first]))
-    sides, texts, weights = (np.concatenate(part) for part in zip(*found, strict=True))
-    return sides, texts, weights
+def _foreign(read: Attributor, texts: list[int]) -> dict[int, bool]:
+    written = [read.features.texts.texts[text] for text in texts]
+    return dict(zip(texts, foreign_texts(written, read.model.tokenizer), strict=True))
 
 
 class _EmbeddedTokens(NamedTuple):
@@ -243,92 +282,175 @@ class _EmbeddedTokens(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """The straight line from baseline texts to the B attributed texts.
+    """The straight line from baseline texts to the B attributed texts of a pair.
 
     Attributes:
+      rows: the user's and the item's.
+      slopes: scores and gradients at text features [n, 2, D].
+      score: at the end.
       texts: the texts.
       sides: index into `SIDES` of each text.
       shares: weight of each text in the mean of its node.
-      embedded: their token embeddings.
       weight: the shares as a matrix, from texts to nodes.
       rest: mean of each node without the attributed texts.
+      count: texts of both nodes.
     """
 
+    rows: tuple[int, int]
+    slopes: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    score: float
     texts: Int[np.ndarray, "B"]
     sides: Int[np.ndarray, "B"]
     shares: Float32[np.ndarray, "B"]
-    embedded: list[_EmbeddedTokens]
     weight: Float64[np.ndarray, "2 B"]
     rest: Float64[np.ndarray, "2 D"]
+    count: int
 
 
-def _path(
-    read: Attributor,
-    own: Float32[np.ndarray, "2 D"],
-    sides: Int[np.ndarray, "B"],
-    texts: Int[np.ndarray, "B"],
-    shares: Float32[np.ndarray, "B"],
-) -> _Path:
+class _Integral(NamedTuple):
+    """Attributions of the tokens [L] and of the TF-IDF terms of each text of a path, and the score at its start."""
+
+    by_token: list[np.ndarray]
+    by_term: list[np.ndarray]
+    baseline: float
+
+
+def _path(read: Attributor, rows: tuple[int, int], limit: int) -> _Path:
+    own = np.stack([read.means[side][row] for side, row in zip(SIDES, rows, strict=True)]).astype(np.float64)
+    slopes = read.slopes(rows)
+    _, [slope] = _scored(read, rows, slopes, own[None])
+    found, count = [], 0
+    for number, (side, row) in enumerate(zip(SIDES, rows, strict=True)):
+        links = read.features.texts.links[side]
+        mine = np.flatnonzero(links.nodes == row)
+        by, count = read.features.fitted.whitening[side], count + len(mine)
+        mine = mine[: None if by is not None and own[number].any() else 0]
+        texts, weights = links.texts[mine], links.weights[mine]
+        center = 0 if by is None else by.center
+        effect = np.abs(weights * ((read.vectors[texts] - center) @ slope[number]))
+        first = np.sort(np.argsort(-effect, kind="stable")[:limit])
+        found.append((np.full(len(first), number), texts[first], weights[first]))
+    sides, texts, shares = (np.concatenate(part) for part in zip(*found, strict=True))
     weight = (sides[None, :] == np.arange(2)[:, None]) * shares[None, :].astype(np.float64)
     rest = own - weight @ read.vectors[texts]
-    return _Path(texts, sides, shares, _embed_tokens(read, texts), weight, rest)
+    return _Path(rows, slopes, read.score(rows), texts, sides, shares, weight, rest, count)
 
 
-def _means(
-    read: Attributor, path: _Path, encoded: Float32[np.ndarray, "B H"], share: float
-) -> Float64[np.ndarray, "2 D"]:
-    """Computes the mean vectors of the two nodes at a position of the path, given the encoder's vectors there."""
-    counted = share * read.features.tfidf.vectors[path.texts]
-    return path.rest + path.weight @ read.features.fitted.scales.concat(encoded, counted)
+def _scored(
+    read: Attributor, rows: tuple[int, int], slopes: Callable, means: Float64[np.ndarray, "n 2 D"]
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n 2 D"]]:
+    """Scores with these mean text vectors of the two nodes, and gradients with respect to them."""
+    text, whitened = np.zeros(means.shape, np.float32), []
+    for number, (side, row) in enumerate(zip(SIDES, rows, strict=True)):
+        by = read.features.fitted.whitening[side]
+        if by is None or not read.means[side][row].any():
+            continue
+        out = (means[:, number] - by.center) @ by.matrix
+        length = np.sqrt(np.maximum((out * out).sum(1, keepdims=True), 1e-24))
+        text[:, number] = out / length
+        whitened.append((number, by.matrix, out / length, length))
+    score, slope = slopes(text)
+    back = np.zeros(means.shape)
+    for number, matrix, unit, length in whitened:
+        own = slope[:, number].astype(np.float64)
+        back[:, number] = ((own - (own * unit).sum(1, keepdims=True) * unit) / length) @ matrix.T
+    return score, back
 
 
-def _texts(read: Attributor, path: _Path) -> list[Text]:
-    each = zip(path.sides, path.texts, path.shares, strict=True)
-    return [Text(SIDES[side], read.features.texts.texts[text], float(share)) for side, text, share in each]
+def _integrated(
+    read: Attributor, paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens], points: int
+) -> Iterable[_Integral]:
+    """Integrates the attributions along each path."""
+    nodes, parts = np.polynomial.legendre.leggauss(points)
+    shares, parts = (nodes + 1) / 2, parts / 2
+    wanted = sorted({int(text) for path in paths for text in path.texts})
+    # The first row is the baseline.
+    encoded = {text: _encoded(read, embedded[text], np.append(0, shares)) for text in wanted}
+    scales, fitted, tfidf = read.features.fitted.scales, read.features.fitted.tfidf, read.features.tfidf
+    asked: dict[int, list[tuple[int, int, np.ndarray]]] = {text: [] for text in wanted}
+    found = []
+    for number, path in enumerate(paths):
+        own = np.stack([encoded[int(text)] for text in path.texts], axis=1) if len(path.texts) else None
+        means = np.repeat(path.rest[None], points + 1, axis=0)
+        for point, share in enumerate(np.append(0, shares) if own is not None else ()):
+            counted = share * tfidf.vectors[path.texts]
+            means[point] += path.weight @ scales.concat(own[point], counted)  # pyright: ignore
+        score, slope = _scored(read, path.rows, path.slopes, means)
+        slope = np.einsum("sb,nsd->nbd", path.weight, slope[1:])
+        hidden = read.features.fitted.lm_width
+        by_term = []
+        for place, text in enumerate(path.texts):
+            asked[int(text)].append((number, place, slope[:, place, :hidden] / scales.lm))
+            row = tfidf.weights[[int(text)]]
+            mean = parts @ (slope[:, place, hidden:] / scales.tfidf)
+            by_term.append(row.data * (fitted.directions[row.indices] @ mean))
+        baseline = path.score if own is None else float(score[0])
+        found.append(_Integral([np.zeros(0)] * len(path.texts), by_term, baseline))
+    for text, requests in asked.items():
+        gradients = _token_gradients(read, embedded[text], shares, parts, [slope for *_, slope in requests])
+        for (number, place, _), values in zip(requests, gradients, strict=True):
+            found[number].by_token[place] = values
+    return found
 
 
 def _values(
-    read: Attributor, path: _Path, by_token: Sequence[np.ndarray], by_term: Sequence[np.ndarray]
+    read: Attributor, path: _Path, part: _Integral, embedded: Mapping[int, _EmbeddedTokens]
 ) -> list[TokenValue]:
     """Merges the attributions of tokens and terms into words, in the order of texts and positions."""
     found = []
     for place, text in enumerate(path.texts):
         written, side = read.features.texts.texts[text], SIDES[path.sides[place]]
-        spans = _spans(path.embedded[place].tokens, by_token[place])
-        spans = _with_terms(spans, read.features.fitted.tfidf, written, by_term[place])
+        terms = read.features.tfidf.weights[[int(text)]].indices.tolist()
+        by_term = dict(zip(terms, part.by_term[place].tolist(), strict=True))
+        spans = _spans(embedded[int(text)].tokens, part.by_token[place])
+        spans = _with_terms(spans, read.features.fitted.tfidf, written, by_term)
         found += [TokenValue(side, place, start, end, written[start:end], value) for start, end, value in spans]
     return found
 
 
-def _embed_tokens(read: Attributor, texts: Int[np.ndarray, "B"]) -> list[_EmbeddedTokens]:
-    table, found = read.model.params["word"]["embedding"], []
+def _embed_tokens(read: Attributor, texts: Sequence[int]) -> dict[int, _EmbeddedTokens]:
+    table, found = read.model.params["word"]["embedding"], {}
     written = [read.features.texts.texts[text] for text in texts]
-    for cut in tokens(written, read.model, max_tokens=read.config.text.max_tokens) if written else ():
+    every = tokens(written, read.model, max_tokens=read.config.text.max_tokens) if written else ()
+    for text, cut in zip(texts, every, strict=True):
         # Powers of two limit the number of compilations.
         length = min(max(16, 1 << (len(cut.ids) - 1).bit_length()), read.model.config.max_position_embeddings)
         fill = (0, length - len(cut.ids))
         ids, mask = np.pad(cut.ids, fill), np.arange(length) < len(cut.ids)
-        found.append(_EmbeddedTokens(cut, table[ids].astype(np.float32), mask, mask & ~np.pad(cut.special, fill)))
+        embeddings = np.asarray(table[ids]).astype(np.float32)
+        found[text] = _EmbeddedTokens(cut, embeddings, mask, mask & ~np.pad(cut.special, fill))
     return found
 
 
 def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"]) -> Float32[np.ndarray, "n H"]:
     """Encodes a text at these positions of the path."""
-    made = [_encode(read.weights, _at(text, some), text.mask, _encoder(read.model)) for some in _together(shares)]
-    return np.concatenate([np.asarray(x) for x in made])[: len(shares)]
+    padded = np.pad(shares, (0, -len(shares) % ROWS))
+    made = [
+        np.asarray(_encode(read.weights, _at(text, some), text.mask, _encoder(read.model)))
+        for some in np.split(padded, range(ROWS, len(padded), ROWS))
+    ]
+    return np.concatenate(made)[: len(shares)]
 
 
 def _token_gradients(
-    read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"], slope: Float[np.ndarray, "n H"]
-) -> Float32[np.ndarray, "n L"]:
-    """Computes the dot product of each token embedding with its gradient, by point and token."""
-    own = np.where(text.moves[:, None], text.embeddings, 0)
-    slopes = _together(slope.astype(np.float32))
-    made = [
-        np.asarray(_embedding_gradient(read.weights, _at(text, some), text.mask, back, own, _encoder(read.model)))
-        for some, back in zip(_together(shares), slopes, strict=True)
-    ]
-    return np.concatenate(made)[: len(shares)]
+    read: Attributor,
+    text: _EmbeddedTokens,
+    shares: Float64[np.ndarray, "n"],
+    parts: Float64[np.ndarray, "n"],
+    slopes: Sequence[Float[np.ndarray, "n H"]],
+) -> Float64[np.ndarray, "P L"]:
+    """Integrates the dot product of each token embedding with its gradient, for each of P gradients of the vectors."""
+    own, found = np.where(text.moves[:, None], text.embeddings, 0), np.zeros((len(slopes), len(text.mask)))
+    for start in range(0, len(slopes), TOGETHER):
+        some = np.stack(slopes[start : start + TOGETHER]) * parts[:, None]
+        padded = np.zeros((TOGETHER, *some.shape[1:]), np.float32)
+        padded[: len(some)] = some
+        for first in range(0, len(shares), ROWS):
+            rows = slice(first, first + ROWS)
+            given = (read.weights, _at(text, shares[rows]), text.mask, padded[:, rows], np.int32(len(some)), own)
+            summed = np.asarray(_embedding_gradients(*given, _encoder(read.model)))
+            found[start : start + len(some)] += summed[: len(some)]
+    return found
 
 
 def _encoder(model: PretrainedModel) -> tuple:
@@ -336,43 +458,9 @@ def _encoder(model: PretrainedModel) -> tuple:
     return model.config, model.pooling, model.normalize
 
 
-def _together(x: Float[np.ndarray, "n ..."]) -> list[np.ndarray]:
-    """Splits rows into chunks of `TOGETHER`, the last padded with zeros, for one compiled shape."""
-    fill = [(0, -len(x) % TOGETHER)] + [(0, 0)] * (x.ndim - 1)
-    return np.split(np.pad(x, fill), range(TOGETHER, len(x), TOGETHER))
-
-
 def _at(text: _EmbeddedTokens, shares: Float[np.ndarray, "n"]) -> Float32[np.ndarray, "n L H"]:
     factor = np.where(text.moves[None, :], shares[:, None], 1.0)
     return (factor[:, :, None] * text.embeddings[None]).astype(np.float32)
-
-
-def _integrated(
-    read: Attributor, path: _Path, points: int, scored: Callable[[np.ndarray], tuple[float, np.ndarray]]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Integrates the attributions of tokens [L] and of TF-IDF terms [V] of each text."""
-    if not points:
-        return [], []
-    nodes, parts = np.polynomial.legendre.leggauss(points)
-    shares, parts = (nodes + 1) / 2, parts / 2
-    encoded = np.stack([_encoded(read, text, shares) for text in path.embedded], axis=1)
-    slopes = []
-    for share, vectors in zip(shares, encoded, strict=True):
-        _, slope = scored(_means(read, path, vectors, share))
-        slopes.append(path.weight.T @ slope)
-    slope, hidden = np.stack(slopes), encoded.shape[2]  # [n, B, D]
-    scales, fitted, tfidf = read.features.fitted.scales, read.features.fitted.tfidf, read.features.tfidf
-    of_encoder, of_terms = slope[:, :, :hidden] / scales.lm, slope[:, :, hidden:] / scales.tfidf
-    by_token = [
-        parts @ _token_gradients(read, text, shares, of_encoder[:, place]).astype(np.float64)
-        for place, text in enumerate(path.embedded)
-    ]
-    mean = np.einsum("n,nbd->bd", parts, of_terms)
-    by_term = [
-        tfidf.weights[int(text)].toarray()[0] * (fitted.directions @ mean[place])
-        for place, text in enumerate(path.texts)
-    ]
-    return by_token, by_term
 
 
 def _spans(cut: Tokens, values: Float64[np.ndarray, "L"]) -> list[tuple[int, int, float]]:
@@ -386,11 +474,11 @@ def _spans(cut: Tokens, values: Float64[np.ndarray, "L"]) -> list[tuple[int, int
 
 
 def _with_terms(
-    spans: list[tuple[int, int, float]], counted: TfidfModel, text: str, values: Float64[np.ndarray, "V"]
+    spans: list[tuple[int, int, float]], counted: TfidfModel, text: str, values: Mapping[int, float]
 ) -> list[tuple[int, int, float]]:
     """Adds term attributions, divided over their occurrences, to the words they overlap, else as separate spans."""
     places = list(counted.occurrences(text))
-    often = np.bincount([row for *_, row in places], minlength=len(values))
+    often = Counter(row for *_, row in places)
     starts, ends = (np.array([span[side] for span in spans], np.int64) for side in (0, 1))
     total, more = np.array([value for *_, value in spans], np.float64), []
     for start, end, row in places:
@@ -418,46 +506,35 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnames="encoder")
-def _embedding_gradient(
+def _embedding_gradients(
     weights: PyTree,
     embeddings: Float32[AnyArray, "n L H"],
     mask: Bool[AnyArray, "L"],
-    slope: Float32[AnyArray, "n H"],
+    slopes: Float32[AnyArray, "P n H"],
+    count: AnyArray,
     own: Float32[AnyArray, "L H"],
     encoder: tuple,
-) -> Float32[Array, "n L"]:
+) -> Float32[Array, "P L"]:
+    """For the first `count` gradients of the vectors, those of the token embeddings times `own`, summed over points."""
     _, back = jax.vjp(lambda x: _encode(weights, x, mask, encoder), jnp.asarray(embeddings))
-    return jnp.einsum("nlh,lh->nl", back(slope)[0], own, precision=jax.lax.Precision.HIGHEST)
 
+    def filled(place: Array, found: Array) -> Array:
+        return found.at[place].set(jnp.einsum("nlh,lh->l", back(jnp.asarray(slopes)[place])[0], own))
 
-def _vectors(
-    means: Float32[AnyArray, "2 D"],
-    with_text: Bool[AnyArray, "2"],
-    center: Float32[AnyArray, "2 D"],
-    matrix: Float32[AnyArray, "2 D D"],
-) -> Float32[Array, "2 D"]:
-    """Computes the text features of the two nodes, as `TextFeatures.node_rows` does."""
-    out = jnp.einsum("sd,sde->se", means - center, matrix, precision=jax.lax.Precision.HIGHEST)
-    length = jnp.sqrt(jnp.maximum((out * out).sum(1, keepdims=True), 1e-24))
-    return jnp.where(with_text[:, None], out / length, 0)
+    return jax.lax.fori_loop(0, count, filled, jnp.zeros((len(slopes), len(mask))))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(
-    config: Config,
-    params: PyTree,
-    graph_inputs: GraphInputs,
-    rows: Int[AnyArray, "2"],
-    means: Float32[AnyArray, "2 D"],
-    *space: AnyArray,
+    config: Config, params: PyTree, graph_inputs: GraphInputs, rows: Int[AnyArray, "2"], text: Float32[AnyArray, "2 D"]
 ) -> tuple[Float32[Array, ""], Float32[Array, "2 D"]]:
-    """Returns the score of a pair with these mean text vectors, and its gradient."""
+    """Returns the score of a pair with these text features, and its gradient."""
     graph = graph_inputs.graph
 
-    def score(means: Array) -> Array:
-        vectors = zip(SIDES, rows, _vectors(means, *space), strict=True)
+    def score(text: Array) -> Array:
+        vectors = zip(SIDES, rows, text, strict=True)
         changed = graph.with_text({side: jnp.asarray(graph.text[side]).at[row].set(x) for side, row, x in vectors})
         users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[rows[0]] @ items[rows[1]]
 
-    return jax.value_and_grad(score)(means)
+    return jax.value_and_grad(score)(text)

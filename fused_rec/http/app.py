@@ -158,9 +158,10 @@ async def _recommend(service: Service, request: Request) -> Response:
 
 
 async def _explain(service: Service, request: Request) -> Response:
-    values = parse_query(request.query_params.multi_items(), ("user", "item"))
+    values = parse_query(request.query_params.multi_items(), ("user", "item"), ("k",))
     user, item = (check_id(name, values[name]) for name in ("user", "item"))
-    return _json(await service.compute(service.model.explain, user, item))
+    k = check_k(values["k"], service.limits) if "k" in values else None
+    return _json(await service.compute(service.model.explain, user, item, k))
 
 
 async def _similar_items(service: Service, request: Request) -> Response:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import fused_rec as fr
 from fused_rec.data.dataset import Dataset, digest
 from fused_rec.evaluation.filters import Column, Refuse, Require, Rule, Side, apply
 from fused_rec.evaluation.suitability import suitable
-from fused_rec.explanation.decomposition import INTERACTION
+from fused_rec.explanation.catalogs import SOURCE, open_catalog
 from fused_rec.http.requests import RecommendRequest, RequestError
 from fused_rec.run import Run
 from fused_rec.serving.recommender import FEW, find_rows, held_items, model_digest, read_served_tables
@@ -31,6 +31,7 @@ class Source:
       rules: file of suitability rules; None = none.
       data_path: as of `fused_rec.load`.
       cache: as of `fused_rec.load`.
+      language: of the sentences, as of `Run.explain`.
     """
 
     workdir: Path
@@ -39,6 +40,7 @@ class Source:
     rules: Path | None = None
     data_path: Path | None = None
     cache: Path | None = None
+    language: str = SOURCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class ServedModel:
       rules_digest: SHA-256 of their file; None without rules.
       refused: items that the rules refuse to all users.
       loaded: time of loading, UTC.
+      language: of the sentences.
     """
 
     run: Run
@@ -64,6 +67,7 @@ class ServedModel:
     rules_digest: str | None
     refused: frozenset[str]
     loaded: datetime.datetime
+    language: str
 
     def recommend(self, request: RecommendRequest) -> dict[str, Any]:
         """Recommends items to users.
@@ -95,19 +99,20 @@ class ServedModel:
                 found[row.pop("user_id")].append(row)
         return self._answer(recommendations=[{"user_id": user, "items": rows} for user, rows in found.items()])
 
-    def explain(self, user: str, item: str) -> dict[str, Any]:
+    def explain(self, user: str, item: str, k: int | None = None) -> dict[str, Any]:
         """Explains the score of an item for a user.
 
         Args:
           user: user id.
           item: item id.
+          k: length of the list whose counterfactual set is given; None = no set.
 
         Returns:
-          `explanation`, as of `Run.explain`; `source` is None where it would be another user.
+          `explanation`, as of `Run.explain`, with `set` if there is a `k`; no other user is named.
 
         Raises:
           RequestError: an id is unknown (404), the rules refuse the item to the user (403), or the model is a baseline,
-            which is not explained (400).
+            which is not explained, or the item has no set (400).
         """
         self._require("user", [user])
         self._require("item", [item])
@@ -115,11 +120,13 @@ class ServedModel:
         if self.rules and not self.run.recommend([user], 1, rules=self.rules, **asked).num_rows:
             raise RequestError(403, "the rules of the server refuse this item to this user; ask for another item")
         try:
-            [explanation] = self.run.explain(user, [item])
-        except ValueError as error:  # ids have been checked: it is the model
+            [explanation] = self.run.explain(user, [item], language=self.language)
+            if k is not None:
+                given = {"rules": self.rules, "language": self.language}
+                explanation["set"] = self.run.counterfactual_set(user, item, k, **given)
+        except ValueError as error:  # ids have been checked: it is the model, or the item is held
             raise RequestError(400, str(error)) from error
-        parts = [part | {"source": _public(part)} for part in explanation["parts"]]
-        return self._answer(explanation=explanation | {"parts": parts})
+        return self._answer(explanation=explanation)
 
     def similar_items(self, item: str, k: int) -> dict[str, Any]:
         """Finds similar items, without those that the rules refuse to all users.
@@ -181,6 +188,7 @@ def load_served(source: Source) -> ServedModel:
       OSError: a file cannot be read.
       CheckpointError: the selected checkpoint is damaged.
     """
+    open_catalog(source.language)  # a fault is found before the run is loaded
     workdir = source.workdir.resolve()  # a link may change while it is read
     rules, rules_digest = read_rules(source.rules) if source.rules else ((), None)
     other = read_served_tables(workdir, source.tables) if source.tables else None
@@ -196,6 +204,7 @@ def load_served(source: Source) -> ServedModel:
         rules_digest,
         _refused_to_all(dataset, rules),
         datetime.datetime.now(datetime.UTC),
+        source.language,
     )
     served.warm_up()
     return served
@@ -212,8 +221,3 @@ def _refused_to_all(dataset: Dataset, rules: Sequence[Rule]) -> frozenset[str]:
     tests = apply(of_items, dataset.users, dataset.items, held_items(dataset))
     passes = suitable(tests, np.array([0]), np.arange(dataset.n_items)[None])[0]
     return frozenset(dataset.items["item_id"].filter(pa.array(~passes)).to_pylist())
-
-
-def _public(part: Mapping[str, Any]) -> str | None:
-    """Returns the source of a contribution, unless it is another user."""
-    return part["source"] if part["kind"] == INTERACTION else None

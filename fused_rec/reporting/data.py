@@ -1,7 +1,6 @@
 """Content of the HTML report of a finished run, as plain values for `fused_rec.reporting.page`."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +14,12 @@ from fused_rec.data.io.arrow import pc
 from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
 from fused_rec.evaluation.significance import Difference, mean_interval, paired_bootstrap
 from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
-from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect
+from fused_rec.explanation.catalogs import ENGLISH, SOURCE, Catalog
+from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect, counterfactual_sets
 from fused_rec.explanation.decomposition import INTERACTION, SIMILAR_USERS, Contributions
 from fused_rec.explanation.explained_model import ExplainedModel, contributions_and_effects, explained_model
 from fused_rec.explanation.paths import Path, best_paths
-from fused_rec.explanation.reasons import Reason, names, reasons
+from fused_rec.explanation.reasons import Reason, names, reasons, set_sentence
 from fused_rec.explanation.stability import ExplainedItem, explained_item, explained_items, survives
 from fused_rec.explanation.token_attribution import attribute_tokens, attributor
 from fused_rec.graph.build import attribute_values
@@ -29,7 +29,6 @@ from fused_rec.training.evaluate import scorer, user_groups
 from fused_rec.training.inputs import ModelInputs, Prepared
 from fused_rec.training.train_step import TrainState
 
-LOG = logging.getLogger(__name__)
 METRICS = ("ndcg@10", "recall@10", "auc")
 DRAWS = 2000  # resamples of an interval
 PATHS = 3  # drawn for a recommendation
@@ -97,7 +96,8 @@ class Recommended(NamedTuple):
     """One product for one customer.
 
     effect: (name of a holding, what changes without it). survived: of each reason, in how many other runs it survives,
-    of how many that know customer and product.
+    of how many that know customer and product. without: the smallest set without which another product would be in its
+    place, as a sentence. language: of the sentences.
     """
 
     rank: int
@@ -109,6 +109,8 @@ class Recommended(NamedTuple):
     routes: tuple[Route, ...] = ()
     effect: tuple[str, CounterfactualEffect] | None = None
     passages: tuple[Passage, ...] = ()
+    without: str = ""
+    language: str = SOURCE
 
 
 class Customer(NamedTuple):
@@ -160,12 +162,14 @@ class Explain(NamedTuple):
       token_passages: of `passages`.
       others: explained models of other runs, in which reasons may survive.
       with_names: whether customers are named.
+      catalog: language of the reasons.
     """
 
     k: int
     token_passages: TokenPassages
     others: Sequence[ExplainedModel] = ()
     with_names: bool = False
+    catalog: Catalog = ENGLISH
 
 
 def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
@@ -217,7 +221,8 @@ def no_passages(user: int, item: int) -> tuple[Passage, ...]:
 def passages(config: Config, prepared: ModelInputs, state: TrainState) -> TokenPassages:
     """Of a user's row and an item's row: the weightiest texts of both with what their words add to the score.
 
-    A model without text has none, and neither has a pair whose token values do not add up, which is logged.
+    A model without text has none, and neither has a pair whose token values do not add up, which is logged. A text of a
+    language that the encoder does not read has no spans.
     """
     try:
         read = attributor(config, state.params, prepared)
@@ -225,14 +230,13 @@ def passages(config: Config, prepared: ModelInputs, state: TrainState) -> TokenP
         return no_passages
 
     def of_pair(user: int, item: int) -> tuple[Passage, ...]:
-        try:
-            found = attribute_tokens(read, user, item, limit=TEXTS)
-        except ArithmeticError as error:
-            LOG.warning("no words are shown of user %d and item %d: %s", user, item, error)
+        [found] = attribute_tokens(read, [(user, item)], limit=TEXTS)
+        if found is None:
             return ()
         spans: list[list[Span]] = [[] for _ in found.texts]
         for word in found.tokens:
-            spans[word.text].append(Span(word.start, word.end, word.value))
+            if not found.texts[word.text].foreign:
+                spans[word.text].append(Span(word.start, word.end, word.value))
         return tuple(
             Passage(TEXT_TITLES[text.side], text.text, tuple(own)) for text, own in zip(found.texts, spans, strict=True)
         )
@@ -241,29 +245,36 @@ def passages(config: Config, prepared: ModelInputs, state: TrainState) -> TokenP
 
 
 def recommended(
-    config: Config,
-    prepared: ModelInputs,
-    state: TrainState,
+    model: tuple[Config, ModelInputs, TrainState],
     may: CandidateFilter,
     users: Int64[np.ndarray, "V"],
     how: Explain,
 ) -> tuple[Customer, ...]:
     """The best products of each customer under `may`, with why.
 
-    Of each customer's first product: what is `said`, word by word, and what becomes of it without the interaction
-    without which the score falls most, left out where the graph has more than `EDGES` edges.
+    Of each customer's first product: what is `said`, word by word, what becomes of it without the interaction without
+    which the score falls most, and without what another would be the first. Both are left out where the graph has more
+    than `EDGES` edges.
     """
+    config, prepared, state = model
     if not len(users):
         return ()
     dataset = prepared.dataset
-    names_of, why = _Names(dataset), _explainer(config, prepared, state, may, how)
+    names_of, why = _Names(dataset), _explainer(model, may, how)
     [part] = ranked(scorer(config, prepared, state), dataset, may, users, how.k)
     found = []
     for place, user in enumerate(tqdm(users.tolist(), desc="explain", unit="customer")):
         items = [item for item in part.ranking.items[place].tolist() if item >= 0]
         scores = part.ranking.scores[place].tolist()
         best = tuple(
-            Recommended(rank + 1, names_of.item_ids[item], names_of.items[item], scores[rank], *explained)
+            Recommended(
+                rank + 1,
+                names_of.item_ids[item],
+                names_of.items[item],
+                scores[rank],
+                *explained,
+                language=how.catalog.language,
+            )
             for rank, (item, explained) in enumerate(zip(items, why(user, items), strict=True))
         )
         holds = tuple(names_of.items[item] for item in prepared.observed.item[prepared.observed.user == user].tolist())
@@ -273,33 +284,42 @@ def recommended(
 
 
 def _explainer(
-    config: Config, prepared: ModelInputs, state: TrainState, may: CandidateFilter, how: Explain
+    model: tuple[Config, ModelInputs, TrainState], may: CandidateFilter, how: Explain
 ) -> Callable[[int, list[int]], list[tuple]]:
     """Returns what explains the items of a user: of each item, the last fields of `Recommended`.
 
     A baseline has no explanations.
     """
+    config, prepared, state = model
     if not config.model.is_trained:
         return lambda user, items: [() for _ in items]
     dataset = prepared.dataset
-    model, names_of = explained_model(config, state.params, prepared), _Names(dataset)
+    explains, names_of = explained_model(config, state.params, prepared), _Names(dataset)
     affordable = sum(count for _, count in prepared.graph_inputs.graph.relations) <= EDGES
 
-    def without(user: int, item: int, best: int | None) -> tuple[str, CounterfactualEffect] | None:
-        if not affordable or best is None:
-            return None
-        [open_to] = suitable(may, np.array([user]), np.arange(dataset.n_items)[None])
-        return names_of.items[best], counterfactual_effect(config, state.params, prepared, user, item, best, open_to)
+    def without(user: int, item: int, best: int | None) -> tuple[tuple[str, CounterfactualEffect] | None, str]:
+        if not affordable:
+            return None, ""
+        [open_to], effect = suitable(may, np.array([user]), np.arange(dataset.n_items)[None]), None
+        if best is not None:
+            removed = counterfactual_effect(config, state.params, prepared, user, item, best, open_to)
+            effect = names_of.items[best], removed
+        [found] = counterfactual_sets(explains.leave_one_out, prepared, user, [item], 1, open_to)
+        return effect, set_sentence(dataset, found, how.catalog) if found else ""
 
     def explained(user: int, items: list[int]) -> list[tuple]:
-        contributed, effect = contributions_and_effects(model, user, items)
+        contributed, effect = contributions_and_effects(explains, user, items)
         best, found = _best_interaction(contributed, effect) if items else None, []
         own = [explained_item(dataset, contributed, effect, place, item) for place, item in enumerate(items)]
         survived = _survived(names_of.user_ids[user], own, how.others)
         for rank, item in enumerate(items):
-            routes = tuple(names_of.route(path, item) for path in best_paths(model.decomposition, user, item, PATHS))
-            first = (without(user, item, best), how.token_passages(user, item)) if rank == 0 else ()
-            found.append((tuple(reasons(dataset, contributed, effect, rank)), survived[rank], routes, *first))
+            routes = tuple(names_of.route(path, item) for path in best_paths(explains.decomposition, user, item, PATHS))
+            first = ()
+            if rank == 0:
+                removed, sentence = without(user, item, best)
+                first = (removed, how.token_passages(user, item), sentence)
+            own_reasons = tuple(reasons(dataset, contributed, effect, rank, how.catalog))
+            found.append((own_reasons, survived[rank], routes, *first))
         return found
 
     return explained

@@ -344,10 +344,16 @@ def _recommended(key: str, item: Recommended, first: bool) -> Element:
         bar = element("span", class_="track", aria_hidden="true")
         bar.append(element("span", style=f"width:{min(max(reason.share, 0.0), 1.0):.1%}"))
         why.append(element("li", cut(reason.text, SENTENCE), _weak(kept, asked), bar))
-    reasons = element("ol", *why, class_="reasons") if why else element("p", "No reasons are known.", class_="muted")
+    reasons = (
+        element("ol", *why, class_="reasons", lang=item.language)
+        if why
+        else element("p", "No reasons are known.", class_="muted")
+    )
     left = element("div", element("h5", "Why"), reasons)
     if item.effect is not None:
         append(left, _without(*item.effect))
+    if item.without:
+        append(left, element("p", cut(item.without, SENTENCE), class_="if", lang=item.language))
     for passage in item.passages:
         append(left, _passage(passage))
     content = element("div", left, class_="because")
@@ -370,7 +376,7 @@ def _weak(kept: int, asked: int) -> Element | None:
     """Marks a reason that does not survive in every other run."""
     if kept >= asked:
         return None
-    return element("strong", f" Weak: it holds in {kept} of {_count(asked, 'other run')}.", class_="weak")
+    return element("strong", f" Weak: it holds in {kept} of {_count(asked, 'other run')}.", class_="weak", lang="en")
 
 
 def _without(item: str, change: Any) -> Element:

@@ -56,18 +56,37 @@ def measure_coverage(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> C
     Returns:
       The counts; none are judged where the vocabulary is multilingual.
     """
+    judged = [found for found in _judged(texts[:: -(-len(texts) // TEXTS) or 1], tokenizer) if found is not None]
+    return Coverage(len(judged), sum(judged))
+
+
+def foreign_texts(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> list[bool]:
+    """Judges which texts are of another language than the tokenizer's.
+
+    Args:
+      texts: the texts.
+      tokenizer: of the encoder.
+
+    Returns:
+      Of each text, whether it is foreign; False where it is too short to be judged, or the vocabulary is multilingual.
+    """
+    return [bool(found) for found in _judged(texts, tokenizer)]
+
+
+def _judged(texts: Sequence[str], tokenizer: tokenizers.Tokenizer) -> list[bool | None]:
+    """Whether each text is foreign; None where it is not judged."""
     if tokenizer.get_vocab_size() > MULTILINGUAL:
-        return Coverage(0, 0)
-    sample = [_words(text) for text in texts[:: -(-len(texts) // TEXTS) or 1]]
-    words = sorted({word for of_text in sample for word in of_text})
+        return [None] * len(texts)
+    found: list[bool | None] = []
+    of_texts = [_words(text) for text in texts]
+    words = sorted({word for of_text in of_texts for word in of_text})
     split = dict(zip(words, _are_split(words, tokenizer), strict=True))
-    judged = foreign = 0
-    for of_text in sample:
+    for of_text in of_texts:
         weights = [_weight(word) for word in of_text]
-        if (total := sum(weights)) >= WORDS:
-            judged += 1
-            foreign += sum(w for w, word in zip(weights, of_text, strict=True) if split[word]) > SPLIT * total
-    return Coverage(judged, foreign)
+        total = sum(weights)
+        gone = sum(w for w, word in zip(weights, of_text, strict=True) if split[word])
+        found.append(gone > SPLIT * total if total >= WORDS else None)
+    return found
 
 
 def foreign_text_warning(model: str, found: Coverage) -> str | None:

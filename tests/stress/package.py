@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     *("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "requirements-minilm.txt"),
-    *("fused_rec/py.typed", "fused_rec/kernels/sparse_sum.cc"),
+    *("fused_rec/py.typed", "fused_rec/explanation/locale/de.mo", "fused_rec/kernels/sparse_sum.cc"),
 )
 STORY = """
 import sys
@@ -37,7 +37,7 @@ assert kernels.usable()
 config = fr.configure(model={"variant": "graph", "dim": 8, "num_layers": 1}, train={"max_steps": 2, "eval_every": 1})
 run = fr.train(config, "run", make_synthetic(0, 60, 30))
 fr.save_dataset(make_synthetic(0, 60, 30), "tables", "tables")
-[row] = run.explain("C0001", k=1)
+[row] = run.explain("C0001", k=1, language="de")
 assert abs(sum(part["value"] for part in row["parts"]) - row["score"]) < 1e-3, row
 print("trained, ranked and explained from", fr.__file__, "with versions", run.results["versions"])
 """
