@@ -30,6 +30,7 @@ from fused_rec.studies.tune import (
     tune,
     with_settings,
 )
+from fused_rec.studies.variants import variant
 from fused_rec.training import batch_sources, evaluate, trainer
 from fused_rec.training.early_stopping import Progress
 from fused_rec.training.trainer import NonFiniteLossError
@@ -283,9 +284,11 @@ def test_a_folder_is_one_config_only(config, tmp_path, narrow, monkeypatch):
 
 
 def test_the_space_reaches_to_the_config():
-    default = space(Config())
-    assert default == {name: found for name, found in sweeping.SPACE.items() if name != "train.contrastive_weight"}
+    default, absent = space(Config()), set(sweeping.OPT_IN) - {"model.popularity_weight"}
+    assert default == {name: found for name, found in sweeping.SPACE.items() if name not in absent}
     assert "train.contrastive_weight" in space(Config(train=TrainConfig(contrastive_weight=0.1)))
+    assert absent & space(variant(Config(), "rlmrec_con")).keys() == {"model.text_alignment"}
+    assert absent & space(variant(Config(), "rlmrec_gen")).keys() == {"model.text_reconstruction"}
     assert "model.popularity_weight" not in space(Config(model=ModelConfig(popularity_weight=0.0)))
     assert "model.edge_dropout" not in space(Config(model=ModelConfig(num_layers=0)))
     wide = space(Config(model=ModelConfig(dim=32, score="dot"), train=TrainConfig(learning_rate=0.05)))

@@ -1,7 +1,8 @@
 """Comparison of variants and baselines over seeds: a run for each variant and seed, and a report.
 
 out/
-  runs/VARIANT/SEED/   as written by `fused_rec.training.trainer.run_training`; baselines: seed 0, no checkpoints
+  runs/VARIANT/SEED/   as written by `fused_rec.training.trainer.run_training`; baselines: seed 0, no checkpoints; of a
+                       pair A+B only what `fused_rec.studies.late_pairs` writes
   runs-tuned-N/        the same with settings selected by N trials
   sweeps/VARIANT/      tuning trials of the variant, if requested
   compare.json         all numbers; compare.md, compare.csv, compare.tex: their table
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import platform
@@ -35,12 +37,14 @@ from fused_rec.memory import InsufficientMemoryError
 from fused_rec.runs import run_dir
 from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.storage import write_figure, write_file
+from fused_rec.studies.late_pairs import fuse_runs
 from fused_rec.studies.variants import VARIANTS, variant
 from fused_rec.training import trainer
 from fused_rec.training.inputs import read
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "fused"
+PAIR = "+"  # between two variants whose scores are added
 BASELINE_SEED = 0
 KEPT = ("test", "valid", "slices", "seconds", "parameters")  # keys of a run's results in the report
 REPORT = "compare.json"
@@ -118,8 +122,9 @@ def compare_variants(
 
     Args:
       config: the base config; with train.refit "all" nothing is trained after the test metrics are measured.
-      names: of `VARIANTS`, trained once per seed, and of `BASELINES`, evaluated once. Names that do not apply to the
-        tables are reported and skipped. The reference is "fused", or else the first name.
+      names: of `VARIANTS`, trained once per seed; of `BASELINES`, evaluated once; and A+B, the late fusion of two of
+        these variants (`fused_rec.studies.late_pairs`). Names that do not apply to the tables are reported and skipped.
+        The reference is "fused", or else the first name.
       seeds: values of train.seed.
       out: folder of runs and report.
       trials: tuning trials of each learned variant on validation; 0 keeps the settings.
@@ -149,10 +154,13 @@ def _compare_variants(
     config: Config, names: Sequence[str], seeds: Sequence[int], out: Path, trials: int, command: str
 ) -> dict[str, Any]:
     dataset, data_split = read(config)
-    kept, skipped = applicable(config, names, dataset, data_split)
+    kept, skipped = applicable(config, [name for name in names if PAIR not in name], dataset, data_split)
+    pairs = [name for name in names if PAIR in name and set(name.split(PAIR)) <= set(kept)]
+    skipped |= {name: "one of its variants is left out" for name in names if PAIR in name and name not in pairs}
+    kept = [name for name in names if name in kept or name in pairs]
     learned = {name: variant(config, name) for name in kept if name in VARIANTS}
     untrained = {name: variant(config, name) for name in kept if name in BASELINES}
-    left = len(learned) * len(seeds) + len(untrained)
+    left = (len(learned) + len(pairs)) * len(seeds) + len(untrained)
     outcomes = _Outcomes(f"{dataset.name}, {data_split.kind} split", out, left, trials, skipped)
     tables = digest(dataset), contents(dataset)
     for name, of_baseline in untrained.items():
@@ -182,6 +190,12 @@ def _compare_variants(
         for seed in seeds:
             with outcomes.run(name, seed) as folder:
                 _run(_seeded(of_variant, seed), tables, folder)
+    for name in pairs:
+        for seed in seeds:
+            with outcomes.run(name, seed) as folder:
+                first, second = (outcomes.folder(part, seed) for part in name.split(PAIR))
+                if not (folder / run_dir.RESULTS).exists():
+                    fuse_runs(first, second, folder)
 
     if not (names := [name for name in kept if name not in outcomes.skipped]):
         raise ValueError(f"nothing is left to compare: {outcomes.skipped}")
@@ -199,12 +213,17 @@ def check_names(names: Sequence[str]) -> None:
       names: the names.
 
     Raises:
-      ValueError: there is no name, a repeated one, or one that is neither in `VARIANTS` nor in `BASELINES`.
+      ValueError: there is no name, a repeated one, or one that is neither in `VARIANTS` nor in `BASELINES` nor a pair
+        of other names.
     """
-    known = [*VARIANTS, *BASELINES]
+    trained = [name for name in names if name in VARIANTS]
+    known = [*VARIANTS, *BASELINES, *(f"{one}{PAIR}{other}" for one, other in itertools.permutations(trained, 2))]
     wrong = sorted({name for name in names if name not in known or names.count(name) > 1})
     if wrong or not names:
-        raise ValueError(f"variants is {list(names)}, of which {wrong}; it must be one or more of {known}, each once")
+        raise ValueError(
+            f"variants is {list(names)}, of which {wrong}; it must be one or more of {[*VARIANTS, *BASELINES]}, "
+            f"each once, or A{PAIR}B for two of these variants that are given too"
+        )
 
 
 def applicable(
@@ -303,10 +322,10 @@ def complete_names(report: Mapping[str, Any]) -> list[str]:
 
 
 def is_single(name: str) -> bool:
-    """Whether a variant or baseline is a method to compare fusion with: neither fused itself nor made from it."""
+    """Whether a variant or baseline is a method to compare fusion with: no fusion, and not made from fused."""
     if name in BASELINES:
         return True
-    return name != REFERENCE and not (VARIANTS[name].ablation or VARIANTS[name].control)
+    return name != REFERENCE and PAIR not in name and not (VARIANTS[name].ablation or VARIANTS[name].control)
 
 
 def best_name(report: Mapping[str, Any], names: Sequence[str], split: str, metric: str) -> str:

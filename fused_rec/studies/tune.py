@@ -49,8 +49,11 @@ SPACE: Mapping[str, BaseDistribution] = {
     "model.dim": CategoricalDistribution((64, 128, 256)),
     "model.popularity_weight": FloatDistribution(0.0, 1.2),
     "train.contrastive_weight": FloatDistribution(0.005, 0.5, log=True),
+    "model.text_alignment": FloatDistribution(0.001, 0.1, log=True),
+    "model.text_reconstruction": FloatDistribution(0.01, 1.0, log=True),
 }
-OPT_IN = ("model.popularity_weight", "train.contrastive_weight")  # 0 leaves a part out of the model; no trial adds it
+# 0 leaves a part out of the model; no trial adds it.
+OPT_IN = ("model.popularity_weight", "train.contrastive_weight", "model.text_alignment", "model.text_reconstruction")
 DOT_TEMPERATURE = FloatDistribution(0.05, 2.0, log=True)  # dot products are not bounded as cosines are
 JOURNAL, STUDY_LOCK, TRIALS, BEST = "journal.log", "turn.lock", "trials", "best"
 STOPPED = "stopped"  # a trial's attribute

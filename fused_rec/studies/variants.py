@@ -54,10 +54,11 @@ PLAIN_MODEL = {
 FROZEN = {"finetune": "frozen"}  # for variants without text and with sampled subgraphs
 PLAIN_GRAPH = {"attributes": (), "text_knn": 0, "social_edges": "none"}
 BPR = {"loss": "bpr", "temperature": 1.0, "contrastive_weight": 0.0, "max_steps": 1000, "eval_every": 20, "patience": 5}
-# Layers, dimension, temperature, learning rate and weight decay of AlphaRec are as published
-# (github.com/LehengTHU/AlphaRec). What differs: text features are those of the base config, whitened, where the paper
-# has text-embedding-3-large; the hidden layer has half of their width, as the paper's has of 3,072; the softmax is over
-# all items, where the paper samples 256 negatives per positive; users are weighted as in fused_rec/model/losses.py.
+# Layers, dimension, temperature (of Books and Movies), learning rate, normalization, the users' mean and the one MLP of
+# users and items are as published by AlphaRec's authors (github.com/LehengTHU/AlphaRec). What differs: text features
+# are those of the base config, whitened, where the paper has text-embedding-3-large; the hidden layer has half of their
+# width, as the paper's has of 3,072; the softmax is over all items, where the paper samples 256 negatives per positive;
+# users are weighted as in fused_rec/model/losses.py; weight decay (1e-6) is that of AdamW.
 ALPHAREC_MODEL = PLAIN_MODEL | {
     "variant": "text",
     "num_layers": 2,
@@ -77,12 +78,15 @@ ALPHAREC_TRAIN = {
 }
 # LightGCN's settings; layers, edge dropout, weight and temperature of the alignment are those published for Amazon and
 # Yelp (github.com/HKUDS/RLMRec). What differs: text features of items, and their mean over a user's items, replace the
-# profiles that a language model writes; the MLP's hidden layer has half of their width; the denominator has the users,
-# and one positive of each, of the batch, where the paper has all users and also a term of negatives.
+# profiles that a language model writes; the MLP's hidden layer has D / 2 units, D the width of the features, not
+# (D + K) / 2; the denominator has the users, and one positive of each, of the batch, where the authors' code has all
+# users and also a term of negatives; edge dropout scales up what it keeps, and layers are averaged where their code
+# adds them, which for BPR is another temperature; the dimension K is 64, as of all methods here, not 32.
 RLMREC_CON = PLAIN_MODEL | {"num_layers": 3, "edge_dropout": 0.2, "text_alignment": 0.01}
-# The same for RLMRec-Gen, as published for Amazon: layers, edge dropout, share of masked nodes, and weight and
-# temperature of the reconstruction. What differs: the same text features; masked nodes count where they are in the
-# batch, as users or one positive of each, where the paper has those of the whole graph.
+# The same for RLMRec-Gen, as published for Amazon: layers, edge dropout, share of masked nodes, the learned row in
+# their place, the MLP, and weight and temperature of the reconstruction. What differs: text features, edge dropout,
+# mean of layers and dimension as above; masked nodes count where they are in the batch, as users or one positive of
+# each, where the authors' code has those of the whole graph.
 RLMREC_GEN = PLAIN_MODEL | {
     "num_layers": 2,
     "edge_dropout": 0.2,
