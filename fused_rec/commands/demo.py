@@ -13,6 +13,7 @@ from fused_rec.evaluation.ranking import UserMetrics, mean
 from fused_rec.evaluation.result_tables import table
 from fused_rec.reporting.data import (
     Customer,
+    Explain,
     ReportData,
     compared,
     passages,
