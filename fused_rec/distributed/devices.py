@@ -47,18 +47,21 @@ def return_large() -> None:
     does not hold the next of its size, and the heap grows to several times the memory of a step. Page faults are then
     a few hundredths of a step.
     """
-    _set_malloc((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 2**16))
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    _set_malloc((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 2**16), (M_TRIM_THRESHOLD, LARGE))
+    if (trim := _libc("malloc_trim")) is not None:
         trim(0)
 
 
 def _set_malloc(*options: tuple[int, int]) -> None:
-    """Sets options of glibc's allocator; other C libraries are unchanged."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    """Sets options of glibc's allocator."""
+    if (mallopt := _libc("mallopt")) is not None:
         for option, value in options:
             mallopt(option, value)
+
+
+def _libc(function: str) -> Any:
+    """Looks up a function of glibc, None elsewhere."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
 
 
 class DeviceError(RuntimeError):

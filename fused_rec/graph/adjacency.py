@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from fused_rec import kernels
 from fused_rec.distributed.devices import AnyArray
@@ -72,6 +72,7 @@ class Adjacency:
       receiver_start: int32 [targets + 1]; the edges into v are receiver_start[v] to receiver_start[v + 1] - 1.
       by_sender: int32 [E], the permutation that sorts edges by sender.
       receivers_by_sender: int32 [E], target nodes in the order of `by_sender`.
+      weight_by_sender: float32 [E], `weight` in the order of `by_sender`.
       sender_start: int32 [sources + 1], row starts in the order of `by_sender`.
       degrees: degrees in the whole graph.
       backend: which implementation of the sparse sum to use.
@@ -83,10 +84,19 @@ class Adjacency:
     receiver_start: Int32[AnyArray, "targets_plus_1"]
     by_sender: Int32[AnyArray, "E"]
     receivers_by_sender: Int32[AnyArray, "E"]
+    weight_by_sender: Float32[AnyArray, "E"]
     sender_start: Int32[AnyArray, "sources_plus_1"]
     degrees: Degrees
     backend: Backend = flax.struct.field(pytree_node=False)
     scale: DegreeScale | None = flax.struct.field(pytree_node=False, default=None)
+
+    def with_weight(self, weight: Float32[AnyArray, "E"]) -> "Adjacency":
+        """Returns the same edges with other weights, float32 [E]."""
+        return dataclasses.replace(self, weight=weight, weight_by_sender=self.sorted_by_sender(weight))
+
+    def sorted_by_sender(self, weight: Float32[AnyArray, "E"]) -> Array:
+        """Returns weights in the order of `by_sender`."""
+        return jnp.asarray(weight).at[self.by_sender].get(mode="promise_in_bounds", unique_indices=True)
 
     @property
     def receivers(self) -> Int32[AnyArray, "E"]:
@@ -119,6 +129,7 @@ def build_adjacency(
       ValueError: receivers do not ascend.
     """
     senders, receivers = (np.asarray(nodes).astype(np.int32, copy=False) for nodes in edges[:2])
+    weight = aligned(np.asarray(edges.weight, np.float32))
     if not ascends(receivers):
         raise ValueError("edges must ascend by receiver; take them from HostGraph.edges")
     order, sender_start = counting_order(senders, n_sources)
@@ -127,10 +138,11 @@ def build_adjacency(
     scale = scale or degree_scale(*degrees)
     return Adjacency(
         aligned(senders),
-        aligned(np.asarray(edges.weight, np.float32)),
+        weight,
         receiver_start,
         aligned(order),
         aligned(receivers[order]),
+        aligned(weight[order]),
         sender_start,
         degrees_of(*degrees, scale),
         backend or default_backend(),
@@ -193,6 +205,7 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
                 np.searchsorted(receivers, np.arange(rows + 1)).astype(np.int32),
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
                 np.pad(receivers[order], padding, constant_values=rows),
+                np.pad(a.weight[edges][order], padding),
                 np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
                 Degrees(in_degree[device], log_in_degree[device], log_out_degree),
                 a.backend,
@@ -222,8 +235,10 @@ def share_reverses(adjacencies: Mapping[Relation, Adjacency]) -> dict[Relation, 
         for other in adjacencies:
             back, there = adjacencies[one], adjacencies[other]
             if (other.source, other.target) == (one.target, one.source) and _reverse(back, there):
-                by_sender = {"receivers_by_sender": there.senders, "sender_start": there.receiver_start}
-                found[one] = dataclasses.replace(back, **by_sender)
+                shared = {"receivers_by_sender": there.senders, "sender_start": there.receiver_start}
+                if np.array_equal(back.weight_by_sender, there.weight):
+                    shared["weight_by_sender"] = there.weight
+                found[one] = dataclasses.replace(back, **shared)
                 break
     return found
 

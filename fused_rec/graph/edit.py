@@ -110,12 +110,14 @@ def _drop(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
     number = np.cumsum(keep) - 1
     by_sender = np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32)
     receivers = np.pad(receivers, fill, constant_values=n_targets)
+    weight = np.pad(weight.astype(np.float32), fill)
     return Adjacency(
         np.pad(senders, fill, constant_values=n_sources),
-        np.pad(weight.astype(np.float32), fill),
+        weight,
         np.concatenate([[0], np.cumsum(in_degree)]).astype(np.int32),
         by_sender,
         receivers[by_sender],
+        weight[by_sender],
         np.concatenate([[0], np.cumsum(out_degree)]).astype(np.int32),
         degrees_of(in_degree, out_degree, full.scale),
         full.backend,

@@ -334,6 +334,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_id(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     whole = pa.types.is_decimal(kind) and kind.scale == 0  # integer ids of databases without an integer type
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind) or whole
 
