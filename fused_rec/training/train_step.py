@@ -121,10 +121,10 @@ def _scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> opt
     def stored(moment: Array) -> Array:
         return kernels.in_place(moment) if moment.size >= LARGE_LEAF else moment
 
-    def update(gradient: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.ScaleByAdamState]:
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.ScaleByAdamState]:
         del params
-        mu = jax.tree.map(stored, optax.tree.update_moment(gradient, state.mu, b1, 1))
-        nu = jax.tree.map(stored, optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2))
+        mu = jax.tree.map(stored, optax.tree.update_moment(updates, state.mu, b1, 1))
+        nu = jax.tree.map(stored, optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2))
         count = optax.safe_increment(state.count)
         hats = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *hats)

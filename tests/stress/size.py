@@ -185,7 +185,7 @@ def measure(arguments: argparse.Namespace, pairs: int) -> None:
     config = dataclasses.replace(config, model=model)
     tiny = generate(10_000)
     train(config, *tiny[:2], tiny[2:], 1)
-    before = memory("VmRSS")
+    before = memory("VmHWM")
     user, item, *sizes = generate(pairs)
     user, item, held_out = hold_out(user, item, sizes[0])
     state, given, load, seconds = train(config, user, item, sizes, arguments.steps)
