@@ -18,6 +18,7 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 from tiny import quick_compilation  # noqa: F401
 
+from fused_rec import kernels
 from fused_rec.config import (
     ComputeDtype,
     Config,
@@ -445,6 +446,44 @@ def test_only_matrices_decay():
     updates: Any = adamw.update(no_slope, adamw.init(params), params)[0]
     assert updates["vector"].tolist() == [0, 0]
     np.testing.assert_allclose(updates["matrix"], np.full((2, 2), -0.05), rtol=1e-6)  # -rate * decay * 1
+
+
+def test_large_moments_are_those_of_adamw(monkeypatch):
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.01)
+    rng, shape = np.random.default_rng(0), (512, 1024)
+    params, gradient = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    usual = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    results = []
+    for own, large in ((usual, 0), (make_optimizer(config), 2**40), (make_optimizer(config), 1)):
+        monkeypatch.setattr(step_module, "LARGE_LEAF", large)
+
+        def update(params, state, gradient, own=own):
+            updates, state = own.update(jnp.sin(gradient), state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(update, donate_argnums=(0, 1))
+        after, state = jnp.copy(params), own.init(params)
+        for _ in range(3):
+            after, state = step(after, state, gradient)
+        results.append((after, *jax.tree.leaves(state)))
+    for found in results[1:]:
+        for one, same in zip(found, results[0], strict=True):
+            np.testing.assert_allclose(one, same, rtol=1e-6)
+
+
+@pytest.mark.skipif(not kernels.usable(), reason="no kernel was compiled here")
+def test_large_moments_are_not_copied(monkeypatch):
+    config = of_model(config_of("graph", "bpr"), dim=2048, edge_dropout=0.0, id_embedding_dropout=0.0)
+    state, graph_inputs = shard_state(init(config, task_of()), 1), shard_graph_inputs(task_of(), 1)
+    need = []
+    for large in (2**40, 1):
+        monkeypatch.setattr(step_module, "LARGE_LEAF", large)
+        sharding._mapped_step.cache_clear()
+        program = parallel_train_step(config, 1).compiled(state, graph_inputs)
+        lowered = program.lower(state, graph_inputs, sharding.shard_batch(batch_of(0), 1))
+        need.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    sharding._mapped_step.cache_clear()
+    assert need[1] < need[0]
 
 
 def test_embed_leaves_nothing_out():

@@ -27,7 +27,8 @@ SHARDED = 0  # where a divided array has its devices on the way to them: [device
 
 
 # Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+LARGE = 2**25  # bytes; the largest M_MMAP_THRESHOLD that glibc takes
 
 
 def keep_memory() -> None:
@@ -36,10 +37,31 @@ def keep_memory() -> None:
     A step on a CPU frees its buffers and allocates the same sizes again. glibc would return them to the system each
     time, and page faults would take up to a fourth of a step. Other C libraries are unchanged.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+    _set_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1))
+
+
+def return_large() -> None:
+    """Lets the process return freed memory in pieces of `LARGE` bytes and more again, after `keep_memory`.
+
+    For large graphs: the buffers of a step are aligned, which leaves a few bytes of each in use, so that a freed one
+    does not hold the next of its size, and the heap grows to several times the memory of a step. Page faults are then
+    a few hundredths of a step.
+    """
+    _set_malloc((M_MMAP_THRESHOLD, LARGE), (M_MMAP_MAX, 2**16), (M_TRIM_THRESHOLD, LARGE))
+    if (trim := _libc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _set_malloc(*options: tuple[int, int]) -> None:
+    """Sets options of glibc's allocator."""
+    if (mallopt := _libc("mallopt")) is not None:
+        for option, value in options:
             mallopt(option, value)
+
+
+def _libc(function: str) -> Any:
+    """Looks up a function of glibc, None elsewhere."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
 
 
 class DeviceError(RuntimeError):
@@ -141,11 +163,13 @@ def shard_rows(x: np.ndarray, devices: int | None) -> np.ndarray:
       This process's part of [devices, rows, ...], padded with zeros.
     """
     count = len(select_devices(devices))
+    if count == 1:
+        return x[None]  # the same memory
     padded = np.pad(x, [(0, -len(x) % count)] + [(0, 0)] * (x.ndim - 1))
     return padded.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)[local_indices(devices)]
 
 
-def device_put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree:
+def device_put(tree: PyTree, axes: PyTree, devices: int | None = None, *, own: bool = False) -> PyTree:
     """Places arrays on devices as `pmap_over_devices` expects them, which avoids a copy per call.
 
     Args:
@@ -153,6 +177,7 @@ def device_put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree
       axes: tree like `tree`, or a prefix of it: the device axis of each array; None = replicated. An axis longer than
         the number of this process's devices is divided into blocks.
       devices: number of devices, None = all.
+      own: copy also what a CPU device could read in place, in memory of the host: only a copy can be donated.
 
     Returns:
       The tree of placed arrays.
@@ -162,7 +187,11 @@ def device_put(tree: PyTree, axes: PyTree, devices: int | None = None) -> PyTree
     def sharding(axis: int | None) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS))
 
-    return map_with_axes(lambda axis, part: jax.device_put(part, sharding(axis)), axes, tree)
+    def put(axis: int | None, part: PyTree) -> PyTree:
+        placed = jax.device_put(part, sharding(axis))
+        return jax.tree.map(jnp.copy, placed) if own and jax.default_backend() == "cpu" else placed
+
+    return map_with_axes(put, axes, tree)
 
 
 def map_with_axes(function: Callable[..., Any], axes: PyTree, *trees: PyTree) -> PyTree:

@@ -3,17 +3,20 @@
 The sparse sum (`fused_rec.graph.spmm`) reads one order and its derivative the other.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, no_type_check
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from fused_rec import kernels
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.hetero import HostGraph
+from fused_rec.graph.order import aligned, ascends, counting_order, row_starts
 from fused_rec.graph.schema import Edges, Relation
 
 Backend = Literal["compiled", "csr", "segment"]
@@ -61,15 +64,15 @@ class Adjacency:
 
     With several devices each has the edges into its own rows: receivers are local rows, senders are IDs over all
     devices. Edges are padded to the largest number on any device: after the last row start, with weight 0, and with a
-    receiver and a sender one past the last.
+    receiver and a sender one past the last. Receivers follow from the row starts and are not stored.
 
     Attributes:
       senders: int32 [E], source nodes.
-      receivers: int32 [E], target nodes, ascending.
       weight: float32 [E], edge weights.
       receiver_start: int32 [targets + 1]; the edges into v are receiver_start[v] to receiver_start[v + 1] - 1.
       by_sender: int32 [E], the permutation that sorts edges by sender.
-      receivers_by_sender: int32 [E], `receivers` in the order of `by_sender`.
+      receivers_by_sender: int32 [E], target nodes in the order of `by_sender`.
+      weight_by_sender: float32 [E], `weight` in the order of `by_sender`.
       sender_start: int32 [sources + 1], row starts in the order of `by_sender`.
       degrees: degrees in the whole graph.
       backend: which implementation of the sparse sum to use.
@@ -77,15 +80,34 @@ class Adjacency:
     """
 
     senders: Int32[AnyArray, "E"]
-    receivers: Int32[AnyArray, "E"]
     weight: Float32[AnyArray, "E"]
     receiver_start: Int32[AnyArray, "targets_plus_1"]
     by_sender: Int32[AnyArray, "E"]
     receivers_by_sender: Int32[AnyArray, "E"]
+    weight_by_sender: Float32[AnyArray, "E"]
     sender_start: Int32[AnyArray, "sources_plus_1"]
     degrees: Degrees
     backend: Backend = flax.struct.field(pytree_node=False)
     scale: DegreeScale | None = flax.struct.field(pytree_node=False, default=None)
+
+    def with_weight(self, weight: Float32[AnyArray, "E"]) -> "Adjacency":
+        """Returns the same edges with other weights, float32 [E]."""
+        return dataclasses.replace(self, weight=weight, weight_by_sender=self.sorted_by_sender(weight))
+
+    def sorted_by_sender(self, weight: Float32[AnyArray, "E"]) -> Array:
+        """Returns weights in the order of `by_sender`."""
+        return jnp.asarray(weight).at[self.by_sender].get(mode="promise_in_bounds", unique_indices=True)
+
+    @property
+    def receivers(self) -> Int32[AnyArray, "E"]:
+        """int32 [E], target nodes, ascending; computed from the row starts."""
+        start, edges = self.receiver_start, self.senders.shape[0]
+        if isinstance(start, np.ndarray):
+            counts = np.append(np.diff(start), edges - start[-1])
+            return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        if self.backend == "compiled" and kernels.usable():
+            return jax.ffi.ffi_call(kernels.ROWS_OF, jax.ShapeDtypeStruct((edges,), jnp.int32))(start)
+        return jnp.zeros(edges + 1, jnp.int32).at[start[1:]].add(1).cumsum()[:-1]
 
 
 def build_adjacency(
@@ -106,22 +128,21 @@ def build_adjacency(
     Raises:
       ValueError: receivers do not ascend.
     """
-    senders, receivers = np.asarray(edges.senders), np.asarray(edges.receivers)
-    if np.any(np.diff(receivers) < 0):
+    senders, receivers = (np.asarray(nodes).astype(np.int32, copy=False) for nodes in edges[:2])
+    weight = aligned(np.asarray(edges.weight, np.float32))
+    if not ascends(receivers):
         raise ValueError("edges must ascend by receiver; take them from HostGraph.edges")
-    # Equal to a stable sort by sender, as receivers ascend, and faster.
-    order = np.argsort(senders.astype(np.int64) * n_targets + receivers)
-    receiver_start = np.searchsorted(receivers, np.arange(n_targets + 1)).astype(np.int32)
-    sender_start = np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32)
+    order, sender_start = counting_order(senders, n_sources)
+    receiver_start = row_starts(receivers, n_targets)
     degrees = np.diff(receiver_start), np.diff(sender_start)
     scale = scale or degree_scale(*degrees)
     return Adjacency(
-        senders.astype(np.int32),
-        receivers.astype(np.int32),
-        np.asarray(edges.weight, np.float32),
+        aligned(senders),
+        weight,
         receiver_start,
-        order.astype(np.int32),
-        receivers[order].astype(np.int32),
+        aligned(order),
+        aligned(receivers[order]),
+        aligned(weight[order]),
         sender_start,
         degrees_of(*degrees, scale),
         backend or default_backend(),
@@ -160,7 +181,8 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
         return [adjacency]
     a = adjacency
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
-    own = [np.flatnonzero(a.receivers % count == device) for device in range(count)]
+    all_receivers = a.receivers
+    own = [np.flatnonzero(all_receivers % count == device) for device in range(count)]
     longest = max(map(len, own)) if capacity is None else capacity
     # The last devices may have one node less than rows.
     in_degree, log_in_degree = (
@@ -170,7 +192,7 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
     parts = []
     for device, edges in enumerate(own):
         padding = (0, longest - len(edges))
-        senders, receivers = a.senders[edges], a.receivers[edges] // count
+        senders, receivers = a.senders[edges], all_receivers[edges] // count
         # The restriction of by_sender to this device's edges.
         local = np.full(len(a.senders), -1, np.int32)
         local[edges] = np.arange(len(edges))
@@ -179,11 +201,11 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
         parts.append(
             Adjacency(
                 np.pad(senders, padding, constant_values=n_sources),
-                np.pad(receivers, padding, constant_values=rows),
                 np.pad(a.weight[edges], padding),
                 np.searchsorted(receivers, np.arange(rows + 1)).astype(np.int32),
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
                 np.pad(receivers[order], padding, constant_values=rows),
+                np.pad(a.weight[edges][order], padding),
                 np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
                 Degrees(in_degree[device], log_in_degree[device], log_out_degree),
                 a.backend,
@@ -196,9 +218,32 @@ def build_adjacencies(
     graph: HostGraph, backend: Backend | None = None, scales: Mapping[Relation, DegreeScale] | None = None
 ) -> dict[Relation, Adjacency]:
     """Builds the adjacency of every relation of the graph; backend and scales as in `build_adjacency`."""
-    return {
-        relation: build_adjacency(
-            edges, graph.count(relation.source), graph.count(relation.target), backend, (scales or {}).get(relation)
-        )
-        for relation, edges in graph.edges.items()
-    }
+    return share_reverses(
+        {
+            relation: build_adjacency(
+                edges, graph.count(relation.source), graph.count(relation.target), backend, (scales or {}).get(relation)
+            )
+            for relation, edges in graph.edges.items()
+        }
+    )
+
+
+def share_reverses(adjacencies: Mapping[Relation, Adjacency]) -> dict[Relation, Adjacency]:
+    """Lets a relation and its reverse share memory: what one has by sender the other has by receiver."""
+    found = dict(adjacencies)
+    for one in adjacencies:
+        for other in adjacencies:
+            back, there = adjacencies[one], adjacencies[other]
+            if (other.source, other.target) == (one.target, one.source) and _reverse(back, there):
+                shared = {"receivers_by_sender": there.senders, "sender_start": there.receiver_start}
+                if np.array_equal(back.weight_by_sender, there.weight):
+                    shared["weight_by_sender"] = there.weight
+                found[one] = dataclasses.replace(back, **shared)
+                break
+    return found
+
+
+def _reverse(one: Adjacency, other: Adjacency) -> bool:
+    """Whether two relations have the same edges, in opposite directions."""
+    starts = one.sender_start, other.receiver_start
+    return np.array_equal(*starts) and np.array_equal(one.receivers_by_sender, other.senders)

@@ -20,6 +20,7 @@ from fused_rec.memory import require_memory
 
 LOG = logging.getLogger(__name__)
 BLOCK_SCORES = 2**25  # cosines in memory at a time, 128 MiB
+BLOCK_EDGES = 2**20  # edges whose degrees are in memory at a time
 LONG = 10**14  # multiplications: an hour on two CPU cores
 MOST_RELATIONS = 64  # kinds of ties, or attributes: each compiles to two relations in every layer of every branch
 MANY_VALUES = 1000  # above this, an attribute whose values are all distinct is refused as a mistake
@@ -142,7 +143,10 @@ def bidirectional_edges(
     """
     from_degree = np.bincount(sources, minlength=counts[forward.source])
     to_degree = np.bincount(targets, minlength=counts[forward.target])
-    weight = (1 / np.sqrt(from_degree[sources] * to_degree[targets])).astype(np.float32)
+    weight = np.empty(len(sources), np.float32)
+    for start in range(0, len(sources), BLOCK_EDGES):
+        part = slice(start, start + BLOCK_EDGES)
+        weight[part] = 1 / np.sqrt(from_degree[sources[part]] * to_degree[targets[part]])
     return {forward: Edges(sources, targets, weight), backward: Edges(targets, sources, weight)}
 
 

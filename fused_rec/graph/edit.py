@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from fused_rec.graph.adjacency import Adjacency, build_adjacency, degrees_of
+from fused_rec.graph.adjacency import Adjacency, build_adjacency, degrees_of, share_reverses
 from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, SIMILAR_TEXT, Edges, Relation
+from fused_rec.graph.order import order_edges
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, SIMILAR_TEXT, Relation
 
 
 def find_edge(adjacency: Adjacency, sender: int, receiver: int) -> int:
@@ -65,12 +66,10 @@ def replace_interactions(graph: DeviceGraph, user: Int[np.ndarray, "E"], item: I
     counts = dict(graph.node_types)
     made = {}
     for relation, edges in bidirectional_edges(INTERACTS, INTERACTED_BY, user, item, counts).items():
-        order = np.lexsort((edges.senders, edges.receivers))
-        old, ordered = graph.adjacencies[relation], Edges(*(part[order] for part in edges))
-        sides = counts[relation.source], counts[relation.target]
-        made[relation] = build_adjacency(ordered, *sides, old.backend, old.scale)
+        old, sides = graph.adjacencies[relation], (counts[relation.source], counts[relation.target])
+        made[relation] = build_adjacency(order_edges(edges, *sides), *sides, old.backend, old.scale)
     relations = tuple((relation, len(user) if relation in made else count) for relation, count in graph.relations)
-    return dataclasses.replace(graph, relations=relations).with_adjacencies(made)
+    return dataclasses.replace(graph, relations=relations).with_adjacencies(share_reverses(made))
 
 
 def drop_edges(graph: DeviceGraph, edges: Mapping[Relation, Sequence[int]]) -> DeviceGraph:
@@ -97,9 +96,10 @@ def drop_edges(graph: DeviceGraph, edges: Mapping[Relation, Sequence[int]]) -> D
 def _drop(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
     """Removes edges from an adjacency; `shares`: weights are shares of their receiver's sum."""
     n_sources, n_targets = len(full.sender_start) - 1, len(full.receiver_start) - 1
-    keep = full.receivers < n_targets
+    receivers = full.receivers
+    keep = receivers < n_targets
     keep[list(gone)] = False
-    senders, receivers, order = full.senders[keep], full.receivers[keep], full.by_sender
+    senders, receivers, order = full.senders[keep], receivers[keep], full.by_sender
     out_degree, in_degree = np.bincount(senders, minlength=n_sources), np.bincount(receivers, minlength=n_targets)
     if shares:
         left = full.weight[keep]
@@ -110,13 +110,14 @@ def _drop(full: Adjacency, gone: Sequence[int], shares: bool) -> Adjacency:
     number = np.cumsum(keep) - 1
     by_sender = np.concatenate([number[order[keep[order]]], np.arange(len(senders), len(keep))]).astype(np.int32)
     receivers = np.pad(receivers, fill, constant_values=n_targets)
+    weight = np.pad(weight.astype(np.float32), fill)
     return Adjacency(
         np.pad(senders, fill, constant_values=n_sources),
-        receivers,
-        np.pad(weight.astype(np.float32), fill),
+        weight,
         np.concatenate([[0], np.cumsum(in_degree)]).astype(np.int32),
         by_sender,
         receivers[by_sender],
+        weight[by_sender],
         np.concatenate([[0], np.cumsum(out_degree)]).astype(np.int32),
         degrees_of(in_degree, out_degree, full.scale),
         full.backend,

@@ -12,7 +12,11 @@ import jraph
 import numpy as np
 from jaxtyping import Float32
 
+from fused_rec.distributed.devices import return_large
+from fused_rec.graph.order import order_edges
 from fused_rec.graph.schema import Edges, Relation
+
+LARGE_GRAPH = 2**22  # edges of a relation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,8 @@ def hetero_graph(
             f"the graph has {total:,} nodes and up to {longest:,} edges in a relation; both are numbered by int32, "
             "below 2,147,483,648: raise data.k_core"
         )
+    if longest > LARGE_GRAPH:
+        return_large()
     if len(text) != total:
         raise ValueError(
             f"text has {len(text)} rows for {total} nodes; give one row per node, zeros for a node without text"
@@ -113,12 +119,10 @@ def hetero_graph(
     found = {}
     for relation, edges in relations.items():
         _check(relation, edges, node_types)
-        order = _order(relation, edges, node_types)
-        found[relation] = Edges(
-            _read_only(edges.senders[order].astype(np.int32)),
-            _read_only(edges.receivers[order].astype(np.int32)),
-            _read_only(edges.weight[order].astype(np.float32)),
-        )
+        ordered = order_edges(edges, node_types[relation.source], node_types[relation.target])
+        if _repeats(ordered):
+            raise ValueError(f"{relation}: an edge is repeated; merge repeated edges before building the graph")
+        found[relation] = Edges(*map(_read_only, ordered))
     return HostGraph(tuple(node_types.items()), found, _read_only(np.asarray(text, np.float32)))
 
 
@@ -140,8 +144,8 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         if node_type not in node_types:
             raise ValueError(f"{relation}: {node_type!r} is not a node type; it must be one of {list(node_types)}")
         bound = node_types[node_type]
-        bad = np.flatnonzero((ids < 0) | (ids >= bound))
-        if len(bad):
+        if len(ids) and (ids.min() < 0 or ids.max() >= bound):
+            bad = np.flatnonzero((ids < 0) | (ids >= bound))
             allowed = f"{node_type} ids are 0 to {bound - 1}" if bound else f"there are no {node_type} nodes"
             raise ValueError(f"{relation}: {role} {ids[bad[0]]} of edge {bad[0]}; {allowed}")
     bad = np.flatnonzero(~np.isfinite(edges.weight))
@@ -149,10 +153,7 @@ def _check(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> N
         raise ValueError(f"{relation}: weight {edges.weight[bad[0]]} of edge {bad[0]} is not finite")
 
 
-def _order(relation: Relation, edges: Edges, node_types: Mapping[str, int]) -> np.ndarray:
-    """The permutation that sorts edges by (receiver, sender); one int64 key sorts faster than two."""
-    keys = edges.receivers.astype(np.int64) * node_types[relation.source] + edges.senders
-    order = np.argsort(keys)
-    if not np.diff(keys[order]).all():
-        raise ValueError(f"{relation}: an edge is repeated; merge repeated edges before building the graph")
-    return order
+def _repeats(ordered: Edges) -> bool:
+    """Whether an edge occurs twice in edges sorted by (receiver, sender)."""
+    same = (nodes[1:] == nodes[:-1] for nodes in (ordered.senders, ordered.receivers))
+    return bool(np.logical_and(*same).any())

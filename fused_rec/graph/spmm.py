@@ -20,7 +20,6 @@ from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.adjacency import Adjacency, Backend
 
 
-@jax.custom_vjp
 def neighbor_sum(
     adjacency: Adjacency, weight: Float32[AnyArray, "E"], x: Float[AnyArray, "sources K"]
 ) -> Float32[Array, "targets K"]:
@@ -30,12 +29,21 @@ def neighbor_sum(
 
     Args:
       adjacency: the edges; no derivative.
-      weight: float32 [E], edge weights, in place of those of the adjacency.
+      weight: float32 [E], edge weights; those of the adjacency are not sorted again for the derivative.
       x: [sources, K], rows of the source nodes.
 
     Returns:
       float32 [targets, K]; zeros for a target without edges.
     """
+    own = weight is adjacency.weight
+    return _neighbor_sum(
+        adjacency, weight, adjacency.weight_by_sender if own else adjacency.sorted_by_sender(weight), x
+    )
+
+
+@jax.custom_vjp
+def _neighbor_sum(adjacency: Adjacency, weight: AnyArray, by_sender: AnyArray, x: AnyArray) -> Array:
+    """`neighbor_sum`; by_sender: the weights in the order by sender, whose derivative is counted as that of weight."""
     return _to_receivers(adjacency, weight, x)
 
 
@@ -64,44 +72,41 @@ def _to_receivers(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
     a = adjacency
     if a.backend == "segment":
         return _segment_sum(weight, a.senders, x, a.receivers, len(a.receiver_start) - 1)
-    return _row_sum(a.backend, a.receiver_start, a.senders, None, weight, x)
+    return _row_sum(a.backend, a.receiver_start, a.senders, weight, x)
 
 
-def _to_senders(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> Array:
-    """Sums target rows into senders, over reversed edges."""
-    a, order = adjacency, adjacency.by_sender
+def _to_senders(adjacency: Adjacency, by_sender: AnyArray, x: AnyArray) -> Array:
+    """Sums target rows into senders, over reversed edges; by_sender: their weights in that order."""
+    a, weight = adjacency, by_sender
     if a.backend == "segment":
-        return _segment_sum(weight[order], a.receivers_by_sender, x, a.senders[order], len(a.sender_start) - 1)
-    return _row_sum(a.backend, a.sender_start, a.receivers_by_sender, order, weight, x)
+        return _segment_sum(weight, a.receivers_by_sender, x, a.senders[a.by_sender], len(a.sender_start) - 1)
+    return _row_sum(a.backend, a.sender_start, a.receivers_by_sender, weight, x)
 
 
 def _segment_sum(weight: AnyArray, source: AnyArray, x: AnyArray, target: AnyArray, n_targets: int) -> Array:
     return jax.ops.segment_sum(weight[:, None] * x[source], target, n_targets, indices_are_sorted=True)
 
 
-def _row_sum(
-    backend: Backend, start: AnyArray, source: AnyArray, order: AnyArray | None, weight: AnyArray, x: AnyArray
-) -> Array:
-    """Sums rows of x by compressed sparse rows; order: permutation of the weights, None for the identity."""
+def _row_sum(backend: Backend, start: AnyArray, source: AnyArray, weight: AnyArray, x: AnyArray) -> Array:
+    """Sums rows of x by compressed sparse rows."""
     n_targets = len(start) - 1
     if backend == "compiled":
         kernels.usable()  # registers the kernel in a process that received the adjacency
         call = jax.ffi.ffi_call(kernels.NEIGHBOR_SUM, jax.ShapeDtypeStruct((n_targets, x.shape[1]), jnp.float32))
-        return call(start, source, jnp.zeros(0, jnp.int32) if order is None else order, weight, x)
-    weight = weight if order is None else weight[order]
+        return call(start, source, weight, x)
     matrix = sparse.BCSR((jnp.asarray(weight), jnp.asarray(source), jnp.asarray(start)), shape=(n_targets, len(x)))
     return matrix @ x.astype(jnp.float32)
 
 
-def _sum_forward(adjacency: Adjacency, weight: AnyArray, x: AnyArray) -> tuple[Array, tuple]:
-    return _to_receivers(adjacency, weight, x), (adjacency, weight, x)
+def _sum_forward(adjacency: Adjacency, weight: AnyArray, by_sender: AnyArray, x: AnyArray) -> tuple[Array, tuple]:
+    return _to_receivers(adjacency, weight, x), (adjacency, by_sender, x)
 
 
 def _sum_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:
-    adjacency, weight, x = residuals
+    adjacency, by_sender, x = residuals
     g = g.astype(x.dtype)
     # XLA removes the derivative of the weights where it is unused.
-    return None, edge_dot(adjacency, g, x), _to_senders(adjacency, weight, g).astype(x.dtype)
+    return None, edge_dot(adjacency, g, x), None, _to_senders(adjacency, by_sender, g).astype(x.dtype)
 
 
 def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tuple[Array, tuple]:
@@ -110,9 +115,12 @@ def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tu
 
 def _dot_backward(residuals: tuple, g: Float[AnyArray, "E"]) -> tuple:
     adjacency, target, source = residuals
-    d_target, d_source = _to_receivers(adjacency, g, source), _to_senders(adjacency, g, target)
+    d_target, d_source = (
+        _to_receivers(adjacency, g, source),
+        _to_senders(adjacency, adjacency.sorted_by_sender(g), target),
+    )
     return None, d_target.astype(target.dtype), d_source.astype(source.dtype)
 
 
-neighbor_sum.defvjp(_sum_forward, _sum_backward)
+_neighbor_sum.defvjp(_sum_forward, _sum_backward)
 edge_dot.defvjp(_dot_forward, _dot_backward)

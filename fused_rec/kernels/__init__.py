@@ -1,7 +1,8 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`. Each caller has a
-plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`, and `buffers.cc` has `in_place`
+and the receivers of an adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and
+where no kernel was compiled.
 """
 
 import ctypes
@@ -10,9 +11,12 @@ import importlib.util
 import logging
 
 import jax
+from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC = TARGETS = ("fused_rec_neighbor_sum", "fused_rec_best", "fused_rec_auc")
+NEIGHBOR_SUM, BEST, AUC, IN_PLACE, ROWS_OF = TARGETS = tuple(
+    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "in_place", "rows_of")
+)
 LOG = logging.getLogger(__name__)
 
 
@@ -33,3 +37,14 @@ def usable() -> bool:
         LOG.warning(f"{message} --no-build-isolation builds them anew: %s", jax.__version__, error)
         return False
     return True
+
+
+def in_place(x: Array) -> Array:
+    """Returns x, in its memory, so that what reads the result is not computed from what x was made of.
+
+    XLA on a CPU would compute the new moments of an optimizer twice, once to store them and once in the update of the
+    parameters, and copy the old ones for that. No derivative.
+    """
+    if not usable():
+        return x
+    return jax.ffi.ffi_call(IN_PLACE, jax.ShapeDtypeStruct(x.shape, x.dtype), input_output_aliases={0: 0})(x)

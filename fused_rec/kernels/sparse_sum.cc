@@ -22,7 +22,6 @@ constexpr int64_t kPartsOfAThread = 8;  // so that one who starts late, or has t
 struct Edges {
   const int32_t* start;   // of each row, and the end of the last
   const int32_t* from;    // rows of x
-  const int32_t* order;   // where the weights of the edges stand; null: in the same order
   const float* weight;
 };
 
@@ -49,7 +48,7 @@ FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int6
           __builtin_prefetch(next + byte);
         }
       }
-      const float weight = edges.weight[edges.order ? edges.order[e] : e];
+      const float weight = edges.weight[e];
       const X* row = x + edges.from[e] * width + c;
       for (int64_t i = 0; i < kWidth; ++i) sum[i] += weight * widened(row[i]);
     }
@@ -91,8 +90,7 @@ void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t wi
 }
 
 ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
-                        ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x,
-                        ffi::ResultBuffer<ffi::F32> y) {
+                        ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> y) {
   const auto shape = y->dimensions(), of_x = x.dimensions();
   if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1]) {
     return ffi::Error::InvalidArgument("x and y must be matrices of one width");
@@ -103,8 +101,7 @@ ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::
   if (from.element_count() != weight.element_count()) {
     return ffi::Error::InvalidArgument("there must be one weight for each edge");
   }
-  const int32_t* by = order.element_count() ? order.typed_data() : nullptr;
-  const Edges edges{start.typed_data(), from.typed_data(), by, weight.typed_data()};
+  const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data()};
   switch (x.element_type()) {
     case ffi::F32:
       sum(pool, edges, x.typed_data<float>(), shape[0], shape[1], y->typed_data());
@@ -122,7 +119,6 @@ ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -41,7 +41,6 @@ Parts, and where they are:
 on sampled subgraphs, and calls sparse kernels.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -387,8 +386,8 @@ def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray |
     )
     return graph.with_adjacencies(
         {
-            INTERACTED_BY: dataclasses.replace(interacted_by, weight=interacted_by.weight * kept_by_item),
-            INTERACTS: dataclasses.replace(interacts, weight=interacts.weight * kept_by_user),
+            INTERACTED_BY: interacted_by.with_weight(interacted_by.weight * kept_by_item),
+            INTERACTS: interacts.with_weight(interacts.weight * kept_by_user),
         }
     )
 

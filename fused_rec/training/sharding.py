@@ -199,7 +199,8 @@ def _shard_adjacency(adjacency: Adjacency, devices: int | None, capacity: int | 
     """This process's part of an adjacency, [devices, ...] each."""
     parts = shard_adjacency(adjacency, len(select_devices(devices)), capacity)
     own = [parts[place] for place in local_indices(devices)]
-    return jax.tree.map(lambda *of_devices: np.stack(of_devices), *own)
+    # One device reads the arrays in place.
+    return jax.tree.map(lambda *of_devices: of_devices[0][None] if len(own) == 1 else np.stack(of_devices), *own)
 
 
 def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
@@ -217,7 +218,7 @@ def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
     def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
         return np.asarray(leaf) if axis is None else shard_rows(np.asarray(leaf), devices)
 
-    return device_put(map_with_axes(part, axes, state), axes, devices)
+    return device_put(map_with_axes(part, axes, state), axes, devices, own=True)
 
 
 def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
+from fused_rec import kernels
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
@@ -47,6 +48,7 @@ LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it 
 BRANCHES = ("main", "words")
 ALIGNMENT_TEMPERATURE = 0.2  # of RLMRec-Con (Ren et al., WWW 2024, arXiv 2310.15950) on Amazon and Yelp
 RECONSTRUCTION_TEMPERATURE = 0.5  # of RLMRec-Gen, by the same authors, on Amazon and Steam
+LARGE_LEAF = 2**20  # numbers of a parameter whose moments are not copied
 CONTRAST_TEMPERATURE = 0.15  # tau of XSimGCL (Yu et al., 2023, arXiv 2209.02544), as its authors set it
 
 
@@ -109,7 +111,26 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def matrices(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    return optax.adamw(config.learning_rate, weight_decay=config.weight_decay, mask=matrices)
+    decay, rate = optax.add_decayed_weights(config.weight_decay, matrices), config.learning_rate
+    return optax.chain(_scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
+
+
+def _scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """As `optax.scale_by_adam`, without a copy of large moments on a CPU (`fused_rec.kernels.in_place`)."""
+
+    def stored(moment: Array) -> Array:
+        return kernels.in_place(moment) if moment.size >= LARGE_LEAF else moment
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        mu = jax.tree.map(stored, optax.tree.update_moment(updates, state.mu, b1, 1))
+        nu = jax.tree.map(stored, optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2))
+        count = optax.safe_increment(state.count)
+        hats = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *hats)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def init(config: Config, graph_inputs: GraphInputs) -> TrainState:

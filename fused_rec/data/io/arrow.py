@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int32
 pc: Any = pyarrow.compute  # its functions are generated at import, so type checkers do not see them
 
 ID = pa.dictionary(pa.int32(), pa.string())
+BLOCK = 2**22  # rows looked up at a time
 
 
 def known(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -86,16 +87,16 @@ def as_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     if pa.types.is_dictionary(column.type):
-        encoded = column.unify_dictionaries().combine_chunks()
+        encoded = one_chunk(column.unify_dictionaries())
     else:
-        encoded = pc.dictionary_encode(column).combine_chunks()
+        encoded = one_chunk(pc.dictionary_encode(column))
     strings = encoded.dictionary.cast(pa.string())
     return pa.chunked_array([pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), strings)])
 
 
 def trimmed(ids: pa.ChunkedArray) -> tuple[pa.ChunkedArray, Bool[np.ndarray, "R"]]:
     """Strips ids (type `ID`), and returns which had blanks around them; blank ids stay unchanged."""
-    encoded = ids.combine_chunks()
+    encoded = one_chunk(ids)
     bare = pc.utf8_trim_whitespace(encoded.dictionary)
     padded = pc.and_(pc.not_equal(bare, encoded.dictionary), pc.not_equal(bare, ""))
     if not pc.any(padded).as_py():
@@ -120,9 +121,35 @@ def locate(ids: pa.ChunkedArray, catalogue: pa.ChunkedArray) -> Int32[np.ndarray
     Returns:
       Row of each id in the catalogue; -1 for unknown ids and null.
     """
-    encoded = ids.combine_chunks()
+    encoded = one_chunk(ids)
     rows = pc.fill_null(pc.index_in(encoded.dictionary, value_set=catalogue.combine_chunks()), -1).to_numpy()
-    return np.append(rows, np.int32(-1))[pc.fill_null(encoded.indices, -1).to_numpy()]
+    if not encoded.null_count and np.array_equal(rows, np.arange(len(rows))):
+        return encoded.indices.to_numpy()  # the catalogue is of these rows: the same memory
+    return by_code(encoded, rows, np.int32(-1))
+
+
+def one_chunk(column: pa.ChunkedArray) -> Any:
+    """Returns the column as one array, without a copy where it has one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def by_code(encoded: pa.DictionaryArray, values: np.ndarray, absent: np.generic) -> np.ndarray:
+    """Looks up the value of each row's dictionary entry.
+
+    Args:
+      encoded: R rows.
+      values: one for each entry of the dictionary.
+      absent: the value of null.
+
+    Returns:
+      R values, of the type of `values`.
+    """
+    entries = np.append(values, absent).astype(values.dtype)
+    codes = pc.fill_null(encoded.indices, len(values)).to_numpy()
+    found = np.empty(len(codes), values.dtype)
+    for start in range(0, len(codes), BLOCK):  # NumPy takes indices of 64 bits, and converts all others
+        found[start : start + BLOCK] = entries[codes[start : start + BLOCK]]
+    return found
 
 
 def read_texts(

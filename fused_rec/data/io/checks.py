@@ -13,7 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool
 
 from fused_rec.data.dataset import Problem
-from fused_rec.data.io.arrow import as_ids, flags, is_blank, pc, read_texts, replace, trimmed
+from fused_rec.data.io.arrow import as_ids, by_code, flags, is_blank, one_chunk, pc, read_texts, replace, trimmed
 from fused_rec.data.io.plain import is_plain, is_single
 from fused_rec.data.io.times import REMEDY, read_times
 
@@ -110,19 +110,25 @@ def check_ids(table: pa.Table, report: Report, *names: str) -> pa.Table:
     """
     reserved = ROW in table.column_names
     table = table.drop_columns([ROW] if reserved else [])
-    table = table.append_column(ROW, pa.array(np.arange(2, len(table) + 2)))
+    table = table.append_column(ROW, pa.array(np.arange(2, len(table) + 2, dtype=np.uint32)))
     found = f"a column is called {ROW!r}, a name that is reserved"
     report.add("reserved name", table, np.full(len(table), reserved), lambda r: found, "give it another name")
     table = _readable(table, report, names)
     keep = np.ones(len(table), bool)
     for name in names:
         ids = _ids(table, name, report)
-        empty = flags(pc.is_null(ids)) | is_blank(ids.cast(pa.string()))
+        empty = _are_empty(ids)
         if _is_id(table[name].type) or table[name].null_count == len(table):
             report.add("empty id", table, empty, lambda r, n=name: f"{n} is empty", "give it an id or remove the row")
         table = replace(table, name, ids)
         keep &= ~empty
     return table if keep.all() else table.filter(pa.array(keep))
+
+
+def _are_empty(ids: pa.ChunkedArray) -> Bool[np.ndarray, "R"]:
+    """Returns which ids (type `ID`) are null or blank, by the dictionary: a table has fewer ids than rows."""
+    encoded = one_chunk(ids)
+    return by_code(encoded, is_blank(encoded.dictionary), np.True_)
 
 
 def _readable(table: pa.Table, report: Report, names: tuple[str, ...]) -> pa.Table:
@@ -328,6 +334,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_id(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     whole = pa.types.is_decimal(kind) and kind.scale == 0  # integer ids of databases without an integer type
     return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind) or whole
 

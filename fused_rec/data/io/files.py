@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from fused_rec.data.dataset import DataError, Problem
-from fused_rec.data.io.arrow import ID, flags, pc
+from fused_rec.data.io.arrow import ID, flags, one_chunk, pc
 from fused_rec.data.io.checks import EXAMPLES
 from fused_rec.data.io.dialect import UTF8, Dialect, find_dialect, open_bytes, open_text
 from fused_rec.data.io.folder import Part, name_in
@@ -76,13 +76,40 @@ def read_parquet(file: Path) -> pa.Table:
             rows = parquet.metadata.num_rows
             if rows > max(ROWS, ROWS_A_BYTE * file.stat().st_size):
                 raise OSError(f"it claims {rows:,} rows in {file.stat().st_size:,} bytes")
-            table = parquet.read()
-        table.validate(full=True)  # Parquet does not promise that its text is UTF-8
-        return plain_table(periods_as_times(table))
+            return _read_columns(parquet)
     except pa.ArrowNotImplementedError as error:
         raise DataError([_fault(file, error, "write that column with another type")]) from error
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DataError([_fault(file, error, "write it again; it is cut short, corrupt or no Parquet file")]) from error
+
+
+def _read_columns(parquet: Any) -> pa.Table:
+    """Reads all columns of an open Parquet file; those of ids one after the other, as dictionaries.
+
+    The values of ids, of which there are many in a table, are thus in memory one column at a time.
+    """
+    names = parquet.schema_arrow.names
+    ids = [name for name in names if name in _CODED and name.endswith("_id")]
+    if not ids or len(set(names)) < len(names) or any("." in name for name in names):
+        return _plain(parquet.read())
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in ids:
+        column = _plain(parquet.read([name]))[name]
+        if pa.types.is_integer(column.type) or pa.types.is_string(column.type):
+            column = pa.chunked_array([one_chunk(pc.dictionary_encode(column))])
+        columns[name] = column
+        del column
+        pa.default_memory_pool().release_unused()
+    if rest := [name for name in names if name not in ids]:
+        others = _plain(parquet.read(rest))
+        columns |= {name: others[name] for name in rest}
+    return pa.table({name: columns[name] for name in names})
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Validates a table as read and converts its columns to plain types where possible."""
+    table.validate(full=True)  # Parquet does not promise that its text is UTF-8
+    return plain_table(periods_as_times(table))
 
 
 def read_delimited(

@@ -92,11 +92,14 @@ def assemble(
     users = _with_unknown(users, "user_id", files["users"], events, report["interactions"])
     items = _with_unknown(items, "item_id", files["items"], events, report["interactions"])
     user, item = locate(events["user_id"], users["user_id"]), locate(events["item_id"], items["item_id"])
-    kept = _is_interaction(events, report["interactions"], min_value)
-    interactions = _pairs(events.filter(pa.array(kept)), user[kept], item[kept], report["interactions"])
-    inactive = users.num_rows - len(np.unique(user[kept]))
-    report["users"].note("users without an interaction, kept as new users", inactive)
     reviews = _pair_texts(events, user, item)
+    kept = _is_interaction(events, report["interactions"], min_value)
+    if not kept.all():
+        events, user, item = events.filter(pa.array(kept)), user[kept], item[kept]
+    interactions = _pairs(events, user, item, report["interactions"])
+    active = np.zeros(users.num_rows, bool)
+    active[user] = True
+    report["users"].note("users without an interaction, kept as new users", int((~active).sum()))
     if tables.reviews is not None:
         reviews = pa.concat_tables(
             [reviews, _reviews(tables.reviews, users, items, report["reviews"])], promote_options="default"
@@ -105,7 +108,7 @@ def assemble(
 
     refused = [*log.problems, *_refused(findings, files, repair, auto_repair, bool(log.problems))]
     if not refused and not len(interactions):
-        fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(events) else "")
+        fault = "there is no usable interaction" + (f" of a value of {min_value} or more" if len(kept) else "")
         refused.append(Problem(files["interactions"], None, fault, "give at least one row"))
     if refused:
         raise DataError(refused)
@@ -232,8 +235,11 @@ def _with_unknown(catalogue: pa.Table, name: str, file: str, events: pa.Table, r
 
 def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"], report: Report) -> pa.Table:
     """Builds `Dataset.interactions`: the earliest row of each pair, in the order of the file."""
-    keys = user.astype(np.int64) << 32 | item
-    repeated = _repeated(keys, _times(events))
+    if _are_distinct(user, item):
+        repeated = np.zeros(len(user), bool)
+    else:
+        keys = user.astype(np.int64) << 32 | item
+        repeated = _repeated(keys, _times(events))
 
     def message(r: int) -> str:
         kept = int(np.flatnonzero((keys == keys[r]) & ~repeated)[0])
@@ -245,12 +251,24 @@ def _pairs(events: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarra
     kept = {name: events[name] for name in ("timestamp", "value", "split") if name in events.column_names}
     if "value" in kept:
         kept["value"] = kept["value"].cast(pa.float32(), safe=False)
-    return pa.table({"user": user, "item": item, **kept}).filter(pa.array(~repeated))
+    pairs = pa.table({"user": user, "item": item, **kept})
+    return pairs.filter(pa.array(~repeated)) if repeated.any() else pairs
+
+
+def _are_distinct(user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"]) -> bool:
+    """Returns whether no pair occurs twice: a sort in place, without the order that `_repeated` needs."""
+    keys = user.astype(np.int64)
+    keys <<= 32
+    keys |= item
+    keys.sort()
+    return not (keys[1:] == keys[:-1]).any()
 
 
 def _pair_texts(rows: pa.Table, user: Int32[np.ndarray, "R"], item: Int32[np.ndarray, "R"]) -> pa.Table:
     """Builds `Dataset.reviews` from the rows that have a text."""
-    text = rows["text"] if "text" in rows.column_names else pa.nulls(len(rows), pa.string())
+    if "text" not in rows.column_names:
+        rows, user, item = rows.slice(0, 0), user[:0], item[:0]
+    text = rows["text"] if "text" in rows.column_names else pa.array([], pa.string())
     times = {"timestamp": rows["timestamp"]} if "timestamp" in rows.column_names else {}
     return pa.table({"user": user, "item": item, "text": text, **times}).filter(pc.is_valid(text))
 

@@ -1,0 +1,214 @@
+"""LightGCN over a whole generated graph of up to 1e8 pairs: memory by arithmetic and as measured, and seconds.
+
+    python tests/stress/size.py --pairs=1e5,1e6,1e7 [--steps=3] [--dim=64] [--num_layers=3]
+
+About 50 pairs a user and 500 an item, items by a power law. Each size is a process of its own: it generates the pairs,
+builds the graph, takes steps of 2,048 users with one positive and one negative item, embeds all nodes, measures
+recall of one held-out item of 2,000 users, and ranks 10 items for as many. The memory is the highest of the process to
+its last step; the expected one is what it has after its imports and a step on a tiny graph, and the arithmetic of
+docs/SCALE.md.
+"""
+
+import argparse
+import dataclasses
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+USERS_A_PAIR, ITEMS_A_PAIR, POWER = 1 / 50, 1 / 500, 2.2
+BLOCK = 2**17  # users whose pairs are drawn at a time
+SAMPLE = 2_000  # users with a held-out item
+MIB = 2**20
+
+
+def expected(pairs: int, nodes: int, dim: int, num_layers: int) -> int:
+    """Bytes of a run: the arithmetic of docs/SCALE.md.
+
+    A pair: two int32 as given; in each direction a sender, a weight and a place in the order by sender. A node: its
+    embedding and two moments, and in a step its embedding of each layer.
+    """
+    return pairs * (8 + 2 * 12) + nodes * dim * 4 * (3 + num_layers + 1)
+
+
+def main() -> None:
+    """Prints one row a size."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--pairs", default="1e5,1e6,1e7")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--num_layers", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="measure in this process")
+    arguments = parser.parse_args()
+    if arguments.alone:
+        measure(arguments, int(float(arguments.pairs)))
+        return
+    print(
+        "      pairs    users   items  expected MiB  measured MiB  load s  step s  ns/pair  embed s  rank users/s",
+        flush=True,
+    )
+    for pairs in arguments.pairs.split(","):
+        given = (f"--{name}={getattr(arguments, name)}" for name in ("steps", "dim", "num_layers"))
+        subprocess.run([sys.executable, __file__, *given, f"--pairs={pairs}", "--alone"], check=True, cwd=ROOT)
+
+
+def generate(pairs: int):
+    """Distinct pairs ascending by (user, item), int32 each, and the numbers of users and items."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    n_users, n_items = int(pairs * USERS_A_PAIR), int(pairs * ITEMS_A_PAIR)
+    users, items = [], []
+    for first in range(0, n_users, BLOCK):
+        count = min(BLOCK, n_users - first)
+        user = np.repeat(np.arange(count), int(1 / USERS_A_PAIR))
+        item = (n_items * rng.random(len(user)) ** POWER).astype(np.int64)
+        user, item = np.divmod(np.unique(user * n_items + item), n_items)
+        users.append((user + first).astype(np.int32))
+        items.append(item.astype(np.int32))
+    return np.concatenate(users), np.concatenate(items), n_users, n_items
+
+
+def inputs(user, item, n_users: int, n_items: int):
+    """Graph inputs on the host; the pairs are theirs to keep or not."""
+    import numpy as np
+
+    from fused_rec.graph.build import bidirectional_edges
+    from fused_rec.graph.device_graph import device_graph
+    from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
+    from fused_rec.training.train_step import GraphInputs
+
+    counts = {USER: n_users, ITEM: n_items}
+    relations = bidirectional_edges(INTERACTS, INTERACTED_BY, user, item, counts)
+    graph = hetero_graph(counts, relations, np.zeros((n_users + n_items, NO_TEXT_DIM), np.float32))
+    del relations
+    held = np.bincount(item, minlength=n_items)
+    return GraphInputs(device_graph(graph), held > 0, held.astype(np.float32))
+
+
+def batches(user, item, n_users: int, n_items: int, count: int):
+    """Batches of 2,048 users with one positive; a negative is held by its user once in a thousand draws or less."""
+    import numpy as np
+
+    from fused_rec.data.batches import Batch
+
+    rng, start = np.random.default_rng(1), np.searchsorted(user, np.arange(n_users + 1))
+    active, found = np.flatnonzero(np.diff(start)), []
+    for _ in range(count):
+        users = rng.choice(active, 2048).astype(np.int32)
+        place = start[users] + (rng.random(2048) * np.diff(start)[users]).astype(np.int64)
+        negative = rng.integers(0, n_items, 2048).astype(np.int32)
+        found.append(Batch(users, item[place][:, None], np.ones((2048, 1), np.float32), negative[:, None]))
+    return found
+
+
+def train(config, user, item, sizes, steps: int):
+    """Takes steps; returns the state and inputs on the device, seconds of loading, and of each step but the first."""
+    import jax
+
+    from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
+    from fused_rec.training.train_step import init
+
+    began = time.perf_counter()
+    given = inputs(user, item, *sizes)
+    state, given = shard_state(init(config, given)), shard_graph_inputs(given)
+    load, step, seconds = time.perf_counter() - began, parallel_train_step(config), []
+    for users in batches(user, item, *sizes, steps + 1):
+        began = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, given, users))
+        seconds.append(time.perf_counter() - began)
+    print(f"loss {float(metrics['loss']):.6f}", file=sys.stderr)
+    return state, given, load, seconds[1:]
+
+
+def ranked(vectors, user, item, held_out, n_items: int) -> float:
+    """Users per second of ranking and of metrics; prints the recall of the held-out items."""
+    import jax
+    import numpy as np
+
+    from fused_rec.evaluation.item_sets import item_sets
+    from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank
+
+    rows, items = held_out
+    counts = np.searchsorted(user, rows), np.searchsorted(user, rows, "right")
+    seen = np.concatenate([np.arange(*ends) for ends in zip(*counts, strict=True)])
+    names = np.repeat(np.arange(len(rows)), counts[1] - counts[0])
+    spec = RankingSpec(item_sets(names, item[seen], len(rows)), n_items)
+    scorer = jax.tree_util.Partial(_dot, vectors[0][rows], vectors[1])
+    for _ in range(2):  # the first compiles
+        began = time.perf_counter()
+        rank(scorer, np.arange(len(rows)), spec, 10)
+        seconds = time.perf_counter() - began
+    truth = item_sets(np.arange(len(rows)), items, len(rows))
+    found = mean(evaluate(scorer, spec, truth, item_counts=np.bincount(item[seen], minlength=n_items), ks=(20,)))
+    print(f"recall@20 of {len(rows):,} users {found['recall@20']:.4f}", file=sys.stderr)
+    return len(rows) / seconds
+
+
+def _dot(users, items, batch):
+    return users[batch] @ items.T
+
+
+def hold_out(user, item, n_users: int):
+    """Splits off one pair of each of `SAMPLE` users; returns the others, and those users and their items."""
+    import numpy as np
+
+    start = np.searchsorted(user, np.arange(n_users + 1))
+    rows = np.flatnonzero(np.diff(start) > 1)
+    rows = rows[:: max(len(rows) // SAMPLE, 1)][:SAMPLE]
+    places = start[rows] + np.diff(start)[rows] // 2
+    taken = rows, item[places]
+    return np.delete(user, places), np.delete(item, places), taken
+
+
+def memory(name: str) -> float:
+    """VmRSS or VmHWM of this process, MiB."""
+    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[0]) / 1024
+
+
+def measure(arguments: argparse.Namespace, pairs: int) -> None:
+    """One row, of this process."""
+    sys.path.insert(0, str(ROOT))
+    from fused_rec.distributed.devices import keep_memory
+
+    keep_memory()
+    from fused_rec.config import Config
+    from fused_rec.studies.variants import variant
+    from fused_rec.training.sharding import parallel_embed_nodes
+
+    config = variant(Config(), "lightgcn")
+    model = dataclasses.replace(config.model, dim=arguments.dim, num_layers=arguments.num_layers)
+    config = dataclasses.replace(config, model=model)
+    tiny = generate(10_000)
+    train(config, *tiny[:2], tiny[2:], 1)
+    before = memory("VmHWM")
+    user, item, *sizes = generate(pairs)
+    user, item, held_out = hold_out(user, item, sizes[0])
+    state, given, load, seconds = train(config, user, item, sizes, arguments.steps)
+    peak, step = memory("VmHWM"), statistics.median(seconds)
+    params = state.params
+    del state
+    began = time.perf_counter()
+    vectors = tuple(map(_on_host, parallel_embed_nodes(config)(params, given)))
+    embed = time.perf_counter() - began
+    rate = ranked(vectors, user, item, held_out, sizes[1])
+    law = before + expected(len(user), sum(sizes), arguments.dim, arguments.num_layers) / MIB
+    print(
+        f"{len(user):11,} {sizes[0]:8,} {sizes[1]:7,} {law:13,.0f} {peak:13,.0f} {load:7.1f} {step:7.3f} "
+        f"{1e9 * step / len(user):8.0f} {embed:8.2f} {rate:10,.0f}",
+        flush=True,
+    )
+
+
+def _on_host(x):
+    import numpy as np
+
+    return np.asarray(x)
+
+
+if __name__ == "__main__":
+    main()
