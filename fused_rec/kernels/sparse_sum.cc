@@ -1,4 +1,4 @@
-// y[v] = sum over the edges e of row v of weight[e] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
+// y[v] = sum over the edges e of row v of weight[e] * scale[from[e]] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
 //
 // The time goes into fetching the rows of x, which lie anywhere: they are asked for some edges ahead, and the sum stays
 // in registers until its row is done. Each row is summed by one thread in the order of its edges, so the result does
@@ -24,6 +24,7 @@ struct Edges {
   const int32_t* from;    // rows of x
   const int32_t* order;   // where the weights of the edges stand; null: in the same order
   const float* weight;
+  const float* scale;     // of the rows of x; null: 1
 };
 
 inline float widened(float x) { return x; }
@@ -49,7 +50,8 @@ FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int6
           __builtin_prefetch(next + byte);
         }
       }
-      const float weight = edges.weight[edges.order ? edges.order[e] : e];
+      const float own = edges.weight[edges.order ? edges.order[e] : e];
+      const float weight = edges.scale ? own * edges.scale[edges.from[e]] : own;
       const X* row = x + edges.from[e] * width + c;
       for (int64_t i = 0; i < kWidth; ++i) sum[i] += weight * widened(row[i]);
     }
@@ -91,8 +93,8 @@ void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t wi
 }
 
 ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
-                        ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x,
-                        ffi::ResultBuffer<ffi::F32> y) {
+                        ffi::Buffer<ffi::S32> order, ffi::Buffer<ffi::F32> weight,
+                        ffi::Buffer<ffi::F32> scale, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> y) {
   const auto shape = y->dimensions(), of_x = x.dimensions();
   if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1]) {
     return ffi::Error::InvalidArgument("x and y must be matrices of one width");
@@ -103,8 +105,12 @@ ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::
   if (from.element_count() != weight.element_count()) {
     return ffi::Error::InvalidArgument("there must be one weight for each edge");
   }
+  if (scale.element_count() && static_cast<int64_t>(scale.element_count()) != of_x[0]) {
+    return ffi::Error::InvalidArgument("there must be one factor for each row of x");
+  }
+  const float* factors = scale.element_count() ? scale.typed_data() : nullptr;
   const int32_t* by = order.element_count() ? order.typed_data() : nullptr;
-  const Edges edges{start.typed_data(), from.typed_data(), by, weight.typed_data()};
+  const Edges edges{start.typed_data(), from.typed_data(), by, weight.typed_data(), factors};
   switch (x.element_type()) {
     case ffi::F32:
       sum(pool, edges, x.typed_data<float>(), shape[0], shape[1], y->typed_data());
@@ -125,6 +131,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

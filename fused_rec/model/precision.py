@@ -29,7 +29,26 @@ def _forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     a, b = residuals
     g = g.astype(a.dtype)
-    return matmul_f32(g, b.T).astype(a.dtype), matmul_f32(a.T, g).astype(b.dtype)
+    return matmul_f32(g, b.T).astype(a.dtype), product_over_rows(a, g).astype(b.dtype)
+
+
+def product_over_rows(a: Float[Array, "n m"], b: Float[Array, "n k"]) -> Float32[Array, "m k"]:
+    """Multiplies the transpose of a matrix by another one of few columns, a.T @ b, with float32 sums.
+
+    On a CPU, XLA multiplies such matrices at half of its speed or less. There the narrow one is transposed beforehand:
+    (b.T @ a).T.
+
+    Args:
+      a: [n, m].
+      b: [n, k], of the type of `a`.
+
+    Returns:
+      float32 [m, k].
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.matmul(a.T, b, preferred_element_type=jnp.float32)
+    narrow = jax.lax.optimization_barrier(b.T)
+    return jnp.matmul(narrow, a, preferred_element_type=jnp.float32).T
 
 
 matmul_f32.defvjp(_forward, _backward)
