@@ -10,7 +10,7 @@ from setuptools import Extension, find_packages, setup
 # has, half as fast, takes their place.
 KERNELS = Extension(
     "fused_rec.kernels._compiled",
-    sources=["fused_rec/kernels/sparse_sum.cc", "fused_rec/kernels/ranking.cc"],
+    sources=[f"fused_rec/kernels/{name}.cc" for name in ("sparse_sum", "ranking", "attention")],
     depends=["fused_rec/kernels/parts.h"],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
     extra_compile_args=["-std=c++17", "-O3", "-w"],  # -w: the headers warn

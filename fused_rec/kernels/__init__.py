@@ -1,6 +1,7 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`. Each caller has a
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`, and
+`fused_rec.text.encoders.packed` calls `attention.cc`. Each caller has a
 plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 
@@ -12,7 +13,10 @@ import logging
 import jax
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC = TARGETS = ("fused_rec_neighbor_sum", "fused_rec_best", "fused_rec_auc")
+NEIGHBOR_SUM, BEST, AUC, ATTENTION = TARGETS = (
+    *("fused_rec_neighbor_sum", "fused_rec_best", "fused_rec_auc"),
+    "fused_rec_attention",
+)
 LOG = logging.getLogger(__name__)
 
 

@@ -2,7 +2,8 @@
 
 A shard is a safetensors file with `keys` (uint8 [T, 32]), `vectors` (float32 [T, D]) and a checksum over both. It is
 written under a temporary name, flushed and renamed, so readers see complete shards only, any number of processes may
-write to one folder, and a kill loses only vectors not yet written. Two shards may have the same key.
+write to one folder, and a kill loses only vectors not yet written. Two shards may have the same key. One process at a
+time encodes for a folder (`lease`).
 
 Vectors reveal much of their texts, which may be personal data. All shards are therefore below `text_vectors` in the
 cache, in folders with mode 0700 and files with mode 0600, and `purge` deletes all of them.
@@ -15,6 +16,7 @@ import os
 import re
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,18 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float32, UInt8
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 KEY_BYTES = 32
 DAMAGED = ".damaged"
+LEASE = "lease.lock"  # locked by the process that encodes for a folder
 TOP = "text_vectors"
 SHARD_BYTES = 1 << 31  # larger files are not from here: `encode_texts` writes some 65,536 vectors per shard
 _FOLDER = re.compile("[0-9a-f]{32}")  # of one model and its settings
-_FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
+_FILE = re.compile(rf"[0-9a-f]{{32}}\.(safetensors|damaged|tmp)|{re.escape(LEASE)}")
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +122,33 @@ def _make(folder: Path) -> None:
             f"text vectors cannot be kept: {folder} cannot be made or closed to others ({error}); set text.cache to "
             "another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[bool]:
+    """Waits until no other process of this machine encodes for a folder, and keeps others waiting meanwhile.
+
+    Commands that start together thus encode a text once. The system ends the lease with the process, however that ends.
+    A file system without locks grants it at once.
+
+    Args:
+      folder: from `shard_folder`, opened by `open_shards`.
+
+    Yields:
+      Whether it waited: what is in the cache may have changed.
+    """
+    with open(folder / LEASE, "ab", opener=_private) as file:
+        waited = False
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for another process that encodes texts for %s", folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                waited = True
+            except OSError:
+                pass
+        yield waited
 
 
 def read_vectors(
