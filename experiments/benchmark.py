@@ -464,14 +464,14 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: TEXTS.value]]
             (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
             np.savez(folder / "arrays.npz")
-            job = job_of(
-                *(folder, "encode", folder / "arrays.npz"),
-                **{"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0},
-            )
+            files = {"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0}
             tokens = int(count_tokens(texts, tokenizer).sum())
-            title = f"MiniLM, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
-            measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", work=tokens, unit="tokens/s")
-            yield from all_rows(measured, "compile_s", "peak_mb")
+            for dtype in ("float32", "bfloat16"):
+                job = job_of(folder, "encode", folder / "arrays.npz", **files, compute_dtype=dtype)
+                title = f"MiniLM in {dtype}, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
+                rate = {"work": tokens, "unit": "tokens/s"}
+                measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", **rate)
+                yield from all_rows(measured, "compile_s", "peak_mb")
 
 
 def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:

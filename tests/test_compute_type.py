@@ -69,13 +69,13 @@ def test_a_run_tells_its_type(tmp_path, monkeypatch):
     expected = {"dtype": "bfloat16", "milliseconds": {"float32": 10.0, "bfloat16": 5.0}}
     assert results["compute"] == json.loads((tmp_path / compute_type.CHOICE).read_text()) == expected
     assert results["config"]["train"]["compute_dtype"] == "auto"
-    taken = []
-    monkeypatch.setattr(trainer, "Trainer", lambda config, *rest: taken.append(config.train.dtype) or _Stop())
-    dataset, data_split = read(config)
-    trainer.fit(config, prepare(config, dataset, data_split), tmp_path / "study")
-    assert taken == ["bfloat16"]
 
 
-class _Stop:
-    def train(self):
-        return None
+def test_a_training_of_a_study_chooses_too(tmp_path, monkeypatch):
+    measures(monkeypatch, 0.01, 0.005)
+    values = to_dict(Config(model=ModelConfig(variant="graph", dim=4)))
+    values["train"] |= {"compute_dtype": "auto", "max_steps": 1}
+    config = from_dict(values)
+    monkeypatch.setattr(trainer, "Trainer", lambda config, *rest: pytest.fail(config.train.dtype))
+    with pytest.raises(pytest.fail.Exception, match="bfloat16"):
+        trainer.fit(config, prepare(config, *read(config)), tmp_path)

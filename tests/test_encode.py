@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from fused_rec.text import encode as embed_module
-from fused_rec.text.cache import purge, read_vectors, write_vectors
+from fused_rec.text.cache import LEASE, purge, read_vectors, write_vectors
 from fused_rec.text.encode import count_tokens, encode_texts, token_ids
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
@@ -294,9 +294,11 @@ def test_only_the_owner_can_read_what_is_kept(tiny, tmp_path):
         os.umask(before)
     assert (tmp_path / "text_vectors").stat().st_mode & 0o777 == 0o700
     [folder] = (tmp_path / "text_vectors").iterdir()
-    [shard] = folder.iterdir()
-    assert folder.stat().st_mode & 0o777 == 0o700 and shard.stat().st_mode & 0o777 == 0o600
-    shard.unlink()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.name for file in folder.iterdir()} == {LEASE, *(shard.name for shard in shards(tmp_path))}
+    for file in folder.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.unlink()
     folder.chmod(0o777)
     encode_texts(["fund"], tiny, cache=tmp_path, progress=False)
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pretrained import TINY
 from tiny import quick_compilation  # noqa: F401
 
+from fused_rec import kernels
 from fused_rec.text import encode
 from fused_rec.text.encoders.bert import BertConfig
 from fused_rec.text.encoders.packed import packed_attention
 from fused_rec.text.encoders.registry import apply_encoder, apply_packed, encoder, packs
+from fused_rec.text.pretrained import open_model
 
 CONFIG = BertConfig(60, 64, 2, 2, 96, 40, 2, 1e-12, "gelu")
 LENGTHS = np.array([1, 17, 5, 33, 2, 0, 16])
-needs_kernel = pytest.mark.skipif(not packs(CONFIG), reason="no kernel was compiled, or there are several devices")
+needs_kernel = pytest.mark.skipif(not kernels.usable(), reason="no kernel was compiled")
 
 
 def params_of(config):
@@ -87,3 +90,29 @@ def test_a_few_texts_are_a_small_batch():
     assert (sorted(texts), tokens) == ([0, 1], 64)
     [(texts, tokens)] = encode._packed_batches(np.array([300], np.int32), 300)
     assert tokens == 300
+
+
+@needs_kernel
+def test_encoded_texts_do_not_depend_on_packing(monkeypatch):
+    tiny = open_model(TINY)
+    config = dataclasses.replace(tiny.config, hidden_size=64, num_attention_heads=2)
+    model = dataclasses.replace(tiny, config=config, params=jax.tree.map(np.asarray, params_of(config)))
+    texts = [" ".join(["rate", "fund", "of", "shares"][: 1 + place % 4] * (1 + place % 7)) for place in range(90)] + [
+        ""
+    ]
+    found = []
+    for packed in (True, False):
+        monkeypatch.setattr(encode, "packs", lambda config, packed=packed: packed)
+        found.append(encode.encode_texts(texts, model, cache=None, batch_tokens=128, progress=False))
+    np.testing.assert_allclose(*found, atol=3e-6)
+
+
+def test_what_is_packed(monkeypatch):
+    """Heads of known widths, no distances between tokens, one device."""
+    monkeypatch.setattr(kernels, "usable", lambda: True)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    assert packs(CONFIG)
+    assert not packs(dataclasses.replace(CONFIG, distance_buckets=32))
+    assert not packs(dataclasses.replace(CONFIG, num_attention_heads=4))
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    assert not packs(CONFIG)

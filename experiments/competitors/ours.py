@@ -170,7 +170,7 @@ def encode(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     from fused_rec.text.pretrained import open_model
 
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
-    model = open_model(job["model"])
+    model = open_model(job["model"], compute_dtype=job["compute_dtype"])
     return lambda number: encode_texts(texts, model, cache=None, progress=False)
 
 

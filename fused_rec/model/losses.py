@@ -75,7 +75,7 @@ def sampled_softmax(
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
     positive = positive + jnp.where(mask > 0, bias[items], 0)  # padding may point at an item with -inf
     valid = negatives >= 0
-    scores = matmul_f32(user, catalogue[negatives].T) / temperature + bias[negatives]
+    scores = matmul_f32(user, catalogue[negatives].T) / temperature + bias[negatives][None, :]
     scores = jnp.where(valid[None, :], scores, -jnp.inf)
     others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(jnp.isfinite(bias).sum() / valid.sum())
     return _over_users(jax.nn.softplus(others[:, None] - positive), mask)

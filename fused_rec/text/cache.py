@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,8 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float32, UInt8
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 KEY_BYTES = 32
 DAMAGED = ".damaged"
@@ -129,7 +128,7 @@ def lease(folder: Path) -> Iterator[bool]:
     """Waits until no other process of this machine encodes for a folder, and keeps others waiting meanwhile.
 
     Commands that start together thus encode a text once. The system ends the lease with the process, however that ends.
-    A file system without locks grants it at once.
+    A file system without locks, and Windows, grant it at once.
 
     Args:
       folder: from `shard_folder`, opened by `open_shards`.
@@ -139,14 +138,14 @@ def lease(folder: Path) -> Iterator[bool]:
     """
     with open(folder / LEASE, "ab", opener=_private) as file:
         waited = False
-        if fcntl is not None:
+        if sys.platform != "win32":
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.warning("waiting for another process that encodes texts for %s", folder)
                 fcntl.flock(file, fcntl.LOCK_EX)
                 waited = True
-            except OSError:
+            except OSError:  # this file system has no locks
                 pass
         yield waited
 
@@ -266,7 +265,7 @@ def purge(cache: str | Path) -> tuple[int, int]:
         Path(file).unlink(missing_ok=True)
     for folder in (*folders, top):
         Path(folder).rmdir()
-    return len(files), size
+    return sum(file.name != LEASE for file in files), size
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
