@@ -1,7 +1,7 @@
 """Full softmax cross-entropy over a catalogue, with its derivative, in blocks of users.
 
-The logits of all users and items are too many for a processor's cache, and automatic differentiation would read and
-write them some eight times. Here the derivative is computed with the loss, while the logits of a block are at hand:
+Automatic differentiation would read and write the logits some eight times, and keep them. Here the derivative is
+computed with the loss, while the logits of a block of users are at hand:
 
     loss = sum_u W_u logsumexp_i s_ui - sum_p w_up s_up,       s_ui = <x_u, y_i> / temperature + bias_i
     d loss / d s_ui = W_u softmax_i(s_u) - sum_p w_up [item of p = i],       W_u = sum_p w_up
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec.model.precision import product_over_rows
 
-# Logits in memory at a time: on a CPU as many as fit in its caches, elsewhere as many as leave room for the rest.
-CPU_LOGITS, LOGITS = 1 << 23, 1 << 28
+# Logits in memory at a time: on a CPU 64 MB of them, of which blocks of half or a quarter are no faster.
+CPU_LOGITS, LOGITS = 1 << 24, 1 << 28
 
 
 class Targets(NamedTuple):

@@ -35,9 +35,9 @@ def _backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 def product_over_rows(a: Float[Array, "n m"], b: Float[Array, "n k"]) -> Float32[Array, "m k"]:
     """Multiplies the transpose of a matrix by another one of few columns, a.T @ b, with float32 sums.
 
-    On a CPU, XLA multiplies such matrices at half of its speed or less. There the narrow one is transposed beforehand,
-    (b.T @ a).T. The barriers keep XLA from undoing this, and from transposing while it computes b, which takes longer
-    than the product.
+    On a CPU, XLA multiplies such matrices at half of its speed or less. There the narrow one is transposed beforehand:
+    (b.T @ a).T. The barriers keep XLA from undoing this, and from transposing while it computes something else, which
+    takes longer than the product.
 
     Args:
       a: [n, m].
@@ -49,7 +49,7 @@ def product_over_rows(a: Float[Array, "n m"], b: Float[Array, "n k"]) -> Float32
     if jax.default_backend() != "cpu":
         return jnp.matmul(a.T, b, preferred_element_type=jnp.float32)
     apart = jax.lax.optimization_barrier
-    return apart(jnp.matmul(apart(apart(b).T), a, preferred_element_type=jnp.float32)).T
+    return apart(apart(jnp.matmul(apart(apart(b).T), a, preferred_element_type=jnp.float32)).T)
 
 
 matmul_f32.defvjp(_forward, _backward)
