@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from fused_rec.model.precision import product_over_rows
-
 # Logits in memory at a time: on a CPU 64 MB of them, of which blocks of half or a quarter are no faster.
 CPU_LOGITS, LOGITS = 1 << 24, 1 << 28
 
@@ -87,7 +85,7 @@ def _sums(temperature: float, user: Array, catalogue: Array, targets: Targets, s
         users = jnp.arange(len(x))[:, None]
         slope = slope.at[users, items].add(weight / -temperature).astype(catalogue.dtype)
         by_user = _product(slope, catalogue, (1, 0))
-        added = product_over_rows(slope, x)
+        added = _product(slope, x, (0, 0))
         return added if by_catalogue is None else by_catalogue + added, (loss, by_user)
 
     parts = user, targets.items, targets.weight
