@@ -190,7 +190,7 @@ class Branch(nn.Module):
 
     @nn.compact
     def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> Vectors:
-        text, gates = self.read_text(graph)
+        text, gates = self.text_terms(graph)
         ids = self.id_embeddings(graph, dropout)
         # The ID embedding of an item without interactions, or of a user without neighbors, is untrained noise.
         ids[ITEM] = ids[ITEM] * (item_degree(graph) > 0)[:, None]
@@ -251,7 +251,7 @@ class Branch(nn.Module):
                 ids[node_type] = rows
         return ids
 
-    def read_text(self, graph: DeviceGraph) -> tuple[dict[str, AnyArray], dict[str, Array]]:
+    def text_terms(self, graph: DeviceGraph) -> tuple[dict[str, AnyArray], dict[str, Array]]:
         """Computes all that depends on text embeddings: text inputs, and gates by one product for each node type.
 
         Args:
