@@ -79,8 +79,8 @@ def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     counts = dict(zip((USER, ITEM), map(int, arrays["shape"]), strict=True))
     config, rng = with_temperature(from_dict(get_config().to_dict()), 0.15), np.random.default_rng(0)
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
-    near = config.graph.text_knn
     for node_type, count in counts.items():
+        near = min(config.graph.text_knn, count - 1)
         order, offsets = rng.permutation(count), 1 + rng.choice(count - 1, near, replace=False)
         neighbors = order[(np.argsort(order)[:, None] + offsets) % count].ravel()
         edges = Edges(neighbors, np.repeat(np.arange(count), near), np.full(count * near, 1 / near, np.float32))
