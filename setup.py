@@ -6,11 +6,11 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, find_packages, setup
 
-# The sparse sum, ranking and what saves memory on CPUs. Without a C++ compiler the installation goes through all the same, and what JAX
-# has, half as fast, takes their place.
+# The sparse sum, ranking and what saves memory on CPUs. Without a C++ compiler the installation goes through all the
+# same, and what JAX has, half as fast, takes their place.
 KERNELS = Extension(
     "fused_rec.kernels._compiled",
-    sources=[f"fused_rec/kernels/{name}.cc" for name in ("sparse_sum", "ranking", "buffers")],
+    sources=[f"fused_rec/kernels/{name}.cc" for name in ("sparse_sum", "ranking", "attention", "buffers")],
     depends=["fused_rec/kernels/parts.h"],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
     extra_compile_args=["-std=c++17", "-O3", "-w"],  # -w: the headers warn

@@ -31,7 +31,7 @@ from fused_rec.storage import write_figure, write_file
 
 SUITES = ("train", "encode", "evaluate", "scale", "serve")
 DATA = {
-    "train": ["lastfm", "gowalla"],
+    "train": ["lastfm", "gowalla", "generated:7947x25975x1e5"],  # the last has the shape of CiteULike-t
     "evaluate": ["lastfm", "gowalla"],
     "encode": ["amazon", "stocknet"],
     "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
@@ -42,8 +42,8 @@ OUT = DEFINE_path("out", written_file_anywhere, "JSON file of the rows; a plot c
 NAMES = flags.DEFINE_list(
     "data",
     None,
-    "Datasets: lastfm, gowalla or generated:EDGES; of encode amazon or stocknet; of serve generated:ITEMS. None: those "
-    "of the suite.",
+    "Datasets: lastfm, gowalla, generated:EDGES or generated:USERSxITEMSxEDGES; of encode amazon or stocknet; of serve "
+    "generated:ITEMS. None: those of the suite.",
 )
 PEERS = DEFINE_path(
     "competitors", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on."
@@ -59,6 +59,7 @@ DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
 STEP = (
     f"{BATCH:,} pairs (ours: as many rows of one user, one positive, one negative), {ROUNDS} rounds, {DIM} dimensions"
 )
+FUSED = "512 users, all their positives, softmax over all items, two branches of 128 dimensions, 640 columns of text"
 RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
@@ -125,10 +126,10 @@ def read_pairs(name: str) -> Pairs:
       ValueError: the name is unknown.
     """
     if name.startswith("generated:"):
-        return generated(int(float(name.removeprefix("generated:"))))
+        return generated(*(int(float(part)) for part in name.removeprefix("generated:").split("x")))
     readers = {"lastfm": "lastfm_lightgcn", "gowalla": "lightgcn_text"}
     if name not in readers:
-        raise ValueError(f"--data names {name!r}; it must be one of {', '.join(readers)} or generated:EDGES")
+        raise ValueError(f"--data names {name!r}; it must be {', '.join(readers)} or generated:SIZES")
     from fused_rec.config import DataConfig
     from fused_rec.data.dataset import column
     from fused_rec.data.sources.registry import load
@@ -141,20 +142,21 @@ def read_pairs(name: str) -> Pairs:
     return Pairs(dataset.n_users, dataset.n_items, *train, user[held_out], item[held_out])
 
 
-def generated(edges: int) -> Pairs:
-    """Generates about `edges` distinct pairs with a fixed seed, on average 30 per user and 60 per item.
+def generated(*sizes: int) -> Pairs:
+    """Generates distinct pairs with a fixed seed, without other sizes on average 30 per user and 60 per item.
 
     Another pair in ten is held out. Items are sampled by a power of a uniform number, so that the most popular tenth
     has half of the pairs.
 
     Args:
-      edges: number of pairs.
+      *sizes: number of pairs, about; or users, items and pairs.
 
     Returns:
       The interactions.
     """
     rng = np.random.default_rng(0)
-    n_users, n_items = max(edges // 30, 8), max(edges // 60, 8)
+    *nodes, edges = sizes
+    n_users, n_items = nodes or (max(edges // 30, 8), max(edges // 60, 8))
     user = rng.integers(0, n_users, edges)
     item = (n_items * rng.random(edges) ** 3.3).astype(np.int64)
     user, item = np.divmod(np.unique(user * n_items + item), n_items)
@@ -397,7 +399,7 @@ def same_vectors(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 
 def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Measures LightGCN: step, compilation, memory, loading, import to first step, and an epoch."""
+    """Measures LightGCN: step, compilation, memory, loading, import to first step, and an epoch; and the fused step."""
     for name in names:
         with workplace() as folder:
             pairs = read_pairs(name)
@@ -406,6 +408,8 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             sides, job = (PYG, TORCH, RECBOLE), job_of(folder, "step", arrays)
             measured = compared(f"step, {name}", sides, job, same_loss, STEP)
             yield from all_rows(measured, "compile_s", "peak_mb", "load_s")
+            fused = compared(f"fused step, {name}", (), job_of(folder, "fused_step", arrays), same_loss, FUSED)
+            yield from all_rows(fused, "compile_s", "peak_mb", "load_s")
 
             once = {**job, "repeats": 1, "warmup": 0}
             warm = {CACHE: str(folder / "cache"), **EVERYTHING}
@@ -460,14 +464,14 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[: TEXTS.value]]
             (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
             np.savez(folder / "arrays.npz")
-            job = job_of(
-                *(folder, "encode", folder / "arrays.npz"),
-                **{"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0},
-            )
+            files = {"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0}
             tokens = int(count_tokens(texts, tokenizer).sum())
-            title = f"MiniLM, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
-            measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", work=tokens, unit="tokens/s")
-            yield from all_rows(measured, "compile_s", "peak_mb")
+            for dtype in ("float32", "bfloat16"):
+                job = job_of(folder, "encode", folder / "arrays.npz", **files, compute_dtype=dtype)
+                title = f"MiniLM in {dtype}, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
+                rate = {"work": tokens, "unit": "tokens/s"}
+                measured = compared(title, (SENTENCES,), job, same_vectors, "all texts once", **rate)
+                yield from all_rows(measured, "compile_s", "peak_mb")
 
 
 def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:

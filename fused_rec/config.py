@@ -35,6 +35,7 @@ TextPropagation = Literal["to_users", "both_ways"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TEMPERATURES = (0.15, 0.3)  # tried where train.temperature is 0
 ComputeDtype = Literal["float32", "bfloat16"]
+TrainCompute = Literal["float32", "bfloat16", "auto"]
 TextFeatureSource = Literal["real", "shuffled", "random"]
 Finetuning = Literal["frozen", "lora", "full"]
 SocialEdges = Literal["observed", "rewired", "none"]
@@ -148,6 +149,8 @@ class TextConfig:
     max_tokens: int = 0  # truncate texts to this many tokens; 0 = the model's limit
     # padded tokens per encoder call and device; larger is slower on a CPU and faster on an accelerator
     batch_tokens: int = 2048
+    # type of the language model's matrix products; bfloat16 is faster on processors that multiply it natively
+    compute_dtype: ComputeDtype = "float32"
     offline: bool = True  # use local model files only; False allows a download from the Hugging Face Hub
     tfidf_dim: int = 256  # dimensions of the TF-IDF features concatenated to the language model's; 0 = none
     # real, or a control: text shuffled between nodes, or random vectors (drawn by train.seed)
@@ -166,6 +169,10 @@ class TextConfig:
         _require(self.tfidf_dim >= 0, "text.tfidf_dim", self.tfidf_dim, "0 or more")
         _require(self.max_tokens >= 0, "text.max_tokens", self.max_tokens, "0 or more")
         _require(self.batch_tokens >= 512, "text.batch_tokens", self.batch_tokens, "at least 512")
+        computes = typing.get_args(ComputeDtype)
+        _require(self.compute_dtype in computes, "text.compute_dtype", self.compute_dtype, f"one of {computes}")
+        fits = self.compute_dtype == "float32" or self.finetune == "frozen"
+        _require(fits, "text.compute_dtype", self.compute_dtype, "float32 where text.finetune is not frozen")
         trainings = typing.get_args(Finetuning)
         _require(self.finetune in trainings, "text.finetune", self.finetune, f"one of {trainings}")
         _require(self.lora_rank >= 1, "text.lora_rank", self.lora_rank, "at least 1")
@@ -336,8 +343,9 @@ class TrainConfig:
     contrastive_weight: float = 0.0
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled (AdamW)
-    # dtype of products and collectives in a training step; parameters, sums and evaluation are float32
-    compute_dtype: ComputeDtype = "float32"
+    # dtype of products and collectives in a training step; parameters, sums and evaluation are float32. auto = bfloat16
+    # where a probe at the start of the run finds it faster
+    compute_dtype: TrainCompute = "float32"
     max_steps: int = 2000
     eval_every: int = 50  # steps between evaluations on the validation split
     patience: int = 5  # early stopping: evaluations without improvement before training ends
@@ -351,7 +359,7 @@ class TrainConfig:
     def __post_init__(self):
         _require_sane("train", self)
         _require(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
-        computes = typing.get_args(ComputeDtype)
+        computes = typing.get_args(TrainCompute)
         _require(self.compute_dtype in computes, "train.compute_dtype", self.compute_dtype, f"one of {computes}")
         _require(self.temperature >= 0, "train.temperature", self.temperature, "above 0, or 0 to choose it")
         for name in ("batch_size", "positives_per_user", "num_negatives", "max_steps", "eval_every", "patience"):
@@ -369,6 +377,13 @@ class TrainConfig:
         refits = typing.get_args(Refit)
         _require(self.refit in refits, "train.refit", self.refit, f"one of {refits}")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "in [0, 2^31)")
+
+    @property
+    def dtype(self) -> ComputeDtype:
+        """The type of a step's products; a choice of `auto` precedes the first step."""
+        if self.compute_dtype == "auto":
+            raise ValueError("train.compute_dtype is auto; choose_compute_type comes before a step")
+        return self.compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,6 +441,11 @@ class Config:
 def with_temperature(config: Config, temperature: float) -> Config:
     """Returns the config with this train.temperature."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, temperature=temperature))
+
+
+def with_compute_dtype(config: Config, compute_dtype: ComputeDtype) -> Config:
+    """Returns the config with this train.compute_dtype."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=compute_dtype))
 
 
 def measured_alone(config: Config) -> Config:

@@ -69,6 +69,19 @@ def test_both_sides_take_the_same_step(tmp_path, pairs):
     assert min(answers[OURS][0]["compile_s"], answers[OURS][1]["compile_s"]) > 0.1
 
 
+def test_a_fused_step_on_generated_text(tmp_path, pairs):
+    answers, failed = competitors.alternate({OURS: Path(sys.executable)}, job(tmp_path, pairs, "fused_step"), {})
+    assert not failed and min(answers[OURS][0]["seconds"]) > 0
+    # Two branches, each at first near the log of the number of items.
+    assert 0.5 < float(np.load(tmp_path / "result_0.npy")) / (2 * np.log(pairs.n_items)) < 1.5
+
+
+def test_generated_pairs_of_given_sizes():
+    pairs = benchmark.generated(30, 50, 400)
+    assert (pairs.n_users, pairs.n_items) == (30, 50) and 200 < len(pairs.user) < 400
+    assert benchmark.read_pairs("generated:30x50x4e2").n_items == 50
+
+
 def test_both_sides_rank_the_same(tmp_path, pairs):
     answers, failed = competitors.alternate(PYTHONS, job(tmp_path, pairs, "rank"), {})
     assert not failed and len(answers[NUMPY]) == 2

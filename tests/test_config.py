@@ -148,6 +148,7 @@ def test_unknown_names_and_types(values, message):
         ("split", "new_item_share", -0.1, "in [0, 1)"),
         ("text", "max_tokens", -1, "0 or more"),
         ("text", "batch_tokens", 511, "at least 512"),
+        ("text", "compute_dtype", "auto", "one of ('float32', 'bfloat16')"),
         ("text", "tfidf_dim", -1, "0 or more"),
         ("text", "features", "none", "one of ('real', 'shuffled', 'random')"),
         ("graph", "text_knn", -1, "0 or more"),

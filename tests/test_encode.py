@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from fused_rec.text import encode as embed_module
-from fused_rec.text.cache import purge, read_vectors, write_vectors
+from fused_rec.text.cache import LEASE, purge, read_vectors, write_vectors
 from fused_rec.text.encode import count_tokens, encode_texts, token_ids
 from fused_rec.text.pretrained import MINILM, MINILM_PACKAGE, open_model
 
@@ -211,8 +211,10 @@ def test_other_settings_never_share_vectors(tiny, tmp_path, monkeypatch):
     assert value(tiny, max_tokens=9) == 5
     assert [value(model) for model in models] == [1, 2, 3, 4]
     assert value(tiny, max_tokens=37) == 1  # the model's own limit, said aloud
+    narrow = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, compute_dtype="bfloat16"))
+    assert (value(narrow), value(narrow)) == (6, 6)
     monkeypatch.setattr(embed_module, "VECTORS_VERSION", -1)
-    assert value(tiny) == 6
+    assert value(tiny) == 7
 
 
 def make_shard(folder):
@@ -292,9 +294,11 @@ def test_only_the_owner_can_read_what_is_kept(tiny, tmp_path):
         os.umask(before)
     assert (tmp_path / "text_vectors").stat().st_mode & 0o777 == 0o700
     [folder] = (tmp_path / "text_vectors").iterdir()
-    [shard] = folder.iterdir()
-    assert folder.stat().st_mode & 0o777 == 0o700 and shard.stat().st_mode & 0o777 == 0o600
-    shard.unlink()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.name for file in folder.iterdir()} == {LEASE, *(shard.name for shard in shards(tmp_path))}
+    for file in folder.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.unlink()
     folder.chmod(0o777)
     encode_texts(["fund"], tiny, cache=tmp_path, progress=False)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -345,12 +349,13 @@ def test_a_purge_refuses_what_is_not_ours(tiny, tmp_path, place):
 # --- real processes ---
 
 CHILD = """
-import json, os, signal, sys
+import json, logging, os, signal, sys
 import numpy as np
 from fused_rec.text import cache, encode
 from fused_rec.text.pretrained import open_model
 
-model_folder, texts_file, cache_folder, output, kill_at = sys.argv[1:]
+model_folder, texts_file, cache_folder, output, kill_at, stops = sys.argv[1:]
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
 encode.FLUSH_SECONDS = 0.0  # a shard a batch
 replace, calls = os.replace, 0
 
@@ -358,6 +363,9 @@ def replace_or_die(source, target):
     global calls
     calls += 1
     if calls == int(kill_at):
+        if stops:
+            print("stopped", flush=True)
+            sys.stdin.readline()
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 
@@ -370,9 +378,9 @@ np.save(output, encode.encode_texts(texts, model, cache=cache_folder, batch_toke
 """
 
 
-def start_child(tmp_path, name, texts, kill_at=0):
+def start_child(tmp_path, name, texts, kill_at=0, stops=""):
     (tmp_path / f"{name}.json").write_text(json.dumps(texts))
-    arguments = [TINY, tmp_path / f"{name}.json", tmp_path / "cache", tmp_path / f"{name}.npy", kill_at]
+    arguments = [TINY, tmp_path / f"{name}.json", tmp_path / "cache", tmp_path / f"{name}.npy", kill_at, stops]
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
         cwd=ROOT,
@@ -384,13 +392,16 @@ def start_child(tmp_path, name, texts, kill_at=0):
     return child
 
 
+def begin(child):
+    assert child.stdout.readline() == "ready\n"
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
 def finish(children):
-    """Lets all go at once, and waits for their ends."""
+    """Lets all go, and waits for their ends."""
     for child in children:
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        child.stdin.write("\n")
-        child.stdin.flush()
+        begin(child)
     for child in children:
         child.communicate(timeout=120)
     return [child.returncode for child in children]
@@ -403,6 +414,8 @@ def test_two_processes_fill_one_cache(tiny, fresh, tmp_path, monkeypatch):
     for name, part in parts.items():
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), fresh[part], atol=1e-5)
     assert len(shards(tmp_path / "cache")) > 10
+    stored = [key.tobytes() for shard in shards(tmp_path / "cache") for key in load_file(shard)["keys"]]
+    assert len(stored) == len(set(stored)) == len(set(TEXTS)), "a text was encoded twice"
     monkeypatch.setattr(embed_module, "apply_encoder", None)
     np.testing.assert_allclose(encode_texts(TEXTS, tiny, cache=tmp_path / "cache", progress=False), fresh, atol=1e-5)
 
@@ -417,6 +430,25 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, fresh, tmp_path, monkeypatc
     resumed = encode_texts(TEXTS, tiny, cache=tmp_path / "cache", batch_tokens=600, progress=False)
     assert len(seen) == len(set(TEXTS)) - rows
     np.testing.assert_allclose(resumed, fresh, atol=1e-5)
+
+
+def test_one_waits_for_another_and_takes_over_when_it_is_killed(fresh, tmp_path):
+    """The owner stops in the middle of its fourth shard. The other waits, and encodes only what is not there."""
+    owner = start_child(tmp_path, "owner", TEXTS, kill_at=4, stops="True")
+    begin(owner)
+    assert owner.stdout.readline() == "stopped\n"
+    kept = sum(len(load_file(shard)["keys"]) for shard in shards(tmp_path / "cache"))
+    other = start_child(tmp_path, "other", TEXTS)
+    begin(other)
+    assert other.stdout.readline().startswith("waiting for another process that encodes texts")
+    assert sum(len(load_file(shard)["keys"]) for shard in shards(tmp_path / "cache")) == kept
+    owner.kill()
+    owner.communicate(timeout=120)
+    other.communicate(timeout=120)
+    assert other.returncode == 0
+    np.testing.assert_allclose(np.load(tmp_path / "other.npy"), fresh, atol=1e-5)
+    stored = [key.tobytes() for shard in shards(tmp_path / "cache") for key in load_file(shard)["keys"]]
+    assert 0 < kept < len(stored) == len(set(stored)) == len(set(TEXTS))
 
 
 def test_progress_shows_tokens_speed_and_time_left(tiny, capfd, monkeypatch):

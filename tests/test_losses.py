@@ -18,8 +18,8 @@ TEMPERATURE = 0.5
 ITEMS = jnp.array([[0, 2], [1, 0]], jnp.int32)
 MASK = jnp.array([[1.0, 1.0], [1.0, 0.0]])
 COUNT = sqrt(2) + 1  # users count by the root of their positives: 1.4142 and 1
-EVERY = jnp.ones(3, bool)
-NO_2 = jnp.array([True, True, False])
+NONE = jnp.zeros(3)  # bias
+NO_2 = jnp.array([0.0, 0.0, -jnp.inf])
 
 # Compiled: operation by operation these tests take ten times as long.
 softmax, sampled_softmax, bpr = (
@@ -35,7 +35,23 @@ def test_softmax_by_hand():
     # User 0: log(2 e^2 + 1) - 2 = .7586 at both; user 1: log(1 + 2 e^4) - 4 = .7023.
     user_0, user_1 = log(2 * exp(2) + 1) - 2, log(1 + 2 * exp(4)) - 4
     assert (user_0, user_1) == pytest.approx((0.75862, 0.70226), abs=1e-5)
-    close(softmax(USER, CATALOGUE, ITEMS, MASK, EVERY, temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
+    close(softmax(USER, CATALOGUE, ITEMS, MASK, NONE, temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
+
+
+def test_a_bias_is_added_to_the_logits():
+    # Scores 2 0 2 and 0 4 4 become 2 1 5 and 0 5 7.
+    user_0 = log(exp(2) + exp(1) + exp(5)) - (2 + 5) / 2
+    user_1 = log(exp(0) + exp(5) + exp(7)) - 5
+    bias = jnp.array([0.0, 1.0, 3.0])
+    close(softmax(USER, CATALOGUE, ITEMS, MASK, bias, temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
+    # Of one negative, item 1 or 2, which stands for all three items.
+    user_0 = (log1p(3 * exp(1 - 2)) + log1p(3 * exp(1 - 5))) / 2
+    arguments = USER, CATALOGUE, ITEMS, MASK, bias
+    close(sampled_softmax(*arguments, jnp.array([1]), temperature=TEMPERATURE), sqrt(2) * user_0 + log(4))
+    negatives = jnp.array([[1, 1], [0, 2]], jnp.int32)
+    user_0 = (log1p(exp(1 - 2)) + log1p(exp(1 - 5))) / 2
+    expected = sqrt(2) * user_0 + log1p(exp(0 - 5))
+    close(bpr(USER, CATALOGUE, ITEMS, MASK, bias, negatives, temperature=TEMPERATURE), expected)
 
 
 def test_softmax_without_an_absent_item():
@@ -47,7 +63,7 @@ def test_softmax_without_an_absent_item():
 
 def test_padding_may_point_at_an_absent_item():
     """Padding points at item 0; were its score -inf, 0 * inf would make the loss and its gradient NaN."""
-    no_0 = jnp.array([False, True, True])
+    no_0 = jnp.array([-jnp.inf, 0.0, 0.0])
     items, mask = jnp.array([[2, 0], [1, 0]], jnp.int32), jnp.array([[1.0, 0.0], [1.0, 0.0]])
     # User 0: log(1 + e^2) - 2 = .1269 at item 2; user 1: log(2 e^4) - 4 = .6931.
     close(softmax(USER, CATALOGUE, items, mask, no_0, temperature=TEMPERATURE), log1p(exp(-2)) + log(2), 2)
@@ -60,16 +76,17 @@ def test_sampled_softmax_by_hand():
     # User 0: rest = 1.5 (1 + e^2); loss log(1 + rest / e^2) at both. User 1: rest = 1.5 (2 e^4); log(1 + 3).
     user_0, user_1 = log1p(1.5 * (1 + exp(2)) / exp(2)), log(4)
     assert (user_0, user_1) == pytest.approx((0.99436, 1.38629), abs=1e-5)
-    arguments = USER, CATALOGUE, ITEMS, MASK, EVERY
+    arguments = USER, CATALOGUE, ITEMS, MASK, NONE
     close(sampled_softmax(*arguments, jnp.array([1, 2]), temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
 
 
 def test_sampled_softmax_does_not_count_padding_or_absent_items():
-    # Two items exist, so negative 1 stands for two: user 0 log(1 + 2 / e^2) at both, user 1 log(1 + 2 e^4 / e^4).
-    expected = sqrt(2) * log1p(2 * exp(-2)) + log(3)
-    arguments = USER, CATALOGUE, ITEMS, MASK, NO_2
-    close(sampled_softmax(*arguments, jnp.array([1]), temperature=TEMPERATURE), expected)
-    close(sampled_softmax(*arguments, jnp.array([-1, 1, -1]), temperature=TEMPERATURE), expected)
+    # Two items exist, so negative 1 stands for two: user 0, who holds item 0 alone, log(1 + 2 / e^2), user 1
+    # log(1 + 2 e^4 / e^4).
+    expected = log1p(2 * exp(-2)) + log(3)
+    arguments = USER, CATALOGUE, ITEMS, jnp.array([[1.0, 0.0], [1.0, 0.0]]), NO_2
+    close(sampled_softmax(*arguments, jnp.array([1]), temperature=TEMPERATURE), expected, 2)
+    close(sampled_softmax(*arguments, jnp.array([-1, 1, -1]), temperature=TEMPERATURE), expected, 2)
 
 
 def test_bpr_by_hand():
@@ -77,7 +94,7 @@ def test_bpr_by_hand():
     # User 1: item 1 over 0, margin 4, log(1 + e^-4) = .0181; the second place is padding.
     negatives = jnp.array([[1, 0], [0, 2]], jnp.int32)
     expected = sqrt(2) * (log1p(exp(-2)) + log(2)) / 2 + log1p(exp(-4))
-    close(bpr(USER, CATALOGUE, ITEMS, MASK, negatives, temperature=TEMPERATURE), expected)
+    close(bpr(USER, CATALOGUE, ITEMS, MASK, NONE, negatives, temperature=TEMPERATURE), expected)
 
 
 def test_info_nce_by_hand():
@@ -97,7 +114,7 @@ def test_info_nce_by_hand():
 
 def test_no_user_in_the_batch():
     none = jnp.zeros((2, 2))
-    close(softmax(USER, CATALOGUE, ITEMS, none, EVERY, temperature=TEMPERATURE), 0, 0)
+    close(softmax(USER, CATALOGUE, ITEMS, none, NONE, temperature=TEMPERATURE), 0, 0)
 
 
 def test_absent_items_get_no_gradient():
@@ -119,7 +136,8 @@ def draw(loss, n_users=6):
     items = jnp.asarray(rng.integers(LAW_ITEMS, size=(n_users, 3)), jnp.int32)
     mask = jnp.asarray(np.arange(3)[None, :] < rng.integers(0, 4, size=(n_users, 1)), jnp.float32)
     negatives = jnp.asarray(rng.integers(LAW_ITEMS, size=(n_users, 3)), jnp.int32)
-    there = jnp.arange(LAW_ITEMS) != 7
+    bias = jnp.asarray(rng.normal(size=LAW_ITEMS), jnp.float32)
+    there = jnp.where(jnp.arange(LAW_ITEMS) != 7, bias, -jnp.inf)
 
     def of_batch(user, catalogue, items, mask, negatives):
         batch = user, catalogue, items, mask
@@ -127,7 +145,7 @@ def draw(loss, n_users=6):
             return losses.softmax(*batch, there, TEMPERATURE)
         if loss == "sampled_softmax":
             return losses.sampled_softmax(*batch, there, jnp.arange(0, LAW_ITEMS, 9), TEMPERATURE)
-        return losses.bpr(*batch, negatives, TEMPERATURE)
+        return losses.bpr(*batch, bias, negatives, TEMPERATURE)
 
     return jax.jit(of_batch), (user, catalogue, items, mask, negatives)
 
@@ -170,7 +188,7 @@ def test_a_higher_score_of_a_positive_lowers_the_loss(loss):
 def test_sampled_softmax_with_every_item_approaches_softmax():
     """It counts the positive twice: log(1 + Z / e^s) for log(Z / e^s), which differ by log(1 + the softmax of s)."""
     _, (user, catalogue, items, _, _) = draw("softmax")
-    mask, every = jnp.array([[1.0, 0.0, 0.0]]), jnp.ones(LAW_ITEMS, bool)
+    mask, every = jnp.array([[1.0, 0.0, 0.0]]), jnp.zeros(LAW_ITEMS)
     for row in range(3):
         batch = user[row, None], catalogue, items[row, None], mask, every
         full = float(softmax(*batch, temperature=4.0)[0])
@@ -182,7 +200,7 @@ def test_sampled_softmax_with_every_item_approaches_softmax():
 def test_sampled_softmax_estimates_the_catalogue():
     """The mean of its sum of exp over many draws is that of the catalogue: corrected once, not twice or never."""
     _, (user, catalogue, items, _, _) = draw("softmax")
-    mask, every = jnp.array([[1.0, 0.0, 0.0]]), jnp.ones(LAW_ITEMS, bool)
+    mask, every = jnp.array([[1.0, 0.0, 0.0]]), jnp.zeros(LAW_ITEMS)
 
     @jax.jit
     def rest(negatives):

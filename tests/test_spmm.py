@@ -16,7 +16,7 @@ from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph.adjacency import Backend, build_adjacency, default_backend
 from fused_rec.graph.schema import Edges
-from fused_rec.graph.spmm import edge_dot, neighbor_sum
+from fused_rec.graph.spmm import edge_dot, gated_sum, neighbor_sum
 
 BACKENDS: list[Backend] = [
     backend for backend in typing.get_args(Backend) if backend != "compiled" or default_backend() == backend
@@ -246,3 +246,38 @@ def test_segment_passes_the_replication_check():
     y, slope = jax.jit(mapped)(adjacency, x)
     np.testing.assert_allclose(y, matrix @ x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(slope, matrix.T @ (matrix @ x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_of_sources_and_targets(backend):
+    """The same as rows multiplied beforehand and sums afterwards, with all four derivatives."""
+    matrix, x, y = random_case(3)
+    adjacency = build_adjacency(edges_of(matrix), len(x), len(y), backend)
+    rng = np.random.default_rng(4)
+    scale, gate = (jnp.asarray(rng.normal(size=len(rows)), jnp.float32) for rows in (x, y))
+
+    def plain(weight, scale, gate, x):
+        return (gate[:, None] * neighbor_sum(adjacency, weight, scale[:, None] * x) * y).sum()
+
+    def ours(weight, scale, gate, x):
+        return (gated_sum(adjacency, weight, scale, gate, x) * y).sum()
+
+    arguments = jnp.asarray(adjacency.weight), scale, gate, x
+    expected, found = (jax.value_and_grad(function, (0, 1, 2, 3))(*arguments) for function in (plain, ours))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factors_with_narrow_rows(backend):
+    """Products are float32: 1 / 3 is no number of bfloat16. Derivatives of rows are rounded to their type."""
+    adjacency = build_adjacency(HAND, 4, 3, backend)
+    x, scale, gate = jnp.ones((4, 2), jnp.bfloat16), jnp.full(4, 1 / 3), jnp.array([2.0, 1.0, 3.0])
+    y = gated_sum(adjacency, adjacency.weight, scale, gate, x)
+    np.testing.assert_allclose(y, [[10 / 3] * 2, [0, 0], [-1, -1]], rtol=1e-6)
+    by_scale, by_x = jax.grad(lambda scale, x: gated_sum(adjacency, adjacency.weight, scale, gate, x).sum(), (0, 1))(
+        scale, x
+    )
+    np.testing.assert_allclose(by_scale, [8, 6, 0, 0], rtol=1e-6)
+    assert by_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(by_x[:2, 0].astype(jnp.float32), [4 / 3, 1], rtol=1e-2)

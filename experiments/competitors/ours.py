@@ -61,6 +61,48 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     return call
 
 
+def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """A training step of the variant `fused`, as the config `tables` has it, on generated text."""
+    import jax
+
+    from fused_rec.commands.configs.tables import get_config
+    from fused_rec.config import from_dict, with_temperature
+    from fused_rec.data.batches import user_items
+    from fused_rec.graph.build import bidirectional_edges
+    from fused_rec.graph.device_graph import device_graph
+    from fused_rec.graph.hetero import hetero_graph
+    from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, SIMILAR_TEXT, USER, Edges, Relation
+    from fused_rec.training.batch_sources import batch_of
+    from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
+    from fused_rec.training.train_step import GraphInputs, init
+
+    counts = dict(zip((USER, ITEM), map(int, arrays["shape"]), strict=True))
+    config, rng = with_temperature(from_dict(get_config().to_dict()), 0.15), np.random.default_rng(0)
+    relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
+    for node_type, count in counts.items():
+        near = min(config.graph.text_knn, count - 1)
+        order, offsets = rng.permutation(count), 1 + rng.choice(count - 1, near, replace=False)
+        neighbors = order[(np.argsort(order)[:, None] + offsets) % count].ravel()
+        edges = Edges(neighbors, np.repeat(np.arange(count), near), np.full(count * near, 1 / near, np.float32))
+        relations[Relation(node_type, SIMILAR_TEXT, node_type)] = edges
+    text = rng.standard_normal((sum(counts.values()), 640), np.float32)
+    graph = hetero_graph(counts, relations, text / np.linalg.norm(text, axis=1, keepdims=True))
+    held = np.bincount(arrays["item"], minlength=counts[ITEM])
+    graph_inputs = GraphInputs(device_graph(graph), held > 0, held.astype(np.float32))
+    state = shard_state(init(config, graph_inputs))
+    graph_inputs, once = shard_graph_inputs(graph_inputs), parallel_train_step(config)
+    users = user_items(arrays["user"], arrays["item"], counts[USER], held > 0)
+
+    def call(number: int) -> float:
+        nonlocal state
+        drawn = batch_of(config.train, users, 0, number)
+        state, metrics = once(state, graph_inputs, drawn)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return call
+
+
 def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     """The k best unseen items of every user."""
     import jax
@@ -128,7 +170,7 @@ def encode(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     from fused_rec.text.pretrained import open_model
 
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
-    model = open_model(job["model"])
+    model = open_model(job["model"], compute_dtype=job["compute_dtype"])
     return lambda number: encode_texts(texts, model, cache=None, progress=False)
 
 
@@ -145,6 +187,7 @@ def _dot(users, items, batch):
 
 TASKS = {
     "step": (("fused_rec.training.sharding", "fused_rec.studies.variants"), step),
+    "fused_step": (("fused_rec.training.sharding",), fused_step),
     "rank": (("fused_rec.evaluation.ranking",), rank),
     "recommend": (("fused_rec.run",), recommend),
     "measure": (("fused_rec.evaluation.ranking",), measure),

@@ -17,6 +17,7 @@ def encode(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     torch.set_num_threads(job["threads"])
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
     model = SentenceTransformer(job["model_folder"], device="cpu", local_files_only=True)
+    model = model.to(getattr(torch, job["compute_dtype"]))
     return lambda number: model.encode(texts, show_progress_bar=False)
 
 

@@ -11,12 +11,13 @@ Deletes all cached text embeddings, including those of trainings, and prints the
 """
 
 import time
+import typing
 from pathlib import Path
 
 from absl import app, flags
 
 from fused_rec.commands.places import DEFINE_path, existing_file, new_folder, written_file_anywhere
-from fused_rec.config import TextConfig
+from fused_rec.config import ComputeDtype, TextConfig
 
 DEFAULTS = TextConfig()
 MODEL = flags.DEFINE_string("model", DEFAULTS.model, "all-MiniLM-L6-v2, a Hugging Face folder, or ORG/NAME@COMMIT.")
@@ -28,6 +29,9 @@ CACHE = DEFINE_path(
 )
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", DEFAULTS.max_tokens, "Truncate texts to this many tokens; 0 = the model's limit."
+)
+COMPUTE = flags.DEFINE_enum(
+    "compute_dtype", DEFAULTS.compute_dtype, typing.get_args(ComputeDtype), "Type of the model's matrix products."
 )
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", DEFAULTS.batch_tokens, "Padded tokens per encoder call.")
 PURGE = flags.DEFINE_bool("purge", False, "Delete all cached text embeddings instead.")
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
     if CACHE.value:
         open_cache(CACHE.value)
     texts = read_lines(source)
-    model = open_model(MODEL.value, offline=not DOWNLOAD.value, prompt=PROMPT.value)
+    model = open_model(MODEL.value, offline=not DOWNLOAD.value, prompt=PROMPT.value, compute_dtype=COMPUTE.value)
     began = time.perf_counter()
     vectors = encode_texts(
         texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value

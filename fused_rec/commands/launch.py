@@ -217,7 +217,7 @@ def keep_programs(folder: Path) -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     try:
         own = folder.expanduser() / f"{platform.machine()}-{_processor()}"

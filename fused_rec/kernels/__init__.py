@@ -1,8 +1,9 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`, and `buffers.cc` has `in_place`
-and the receivers of an adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and
-where no kernel was compiled.
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
+`fused_rec.text.encoders.packed` calls `attention.cc`, and `buffers.cc` has `in_place` and the receivers of an
+adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and where no kernel was
+compiled.
 """
 
 import ctypes
@@ -14,8 +15,8 @@ import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, IN_PLACE, ROWS_OF = TARGETS = tuple(
-    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "in_place", "rows_of")
+NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF = TARGETS = tuple(
+    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of")
 )
 LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-// y[v] = sum over the edges e of row v of weight[e] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
+// y[v] = sum over the edges e of row v of weight[e] * scale[from[e]] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
 //
 // The time goes into fetching the rows of x, which lie anywhere: they are asked for some edges ahead, and the sum stays
 // in registers until its row is done. Each row is summed by one thread in the order of its edges, so the result does
@@ -23,6 +23,7 @@ struct Edges {
   const int32_t* start;   // of each row, and the end of the last
   const int32_t* from;    // rows of x
   const float* weight;
+  const float* scale;     // of the rows of x; null: 1
 };
 
 inline float widened(float x) { return x; }
@@ -48,7 +49,7 @@ FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int6
           __builtin_prefetch(next + byte);
         }
       }
-      const float weight = edges.weight[e];
+      const float weight = edges.scale ? edges.weight[e] * edges.scale[edges.from[e]] : edges.weight[e];
       const X* row = x + edges.from[e] * width + c;
       for (int64_t i = 0; i < kWidth; ++i) sum[i] += weight * widened(row[i]);
     }
@@ -90,7 +91,8 @@ void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t wi
 }
 
 ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
-                        ffi::Buffer<ffi::F32> weight, ffi::AnyBuffer x, ffi::ResultBuffer<ffi::F32> y) {
+                        ffi::Buffer<ffi::F32> weight, ffi::Buffer<ffi::F32> scale, ffi::AnyBuffer x,
+                        ffi::ResultBuffer<ffi::F32> y) {
   const auto shape = y->dimensions(), of_x = x.dimensions();
   if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1]) {
     return ffi::Error::InvalidArgument("x and y must be matrices of one width");
@@ -101,7 +103,11 @@ ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::
   if (from.element_count() != weight.element_count()) {
     return ffi::Error::InvalidArgument("there must be one weight for each edge");
   }
-  const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data()};
+  if (scale.element_count() && static_cast<int64_t>(scale.element_count()) != of_x[0]) {
+    return ffi::Error::InvalidArgument("there must be one factor for each row of x");
+  }
+  const float* factors = scale.element_count() ? scale.typed_data() : nullptr;
+  const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data(), factors};
   switch (x.element_type()) {
     case ffi::F32:
       sum(pool, edges, x.typed_data<float>(), shape[0], shape[1], y->typed_data());
@@ -121,6 +127,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

@@ -8,8 +8,9 @@ Embeddings may be bfloat16 or float16; scores and losses are float32.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from fused_rec.model.cross_entropy import Targets, cross_entropy
 from fused_rec.model.precision import matmul_f32
 
 Sum = tuple[Float32[Array, ""], Float32[Array, ""]]
@@ -20,30 +21,29 @@ def softmax(
     catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
-    trained_items: Bool[Array, "I"],
+    bias: Float32[Array, "I"],
     temperature: float,
 ) -> Sum:
     """Computes the full softmax cross-entropy of each positive (multinomial likelihood, Liang et al., 2018).
 
-    Items without training interactions are excluded from the denominator; ranking them below the positives would leak
-    the split.
+    Items without training interactions are to be excluded from the denominator: ranking them below the positives would
+    leak the split.
 
     Args:
       user: [B, K], user embeddings of the batch.
       catalogue: [I, K], item embeddings.
       items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
       mask: float32 [B, P], 1 for positives and 0 for padding.
-      trained_items: bool [I], items with training interactions.
+      bias: float32 [I], added to the logits, -inf for an item without training interactions; no derivative.
       temperature: divisor of the scores, above 0.
 
     Returns:
       float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
     """
-    scores = matmul_f32(user, catalogue.T) / temperature
-    # Taken before other items are set to -inf: padding points at item 0, and 0 * inf is NaN.
-    positive = jnp.take_along_axis(scores, items, axis=1)
-    log_normalizer = jax.nn.logsumexp(jnp.where(trained_items[None, :], scores, -jnp.inf), axis=-1)
-    return _over_users(log_normalizer[:, None] - positive, mask)
+    count = mask.sum(axis=1)
+    weight = mask * (jnp.sqrt(count) / jnp.maximum(count, 1))[:, None]
+    total = cross_entropy(temperature, user, catalogue, Targets(items, weight, bias))
+    return total, jnp.sqrt(count).sum()
 
 
 def sampled_softmax(
@@ -51,7 +51,7 @@ def sampled_softmax(
     catalogue: Float[Array, "C K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
-    trained_items: Bool[Array, "I"],
+    bias: Float32[Array, "C"],
     negatives: Int32[Array, "S"],
     temperature: float,
 ) -> Sum:
@@ -65,7 +65,7 @@ def sampled_softmax(
       catalogue: [C, K], item embeddings.
       items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
       mask: float32 [B, P], 1 for positives and 0 for padding.
-      trained_items: bool [I], items with training interactions.
+      bias: float32 [C], added to the logits, -inf for an item without training interactions.
       negatives: int32 [S], indices into `catalogue`; -1 is padding and does not count in S.
       temperature: divisor of the scores, above 0.
 
@@ -73,9 +73,11 @@ def sampled_softmax(
       float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
+    positive = positive + jnp.where(mask > 0, bias[items], 0)  # padding may point at an item with -inf
     valid = negatives >= 0
-    scores = jnp.where(valid[None, :], matmul_f32(user, catalogue[negatives].T) / temperature, -jnp.inf)
-    others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(trained_items.sum() / valid.sum())
+    scores = matmul_f32(user, catalogue[negatives].T) / temperature + bias[negatives][None, :]
+    scores = jnp.where(valid[None, :], scores, -jnp.inf)
+    others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(jnp.isfinite(bias).sum() / valid.sum())
     return _over_users(jax.nn.softplus(others[:, None] - positive), mask)
 
 
@@ -84,16 +86,18 @@ def bpr(
     catalogue: Float[Array, "I K"],
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
+    bias: Float32[Array, "I"],
     negatives: Int32[Array, "B P"],
     temperature: float,
 ) -> Sum:
-    """Computes Bayesian personalized ranking: -log sigmoid((positive - negative) / temperature) (Rendle et al., 2009).
+    """Computes Bayesian personalized ranking: -log sigmoid(difference of the logits) (Rendle et al., 2009).
 
     Args:
       user: [B, K], user embeddings of the batch.
       catalogue: [I, K], item embeddings.
       items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
       mask: float32 [B, P], 1 for positives and 0 for padding.
+      bias: float32 [I], added to the logits.
       negatives: int32 [B, P], one negative per positive, indices into `catalogue`.
       temperature: divisor of the scores, above 0.
 
@@ -102,7 +106,8 @@ def bpr(
     """
     difference = catalogue[items] - catalogue[negatives]
     margin = jnp.einsum("bk,bpk->bp", user, difference, preferred_element_type=jnp.float32)
-    return _over_users(jax.nn.softplus(-margin / temperature), mask)
+    margin = margin / temperature + bias[items] - bias[negatives]
+    return _over_users(jax.nn.softplus(-margin), mask)
 
 
 def info_nce(

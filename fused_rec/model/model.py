@@ -41,6 +41,7 @@ Parts, and where they are:
 on sampled subgraphs, and calls sparse kernels.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -57,7 +58,15 @@ from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, 
 from fused_rec.graph.spmm import neighbor_sum
 from fused_rec.model.losses import unit
 from fused_rec.model.propagation import Noise, PropagationWeights, combine_layers, propagate_layers
-from fused_rec.model.text_fusion import Gate, TextInput, TextMLP, TextPrediction
+from fused_rec.model.text_fusion import (
+    Gate,
+    GateWeights,
+    TextInput,
+    TextMLP,
+    TextPrediction,
+    gate_values,
+    products,
+)
 from fused_rec.rng import Stream
 
 Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
@@ -180,14 +189,15 @@ class Branch(nn.Module):
 
     @nn.compact
     def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> Vectors:
-        ids, text = self.inputs(graph, dropout)
+        text, gates = self.text_terms(graph)
+        ids = self.id_embeddings(graph, dropout)
         # The ID embedding of an item without interactions, or of a user without neighbors, is untrained noise.
         ids[ITEM] = ids[ITEM] * (item_degree(graph) > 0)[:, None]
         in_degrees = [
             graph.adjacencies[r].degrees.in_degree for r in active_relations(self.config, graph) if r.target == USER
         ]
         ids[USER] = ids[USER] * (sum(in_degrees, jnp.zeros(len(ids[USER]))) > 0)[:, None]
-        weights = self.weights(_drop_interactions(self.config.edge_dropout, graph, dropout))
+        weights = self.weights(_drop_interactions(self.config.edge_dropout, graph, dropout), gates)
         self.sow("intermediates", LINEAR, (ids, text, weights))
         both = {node_type: ids[node_type] + text[node_type] for node_type in ids}
         noise = None
@@ -214,39 +224,77 @@ class Branch(nn.Module):
         own = self.config.user_text_input and not self.config.users_start_as_items
         return (USER, ITEM) if own else (ITEM,)
 
-    def inputs(
-        self, graph: DeviceGraph, dropout: PRNGKeyArray | None
-    ) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
-        """Looks up ID embeddings and projects text embeddings.
+    def id_embeddings(self, graph: DeviceGraph, dropout: PRNGKeyArray | None) -> dict[str, AnyArray]:
+        """Looks up ID embeddings.
 
         Args:
-          graph: the graph with the text embedding of each node.
+          graph: the graph, of which the numbers of rows count.
           dropout: key of the ID dropout; None: no dropout.
 
         Returns:
-          ID embeddings and text inputs by node type, float32 [rows, K] each; zeros for an input that the variant does
-          not use.
+          float32 [rows, K] by node type; zeros where the variant does not use them.
         """
         config = self.config
         keep_rate, mask_row = 1 - config.id_embedding_dropout, jnp.zeros((1, config.dim))
         if config.text_reconstruction:
             mask_row = self.param("mask_row", nn.initializers.zeros, (1, config.dim))
-        ids, text = {}, {}
+        ids = {}
         for node_type, _ in graph.node_types:
             shape = (graph.rows(node_type), config.dim)
-            ids[node_type] = text[node_type] = jnp.zeros(shape)
+            ids[node_type] = jnp.zeros(shape)
             if config.uses_ids and (node_type != USER or config.user_id_embedding):
                 rows = self.param(ID_EMBEDDING + node_type, nn.initializers.normal(config.id_init_std), shape)
                 if dropout is not None and config.id_embedding_dropout:
                     kept = self.kept_ids(graph, node_type, dropout)[:, None]
                     rows = jnp.where(kept, rows, mask_row) if config.text_reconstruction else rows * kept / keep_rate
                 ids[node_type] = rows
-            if config.uses_text and node_type in self.text_node_types:
-                project = self.text_projection(node_type)
-                text[node_type] = project(graph.text[node_type])
+        return ids
+
+    def text_terms(self, graph: DeviceGraph) -> tuple[dict[str, AnyArray], dict[str, Array]]:
+        """Computes all that depends on text embeddings: text inputs, and gates by one product for each node type.
+
+        Args:
+          graph: the graph with the text embedding of each node.
+
+        Returns:
+          Text inputs by node type, float32 [rows, K], zeros for types without; learned gates by name, float32
+          [L, rows].
+        """
+        config = self.config
+        inputs: dict[str, AnyArray] = {t: jnp.zeros((graph.rows(t), config.dim)) for t, _ in graph.node_types}
+        values = {}
+        for node_type, _ in graph.node_types:
+            text, gates = graph.text[node_type], self.gates(graph, node_type)
+            read = config.uses_text and node_type in self.text_node_types
+            projection = self.text_projection(node_type) if read else None
+            matrices = {name: gate.by_text for name, (gate, _) in gates.items() if config.fuses_text}
+            logits = products(text, {k: v for k, v in matrices.items() if v is not None}, self.compute_dtype)
+            if projection is not None:
+                inputs[node_type] = projection(text)
                 if config.users_start_as_items:
-                    text[USER] = project(mean_item_text(graph))
-        return ids, text
+                    inputs[USER] = projection(mean_item_text(graph))
+            has_text = jnp.abs(text).sum(axis=1) > 0
+            for name, (gate, log_degree) in gates.items():
+                values[name] = gate_values(gate, logits.get(name), has_text, log_degree)
+        return inputs, values
+
+    def gates(self, graph: DeviceGraph, node_type: str) -> dict[str, tuple[GateWeights, Array]]:
+        """Returns parameters and log degrees of the learned gates of a type's nodes, by name."""
+        config = self.config
+        if config.layer_combination != "learned":
+            return {}
+        degrees = {
+            f"gate_{relation}": jnp.asarray(graph.adjacencies[relation].degrees.log_in_degree)
+            for relation in active_relations(config, graph)
+            if relation.target == node_type
+        }
+        if config.fuses_text and node_type in self.text_node_types:
+            degrees[f"gate_text_{node_type}"] = jnp.zeros(graph.rows(node_type))
+        width, levels = graph.text[node_type].shape[1], config.effective_layers
+        return {
+            name: (Gate(levels, config.relation_gates, name=name).weights(width), log_degree)
+            for name, log_degree in degrees.items()
+        }
 
     def kept_ids(self, graph: DeviceGraph, node_type: str, dropout: PRNGKeyArray) -> Bool[Array, "n"]:
         """Draws which rows keep their ID embedding in a step, bool [rows]."""
@@ -282,28 +330,30 @@ class Branch(nn.Module):
             return TextMLP(config.dim, self.compute_dtype, name=name)
         return TextInput(config.dim, config.id_init_std, self.compute_dtype, name=name)
 
-    def weights(self, graph: DeviceGraph) -> PropagationWeights:
-        """Computes edge weights, source scales, gates and layer weights of the variant's relations.
+    def weights(self, graph: DeviceGraph, gates: Mapping[str, Float32[Array, "L _"]]) -> PropagationWeights:
+        """Computes edge weights, source scales and layer weights of the variant's relations.
 
         Args:
-          graph: the graph: text embeddings, edges with their normalized weights, and the degrees of the whole graph.
+          graph: the graph: edges with their normalized weights, and the degrees of the whole graph.
+          gates: learned gates by name; ones where the config fixes all factors.
 
         Returns:
           The coefficients of `propagate_layers`, of `effective_layers` layers.
         """
         config = self.config
         levels = config.effective_layers
-        edge, source_scale, gate, text_gate = {}, {}, {}, {}
+
+        def gate(name: str, node_type: str) -> Float32[Array, "L _"]:
+            return gates[name] if name in gates else jnp.ones((levels, graph.rows(node_type)))
+
+        edge, source_scale, relation_gates = {}, {}, {}
         for relation in active_relations(config, graph):
             adjacency = graph.adjacencies[relation]
-            target = graph.text[relation.target] * config.fuses_text
             edge[relation] = adjacency.weight
             source_scale[relation] = self.source_scale(f"source_scale_{relation}", adjacency.degrees.log_out_degree)
-            gate[relation] = self.gate(f"gate_{relation}", levels, target, jnp.asarray(adjacency.degrees.log_in_degree))
-        if config.fuses_text:
-            for node_type in self.text_node_types:
-                text = graph.text[node_type]
-                text_gate[node_type] = self.gate(f"gate_text_{node_type}", levels, text, jnp.zeros(len(text)))
+            relation_gates[relation] = gate(f"gate_{relation}", relation.target)
+        own = self.text_node_types if config.fuses_text else ()
+        text_gate = {node_type: gate(f"gate_text_{node_type}", node_type) for node_type in own}
         if config.layer_combination == "mean_without_input":
             layer_weights = jnp.full(levels + 1, 1 / levels).at[0].set(0)
         elif config.layer_combination == "mean":
@@ -311,7 +361,7 @@ class Branch(nn.Module):
         else:
             # Positive: an item without neighbors is its own input, and a negative weight would flip its direction.
             layer_weights = jnp.exp(self.param("layer_weights", nn.initializers.zeros, (levels + 1,))) / (levels + 1)
-        return PropagationWeights(edge, source_scale, gate, text_gate, layer_weights)
+        return PropagationWeights(edge, source_scale, relation_gates, text_gate, layer_weights)
 
     def source_scale(self, name: str, log_out_degree: Float32[AnyArray, "n"]) -> Float32[Array, "n"]:
         """Computes (1 + degree)^a over the geometric mean of it, with a learned exponent a, for all source nodes.
@@ -330,22 +380,6 @@ class Branch(nn.Module):
             return jnp.ones(len(log_out_degree))
         exponent = self.param(name, nn.initializers.constant(0.5 * (not self.config.uses_ids)), ())
         return jnp.exp(exponent * log_out_degree)
-
-    def gate(self, name: str, levels: int, text: AnyArray, log_degree: Array) -> Float32[Array, "L n"]:
-        """Computes the factors of a relation by layer and target node.
-
-        Args:
-          name: the name of the `Gate`.
-          levels: L, the number of layers.
-          text: float32 [n, D], text embeddings of the target nodes.
-          log_degree: float32 [n], standardized log(1 + in-degree) of the target nodes.
-
-        Returns:
-          float32 [L, n] of a learned `Gate`; ones where the config fixes all factors.
-        """
-        if self.config.layer_combination != "learned":
-            return jnp.ones((levels, len(text)))
-        return Gate(levels, self.config.relation_gates, name=name)(text, log_degree)
 
 
 def item_degree(graph: DeviceGraph) -> Float32[Array, "I"]:

@@ -24,7 +24,7 @@ from fused_rec.config import ComputeDtype
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
-from fused_rec.graph.spmm import neighbor_sum
+from fused_rec.graph.spmm import gated_sum
 
 Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row per node, by node type
 
@@ -100,9 +100,8 @@ def propagate_layers(
         sources = dict.fromkeys(relation.source for relation in coefficients.edge)
         source_embeddings = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
         for relation, edge in coefficients.edge.items():
-            scaled = coefficients.source_scale[relation][:, None] * source_embeddings[relation.source]
-            message = neighbor_sum(graph.adjacencies[relation], edge, scaled.astype(compute_dtype))
-            message = coefficients.gate[relation][level][:, None] * message
+            scale, gate = coefficients.source_scale[relation], coefficients.gate[relation][level]
+            message = gated_sum(graph.adjacencies[relation], edge, scale, gate, source_embeddings[relation.source])
             aggregated[relation.target] = (
                 aggregated[relation.target] + message if relation.target in aggregated else message
             )

@@ -6,10 +6,14 @@ each layer (`Gate`). Neither reads a hidden state, so propagation stays linear i
 (`fused_rec.model.propagation`).
 """
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+import numpy as np
+from jaxtyping import Array, Bool, Float32
 
 from fused_rec.config import ComputeDtype
 from fused_rec.distributed.devices import AnyArray
@@ -39,7 +43,7 @@ class TextInput(nn.Module):
     def __call__(self, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
         start = nn.initializers.orthogonal(self.scale * max(text.shape[1], self.dim) ** 0.5)
         kernel = self.param("kernel", start, (text.shape[1], self.dim))
-        return matmul_f32(jnp.asarray(text, self.compute_dtype), kernel.astype(self.compute_dtype))
+        return project(text, kernel, self.compute_dtype)
 
 
 class TextMLP(nn.Module):
@@ -84,6 +88,36 @@ class TextPrediction(nn.Module):
         return out.astype(jnp.float32)
 
 
+class Matrix(nn.Module):
+    """A matrix of parameters, named `kernel` as in `nn.Dense`.
+
+    Attributes:
+      shape: its shape.
+      start: its initializer.
+    """
+
+    shape: tuple[int, int]
+    start: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self) -> Float32[Array, "m n"]:
+        return self.param("kernel", self.start, self.shape)
+
+
+class GateWeights(NamedTuple):
+    """Parameters of a `Gate` of L layers: logits are [text, has text, log degree] times [by_text; other].
+
+    Attributes:
+      level: float32 [L], the factor of each layer.
+      by_text: float32 [D, L], of text embeddings, of rank 16 at most; None: no gate by node.
+      other: float32 [2, L], of the indicator of text and of the log degree; None likewise.
+    """
+
+    level: Float32[Array, "L"]
+    by_text: Float32[Array, "D L"] | None
+    other: Float32[Array, "2 L"] | None
+
+
 class Gate(nn.Module):
     """Gates of one relation, one factor a layer and target node: exp(b_l) * 2 sigmoid(w_l . features), float32 [L, n].
 
@@ -99,13 +133,81 @@ class Gate(nn.Module):
     num_layers: int
     by_node: bool
 
-    @nn.compact
     def __call__(self, text: Float32[AnyArray, "n D"], log_degree: Float32[AnyArray, "n"]) -> Float32[Array, "L n"]:
+        weights = self.weights(text.shape[1])
+        logits = None if weights.by_text is None else project(text, weights.by_text)
+        return gate_values(weights, logits, jnp.abs(text).sum(axis=1) > 0, log_degree)
+
+    @nn.compact
+    def weights(self, width: int) -> GateWeights:
+        """Returns the parameters for text embeddings of `width` columns.
+
+        The product of both matrices comes first: L columns to multiply text embeddings by, in place of `RANK`.
+        """
         level = jnp.exp(self.param("level", nn.initializers.zeros, (self.num_layers,)))
         if not self.by_node:
-            return jnp.broadcast_to(level[:, None], (self.num_layers, len(text)))
-        projected = nn.Dense(RANK, use_bias=False, name="view")(text)
-        has_text = (jnp.abs(text).sum(-1) > 0).astype(text.dtype)
-        features = jnp.concatenate([projected, has_text[:, None], log_degree[:, None]], axis=-1)
-        node = nn.Dense(self.num_layers, use_bias=False, kernel_init=nn.initializers.zeros, name="weight")(features)
-        return level[:, None] * 2 * jax.nn.sigmoid(node.T)
+            return GateWeights(level, None, None)
+        view = Matrix((width, RANK), nn.initializers.lecun_normal(), name="view")()
+        weight = Matrix((RANK + 2, self.num_layers), nn.initializers.zeros, name="weight")()
+        return GateWeights(level, jnp.matmul(view, weight[:RANK]), weight[RANK:])
+
+
+def gate_values(
+    weights: GateWeights,
+    logits: Float32[Array, "n L"] | None,
+    has_text: Bool[Array, "n"],
+    log_degree: Float32[AnyArray, "n"],
+) -> Float32[Array, "L n"]:
+    """Computes the values of a `Gate`.
+
+    Args:
+      weights: its parameters.
+      logits: float32 [n, L], text embeddings times `weights.by_text`; None: text embeddings are not read.
+      has_text: bool [n], nodes with text; not read without `logits`.
+      log_degree: float32 [n], standardized log degrees.
+
+    Returns:
+      float32 [L, n].
+    """
+    if weights.other is None:
+        return jnp.broadcast_to(weights.level[:, None], (len(weights.level), len(log_degree)))
+    total = weights.other[1][:, None] * jnp.asarray(log_degree)[None, :]
+    if logits is not None:
+        total = total + logits.T + weights.other[0][:, None] * has_text[None, :]
+    return weights.level[:, None] * 2 * jax.nn.sigmoid(total)
+
+
+def products(
+    text: Float32[AnyArray, "n D"], matrices: Mapping[str, Float32[Array, "D _"]], compute_dtype: ComputeDtype
+) -> dict[str, Float32[Array, "n _"]]:
+    """Multiplies text embeddings by several matrices at once: the embeddings are read once.
+
+    Args:
+      text: float32 [n, D].
+      matrices: float32 [D, K] by name, of any K.
+      compute_dtype: as in `project`.
+
+    Returns:
+      float32 [n, K] by name.
+    """
+    if not matrices:
+        return {}
+    whole = project(text, jnp.concatenate(list(matrices.values()), axis=1), compute_dtype)
+    borders = np.cumsum([matrix.shape[1] for matrix in matrices.values()])[:-1]
+    return dict(zip(matrices, jnp.split(whole, borders, axis=1), strict=True))
+
+
+def project(
+    text: Float32[AnyArray, "n D"], matrix: Float32[Array, "D K"], compute_dtype: ComputeDtype = "float32"
+) -> Float32[Array, "n K"]:
+    """Multiplies text embeddings by a matrix.
+
+    Args:
+      text: float32 [n, D].
+      matrix: float32 [D, K].
+      compute_dtype: the type of both factors; sums are float32.
+
+    Returns:
+      float32 [n, K].
+    """
+    return matmul_f32(jnp.asarray(text, compute_dtype), matrix.astype(compute_dtype))

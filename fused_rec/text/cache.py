@@ -2,7 +2,8 @@
 
 A shard is a safetensors file with `keys` (uint8 [T, 32]), `vectors` (float32 [T, D]) and a checksum over both. It is
 written under a temporary name, flushed and renamed, so readers see complete shards only, any number of processes may
-write to one folder, and a kill loses only vectors not yet written. Two shards may have the same key.
+write to one folder, and a kill loses only vectors not yet written. Two shards may have the same key. One process at a
+time encodes for a folder (`lease`).
 
 Vectors reveal much of their texts, which may be personal data. All shards are therefore below `text_vectors` in the
 cache, in folders with mode 0700 and files with mode 0600, and `purge` deletes all of them.
@@ -14,7 +15,9 @@ import logging
 import os
 import re
 import stat
+import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +25,16 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float32, UInt8
 
+if sys.platform != "win32":
+    import fcntl
+
 KEY_BYTES = 32
 DAMAGED = ".damaged"
+LEASE = "lease.lock"  # locked by the process that encodes for a folder
 TOP = "text_vectors"
 SHARD_BYTES = 1 << 31  # larger files are not from here: `encode_texts` writes some 65,536 vectors per shard
 _FOLDER = re.compile("[0-9a-f]{32}")  # of one model and its settings
-_FILE = re.compile(r"[0-9a-f]{32}\.(safetensors|damaged|tmp)")
+_FILE = re.compile(rf"[0-9a-f]{{32}}\.(safetensors|damaged|tmp)|{re.escape(LEASE)}")
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +121,33 @@ def _make(folder: Path) -> None:
             f"text vectors cannot be kept: {folder} cannot be made or closed to others ({error}); set text.cache to "
             "another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[bool]:
+    """Waits until no other process of this machine encodes for a folder, and keeps others waiting meanwhile.
+
+    Commands that start together thus encode a text once. The system ends the lease with the process, however that ends.
+    A file system without locks, and Windows, grant it at once.
+
+    Args:
+      folder: from `shard_folder`, opened by `open_shards`.
+
+    Yields:
+      Whether it waited: what is in the cache may have changed.
+    """
+    with open(folder / LEASE, "ab", opener=_private) as file:
+        waited = False
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for another process that encodes texts for %s", folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                waited = True
+            except OSError:  # this file system has no locks
+                pass
+        yield waited
 
 
 def read_vectors(
@@ -231,7 +265,7 @@ def purge(cache: str | Path) -> tuple[int, int]:
         Path(file).unlink(missing_ok=True)
     for folder in (*folders, top):
         Path(folder).rmdir()
-    return len(files), size
+    return sum(file.name != LEASE for file in files), size
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

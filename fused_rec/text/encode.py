@@ -3,6 +3,7 @@
 Dimensions: T texts, L tokens, B texts of a batch, D hidden size.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,9 +21,9 @@ from tqdm import tqdm
 from fused_rec.distributed import processes
 from fused_rec.distributed.devices import device_put
 from fused_rec.memory import require_memory
-from fused_rec.text.cache import KEY_BYTES, open_shards, read_vectors, shard_folder, write_vectors
-from fused_rec.text.encoders.layers import PRECISION, as_bits
-from fused_rec.text.encoders.registry import apply_encoder, flops
+from fused_rec.text.cache import KEY_BYTES, lease, open_shards, read_vectors, shard_folder, write_vectors
+from fused_rec.text.encoders.layers import PRECISION, Params, as_bits
+from fused_rec.text.encoders.registry import apply_encoder, apply_packed, flops, packs
 from fused_rec.text.pretrained import PretrainedModel
 
 # Increment when the same text, weights and settings give other vectors than before: old cache entries become invalid.
@@ -31,6 +32,7 @@ FLUSH_SECONDS = 20.0
 FLUSH_TEXTS = 65_536
 COMPILE_TOKENS = 6_000  # tokens that two CPU cores encode while XLA compiles one more shape, 0.8 s
 PEAK_ROWS, PEAK_REPEATS = 4096, 8  # of the matrix product that measures peak FLOP/s, some 50 ms
+LEAST_TOKENS = 64  # of a packed batch: less is not faster
 TOKENIZE_TEXTS = 8_192  # per tokenizer call, whose results take some kilobytes per text
 
 
@@ -78,9 +80,8 @@ def encode_texts(
     table = _read_cache(unique, model, limit, cache)
     wanted = np.flatnonzero(processes.any_process_elementwise(~table.found))
     missing = processes.local_shard(wanted)
-    if table.folder is not None and len(missing):
-        open_shards(table.folder)
-    _encode_missing(table, missing, [unique[row] for row in missing], model, limit, batch_tokens, progress)
+    with _lease(table, missing) as rows:
+        _encode_missing(table, rows, [unique[row] for row in rows], model, limit, batch_tokens, progress)
     table.vectors[wanted] = processes.gather_shards(wanted, table.vectors[missing])
     if table.folder is not None and not processes.is_single_process():
         # Vectors that another process encoded, unless it wrote to the same folder.
@@ -121,6 +122,24 @@ def _read_cache(texts: Sequence[str], model: PretrainedModel, limit: int, cache:
     identity = _identity(model, limit)
     folder, keys = shard_folder(cache, identity), _keys(texts, identity)
     return _Vectors(folder, keys, *read_vectors(folder, keys, dims))
+
+
+@contextlib.contextmanager
+def _lease(table: _Vectors, missing: Int64[np.ndarray, "B"]) -> Iterator[Int64[np.ndarray, "B"]]:
+    """Yields the rows that are still missing once no other process encodes for the folder of the cache.
+
+    The processes of one run have divided the texts and do not wait for each other.
+    """
+    if table.folder is None or not len(missing):
+        yield missing
+        return
+    open_shards(table.folder)
+    with lease(table.folder) if processes.is_single_process() else contextlib.nullcontext(False) as waited:
+        if waited:
+            vectors, found = read_vectors(table.folder, table.keys[missing], table.vectors.shape[1])
+            table.vectors[missing[found]] = vectors[found]
+            missing = missing[~found]
+        yield missing
 
 
 def _encode_missing(
@@ -269,6 +288,8 @@ def _checked(texts: Sequence[str]) -> Iterator[str]:
 def _identity(model: PretrainedModel, limit: int) -> str:
     """Hashes everything besides the text that a vector depends on, as 64 hex digits."""
     settings = [VECTORS_VERSION, model.digest, limit, model.cut, model.pooling, model.normalize]
+    if model.config.compute_dtype != "float32":
+        settings.append(model.config.compute_dtype)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -347,9 +368,33 @@ def _encode_batches(
     """Encodes token ids batch by batch; yields (text indices, vectors)."""
     if not ids:
         return
-    lengths = np.array([len(row) for row in ids], np.int32)
-    params, devices = device_put(as_bits(model.params), None), jax.local_device_count()
+    encode = _packed if packs(model.config) else _padded
     waiting: tuple[np.ndarray, jax.Array] | None = None  # the device computes the next batch meanwhile
+    for found in encode(ids, model, limit, batch_tokens):
+        if waiting is not None:
+            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+        waiting = found
+    if waiting is not None:
+        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+
+
+def _params(model: PretrainedModel) -> Params:
+    """Returns parameters as the device takes them: matrices in the type of products, if that is narrower."""
+    if model.config.compute_dtype == "float32":
+        return as_bits(model.params)
+
+    def narrow(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
+
+    return as_bits(jax.tree_util.tree_map_with_path(narrow, model.params))
+
+
+def _padded(
+    ids: list[np.ndarray], model: PretrainedModel, limit: int, batch_tokens: int
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """Starts to encode texts padded to a common length; yields (text indices, vectors and padding)."""
+    lengths = np.array([len(row) for row in ids], np.int32)
+    params, devices = device_put(_params(model), None), jax.local_device_count()
     for batch, rows, length in _batches(lengths, batch_tokens * devices, limit):
         rows = -(-rows // devices) * devices
         padded = np.zeros((rows, length), np.int32)
@@ -357,11 +402,50 @@ def _encode_batches(
         for row, text in enumerate(batch):
             padded[row, : lengths[text]] = ids[text]
             mask[row, : lengths[text]] = True
-        vectors = apply_encoder(
-            params, device_put(padded, 0), device_put(mask, 0), model.config, model.pooling, model.normalize
-        )
-        if waiting is not None:
-            yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
-        waiting = batch, vectors
-    if waiting is not None:
-        yield waiting[0], np.asarray(waiting[1])[: len(waiting[0])]
+        inputs = device_put(padded, 0), device_put(mask, 0)
+        yield batch, apply_encoder(params, *inputs, model.config, model.pooling, model.normalize)
+
+
+def _packed(
+    ids: list[np.ndarray], model: PretrainedModel, limit: int, batch_tokens: int
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """Starts to encode texts that lie one after the other; yields (text indices, vectors and padding)."""
+    lengths = np.array([len(row) for row in ids], np.int32)
+    params = _params(model)
+    for batch, tokens in _packed_batches(lengths, max(batch_tokens, int(lengths.max()))):
+        ends = np.cumsum(lengths[batch], dtype=np.int32)
+        flat = np.zeros(tokens, np.int32)
+        flat[: ends[-1]] = np.concatenate([ids[text] for text in batch])
+        starts = np.full(_texts_of_batch(tokens) + 1, ends[-1], np.int32)
+        starts[: len(ends) + 1] = np.concatenate([[0], ends])
+        yield batch, apply_packed(params, flat, starts, model.config, model.pooling, model.normalize)
+
+
+def _packed_batches(lengths: Int32[np.ndarray, "T"], batch_tokens: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields (text indices, tokens with padding) of each batch.
+
+    A batch takes the longest text that fits, until none does. The last one is padded to a power of two.
+    """
+    longest = int(lengths.max())
+    waiting: list[list[int]] = [[] for _ in range(longest + 1)]
+    for text in reversed(range(len(lengths))):
+        waiting[lengths[text]].append(text)
+    left = len(lengths)
+    while left:
+        batch: list[int] = []
+        room, length = batch_tokens, longest
+        while length >= 0 and len(batch) < _texts_of_batch(batch_tokens):
+            if waiting[length]:
+                batch.append(waiting[length].pop())
+                room -= length
+                length = min(length, room)
+            else:
+                length -= 1
+        left -= len(batch)
+        used = max(batch_tokens - room, 4 * len(batch), LEAST_TOKENS)
+        yield np.array(batch), batch_tokens if left else min(batch_tokens, 1 << (used - 1).bit_length())
+
+
+def _texts_of_batch(tokens: int) -> int:
+    """Returns the most texts of a packed batch of so many tokens."""
+    return max(tokens // 4, 1)

@@ -226,7 +226,7 @@ def _link_weights(links: NodeTextLinks, n_texts: int) -> "csr_matrix":
 
 def open_language_model(config: TextConfig) -> PretrainedModel:
     """Opens the language model of a config; raises as `open_model`."""
-    return open_model(config.model, offline=config.offline, prompt=config.prompt)
+    return open_model(config.model, offline=config.offline, prompt=config.prompt, compute_dtype=config.compute_dtype)
 
 
 def encode_by(

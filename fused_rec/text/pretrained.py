@@ -17,6 +17,7 @@ from typing import Any
 
 import tokenizers
 
+from fused_rec.config import ComputeDtype
 from fused_rec.text import sentence, settings, tokenization
 from fused_rec.text.encoders import registry
 from fused_rec.text.encoders.config_fields import LARGEST
@@ -70,7 +71,9 @@ class PretrainedModel:
     cut: tokenization.Side = "right"
 
 
-def open_model(name: str, *, offline: bool = True, prompt: str = "") -> PretrainedModel:
+def open_model(
+    name: str, *, offline: bool = True, prompt: str = "", compute_dtype: ComputeDtype = "float32"
+) -> PretrainedModel:
     """Loads a pretrained model.
 
     Pooling, normalization and token limit come from the folder's sentence-transformers files. Without these: last-token
@@ -80,6 +83,7 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
       name: all-MiniLM-L6-v2 (from the installed package), a local folder, or ORG/NAME@COMMIT on the Hugging Face hub.
       offline: takes hub models from the local hub cache only.
       prompt: name of one of the model's prompts, prepended to each text; empty = the model's default prompt, if any.
+      compute_dtype: the type of the factors of matrix products; sums are float32.
 
     Returns:
       The model.
@@ -117,7 +121,7 @@ def open_model(name: str, *, offline: bool = True, prompt: str = "") -> Pretrain
         )
     tokenizer, side, limit = _tokenizer_of(encoder, family, config)
     return PretrainedModel(
-        config=config,
+        config=dataclasses.replace(config, compute_dtype=compute_dtype),
         tokenizer=tokenizer,
         params=convert_weights(weights, config, family),
         pooling=pooling,

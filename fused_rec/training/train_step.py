@@ -343,16 +343,13 @@ def batch_loss(
     graph = graph_inputs.graph
     if graph_inputs.reviews is not None:
         graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
-    branches, intermediates = FusedModel(config.model, config.train.compute_dtype).apply(
+    branches, intermediates = FusedModel(config.model, config.train.dtype).apply(
         {"params": _params_of_nodes(graph, params)},
         graph,
         dropout,
         mutable=["intermediates"],
     )
-    sums = [
-        _branch_loss(config, _append_popularity(config, graph_inputs, vectors), graph_inputs, batch)
-        for vectors in branches
-    ]
+    sums = [_branch_loss(config, vectors, graph_inputs, batch) for vectors in branches]
     names = (GRAPH_BRANCH, TEXT_BRANCH)[0 if config.model.uses_ids else 1 :][: len(sums)]
     parts = {f"loss/{name}": _mean(*own) for name, own in zip(names, sums, strict=True)}
     shares = [_mean(jnp.stack([total for total, _ in sums]).sum(), sums[0][1])]
@@ -427,13 +424,15 @@ def _reconstruction_loss(users: Reconstruction, items: Reconstruction, batch: Ba
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
     """The configured ranking loss of one branch."""
-    users, catalogue = (x.astype(config.train.compute_dtype) for x in vectors)
+    users, catalogue = (x.astype(config.train.dtype) for x in vectors)
     user, items, mask, negatives = map(jnp.asarray, batch)
-    common = users[user], catalogue, items, mask
-    trained_items, temperature = jnp.asarray(graph_inputs.trained_items), config.train.temperature
+    # Logits include the popularity bias.
+    bias = config.model.popularity_weight * jnp.log1p(jnp.asarray(graph_inputs.popularity))
+    common, temperature = (users[user], catalogue, items, mask), config.train.temperature
+    if config.train.loss == "bpr":
+        return losses.bpr(*common, bias, negatives, temperature)
+    bias = jnp.where(jnp.asarray(graph_inputs.trained_items), bias, -jnp.inf)
     if config.train.loss == "softmax":
-        return losses.softmax(*common, trained_items, temperature)
-    if config.train.loss == "sampled_softmax":
-        shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
-        return losses.sampled_softmax(*common, trained_items, shared, temperature)
-    return losses.bpr(*common, negatives, temperature)
+        return losses.softmax(*common, bias, temperature)
+    shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
+    return losses.sampled_softmax(*common, bias, shared, temperature)

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec.baselines.factors import require_singular_vectors
-from fused_rec.config import TEMPERATURES, Config, from_dict, to_dict, with_temperature
+from fused_rec.config import TEMPERATURES, Config, from_dict, to_dict, with_compute_dtype, with_temperature
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import processes, signals
@@ -55,6 +55,7 @@ from fused_rec.text.coverage import foreign_text_warning
 from fused_rec.training.baseline_runs import measure_baseline, settings_digest
 from fused_rec.training.batch_sources import batch_of, batch_source, interruptible
 from fused_rec.training.checkpoint import CheckpointError, Checkpoints
+from fused_rec.training.compute_type import choose_compute_type
 from fused_rec.training.early_stopping import Progress, update_early_stopping
 from fused_rec.training.evaluate import (
     evaluate_mean,
@@ -183,7 +184,8 @@ def _select_and_test(
 
     Returns the results, the inputs of the served model, the test metrics per user, and what step selection fitted.
     """
-    given = config
+    given, compute = config, choose_compute_type(config, prepared.graph_inputs, workdir)
+    config = with_compute_dtype(config, compute.dtype)
     if config.model.late_fusion:  # refused now rather than after training
         require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
     config, phase, state, progress, seconds = _select(config, prepared, workdir, shown)
@@ -226,6 +228,7 @@ def _select_and_test(
             "temperature": config.train.temperature,
             "late_fusion": fusion and dataclasses.asdict(fusion),
             "init_from": _started_from(prepared),
+            "compute": dataclasses.asdict(compute),
         },
         seconds=seconds,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -347,6 +350,8 @@ def fit(
       CheckpointError: the checkpoint of the best step is damaged.
       Stopped: a signal requested a stop; the state is saved.
     """
+    # Of a run the choice was made before; of a study it is made here.
+    config = with_compute_dtype(config, choose_compute_type(config, prepared.graph_inputs).dtype)
     if config.train.num_neighbors:  # validation embeds the whole graph
         require_embedding(config, prepared.graph_inputs)
     else:

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int32
 
+from fused_rec.config import ComputeDtype
 from fused_rec.text.encoders.config_fields import LARGEST, field, multiple, positive, require
 from fused_rec.text.encoders.layers import Dense, Embedding, Rope, attend, read_rope, rms_norm, rotate
 
@@ -52,6 +53,7 @@ class DecoderConfig:
       head_norms: whether queries and keys are normalized.
       tied: whether the prediction head shares the token embeddings.
       causal: whether a token attends only to itself and earlier tokens.
+      compute_dtype: the type of the factors of matrix products; no setting of config.json.
     """
 
     vocab_size: int
@@ -71,6 +73,7 @@ class DecoderConfig:
     head_norms: bool = False
     tied: bool = False
     causal: bool = True
+    compute_dtype: ComputeDtype = "float32"
 
     def __post_init__(self):
         sizes = (f.name for f in dataclasses.fields(self) if f.type is int)
@@ -219,7 +222,8 @@ class GroupedAttention(nn.Module):
         turns = jnp.array(config.rope.frequencies, jnp.float32)
 
         def heads(name: str, *shape: int) -> Float32[Array, "B L *H K"]:
-            return Dense(int(np.prod(shape)) * dims, config.qkv_bias, name=name)(x).reshape(batch, length, *shape, dims)
+            dense = Dense(int(np.prod(shape)) * dims, config.qkv_bias, config.compute_dtype, name=name)
+            return dense(x).reshape(batch, length, *shape, dims)
 
         def turned(name: str, *shape: int) -> Float32[Array, "B L *H K"]:
             projected = heads(name, *shape)
@@ -229,7 +233,7 @@ class GroupedAttention(nn.Module):
 
         query = turned("query", groups, config.num_attention_heads // groups)
         mixed = attend(query, turned("key", groups), heads("value", groups), mask, window, config.causal)
-        return Dense(size, config.output_bias, name="output")(mixed.reshape(batch, length, -1))
+        return Dense(size, config.output_bias, config.compute_dtype, name="output")(mixed.reshape(batch, length, -1))
 
 
 class DecoderLayer(nn.Module):
@@ -246,9 +250,10 @@ class DecoderLayer(nn.Module):
             rms_norm(config.rms_norm_eps, "attention_norm")(x), window, mask
         )
         y = rms_norm(config.rms_norm_eps, "inner_norm")(x)
-        gate = Dense(config.intermediate_size, config.inner_bias, name="gate")(y)
-        up = Dense(config.intermediate_size, config.inner_bias, name="up")(y)
-        return x + Dense(config.hidden_size, config.inner_bias, name="down")(nn.silu(gate) * up), None
+        settings = config.inner_bias, config.compute_dtype
+        gate = Dense(config.intermediate_size, *settings, name="gate")(y)
+        up = Dense(config.intermediate_size, *settings, name="up")(y)
+        return x + Dense(config.hidden_size, *settings, name="down")(nn.silu(gate) * up), None
 
 
 class Decoder(nn.Module):

@@ -1,6 +1,7 @@
 """Layers shared by the encoder families: dense layers with float32 products, norms, rotary positions, attention.
 
-Weights may be float32, bfloat16 or float16; all sums and products are float32.
+Weights may be float32, bfloat16 or float16. Sums are float32, and so are products, unless the config of an encoder has
+another compute_dtype.
 Dimensions: B texts, L tokens, G key heads, R query heads per key head, K numbers per head, P = K / 2 rotary pairs.
 """
 
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, BFloat16, Bool, Float, Float32, Int32, Shaped
 
+from fused_rec.config import ComputeDtype
 from fused_rec.text.encoders.config_fields import field, one_of
 
 Params = dict[str, Any]
@@ -64,21 +66,34 @@ def widened(weight: Shaped[Array, "*W"]) -> Float32[Array, "*W"]:
     return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
 
 
+def narrowed(weight: Shaped[Array, "*W"]) -> BFloat16[Array, "*W"]:
+    """Converts a weight to bfloat16, also from the bits of one."""
+    if weight.dtype != jnp.uint16:
+        return weight.astype(jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(weight, jnp.bfloat16)
+
+
 class Dense(nn.Module):
-    """Linear layer with float32 products.
+    """Linear layer with float32 sums.
 
     Attributes:
       features: output dimension.
       use_bias: whether it adds a bias.
+      compute_dtype: the type of the factors of the product.
     """
 
     features: int
     use_bias: bool = True
+    compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
     def __call__(self, x: Float32[Array, "*B D"]) -> Float32[Array, "*B {self.features}"]:
         kernel: Any = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        x = jnp.dot(x, widened(jnp.asarray(kernel)), precision=PRECISION)
+        kernel = jnp.asarray(kernel)
+        if self.compute_dtype == "float32":
+            x = jnp.dot(x, widened(kernel), precision=PRECISION)
+        else:
+            x = jnp.dot(x.astype(jnp.bfloat16), narrowed(kernel), preferred_element_type=jnp.float32)
         if not self.use_bias:
             return x
         bias: Any = self.param("bias", nn.initializers.zeros, (self.features,))

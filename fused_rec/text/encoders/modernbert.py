@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float32, Int32
 
+from fused_rec.config import ComputeDtype
 from fused_rec.text.encoders.config_fields import field, multiple, one_of, positive
 from fused_rec.text.encoders.decoder import EVERYWHERE, layer_kinds, read_layers
 from fused_rec.text.encoders.layers import (
@@ -59,6 +60,7 @@ class ModernBertConfig:
       is_sliding: of each layer, whether its attention is limited to the window.
       rope: rotary positions of layers with full attention.
       sliding_rope: rotary positions of sliding layers.
+      compute_dtype: the type of the factors of matrix products; no setting of config.json.
     """
 
     vocab_size: int
@@ -76,6 +78,7 @@ class ModernBertConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     norm_bias: bool = False
+    compute_dtype: ComputeDtype = "float32"
 
     def __post_init__(self):
         positive(self, *(f.name for f in dataclasses.fields(self) if f.type is int))
@@ -143,14 +146,15 @@ class WindowedAttention(nn.Module):
     ) -> Float32[Array, "B L D"]:
         config, heads = self.config, self.config.num_attention_heads
         batch, length, size = x.shape
-        stacked = Dense(3 * size, config.attention_bias, name="query_key_value")(x)
+        settings = config.attention_bias, config.compute_dtype
+        stacked = Dense(3 * size, *settings, name="query_key_value")(x)
         query, key, value = jnp.moveaxis(stacked.reshape(batch, length, 3, heads, size // heads), 2, 0)
         turns = jnp.where(is_sliding, jnp.array(config.sliding_rope.frequencies), jnp.array(config.rope.frequencies))
         scale = jnp.where(is_sliding, config.sliding_rope.scale, config.rope.scale)
         query, key = rotate(query, turns, scale), rotate(key, turns, scale)
         reach = jnp.where(is_sliding, jnp.int32(config.window), jnp.int32(EVERYWHERE))
         mixed = attend(query[:, :, :, None], key, value, mask, reach, causal=False)
-        return Dense(size, config.attention_bias, name="output")(mixed.reshape(batch, length, size))
+        return Dense(size, *settings, name="output")(mixed.reshape(batch, length, size))
 
 
 class ModernBertLayer(nn.Module):
@@ -167,9 +171,10 @@ class ModernBertLayer(nn.Module):
         y = x if self.first else layer_norm(config.norm_eps, "attention_norm", config.norm_bias)(x)
         x = x + WindowedAttention(config, name="attention")(y, is_sliding, mask)
         y = layer_norm(config.norm_eps, "inner_norm", config.norm_bias)(x)
-        inner, gate = jnp.split(Dense(2 * config.intermediate_size, config.mlp_bias, name="up")(y), 2, axis=-1)
+        settings = config.mlp_bias, config.compute_dtype
+        inner, gate = jnp.split(Dense(2 * config.intermediate_size, *settings, name="up")(y), 2, axis=-1)
         gated = ACTIVATIONS[config.hidden_activation](inner) * gate
-        return x + Dense(config.hidden_size, config.mlp_bias, name="down")(gated), None
+        return x + Dense(config.hidden_size, *settings, name="down")(gated), None
 
 
 class ModernBert(nn.Module):

@@ -41,6 +41,9 @@ def pool(
         position = mask.argmax(1) if pooling == "cls" else mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
         vectors = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
         vectors = jnp.where(mask.any(1, keepdims=True), vectors, 0.0)
-    if not normalize:
-        return vectors
+    return normalized(vectors) if normalize else vectors
+
+
+def normalized(vectors: Float32[Array, "B D"]) -> Float32[Array, "B D"]:
+    """Divides vectors by their L2 norm; a zero vector stays zero."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -18,6 +18,7 @@ from fused_rec.text.encoders.bert import BertConfig, BertEncoder
 from fused_rec.text.encoders.decoder import Decoder, DecoderConfig
 from fused_rec.text.encoders.layers import Params
 from fused_rec.text.encoders.modernbert import ModernBert, ModernBertConfig
+from fused_rec.text.encoders.packed import attends, pool_packed
 from fused_rec.text.encoders.pooling import Pooling, pool
 
 EncoderConfig = BertConfig | DecoderConfig | ModernBertConfig
@@ -132,6 +133,39 @@ def apply_encoder(
     """
     hidden: Any = encoder(config).apply({"params": params}, input_ids, mask)
     return pool(hidden, mask, pooling, normalize)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "pooling", "normalize"))
+def apply_packed(
+    params: Params,
+    input_ids: Int32[Array, "N"],
+    starts: Int32[Array, "S_plus_1"],
+    config: EncoderConfig,
+    pooling: Pooling,
+    normalize: bool,
+) -> Float32[Array, "S D"]:
+    """Encodes texts that lie one after the other, where `packs` says so; compiled once per shape.
+
+    Args:
+      params: parameters of `encoder(config)`.
+      input_ids: token ids of all texts, and padding after the last.
+      starts: the first token of each text and the end of the last.
+      config: config of the encoder.
+      pooling: how token states become one vector.
+      normalize: divides vectors by their L2 norm.
+
+    Returns:
+      One vector per text.
+    """
+    mask = jnp.arange(len(input_ids)) < starts[-1]
+    hidden: Any = encoder(config).apply({"params": params}, input_ids[None], mask[None], starts)
+    return pool_packed(hidden[0], starts, pooling, normalize)
+
+
+def packs(config: EncoderConfig) -> bool:
+    """Returns whether `apply_packed` encodes with this config on this machine."""
+    of_family = isinstance(config, BertConfig) and not config.distance_buckets
+    return of_family and attends(config.num_attention_heads, config.hidden_size)
 
 
 def flops(config: EncoderConfig, lengths: Int32[np.ndarray, "T"]) -> Float32[np.ndarray, "T"]:
