@@ -350,8 +350,8 @@ def report(
       rules: suitability rules, as of `Run.recommend`.
       groups: user attributes whose groups are compared.
       names: show the names of users, and not their ids alone.
-      previous: folder of the run before, from which the page shows what changed.
-      compared_runs: folders of other runs (seeds, refits, data), in which reasons survive or not.
+      previous: folder of the run before, from which changes are shown.
+      compared_runs: folders of other runs, in which reasons survive or not.
       card: also write what was found about rules, groups, stability and changes into the model card.
       language: of the reasons, as of `Run.explain`.
       history: as of `load`, for the recommendations; metrics withhold held-out rows.
@@ -363,21 +363,25 @@ def report(
       The file.
 
     Raises:
-      ValueError: an unknown id, baseline or attribute or language.
+      ValueError: an unknown id, baseline, attribute or language.
       FileNotFoundError, TablesChangedError: as `load`.
 
     Example:
       fr.report("runs/first", num_users=3, k=5)
     """
-    workdir, catalog = Path(workdir), open_catalog(language)
-    out = workdir / "report.html" if out is None else Path(out)
-    shown = _Shown(users, num_users, k, names, previous, tuple(compared_runs), catalog)
-    measure = _Measure(split, tuple(baselines), rules, tuple(groups))
-    facts = _report_data(workdir, measure, shown, {"history": history, "dataset": dataset}, _folders(data_path, cache))
-    write_file(out, render_page(facts).encode())
-    if card:
-        update_card(workdir, record_review(workdir, measured(facts)))
+    shown = _Shown(users, num_users, k, names, previous, tuple(compared_runs), open_catalog(language))
+    measure, served = _Measure(split, tuple(baselines), rules, tuple(groups)), {"history": history, "dataset": dataset}
+    facts = _report_data(Path(workdir), measure, shown, served, _folders(data_path, cache))
+    out = Path(workdir) / "report.html" if out is None else Path(out)
+    _write_review(facts, out, Path(workdir) if card else None)
     return out
+
+
+def _write_review(facts: ReportData, page: Path, workdir: Path | None) -> None:
+    """Writes the page, and what was found into the model card of `workdir`, if it is given."""
+    write_file(page, render_page(facts).encode())
+    if workdir is not None:
+        update_card(workdir, record_review(workdir, measured(facts)))
 
 
 class _Measure(NamedTuple):

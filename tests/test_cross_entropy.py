@@ -52,7 +52,7 @@ def test_values_and_derivatives(monkeypatch, most):
 
 def test_a_factor_of_the_loss_is_one_of_the_derivative():
     user, catalogue, targets = case()
-    one = jax.grad(lambda user: 3 * ours(user, catalogue, targets))(user)
+    one = jax.grad(lambda user: 3 * jnp.asarray(ours(user, catalogue, targets)))(user)
     np.testing.assert_allclose(one, 3 * jax.grad(lambda user: ours(user, catalogue, targets))(user), rtol=1e-6)
 
 

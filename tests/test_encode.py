@@ -436,10 +436,11 @@ def test_one_waits_for_another_and_takes_over_when_it_is_killed(fresh, tmp_path)
     """The owner stops in the middle of its fourth shard. The other waits, and encodes only what is not there."""
     owner = start_child(tmp_path, "owner", TEXTS, kill_at=4, stops="True")
     begin(owner)
-    assert owner.stdout.readline() == "stopped\n"
+    assert owner.stdout is not None and owner.stdout.readline() == "stopped\n"
     kept = sum(len(load_file(shard)["keys"]) for shard in shards(tmp_path / "cache"))
     other = start_child(tmp_path, "other", TEXTS)
     begin(other)
+    assert other.stdout is not None
     assert other.stdout.readline().startswith("waiting for another process that encodes texts")
     assert sum(len(load_file(shard)["keys"]) for shard in shards(tmp_path / "cache")) == kept
     owner.kill()

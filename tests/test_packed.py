@@ -37,7 +37,7 @@ def test_attention_is_that_of_each_text_alone(width):
     rng, heads, ends = np.random.default_rng(0), 3, np.cumsum(LENGTHS)
     query, key, value = (rng.normal(size=(ends[-1] + 6, heads * width)).astype(np.float32) for _ in range(3))
     starts = np.concatenate([[0], ends, ends[-1:]]).astype(np.int32)  # one padded text
-    found = np.asarray(packed_attention(query * 3, key, value, starts, heads))
+    found = np.asarray(packed_attention(*map(jnp.asarray, (query * 3, key, value, starts)), heads=heads))
     assert not found[ends[-1] :].any()
     for first, last in zip(starts[:-2], starts[1:-1], strict=True):
         for head in range(heads):

@@ -76,7 +76,7 @@ def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import GraphInputs, init
 
-    counts = dict(zip((USER, ITEM), map(int, arrays["shape"]), strict=True))
+    counts: dict[str, int] = dict(zip((USER, ITEM), map(int, arrays["shape"]), strict=True))
     config, rng = with_temperature(from_dict(get_config().to_dict()), 0.15), np.random.default_rng(0)
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
     for node_type, count in counts.items():

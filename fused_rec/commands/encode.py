@@ -13,6 +13,7 @@ Deletes all cached text embeddings, including those of trainings, and prints the
 import time
 import typing
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
     if CACHE.value:
         open_cache(CACHE.value)
     texts = read_lines(source)
-    model = open_model(MODEL.value, offline=not DOWNLOAD.value, prompt=PROMPT.value, compute_dtype=COMPUTE.value)
+    compute: Any = COMPUTE.value
+    model = open_model(MODEL.value, offline=not DOWNLOAD.value, prompt=PROMPT.value, compute_dtype=compute)
     began = time.perf_counter()
     vectors = encode_texts(
         texts, model, cache=CACHE.value, batch_tokens=BATCH_TOKENS.value, max_tokens=MAX_TOKENS.value

@@ -75,7 +75,7 @@ def _gated_sum(
     adjacency: Adjacency, weight: AnyArray, by_sender: AnyArray, scale: AnyArray, gate: AnyArray, x: AnyArray
 ) -> Array:
     """`gated_sum`; by_sender: as of `_neighbor_sum`."""
-    return gate[:, None] * _to_receivers(adjacency, weight, x, scale)
+    return jnp.asarray(gate)[:, None] * _to_receivers(adjacency, weight, x, scale)
 
 
 def _by_sender(adjacency: Adjacency, weight: AnyArray) -> AnyArray:
@@ -158,7 +158,7 @@ def _gated_forward(
     adjacency: Adjacency, weight: AnyArray, by_sender: AnyArray, scale: AnyArray, gate: AnyArray, x: AnyArray
 ) -> tuple[Array, tuple]:
     sums = _to_receivers(adjacency, weight, x, scale)
-    return gate[:, None] * sums, (adjacency, by_sender, scale, gate, x, sums)
+    return jnp.asarray(gate)[:, None] * sums, (adjacency, by_sender, scale, gate, x, sums)
 
 
 def _gated_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:

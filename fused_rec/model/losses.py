@@ -6,6 +6,8 @@ compromise between a mean over pairs, which active users dominate, and a mean ov
 Embeddings may be bfloat16 or float16; scores and losses are float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
@@ -42,7 +44,7 @@ def softmax(
     """
     count = mask.sum(axis=1)
     weight = mask * (jnp.sqrt(count) / jnp.maximum(count, 1))[:, None]
-    total = cross_entropy(temperature, user, catalogue, Targets(items, weight, bias))
+    total: Any = cross_entropy(temperature, user, catalogue, Targets(items, weight, bias))
     return total, jnp.sqrt(count).sum()
 
 

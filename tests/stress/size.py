@@ -117,7 +117,7 @@ def train(config, user, item, sizes, steps: int):
     given = inputs(user, item, *sizes)
     state, given = shard_state(init(config, given)), shard_graph_inputs(given)
     load, step, seconds = time.perf_counter() - began, parallel_train_step(config), []
-    for users in batches(user, item, *sizes, steps + 1):
+    for users in batches(user, item, *sizes, count=steps + 1):
         began = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, given, users))
         seconds.append(time.perf_counter() - began)

@@ -173,7 +173,7 @@ def _qwen_windows(stored: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(window if window is not None and kind == "sliding_attention" else EVERYWHERE for kind in kinds)
 
 
-def _read(stored: Mapping[str, Any], windows: tuple[int, ...], **more: bool) -> DecoderConfig:
+def _read(stored: Mapping[str, Any], windows: tuple[int, ...], **more: Any) -> DecoderConfig:
     require(stored, hidden_act="silu")
     if min(windows) < 1:
         raise ValueError(f"sliding_window is {min(windows)}; it must be at least 1")
