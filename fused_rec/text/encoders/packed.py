@@ -60,10 +60,10 @@ def pool_packed(
     """
     length = jnp.diff(starts)[:, None]
     if pooling == "mean":
-        tokens, order, scale = jnp.arange(len(hidden), dtype=jnp.int32), jnp.zeros(0, jnp.int32), jnp.zeros(0)
+        tokens, no_scale = jnp.arange(len(hidden), dtype=jnp.int32), jnp.zeros(0)
         shape = jax.ShapeDtypeStruct((len(length), hidden.shape[1]), jnp.float32)
         call = jax.ffi.ffi_call(kernels.NEIGHBOR_SUM, shape)
-        sums = call(starts, tokens, order, jnp.ones(len(hidden)), scale, hidden)
+        sums = call(starts, tokens, jnp.ones(len(hidden)), no_scale, hidden)
         vectors = sums / jnp.maximum(length, 1)
     else:
         place = starts[:-1] if pooling == "cls" else starts[1:] - 1
