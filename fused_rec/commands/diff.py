@@ -14,10 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fused_rec.api import diff, load
 from fused_rec.commands.places import DEFINE_path, DEFINE_served, existing_folder, new_folder
-from fused_rec.reporting.changes import OUTPUTS, in_words
-from fused_rec.serving.recommender import read_served_tables
 
 BEFORE = DEFINE_path("before", existing_folder, "Folder of the finished run to compare with.", required=True)
 AFTER = flags.DEFINE_list("after", None, "Folders of finished runs that are compared with it.", required=True)
@@ -30,6 +27,10 @@ NUM_USERS = flags.DEFINE_integer("num_users", 200, "Users whose reasons and scor
 
 def main(argv: list[str]) -> None:
     """Compares, writes, and prints the tables."""
+    from fused_rec.api import diff, load
+    from fused_rec.reporting.changes import OUTPUTS, in_words
+    from fused_rec.serving.recommender import read_served_tables
+
     after = [Path(name).expanduser() for name in AFTER.value]
     if not after:
         raise app.UsageError("--after is empty; name at least one folder")

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fused_rec.api import report
-from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.places import (
     DEFINE_baselines,
     DEFINE_language,
@@ -29,13 +27,13 @@ from fused_rec.commands.places import (
     require_known,
     written_file,
 )
-from fused_rec.serving.recommender import read_served_tables
+from fused_rec.config import BASELINE_NAMES
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
 OUT = DEFINE_path("out", written_file, "File to write; report.html in the workdir by default.")
 SPLIT = DEFINE_split()
-BASELINE = DEFINE_baselines(BASELINES, default=["popularity", "item_knn"])
+BASELINE = DEFINE_baselines(BASELINE_NAMES, default=["popularity", "item_knn"])
 USERS = flags.DEFINE_list("users", None, "Ids of the users to show; a random sample by default.")
 NUM_USERS = flags.DEFINE_integer("num_users", 5, "Size of the random sample of users.", lower_bound=0)
 K = flags.DEFINE_integer("k", 5, "Items per user.", lower_bound=1)
@@ -52,7 +50,10 @@ SHOWN = 500  # recommendations: of the names of real tables they take less than 
 
 def main(argv: list[str]) -> None:
     """Parses the flags, measures, explains, writes."""
-    require_known(BASELINE, BASELINES)
+    from fused_rec.api import report
+    from fused_rec.serving.recommender import read_served_tables
+
+    require_known(BASELINE, BASELINE_NAMES)
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to draw customers at random")
     count = len(USERS.value or range(NUM_USERS.value))

@@ -21,7 +21,6 @@ from absl import app, flags
 
 from fused_rec.commands.places import DEFINE_language, DEFINE_rules, DEFINE_run, DEFINE_served
 from fused_rec.http.requests import Limits
-from fused_rec.http.served import Source, load_served
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
@@ -44,6 +43,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def main(argv: list[str]) -> None:
     """Loads the run, listens, and answers until a signal ends it."""
+    from fused_rec.http.served import Source, load_served
+
     try:
         import uvicorn
 
