@@ -9,6 +9,7 @@ import pytest
 from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.model import losses
+from fused_rec.model.losses import Negatives
 
 # Scores / temperature (.5): user 0 gives items 0 1 2 the scores 2 0 2, user 1 gives them 0 4 4.
 USER = jnp.array([[1.0, 0.0], [0.0, 2.0]])
@@ -47,7 +48,7 @@ def test_a_bias_is_added_to_the_logits():
     # Of one negative, item 1 or 2, which stands for all three items.
     user_0 = (log1p(3 * exp(1 - 2)) + log1p(3 * exp(1 - 5))) / 2
     arguments = USER, CATALOGUE, ITEMS, MASK, bias
-    close(sampled_softmax(*arguments, jnp.array([1]), temperature=TEMPERATURE), sqrt(2) * user_0 + log(4))
+    close(sampled_softmax(*arguments, Negatives(jnp.array([1]), 3), temperature=TEMPERATURE), sqrt(2) * user_0 + log(4))
     negatives = jnp.array([[1, 1], [0, 2]], jnp.int32)
     user_0 = (log1p(exp(1 - 2)) + log1p(exp(1 - 5))) / 2
     expected = sqrt(2) * user_0 + log1p(exp(0 - 5))
@@ -77,16 +78,18 @@ def test_sampled_softmax_by_hand():
     user_0, user_1 = log1p(1.5 * (1 + exp(2)) / exp(2)), log(4)
     assert (user_0, user_1) == pytest.approx((0.99436, 1.38629), abs=1e-5)
     arguments = USER, CATALOGUE, ITEMS, MASK, NONE
-    close(sampled_softmax(*arguments, jnp.array([1, 2]), temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
+    negatives = Negatives(jnp.array([1, 2]), 3)
+    close(sampled_softmax(*arguments, negatives, temperature=TEMPERATURE), sqrt(2) * user_0 + user_1)
 
 
 def test_sampled_softmax_does_not_count_padding_or_absent_items():
     # Two items exist, so negative 1 stands for two: user 0, who holds item 0 alone, log(1 + 2 / e^2), user 1
     # log(1 + 2 e^4 / e^4).
     expected = log1p(2 * exp(-2)) + log(3)
-    arguments = USER, CATALOGUE, ITEMS, jnp.array([[1.0, 0.0], [1.0, 0.0]]), NO_2
-    close(sampled_softmax(*arguments, jnp.array([1]), temperature=TEMPERATURE), expected, 2)
-    close(sampled_softmax(*arguments, jnp.array([-1, 1, -1]), temperature=TEMPERATURE), expected, 2)
+    arguments = USER, CATALOGUE, ITEMS, jnp.array([[1.0, 0.0], [1.0, 0.0]]), NONE
+    close(sampled_softmax(*arguments, Negatives(jnp.array([1]), 2), temperature=TEMPERATURE), expected, 2)
+    padded = Negatives(jnp.array([-1, 1, -1]), 2)
+    close(sampled_softmax(*arguments, padded, temperature=TEMPERATURE), expected, 2)
 
 
 def test_bpr_by_hand():
@@ -144,7 +147,8 @@ def draw(loss, n_users=6):
         if loss == "softmax":
             return losses.softmax(*batch, there, TEMPERATURE)
         if loss == "sampled_softmax":
-            return losses.sampled_softmax(*batch, there, jnp.arange(0, LAW_ITEMS, 9), TEMPERATURE)
+            drawn = Negatives(jnp.arange(0, LAW_ITEMS, 9), LAW_ITEMS - 1)
+            return losses.sampled_softmax(*batch, bias, drawn, TEMPERATURE)
         return losses.bpr(*batch, bias, negatives, TEMPERATURE)
 
     return jax.jit(of_batch), (user, catalogue, items, mask, negatives)
@@ -192,7 +196,8 @@ def test_sampled_softmax_with_every_item_approaches_softmax():
     for row in range(3):
         batch = user[row, None], catalogue, items[row, None], mask, every
         full = float(softmax(*batch, temperature=4.0)[0])
-        sampled = float(sampled_softmax(*batch, jnp.arange(LAW_ITEMS), temperature=4.0)[0])
+        negatives = Negatives(jnp.arange(LAW_ITEMS), LAW_ITEMS)
+        sampled = float(sampled_softmax(*batch, negatives, temperature=4.0)[0])
         assert sampled == pytest.approx(log1p(exp(full)), rel=1e-5)
         assert sampled == pytest.approx(full, rel=5e-3)
 
@@ -204,7 +209,8 @@ def test_sampled_softmax_estimates_the_catalogue():
 
     @jax.jit
     def rest(negatives):
-        loss, _ = losses.sampled_softmax(user[:1], catalogue, items[:1], mask, every, negatives, 4.0)
+        drawn = Negatives(negatives, LAW_ITEMS)
+        loss, _ = losses.sampled_softmax(user[:1], catalogue, items[:1], mask, every, drawn, 4.0)
         return jnp.expm1(loss)  # Z / e^s
 
     draws = jax.random.randint(jax.random.key(0), (500, 40), 0, LAW_ITEMS)

@@ -100,14 +100,21 @@ class Adjacency:
 
     @property
     def receivers(self) -> Int32[AnyArray, "E"]:
-        """int32 [E], target nodes, ascending; computed from the row starts."""
-        start, edges = self.receiver_start, self.senders.shape[0]
-        if isinstance(start, np.ndarray):
-            counts = np.append(np.diff(start), edges - start[-1])
-            return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        if self.backend == "compiled" and kernels.usable():
-            return jax.ffi.ffi_call(kernels.ROWS_OF, jax.ShapeDtypeStruct((edges,), jnp.int32))(start)
-        return jnp.zeros(edges + 1, jnp.int32).at[start[1:]].add(1).cumsum()[:-1]
+        """int32 [E], target nodes, ascending; computed from the row starts. Of stacked shards [devices, E]."""
+        start, edges, compiled = self.receiver_start, self.senders.shape[-1], self.backend == "compiled"
+        if start.ndim == 1:
+            return _rows_of(start, edges, compiled)
+        return (np if isinstance(start, np.ndarray) else jnp).stack([_rows_of(own, edges, compiled) for own in start])
+
+
+def _rows_of(start: Int32[AnyArray, "rows_plus_1"], edges: int, compiled: bool) -> Int32[AnyArray, "E"]:
+    """Returns the row of each edge; edges after the last row are of one row more."""
+    if isinstance(start, np.ndarray):
+        counts = np.append(np.diff(start), edges - start[-1])
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    if compiled and kernels.usable():
+        return jax.ffi.ffi_call(kernels.ROWS_OF, jax.ShapeDtypeStruct((edges,), jnp.int32))(start)
+    return jnp.zeros(edges + 1, jnp.int32).at[start[1:]].add(1).cumsum()[:-1]
 
 
 def build_adjacency(

@@ -22,6 +22,13 @@ ffi::Error rows_of(ffi::Buffer<ffi::S32> start, ffi::ResultBuffer<ffi::S32> y) {
   const int32_t* begin = start.typed_data();
   int32_t* to = y->typed_data();
   const int64_t rows = static_cast<int64_t>(start.element_count()) - 1, edges = y->element_count();
+  if (start.dimensions().size() != 1 || y->dimensions().size() != 1 || rows < 0) {
+    return ffi::Error::InvalidArgument("row starts and rows must be vectors");
+  }
+  for (int64_t v = 0; v < rows; ++v) {
+    if (begin[v] < 0 || begin[v] > begin[v + 1]) return ffi::Error::InvalidArgument("row starts must ascend from 0");
+  }
+  if (begin[rows] > edges) return ffi::Error::InvalidArgument("row starts go beyond the edges");
   for (int64_t v = 0; v < rows; ++v) std::fill(to + begin[v], to + begin[v + 1], static_cast<int32_t>(v));
   std::fill(to + begin[rows], to + edges, static_cast<int32_t>(rows));
   return ffi::Error::Success();

@@ -6,7 +6,7 @@ compromise between a mean over pairs, which active users dominate, and a mean ov
 Embeddings may be bfloat16 or float16; scores and losses are float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,18 @@ from fused_rec.model.cross_entropy import Targets, cross_entropy
 from fused_rec.model.precision import matmul_f32
 
 Sum = tuple[Float32[Array, ""], Float32[Array, ""]]
+
+
+class Negatives(NamedTuple):
+    """Items drawn at random.
+
+    Attributes:
+      items: int32 [S], indices into the catalogue; -1 is padding and does not count in S.
+      drawn_from: number I of items they are drawn from.
+    """
+
+    items: Int32[Array, "S"]
+    drawn_from: Int32[Array, ""] | int
 
 
 def softmax(
@@ -54,7 +66,7 @@ def sampled_softmax(
     items: Int32[Array, "B P"],
     mask: Float32[Array, "B P"],
     bias: Float32[Array, "C"],
-    negatives: Int32[Array, "S"],
+    negatives: Negatives,
     temperature: float,
 ) -> Sum:
     """Computes a softmax cross-entropy of each positive against S shared uniform negatives.
@@ -67,19 +79,19 @@ def sampled_softmax(
       catalogue: [C, K], item embeddings.
       items: int32 [B, P], positives of each user, indices into `catalogue`; 0 where padded.
       mask: float32 [B, P], 1 for positives and 0 for padding.
-      bias: float32 [C], added to the logits, -inf for an item without training interactions.
-      negatives: int32 [S], indices into `catalogue`; -1 is padding and does not count in S.
+      bias: float32 [C], added to the logits.
+      negatives: S items, and how many they stand for.
       temperature: divisor of the scores, above 0.
 
     Returns:
       float32 scalars (sum of weighted losses, sum of weights); their ratio is the loss.
     """
     positive = jnp.einsum("bk,bpk->bp", user, catalogue[items], preferred_element_type=jnp.float32) / temperature
-    positive = positive + jnp.where(mask > 0, bias[items], 0)  # padding may point at an item with -inf
-    valid = negatives >= 0
-    scores = matmul_f32(user, catalogue[negatives].T) / temperature + bias[negatives][None, :]
+    positive, drawn = positive + bias[items], negatives.items
+    valid = drawn >= 0
+    scores = matmul_f32(user, catalogue[drawn].T) / temperature + bias[drawn][None, :]
     scores = jnp.where(valid[None, :], scores, -jnp.inf)
-    others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(jnp.isfinite(bias).sum() / valid.sum())
+    others = jax.nn.logsumexp(scores, axis=-1) + jnp.log(negatives.drawn_from / valid.sum())
     return _over_users(jax.nn.softplus(others[:, None] - positive), mask)
 
 

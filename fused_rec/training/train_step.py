@@ -431,8 +431,8 @@ def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, ba
     common, temperature = (users[user], catalogue, items, mask), config.train.temperature
     if config.train.loss == "bpr":
         return losses.bpr(*common, bias, negatives, temperature)
-    bias = jnp.where(jnp.asarray(graph_inputs.trained_items), bias, -jnp.inf)
+    trained_items = jnp.asarray(graph_inputs.trained_items)  # of all items, where the graph may be a sample of them
     if config.train.loss == "softmax":
-        return losses.softmax(*common, bias, temperature)
-    shared = jax.lax.all_gather(negatives, AXIS).reshape(-1)
+        return losses.softmax(*common, jnp.where(trained_items, bias, -jnp.inf), temperature)
+    shared = losses.Negatives(jax.lax.all_gather(negatives, AXIS).reshape(-1), trained_items.sum())
     return losses.sampled_softmax(*common, bias, shared, temperature)
