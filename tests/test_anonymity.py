@@ -94,7 +94,9 @@ def test_files_of_the_command(folder):
 
 
 def test_the_page(folder):
-    page = fr.report(folder / "run", folder / "page.html", baselines=[], users=["C0001", "C0007"], k=3).read_bytes()
+    page = fr.report(
+        folder / "run", folder / "page.html", baselines=[], users=["C0001", "C0007"], k=3, names=True
+    ).read_bytes()
     text = page.decode()
     assert "Name-0001" in text and "You see this because of" in text
     assert not others_in(text, "C0001", "C0007")

@@ -211,12 +211,29 @@ def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("module", [*(f"experiments.{name}" for name in COMMANDS), "fused_rec.cli"])
-def test_ctrl_c_while_libraries_are_imported(place, module):
+# Flags that a command accepts, so that it goes on to its imports: {run} is a finished run, {new} a new file or folder.
+ACCEPTED = {
+    **dict.fromkeys(("evaluate", "report", "serve"), ["--workdir={run}"]),
+    **dict.fromkeys(("recommend", "export", "faithfulness"), ["--workdir={run}", "--out={new}"]),
+    **dict.fromkeys(("compare", "density", "backtest", "tune"), ["--config=tables", "--out={new}"]),
+    "train": ["--config=tables", "--workdir={new}"],
+    "regret": ["--compared={run}", "--out={new}"],
+    "diff": ["--before={run}", "--after={run}", "--out={new}"],
+    "encode": ["--input={run}/run.json", "--out={new}.safetensors"],
+    "convert": ["--data=synthetic", "--to=tables", "--out={new}"],
+    "demo": ["--workdir={new}"],
+    "doctor": [],
+}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "of the console script"])
+def test_ctrl_c_while_libraries_are_imported(place, tmp_path, name):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child would ignore it
     try:
-        chosen = ["recommend"] if module == "fused_rec.cli" else []
-        command = [sys.executable, "-m", module, *chosen, "--workdir=none"]
+        script = ["fused_rec.cli", "recommend"] if name not in COMMANDS else [f"experiments.{name}"]
+        flags = ACCEPTED[name if name in COMMANDS else "recommend"]
+        given = [flag.format(run=place / "run", new=tmp_path / "new") for flag in flags]
+        command = [sys.executable, "-m", *script, *given]
         process = subprocess.Popen(
             command, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

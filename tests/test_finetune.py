@@ -195,6 +195,9 @@ def test_the_gradient_is_that_of_encoding_everything(cache, short, descent, monk
     """Along a drawn direction, against the difference of losses of graphs whose texts are all encoded anew."""
     config = config_of(cache, finetune_texts_per_step=400, max_tokens=8)
     users, items = (short.graph_inputs.graph.count(node_type) for node_type in (USER, ITEM))
+    # Every item is a positive here, so every item has to be trained.
+    inputs = dataclasses.replace(short.graph_inputs, trained_items=np.ones(items, bool))
+    short = dataclasses.replace(short, graph_inputs=inputs)
     everyone = Batch(
         np.arange(users, dtype=np.int32),
         np.tile(np.arange(items, dtype=np.int32), (users, 1)),

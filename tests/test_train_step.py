@@ -473,7 +473,8 @@ def test_large_moments_are_those_of_adamw(monkeypatch):
 
 @pytest.mark.skipif(not kernels.usable(), reason="no kernel was compiled here")
 def test_large_moments_are_not_copied(monkeypatch):
-    config = of_model(config_of("graph", "bpr"), dim=2048, edge_dropout=0.0, id_embedding_dropout=0.0)
+    plain = {"relation_gates": False, "layer_combination": "mean", "popularity_weight": 0.0}  # as LightGCN has it
+    config = of_model(config_of("graph", "bpr"), dim=2048, edge_dropout=0.0, id_embedding_dropout=0.0, **plain)
     state, graph_inputs = shard_state(init(config, task_of()), 1), shard_graph_inputs(task_of(), 1)
     need = []
     for large in (2**40, 1):

@@ -32,6 +32,7 @@ from fused_rec.evaluation.significance import mean_interval, paired_bootstrap
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
 from fused_rec.explanation.reasons import names
 from fused_rec.explanation.stability import ReasonAgreement, agreement, explained_items, survives
+from fused_rec.rng import numbered_rng
 from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_run, read_users
 from fused_rec.serving.recommender import candidate_filter, held_items, model_digest, rank_chunks, training_tables
 from fused_rec.training.evaluate import scorer
@@ -89,7 +90,7 @@ def diff(before: ComparedRun, after: ComparedRun, *, k: int = 10, num_users: int
       ValueError: no user or no item is in both.
     """
     pairing = _paired(before.inputs.dataset, after.inputs.dataset)
-    rng = np.random.default_rng(0)
+    rng = numbered_rng(0, 0)
     rows = np.sort(rng.permutation(len(pairing.users))[:MOST_LISTS])
     lists, found = _lists(before, after, pairing, rows, k)
     chosen = np.sort(rng.permutation(len(rows))[:num_users])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fused_rec.config import ComputeDtype, Config
 from fused_rec.distributed import processes
 from fused_rec.graph.schema import ITEM
 from fused_rec.model.cross_entropy import Targets, cross_entropy
 from fused_rec.model.text_fusion import project
+from fused_rec.rng import numbered_rng
 from fused_rec.runs.run_dir import read_json_object, write_json
 from fused_rec.training.train_step import GraphInputs
 
@@ -71,7 +71,7 @@ def choose_compute_type(config: Config, graph_inputs: GraphInputs, folder: Path 
 @functools.cache
 def _probe(items: int, text: int, dim: int, users: int) -> dict[str, float]:
     """Measures the products of a step in each type, with their derivatives, in seconds: the least of several calls."""
-    rng = np.random.default_rng(0)
+    rng = numbered_rng(0, 0)
     rows, matrix, user = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((items, text), (text, dim), (users, dim))
     )
