@@ -23,7 +23,11 @@ LOG = logging.getLogger(__name__)
 
 @functools.cache
 def usable() -> bool:
-    """Returns whether the default device is a CPU and the kernels are installed; registers them with XLA."""
+    """Returns whether the default device is a CPU and the kernels are installed; registers them with XLA.
+
+    Raises:
+      ImportError: the library lacks a kernel, being older than this file.
+    """
     if jax.default_backend() != "cpu":
         return False
     library = importlib.util.find_spec(LIBRARY)
@@ -33,6 +37,9 @@ def usable() -> bool:
     try:
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(functions, target)), platform="cpu")
+    except AttributeError as error:
+        remedy = "build it anew: pip install -e ."
+        raise ImportError(f"{library.origin} was built from other sources ({error}); {remedy}") from error
     except jax.errors.JaxRuntimeError as error:
         message = "the kernels were built for a newer JAX than %s; slower ones take their place until pip install"
         LOG.warning(f"{message} --no-build-isolation builds them anew: %s", jax.__version__, error)
