@@ -75,7 +75,7 @@ def rank_correlation(one: Num[np.ndarray, "V n"], other: Num[np.ndarray, "V n"])
     Returns:
       The correlation of each row; NaN where a row has a single value.
     """
-    ranks = [rankdata(values, axis=1) for values in (one, other)]
+    ranks = [rankdata(values.astype(np.float64), axis=1) for values in (one, other)]  # newer SciPy keeps the type
     a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     return np.where(size > 0, (a * b).sum(1) / np.where(size > 0, size, 1), np.nan)
