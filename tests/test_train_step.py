@@ -472,21 +472,6 @@ def test_large_moments_are_those_of_adamw(monkeypatch):
 
 
 @pytest.mark.skipif(not kernels.usable(), reason="no kernel was compiled here")
-def test_large_moments_are_not_copied(monkeypatch):
-    plain = {"relation_gates": False, "layer_combination": "mean", "popularity_weight": 0.0}  # as LightGCN has it
-    config = of_model(config_of("graph", "bpr"), dim=2048, edge_dropout=0.0, id_embedding_dropout=0.0, **plain)
-    state, graph_inputs = shard_state(init(config, task_of()), 1), shard_graph_inputs(task_of(), 1)
-    need = []
-    for large in (2**40, 1):
-        monkeypatch.setattr(step_module, "LARGE_LEAF", large)
-        sharding._mapped_step.cache_clear()
-        program = parallel_train_step(config, 1).compiled(state, graph_inputs)
-        lowered = program.lower(state, graph_inputs, sharding.shard_batch(batch_of(0), 1))
-        need.append(lowered.compile().memory_analysis().temp_size_in_bytes)
-    sharding._mapped_step.cache_clear()
-    assert need[1] < need[0]
-
-
 def test_embed_leaves_nothing_out():
     config = config_of()
     graph_inputs, params = task_of(), start(config).params
@@ -684,3 +669,19 @@ def test_a_branch_learns_from_its_own_loss_alone(two_branches):
     for branch, name in (("main", "id_user"), ("words", "text_item")):
         before, after = (jax.tree.leaves(params[branch][name])[0] for params in (one, both))
         assert np.abs(after - before).max() > 1e-3
+
+
+def test_large_moments_are_not_copied(monkeypatch):
+    # The last test of the file: it clears the compiled steps that others share.
+    plain = {"relation_gates": False, "layer_combination": "mean", "popularity_weight": 0.0}  # as LightGCN has it
+    config = of_model(config_of("graph", "bpr"), dim=2048, edge_dropout=0.0, id_embedding_dropout=0.0, **plain)
+    state, graph_inputs = shard_state(init(config, task_of()), 1), shard_graph_inputs(task_of(), 1)
+    need = []
+    for large in (2**40, 1):
+        monkeypatch.setattr(step_module, "LARGE_LEAF", large)
+        sharding._mapped_step.cache_clear()
+        program = parallel_train_step(config, 1).compiled(state, graph_inputs)
+        lowered = program.lower(state, graph_inputs, sharding.shard_batch(batch_of(0), 1))
+        need.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    sharding._mapped_step.cache_clear()
+    assert need[1] < need[0]
