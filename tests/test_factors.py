@@ -155,9 +155,20 @@ def test_tfidf_mean_is_the_similarity_of_terms():
     assert found.text_columns == found.target.shape[1] == 50
 
 
+@pytest.mark.parametrize("settings", factors.COMPONENTS["term_ease"].grid)
+def test_term_ease_is_text_ease_over_all_terms(settings):
+    history, interactions = _random(40, 30, 0.3)
+    rows = _terms(30, 50)
+    found = factors.COMPONENTS["term_ease"].make(factors.Evidence(interactions, rows), **settings)
+    terms = interactions._replace(item_text=rows.toarray().astype(np.float32))
+    scores, expected = _unseen(history, found, text_ease(terms, **settings))
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
+    assert found.text_columns == 50
+
+
 def test_the_largest_terms_have_columns_of_their_own():
     rows = _terms(200, 50)
-    found = factors.tfidf_mean_factors(rows, 30).target
+    found = factors.term_rows(rows, 30)
     dense = rows.toarray()
     order = np.argsort(-(dense**2).sum(0), kind="stable")
     np.testing.assert_allclose(found[:, :15], dense[:, order[:15]], atol=1e-6)
@@ -174,8 +185,8 @@ def test_shared_columns_keep_inner_products_on_average(monkeypatch):
     draws = np.random.default_rng(0)
     monkeypatch.setattr(factors, "numpy_rng", lambda *_: draws)
     for _ in range(200):
-        made = factors.tfidf_mean_factors(rows, 100)
-        found.append(made.source @ made.target.T - (rows @ rows.T).toarray())
+        made = factors.term_rows(rows, 100)
+        found.append(made @ made.T - (rows @ rows.T).toarray())
     assert np.std(found) < 50**-0.5  # of 50 shared columns
     assert np.abs(np.mean(found, axis=0)).max() < 4 * np.std(found, axis=0).max() / 200**0.5
 

@@ -218,20 +218,19 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     return Factors(item_text, item_text, item_text.shape[1])
 
 
-def tfidf_mean_factors(item_terms: Any, columns: int) -> Factors:
-    """Returns the content-based recommender by terms: the mean of the user's items' TF-IDF rows against the item's.
+def term_rows(item_terms: Any, columns: int) -> Float32[np.ndarray, "I R"]:
+    """Computes dense rows whose inner products are those of TF-IDF rows over all terms, or have them as expectation.
 
     The half of the columns is for the terms of the largest sums of squares, one each. All other terms share the other
     half with random signs (count sketch: Charikar et al., 2002; feature hashing: Weinberger et al., 2009, arXiv
-    0902.2206), so that the expectation of an inner product is that of the whole rows. Singular directions would lose
-    rare terms, which are few in each text and tell most: see docs/MODEL.md.
+    0902.2206). Singular directions would lose rare terms, which are few in each text and tell most: see docs/MODEL.md.
 
     Args:
       item_terms: sparse float [I, V], unit rows or zero.
-      columns: R; with V at most R every term has a column, and scores are exact.
+      columns: R; with V at most R every term has a column, and inner products are exact.
 
     Returns:
-      The factors, of min(R, V) columns.
+      float32 [I, min(R, V)].
     """
     n_terms = item_terms.shape[1]
     columns = min(columns, n_terms)
@@ -241,8 +240,7 @@ def tfidf_mean_factors(item_terms: Any, columns: int) -> Factors:
     place[own:] = own + (place[own:] - own) % max(columns - own, 1)
     sign[own:] = numpy_rng(0, 0, Stream.TERM_SIGNS).choice([-1, 1], n_terms - own)
     sketch = scipy.sparse.csr_matrix((sign, (order, place)), (n_terms, columns))
-    rows = (item_terms @ sketch).toarray().astype(np.float32)
-    return Factors(rows, rows, columns)
+    return (item_terms @ sketch).toarray().astype(np.float32)
 
 
 def social_ease_factors(interactions: Interactions, singular: SingularVectors, *, l2: float, weight: float) -> Factors:
@@ -323,6 +321,13 @@ class Evidence:
         rank = default_rank(self.interactions.n_users, self.interactions.n_items)
         return _largest(self.interactions, matrix, rank), sqrt_degree
 
+    @functools.cached_property
+    def term_rows(self) -> Float32[np.ndarray, "I R"]:
+        """Rows of items over all terms (`term_rows`), of as many columns as `default_rank` would have directions."""
+        nodes = self.interactions.n_users + self.interactions.n_items
+        assert self.item_terms is not None  # `has("item_terms")`
+        return term_rows(self.item_terms, _affordable_columns(nodes))
+
     def has(self, what: str) -> bool:
         """Returns whether the tables have item_text, item_terms, user_text, ties or times."""
         data = self.interactions
@@ -348,9 +353,8 @@ def _user_text(evidence: Evidence) -> Factors:
     return Factors(np.zeros((len(text), 0), np.float32), text, text.shape[1])
 
 
-def _tfidf_mean(evidence: Evidence) -> Factors:
-    data = evidence.interactions
-    return tfidf_mean_factors(evidence.item_terms, _affordable_columns(data.n_users + data.n_items))
+def _term_ease(evidence: Evidence, **penalties: float) -> Factors:
+    return text_ease_factors(evidence.singular, evidence.term_rows, **penalties)
 
 
 # To add a component: its factors, the settings to try, and what it needs.
@@ -373,7 +377,9 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     "text_mean": ClosedFormRecommender(
         lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)
     ),
-    "tfidf_mean": ClosedFormRecommender(_tfidf_mean, ({},), needs=("item_terms",)),
+    "tfidf_mean": ClosedFormRecommender(
+        lambda evidence: text_mean_factors(evidence.term_rows), ({},), needs=("item_terms",)
+    ),
     "user_text": ClosedFormRecommender(_user_text, ({},), user_source="text", needs=("item_text", "user_text")),
     "text_ease": ClosedFormRecommender(
         lambda evidence, **penalties: text_ease_factors(
@@ -385,6 +391,11 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
             for t, w in ((100.0, 30.0), (300.0, 10.0), (300.0, 100.0), (1000.0, 300.0))
         ),
         needs=("item_text",),
+    ),
+    "term_ease": ClosedFormRecommender(
+        _term_ease,
+        tuple({"l2": 30.0, "l2_text": t, "l2_words": w} for t, w in ((300.0, 10.0), (300.0, 3.0), (1000.0, 3.0))),
+        needs=("item_terms",),
     ),
     "friends_mean": ClosedFormRecommender(
         lambda evidence: friends_mean_factors(evidence.interactions, evidence.singular), ({},), needs=("ties",)
