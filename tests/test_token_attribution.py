@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -255,10 +256,38 @@ def test_pairs_together_are_as_alone(opened):
         np.testing.assert_allclose([w.value for w in found.tokens], [w.value for w in alone.tokens], atol=1e-6)
 
 
+def test_only_the_panel_with_the_largest_error_is_divided(opened, monkeypatch):
+    _, _, read = opened("fused")
+    monkeypatch.setattr(subject, "TOLERANCE", 1e-5)
+    monkeypatch.setattr(subject, "NODES", 4)
+    computed, panel = [], subject._panel
+
+    def counted(*given):
+        computed.append(given[3:])
+        return panel(*given)
+
+    monkeypatch.setattr(subject, "_panel", counted)
+    finished: list[int] = []
+    [found] = attribute_tokens(read, [(0, 3)], done=finished.append)
+    assert found is not None and found.error <= 1e-5 and finished == [1]
+    first = list(itertools.pairwise(subject.PANELS))
+    assert computed[: len(first)] == first and found.points == 4 * len(computed)
+    assert len(first) < len(computed) < 3 * len(first) and len(set(computed)) == len(computed)
+
+
+def test_long_texts_are_encoded_one_point_at_a_time(opened, monkeypatch):
+    _, _, read = opened("fused")
+    [together] = attribute_tokens(read, [(0, 3)], limit=1)
+    monkeypatch.setattr(subject, "GROUP_TOKENS", 1)
+    [alone] = attribute_tokens(read, [(0, 3)], limit=1)
+    assert together is not None and alone is not None
+    np.testing.assert_allclose([w.value for w in alone.tokens], [w.value for w in together.tokens], atol=1e-6)
+
+
 def test_where_no_number_of_points_suffices(opened, monkeypatch, caplog):
     _, _, read = opened("fused")
     monkeypatch.setattr(subject, "TOLERANCE", -1.0)
-    monkeypatch.setattr(subject, "POINTS", (2, 4))
+    monkeypatch.setattr(subject, "MOST_POINTS", 40)
     assert attribute_tokens(read, [(0, 3)], limit=1) == [None]
     assert "words of user 0 and item 3 miss the score by more than -1" in caplog.text
 
