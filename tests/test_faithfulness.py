@@ -172,7 +172,7 @@ def test_gradients_are_differences(opened):
 
 
 def test_orders_by_their_definitions(opened, monkeypatch):
-    """Shapley values of all permutations of three sources, two-ended effects, and the integral of gradients."""
+    """Two-ended effects, Shapley values and integrals of gradients add up to recomputed scores."""
     config, prepared, params, *_ = opened
     user, item, graph_inputs = a_user(prepared), 5, prepared.graph_inputs
     user_sources, model = sources(graph_inputs, user), explained_model(config, params, prepared)

@@ -26,6 +26,7 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LARGEST_SET = 3  # sources: smaller sets are searched exhaustively
 MOST_SETS = 5000  # of one size that are tested
+PREFIXES = 4  # sets that are completed by each further source at once
 
 
 class CounterfactualEffect(NamedTuple):
@@ -308,10 +309,12 @@ class _SetSearch:
         for size in range(1, min(LARGEST_SET, len(self.order)) + 1):
             if math.comb(len(self.order), size) > MOST_SETS:
                 break
-            self.leads.compute(map(frozenset, itertools.combinations(range(len(self.order)), size)))
-            for prefix in self.prefixes(size):
-                if found := self.completed(frozenset(prefix)):
-                    return found
+            prefixes = [frozenset(prefix) for prefix in self.prefixes(size)]
+            for some in (prefixes[start : start + PREFIXES] for start in range(0, len(prefixes), PREFIXES)):
+                self.leads.compute({prefix | {last} for prefix in some for last in self.order if last not in prefix})
+                for prefix in some:
+                    if found := self.completed(prefix):
+                        return found
             refuted = size
         return self.greedy(refuted)
 

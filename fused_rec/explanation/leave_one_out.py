@@ -35,6 +35,7 @@ from fused_rec.model.late_fusion import (
 from fused_rec.training.train_step import GraphInputs
 
 CHUNK = 1 << 24  # entries of the columns of the sources that are computed together
+SET_CHUNK = 1 << 21  # the same of sets of sources, some megabytes
 TINY = 1e-12  # as in `fused_rec.model.losses.unit`
 CANCELED = 0.05  # a squared norm less than that of what it was is computed again
 
@@ -201,7 +202,7 @@ class SetScores:
             return np.repeat(_scores(self.model, self.user, _nothing(self.model, self.user), rows), len(sets), axis=0)
         layers = max([1, *(len(branch.layers) for branch in self.model.branches)])
         # Of a set each branch has up to three columns a source, layer and item.
-        step = max(1, CHUNK // (len(self.model.popularity) * layers * (3 * sets.shape[1] + 3)))
+        step = max(1, SET_CHUNK // (len(self.model.popularity) * layers * (3 * sets.shape[1] + 3)))
         found = []
         for some in (sets[start : start + step] for start in range(0, len(sets), step)):
             changes = [removal.without(some) for removal in self.removals]
