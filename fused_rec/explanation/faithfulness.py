@@ -24,7 +24,6 @@ from fused_rec.explanation.decomposition import contributions
 from fused_rec.explanation.explained_model import ExplainedModel
 from fused_rec.explanation.leave_one_out import SetScores, effects
 from fused_rec.explanation.sources import Source, sources
-from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.schema import Relation
 from fused_rec.rng import numbered_rng
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
@@ -155,12 +154,10 @@ def _slope(
 ) -> dict[Relation, Float32[Array, "_"]]:
     graph = graph_inputs.graph
 
-    def weighted(adjacency: Adjacency, weight: Array) -> Adjacency:
-        # Derivatives by weights are those by the first order of edges; sums over senders read the second.
-        return dataclasses.replace(adjacency.with_weight(jax.lax.stop_gradient(weight)), weight=weight)
-
     def score(weights: Mapping[Relation, Array]) -> Array:
-        changed = graph.with_adjacencies({r: weighted(a, weights[r]) for r, a in graph.adjacencies.items()})
+        changed = graph.with_adjacencies(
+            {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
+        )
         users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[user] @ items[item]
 
