@@ -259,7 +259,7 @@ def test_pairs_together_are_as_alone(opened):
 
 
 def test_only_the_panel_with_the_largest_error_is_divided():
-    """The score grows evenly; one panel has too large values, two others have errors that cancel."""
+    """The score grows evenly; one panel has too large values, two others have errors that nearly cancel."""
     nothing = np.zeros((2, 1))
     rows = {"rows": (0, 0), "texts": np.zeros(1, int), "sides": np.zeros(1, int), "shares": np.ones(1, np.float32)}
     path = subject._Path(slopes=abs, score=1.0, weight=nothing, rest=nothing, count=1, **rows)  # pyright: ignore
@@ -267,7 +267,7 @@ def test_only_the_panel_with_the_largest_error_is_divided():
     panels = one.wanted()
     assert panels == list(itertools.pairwise(subject.PANELS))
     one.scores.update((end, end) for end in subject.PANELS)
-    wrong = {panels[0]: 0.03, panels[2]: 0.05, panels[4]: -0.03}
+    wrong = {panels[0]: 0.031, panels[2]: 0.05, panels[4]: -0.03}
     one.parts.update((at, subject._Part([np.array([at[1] - at[0] + wrong.get(at, 0)])], [])) for at in panels)
     for expected in (panels[2], panels[0], panels[4]):
         assert not one.precise() and one.integral() is None

@@ -411,8 +411,9 @@ class _PathSum:
     """The panels of a path so far."""
 
     def __init__(self, path: _Path):
-        self.path, self.parts, self.points = path, {}, 0
-        self.scores = {1.0: path.score}
+        self.path, self.points = path, 0
+        self.parts: dict[tuple[float, float], _Part] = {}
+        self.scores = {1.0: path.score}  # by position
 
     def errors(self) -> dict[tuple[float, float], float]:
         """By panel, what its attributions miss the difference of scores by."""
@@ -436,9 +437,8 @@ class _PathSum:
 
     def precise(self) -> bool:
         """Whether the errors are small."""
-        return (
-            _error(self.path, self.scores.get(0.0, self.path.score), sum(map(abs, self.errors().values()))) <= TOLERANCE
-        )
+        missed = sum(map(abs, self.errors().values()))
+        return _error(self.path, self.scores[0.0], missed) <= TOLERANCE
 
     def integral(self) -> _Integral | None:
         """The sums over panels; None where they are not precise."""
