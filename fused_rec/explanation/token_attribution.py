@@ -50,7 +50,7 @@ MOST_POINTS = 192
 GROUP_TOKENS = 640  # tokens of the texts of the pairs that are integrated together, for the memory of all layers
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # to which texts are padded: each is a compilation
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
-LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
+LEAST = 1e-4  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
 WORDS = 10  # that `largest_words` lists
 
