@@ -27,7 +27,7 @@ FLAGS = ("--explain", "--sets", "--words", "--names")
 @pytest.fixture(autouse=True)
 def greedy_beyond_one(monkeypatch):
     """Sets need not be proven the smallest here."""
-    monkeypatch.setattr(counterfactual, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(counterfactual, "MOST_SETS", 30)
 
 
 @pytest.fixture(scope="module")

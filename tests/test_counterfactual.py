@@ -70,25 +70,24 @@ def test_sets_are_the_smallest_of_all(opened, left_out, user, place, k):  # noqa
         assert found.leaving == [other for other in before[:k] if other not in after[:k]][-1]
 
 
-def test_items_of_a_list_share_graphs(opened, left_out, monkeypatch):  # noqa: F811
-    """Each item has the set that it has alone, and no graph is computed twice."""
+def test_items_of_a_list_share_scores(opened, left_out, monkeypatch):  # noqa: F811
+    """Each item has the set that it has alone, and scores without a set are computed once."""
     _, prepared, *_ = opened
     user, k = 3, 2
-    monkeypatch.setattr(subject, "MOST_GRAPHS", 20)
     items, asked = ranked(opened, user)[:3], eligible(prepared, user)
     alone = [counterfactual_sets(left_out, prepared, user, [item], k, asked)[0] for item in items]
-    computed, on_edited = [], subject.on_edited
+    leads, computed = subject._Leads(left_out, prepared, user, items, k, asked), []
+    scores = leads.without.scores
     monkeypatch.setattr(
-        subject, "on_edited", lambda *given: computed.append(str(given[2].popularity)) or on_edited(*given)
+        leads.without, "scores", lambda sets, items: computed.extend(map(tuple, sets.tolist())) or scores(sets, items)
     )
-    graphs = subject._EditedGraphs(left_out, prepared, user, items, k, asked)
-    assert [subject._SetSearch(graphs, place).search() for place in range(len(items))] == alone
-    assert len(computed) == graphs.leads.cache_info().currsize - 1
+    assert [subject._SetSearch(leads, place).search() for place in range(len(items))] == alone
+    assert len(computed) == len(set(computed)) == len(leads.known)
 
 
 def test_beyond_three_the_search_is_greedy_and_says_so(opened, left_out, monkeypatch):  # noqa: F811
     _, prepared, *_ = opened
-    monkeypatch.setattr(subject, "MOST_GRAPHS", 0)
+    monkeypatch.setattr(subject, "MOST_SETS", 0)
     before = ranked(opened, 0)
     [found] = counterfactual_sets(left_out, prepared, 0, [before[0]], 2, eligible(prepared, 0))
     assert found is not None and found.smallest == (len(found.sources) == 1)

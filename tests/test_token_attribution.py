@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -247,7 +248,9 @@ def test_pairs_together_are_as_alone(opened):
     """They share texts, of which some have more gradients than a call takes."""
     _, _, read = opened("fused")
     pairs = [(0, 3), (0, 7), (5, 3), (1, 2), *((0, item) for item in range(8, 24))]
-    together = attribute_tokens(read, pairs, limit=2)
+    finished: list[int] = []
+    together = attribute_tokens(read, pairs, limit=2, done=finished.append)
+    assert sum(finished) == len(pairs)
     for pair, found in zip(pairs, together, strict=True):
         alone = attribute(read, *pair, limit=2)
         assert found is not None and (found.texts, found.left_out) == (alone.texts, alone.left_out)
@@ -255,10 +258,42 @@ def test_pairs_together_are_as_alone(opened):
         np.testing.assert_allclose([w.value for w in found.tokens], [w.value for w in alone.tokens], atol=1e-6)
 
 
+def test_only_the_panel_with_the_largest_error_is_divided():
+    """The score grows evenly; one panel has too large values, two others have errors that nearly cancel."""
+    nothing = np.zeros((2, 1))
+    rows = {"rows": (0, 0), "texts": np.zeros(1, int), "sides": np.zeros(1, int), "shares": np.ones(1, np.float32)}
+    path = subject._Path(slopes=abs, score=1.0, weight=nothing, rest=nothing, count=1, **rows)  # pyright: ignore
+    one = subject._PathSum(path)
+    panels = one.wanted()
+    assert panels == list(itertools.pairwise(subject.PANELS))
+    one.scores.update((end, end) for end in subject.PANELS)
+    wrong = {panels[0]: 0.031, panels[2]: 0.05, panels[4]: -0.03}
+    one.parts.update((at, subject._Part([np.array([at[1] - at[0] + wrong.get(at, 0)])], [])) for at in panels)
+    for expected in (panels[2], panels[0], panels[4]):
+        assert not one.precise() and one.integral() is None
+        (low, middle), (other, high) = halves = one.wanted()
+        assert (low, high) == expected and middle == other == (low + high) / 2
+        one.scores[middle] = middle
+        one.parts.update((at, subject._Part([np.array([at[1] - at[0]])], [])) for at in halves)
+    whole = one.integral()
+    assert one.wanted() == [] and whole is not None
+    assert whole.by_token[0].tolist() == pytest.approx([1.0])
+    assert whole.baseline == 0
+
+
+def test_long_texts_are_encoded_one_point_at_a_time(opened, monkeypatch):
+    _, _, read = opened("fused")
+    [together] = attribute_tokens(read, [(0, 3)], limit=1)
+    monkeypatch.setattr(subject, "GROUP_TOKENS", 1)
+    [alone] = attribute_tokens(read, [(0, 3)], limit=1)
+    assert together is not None and alone is not None
+    np.testing.assert_allclose([w.value for w in alone.tokens], [w.value for w in together.tokens], atol=1e-6)
+
+
 def test_where_no_number_of_points_suffices(opened, monkeypatch, caplog):
     _, _, read = opened("fused")
     monkeypatch.setattr(subject, "TOLERANCE", -1.0)
-    monkeypatch.setattr(subject, "POINTS", (2, 4))
+    monkeypatch.setattr(subject, "MOST_POINTS", 40)
     assert attribute_tokens(read, [(0, 3)], limit=1) == [None]
     assert "words of user 0 and item 3 miss the score by more than -1" in caplog.text
 

@@ -28,7 +28,7 @@ from fused_rec.storage import write_figure
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 USERS = flags.DEFINE_integer("users", 200, "Users; fewer if too few qualify.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Random seed of the users, the random order and the bootstrap.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed of users, random orders and the bootstrap.", lower_bound=0)
 OUT = DEFINE_path("out", written_file, "JSON file of the curves and areas.", required=True)
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             own = prepared.observed.item[prepared.observed.user == user]
             given = scores(model.decomposition, user).copy()
             given[own] = -np.inf
-            one = curves(model, user, int(given.argmax()), rng)
+            one = curves(model, user, int(given.argmax()), rng, SEED.value)
             if one is not None:
                 found.append(one)
                 bar.update()

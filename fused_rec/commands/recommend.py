@@ -138,9 +138,10 @@ def write_reasons(
                         found += record(model, int(user[start]), item[start:end].tolist(), content)
                     if words is not None:
                         these = slice(some[0][0], some[-1][1])
-                        add_words(found, words, list(zip(user[these].tolist(), item[these].tolist(), strict=True)))
+                        pairs = list(zip(user[these].tolist(), item[these].tolist(), strict=True))
+                        add_words(found, words, pairs, bar.update)
                     stream.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in found)
-                    bar.update(len(found))
+                    bar.update(len(found) if words is None else 0)
 
     fill_file(file, fill)
     return file

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from fused_rec.config import Config
 from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.decomposition import INTERACTION, require_trained
-from fused_rec.explanation.leave_one_out import LeaveOneOut, effects, on_edited
+from fused_rec.explanation.leave_one_out import LeaveOneOut, SetScores
 from fused_rec.explanation.sources import Source, sources
 from fused_rec.graph.edit import drop_edges, drop_interaction
 from fused_rec.graph.schema import Relation
@@ -24,7 +25,8 @@ from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LARGEST_SET = 3  # sources: smaller sets are searched exhaustively
-MOST_GRAPHS = 250  # without each of which effects are computed, for all sets of a size
+MOST_SETS = 5000  # of one size that are tested
+PREFIXES = 4  # sets that are completed by each further source at once
 
 
 class CounterfactualEffect(NamedTuple):
@@ -207,10 +209,10 @@ def counterfactual_sets(
 ) -> list[CounterfactualSet | None]:
     """Finds for each item the smallest set of a user's sources without which it leaves the top k, or enters it.
 
-    Sets of one source are tested by their effects, sets of two and three by the effects on the graph without one or two
-    of them, the most promising first. Where none suffices, or three would take more than `MOST_GRAPHS` graphs, sources
-    are removed one by one, each time the best, and those that turn out not to be needed are put back. The set that is
-    returned is recomputed. A graph is computed once for all items.
+    Scores without each set of one, two and three sources are computed in closed form, once for all items, and tested
+    with the most promising first. Where none suffices, or there are more than `MOST_SETS` of a size, sources are
+    removed one by one, each time the best, and those that turn out not to be needed are put back. The set that is
+    returned is recomputed on the graph without it.
 
     Args:
       model: of `leave_one_out` for `prepared`.
@@ -223,12 +225,12 @@ def counterfactual_sets(
     Returns:
       The set of each item; None if the item stays where it is without any source.
     """
-    graphs = _EditedGraphs(model, prepared, user, items, k, eligible)
-    return [_SetSearch(graphs, place).search() for place in range(len(items))]
+    leads = _Leads(model, prepared, user, items, k, eligible)
+    return [_SetSearch(leads, place).search() for place in range(len(items))]
 
 
-class _EditedGraphs:
-    """Scores of a user without some of the sources, numbered by their places in `sources`."""
+class _Leads:
+    """Rankings of a user without some of the sources, numbered by their places in `sources`."""
 
     def __init__(
         self,
@@ -242,51 +244,53 @@ class _EditedGraphs:
         self.model, self.prepared, self.user, self.items, self.k = model, prepared, user, np.asarray(items), k
         self.candidates = np.flatnonzero(eligible)
         self.sources = sources(model.graph, model.reverse, user)
-        self.leads = functools.cache(self._leads)
+        self.without = SetScores(model, user)
+        self.known: dict[frozenset[int], np.ndarray] = {}
         self.scores = functools.lru_cache(maxsize=16)(self._scores)
 
-    def edited(self, gone: frozenset[int]) -> GraphInputs:
-        removed = [self.sources[place] for place in gone]
-        return without_sources(
-            self.model.config, self.prepared.observed, self.prepared.graph_inputs, self.user, removed
-        )
-
     def _scores(self, gone: frozenset[int]) -> Float32[np.ndarray, "I"]:
-        users = np.array([self.user], np.int32)
-        return np.asarray(_scores(compile_key(self.model.config), self.model.params, self.edited(gone), users))[0]
+        """All scores on the graph without these sources, recomputed."""
+        removed = [self.sources[place] for place in gone]
+        config, inputs = self.model.config, self.prepared
+        edited = without_sources(config, inputs.observed, inputs.graph_inputs, self.user, removed)
+        return np.asarray(_scores(compile_key(config), self.model.params, edited, np.array([self.user], np.int32)))[0]
 
-    def _leads(self, gone: frozenset[int]) -> Float[np.ndarray, "P n"]:
-        """By how much each item is ahead of the k-th best other, without `gone` and each further source.
+    def compute(self, sets: Iterable[frozenset[int]]) -> None:
+        """Computes by how much each item is ahead of the k-th best other without each set, all of one size.
 
-        NaN where no score is left, and popularity ranks; infinite for sources that are gone.
+        NaN where no score is left, and popularity ranks.
         """
-        model = self.model
-        if gone:
-            away = [self.sources[place].row for place in gone if self.sources[place].kind == INTERACTION]
-            model = on_edited(model, without_interactions(model.observed, self.user, away), self.edited(gone))
-        found = np.full((len(self.sources), len(self.items)), np.inf)
-        given = effects(model, self.user, np.arange(len(model.popularity)))
-        without = given.score - given.value
+        new = [one for one in sets if one not in self.known]
+        if not new:
+            return
+        without = self.without.scores(np.array([sorted(one) for one in new]), np.arange(len(self.model.popularity)))
         # The k best others are the k best of all or, where the item is one of these, the next one too.
         border = len(self.candidates) - self.k - 1
         best = np.partition(without[:, self.candidates], (border, border + 1), axis=1)[:, border : border + 2]
         own = without[:, self.items]
         lead = own - np.where(own >= best[:, 1:], best[:, :1], best[:, 1:])
-        left = np.setdiff1d(np.arange(len(self.sources)), [*gone])
-        found[left] = np.where(np.ptp(without, axis=1, keepdims=True) == 0, np.nan, lead)
+        self.known.update(zip(new, np.where(np.ptp(without, axis=1, keepdims=True) == 0, np.nan, lead), strict=True))
+
+    def after(self, gone: frozenset[int]) -> Float[np.ndarray, "P n"]:
+        """The leads without `gone` and each further source; infinite for sources that are gone."""
+        sets = {place: gone | {place} for place in range(len(self.sources)) if place not in gone}
+        self.compute(sets.values())
+        found = np.full((len(self.sources), len(self.items)), np.inf)
+        for place, one in sets.items():
+            found[place] = self.known[one]
         return found
 
 
 class _SetSearch:
     """Search for a set of sources without which one item leaves the top k, or enters it."""
 
-    def __init__(self, graphs: _EditedGraphs, place: int):
-        self.graphs, self.place, self.item = graphs, place, int(graphs.items[place])
-        self.others = graphs.candidates[graphs.candidates != self.item]
-        self.before = graphs.scores(frozenset())
+    def __init__(self, leads: _Leads, place: int):
+        self.leads, self.place, self.item = leads, place, int(leads.items[place])
+        self.others = leads.candidates[leads.candidates != self.item]
+        self.before = leads.scores(frozenset())
         self.rank = self.rank_in(self.before)
-        self.leaves = self.rank <= graphs.k
-        known = graphs.sources and len(self.others) >= graphs.k
+        self.leaves = self.rank <= leads.k
+        known = leads.sources and len(self.others) >= leads.k
         gain = self.gains(frozenset()) if known else np.zeros(0)
         self.order = np.argsort(-gain, kind="stable").tolist()  # first those without which the item is nearest
 
@@ -295,7 +299,7 @@ class _SetSearch:
 
     def gains(self, gone: frozenset[int]) -> Float[np.ndarray, "P"]:
         """How far the item is beyond the border of the top k, without `gone` and each further source."""
-        lead = self.graphs.leads(gone)[:, self.place]
+        lead = self.leads.after(gone)[:, self.place]
         gain = np.where(np.isnan(lead), np.inf, -lead if self.leaves else lead)
         gain[[*gone]] = -np.inf
         return gain
@@ -303,12 +307,14 @@ class _SetSearch:
     def search(self) -> CounterfactualSet | None:
         refuted = 0  # no set of so many sources, or of fewer, suffices
         for size in range(1, min(LARGEST_SET, len(self.order)) + 1):
-            prefixes = self.prefixes(size)
-            if len(prefixes) > MOST_GRAPHS:
+            if math.comb(len(self.order), size) > MOST_SETS:
                 break
-            for prefix in prefixes:
-                if found := self.completed(frozenset(prefix)):
-                    return found
+            prefixes = [frozenset(prefix) for prefix in self.prefixes(size)]
+            for some in (prefixes[start : start + PREFIXES] for start in range(0, len(prefixes), PREFIXES)):
+                self.leads.compute({prefix | {last} for prefix in some for last in self.order if last not in prefix})
+                for prefix in some:
+                    if found := self.completed(prefix):
+                        return found
             refuted = size
         return self.greedy(refuted)
 
@@ -344,12 +350,12 @@ class _SetSearch:
 
     def verified(self, gone: frozenset[int], *, smallest: bool) -> CounterfactualSet | None:
         """The set, if a recomputation confirms it."""
-        after, k = self.graphs.scores(gone), self.graphs.k
+        after, k = self.leads.scores(gone), self.leads.k
         rank = self.rank_in(after)
         if (rank > k) != self.leaves:
             return None
-        named = tuple(self.graphs.sources[place] for place in sorted(gone, key=self.order.index))
-        candidates = self.graphs.candidates
+        named = tuple(self.leads.sources[place] for place in sorted(gone, key=self.order.index))
+        candidates = self.leads.candidates
         old, new = (candidates[np.argsort(-x[candidates], kind="stable")[:k]].tolist() for x in (self.before, after))
         if self.leaves:
             entering = next((other for other in new if other not in old and other != self.item), -1)

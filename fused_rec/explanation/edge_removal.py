@@ -296,12 +296,12 @@ class _Removal:
             left = weight[into_user].sum() - weight[edit.edges]
             normal = np.where(in_degree[receivers] > 1, 1 / np.maximum(left, 1e-12), 0)
         else:
-            scale, normal = scale * _grown(out_degree[senders]), _grown(in_degree[receivers])
+            scale, normal = scale * grown(out_degree[senders]), grown(in_degree[receivers])
         return scale.astype(np.float32)[:, None], normal.astype(np.float32)[:, None]
 
 
-def _grown(degree: np.ndarray) -> np.ndarray:
-    """sqrt(d / (d - 1)), by which 1 / sqrt(d) grows with an edge less; 0 where none is left."""
+def grown(degree: np.ndarray) -> np.ndarray:
+    """Returns sqrt(d / (d - 1)), by which 1 / sqrt(d) grows with an edge less; 0 where none is left."""
     return np.sqrt(degree / np.maximum(degree - 1, 1)) * (degree > 1)
 
 

@@ -2,8 +2,9 @@
 
 Deletion and insertion follow Petsiuk, Das and Saenko (BMVC 2018, arXiv 1806.07421). Features are the user's sources:
 interactions, social neighbors and text-kNN neighbors. With a faithful order the score drops fast when sources are
-removed from the first on, and rises fast when they are restored. Each score is recomputed on the graph without the
-removed sources: edges in both directions, their weights, degrees and popularity. No substitute input is needed.
+removed from the first on, and rises fast when they are restored. Each score equals that of a recomputation on the graph
+without the removed sources: edges in both directions, their weights, degrees and popularity. No substitute input is
+needed.
 """
 
 import dataclasses
@@ -19,15 +20,17 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 from fused_rec.config import Config
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.significance import paired_bootstrap, resampled_means
-from fused_rec.explanation.counterfactual import score_of, without_sources
 from fused_rec.explanation.decomposition import contributions
 from fused_rec.explanation.explained_model import ExplainedModel
-from fused_rec.explanation.leave_one_out import effects
+from fused_rec.explanation.leave_one_out import SetScores, effects
 from fused_rec.explanation.sources import Source, sources
 from fused_rec.graph.schema import Relation
+from fused_rec.rng import numbered_rng
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
-ORDERS = ("leave_one_out", "parts", "gradient", "attention", "random")
+ORDERS = ("leave_one_out", "two_ended", "shapley", "integrated", "gradient", "parts", "attention", "random")
+PERMUTATIONS = 50  # of the sources, by which Shapley values are estimated
+POINTS = 8  # Gauss-Legendre points of integrated gradients
 SHARES = np.linspace(0, 1, 6)
 LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
 LEAST_RISE = 0.05  # smallest increase of the score by all sources, by which curves are normalized
@@ -49,69 +52,119 @@ class Curves(NamedTuple):
 
 
 def attributions(
-    model: ExplainedModel, user: int, item: int, user_sources: Sequence[Source]
+    model: ExplainedModel, given: SetScores, item: int, rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Attributes a score to the user's sources by each of `ORDERS` except random.
 
     Args:
       model: of `fused_rec.explanation.explained_model.explained_model`.
-      user: user row.
+      given: scores without sets of a user's sources.
       item: item row.
-      user_sources: `sources` of the user.
+      rng: of the permutations.
 
     Returns:
-      By order, a value per source. leave_one_out: its effect. parts: its contribution. gradient: the derivative of
-      the score by a factor on all edges of the source (gradient x input), including their effect on norms and other
-      nodes. attention: the source's weight in the user's embedding, summed over layers, times the norm of the item's
-      embedding, as a heat map of edge weights shows.
+      By order, a value per source. leave_one_out: its effect. two_ended: the mean of its effect and of what it adds to
+      no source. shapley: the mean of what it adds to the sources before it in `PERMUTATIONS` drawn permutations.
+      integrated: integrated gradients along the path that scales all edges of all sources from 0 to 1 and keeps
+      degrees. gradient: the derivative of the score by a factor on all edges of the source (gradient x input),
+      including their effect on norms and other nodes. parts: its contribution. attention: the source's weight in the
+      user's embedding, summed over layers, times the norm of the item's embedding, as a heat map of edge weights shows.
     """
-    graph_inputs, decomposition = model.inputs.graph_inputs, model.decomposition
-    split = contributions(decomposition, user, [item])
+    user = given.user
+    user_sources = sources(model.inputs.graph_inputs.graph, model.leave_one_out.reverse, user)
+    split, effect = contributions(model.decomposition, user, [item]), effects(model.leave_one_out, user, [item])
     of = dict(zip(zip(split.kind, split.source.tolist(), strict=True), split.value[:, 0], strict=True))
-    slope = {
-        r: np.asarray(g) for r, g in _slope(compile_key(model.config), model.params, graph_inputs, user, item).items()
+    nodes, weights = np.polynomial.legendre.leggauss(POINTS)
+    along = [_by_gradient(model, user, item, user_sources, factor) for factor in (nodes + 1) / 2]
+    return {
+        "leave_one_out": effect.value[:, 0],
+        "two_ended": (effect.value[:, 0] + _additions(given, item)) / 2,
+        "shapley": shapley(given, item, rng),
+        "integrated": np.tensordot(weights / 2, along, 1),
+        "gradient": _by_gradient(model, user, item, user_sources, 1.0),
+        "parts": np.array([of.get((source.kind, source.row), 0.0) for source in user_sources]),
+        "attention": _attention(model, user, item, user_sources),
     }
-    attention = np.zeros(len(user_sources))
-    for branch in decomposition.branches:
+
+
+def _additions(given: SetScores, item: int) -> Float[np.ndarray, "n"]:
+    """What each source adds to the score without any."""
+    everything = np.arange(len(given.rows))
+    others = np.array([np.delete(everything, place) for place in everything])
+    return (given.scores(others, [item]) - given.scores(everything[None], [item]))[:, 0]
+
+
+def shapley(
+    given: SetScores, item: int, rng: np.random.Generator, permutations: int = PERMUTATIONS
+) -> Float[np.ndarray, "n"]:
+    """Estimates Shapley values of the sources (Castro et al., 2009, doi 10.1016/j.cor.2008.04.004).
+
+    Args:
+      given: scores without sets of the user's sources.
+      item: item row.
+      rng: of the permutations.
+      permutations: number of permutations.
+
+    Returns:
+      A value per source; they sum to the score minus the score without any source.
+    """
+    count = len(given.rows)
+    order = np.stack([rng.permutation(count) for _ in range(permutations)])
+    scores = np.stack([given.scores(order[:, :gone], [item])[:, 0] for gone in range(count + 1)], axis=1)
+    found = np.zeros(count)
+    np.add.at(found, order, scores[:, :-1] - scores[:, 1:])
+    return found / permutations
+
+
+def _by_gradient(
+    model: ExplainedModel, user: int, item: int, user_sources: Sequence[Source], factor: float
+) -> Float[np.ndarray, "n"]:
+    """The derivative of the score by a factor on the edges of each source, where those of all have this factor."""
+    graph = model.inputs.graph_inputs.graph
+    own = {relation: np.array(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
+    weights = {relation: weight.copy() for relation, weight in own.items()}
+    for source in user_sources:
+        for relation, edge in source.edges:
+            weights[relation][edge] = factor * own[relation][edge]
+    slope = _slope(compile_key(model.config), model.params, model.inputs.graph_inputs, weights, user, item)
+    slope = {relation: np.asarray(value) for relation, value in slope.items()}
+    return np.array([sum(float(slope[r][e]) * float(own[r][e]) for r, e in s.edges) for s in user_sources])
+
+
+def _attention(model: ExplainedModel, user: int, item: int, user_sources: Sequence[Source]) -> Float[np.ndarray, "n"]:
+    found = np.zeros(len(user_sources))
+    for branch in model.decomposition.branches:
         given, size = branch.weights, np.linalg.norm(branch.items[item]) / branch.user_norm[user]
         for number, source in enumerate(user_sources):
             relation, edge = source.edges[0]
             if relation in given.edge and len(given.layer_weights) > 1:
                 factor = given.layer_weights[1:] @ given.gate[relation][:, user]
-                attention[number] += (
-                    size * factor * given.edge[relation][edge] * given.source_scale[relation][source.row]
-                )
-    return {
-        "leave_one_out": effects(model.leave_one_out, user, [item]).value[:, 0],
-        "parts": np.array([of.get((source.kind, source.row), 0.0) for source in user_sources]),
-        "gradient": np.array(
-            [
-                sum(float(slope[r][e]) * float(graph_inputs.graph.adjacencies[r].weight[e]) for r, e in s.edges)
-                for s in user_sources
-            ]
-        ),
-        "attention": attention,
-    }
+                found[number] += size * factor * given.edge[relation][edge] * given.source_scale[relation][source.row]
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _slope(
-    config: Config, params: PyTree, graph_inputs: GraphInputs, user: int | AnyArray, item: int | AnyArray
+    config: Config,
+    params: PyTree,
+    graph_inputs: GraphInputs,
+    weights: dict[Relation, Float32[AnyArray, "_"]],
+    user: int | AnyArray,
+    item: int | AnyArray,
 ) -> dict[Relation, Float32[Array, "_"]]:
     graph = graph_inputs.graph
-    weights = {relation: jnp.asarray(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
 
     def score(weights: Mapping[Relation, Array]) -> Array:
         changed = graph.with_adjacencies(
-            {r: dataclasses.replace(adjacency, weight=weights[r]) for r, adjacency in graph.adjacencies.items()}
+            {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
         )
         users, items = embed_nodes(config, params, dataclasses.replace(graph_inputs, graph=changed))
         return users[user] @ items[item]
 
-    return jax.grad(score)(weights)
+    return jax.grad(score)({relation: jnp.asarray(weight) for relation, weight in weights.items()})
 
 
-def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator) -> Curves | None:
+def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator, seed: int = 0) -> Curves | None:
     """Computes the deletion and insertion curves of one pair for each of `ORDERS`.
 
     Args:
@@ -119,34 +172,29 @@ def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator
       user: user row.
       item: item row.
       rng: of the random order.
+      seed: of the permutations of `shapley`.
 
     Returns:
       The curves; None with fewer than `LEAST_SOURCES` sources or a rise below `LEAST_RISE`.
     """
-    user_sources = sources(model.inputs.graph_inputs.graph, model.leave_one_out.reverse, user)
-    if len(user_sources) < LEAST_SOURCES:
+    without = SetScores(model.leave_one_out, user)
+    count = len(without.rows)
+    if count < LEAST_SOURCES:
         return None
-    known: dict[bytes, float] = {}
 
     def score(gone: Bool[np.ndarray, "n"]) -> float:
-        if gone.tobytes() not in known:
-            without_them = [source for source, away in zip(user_sources, gone, strict=True) if away]
-            graph_inputs = without_sources(
-                model.config, model.inputs.observed, model.inputs.graph_inputs, user, without_them
-            )
-            known[gone.tobytes()] = float(score_of(model.config, model.params, graph_inputs, user, item))
-        return known[gone.tobytes()]
+        return float(without.scores(np.flatnonzero(gone)[None], [item])[0, 0])
 
-    none = score(np.ones(len(user_sources), bool))
-    rise = score(np.zeros(len(user_sources), bool)) - none
+    none = score(np.ones(count, bool))
+    rise = score(np.zeros(count, bool)) - none
     if rise < LEAST_RISE:
         return None
-    given = attributions(model, user, item, user_sources)
-    given["random"] = rng.random(len(user_sources))
+    given = attributions(model, without, item, numbered_rng(seed, user))
+    given["random"] = rng.random(count)
     found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = {}, {}
     for name in ORDERS:
         rank = np.argsort(np.argsort(-given[name], kind="stable"))
-        counts = np.round(SHARES * len(user_sources))
+        counts = np.round(SHARES * count)
         for curve, taken in zip(found, ([rank < n for n in counts], [rank >= n for n in counts]), strict=True):
             curve[name] = np.array([(score(gone) - none) / rise for gone in taken])
     return Curves(rise, *found)

@@ -16,8 +16,9 @@ from jaxtyping import Float, Float32, Int, PyTree
 
 from fused_rec.config import Config, ModelConfig
 from fused_rec.data.splits import Observed
-from fused_rec.explanation.decomposition import TIE, source_kind
+from fused_rec.explanation.decomposition import INTERACTION, TIE, source_kind
 from fused_rec.explanation.edge_removal import Branch, Change, branches, embeddings_without, without_rounding
+from fused_rec.explanation.set_removal import SetRemoval
 from fused_rec.explanation.sources import Sources, reverse_relations, senders_of, sources_by_relation
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
@@ -34,6 +35,7 @@ from fused_rec.model.late_fusion import (
 from fused_rec.training.train_step import GraphInputs
 
 CHUNK = 1 << 24  # entries of the columns of the sources that are computed together
+SET_CHUNK = 1 << 21  # the same of sets of sources, some megabytes
 TINY = 1e-12  # as in `fused_rec.model.losses.unit`
 CANCELED = 0.05  # a squared norm less than that of what it was is computed again
 
@@ -52,6 +54,20 @@ class Effects(NamedTuple):
     source: Int[np.ndarray, "P"]
     value: Float[np.ndarray, "P n"]
     score: Float[np.ndarray, "n"]
+
+
+class _Gone(NamedTuple):
+    """P sets of sources that are removed.
+
+    Attributes:
+      changes: embeddings of each trained branch without them.
+      items: rows [P, m] of the items whose interactions are removed; -1 for other sources.
+      friends: rows [P, m] of the users whose social edges are removed; -1 for other sources.
+    """
+
+    changes: Sequence[Change]
+    items: Int[np.ndarray, "P m"]
+    friends: Int[np.ndarray, "P m"]
 
 
 class _Closed(NamedTuple):
@@ -106,27 +122,6 @@ def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inpu
     )
 
 
-def on_edited(model: LeaveOneOut, observed: Observed, graph_inputs: GraphInputs) -> LeaveOneOut:
-    """Prepares `effects` on a graph from which edges are removed; faster than anew.
-
-    Args:
-      model: on the whole graph.
-      observed: interactions that are left.
-      graph_inputs: of `fused_rec.explanation.counterfactual.without_sources`.
-
-    Returns:
-      The same on the edited graph.
-    """
-    return dataclasses.replace(
-        model,
-        graph=graph_inputs.graph,
-        observed=observed,
-        popularity=np.asarray(graph_inputs.popularity),
-        age_weight=_age_weight(model.config.model, observed),
-        branches=branches(model.config, model.params, graph_inputs.graph),
-    )
-
-
 def _age_weight(config: ModelConfig, observed: Observed) -> np.ndarray:
     """What each interaction adds to the popularity of its item, as in `fused_rec.baselines.neighbors.item_counts`."""
     if not config.popularity_half_life or not len(observed.item):
@@ -155,7 +150,7 @@ def effects(model: LeaveOneOut, user: int, items: Sequence[int] | Int[np.ndarray
     rows = np.asarray(items, np.int64)
     kinds: list[str] = []
     found, values = [], []
-    whole = _scores(model, user, None, rows)
+    whole = _scores(model, user, _nothing(model, user), rows)
     groups = sources_by_relation(model.graph, model.reverse, user)
     # Columns over the nodes: at most four new ones per layer.
     nodes = sum(count for _, count in model.graph.node_types)
@@ -164,13 +159,66 @@ def effects(model: LeaveOneOut, user: int, items: Sequence[int] | Int[np.ndarray
     for group in groups:
         for start in range(0, len(group.rows), size):
             part = _part(group, slice(start, start + size))
-            without = _scores(model, user, part, rows)
+            changes = [embeddings_without(branch, user, part) for branch in model.branches]
+            kind = np.full((len(part.rows), 1), source_kind(group.relation))
+            without = _scores(model, user, _gone(changes, kind, part.rows[:, None]), rows)
             values.append(np.broadcast_to(whole - without, (len(part.rows), len(rows))))
         kinds += [source_kind(group.relation)] * len(group.rows)
         found.append(group.rows)
     if not groups:
         return Effects([], np.zeros(0, np.int64), np.zeros((0, len(rows))), whole[0])
     return Effects(kinds, np.concatenate(found), np.concatenate(values), whole[0])
+
+
+class SetScores:
+    """Scores of a user without sets of their sources, exactly; columns over the nodes are computed once.
+
+    Args:
+      model: of `leave_one_out`.
+      user: user row.
+    """
+
+    def __init__(self, model: LeaveOneOut, user: int):
+        groups = sources_by_relation(model.graph, model.reverse, user)
+        self.model, self.user = model, user
+        self.removals = [SetRemoval(branch, user, groups) for branch in model.branches]
+        self.kinds = np.array([source_kind(group.relation) for group in groups for _ in group.rows])
+        self.rows = np.concatenate([np.zeros(0, np.int64), *(group.rows for group in groups)]).astype(np.int64)
+
+    def scores(
+        self, sets: Int[np.ndarray, "P m"], items: Sequence[int] | Int[np.ndarray, "n"]
+    ) -> Float[np.ndarray, "P n"]:
+        """Computes the scores without each set.
+
+        Args:
+          sets: P sets of m sources, all different, numbered as in `fused_rec.explanation.sources.sources`.
+          items: n item rows.
+
+        Returns:
+          The scores, as of `effects`.
+        """
+        rows = np.asarray(items, np.int64)
+        if not sets.shape[1]:
+            return np.repeat(_scores(self.model, self.user, _nothing(self.model, self.user), rows), len(sets), axis=0)
+        layers = max([1, *(len(branch.layers) for branch in self.model.branches)])
+        # Of a set each branch has up to three columns a source, layer and item.
+        step = max(1, SET_CHUNK // (len(self.model.popularity) * layers * (3 * sets.shape[1] + 3)))
+        found = []
+        for some in (sets[start : start + step] for start in range(0, len(sets), step)):
+            changes = [removal.without(some) for removal in self.removals]
+            found.append(_scores(self.model, self.user, _gone(changes, self.kinds[some], self.rows[some]), rows))
+        return np.concatenate(found)
+
+
+def _nothing(model: LeaveOneOut, user: int) -> _Gone:
+    """One set without a source."""
+    nothing = np.zeros((1, 0), np.int64)
+    return _Gone([Change(branch.out[USER][[user]], []) for branch in model.branches], nothing, nothing)
+
+
+def _gone(changes: Sequence[Change], kinds: np.ndarray, rows: Int[np.ndarray, "P m"]) -> _Gone:
+    """Sets of sources of these kinds [P, m] and rows."""
+    return _Gone(changes, np.where(kinds == INTERACTION, rows, -1), np.where(np.char.startswith(kinds, TIE), rows, -1))
 
 
 def _part(group: Sources, at: slice) -> Sources:
@@ -180,8 +228,8 @@ def _part(group: Sources, at: slice) -> Sources:
 # --- the score -----------------------------------------------------------------------------------------------------
 
 
-def _scores(model: LeaveOneOut, user: int, gone: Sources | None, items: np.ndarray) -> np.ndarray:
-    """Scores [P, n] without each of the sources, [1, n] with all (None)."""
+def _scores(model: LeaveOneOut, user: int, gone: _Gone, items: np.ndarray) -> np.ndarray:
+    """Scores [P, n] without each of the sets."""
     if model.trained is None:
         return _trained_scores(model, user, gone, items)[MODEL][0].astype(np.float64)
     parts = []  # (name, weight, 1 / standard deviation [P or 1], scores of the items [P or 1, n])
@@ -210,8 +258,8 @@ def _inverse(variance: np.ndarray, bound: np.ndarray | float) -> np.ndarray:
     return np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
 
 
-def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: Sources | None) -> np.ndarray:
-    """The user's vector of a closed-form component, [1, R], or [P, R] where the sources are parts of it."""
+def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: _Gone) -> np.ndarray:
+    """The user's vector of a closed-form component, [1, R], or [P, R] where sources are parts of it."""
     if part.user_source == "constant":
         return np.ones((1, 1), np.float32)
     if part.user_source == "text":
@@ -219,25 +267,27 @@ def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: Sourc
     sums = []
     if part.source.shape[1]:
         own = part.source[senders_of(graph, INTERACTED_BY, user)].sum(0, keepdims=True)
-        sums.append(own - part.source[gone.rows] if gone and gone.relation == INTERACTED_BY else own)
+        sums.append(own - _sums(part.source, gone.items))
     if part.friends is not None:
         friends = np.concatenate([senders_of(graph, relation, user) for relation in social_relations(graph)])
-        total, count = part.friends[friends].sum(0, keepdims=True), len(friends)
-        if gone and source_kind(gone.relation).startswith(TIE):
-            total, count = total - part.friends[gone.rows], count - 1
-        sums.append(total / np.float32(max(count, 1)) ** np.float32(0.5))
-    width = max(map(len, sums))
-    return np.concatenate([np.broadcast_to(rows, (width, rows.shape[1])) for rows in sums], axis=1)
+        total = part.friends[friends].sum(0, keepdims=True) - _sums(part.friends, gone.friends)
+        count = len(friends) - (gone.friends >= 0).sum(1, keepdims=True)
+        sums.append(total / np.sqrt(np.maximum(count, 1)).astype(np.float32))
+    return np.concatenate(sums, axis=1)
+
+
+def _sums(rows: np.ndarray, of: Int[np.ndarray, "P m"]) -> np.ndarray:
+    """Sums [P, R] of the rows of each set."""
+    return (rows[of] * (of >= 0)[:, :, None]).sum(1, dtype=rows.dtype)
 
 
 def _trained_scores(
-    model: LeaveOneOut, user: int, gone: Sources | None, wanted: np.ndarray
+    model: LeaveOneOut, user: int, gone: _Gone, wanted: np.ndarray
 ) -> dict[str, tuple[np.ndarray, Any]]:
     """Scores [P, n] of the trained components, and the bounds of their variances."""
-    count = 1 if gone is None else len(gone.rows)
+    count = len(gone.items)
     found, sizes, spreads = [], [], []
-    for branch in model.branches:
-        change = Change(branch.out[USER][[user]], []) if gone is None else embeddings_without(branch, user, gone)
+    for branch, change in zip(model.branches, gone.changes, strict=True):
         scored, size, spread = _branch_scores(branch, change, wanted)
         found.append(np.broadcast_to(scored, (count, len(wanted))))
         sizes.append(size)
@@ -248,8 +298,8 @@ def _trained_scores(
     else:
         adjacency = model.graph.adjacencies[INTERACTS]
         n_interactions = np.broadcast_to(np.diff(adjacency.receiver_start)[wanted], (count, len(wanted))).copy()
-        if gone is not None and gone.relation == INTERACTED_BY:
-            n_interactions -= wanted == gone.rows[:, None]
+        for item in gone.items.T:
+            n_interactions -= wanted == item[:, None]
         share = (n_interactions / (n_interactions + 1)).astype(np.float32)
         joined = share * found[0] + (1 - share) * found[1]
     names = (MODEL, GRAPH_BRANCH, TEXT_BRANCH)[: 1 if len(found) == 1 else 3]
@@ -261,20 +311,23 @@ def _trained_scores(
     }
 
 
-def _popularity_bias(model: LeaveOneOut, user: int, gone: Sources | None, wanted: np.ndarray) -> np.ndarray | None:
+def _popularity_bias(model: LeaveOneOut, user: int, gone: _Gone, wanted: np.ndarray) -> np.ndarray | None:
     """The popularity bias of items, [P, n] without each of the sources; None without one."""
     factor = model.config.model.popularity_weight * model.config.train.temperature
     if not factor:
         return None
     counts = model.popularity[None, wanted].astype(np.float64)
-    if gone is not None and gone.relation == INTERACTED_BY:
+    if (gone.items >= 0).any():
         observed, n_edges = model.observed, len(model.observed.item)
         own = np.flatnonzero(observed.user == user)
-        lost = model.age_weight[own][np.argsort(observed.item[own], kind="stable")]
-        lost = lost[np.searchsorted(np.sort(observed.item[own]), gone.rows)][:, None]
+        order = np.argsort(observed.item[own], kind="stable")
+        place = np.searchsorted(observed.item[own][order], np.maximum(gone.items, observed.item[own].min()))
+        lost = model.age_weight[own][order][place] * (gone.items >= 0)
+        for item, weight in zip(gone.items.T, lost.T, strict=True):
+            counts = counts - weight[:, None] * (wanted == item[:, None])
         # Counts with decay are scaled to the number of interactions.
-        rescaled = (n_edges - 1) / np.maximum(n_edges - lost, 1e-12)
-        counts = np.maximum(counts - lost * (wanted == gone.rows[:, None]), 0) * rescaled
+        left = n_edges - (gone.items >= 0).sum(1)
+        counts = np.maximum(counts, 0) * (left / np.maximum(n_edges - lost.sum(1), 1e-12))[:, None]
     return (factor * np.log1p(counts)).astype(np.float32)
 
 

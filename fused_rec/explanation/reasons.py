@@ -5,6 +5,7 @@ source (`fused_rec.explanation.leave_one_out`); a contribution without a source 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,13 +255,19 @@ def _sets(model: ExplainedModel, user: int, items: list[int], content: Content) 
     return [by_item.get(item) for item in items]
 
 
-def add_words(rows: list[dict[str, Any]], read: Attributor, pairs: list[tuple[int, int]]) -> None:
+def add_words(
+    rows: list[dict[str, Any]],
+    read: Attributor,
+    pairs: list[tuple[int, int]],
+    done: Callable[[int], Any] | None = None,
+) -> None:
     """Adds `words` to rows of `record`: the words of both nodes' own texts with the largest attributions.
 
     Args:
       rows: rows, which are changed; `words` is of `largest_words`, or None where attributions do not sum to the score.
       read: of `fused_rec.explanation.token_attribution.attributor`.
       pairs: user and item row of each.
+      done: called with 1 after each pair.
     """
-    for row, found in zip(rows, attribute_tokens(read, pairs, limit=WORD_TEXTS), strict=True):
+    for row, found in zip(rows, attribute_tokens(read, pairs, limit=WORD_TEXTS, done=done), strict=True):
         row["words"] = found and largest_words(found)

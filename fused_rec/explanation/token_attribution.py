@@ -9,14 +9,17 @@ the path; attributions sum to the score minus the baseline score.
 Only the text features of the two nodes change. Constant: text of other nodes, text-kNN edges and their weights, the
 whitening, and those texts of the two nodes that are not attributed.
 
-Many pairs are attributed together: a text is encoded once for all of them, and its gradients share a forward pass.
+The path is divided into panels of few quadrature points. What the words of a panel add up to is known from the scores
+at its ends, so that only panels with large errors are divided further. A text is encoded once for its vectors and for
+the gradients of all pairs of a group that shares texts.
 """
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,13 +43,15 @@ from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LOG = logging.getLogger(__name__)
-# Gauss-Legendre points, tried in order until `TOLERANCE` holds; 16 miss MiniLM by up to 14 %.
-POINTS = (24, 48, 96, 192)
-ROWS = 8  # points per call of the encoder, of which the backward pass keeps all layers
+# The score changes most between 0.05 and 0.5; 16 points for the whole path miss MiniLM by up to 16 %.
+PANELS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)  # the first panels of the path
+NODES = 5  # Gauss-Legendre points of a panel
+MOST_POINTS = 192
+GROUP_TOKENS = 640  # tokens of the texts of the pairs that are integrated together, for the memory of all layers
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # to which texts are padded: each is a compilation
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
-LEAST = 1e-3  # smallest denominator of that error relative to the score, near the precision of float32
+LEAST = 1e-4  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
-TOGETHER = 16  # gradients of a text per call of the encoder
 WORDS = 10  # that `largest_words` lists
 
 
@@ -83,7 +88,7 @@ class TokenAttribution(NamedTuple):
       score: score with these texts.
       baseline: score with baseline texts.
       error: |sum of values - (score - baseline)| / |score - baseline|, at most `TOLERANCE`.
-      points: points of the quadrature rule.
+      points: points at which gradients were taken.
     """
 
     tokens: list[TokenValue]
@@ -205,17 +210,23 @@ def _embeddings(config: Config, params: PyTree, graph_inputs: GraphInputs) -> An
 
 
 def attribute_tokens(
-    read: Attributor, pairs: Sequence[tuple[int, int]], *, limit: int = LIMIT
+    read: Attributor,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    limit: int = LIMIT,
+    done: Callable[[int], Any] | None = None,
 ) -> list[TokenAttribution | None]:
     """Attributes the scores of pairs to the words of the users' and the items' own texts.
 
-    Each point of the path costs a backward pass of the encoder per pair and text, and a forward pass per text.
+    Each point of the path costs a backward pass of the encoder per pair and text, and a forward pass per text of a
+    group of pairs that share texts.
 
     Args:
       read: of `attributor`.
       pairs: rows of users and items; those that share texts are best given together.
       limit: texts per node to attribute: those whose replacement by the mean text changes the score most, to first
         order.
+      done: called with 1 after each pair.
 
     Returns:
       The attribution of each pair; None, and a warning, where no number of points leaves an error of `TOLERANCE`.
@@ -224,28 +235,39 @@ def attribute_tokens(
     texts = {int(text) for path in paths for text in path.texts}
     embedded, foreign = _embed_tokens(read, sorted(texts)), _foreign(read, sorted(texts))
     found: list[TokenAttribution | None] = [None] * len(pairs)
-    left, error = list(range(len(pairs))), 0.0
-    for points in POINTS:
-        missed = []
-        for place, part in zip(left, _integrated(read, [paths[n] for n in left], embedded, points), strict=True):
+    for group in _groups(paths, embedded):
+        integrals = _integrated(read, [paths[place] for place in group], embedded)
+        for place, part in zip(group, integrals, strict=True):
             path = paths[place]
-            total = sum(float(values.sum()) for values in (*part.by_token, *part.by_term))
-            difference = path.score - part.baseline
-            error = abs(total - difference) / max(abs(difference), LEAST * abs(path.score), 1e-12)
-            if error > TOLERANCE:
-                missed.append(place)
-                continue
-            values = _values(read, path, part, embedded)
-            shown = [
-                Text(SIDES[side], read.features.texts.texts[text], float(share), foreign[int(text)])
-                for side, text, share in zip(path.sides, path.texts, path.shares, strict=True)
-            ]
-            left_out = path.count - len(shown)
-            found[place] = TokenAttribution(values, shown, left_out, path.score, part.baseline, error, points)
-        left = missed
-    for place in left:
-        LOG.warning("words of user %d and item %d miss the score by more than %g", *pairs[place], TOLERANCE)
+            if part is None:
+                LOG.warning("words of user %d and item %d miss the score by more than %g", *pairs[place], TOLERANCE)
+            else:
+                found[place] = _attribution(read, path, part, embedded, foreign)
+            if done is not None:
+                done(1)
     return found
+
+
+def _attribution(
+    read: Attributor,
+    path: "_Path",
+    part: "_Integral",
+    embedded: Mapping[int, "_EmbeddedTokens"],
+    foreign: Mapping[int, bool],
+) -> TokenAttribution:
+    values = _values(read, path, part, embedded)
+    total = sum(float(own.sum()) for own in (*part.by_token, *part.by_term))
+    shown = [
+        Text(SIDES[side], read.features.texts.texts[text], float(share), foreign[int(text)])
+        for side, text, share in zip(path.sides, path.texts, path.shares, strict=True)
+    ]
+    error = _error(path, part.baseline, total - (path.score - part.baseline))
+    return TokenAttribution(values, shown, path.count - len(shown), path.score, part.baseline, error, part.points)
+
+
+def _error(path: "_Path", baseline: float, missed: float) -> float:
+    """The relative error of a sum of attributions that misses the difference of scores by `missed`."""
+    return abs(missed) / max(abs(path.score - baseline), LEAST * abs(path.score), 1e-12)
 
 
 def largest_words(found: TokenAttribution) -> list[dict[str, Any]]:
@@ -307,12 +329,24 @@ class _Path(NamedTuple):
     count: int
 
 
+class _Part(NamedTuple):
+    """Attributions of the tokens [L] and of the TF-IDF terms of each text in one panel of a path."""
+
+    by_token: list[np.ndarray]
+    by_term: list[np.ndarray]
+
+    def total(self) -> float:
+        """Their sum."""
+        return sum(float(values.sum()) for values in (*self.by_token, *self.by_term))
+
+
 class _Integral(NamedTuple):
-    """Attributions of the tokens [L] and of the TF-IDF terms of each text of a path, and the score at its start."""
+    """The same of a whole path, the score at its start, and the number of points."""
 
     by_token: list[np.ndarray]
     by_term: list[np.ndarray]
     baseline: float
+    points: int
 
 
 def _path(read: Attributor, rows: tuple[int, int], limit: int) -> _Path:
@@ -357,39 +391,164 @@ def _scored(
     return score, back
 
 
+def _groups(paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens]) -> list[list[int]]:
+    """Divides pairs into groups of few tokens, of pairs that share the user or the item where they share more."""
+    users, items = (len({path.rows[side] for path in paths}) for side in (0, 1))
+    by = int(users > items)
+    groups: list[list[int]] = []
+    texts: set[int] = set()
+    for place in sorted(range(len(paths)), key=lambda place: paths[place].rows[by]):
+        mine = texts.union(paths[place].texts.tolist())
+        if not groups or sum(len(embedded[text].mask) for text in mine) > GROUP_TOKENS:
+            groups.append([])
+            mine = set(paths[place].texts.tolist())
+        groups[-1].append(place)
+        texts = mine
+    return groups
+
+
+class _PathSum:
+    """The panels of a path so far."""
+
+    def __init__(self, path: _Path):
+        self.path, self.points = path, 0
+        self.parts: dict[tuple[float, float], _Part] = {}
+        self.scores = {1.0: path.score}  # by position
+
+    def errors(self) -> dict[tuple[float, float], float]:
+        """By panel, what its attributions miss the difference of scores by."""
+        return {
+            (low, high): part.total() - (self.scores[high] - self.scores[low])
+            for (low, high), part in self.parts.items()
+        }
+
+    def wanted(self) -> list[tuple[float, float]]:
+        """The panels to compute: at first all, then the halves of the one with the largest error, until none."""
+        if not len(self.path.texts):
+            return []
+        if not self.parts:
+            return list(itertools.pairwise(PANELS))
+        errors = self.errors()
+        if self.precise() or self.points + 2 * NODES > MOST_POINTS:
+            return []
+        low, high = max(errors, key=lambda panel: abs(errors[panel]))
+        del self.parts[low, high]
+        return [(low, (low + high) / 2), ((low + high) / 2, high)]
+
+    def precise(self) -> bool:
+        """Whether the errors are small."""
+        missed = sum(map(abs, self.errors().values()))
+        return _error(self.path, self.scores[0.0], missed) <= TOLERANCE
+
+    def integral(self) -> _Integral | None:
+        """The sums over panels; None where they are not precise."""
+        if not len(self.path.texts):
+            return _Integral([], [], self.path.score, 0)
+        if not self.precise():
+            return None
+        by_token, by_term = (
+            [sum(own) for own in zip(*(part[kind] for part in self.parts.values()), strict=True)] for kind in (0, 1)
+        )
+        return _Integral(by_token, by_term, self.scores[0.0], self.points)
+
+
 def _integrated(
-    read: Attributor, paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens], points: int
-) -> Iterable[_Integral]:
-    """Integrates the attributions along each path."""
-    nodes, parts = np.polynomial.legendre.leggauss(points)
-    shares, parts = (nodes + 1) / 2, parts / 2
-    wanted = sorted({int(text) for path in paths for text in path.texts})
-    # The first row is the baseline.
-    encoded = {text: _encoded(read, embedded[text], np.append(0, shares)) for text in wanted}
-    scales, fitted, tfidf = read.features.fitted.scales, read.features.fitted.tfidf, read.features.tfidf
-    asked: dict[int, list[tuple[int, int, np.ndarray]]] = {text: [] for text in wanted}
-    found = []
-    for number, path in enumerate(paths):
-        own = np.stack([encoded[int(text)] for text in path.texts], axis=1) if len(path.texts) else None
-        means = np.repeat(path.rest[None], points + 1, axis=0)
-        for point, share in enumerate(np.append(0, shares) if own is not None else ()):
-            counted = share * tfidf.vectors[path.texts]
-            means[point] += path.weight @ scales.concat(own[point], counted)  # pyright: ignore
-        score, slope = _scored(read, path.rows, path.slopes, means)
-        slope = np.einsum("sb,nsd->nbd", path.weight, slope[1:])
-        hidden = read.features.fitted.lm_width
-        by_term = []
-        for place, text in enumerate(path.texts):
-            asked[int(text)].append((number, place, slope[:, place, :hidden] / scales.lm))
-            row = tfidf.weights[[int(text)]]
-            mean = parts @ (slope[:, place, hidden:] / scales.tfidf)
-            by_term.append(row.data * (fitted.directions[row.indices] @ mean))
-        baseline = path.score if own is None else float(score[0])
-        found.append(_Integral([np.zeros(0)] * len(path.texts), by_term, baseline))
-    for text, requests in asked.items():
-        gradients = _token_gradients(read, embedded[text], shares, parts, [slope for *_, slope in requests])
-        for (number, place, _), values in zip(requests, gradients, strict=True):
-            found[number].by_token[place] = values
+    read: Attributor, paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens]
+) -> list[_Integral | None]:
+    """Integrates the attributions along each path of a group; None where no number of points suffices."""
+    sums = [_PathSum(path) for path in paths]
+    while True:
+        asked: dict[tuple[float, float], list[_PathSum]] = {}
+        for one in sums:
+            for panel in one.wanted():
+                asked.setdefault(panel, []).append(one)
+        if not asked:
+            return [one.integral() for one in sums]
+        _add_scores(read, sums, embedded, asked)
+        for (low, high), members in asked.items():
+            parts = _panel(read, [one.path for one in members], embedded, low, high)
+            for one, part in zip(members, parts, strict=True):
+                one.parts[low, high] = part
+                one.points += NODES
+
+
+def _add_scores(
+    read: Attributor,
+    sums: Sequence[_PathSum],
+    embedded: Mapping[int, _EmbeddedTokens],
+    asked: Mapping[tuple[float, float], Sequence[_PathSum]],
+) -> None:
+    """Adds the scores at the ends of panels."""
+    ends = {id(one): sorted({end for panel, of in asked.items() if one in of for end in panel} - {*one.scores})
+            for one in sums}  # fmt: skip
+    for shares in {tuple(own) for own in ends.values() if own}:
+        members = [one for one in sums if tuple(ends[id(one)]) == shares]
+        step = _step([one.path for one in members], embedded)
+        for start in range(0, len(shares), step):
+            some = np.array(shares[start : start + step])
+            padded = np.pad(some, (0, step - len(some)), mode="edge")
+            pulls = _pulls(read, [one.path for one in members], embedded, padded)
+            for one in members:
+                scored, _ = _scored_at(read, one.path, pulls, padded)
+                one.scores.update(zip(some.tolist(), scored.tolist(), strict=False))
+
+
+def _step(paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens]) -> int:
+    """Points per call of the encoder: the backward pass keeps all layers, of long texts at one point."""
+    texts = {int(text) for path in paths for text in path.texts}
+    return NODES if sum(len(embedded[text].mask) for text in texts) <= GROUP_TOKENS else 1
+
+
+def _pulls(
+    read: Attributor, paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens], shares: Float64[np.ndarray, "n"]
+) -> dict[int, tuple[np.ndarray, Any]]:
+    """Encodes the texts of paths at these positions: vectors [n, H], and what their derivatives take."""
+    found = {}
+    for text in sorted({int(text) for path in paths for text in path.texts}):
+        one = embedded[text]
+        vectors, back = _encode_and_pull(read.weights, _at(one, shares), one.mask, _encoder(read.model))
+        found[text] = np.asarray(vectors), back
+    return found
+
+
+def _scored_at(
+    read: Attributor, path: _Path, pulls: Mapping[int, tuple[np.ndarray, Any]], shares: Float64[np.ndarray, "n"]
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n B D"]]:
+    """Scores at these positions, and their gradients with respect to the vectors of the texts."""
+    own = np.stack([pulls[int(text)][0] for text in path.texts], axis=1)
+    means = np.repeat(path.rest[None], len(shares), axis=0)
+    for point, share in enumerate(shares):
+        counted = share * read.features.tfidf.vectors[path.texts]
+        means[point] += path.weight @ read.features.fitted.scales.concat(own[point], counted)
+    score, slope = _scored(read, path.rows, path.slopes, means)
+    return score, np.einsum("sb,nsd->nbd", path.weight, slope)
+
+
+def _panel(
+    read: Attributor, paths: Sequence[_Path], embedded: Mapping[int, _EmbeddedTokens], low: float, high: float
+) -> list[_Part]:
+    """Integrates the attributions of each path over one panel."""
+    nodes, parts = np.polynomial.legendre.leggauss(NODES)
+    shares, parts = low + (high - low) * (nodes + 1) / 2, (high - low) * parts / 2
+    fitted, tfidf, hidden = read.features.fitted, read.features.tfidf, read.features.fitted.lm_width
+    found = [_Part([np.zeros(len(embedded[int(text)].mask)) for text in path.texts], []) for path in paths]
+    means = [np.zeros((len(path.texts), tfidf.vectors.shape[1])) for path in paths]
+    step = _step(paths, embedded)
+    for start in range(0, NODES, step):
+        some = slice(start, start + step)
+        pulls = _pulls(read, paths, embedded, shares[some])
+        for path, part, mean in zip(paths, found, means, strict=True):
+            _, slope = _scored_at(read, path, pulls, shares[some])
+            slope = slope * parts[some, None, None]
+            mean += slope[:, :, hidden:].sum(0) / fitted.scales.tfidf
+            for place, text in enumerate(path.texts.tolist()):
+                one, own = embedded[text], (slope[:, place, :hidden] / fitted.scales.lm).astype(np.float32)
+                moving = np.where(one.moves[:, None], one.embeddings, 0)
+                part.by_token[place] += np.asarray(_pulled(pulls[text][1], own, moving))
+    for path, part, mean in zip(paths, found, means, strict=True):
+        for place, text in enumerate(path.texts.tolist()):
+            row = tfidf.weights[[text]]
+            part.by_term.append(row.data * (fitted.tfidf.directions[row.indices] @ mean[place]))
     return found
 
 
@@ -413,43 +572,12 @@ def _embed_tokens(read: Attributor, texts: Sequence[int]) -> dict[int, _Embedded
     written = [read.features.texts.texts[text] for text in texts]
     every = tokens(written, read.model, max_tokens=read.config.text.max_tokens) if written else ()
     for text, cut in zip(texts, every, strict=True):
-        # Powers of two limit the number of compilations.
-        length = min(max(16, 1 << (len(cut.ids) - 1).bit_length()), read.model.config.max_position_embeddings)
+        length = next((length for length in LENGTHS if length >= len(cut.ids)), -(-len(cut.ids) // 512) * 512)
+        length = min(length, read.model.config.max_position_embeddings)
         fill = (0, length - len(cut.ids))
         ids, mask = np.pad(cut.ids, fill), np.arange(length) < len(cut.ids)
         embeddings = np.asarray(table[ids]).astype(np.float32)
         found[text] = _EmbeddedTokens(cut, embeddings, mask, mask & ~np.pad(cut.special, fill))
-    return found
-
-
-def _encoded(read: Attributor, text: _EmbeddedTokens, shares: Float64[np.ndarray, "n"]) -> Float32[np.ndarray, "n H"]:
-    """Encodes a text at these positions of the path."""
-    padded = np.pad(shares, (0, -len(shares) % ROWS))
-    made = [
-        np.asarray(_encode(read.weights, _at(text, some), text.mask, _encoder(read.model)))
-        for some in np.split(padded, range(ROWS, len(padded), ROWS))
-    ]
-    return np.concatenate(made)[: len(shares)]
-
-
-def _token_gradients(
-    read: Attributor,
-    text: _EmbeddedTokens,
-    shares: Float64[np.ndarray, "n"],
-    parts: Float64[np.ndarray, "n"],
-    slopes: Sequence[Float[np.ndarray, "n H"]],
-) -> Float64[np.ndarray, "P L"]:
-    """Integrates the dot product of each token embedding with its gradient, for each of P gradients of the vectors."""
-    own, found = np.where(text.moves[:, None], text.embeddings, 0), np.zeros((len(slopes), len(text.mask)))
-    for start in range(0, len(slopes), TOGETHER):
-        some = np.stack(slopes[start : start + TOGETHER]) * parts[:, None]
-        padded = np.zeros((TOGETHER, *some.shape[1:]), np.float32)
-        padded[: len(some)] = some
-        for first in range(0, len(shares), ROWS):
-            rows = slice(first, first + ROWS)
-            given = (read.weights, _at(text, shares[rows]), text.mask, padded[:, rows], np.int32(len(some)), own)
-            summed = np.asarray(_embedding_gradients(*given, _encoder(read.model)))
-            found[start : start + len(some)] += summed[: len(some)]
     return found
 
 
@@ -506,22 +634,17 @@ def _encode(
 
 
 @functools.partial(jax.jit, static_argnames="encoder")
-def _embedding_gradients(
-    weights: PyTree,
-    embeddings: Float32[AnyArray, "n L H"],
-    mask: Bool[AnyArray, "L"],
-    slopes: Float32[AnyArray, "P n H"],
-    count: AnyArray,
-    own: Float32[AnyArray, "L H"],
-    encoder: tuple,
-) -> Float32[Array, "P L"]:
-    """For the first `count` gradients of the vectors, those of the token embeddings times `own`, summed over points."""
-    _, back = jax.vjp(lambda x: _encode(weights, x, mask, encoder), jnp.asarray(embeddings))
+def _encode_and_pull(
+    weights: PyTree, embeddings: Float32[AnyArray, "n L H"], mask: Bool[AnyArray, "L"], encoder: tuple
+) -> Any:
+    """Encodes, and returns the function from gradients of the vectors to those of the token embeddings too."""
+    return jax.vjp(lambda x: _encode(weights, x, mask, encoder), jnp.asarray(embeddings))
 
-    def filled(place: Array, found: Array) -> Array:
-        return found.at[place].set(jnp.einsum("nlh,lh->l", back(jnp.asarray(slopes)[place])[0], own))
 
-    return jax.lax.fori_loop(0, count, filled, jnp.zeros((len(slopes), len(mask))))
+@jax.jit
+def _pulled(back: Any, slopes: Float32[AnyArray, "n H"], own: Float32[AnyArray, "L H"]) -> Float32[Array, "L"]:
+    """Gradients of the token embeddings times `own`, summed over points."""
+    return jnp.einsum("nlh,lh->l", back(jnp.asarray(slopes))[0], own)
 
 
 @functools.partial(jax.jit, static_argnums=0)
