@@ -255,6 +255,32 @@ def test_a_listing_that_no_user_reads_ends_quietly(installed):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+# In a child of its own, each command answers --help and tells which of the slow libraries it has imported.
+HELPED = """
+import os, sys
+from fused_rec import cli
+for name in cli.COMMANDS:
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        sys.argv = ["fused-rec", name, "--help"]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            slow = {"jax", "flax", "scipy", "pandas", "transformers"} & set(sys.modules)
+            print("ENDED", name, ended.code, sorted(slow), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_help_waits_for_no_slow_library(installed):
+    done = ended(installed, "-c", HELPED, site=installed / "site")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert said == [f"ENDED {name} 0 []" for name in cli.COMMANDS]
+    assert done.stdout.count("--help") >= len(cli.COMMANDS)  # each has shown its flags
+
+
 def test_help_is_the_same_both_ways(installed):
     by_script = ended(installed, "train", "--help")
     by_module = ended(installed, "-m", "experiments.train", "--help", site=ROOT)
