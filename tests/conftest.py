@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -24,6 +26,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What tests compile runs for microseconds: it is compiled quickly, and once for all files, workers and the processes
+# that tests start. The first process makes the folder, and removes it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+OWN_PROGRAMS = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
+os.environ.setdefault(PROGRAMS, OWN_PROGRAMS)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the folder of compiled programs."""
+    if OWN_PROGRAMS:
+        shutil.rmtree(OWN_PROGRAMS, ignore_errors=True)
 
 
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long

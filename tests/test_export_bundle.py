@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from market import write_tables
 from safetensors.numpy import load_file
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.config import from_dict, portable, to_dict

@@ -201,7 +201,6 @@ def ended(folder: Path, *arguments: str, site: Path | None = None, **changes: st
     """The console script with these arguments in this folder, or what follows `python` where `site` is given."""
     command = [*(() if site else (str(folder / "fused-rec"),)), *arguments]
     environment = os.environ | {"PYTHONPATH": str(site or folder / "site"), "XLA_FLAGS": ""} | changes
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -10,7 +10,6 @@ import pandas as pd
 import polars as pl
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.evaluation.filters import parse

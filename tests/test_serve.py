@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.serving.recommender import model_digest
@@ -64,8 +63,7 @@ class Server:
 
     def __init__(self, folder: Path, *flags: str):
         command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}/served", "--port=0", *flags]
-        compiled = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/xla", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | compiled
+        environment = os.environ | {"XLA_FLAGS": ""}
         self.log = folder / "server.log"
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(

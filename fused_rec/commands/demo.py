@@ -12,6 +12,7 @@ import numpy as np
 from fused_rec.commands.configs.synthetic import get_config
 from fused_rec.commands.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
+from fused_rec.studies.variants import variant
 
 WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}

@@ -122,8 +122,6 @@ def check_devices(backend: str, kinds: list[str], accelerators: list[str]) -> Li
 
 def check_data(environment: Mapping[str, str]) -> Line:
     """Checks the folder of the public datasets, which own tables and the synthetic market do not need."""
-    from fused_rec.data.sources.registry import READERS
-
     get = "python -m fused_rec.data.sources.download lastfm"
     if not (root := environment.get("FUSED_REC_DATA", "")):
         return Line("note", "data", "FUSED_REC_DATA is not set", f"export FUSED_REC_DATA=DIR, then: {get}")

@@ -37,7 +37,7 @@ from fused_rec.runs import run_dir
 from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.late_pairs import fuse_runs
-from fused_rec.studies.variants import VARIANTS, variant
+from fused_rec.studies.variants import REFERENCE, VARIANTS, variant
 from fused_rec.training import trainer
 from fused_rec.training.inputs import read
 
