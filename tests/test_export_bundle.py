@@ -47,7 +47,7 @@ def config(folder) -> fr.Config:
     return fr.configure(
         data={"name": "tables", "path": str(tables), "repair": True},
         text={"model": MODEL, "cache": str(folder / "cache")},
-        model={"dim": 8},
+        model={"dim": 8, "num_layers": 1},
         train={"batch_size": 32, "max_steps": 4, "eval_every": 2, "learning_rate": 0.02},
         card={"owner": "Retail", "license": "Internal"},
     )

@@ -41,7 +41,9 @@ def folder(tmp_path_factory) -> Path:
     market = fr.load_dataset(write_tables(folder / "tables"))
     for name, seed in (("A", 0), ("B", 1)):
         train = {"batch_size": 32, "max_steps": 4, "eval_every": 2, "learning_rate": 0.02, "seed": seed}
-        fr.train(fr.configure(train=train, model={"dim": 4, "variant": "graph"}), folder / name, market)
+        fr.train(
+            fr.configure(train=train, model={"dim": 4, "num_layers": 1, "variant": "graph"}), folder / name, market
+        )
     (folder / "rules.json").write_text(json.dumps({"rules": RULES}))
     (folder / "served").symlink_to("A")
     return folder

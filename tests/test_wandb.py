@@ -16,7 +16,7 @@ pytest.importorskip("wandb", reason="the extra wandb is not installed")
 
 BLOCK = 32_768  # of the log format of LevelDB, in which an offline run is kept
 SETTINGS = {
-    "model": {"dim": 8, "variant": "graph"},
+    "model": {"dim": 8, "num_layers": 1, "variant": "graph"},
     "train": {"batch_size": 32, "max_steps": 4, "eval_every": 2, "wandb": "market"},
 }
 

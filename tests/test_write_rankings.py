@@ -218,7 +218,7 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("market")
     config = Config(
         data=DataConfig(name="tables", path=str(write_tables(folder / "tables"))),
-        model=ModelConfig(variant="graph", dim=8),
+        model=ModelConfig(variant="graph", dim=8, num_layers=1),
         train=TrainConfig(batch_size=32, max_steps=4, eval_every=4),
     )
     run_training(config, folder / "run")
