@@ -44,17 +44,10 @@ def pytest_unconfigure() -> None:
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
 # one at the end (`make test`).
 LONGEST = (
-    *("trainer", "processes", "notebooks", "tour", "tune", "evaluate", "finetune", "memory", "compare", "commands"),
-    *(
-        "train_step",
-        "neighbor_sampling",
-        "token_attribution",
-        "benchmark",
-        "tasks",
-        "export_bundle",
-        "packaging",
-        "api",
-    ),
+    *("trainer", "processes", "notebooks", "tour", "serving", "commands", "density", "backtest", "finetune"),
+    *("baseline_runs", "train_step", "compare", "init_from", "neighbor_sampling", "token_attribution", "sources"),
+    *("evaluate", "pages_in_browser", "diff", "late_fusion", "tasks", "examples", "api", "run", "late_pairs"),
+    *("encoders", "tune", "memory", "storage", "packaging", "serve", "benchmark", "wandb", "weights"),
 )
 
 
