@@ -26,19 +26,19 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# What tests compile runs for microseconds: it is compiled quickly, and once for all files, workers and the processes
-# that tests start. The first process makes the folder, and removes it.
+# What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
+# Each worker has a folder of its own, since JAX does not write programs atomically. The first process removes all.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
-OWN_PROGRAMS = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
-os.environ.setdefault(PROGRAMS, OWN_PROGRAMS)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
+os.environ[PROGRAMS] = os.path.join(MADE or os.environ[PROGRAMS], os.environ.get("PYTEST_XDIST_WORKER", ""))
 
 
 def pytest_unconfigure() -> None:
-    """Removes the folder of compiled programs."""
-    if OWN_PROGRAMS:
-        shutil.rmtree(OWN_PROGRAMS, ignore_errors=True)
+    """Removes the folder of compiled programs, where this process has made it."""
+    if MADE:
+        shutil.rmtree(MADE, ignore_errors=True)
 
 
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
