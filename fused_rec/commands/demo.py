@@ -18,7 +18,7 @@ WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", de
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
 BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"
-DRAWN = 4  # further users on the page
+DRAWN = 2  # further users on the page
 GROUPS = ("age_band",)
 SHOWN = ["recall@10", "ndcg@10", "auc"]
 
