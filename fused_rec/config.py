@@ -28,6 +28,7 @@ METRICS = (
     "auc",
     *(f"{name}@{k}" for name in ("recall", "precision", "hitrate", "ndcg", "mrr", "map") for k in KS),
 )
+SLICE_METRICS = ("ndcg@10", "recall@10", "auc")  # of slices of users, and of comparisons
 Score = Literal["cosine", "dot"]
 LayerCombination = Literal["learned", "mean", "mean_without_input"]
 TextProjection = Literal["linear", "mlp"]

@@ -3,8 +3,10 @@
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -24,22 +26,28 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
+# Each worker has a folder of its own, since JAX does not write programs atomically. The first process removes all.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
+MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
+os.environ[PROGRAMS] = os.path.join(MADE or os.environ[PROGRAMS], os.environ.get("PYTEST_XDIST_WORKER", ""))
+
+
+def pytest_unconfigure() -> None:
+    """Removes the folder of compiled programs, where this process has made it."""
+    if MADE:
+        shutil.rmtree(MADE, ignore_errors=True)
 
 
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
 # one at the end (`make test`).
 LONGEST = (
-    *("trainer", "processes", "notebooks", "tour", "tune", "evaluate", "finetune", "memory", "compare", "commands"),
-    *(
-        "train_step",
-        "neighbor_sampling",
-        "token_attribution",
-        "benchmark",
-        "tasks",
-        "export_bundle",
-        "packaging",
-        "api",
-    ),
+    *("trainer", "processes", "notebooks", "tour", "serving", "commands", "density", "backtest", "finetune"),
+    *("baseline_runs", "train_step", "compare", "init_from", "neighbor_sampling", "token_attribution", "sources"),
+    *("evaluate", "pages_in_browser", "diff", "late_fusion", "tasks", "examples", "api", "run", "late_pairs"),
+    *("encoders", "tune", "memory", "storage", "packaging", "serve", "benchmark", "wandb", "weights"),
 )
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.explanation import counterfactual
@@ -76,7 +75,7 @@ def test_explanations(run):
 
 def test_files_of_the_command(folder):
     command = (sys.executable, "-m", "experiments.recommend", f"--workdir={folder}/run", "--k=2", *FLAGS)
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"XLA_FLAGS": ""}
     users = f"--users={CUSTOMERS[0]}"
     done = subprocess.run(
         [*command, users, f"--out={folder}/ranked.csv"], cwd=ROOT, env=environment, capture_output=True, text=True

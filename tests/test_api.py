@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.data.dataset import digest
@@ -27,7 +26,7 @@ PACKAGE = Path(fr.__file__).parent
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {
     "train": {"batch_size": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02},
-    "model": {"dim": 8},
+    "model": {"dim": 8, "num_layers": 1},
 }
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.data.dataset import column, contents, digest

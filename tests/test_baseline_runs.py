@@ -13,7 +13,6 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 from test_serving import frames, tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from experiments.configs.tables import get_config

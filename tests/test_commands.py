@@ -45,18 +45,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def environment(folder: Path, **changes: str | None) -> dict[str, str]:
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    found = os.environ | {"XLA_FLAGS": ""} | compiled | changes
+def environment(**changes: str | None) -> dict[str, str]:
+    found = os.environ | {"XLA_FLAGS": ""} | changes
     return {name: value for name, value in found.items() if value is not None}
 
 
 def ended(folder: Path, module: str, *flags: str, **changes: str | None) -> subprocess.CompletedProcess:
     """The command, with these changes of its environment, when it is over."""
     command = [sys.executable, "-m", f"experiments.{module}", *flags]
-    return subprocess.run(
-        command, env=environment(folder, **changes), capture_output=True, text=True, check=False, timeout=300
-    )
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture
@@ -191,7 +188,7 @@ def test_help_is_no_fault(place):
 def test_a_command_that_was_started_without_an_output(place, tmp_path):
     command = [sys.executable, "-m", "experiments.recommend", f"--workdir={place}/run", f"--out={tmp_path}/r.csv"]
     script = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
-    done = subprocess.run(script, env=environment(place), stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(script, env=environment(), stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert pyarrow.csv.read_csv(tmp_path / "r.csv").num_rows > 80
 
@@ -202,7 +199,7 @@ def test_a_closed_pipe_ends_a_command_quietly(place, tmp_path, also_errors):
     reader, writer = os.pipe()
     os.close(reader)
     errors = writer if also_errors else subprocess.PIPE
-    done = subprocess.run(command, env=environment(place), stdout=writer, stderr=errors, text=True, check=False)
+    done = subprocess.run(command, env=environment(), stdout=writer, stderr=errors, text=True, check=False)
     os.close(writer)
     assert done.returncode == 141
     if not also_errors:
@@ -235,7 +232,7 @@ def test_ctrl_c_while_libraries_are_imported(place, tmp_path, name):
         given = [flag.format(run=place / "run", new=tmp_path / "new") for flag in flags]
         command = [sys.executable, "-m", *script, *given]
         process = subprocess.Popen(
-            command, env=environment(place), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     finally:
         signal.signal(signal.SIGINT, before)

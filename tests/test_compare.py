@@ -34,17 +34,14 @@ SETTINGS = {
     "train.max_steps": 4,
     "train.eval_every": 2,
 }
+# Four, as tests/conftest.py has them, take longer to compile for.
+ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}
 RUNS = [("fused", 0), ("fused", 1), ("no_social_edges", 0), ("no_social_edges", 1), ("popularity", 0)]
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory) -> Path:
     return write_tables(tmp_path_factory.mktemp("tables"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def small(tables: Path) -> Config:
@@ -62,28 +59,18 @@ def command(tables: Path, out: Path, *flags: str) -> list[str]:
     return [*start, f"--config.data.path={tables}", *settings, *flags]
 
 
-def run(tables: Path, out: Path, cache: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(tables, out, *flags), env=environment(cache), capture_output=True, text=True, check=False
-    )
-
-
-def environment(cache: Path) -> dict[str, str]:
-    return os.environ | {
-        "XLA_FLAGS": "",  # one device: four, as tests/conftest.py has them, take longer to compile for
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def run(tables: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(tables, out, *flags), env=ONE_DEVICE, capture_output=True, text=True, check=False)
 
 
 WHOLE = ("--variants=fused,no_social_edges,popularity", "--num_seeds=2")
 
 
 @pytest.fixture(scope="module")
-def compared(tables, cache, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def compared(tables, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The folder of a study that nothing stopped, and what it printed."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    done = run(tables, out, cache, *WHOLE)
+    done = run(tables, out, *WHOLE)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -144,17 +131,17 @@ def test_a_finished_study_trains_nothing_again(tables, compared):
     assert rows_of(out) == rows
 
 
-def test_a_finished_study_of_other_tables_is_refused(tables, cache, compared, tmp_path):
+def test_a_finished_study_of_other_tables_is_refused(tables, compared, tmp_path):
     """Also where nothing is left to be trained, and by the tables of the same runs elsewhere where they moved."""
     out = shutil.copytree(compared[0], tmp_path / "out")
     moved = shutil.copytree(tables, tmp_path / "moved")
-    done = run(moved, out, cache, *WHOLE)
+    done = run(moved, out, *WHOLE)
     assert done.returncode == 0, done.stderr
     for folder in out.glob("runs/*/*"):
         assert json.loads((folder / "run.json").read_text())["config"]["data"]["path"] in (str(moved), str(tables))
     ties = (moved / "ties.csv").read_text().splitlines(keepends=True)
     (moved / "ties.csv").write_text("".join(ties[:-1]))
-    done = run(moved, out, cache, *WHOLE)
+    done = run(moved, out, *WHOLE)
     assert done.returncode == 3 and "ties had" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -167,12 +154,12 @@ def test_another_config_is_refused_before_any_work(tables, compared):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_path, signum):
+def test_a_killed_study_ends_as_if_never_stopped(tables, compared, tmp_path, signum):
     """A signal when the second run has its first checkpoint; the same command then gives the same rows."""
     out = tmp_path / "out"
     process = subprocess.Popen(
         command(tables, out, *WHOLE),
-        env=environment(cache),
+        env=ONE_DEVICE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,7 +176,7 @@ def test_a_killed_study_ends_as_if_never_stopped(tables, cache, compared, tmp_pa
         assert "give the same command again" in stderr and "failed" not in stderr and "Traceback" not in stderr
         assert not (out / "runs" / "no_social_edges").exists()
     kept = (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns
-    report = run(tables, out, cache, *WHOLE)
+    report = run(tables, out, *WHOLE)
     assert report.returncode == 0, report.stderr
     assert rows_of(out) == rows_of(compared[0])
     assert (out / "runs" / "fused" / "0" / "results.json").stat().st_mtime_ns == kept
@@ -203,9 +190,9 @@ def test_a_folder_is_one_study_at_a_time(tables, compared):
     assert (out / "compare.json").read_bytes() == before
 
 
-def test_a_failing_run_is_reported_and_takes_no_other_down(tables, cache, tmp_path):
+def test_a_failing_run_is_reported_and_takes_no_other_down(tables, tmp_path):
     flags = ("--config.train.learning_rate=1e38", "--variants=fused,popularity", "--num_seeds=1")
-    done = run(tables, tmp_path, cache, *flags)
+    done = run(tables, tmp_path, *flags)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     report = json.loads((tmp_path / "compare.json").read_text())
@@ -276,8 +263,8 @@ def test_what_says_nothing_on_these_tables_is_left_out(tables, tmp_path):
         applicable(small(tmp_path), ["text"], *read(small(tmp_path)))
 
 
-def test_unknown_names_are_reported_with_those_known(cache, tables, tmp_path):
-    done = run(tables, tmp_path / "out", cache, "--variants=fused,fuzed")
+def test_unknown_names_are_reported_with_those_known(tables, tmp_path):
+    done = run(tables, tmp_path / "out", "--variants=fused,fuzed")
     assert done.returncode != 0
     assert "fuzed" in done.stderr and "no_social_edges" in done.stderr and "popularity" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import quick_compilation, whole  # noqa: F401
+from tiny import whole
 
 from fused_rec.config import Config, ModelConfig, TrainConfig, from_dict, to_dict
 from fused_rec.training import compute_type, trainer

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from test_decomposition import MARKET
 from test_faithfulness import given, opened  # noqa: F401
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.explanation import counterfactual as subject
 from fused_rec.explanation.counterfactual import CounterfactualSet, counterfactual_sets, without_sources

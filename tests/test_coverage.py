@@ -171,7 +171,7 @@ def test_a_training_warns_once(tmp_path, caplog):
     config = fr.configure(
         data={"name": "tables", "path": str(write_tables(tmp_path / "tables"))},
         text={"model": str(Path(__file__).parent / "golden" / "tiny_bert"), "cache": str(tmp_path / "cache")},
-        model={"dim": 8},
+        model={"dim": 8, "num_layers": 1},
         train={"batch_size": 32, "max_steps": 2, "eval_every": 1, "refit": "all"},
     )
     with caplog.at_level(logging.WARNING):

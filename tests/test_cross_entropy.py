@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.model import cross_entropy as module
 from fused_rec.model.cross_entropy import Targets, cross_entropy

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.dataset import Dataset, empty_reviews, empty_ties

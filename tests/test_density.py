@@ -42,11 +42,6 @@ def tables(tmp_path_factory) -> Path:
     return write_tables(tmp_path_factory.mktemp("tables"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def small(tables: Path, **changes):
     values = get_config().to_dict()
     for name, value in {**SETTINGS, "data.path": str(tables), **changes}.items():
@@ -55,13 +50,12 @@ def small(tables: Path, **changes):
     return from_dict(values)
 
 
-def start(tables: Path, out: Path, cache: Path, *flags: str) -> subprocess.Popen:
+def start(tables: Path, out: Path, *flags: str) -> subprocess.Popen:
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     command = [sys.executable, "-m", "experiments.density", "--config=experiments/configs/tables.py", f"--out={out}"]
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(cache / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [*command, f"--config.data.path={tables}", *settings, *flags],
-        env=os.environ | {"XLA_FLAGS": ""} | compiled,
+        env=os.environ | {"XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,10 +63,10 @@ def start(tables: Path, out: Path, cache: Path, *flags: str) -> subprocess.Popen
 
 
 @pytest.fixture(scope="module")
-def measured(tables, cache, tmp_path_factory) -> tuple[Path, str, str]:
+def measured(tables, tmp_path_factory) -> tuple[Path, str, str]:
     """The folder of a study that was interrupted in its second point and resumed, and what the last process printed."""
     out = tmp_path_factory.mktemp("measured") / "out"
-    process = start(tables, out, cache, *FLAGS)
+    process = start(tables, out, *FLAGS)
     milestone = out / FOLDERS[1] / "runs" / "graph" / "0" / "run.json"
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline and not milestone.exists():
@@ -83,7 +77,7 @@ def measured(tables, cache, tmp_path_factory) -> tuple[Path, str, str]:
     assert milestone.exists() and not (out / "density.json").exists()
     finished = {file: file.stat().st_mtime_ns for file in out.rglob("results.json")}
     assert len(finished) >= len(NAMES)
-    process = start(tables, out, cache, *FLAGS)
+    process = start(tables, out, *FLAGS)
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
@@ -201,8 +195,8 @@ def test_tables_without_text_are_refused_before_any_run(tables, tmp_path):
         ("--baselines=eese", "baselines is ['eese']; it must be any of ['popularity'"),
     ],
 )
-def test_wrong_flags_are_refused(tables, tmp_path, cache, flag, message):
-    process = start(tables, tmp_path / "out", cache, flag)
+def test_wrong_flags_are_refused(tables, tmp_path, flag, message):
+    process = start(tables, tmp_path / "out", flag)
     _, stderr = process.communicate()
     assert process.returncode == 1 and message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()

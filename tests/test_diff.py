@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 from webpage import Page
 
 import fused_rec as fr

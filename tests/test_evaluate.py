@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec import api

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 

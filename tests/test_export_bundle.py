@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from market import write_tables
 from safetensors.numpy import load_file
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.config import from_dict, portable, to_dict
@@ -48,7 +47,7 @@ def config(folder) -> fr.Config:
     return fr.configure(
         data={"name": "tables", "path": str(tables), "repair": True},
         text={"model": MODEL, "cache": str(folder / "cache")},
-        model={"dim": 8},
+        model={"dim": 8, "num_layers": 1},
         train={"batch_size": 32, "max_steps": 4, "eval_every": 2, "learning_rate": 0.02},
         card={"owner": "Retail", "license": "Internal"},
     )

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config, GraphConfig, ModelConfig, TextConfig

@@ -14,7 +14,6 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 from market import differences, write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.config import Config, from_dict

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.baselines.factors import COMPONENTS

@@ -10,7 +10,6 @@ import pytest
 import test_decomposition
 import tiny
 from test_faithfulness import CONFIG, opened  # noqa: F401
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config, ModelConfig

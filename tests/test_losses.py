@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.model import losses
 from fused_rec.model.losses import Negatives

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import ModelConfig
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, Loss, ModelConfig, TextConfig, TrainConfig, Variant
 from fused_rec.data.batches import Batch, batch, user_items

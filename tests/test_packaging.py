@@ -201,7 +201,6 @@ def ended(folder: Path, *arguments: str, site: Path | None = None, **changes: st
     """The console script with these arguments in this folder, or what follows `python` where `site` is given."""
     command = [*(() if site else (str(folder / "fused-rec"),)), *arguments]
     environment = os.environ | {"PYTHONPATH": str(site or folder / "site"), "XLA_FLAGS": ""} | changes
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -253,6 +252,33 @@ def test_a_listing_that_no_user_reads_ends_quietly(installed):
     done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+# In a child of its own, each command answers --help and tells which of the slow libraries it has imported.
+HELPED = """
+import os, sys
+import fused_rec.commands.launch
+from fused_rec import cli
+for name in cli.COMMANDS:
+    sys.stdout.flush()
+    if not (child := os.fork()):
+        sys.argv = ["fused-rec", name, "--help"]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            slow = {"jax", "flax", "scipy", "pandas"} & set(sys.modules)
+            print("ENDED", name, ended.code, sorted(slow), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_help_waits_for_no_slow_library(installed):
+    done = ended(installed, "-c", HELPED, site=installed / "site")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert said == [f"ENDED {name} 0 []" for name in cli.COMMANDS]
+    assert done.stdout.count("--help") >= len(cli.COMMANDS)  # each has shown its flags
 
 
 def test_help_is_the_same_both_ways(installed):

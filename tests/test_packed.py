@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pretrained import TINY
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec import kernels
 from fused_rec.text import encode

@@ -6,7 +6,6 @@ import pytest
 import test_decomposition
 import tiny
 from test_leave_one_out import CONFIGS, disturbed, market
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.explanation import token_attribution
 from fused_rec.explanation.pair_score import PairScorer, local

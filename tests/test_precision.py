@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.model.precision import matmul_f32
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph

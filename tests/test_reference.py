@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig
 from fused_rec.graph.device_graph import device_graph

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fused_rec.config import SLICE_METRICS
 from fused_rec.evaluation.ranking import UserMetrics
 from fused_rec.evaluation.significance import paired_bootstrap
-from fused_rec.evaluation.slices import METRICS
 from fused_rec.runs.run_dir import write_json, write_users
 from fused_rec.studies.compare import is_single
 from fused_rec.studies.regret import markdown, regret, write_regret
@@ -37,7 +37,7 @@ def compared(folder: Path, task: str = "market, random split", trials: int = 0, 
             values = rng.normal(test, 0.02, len(USERS)).astype(np.float32)
             run = folder / (f"runs-tuned-{trials}" if trials else "runs") / name / str(seed)
             run.mkdir(parents=True)
-            metrics: dict[str, np.ndarray] = dict.fromkeys(METRICS, values)
+            metrics: dict[str, np.ndarray] = dict.fromkeys(SLICE_METRICS, values)
             write_users(run / "test_metrics_per_user.npz", UserMetrics(USERS, metrics, {}))
             results = {"test": {"ndcg@10": float(values.mean())}, "valid": {"ndcg@10": valid}}
             rows.append({"variant": name, "seed": seed} | results)

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import tiny
 from test_train_step import BATCH_USERS, batch_of
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TextConfig, TrainConfig
 from fused_rec.data.controls import random_texts, shuffle_texts

@@ -10,7 +10,6 @@ import pandas as pd
 import polars as pl
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.evaluation.filters import parse
@@ -18,7 +17,7 @@ from fused_rec.evaluation.filters import parse
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 SETTINGS = {
     "train": {"batch_size": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02},
-    "model": {"dim": 8},
+    "model": {"dim": 8, "num_layers": 1},
 }
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.data.dataset import column, period

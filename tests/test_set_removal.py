@@ -7,7 +7,6 @@ import test_decomposition
 import tiny
 from test_faithfulness import opened  # noqa: F401
 from test_leave_one_out import CONFIGS, OBSERVED, TOLERANCE, compiled, disturbed, market
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.explanation import set_removal

@@ -12,7 +12,6 @@ import pytest
 import scipy.sparse
 from jax.sharding import Mesh, PartitionSpec
 from jax.test_util import check_grads
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.graph.adjacency import Backend, build_adjacency, default_backend
 from fused_rec.graph.schema import Edges

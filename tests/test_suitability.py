@@ -36,14 +36,6 @@ from fused_rec.training.inputs import prepare
 N_USERS, N_ITEMS, K = 9, 12, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What runs for microseconds is compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def _look_up(scores: jax.Array, users: jax.Array) -> jax.Array:
     return scores[users]
 

@@ -5,7 +5,6 @@ import importlib
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -106,14 +105,6 @@ def test_douban_book_takes_steps(tmp_path):
 
 
 # --- new users and items of a small market, its texts encoded by a made-up encoder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Steps here run for milliseconds; what is compiled for them need not be quick."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

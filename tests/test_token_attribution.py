@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.config import Config, ModelConfig, TextConfig, from_dict
 from fused_rec.data.splits import split

@@ -16,7 +16,6 @@ import optax
 import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec import kernels
 from fused_rec.config import (

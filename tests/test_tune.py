@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import optuna
 import pytest
 from market import write_tables
@@ -78,16 +77,6 @@ def by_rate(tried, prepared, folder, on_evaluation):
 
 def states(folder: Path) -> list[optuna.trial.TrialState]:
     return [trial.state for trial in open_study(folder).get_trials()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Here and in the processes begun here: every trial is compiled anew, and runs for a few steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 # --- in this process

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 from market import write_tables
-from tiny import quick_compilation  # noqa: F401
 
 import fused_rec as fr
 from fused_rec.baselines.factors import COMPONENTS

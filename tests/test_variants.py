@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny import quick_compilation  # noqa: F401
 
 from fused_rec.baselines.registry import BASELINES
 from fused_rec.config import Baseline, Config, ModelConfig, TrainConfig, TrainedMethod, Variant

@@ -3,9 +3,7 @@
 7 users, 6 items and 2 sectors. User 6 and item 5 have neither words nor edges; sector 1 has no edge.
 """
 
-import jax
 import numpy as np
-import pytest
 from scipy.sparse import csr_matrix
 
 from fused_rec.baselines.factors import COMPONENTS, Evidence
@@ -98,11 +96,3 @@ def late_fusion() -> LateFusion:
     trained = {name: np.array(weight, np.float32) for name, weight in weights.items()}
     closed = tuple(closed_form(name, 0.4 + n / 10) for n, name in enumerate(COMPONENTS))
     return LateFusion(trained, closed + launch_prior())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Modules that import this spend their time on tests: what runs for microseconds is compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.launch import command, config_of
 from fused_rec.commands.places import DEFINE_config, DEFINE_path, written_folder
+from fused_rec.config import BASELINE_NAMES
 from fused_rec.studies.variants import VARIANTS
 
 CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the runs, tables and figures.", required=True)
 NAMES = flags.DEFINE_list(
     "variants",
-    [name for name in (*VARIANTS, *BASELINES) if name != "lora"],  # as slow as all others together
-    f"Variants and baselines to compare, of {', '.join((*VARIANTS, *BASELINES))}.",
+    [name for name in (*VARIANTS, *BASELINE_NAMES) if name != "lora"],  # as slow as all others together
+    f"Variants and baselines to compare, of {', '.join((*VARIANTS, *BASELINE_NAMES))}.",
 )
 SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
 TRIALS = flags.DEFINE_integer("trials", 0, "Trials that tune each learned variant on validation.", lower_bound=0)

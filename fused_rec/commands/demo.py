@@ -4,37 +4,21 @@ Trains the text, graph and fused variants, ranks all items for held-out interact
 user's recommendations and the paths of all outputs, and writes a report page.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from fused_rec.commands.configs.synthetic import get_config
 from fused_rec.commands.places import DEFINE_path, written_folder
 from fused_rec.config import Config, from_dict
-from fused_rec.evaluation.ranking import UserMetrics, mean
-from fused_rec.evaluation.result_tables import table
-from fused_rec.reporting.data import (
-    Customer,
-    Explain,
-    ReportData,
-    compared,
-    passages,
-    recommended,
-    sample,
-    sliced,
-)
-from fused_rec.reporting.page import render_page
-from fused_rec.runs.loggers import read_curves
-from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_results, read_run, read_users
-from fused_rec.serving.recommender import candidate_filter, load, load_measured, model_digest, user_rows
-from fused_rec.storage import write_file
 from fused_rec.studies.variants import variant
-from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
-from fused_rec.training.trainer import run_training
 
 WORKDIR = DEFINE_path("workdir", written_folder, "Folder of the three runs.", default="runs/demo")
 VARIANTS = {"text": "text only", "graph": "graph only", "fused": "fused"}
 BASELINES = {"popularity": "popularity", "item_knn": "itemKNN"}
 CUSTOMER = "C0001"
-DRAWN = 4  # further users on the page
+DRAWN = 2  # further users on the page
 GROUPS = ("age_band",)
 SHOWN = ["recall@10", "ndcg@10", "auc"]
 
@@ -46,6 +30,13 @@ def variant_config(name: str) -> Config:
 
 def main(argv: list[str]) -> None:
     """Runs or resumes the three trainings, and prints the results."""
+    from fused_rec.evaluation.ranking import UserMetrics, mean
+    from fused_rec.evaluation.result_tables import table
+    from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_users
+    from fused_rec.serving.recommender import load_measured
+    from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users
+    from fused_rec.training.trainer import run_training
+
     workdir = WORKDIR.value
     trained = {}
     for key, name in VARIANTS.items():
@@ -60,18 +51,40 @@ def main(argv: list[str]) -> None:
 
     print("\nHeld-out purchases, the whole catalogue ranked for every customer:\n")
     print(table({name: mean(per_user) for name, per_user in measured.items()}, SHOWN))
+    phase = _write_page(workdir, prepared, measured)
+    print(f"\ncheckpoints: {workdir}/fused/{phase}/checkpoints")
+    print(f"results:     {workdir}/fused/results.json")
+    print(f"page:        {workdir}/report.html")
+
+
+def _write_page(workdir: Path, prepared: Any, measured: dict[str, Any]) -> str:
+    """Writes report.html about the fused run, prints one user's recommendations, returns the phase of the run.
+
+    Args:
+      workdir: folder of the three runs.
+      prepared: inputs of the fused run, with its splits.
+      measured: metrics per user of the test split, by model.
+    """
+    from fused_rec.reporting.data import Explain, ReportData, compared, passages, recommended, sample, sliced
+    from fused_rec.reporting.page import render_page
+    from fused_rec.runs.loggers import read_curves
+    from fused_rec.runs.run_dir import read_results, read_run
+    from fused_rec.serving.recommender import candidate_filter, load, model_digest, user_rows
+    from fused_rec.storage import write_file
+
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
     model = load(workdir / "fused")
     customers = recommended(model, candidate_filter(prepared.dataset), users, Explain(5, passages(*model)))
-    inputs = model[1]
-    show_customer(customers[0])
+    print(f"\nFor customer {customers[0].user_id}:\n")
+    for item in customers[0].items:
+        print(f"  {item.rank}. {item.item_id}  {item.name}  (score {item.score:.3f})")
 
     results = read_results(workdir / "fused")
     facts = ReportData(
         results,
         counts=results["counts"],
-        served=inputs.served(),
+        served=model[1].served(),
         digests={"tables": read_run(workdir / "fused")["tables"], "model": model_digest(workdir / "fused")},
         split="test",
         models=compared(measured, VARIANTS["fused"]),
@@ -82,13 +95,4 @@ def main(argv: list[str]) -> None:
         selection=f"{CUSTOMER} and others drawn at random",
     )
     write_file(workdir / "report.html", render_page(facts).encode())
-    print(f"\ncheckpoints: {workdir}/fused/{results['phase']}/checkpoints")
-    print(f"results:     {workdir}/fused/results.json")
-    print(f"page:        {workdir}/report.html")
-
-
-def show_customer(customer: Customer) -> None:
-    """Prints a user's recommendations with the names of the items."""
-    print(f"\nFor customer {customer.user_id}:\n")
-    for item in customer.items:
-        print(f"  {item.rank}. {item.item_id}  {item.name}  (score {item.score:.3f})")
+    return results["phase"]

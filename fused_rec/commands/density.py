@@ -13,10 +13,10 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fused_rec.baselines.registry import BASELINES
 from fused_rec.commands.launch import command, config_of
 from fused_rec.commands.places import DEFINE_baselines, DEFINE_config, DEFINE_path, written_folder
-from fused_rec.studies.density import REQUIRED, Density, measure_density
+from fused_rec.config import BASELINE_NAMES
+from fused_rec.studies.variants import REQUIRED
 
 CONFIG = DEFINE_config()
 OUT = DEFINE_path("out", written_folder, "Folder of the comparisons, tables and figure.", required=True)
@@ -25,12 +25,14 @@ HISTORY = flags.DEFINE_list(
 )
 NEW_ITEMS = flags.DEFINE_list("new_items", ["0"], "Shares of the items without training interactions, as 0,.1,.3.")
 NAMES = flags.DEFINE_list("variants", list(REQUIRED), f"Variants, {', '.join(REQUIRED)} and more, as no_late_fusion.")
-SINGLE = DEFINE_baselines(BASELINES, ["popularity", "item_knn", "ease", "text_mean"])
+SINGLE = DEFINE_baselines(BASELINE_NAMES, ["popularity", "item_knn", "ease", "text_mean"])
 SEEDS = flags.DEFINE_integer("num_seeds", 3, "Runs of each learned variant: train.seed 0, 1, and so on.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
     """Runs the study, and prints the tables and the paths; exits with status 1 if a run failed."""
+    from fused_rec.studies.density import Density, measure_density
+
     try:
         density = Density(
             tuple(_history(length) for length in HISTORY.value),

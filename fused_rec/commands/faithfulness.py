@@ -10,21 +10,13 @@ docs/EXPLANATIONS.md has measured tables.
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
-from tqdm import tqdm
 
 from fused_rec.commands.launch import command
 from fused_rec.commands.places import DEFINE_path, DEFINE_run, written_file
-from fused_rec.evaluation.plots import by_share
-from fused_rec.explanation.decomposition import scores
-from fused_rec.explanation.explained_model import explained_model
-from fused_rec.explanation.faithfulness import ORDERS, SHARES, curves, summary
-from fused_rec.runs.run_dir import write_json
-from fused_rec.serving.recommender import load_measured
-from fused_rec.storage import write_figure
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 USERS = flags.DEFINE_integer("users", 200, "Users; fewer if too few qualify.", lower_bound=1)
@@ -34,6 +26,15 @@ OUT = DEFINE_path("out", written_file, "JSON file of the curves and areas.", req
 
 def main(argv: list[str]) -> None:
     """Measures, prints a table, and writes the results and the figure."""
+    import jax
+    from tqdm import tqdm
+
+    from fused_rec.explanation.decomposition import scores
+    from fused_rec.explanation.explained_model import explained_model
+    from fused_rec.explanation.faithfulness import ORDERS, SHARES, curves, summary
+    from fused_rec.runs.run_dir import write_json
+    from fused_rec.serving.recommender import load_measured
+
     out = Path(OUT.value)
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
@@ -73,9 +74,16 @@ def main(argv: list[str]) -> None:
             mean = f"{row['area']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             print(f"  {name:13s} {mean}   {apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})")
     print(f"numbers: {out}")
+    _draw(report, out.with_suffix(".png"))
+
+
+def _draw(report: dict[str, Any], figure: Path) -> None:
+    """Writes the curves as a figure, where Matplotlib is installed."""
+    from fused_rec.evaluation.plots import by_share
+    from fused_rec.storage import write_figure
+
     if importlib.util.find_spec("matplotlib") is None:
         print('the figure needs Matplotlib: pip install -e ".[plots]", then the same again')
         return
-    figure = out.with_suffix(".png")
     write_figure(figure, by_share(report))
     print(f"figure:  {figure}")

@@ -26,18 +26,11 @@ of the texts with the largest attributions (docs/EXPLANATIONS.md). Other custome
 """
 
 import hashlib
-import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from absl import app, flags
-from tqdm import tqdm
 
 from fused_rec.commands.launch import command
 from fused_rec.commands.places import (
@@ -49,32 +42,6 @@ from fused_rec.commands.places import (
     existing_file,
     written_file,
 )
-from fused_rec.data.dataset import digest
-from fused_rec.data.io.arrow import pc
-from fused_rec.data.io.csv_safety import unescape_csv
-from fused_rec.data.io.id_lists import read_ids
-from fused_rec.evaluation.suitability import exclusion_counts
-from fused_rec.explanation.catalogs import open_catalog
-from fused_rec.explanation.decomposition import require_trained
-from fused_rec.explanation.explained_model import ExplainedModel, explained_model
-from fused_rec.explanation.reasons import Content, add_words, record
-from fused_rec.explanation.token_attribution import Attributor, attributor, require_text
-from fused_rec.runs.model_card import describe_served
-from fused_rec.serving.recommender import (
-    CHUNK_USERS,
-    candidate_filter,
-    candidate_items,
-    count_chunks,
-    load,
-    model_digest,
-    rank_chunks,
-    read_served_tables,
-    user_rows,
-    with_user_names,
-)
-from fused_rec.serving.write_rankings import WRITERS, read_rules, write_rankings
-from fused_rec.storage import fill_file
-from fused_rec.training.evaluate import scorer
 
 WORKDIR, DATA_PATH, CACHE = DEFINE_run()
 HISTORY, TABLES = DEFINE_served()
@@ -93,68 +60,19 @@ WORDS = flags.DEFINE_bool("words", False, "With --explain: the words of the text
 USER_IDS = flags.DEFINE_bool("user_ids", False, "With --explain: name other users in parts by their ids.")
 INCLUDE_HELD = flags.DEFINE_bool("include_seen", False, "Also rank items that the user has interacted with.")
 
-TOGETHER = 64  # users whose texts are encoded together
-REASONS = "reasons.jsonl"  # one folder has the reasons of the file that was last written there
 
-
-def read_ranked(out: Path) -> Iterator[pa.Table]:
-    """What was written to `out`, some rows at a time, ids as in the tables."""
-    if out.suffix == ".parquet":
-        with pyarrow.parquet.ParquetFile(out) as file:
-            for batch in file.iter_batches(columns=["user_id", "item_id"]):
-                yield pa.Table.from_batches([batch])
-        return
-    types = {"user_id": pa.string(), "item_id": pa.string()}
-    text = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types))
-    layout = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(out, parse_options=layout, convert_options=text) as file:
-        for batch in file:
-            yield pa.table(
-                {name: [unescape_csv(cell) for cell in batch[name].to_pylist()] for name in ("user_id", "item_id")}
-            )
-
-
-def write_reasons(
-    model: ExplainedModel, out: Path, rows: int, content: Content, words: Attributor | None = None
-) -> Path:
-    """`REASONS` beside `out`, a line for each of its so many rows; there only when whole."""
-    file, dataset = out.with_name(REASONS), model.inputs.dataset
-    ids = {
-        name: table.column(name).combine_chunks()
-        for name, table in (("user_id", dataset.users), ("item_id", dataset.items))
-    }
-
-    def fill(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8") as stream, tqdm(total=rows, desc="explain", unit="row") as bar:
-            for table in read_ranked(out):
-                user, item = (
-                    pc.index_in(table[name], value_set=ids[name]).to_numpy() for name in ("user_id", "item_id")
-                )
-                starts = [*np.flatnonzero(np.diff(user, prepend=-1)).tolist(), len(user)]
-                users = list(itertools.pairwise(starts))
-                for some in (users[place : place + TOGETHER] for place in range(0, len(users), TOGETHER)):
-                    found = []
-                    for start, end in some:
-                        found += record(model, int(user[start]), item[start:end].tolist(), content)
-                    if words is not None:
-                        these = slice(some[0][0], some[-1][1])
-                        pairs = list(zip(user[these].tolist(), item[these].tolist(), strict=True))
-                        add_words(found, words, pairs, bar.update)
-                    stream.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in found)
-                    bar.update(len(found) if words is None else 0)
-
-    fill_file(file, fill)
-    return file
-
-
-def _listed(file: Path | None, known: pa.ChunkedArray, column: str) -> list[str] | None:
+def _listed(file: Path | None, known: Any, column: str) -> list[str] | None:
     """Reads a file of ids that are in the tables."""
+    from fused_rec.data.io.id_lists import read_ids
+
     remedy = f"correct it, or serve tables that have this {column}: --tables=DIR"
     return None if file is None else read_ids(Path(file), column, known, remedy)
 
 
 def _checked_out() -> Path:
     """Refuses flags that do not go together, and returns the file to write."""
+    from fused_rec.serving.write_rankings import WRITERS
+
     if USERS.present and not USERS.value:
         raise app.UsageError("--users is empty; leave it out to rank for all customers")
     if USERS.present and USERS_FILE.value:
@@ -171,40 +89,80 @@ def _checked_out() -> Path:
 
 def main(argv: list[str]) -> None:
     """Parses the flags, ranks, writes, tells what the rules excluded."""
+    from fused_rec.commands.written_reasons import REASONS
+    from fused_rec.explanation.catalogs import open_catalog
+    from fused_rec.explanation.decomposition import require_trained
+    from fused_rec.explanation.token_attribution import require_text
+    from fused_rec.serving import recommender
+    from fused_rec.serving.write_rankings import read_rules
+
     out, catalog = _checked_out(), open_catalog(LANGUAGE.value)
     rules, rules_digest = read_rules(RULES.value) if RULES.value else ((), None)
-    other = read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
+    other = recommender.read_served_tables(WORKDIR.value, TABLES.value) if TABLES.value else None
     folders = {"data_path": DATA_PATH.value, "cache": CACHE.value}
-    config, prepared, state = load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
+    model = recommender.load(WORKDIR.value, HISTORY.value, dataset=other, **folders)
     if EXPLAIN.value:
-        require_trained(config)
+        require_trained(model[0])
     if WORDS.value:
-        require_text(config)
-    dataset = prepared.dataset
-    among = candidate_items(dataset, _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id"), WHERE.value)
-    may = candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)
-    users = user_rows(dataset, _listed(USERS_FILE.value, dataset.users["user_id"], "user_id") or USERS.value)
+        require_text(model[0])
+    dataset = model[1].dataset
+    items = _listed(ITEMS_FILE.value, dataset.items["item_id"], "item_id")
+    among = recommender.candidate_items(dataset, items, WHERE.value)
+    may = recommender.candidate_filter(dataset, rules, include_seen=INCLUDE_HELD.value, items=among)
+    users = _listed(USERS_FILE.value, dataset.users["user_id"], "user_id") or USERS.value
     inputs = {
-        "model": model_digest(WORKDIR.value),
-        "tables": digest(dataset),
-        "served": prepared.served(),
         "rules": rules_digest,
+        "candidates": "all" if among is None else hashlib.sha256(among.tobytes()).hexdigest(),
+    }
+    out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
+    exclusions = _write_ranked(out, model, may, recommender.user_rows(dataset, users), inputs)
+    if EXPLAIN.value:
+        print(f"reasons: {_write_reasons(out, model, may, exclusions['recommendations'], catalog)}")
+    if exclusions["users_with_short_list"]:
+        print(
+            f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "
+            f"{exclusions['users_without_recommendations']} of them none"
+        )
+
+
+def _write_ranked(out: Path, model: Any, may: Any, users: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Writes the file and its audit, and prints what the rules excluded.
+
+    Args:
+      out: the file.
+      model: config, inputs and state of the run.
+      may: filter of the candidates.
+      users: int [U], rows of the users.
+      inputs: what the audit tells of rules and candidates.
+
+    Returns:
+      The exclusions that the audit has.
+    """
+    from fused_rec.data.dataset import digest
+    from fused_rec.evaluation.suitability import exclusion_counts
+    from fused_rec.runs.model_card import describe_served
+    from fused_rec.serving.recommender import CHUNK_USERS, count_chunks, model_digest, rank_chunks, with_user_names
+    from fused_rec.serving.write_rankings import write_rankings
+    from fused_rec.training.evaluate import scorer
+
+    _, prepared, _ = model
+    inputs = inputs | {
+        "model": model_digest(WORKDIR.value),
+        "tables": digest(prepared.dataset),
+        "served": prepared.served(),
         "customers": hashlib.sha256(users.tobytes()).hexdigest(),
         "k": K.value,
         "include_seen": INCLUDE_HELD.value,
         "where": WHERE.value,
-        "candidates": "all" if among is None else hashlib.sha256(among.tobytes()).hexdigest(),
         "names": NAMES.value,
         "part": CHUNK_USERS,
     }
 
-    def ranked(first: int) -> Iterator[tuple[pa.Table, dict[str, Any]]]:
-        found = rank_chunks(scorer(config, prepared, state), dataset, may, users, K.value, first=first)
-        for part in found:
-            table = with_user_names(part.table, dataset) if NAMES.value else part.table
+    def ranked(first: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        for part in rank_chunks(scorer(*model), prepared.dataset, may, users, K.value, first=first):
+            table = with_user_names(part.table, prepared.dataset) if NAMES.value else part.table
             yield table, exclusion_counts(part.ranking, may.names)
 
-    out.with_name(REASONS).unlink(missing_ok=True)  # it would tell of other rankings
     exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["exclusions"]
     for name, counts in exclusions["rules"].items():
         print(
@@ -216,13 +174,17 @@ def main(argv: list[str]) -> None:
         f"{exclusions['recommendations']} recommendations for "
         f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"
     )
-    if EXPLAIN.value:
-        model = explained_model(config, state.params, prepared)
-        words = attributor(config, state.params, prepared) if WORDS.value else None
-        content = Content(catalog, USER_IDS.value, K.value if SETS.value else 0, may)
-        print(f"reasons: {write_reasons(model, out, exclusions['recommendations'], content, words)}")
-    if exclusions["users_with_short_list"]:
-        print(
-            f"{exclusions['users_with_short_list']} customers have fewer than {K.value}, "
-            f"{exclusions['users_without_recommendations']} of them none"
-        )
+    return exclusions
+
+
+def _write_reasons(out: Path, model: Any, may: Any, rows: int, catalog: Any) -> Path:
+    """Writes the reasons of so many rows of the file, in the catalog's language."""
+    from fused_rec.commands.written_reasons import write_reasons
+    from fused_rec.explanation.explained_model import explained_model
+    from fused_rec.explanation.reasons import Content
+    from fused_rec.explanation.token_attribution import attributor
+
+    config, prepared, state = model
+    words = attributor(config, state.params, prepared) if WORDS.value else None
+    content = Content(catalog, USER_IDS.value, K.value if SETS.value else 0, may)
+    return write_reasons(explained_model(config, state.params, prepared), out, rows, content, words)

@@ -12,16 +12,17 @@ from absl import app, flags
 
 from fused_rec.commands.launch import absolute
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_folder
-from fused_rec.evaluation.slices import METRICS
-from fused_rec.studies.regret import markdown, regret, write_regret
+from fused_rec.config import SLICE_METRICS
 
 COMPARED = flags.DEFINE_list("compared", None, "Folders of finished comparisons, one per task.", required=True)
-METRIC = flags.DEFINE_enum("metric", METRICS[0], METRICS, "Metric of the choices and of the comparison.")
+METRIC = flags.DEFINE_enum("metric", SLICE_METRICS[0], SLICE_METRICS, "Metric of the choices and of the comparison.")
 OUT = DEFINE_path("out", written_folder, "Folder of the tables and the figure.", required=True)
 
 
 def main(argv: list[str]) -> None:
     """Writes the table, and prints it and the paths."""
+    from fused_rec.studies.regret import markdown, regret, write_regret
+
     folders = [Path(name).expanduser() for name in COMPARED.value]
     if not folders or len({absolute(str(folder)) for folder in folders}) < len(folders):
         raise app.UsageError(f"--compared has {COMPARED.value}; it must be one or more folders, each once")

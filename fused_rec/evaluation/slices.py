@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from fused_rec.config import SLICE_METRICS
 from fused_rec.evaluation.item_sets import UserItemSets, item_sets
 from fused_rec.evaluation.ranking import RankingSpec, Scorer, UserMetrics, as_argument, evaluate, mean
 
-METRICS = ("ndcg@10", "recall@10", "auc")
-ITEM_METRICS = (*METRICS, "recall@20")
+ITEM_METRICS = (*SLICE_METRICS, "recall@20")
 BANDS = (0, 1, 5, 20)  # first interaction count of each band
 
 Slices = dict[str, dict[str, int | float]]
-"""By slice: numbers of held-out items (item slices only) and of users, and means of `METRICS` or `ITEM_METRICS`."""
+"""By slice: numbers of held-out items (item slices only) and of users, and means of metrics."""
 
 
 def bands(counts: Int[np.ndarray, "N"]) -> dict[str, Bool[np.ndarray, "N"]]:
@@ -27,7 +27,7 @@ def bands(counts: Int[np.ndarray, "N"]) -> dict[str, Bool[np.ndarray, "N"]]:
 
 
 def user_slices(
-    per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U"]], names: Sequence[str] = METRICS
+    per_user: UserMetrics, members: Mapping[str, Bool[np.ndarray, "U"]], names: Sequence[str] = SLICE_METRICS
 ) -> Slices:
     """Averages metrics over the evaluated users of each slice; empty slices are omitted.
 

@@ -266,11 +266,13 @@ def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: _Gone
         return np.asarray(graph.text[USER])[[user]]
     sums = []
     if part.source.shape[1]:
-        own = part.source[senders_of(graph, INTERACTED_BY, user)].sum(0, keepdims=True)
-        sums.append(own - _sums(part.source, gone.items))
+        source = np.asarray(part.source)
+        own = source[senders_of(graph, INTERACTED_BY, user)].sum(0, keepdims=True)
+        sums.append(own - _sums(source, gone.items))
     if part.friends is not None:
         friends = np.concatenate([senders_of(graph, relation, user) for relation in social_relations(graph)])
-        total = part.friends[friends].sum(0, keepdims=True) - _sums(part.friends, gone.friends)
+        rows = np.asarray(part.friends)
+        total = rows[friends].sum(0, keepdims=True) - _sums(rows, gone.friends)
         count = len(friends) - (gone.friends >= 0).sum(1, keepdims=True)
         sums.append(total / np.sqrt(np.maximum(count, 1)).astype(np.float32))
     return np.concatenate(sums, axis=1)

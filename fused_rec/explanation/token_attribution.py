@@ -447,7 +447,8 @@ class _PathSum:
         if not self.precise():
             return None
         by_token, by_term = (
-            [sum(own) for own in zip(*(part[kind] for part in self.parts.values()), strict=True)] for kind in (0, 1)
+            [np.sum(own, axis=0) for own in zip(*(part[kind] for part in self.parts.values()), strict=True)]
+            for kind in (0, 1)
         )
         return _Integral(by_token, by_term, self.scores[0.0], self.points)
 

@@ -26,24 +26,22 @@ import numpy as np
 
 from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import Config, measured_alone, to_dict
+from fused_rec.config import SLICE_METRICS, Config, measured_alone, to_dict
 from fused_rec.data.dataset import Dataset, contents, digest
 from fused_rec.data.node_texts import node_texts
 from fused_rec.data.splits import Split, observe
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation import plots, result_tables, significance
-from fused_rec.evaluation.slices import METRICS
 from fused_rec.memory import InsufficientMemoryError
 from fused_rec.runs import run_dir
 from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.late_pairs import fuse_runs
-from fused_rec.studies.variants import VARIANTS, variant
+from fused_rec.studies.variants import REFERENCE, VARIANTS, variant
 from fused_rec.training import trainer
 from fused_rec.training.inputs import read
 
 LOG = logging.getLogger(__name__)
-REFERENCE = "fused"
 PAIR = "+"  # between two variants whose scores are added
 BASELINE_SEED = 0
 KEPT = ("test", "valid", "slices", "seconds", "parameters")  # keys of a run's results in the report
@@ -297,7 +295,7 @@ def run_values(runs: Path, seeds: Mapping[str, Sequence[int]]) -> dict[str, dict
       seeds: finished seeds of each variant.
 
     Returns:
-      Float32 [S, V] by variant and metric of `METRICS`, without metrics that are NaN for all users.
+      Float32 [S, V] by variant and metric of `SLICE_METRICS`, without metrics that are NaN for all users.
 
     Raises:
       FileNotFoundError, ValueError: a file is missing or damaged, or the runs measured different users.
@@ -309,7 +307,7 @@ def run_values(runs: Path, seeds: Mapping[str, Sequence[int]]) -> dict[str, dict
         users = measured[0].users if users is None else users
         if not all(np.array_equal(users, per_user.users) for per_user in measured):
             raise ValueError(f"the runs of {name} measured other users than those before it; choose another out")
-        by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in METRICS}
+        by_metric = {metric: np.stack([per_user.metrics[metric] for per_user in measured]) for metric in SLICE_METRICS}
         # A user with all items except the held-out ones has no negatives; this may be all users.
         values[name] = {metric: runs for metric, runs in by_metric.items() if not np.isnan(runs).all()}
     return values
@@ -390,7 +388,7 @@ def _report(names: list[str], outcomes: _Outcomes) -> dict[str, Any]:
 def _write(report: dict[str, Any], out: Path) -> None:
     run_dir.write_json(out / REPORT, report)
     for suffix, text in (("md", result_tables.markdown), ("csv", result_tables.csv_text), ("tex", result_tables.latex)):
-        write_file(out / f"compare.{suffix}", text(report, METRICS).encode())
+        write_file(out / f"compare.{suffix}", text(report, SLICE_METRICS).encode())
     if importlib.util.find_spec("matplotlib") is None:
         LOG.warning('compare.png and slices.png need Matplotlib: pip install -e ".[plots]", then the same again')
         return
@@ -399,5 +397,5 @@ def _write(report: dict[str, Any], out: Path) -> None:
     controls = [name for name, described in VARIANTS.items() if described.control]
     failed = {failure["variant"] for failure in report["failures"]}
     shown = [entry["variant"] for entry in report["summary"] if entry["variant"] not in {*controls, *failed}]
-    write_figure(out / "compare.png", plots.by_variant(report["summary"], METRICS[0], report["task"], controls))
-    write_figure(out / "slices.png", plots.by_slice(report["rows"], METRICS[0], report["task"], shown))
+    write_figure(out / "compare.png", plots.by_variant(report["summary"], SLICE_METRICS[0], report["task"], controls))
+    write_figure(out / "slices.png", plots.by_slice(report["rows"], SLICE_METRICS[0], report["task"], shown))

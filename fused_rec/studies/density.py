@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import Config, to_dict
+from fused_rec.config import SLICE_METRICS, Config, to_dict
 from fused_rec.distributed.devices import computes
 from fused_rec.evaluation import plots
 from fused_rec.evaluation.result_tables import csv_table, in_markdown, interval_text, markdown_table, relative_text
-from fused_rec.evaluation.slices import METRICS
 from fused_rec.runs import run_dir
 from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.storage import write_figure, write_file
 from fused_rec.studies.compare import (
-    REFERENCE,
     applicable,
     best_name,
     compare_variants,
@@ -34,13 +32,11 @@ from fused_rec.studies.compare import (
     hardware,
     is_single,
 )
-from fused_rec.studies.variants import VARIANTS
+from fused_rec.studies.variants import BRANCHES, REQUIRED, VARIANTS
 from fused_rec.training.inputs import read
 
 LOG = logging.getLogger(__name__)
-BRANCHES = ("text", "graph")  # the variants that each use one of the two inputs
-REQUIRED = (*BRANCHES, REFERENCE)
-SHOWN = ("ndcg@10", "recall@10")  # of METRICS, a table each
+SHOWN = ("ndcg@10", "recall@10")  # of SLICE_METRICS, a table each
 CHOICES = {"branch": "the better of text and graph", "single": "the best single method"}
 
 
@@ -152,7 +148,7 @@ def gain(point: Mapping[str, Any], choice: str, metric: str) -> Mapping[str, Any
     Args:
       point: of a report.
       choice: "branch", "baseline" or "single".
-      metric: of `METRICS`.
+      metric: of `SLICE_METRICS`.
     """
     found = (
         row for row in point["differences"] if (row["variant"], row["metric"]) == (point["chosen"][choice], metric)
@@ -213,7 +209,7 @@ def _csv_rows(report: Mapping[str, Any]) -> list[list[Any]]:
     rows: list[list[Any]] = [[*header, *(f"fused vs. row: {name}" for name in tests)]]
     for point in report["points"]:
         tested = {(row["variant"], row["metric"]): row for row in point["differences"]}
-        for metric in METRICS:
+        for metric in SLICE_METRICS:
             for entry in point["summary"]:
                 name, found = entry["variant"], entry["metrics"].get(metric, {})
                 chosen = " ".join(choice for choice, chosen in point["chosen"].items() if chosen == name)

@@ -21,7 +21,8 @@ from fused_rec.evaluation.result_tables import csv_table, in_markdown, markdown_
 from fused_rec.evaluation.significance import paired_bootstrap
 from fused_rec.runs import run_dir
 from fused_rec.storage import write_figure, write_file
-from fused_rec.studies.compare import REFERENCE, REPORT, best_name, complete_names, is_single, run_values, runs_folder
+from fused_rec.studies.compare import REPORT, best_name, complete_names, is_single, run_values, runs_folder
+from fused_rec.studies.variants import REFERENCE
 
 LOG = logging.getLogger(__name__)
 CHOSEN_ON = ("test", "valid")

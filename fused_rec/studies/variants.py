@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fused_rec.baselines.registry import BASELINES
-from fused_rec.config import METHODS, Config, from_dict, to_dict
+from fused_rec.config import BASELINE_NAMES, METHODS, Config, from_dict, to_dict
+
+REFERENCE = "fused"
+BRANCHES = ("text", "graph")  # the variants that each use one of the two inputs
+REQUIRED = (*BRANCHES, REFERENCE)  # to tell when fusion pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +201,7 @@ def variant(config: Config, name: str) -> Config:
 
     Args:
       config: the base config.
-      name: a key of `VARIANTS` or `BASELINES`.
+      name: a key of `VARIANTS`, or a baseline.
 
     Returns:
       The changed config, whose model.method is the name of a published method.
@@ -206,9 +209,9 @@ def variant(config: Config, name: str) -> Config:
     Raises:
       ValueError: an unknown name; lists the known ones.
     """
-    if name not in VARIANTS and name not in BASELINES:
-        raise ValueError(f"variant is {name!r}; it must be one of {', '.join((*VARIANTS, *BASELINES))}")
-    overrides = VARIANTS[name].overrides if name in VARIANTS else _inputs_of(BASELINES[name].needs)
+    if name not in VARIANTS and name not in BASELINE_NAMES:
+        raise ValueError(f"variant is {name!r}; it must be one of {', '.join((*VARIANTS, *BASELINE_NAMES))}")
+    overrides = VARIANTS[name].overrides if name in VARIANTS else _inputs_of(name)
     model = {**overrides.get("model", {}), "method": name if name in METHODS else ""}
     sections = {
         section: dataclasses.replace(getattr(config, section), **settings)
@@ -217,8 +220,11 @@ def variant(config: Config, name: str) -> Config:
     return dataclasses.replace(config, **sections)
 
 
-def _inputs_of(needs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _inputs_of(baseline: str) -> dict[str, dict[str, Any]]:
     """The settings by which a baseline gets the inputs that it needs, and no others are prepared."""
+    from fused_rec.baselines.registry import BASELINES  # needs JAX; --help names variants without it
+
+    needs = BASELINES[baseline].needs
     return {
         "model": PLAIN_MODEL | {"variant": "text" if "text" in needs else "graph"},
         "text": FROZEN,

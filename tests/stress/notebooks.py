@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import jupytext
 import nbformat
 from test_notebooks import SOURCES, code, execute
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     for source in [source for source in SOURCES if source.stem in (asked.names or [source.stem])]:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            done = execute(source, Path(folder))
+            done = execute(jupytext.read(source), Path(folder))
         if asked.out:
             asked.out.mkdir(parents=True, exist_ok=True)
             nbformat.write(done, asked.out / f"{source.stem}.ipynb")

@@ -64,7 +64,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "reviews": (("user_id", "item_id", "text"), ("timestamp",)),
 }
 
-_NO_INTERACTIONS = pa.schema({"user_id": pa.string(), "item_id": pa.string()}).empty_table()
+_IDS = pa.schema({"user_id": pa.string(), "item_id": pa.string()})
 _INDEX = re.compile("__index_level_[0-9]+__")  # pandas' name of an unnamed index
 
 
@@ -114,7 +114,7 @@ def read_tables(
         except DataError as error:
             problems += error.problems
     if problems:
-        tables.setdefault("interactions", _NO_INTERACTIONS)
+        tables.setdefault("interactions", _IDS.empty_table())
     try:
         log = ReaderLog(notes, problems, files)
         return assemble(name, Tables(**tables), repair=repair, min_value=min_value, log=log)
@@ -169,7 +169,7 @@ def dataset_from_tables(
                 tables[table] = select(_arrow(frame, table), table, table, notes, typed=True)
         except DataError as error:
             problems += error.problems
-    tables.setdefault("interactions", _NO_INTERACTIONS)
+    tables.setdefault("interactions", _IDS.empty_table())
     log = ReaderLog(notes, problems)
     return assemble(name, Tables(**tables), repair=repair, min_value=min_value, log=log)
 
