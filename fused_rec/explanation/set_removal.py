@@ -117,7 +117,7 @@ class SetRemoval:
                 found[self.types[number]][self.rows[number], place] = 1
                 continue
             node = number - count + 1 if number < 2 * count - 1 else 0
-            relation = self.groups[self.group[node - 1]].relation if node else self.backs[number - 2 * count + 1]
+            relation = self.groups[int(self.group[node - 1])].relation if node else self.backs[number - 2 * count + 1]
             if start and relation in branch.matrices:
                 gate = np.asarray(branch.weights.gate[relation])[start - 1]
                 found[relation.target][:, place] = gate * branch.columns[relation][:, [self.rows[node]]].toarray()[:, 0]
