@@ -98,7 +98,7 @@ ONLY_IN = {
     # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
     "implicit": ("baselines/neighbors.py", "experiments/competitors/*"),
     "sklearn": ("text/tfidf.py", "baselines/linear.py"),  # imported where used: it takes a second
-    "faiss": ("serving/export_bundle.py",),  # an extra, imported where used
+    "faiss": ("serving/approximate.py",),  # an extra, imported where used
     "wandb": ("runs/loggers.py",),  # an extra, imported where used: it may speak to the network
     "starlette": ("http/app.py",),  # an extra; commands/serve.py imports this file where it is used
     "prometheus_client": ("http/metrics.py",),  # the same extra
