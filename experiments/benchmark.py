@@ -73,6 +73,7 @@ STEP = (
 )
 FUSED = "512 users, all their positives, softmax over all items, two branches of 128 dimensions, 640 columns of text"
 RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
+TYPES = "float32", "bfloat16"  # of products, of a fused step and of encoding
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
 PROBES = (1, 4, 16, 64)  # lists that the index reads
@@ -434,8 +435,10 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             sides, job = (PYG, TORCH, RECBOLE), job_of(folder, "step", arrays)
             measured = compared(f"step, {name}", sides, job, same_loss, STEP)
             yield from all_rows(measured, "compile_s", "peak_mb", "load_s")
-            fused = compared(f"fused step, {name}", (), job_of(folder, "fused_step", arrays), same_loss, FUSED)
-            yield from all_rows(fused, "compile_s", "peak_mb", "load_s")
+            for dtype in TYPES:
+                fused_job = job_of(folder, "fused_step", arrays, compute_dtype=dtype)
+                fused = compared(f"fused step in {dtype}, {name}", (), fused_job, same_loss, FUSED)
+                yield from all_rows(fused, "compile_s", "peak_mb", "load_s")
 
             once = {**job, "repeats": 1, "warmup": 0}
             warm = {CACHE: str(folder / "cache"), **EVERYTHING}
@@ -492,7 +495,7 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             np.savez(folder / "arrays.npz")
             files = {"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0}
             tokens = int(count_tokens(texts, tokenizer).sum())
-            for dtype in ("float32", "bfloat16"):
+            for dtype in TYPES:
                 job = job_of(folder, "encode", folder / "arrays.npz", **files, compute_dtype=dtype)
                 title = f"MiniLM in {dtype}, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
                 rate = {"work": tokens, "unit": "tokens/s"}

@@ -80,7 +80,7 @@ def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     import jax
 
     from fused_rec.commands.configs.tables import get_config
-    from fused_rec.config import from_dict, with_temperature
+    from fused_rec.config import from_dict, with_compute_dtype, with_temperature
     from fused_rec.data.batches import user_items
     from fused_rec.graph.build import bidirectional_edges
     from fused_rec.graph.device_graph import device_graph
@@ -92,6 +92,7 @@ def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
 
     counts: dict[str, int] = dict(zip((USER, ITEM), map(int, arrays["shape"]), strict=True))
     config, rng = with_temperature(from_dict(get_config().to_dict()), 0.15), np.random.default_rng(0)
+    config = with_compute_dtype(config, job["compute_dtype"])
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, arrays["user"], arrays["item"], counts)
     for node_type, count in counts.items():
         near = min(config.graph.text_knn, count - 1)
