@@ -66,8 +66,8 @@ def test_all_lists_give_the_exact_ranking(made):
 
 def test_users_with_too_few_candidates_are_ranked_exactly(made, monkeypatch):
     monkeypatch.setattr(approximate, "MOST", K)  # of which a rule refuses some
-    index = set_probes(build_index(*made), 1)
-    found, short = index.rank(np.arange(N_USERS), K)
+    index = build_index(*made)
+    found, short = set_probes(index, index.lists.nlist).rank(np.arange(N_USERS), K)
     assert short == N_USERS
     np.testing.assert_array_equal(found.items, index.exact(np.arange(N_USERS), K).items)
 
@@ -99,7 +99,8 @@ def test_recall_by_hand():
 
 def test_the_command(tmp_path):
     """With recall 1 the file is the exact ranking; the audit file and the terminal tell what was measured."""
-    config = fr.configure(model={"variant": "lightgcn", "dim": 8}, train={"max_steps": 2, "eval_every": 2})
+    train = {"max_steps": 2, "eval_every": 2, "refit": "none"}
+    config = fr.configure(model={"method": "lightgcn", "dim": 8, "num_layers": 1}, train=train)
     run = fr.train(config, tmp_path / "run", make_synthetic(0, 80, 200))
     command = [sys.executable, "-W", "error", "-m", "experiments.recommend", f"--workdir={tmp_path}/run"]
     command += [f"--out={tmp_path}/found.csv", "--recall=1", "--k=5"]

@@ -217,7 +217,7 @@ def in_this_process(monkeypatch):
 
 def test_every_row_of_the_accelerator(tmp_path, in_this_process):
     """The peaks come first; every other row has a floor in its unit, and each missing competitor its reason."""
-    flags = ("--suite=accelerator", f"--out={tmp_path}", "--size=.0005", "--repeats=1", "--warmup=0")
+    flags = ("--suite=accelerator", f"--out={tmp_path}/x.json", "--size=.0005", "--repeats=1", "--warmup=0")
     benchmark.flags.FLAGS(["x", *flags])
     rows = [*benchmark.measure_device(["propagation", "step", "ranking", "encode"])]
     assert all(row["ours"] > 0 and row["device"]["platform"] == "cpu" and row["size"] == 0.0005 for row in rows)
@@ -249,7 +249,7 @@ def test_floors_by_hand():
     assert layer.moved == 64 + 28 + 320  # 8 edges, row starts of 2 + 3 rows, 5 rows of 8 columns twice
     assert step.moved == 6 * layer.moved + 7 * 160
     whole, tenth = (accelerator.peak_cases(size)["bfloat16"].work for size in (1, 0.1))
-    assert tenth / whole == pytest.approx(0.1, rel=0.02)
+    assert tenth / whole == pytest.approx(0.1, rel=0.03)  # rows are a multiple of 64
     assert accelerator.sizes((100, 2000, 50_000), 0.1) == "generated:64x200x5000"
     assert [accelerator.torch_device(name) for name in ("gpu", "tpu")] == ["cuda", None]
 

@@ -93,7 +93,7 @@ ONLY_IN = {
     # imports tables and splits; the model knows the graph by graph/schema.py
     "fused_rec.graph.build": ("graph/*", "training/*", "explanation/*", "reporting/*", "experiments/*"),
     "orbax": ("training/checkpoint.py",),
-    "transformers": ("text/pretrained.py",),
+    "transformers": ("text/pretrained.py", "experiments/competitors/torch_sdpa.py"),
     "optuna": ("studies/tune.py",),
     # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
     "implicit": ("baselines/neighbors.py", "experiments/competitors/*"),
