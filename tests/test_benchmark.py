@@ -196,7 +196,7 @@ def test_several_jobs_in_one_process(tmp_path, pairs):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Our side of the suite `accelerator` without processes, with models of a few columns."""
+    """Our side of the suite `accelerator` without processes, with models of a few columns, and steps that do nothing."""
     monkeypatch.syspath_prepend(str(competitors.HERE))
     protocol, ours = importlib.import_module("protocol"), importlib.import_module("ours")
 
@@ -207,6 +207,8 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(competitors, "visit", visit)
     monkeypatch.setattr(accelerator, "visit", visit)
+    for task in ("step", "fused_step"):  # each has a test above
+        monkeypatch.setitem(ours.TASKS, task, ((), lambda job, arrays: lambda number: 0.5))
     narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
     monkeypatch.setattr(accelerator, "MINILM", {**accelerator.MINILM, **narrow})
     monkeypatch.setattr(accelerator, "SMOLLM2", {**accelerator.SMOLLM2, **narrow, "num_key_value_heads": 1})
