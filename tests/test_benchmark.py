@@ -196,7 +196,7 @@ def test_several_jobs_in_one_process(tmp_path, pairs):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Our side of the suite `accelerator` without processes, with models of a few columns, and steps that do nothing."""
+    """Our side of the suite `accelerator` without processes, with narrow models and steps that do nothing."""
     monkeypatch.syspath_prepend(str(competitors.HERE))
     protocol, ours = importlib.import_module("protocol"), importlib.import_module("ours")
 
