@@ -73,8 +73,9 @@ def test_users_with_too_few_candidates_are_ranked_exactly(made, monkeypatch):
 
 
 def test_only_candidates_are_indexed(made):
-    few = dataclasses.replace(made[-1], items=np.arange(1, N_ITEMS, 2))
-    index = build_index(*made[:-1], few)
+    scorer, users, items, candidates = made
+    few = dataclasses.replace(candidates, items=np.arange(1, N_ITEMS, 2))
+    index = build_index(scorer, users, items, few)
     found, _ = set_probes(index, index.lists.nlist).rank(np.arange(N_USERS), K)
     assert index.lists.ntotal == N_ITEMS // 2 and (found.items % 2 == 1).all()
     np.testing.assert_array_equal(found.items, index.exact(np.arange(N_USERS), K).items)
