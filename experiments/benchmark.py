@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import accelerator, competitors
-from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
+from experiments import competitors
+from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side, accelerator
 from fused_rec.commands.launch import start
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import accelerator, benchmark, competitors
-from experiments.competitors import OURS, Side
+from experiments import benchmark, competitors
+from experiments.competitors import OURS, Side, accelerator
 from fused_rec.evaluation import plots
 from fused_rec.text.encoders import registry
 
