@@ -76,7 +76,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.15",
         ],
-        "faiss": ["faiss-cpu>=1.15"],
+        "faiss": ["faiss-cpu>=1.15"],  # an index in exports, and `recommend --index=ivf`
         "serve": [
             "prometheus-client>=0.26",  # metrics in the text format that Prometheus reads
             "starlette>=1.10",  # routes, requests and responses of the ASGI application

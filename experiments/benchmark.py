@@ -3,7 +3,9 @@
     FUSED_REC_DATA=DIR python -m experiments.benchmark --suite=train --competitors=ENVIRONMENTS --out=train.json
 
 Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking of all items), encode (texts per second
-of a language model), scale (a step with 1e5 to 1e7 edges), serve (recommendations to one user, by items and width).
+of a language model), scale (a step with 1e5 to 1e7 edges), serve (recommendations to one user, by items and width),
+index (users per second and recall of approximate ranking),
+accelerator (all of these on the default device of JAX, a GPU if it has one, against the floors of the device).
 Each side runs in its own process, competitors in environments of their own (experiments/competitors/*.txt). Sides
 alternate, and medians are reported. Run nothing else on the machine. docs/SPEED.md describes what is measured and how.
 """
@@ -24,18 +26,20 @@ import numpy as np
 from absl import flags
 
 from experiments import competitors
-from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side
+from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side, accelerator
 from fused_rec.commands.launch import start
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
 
-SUITES = ("train", "encode", "evaluate", "scale", "serve")
+SUITES = ("train", "encode", "evaluate", "scale", "serve", "index", "accelerator")
 DATA = {
     "train": ["lastfm", "gowalla", "generated:7947x25975x1e5"],  # the last has the shape of CiteULike-t
     "evaluate": ["lastfm", "gowalla"],
     "encode": ["amazon", "stocknet"],
     "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
     "serve": ["generated:1e4", "generated:1e5"],
+    "index": ["generated:1e4x1e5x1e6"],
+    "accelerator": list(accelerator.GROUPS),
 }
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What is measured.", required=True)
 OUT = DEFINE_path("out", written_file_anywhere, "JSON file of the rows; a plot comes beside it.", required=True)
@@ -43,7 +47,8 @@ NAMES = flags.DEFINE_list(
     "data",
     None,
     "Datasets: lastfm, gowalla, generated:EDGES or generated:USERSxITEMSxEDGES; of encode amazon or stocknet; of serve "
-    "generated:ITEMS. None: those of the suite.",
+    "generated:ITEMS; of index also the folder of an export; of accelerator some of "
+    f"{', '.join(accelerator.GROUPS)}. None: those of the suite.",
 )
 PEERS = DEFINE_path(
     "competitors", existing_folder, "Folder of the peers' environments: DIR/torch/bin/python and so on."
@@ -53,6 +58,13 @@ REPEATS = flags.DEFINE_integer(
 )
 WARMUP = flags.DEFINE_integer("warmup", 3, "Calls after the first that are not counted.", lower_bound=0)
 THREADS = flags.DEFINE_integer("threads", 2, "Cores that every side may use.", lower_bound=1)
+SIZE = flags.DEFINE_float(
+    "size",
+    None,
+    "Of accelerator: share of users, items, interactions, texts and bytes. None: 1, and .1 on a CPU.",
+    lower_bound=1e-4,
+    upper_bound=1,
+)
 TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
 
 DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
@@ -61,8 +73,10 @@ STEP = (
 )
 FUSED = "512 users, all their positives, softmax over all items, two branches of 128 dimensions, 640 columns of text"
 RANKING = f"every customer, the whole catalogue, {DIM} dimensions, known items left out"
+TYPES = "float32", "bfloat16"  # of products, of a fused step and of encoding
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
+PROBES = (1, 4, 16, 64)  # lists that the index reads
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -392,10 +406,23 @@ def same_value(ours: np.ndarray, theirs: np.ndarray) -> str:
     return f"recall@{K} {float(ours):.5f} and {float(theirs):.5f}"
 
 
+def same_rows(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Returns the largest difference of two arrays, relative to the largest number."""
+    return f"differ by {abs(ours - theirs).max() / abs(ours).max():.1e} of the largest"
+
+
 def same_vectors(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Returns the smallest cosine between the two vectors of a text."""
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return f"cosine at least {((ours * theirs).sum(1) / lengths).min():.5f}"
+
+
+CHECKS = {  # by task of the suite `accelerator`
+    "propagate": same_rows,
+    "step": same_loss,
+    "rank": same_lists,
+    "encode_shape": lambda ours, theirs: "random weights, others on each side",
+}
 
 
 def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -408,8 +435,10 @@ def train(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             sides, job = (PYG, TORCH, RECBOLE), job_of(folder, "step", arrays)
             measured = compared(f"step, {name}", sides, job, same_loss, STEP)
             yield from all_rows(measured, "compile_s", "peak_mb", "load_s")
-            fused = compared(f"fused step, {name}", (), job_of(folder, "fused_step", arrays), same_loss, FUSED)
-            yield from all_rows(fused, "compile_s", "peak_mb", "load_s")
+            for dtype in TYPES:
+                fused_job = job_of(folder, "fused_step", arrays, compute_dtype=dtype)
+                fused = compared(f"fused step in {dtype}, {name}", (), fused_job, same_loss, FUSED)
+                yield from all_rows(fused, "compile_s", "peak_mb", "load_s")
 
             once = {**job, "repeats": 1, "warmup": 0}
             warm = {CACHE: str(folder / "cache"), **EVERYTHING}
@@ -466,7 +495,7 @@ def encode(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             np.savez(folder / "arrays.npz")
             files = {"texts": str(folder / "texts.json"), "model": model, "model_folder": folder_of_model, "warmup": 0}
             tokens = int(count_tokens(texts, tokenizer).sum())
-            for dtype in ("float32", "bfloat16"):
+            for dtype in TYPES:
                 job = job_of(folder, "encode", folder / "arrays.npz", **files, compute_dtype=dtype)
                 title = f"MiniLM in {dtype}, {name} ({len(texts):,} texts, {tokens / len(texts):.0f} tokens each)"
                 rate = {"work": tokens, "unit": "tokens/s"}
@@ -497,6 +526,150 @@ def serve(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 title = f"one customer, {n_items:,} items, {width} columns"
                 measured = compared(title, (), job, same_lists, "10 unseen items of one customer")
                 yield from all_rows(measured, "peak_mb", "load_s")
+
+
+def index(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures approximate ranking by the lists that are read: users per second, time to build it, and recall."""
+    from fused_rec.serving.approximate import recalls
+
+    for name in names:
+        with workplace() as folder:
+            arrays = exported_arrays(Path(name), folder) if Path(name).is_dir() else None
+            arrays = arrays or write_arrays(read_pairs(name), folder, final=True)
+            with np.load(arrays, allow_pickle=False) as there:
+                (n_users, n_items), width = map(int, there["shape"]), there["rows"].shape[1]
+            setting = f"every customer, the whole catalogue, {width} columns, known items left out"
+            title, rate = f"{n_users:,} users x {n_items:,} items, {name}", {"work": n_users, "unit": "users/s"}
+            ranked = compared(f"exact, {title}", (), job_of(folder, "rank", arrays), same_lists, setting, **rate)
+            [exact] = all_rows(ranked)
+            yield exact
+            lists = np.load(folder / "result_0.npy", allow_pickle=False)
+            for probes in PROBES:
+                job = job_of(folder, "rank_index", arrays, probes=probes)
+                found = compared(f"{probes} lists, {title}", (), job, same_lists, setting, **rate)
+                recall = recalls(np.load(folder / "result_0.npy", allow_pickle=False), lists)
+                note = f"recall@{K} {recall.mean():.4f}, {np.mean(recall == 1):.1%} complete"
+                for row in all_rows(found, "load_s"):
+                    gain = {"recall": float(recall.mean()), "exact": exact["ours"]} if row["unit"] == "users/s" else {}
+                    yield {**row, **gain, "note": note}
+
+
+def exported_arrays(bundle: Path, folder: Path) -> Path:
+    """Writes the vectors of an exported run as arrays of a job, without seen items."""
+    from fused_rec.text.vectors import load_vectors
+
+    users, items = (load_vectors(bundle / f"{side}.safetensors")[0] for side in ("users", "items"))
+    file, none = folder / "arrays.npz", np.zeros(0, np.int32)
+    np.savez(file, shape=np.array([len(users), len(items)]), rows=np.concatenate([users, items]), user=none, item=none)
+    return file
+
+
+def measure_device(groups: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures the default device of JAX: its peaks, the tests on it, and each group of cases against their floors."""
+    if unknown := set(groups) - set(accelerator.GROUPS):
+        possible = ", ".join(accelerator.GROUPS)
+        raise ValueError(f"--data names {min(unknown)!r}; of the suite accelerator it must be some of {possible}")
+    with workplace() as folder:
+        np.savez(folder / "empty.npz")
+        job = {**job_of(folder, "", folder / "empty.npz", jobs=[]), "device": "default"}
+        device = competitors.visit(OURS, Path(sys.executable), job, {})["device"]
+        size = SIZE.value or (0.1 if device["platform"] == "cpu" else 1.0)
+        job["device"] = accelerator.torch_device(device["platform"])
+        about = {"device": device, "size": size}
+        print(f"{device['count']} x {device['kind']} ({device['platform']}), size {size:g}", flush=True)
+
+        named = accelerator.peak_cases(size)
+        found = _of_cases([(case, folder / "empty.npz") for case in named.values()], job, None, about)
+        best = {name: max(row["ours_range"]) for name, row in zip(named, found, strict=True)}
+        peaks = accelerator.Peaks(1e9 * best.pop("bandwidth"), {name: 1e12 * rate for name, rate in best.items()})
+        yield from found
+        for group in groups:
+            print(group, flush=True)
+            if group == "tests":
+                found = accelerator.tested(accelerator.TESTS, device["jax_platforms"])
+                own = {"name": "tests of kernels and parity", "ours": found.pop("value"), "unit": "failed"}
+                yield {**_ROW, **own, **found, **machine(), **about}
+            else:
+                yield from _of_cases(device_cases(group, size, folder), job, peaks, about)
+
+
+def device_cases(group: str, size: float, folder: Path) -> list[tuple[accelerator.Case, Path]]:
+    """Returns the cases of a group with the files of their arrays, which are written.
+
+    Args:
+      group: one of `accelerator.GROUPS` but the tests.
+      size: share of the full size.
+      folder: where arrays are written.
+    """
+
+    def written(full: tuple[int, int, int]) -> tuple[Pairs, Path]:
+        pairs = read_pairs(accelerator.sizes(full, size))
+        place = Path(tempfile.mkdtemp(dir=folder))
+        return pairs, write_arrays(pairs, place, final=False)
+
+    if group == "encode":
+        return [(case, folder / "empty.npz") for case in accelerator.encode_cases(size)]
+    if group == "ranking":
+        pairs, file = written(accelerator.RANKED_GRAPH)
+        return [(accelerator.ranking_case(pairs.n_users, pairs.n_items, DIM), file)]
+    cases, settings = [], {"dim": DIM, "num_layers": ROUNDS, "step": STEP}
+    for title, full in accelerator.GRAPHS.items():
+        pairs, file = written(full)
+        layer, step = accelerator.graph_cases(title, pairs.n_users, pairs.n_items, len(pairs.user), settings)
+        cases.append((layer if group == "propagation" else step, file))
+    if group == "step":
+        pairs, file = written(accelerator.FUSED_GRAPH)
+        cases.append((accelerator.fused_case(pairs.n_users, pairs.n_items, FUSED), file))
+    return cases
+
+
+_ROW = {"ours": None, "peer": None, "peer_name": None, "ratio": None, "unit": "", "floor": None, "of_floor": None}
+
+
+def _of_cases(
+    cases: Sequence[tuple[accelerator.Case, Path]],
+    job: Mapping[str, Any],
+    peaks: accelerator.Peaks | None,
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Measures cases and returns their rows; a side that is missing or fails is told."""
+    wanted = dict.fromkeys(side for case, _ in cases for side in case.sides)
+    folder = None if PEERS.value is None else Path(PEERS.value)
+    found = {side: competitors.python_of(side, folder) if job["device"] else None for side in (OURS, *wanted)}
+    found[OURS] = Path(sys.executable)
+    absent = f"left out: its environment is not there; {competitors.remedy(TORCH, folder)}"
+    there = {side: python for side, python in found.items() if python is not None}
+    chosen, files = [case for case, _ in cases], [file for _, file in cases]
+    rows = []
+    for number, answers in enumerate(accelerator.answers_of(chosen, files, job, there)):
+        case, results = chosen[number], {}
+        for place, side in enumerate(there):
+            file = Path(job["folder"], f"result_{number}_{place}.npy")
+            if isinstance(answers.get(side), dict):
+                results[side] = np.load(file, allow_pickle=False)
+            file.unlink(missing_ok=True)  # the next group has results of these names too
+        missing = absent if job["device"] else accelerator.NO_TORCH
+        failed = {side: f"left out: {why}" for side, why in answers.items() if isinstance(why, str)}
+        left_out = {side: failed.get(side, missing) for side in case.sides if side not in results}
+        if OURS not in results:
+            rows.append({**_ROW, "name": case.name, "unit": case.unit, "note": failed[OURS], **machine(), **about})
+            continue
+        checks = {side: CHECKS[case.task](results[OURS], of) for side, of in results.items() if side != OURS}
+        figures = {side: competitors.figures([answers[side]]) for side in results}
+        measured = Measured(case.name, figures, left_out, checks, case.setting, case.work, case.unit)
+        rows += [{**row, **_floor(case, peaks, row), **about} for row in all_rows(measured)]
+    return rows
+
+
+def _floor(case: accelerator.Case, peaks: accelerator.Peaks | None, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the floor of a row in its unit, and the share of the time that is the floor."""
+    if peaks is None:
+        return {"floor": None, "of_floor": None, "floor_of": "a peak of the device, the fastest call"}
+    seconds = case.floor(peaks)
+    floor = case.work / seconds if case.work else 1e3 * seconds
+    share = row["ours"] / floor if case.work else floor / row["ours"]
+    note = f"the floor is {share:.2f} of the time; {row['note']}"
+    return {"floor": floor, "of_floor": share, "floor_of": case.floor_of, "note": note}
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -549,10 +722,8 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and prints the table and the paths."""
     keep_to_threads()
-    out, suite = (
-        Path(OUT.value),
-        {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale, "serve": serve}[SUITE.value],
-    )
+    named = {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale, "serve": serve}
+    out, suite = Path(OUT.value), {**named, "index": index, "accelerator": measure_device}[SUITE.value]
     busy = os.getloadavg()[0]
     if busy > 0.3:
         print(f"the machine is not alone: load {busy:.1f}; times will be too long, and not evenly", file=sys.stderr)

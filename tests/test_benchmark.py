@@ -1,5 +1,7 @@
 """The harness of the benchmark: real processes, and a peer that needs NumPy alone."""
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -7,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import benchmark, competitors
-from experiments.competitors import OURS, Side
+from experiments.competitors import OURS, Side, accelerator
 from fused_rec.evaluation import plots
+from fused_rec.text.encoders import registry
 
 ROOT = Path(__file__).parents[1]
 NUMPY = Side("NumPy", ROOT / "tests" / "numpy_reference.py", "numpy")
@@ -71,7 +75,9 @@ def test_both_sides_take_the_same_step(tmp_path, pairs):
 
 
 def test_a_fused_step_on_generated_text(tmp_path, pairs):
-    answers, failed = competitors.alternate({OURS: Path(sys.executable)}, job(tmp_path, pairs, "fused_step"), {})
+    answers, failed = competitors.alternate(
+        {OURS: Path(sys.executable)}, job(tmp_path, pairs, "fused_step", compute_dtype="float32"), {}
+    )
     assert not failed and min(answers[OURS][0]["seconds"]) > 0
     # Two branches, each at first near the log of the number of items.
     assert 0.5 < float(np.load(tmp_path / "result_0.npy")) / (2 * np.log(pairs.n_items)) < 1.5
@@ -162,10 +168,110 @@ def test_the_figure_shows_what_is_behind_in_another_colour():
 
 
 @pytest.mark.parametrize(
-    "side", [competitors.PYG, competitors.TORCH, competitors.RECBOLE, competitors.ALS, competitors.SENTENCES]
+    "side",
+    [getattr(competitors, name) for name in ("PYG", "TORCH", "SDPA", "RECBOLE", "ALS", "SENTENCES")],
 )
 def test_every_peer_has_a_script_and_pinned_requirements(side):
     assert side.script.exists()
     lines = (competitors.HERE / f"{side.environment}.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert pins and all("==" in line for line in pins)
+
+
+def test_several_jobs_in_one_process(tmp_path, pairs):
+    """Each case has the answers of its sides; one that fails says why, and the others are done all the same."""
+    arrays = benchmark.write_arrays(pairs, tmp_path, final=False)
+    settings = job(tmp_path, pairs, "", device="cpu")
+    cases = [accelerator.Case("a", task, {}, "", (NUMPY,)) for task in ("rank", "fails", "step")]
+    answers = accelerator.answers_of(cases, [arrays] * 3, settings, {NUMPY: Path(sys.executable)})
+    assert answers[1] == {NUMPY: "RuntimeError: it does not take the data"}
+    assert all(len(answers[case][NUMPY]["seconds"]) == 1 for case in (0, 2))
+    assert answers[0][NUMPY]["versions"]["numpy"] == np.__version__
+    assert np.load(tmp_path / "result_0_0.npy").shape == (pairs.n_users, 20)
+    gone = dataclasses.replace(NUMPY, script=tmp_path / "none.py")
+    [answer] = accelerator.answers_of(
+        [dataclasses.replace(cases[0], sides=(gone,))], [arrays], settings, {gone: Path(sys.executable)}
+    )
+    assert "NumPy" in answer[gone] and "ended with status 2" in answer[gone]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Our side of the suite `accelerator` without processes, with narrow models and steps that do nothing."""
+    monkeypatch.syspath_prepend(str(competitors.HERE))
+    protocol, ours = importlib.import_module("protocol"), importlib.import_module("ours")
+
+    def visit(side, python, settings, variables):
+        assert side == OURS
+        answers = [protocol._attempted(ours.TASKS, {**settings, **one, "started": 0.0}) for one in settings["jobs"]]
+        return {"answers": answers, "device": ours.device(settings), "peak_mb": 1, "versions": {"jax": jax.__version__}}
+
+    monkeypatch.setattr(competitors, "visit", visit)
+    monkeypatch.setattr(accelerator, "visit", visit)
+    for task in ("step", "fused_step"):  # each has a test above
+        monkeypatch.setitem(ours.TASKS, task, ((), lambda job, arrays: lambda number: 0.5))
+    narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
+    monkeypatch.setattr(accelerator, "MINILM", {**accelerator.MINILM, **narrow})
+    monkeypatch.setattr(accelerator, "SMOLLM2", {**accelerator.SMOLLM2, **narrow, "num_key_value_heads": 1})
+    monkeypatch.setattr(accelerator, "BY_LAYER", {"Qwen2.5-7B": accelerator.qwen2(32, 28, 4, 2, 48)})
+    monkeypatch.setattr(accelerator, "LENGTH", 8)
+    monkeypatch.setattr(accelerator, "GRAPHS", dict([*accelerator.GRAPHS.items()][:1]))
+
+
+def test_every_row_of_the_accelerator(tmp_path, in_this_process):
+    """The peaks come first; every other row has a floor in its unit, and each missing competitor its reason."""
+    flags = ("--suite=accelerator", f"--out={tmp_path}/x.json", "--size=.0005", "--repeats=1", "--warmup=0")
+    benchmark.flags.FLAGS(["x", *flags])
+    rows = [*benchmark.measure_device(["propagation", "step", "ranking", "encode"])]
+    assert all(row["ours"] > 0 and row["device"]["platform"] == "cpu" and row["size"] == 0.0005 for row in rows)
+    peaks, others = rows[:4], rows[4:]
+    assert [row["unit"] for row in peaks] == ["GB/s", *["TFLOP/s"] * 3]
+    assert {row["name"].split(",")[0] for row in others} == {"propagation", "step", "fused step", "ranking", "encode"}
+    assert [row["name"] for row in others if row["peer_name"] in (None, "PyTorch with SDPA")][-4:] == [
+        *("encode, MiniLM-L6 in float32", "encode, MiniLM-L6 in bfloat16"),
+        *("encode, SmolLM2-135M in bfloat16", "encode, Qwen2.5-7B in bfloat16"),
+    ]
+    for row in others:
+        better = row["ours"] / row["floor"] if row["higher_is_better"] else row["floor"] / row["ours"]
+        assert row["of_floor"] == pytest.approx(better) and row["note"].startswith(f"the floor is {better:.2f} of")
+        assert row["peer"] is None and (row["peer_name"] is None) == row["name"].startswith("fused step")
+        assert row["peer_name"] is None or "left out" in row["note"]
+    [layer] = [row for row in others if "Qwen" in row["name"]]
+    assert "one layer measured, counted 28 times" in layer["setting"]
+    assert "Qwen" in benchmark.shown(rows)
+    with pytest.raises(ValueError, match="--data names 'gowalla'"):
+        next(benchmark.measure_device(["gowalla"]))
+
+
+def test_floors_by_hand():
+    """Bytes at the bandwidth or operations at the rate, whichever takes longer; a tenth of the work of matrices."""
+    peaks = accelerator.Peaks(100, {"float32": 10, "bfloat16": 20})
+    assert accelerator.Case("a", "", {}, "", moved=200, flops=10).floor(peaks) == 2
+    assert accelerator.Case("a", "", {}, "", moved=200, flops=60, product="bfloat16").floor(peaks) == 3
+    layer, step = accelerator.graph_cases("a", 2, 3, 4, {"dim": 8, "num_layers": 3, "step": ""})
+    assert layer.moved == 64 + 28 + 320  # 8 edges, row starts of 2 + 3 rows, 5 rows of 8 columns twice
+    assert step.moved == 6 * layer.moved + 7 * 160
+    whole, tenth = (accelerator.peak_cases(size)["bfloat16"].work for size in (1, 0.1))
+    assert tenth / whole == pytest.approx(0.1, rel=0.03)  # rows are a multiple of 64
+    assert accelerator.sizes((100, 2000, 50_000), 0.1) == "generated:64x200x5000"
+    assert [accelerator.torch_device(name) for name in ("gpu", "tpu")] == ["cuda", None]
+
+
+@pytest.mark.parametrize("config", [accelerator.MINILM, accelerator.SMOLLM2, *accelerator.BY_LAYER.values()])
+def test_operations_of_a_model_are_those_of_the_encoder(config):
+    read = registry.family(config).read(config)
+    expected = registry.flops(read, np.array([128], np.int32))[0]
+    assert 128 * accelerator.flops_per_token(config, 128) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_tests_on_a_device(tmp_path):
+    """A failing test is counted and named; what pytest cannot run is no number."""
+    (tmp_path / "test_two.py").write_text(
+        "import os\ndef test_device(): assert os.environ['JAX_PLATFORMS'] == 'cpu'\ndef test_wrong(): assert 1 == 2\n"
+    )
+    found = accelerator.tested((str(tmp_path / "test_two.py"),), "cpu")
+    assert found["value"] == 1 and "1 failed, 1 passed" in found["note"] and "test_wrong" in found["note"]
+    assert accelerator.tested((str(tmp_path / "none.py"),), "cpu")["value"] is None
+    for named in accelerator.TESTS:
+        file, _, test = named.removeprefix("--deselect=").partition("::")
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8")

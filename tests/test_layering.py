@@ -93,12 +93,12 @@ ONLY_IN = {
     # imports tables and splits; the model knows the graph by graph/schema.py
     "fused_rec.graph.build": ("graph/*", "training/*", "explanation/*", "reporting/*", "experiments/*"),
     "orbax": ("training/checkpoint.py",),
-    "transformers": ("text/pretrained.py",),
+    "transformers": ("text/pretrained.py", "experiments/competitors/torch_sdpa.py"),
     "optuna": ("studies/tune.py",),
     # An extra, imported where used; it warns about the threads it finds. As a peer it has an environment of its own.
     "implicit": ("baselines/neighbors.py", "experiments/competitors/*"),
     "sklearn": ("text/tfidf.py", "baselines/linear.py"),  # imported where used: it takes a second
-    "faiss": ("serving/export_bundle.py",),  # an extra, imported where used
+    "faiss": ("serving/approximate.py",),  # an extra, imported where used
     "wandb": ("runs/loggers.py",),  # an extra, imported where used: it may speak to the network
     "starlette": ("http/app.py",),  # an extra; commands/serve.py imports this file where it is used
     "prometheus_client": ("http/metrics.py",),  # the same extra

@@ -32,7 +32,7 @@ EXTRAS = {
     "studies/tune.py": "sweeps",
     "baselines/neighbors.py": "als",
     "evaluation/plots.py": "plots",
-    "serving/export_bundle.py": "faiss",
+    "serving/approximate.py": "faiss",
     "runs/loggers.py": "wandb",
     "http/app.py": "serve",
     "http/metrics.py": "serve",

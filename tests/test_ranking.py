@@ -12,8 +12,8 @@ from jax.tree_util import Partial
 
 from fused_rec import kernels
 from fused_rec.evaluation import top_k as top_k_module
-from fused_rec.evaluation.item_sets import UserItemSets, item_sets
-from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank
+from fused_rec.evaluation.item_sets import UserItemSets, contained, item_sets
+from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank, users_per_batch
 from fused_rec.evaluation.top_k import random_order, top_k_filtered
 
 
@@ -75,6 +75,18 @@ def _by_hand(**changes):
     arguments: dict[str, Any] = {"truth": sets_of(TRUTH), "ks": (2, 4), "item_counts": np.array([1, 0, 1, 2, 3])}
     arguments |= {name: changes.pop(name) for name in (*arguments,) if name in changes}
     return evaluate(scorer_of(TABLE), RankingSpec(**{"seen": sets_of(SEEN), "n_items": 5, **changes}), **arguments)
+
+
+def test_what_sets_contain():
+    """Of users in any order, and an item that only the next user has is not the last of the one before."""
+    sets = sets_of([[4], [0, 2], []])
+    found = contained(sets, np.array([1, 0, 2, 1]), np.array([[0, 4], [4, 0], [0, 4], [2, 1]]))
+    assert found.tolist() == [[True, False], [True, False], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize(("n_items", "users"), [(10, 8192), (40_981, 64), (1_000_000, 64)])
+def test_users_at_a_time(n_items, users):
+    assert users_per_batch(n_items) == users
 
 
 def test_rank_by_hand():

@@ -37,6 +37,7 @@ class Side:
 OURS = Side("fused_rec", HERE / "ours.py")
 PYG = Side("PyTorch Geometric", HERE / "pyg_lightgcn.py", "torch")
 TORCH = Side("PyTorch, tuned", HERE / "torch_lightgcn.py", "torch")
+SDPA = Side("PyTorch with SDPA", HERE / "torch_sdpa.py", "torch")
 SENTENCES = Side("sentence-transformers", HERE / "sentences.py", "torch")
 RECBOLE = Side("RecBole", HERE / "recbole_lightgcn.py", "recbole")
 ALS = Side("implicit ALS", HERE / "implicit_als.py", "als")
@@ -65,11 +66,13 @@ def remedy(side: Side, peers: Path | None) -> str:
 
 def visit(side: Side, python: Path, job: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
     """One process of a side, from its start to its answer. Raises PeerError."""
+    # The peers' environments are for a CPU, and so are all comparisons but those of one suite.
+    on_cpu = {} if job.get("device", "cpu") != "cpu" else {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {
         **os.environ,
         **dict.fromkeys(THREAD_VARIABLES, str(job["threads"])),
-        # The peers' environments are for a CPU, and so are these comparisons.
-        **{"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "true"},
+        **on_cpu,
+        "TOKENIZERS_PARALLELISM": "true",
         "PYTHONPATH": "" if side.environment else os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         **variables,
     }

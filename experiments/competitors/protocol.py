@@ -11,9 +11,13 @@ The harness writes one job as JSON to standard input and reads one JSON object, 
 A script offers tasks, each the modules to import beforehand and a function of (job, arrays) that prepares and returns
 the function that is called. It is called with its number, returns when the work is done, and what its first call
 returns is kept for the harness to check.
+
+A job with `jobs`, a list of jobs, is answered by `answers`, one for each or its `error`, all in one process; and by
+`device`, what the process computed on.
 """
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -42,16 +46,37 @@ ARRAYS = {
 }
 
 
-def answer(tasks: Mapping[str, Task], packages: Sequence[str]) -> None:
-    """Reads the job, does it and writes the answer. packages: those whose versions are told.
+def answer(
+    tasks: Mapping[str, Task], packages: Sequence[str], device: Callable[[Job], dict[str, Any]] | None = None
+) -> None:
+    """Reads the job, does it and writes the answer.
 
     What libraries print goes to standard error, so that the answer stays readable.
+
+    Args:
+      tasks: the tasks by name.
+      packages: those whose versions are told.
+      device: describes what the process computes on, for a job with `jobs`.
     """
     job = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
-        answer = measured(tasks[job["task"]], job)
+        if "jobs" in job:
+            answers = [_attempted(tasks, {**job, **one}) for one in job["jobs"]]
+            answer = {"answers": answers, "device": device(job) if device else {}}
+        else:
+            answer = measured(tasks[job["task"]], job)
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     print(json.dumps({**answer, "peak_mb": peak_mb(), "versions": versions}), flush=True)
+
+
+def _attempted(tasks: Mapping[str, Task], job: Job) -> dict[str, Any]:
+    """Answers one of several jobs, or says what failed: the others are done all the same."""
+    try:
+        return measured(tasks[job["task"]], job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    finally:
+        gc.collect()  # the memory of the device is for the next job
 
 
 def measured(graph_inputs: Task, job: Job) -> dict[str, Any]:

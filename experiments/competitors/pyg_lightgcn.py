@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 from protocol import Arrays, Job, answer
-from torch_lightgcn import DECAY, NEEDS, normalised
+from torch_lightgcn import DECAY, NEEDS, layer_of, normalised
 
 
 def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
@@ -17,14 +17,15 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     from torch_geometric.nn import LightGCN
 
     torch.set_num_threads(job["threads"])
-    matrix, n_users = normalised(arrays), int(arrays["shape"][0])
+    n_users, device = int(arrays["shape"][0]), job.get("device", "cpu")
+    matrix = normalised(arrays).to(device)
     n_nodes, dim = arrays["rows"].shape
-    model = LightGCN(n_nodes, dim, job["num_layers"], normalize=False)
+    model = LightGCN(n_nodes, dim, job["num_layers"], normalize=False).to(device)
     with torch.no_grad():
         model.embedding.weight.copy_(torch.from_numpy(arrays["rows"]))
     adam = torch.optim.Adam(model.parameters(), lr=job["learning_rate"])
     user, item, other = (
-        torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)) for name in ("user", "item", "other")
+        torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)).to(device) for name in ("user", "item", "other")
     )
     labels = torch.stack([torch.cat([user, user], 1), torch.cat([item, other], 1) + n_users], dim=1)
 
@@ -40,5 +41,17 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     return call
 
 
+def propagate(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
+    """One layer of the package."""
+    import torch
+    from torch_geometric.nn import LGConv
+
+    torch.set_num_threads(job["threads"])
+    matrix, rows = (part.to(job["device"]) for part in (normalised(arrays), torch.from_numpy(arrays["rows"])))
+    layer = LGConv(normalize=False)
+    return layer_of(lambda: layer(rows, matrix), int(arrays["shape"][0]))
+
+
 if __name__ == "__main__":
-    answer({"step": ((*NEEDS, "torch_geometric.nn"), step)}, ("torch_geometric", "torch", "numpy"))
+    needs = (*NEEDS, "torch_geometric.nn")
+    answer({"step": (needs, step), "propagate": (needs, propagate)}, ("torch_geometric", "torch", "numpy"))

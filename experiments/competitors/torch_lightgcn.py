@@ -1,6 +1,7 @@
-"""LightGCN in plain PyTorch, as fast as it gets on a CPU without code of one's own.
+"""LightGCN in plain PyTorch, as fast as it gets without code of one's own.
 
-One normalised matrix in compressed sparse rows with 32-bit positions; its product with the rows is MKL's. The matrix is
+One normalised matrix in compressed sparse rows with 32-bit positions; its product with the rows is MKL's, or cuSPARSE's
+where the job names another device than the CPU. The matrix is
 symmetric, so the derivative of the propagation is the propagation of the derivative, and nothing is kept for it.
 """
 # pyright: reportMissingImports=false
@@ -12,6 +13,7 @@ from protocol import Arrays, Job, answer
 
 NEEDS = ("torch", "torch._dynamo", "scipy.sparse")  # the second comes with the first optimiser, and takes seconds
 DECAY = 1e-4  # as LightGCN-PyTorch sets it
+SHOWN = 1000  # users, and items, whose sums are compared
 
 
 def normalised(arrays: Arrays):
@@ -35,7 +37,8 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     import torch
 
     torch.set_num_threads(job["threads"])
-    matrix, rounds = normalised(arrays), job["num_layers"]
+    device = job.get("device", "cpu")
+    matrix, rounds = normalised(arrays).to(device), job["num_layers"]
 
     class Mean(torch.autograd.Function):
         """The mean of the rows after 0, 1, ..., `rounds` products."""
@@ -56,10 +59,10 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
         return every.div_(rounds + 1)
 
     n_users = int(arrays["shape"][0])
-    rows = torch.nn.Parameter(torch.from_numpy(arrays["rows"].copy()))
+    rows = torch.nn.Parameter(torch.from_numpy(arrays["rows"].copy()).to(device))
     adam = torch.optim.Adam([rows], lr=job["learning_rate"], fused=True)
     triples = [torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)) for name in ("user", "item", "other")]
-    triples = torch.stack([triples[0], triples[1] + n_users, triples[2] + n_users], dim=1)
+    triples = torch.stack([triples[0], triples[1] + n_users, triples[2] + n_users], dim=1).to(device)
 
     def call(number: int) -> float:
         triple = triples[number % len(triples)]
@@ -79,9 +82,10 @@ def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     import torch
 
     torch.set_num_threads(job["threads"])
-    n_users = int(arrays["shape"][0])
-    users, items = torch.from_numpy(arrays["rows"][:n_users]), torch.from_numpy(arrays["rows"][n_users:]).T.contiguous()
-    row, column = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("user", "item"))
+    n_users, device = int(arrays["shape"][0]), job.get("device", "cpu")
+    users, items = (torch.from_numpy(part).to(device) for part in np.split(arrays["rows"], [n_users]))
+    items = items.T.contiguous()
+    row, column = (torch.from_numpy(arrays[name].astype(np.int64)).to(device) for name in ("user", "item"))
     start = np.searchsorted(arrays["user"], np.arange(0, n_users + job["batch"], job["batch"]))
 
     def call(number: int) -> np.ndarray:
@@ -92,10 +96,36 @@ def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
                 seen = slice(start[place], start[place + 1])
                 scores[row[seen] - first, column[seen]] = -torch.inf
                 best.append(scores.topk(job["k"], dim=1).indices)
-        return torch.cat(best).numpy().astype(np.int32)
+        return torch.cat(best).cpu().numpy().astype(np.int32)
+
+    return call
+
+
+def propagate(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
+    """The matrix times the rows: one layer."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    matrix, rows = (part.to(job["device"]) for part in (normalised(arrays), torch.from_numpy(arrays["rows"])))
+    return layer_of(lambda: matrix @ rows, int(arrays["shape"][0]))
+
+
+def layer_of(product: Callable, n_users: int) -> Callable[[int], np.ndarray]:
+    """Calls `product` until its result is there; of the first one, the rows of some users and items."""
+    import torch
+
+    def call(number: int) -> np.ndarray:
+        with torch.inference_mode():
+            sums = product()
+        if sums.is_cuda:
+            torch.cuda.synchronize()
+        if number:
+            return np.zeros(0)
+        return torch.cat([part[:SHOWN] for part in sums.split([n_users, len(sums) - n_users])]).cpu().numpy()
 
     return call
 
 
 if __name__ == "__main__":
-    answer({"step": (NEEDS, step), "rank": (("torch",), rank)}, ("torch", "numpy", "scipy"))
+    tasks = {"step": (NEEDS, step), "rank": (("torch",), rank), "propagate": (NEEDS, propagate)}
+    answer(tasks, ("torch", "numpy", "scipy"))

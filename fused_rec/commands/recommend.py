@@ -4,6 +4,7 @@
     python -m experiments.recommend --workdir=runs/mine --rules=rules.json --out=ranked.parquet
     python -m experiments.recommend --workdir=runs/mine --tables=DIR_OF_TODAY --out=ranked.csv
     python -m experiments.recommend --workdir=runs/mine --users_file=USERS --where="fee < 1" --out=ranked.csv
+    python -m experiments.recommend --workdir=runs/mine --index=ivf --recall=.98 --out=ranked.parquet
 
 Writes CSV or Parquet, by the name's ending: user_id, rank (from 1), item_id, score, the items' name where they have
 one, and with --names the users' as user_name; and beside it OUT.audit.json: hashes of model, tables and rules, filters,
@@ -19,6 +20,9 @@ Users are ranked and written in chunks: memory does not grow with the number of 
 after an interruption. Parquet has the ids unchanged; in CSV an id or name that a spreadsheet would read as a formula,
 or that begins with ', is prefixed by ' (fused_rec/data/io/csv_safety.py).
 
+--index=ivf, for catalogues of many thousand items, compares each user with a part of the items only and tells the
+recall that this had on a sample of the users (docs/commands.md); it needs the extra faiss.
+
 --explain writes reasons.jsonl beside the file: for each of its rows, in its order, the contributions that sum to the
 score and reasons as sentences (fused_rec/explanation/reasons.py), after all rankings are written. --language chooses
 that of the sentences. --sets adds the smallest set without which the item would leave the list, and --words the words
@@ -26,7 +30,7 @@ of the texts with the largest attributions (docs/EXPLANATIONS.md). Other custome
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,10 @@ NAMES = flags.DEFINE_bool("names", False, "Also write the users' names.")
 K = flags.DEFINE_integer("k", 10, "Items per user.", lower_bound=1)
 OUT = DEFINE_path("out", written_file, "File to write, .csv or .parquet.", required=True)
 RULES = DEFINE_rules()
+INDEX = flags.DEFINE_enum("index", None, ["ivf"], "Rank approximately, by an inverted file. None: exactly.")
+RECALL = flags.DEFINE_float(
+    "recall", 0.95, "With --index: share of the exact lists that is to be found.", lower_bound=0.01, upper_bound=1
+)
 EXPLAIN = flags.DEFINE_bool("explain", False, "Write reasons.jsonl beside the file.")
 LANGUAGE = DEFINE_language()
 SETS = flags.DEFINE_bool("sets", False, "With --explain: what each item would leave the list without; takes seconds.")
@@ -81,10 +89,40 @@ def _checked_out() -> Path:
         unused := [f"--{flag.name}" for flag in (LANGUAGE, SETS, WORDS, USER_IDS) if flag.present]
     ):
         raise app.UsageError(f"{', '.join(unused)} without --explain; give it too, or drop {unused[0]}")
+    if RECALL.present and not INDEX.value:
+        raise app.UsageError("--recall without --index; exact rankings miss nothing, so drop it, or give --index=ivf")
+    if INDEX.value:
+        from fused_rec.serving.approximate import open_faiss
+
+        open_faiss("--index=ivf")
     out = Path(OUT.value)
     if out.suffix not in WRITERS:
         raise app.UsageError(f"--out is {out.name}; it must end in one of {', '.join(WRITERS)}")
     return out
+
+
+def _chunks(model: Any, may: Any, users: Any, inputs: dict[str, Any]) -> Callable[[int], Iterator[Any]]:
+    """Returns what ranks from a chunk on; of an index, `inputs` gets what was measured."""
+    from fused_rec.serving.approximate import build_index, rank_chunks_with, with_recall
+    from fused_rec.serving.recommender import rank_chunks
+    from fused_rec.training.evaluate import scorer, user_item_vectors
+
+    scores, dataset = scorer(*model), model[1].dataset
+    if not INDEX.value:
+        return lambda first: rank_chunks(scores, dataset, may, users, K.value, first=first)
+    built = build_index(scores, *user_item_vectors(*model), may)
+    index, inputs["index"] = with_recall(built, users, K.value, RECALL.value)
+    return lambda first: rank_chunks_with(index, dataset, users, K.value, first=first)
+
+
+def _print_exclusions(exclusions: dict[str, Any]) -> None:
+    among = " among the products that were compared" if INDEX.value else ""
+    for name, counts in exclusions["rules"].items():
+        print(
+            f"rule {name}: excludes {counts['excluded']} pairs{among}, "
+            f"{counts['excluded_only_by_rule']} of them alone, "
+            f"and {counts['excluded_from_topk']} of the {exclusions['top']} products ranked without rules"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -141,9 +179,8 @@ def _write_ranked(out: Path, model: Any, may: Any, users: Any, inputs: dict[str,
     from fused_rec.data.dataset import digest
     from fused_rec.evaluation.suitability import exclusion_counts
     from fused_rec.runs.model_card import describe_served
-    from fused_rec.serving.recommender import CHUNK_USERS, count_chunks, model_digest, rank_chunks, with_user_names
+    from fused_rec.serving.recommender import CHUNK_USERS, count_chunks, model_digest, with_user_names
     from fused_rec.serving.write_rankings import write_rankings
-    from fused_rec.training.evaluate import scorer
 
     _, prepared, _ = model
     inputs = inputs | {
@@ -158,18 +195,20 @@ def _write_ranked(out: Path, model: Any, may: Any, users: Any, inputs: dict[str,
         "part": CHUNK_USERS,
     }
 
+    chunks = _chunks(model, may, users, inputs)
+
     def ranked(first: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for part in rank_chunks(scorer(*model), prepared.dataset, may, users, K.value, first=first):
+        for part in chunks(first):
             table = with_user_names(part.table, prepared.dataset) if NAMES.value else part.table
             yield table, exclusion_counts(part.ranking, may.names)
 
     exclusions = write_rankings(out, inputs, count_chunks(len(users)), ranked, command())["exclusions"]
-    for name, counts in exclusions["rules"].items():
-        print(
-            f"rule {name}: excludes {counts['excluded']} pairs, {counts['excluded_only_by_rule']} of them alone, "
-            f"and {counts['excluded_from_topk']} of the {exclusions['top']} products ranked without rules"
-        )
+    _print_exclusions(exclusions)
     print(f"ranked with {describe_served(prepared.served())}")
+    if INDEX.value:
+        from fused_rec.serving.approximate import describe_recall
+
+        print(describe_recall(inputs["index"]))
     print(
         f"{exclusions['recommendations']} recommendations for "
         f"{exclusions['users'] - exclusions['users_without_recommendations']} customers in {out}"

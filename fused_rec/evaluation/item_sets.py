@@ -75,6 +75,24 @@ class PaddedSets(NamedTuple):
         return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
 
 
+def contained(
+    sets: UserItemSets, users: Int[np.ndarray, "V"], items: Int[np.ndarray, "V k"]
+) -> Bool[np.ndarray, "V k"]:
+    """Returns whether items are in the sets of their users.
+
+    Args:
+      sets: item sets of all users.
+      users: user row of each list.
+      items: item rows.
+    """
+    sizes, width = sets.sizes[users], 1 + max(int(items.max(initial=0)), int(sets.items.max(initial=0)))
+    row = np.repeat(np.arange(len(users)), sizes)
+    first = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+    keys = row * width + sets.items[np.repeat(sets.indptr[users] - first, sizes) + np.arange(len(row))]  # ascend
+    wanted = np.arange(len(users))[:, None] * width + items
+    return np.append(keys, -1)[np.searchsorted(keys, wanted)] == wanted
+
+
 def padded_batches(sets: UserItemSets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[PaddedSets]:
     """Yields for each batch the padded sets of this process's devices, stacked.
 

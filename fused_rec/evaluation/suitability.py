@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from fused_rec.config import KS
 from fused_rec.data.io.arrow import known, pc
 from fused_rec.data.io.plain import is_single
-from fused_rec.evaluation.item_sets import UserItemSets
+from fused_rec.evaluation.item_sets import UserItemSets, contained
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, evaluate
 from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
 from fused_rec.rng import numbered_rng
@@ -94,8 +94,7 @@ def suitable(
             passes = np.asarray(test(jnp.asarray(users[rows], jnp.int32)))
             fine[rows] &= np.take_along_axis(passes, taken[rows], axis=1)
     for excluded in eligible.excluded:
-        n_items = 1 + max(int(taken.max(initial=0)), int(excluded.items.max(initial=0)))
-        fine &= ~np.isin(users[:, None] * n_items + taken, excluded.users * n_items + excluded.items)
+        fine &= ~contained(excluded, users, taken)
     return fine
 
 

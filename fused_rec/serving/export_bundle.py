@@ -29,6 +29,7 @@ from fused_rec.data.dataset import digest
 from fused_rec.memory import require_memory
 from fused_rec.runs.model_card import export_card
 from fused_rec.runs.run_dir import now, versions, write_json
+from fused_rec.serving.approximate import open_faiss
 from fused_rec.storage import check_new, fill_folder, write_file
 from fused_rec.text.vectors import save_vectors
 from fused_rec.training.checkpoint import named_leaves
@@ -62,7 +63,7 @@ def check(out: Path, *, faiss: bool = False) -> None:
     """
     check_new(out)
     if faiss:
-        _faiss()
+        open_faiss(INDEX)
 
 
 def export_bundle(
@@ -163,16 +164,8 @@ def _score(
     return jnp.where(there[:, None], scores, jnp.nan)
 
 
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(f"{INDEX} needs the library faiss: pip install -e '.[faiss]'") from error
-    return faiss
-
-
 def _index(items: Float32[np.ndarray, "I D"]) -> bytes:
-    faiss = _faiss()
+    faiss = open_faiss(INDEX)
     index = faiss.IndexFlatIP(items.shape[1])
     index.add(items)
     return faiss.serialize_index(index).tobytes()
