@@ -12,6 +12,7 @@ from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER
 from fused_rec.memory import require_device_memory
 from fused_rec.model.late_fusion import LateFusion
+from fused_rec.model.model import active_relations
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs
 
@@ -54,15 +55,16 @@ def state_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
 
 
 def rounds_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
-    """Returns the bytes of all layers of all branches on one device, and one layer gathered from all devices."""
+    """Returns the bytes of all layers of all branches on one device, and of one layer gathered from other devices.
+
+    Rows of users are gathered for edges between users only (`Relation.by_sender`); sums over those of a device take
+    the place of gathered rows.
+    """
     rows = sum(count for _, count in graph.node_types)
-    return (
-        NUMBER
-        * rows
-        * config.model.dim
-        * (_num_branches(config, graph) * (config.model.num_layers + 1) + devices)
-        // devices
-    )
+    sources = {relation.source for relation in active_relations(config.model, graph) if not relation.by_sender}
+    gathered = rows if devices == 1 else 2 * sum(graph.count(node_type) for node_type in sources)
+    layers = rows * _num_branches(config, graph) * (config.model.num_layers + 1) // devices
+    return NUMBER * config.model.dim * (layers + gathered)
 
 
 def loss_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 from fused_rec import kernels
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
+from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, Shards, map_with_axes
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model import losses
@@ -221,8 +221,10 @@ def trained_vectors(config: Config, params: PyTree, graph_inputs: GraphInputs) -
       `MODEL`: dot products are temperature * logit; and where there are two branches each of them, `GRAPH_BRANCH` and
       `TEXT_BRANCH`. All of them include the popularity bias.
     """
-    branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph)
-    whole = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.graph)))
+    graph = graph_inputs.graph
+    own: Any = FusedModel(config.model).apply({"params": params}, graph)
+    branches = [(graph.all_gather(USER, users), graph.all_gather(ITEM, items)) for users, items in own]
+    whole = concat_branches(branches, graph.all_gather(ITEM, item_degree(graph)))
     found = {MODEL: whole}
     if len(branches) > 1:
         found |= dict(zip((GRAPH_BRANCH, TEXT_BRANCH), branches, strict=True))
@@ -359,13 +361,14 @@ def batch_loss(
     ):
         if weight:
             [other] = intermediates["intermediates"]["main"][view]
-            found = _contrastive_losses(branches[0], other, batch, temperature, skip_zeros=view == ALIGNED_TEXT)
+            views = branches[0], other
+            found = _contrastive_losses(graph.shards, views, batch, temperature, skip_zeros=view == ALIGNED_TEXT)
             for node_type, (total, count) in zip((USER, ITEM), found, strict=True):
                 shares.append(_mean(weight * total, count))
                 parts[f"loss/{name}_{node_type}"] = shares[-1]
     if config.model.text_reconstruction:
         [(users, items)] = intermediates["intermediates"]["main"][RECONSTRUCTED]
-        total, count = _reconstruction_loss(users, items, batch)
+        total, count = _reconstruction_loss(graph, users, items, batch)
         shares.append(_mean(config.model.text_reconstruction * total, count))
         parts["loss/reconstruction"] = shares[-1]
     return jnp.stack(shares).sum(), parts
@@ -392,7 +395,7 @@ def _params_of_nodes(graph: DeviceGraph, params: PyTree) -> PyTree:
 
 
 def _contrastive_losses(
-    vectors: Vectors, others: Vectors, batch: Batch, temperature: float, skip_zeros: bool
+    shards: Shards, views: tuple[Vectors, Vectors], batch: Batch, temperature: float, skip_zeros: bool
 ) -> list[losses.Sum]:
     """InfoNCE of the batch's users, and of one positive of each, against those of all devices.
 
@@ -402,33 +405,47 @@ def _contrastive_losses(
     user, items, mask, _ = map(jnp.asarray, batch)
     valid = mask[:, 0]
     sums = []
-    for one, other, nodes in zip(vectors, others, (user, items[:, 0]), strict=True):
-        counted = valid * jnp.any(other[nodes] != 0, axis=1) if skip_zeros else valid
-        everyone = jax.lax.all_gather(jnp.where(valid > 0, nodes, -1), AXIS).reshape(-1)
+    for *both, nodes in zip(*views, (user, items[:, 0]), strict=True):
+        one, other = (shards.take(view, nodes) for view in both)
+        counted = valid * jnp.any(other != 0, axis=1) if skip_zeros else valid
+        everyone = _of_all_devices(jnp.where(valid > 0, nodes, -1), other)
         sums.append(losses.info_nce(one, other, nodes, counted, everyone, temperature))
     return sums
 
 
-def _reconstruction_loss(users: Reconstruction, items: Reconstruction, batch: Batch) -> losses.Sum:
+def _of_all_devices(nodes: Int32[Array, "B"], view: Float32[Array, "B K"]) -> losses.Candidates:
+    """Gathers nodes and their view from all devices."""
+    gathered = jax.lax.all_gather((nodes, view), AXIS)
+    return losses.Candidates(*(part.reshape(-1, *part.shape[2:]) for part in gathered))
+
+
+def _reconstruction_loss(
+    graph: DeviceGraph, users: Reconstruction, items: Reconstruction, batch: Batch
+) -> losses.Sum:
     """InfoNCE between predicted and real text features of the batch's masked nodes: users, and one positive of each.
 
     Users and items are in one denominator. Nodes without text are left out.
     """
     user, positives, mask, _ = map(jnp.asarray, batch)
-    predicted, text, masked = (jnp.concatenate(parts) for parts in zip(users, items, strict=True))
-    nodes = jnp.concatenate([user, len(users.text) + positives[:, 0]])
-    counted = jnp.tile(mask[:, 0], 2) * masked[nodes] * jnp.any(text[nodes] != 0, axis=1)
-    everyone = jax.lax.all_gather(jnp.where(counted > 0, nodes, -1), AXIS).reshape(-1)
+    item = positives[:, 0]
+    predicted, text, masked = (
+        jnp.concatenate([graph.shards.take(part.astype(jnp.float32), rows) for part, rows in zip(parts, (user, item))])
+        for parts in zip(users, items, strict=True)
+    )
+    nodes = jnp.concatenate([user, graph.count(USER) + item])
+    counted = jnp.tile(mask[:, 0], 2) * masked * jnp.any(text != 0, axis=1)
+    everyone = _of_all_devices(jnp.where(counted > 0, nodes, -1), text)
     return losses.info_nce(predicted, text, nodes, counted, everyone, RECONSTRUCTION_TEMPERATURE)
 
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
-    """The configured ranking loss of one branch."""
-    users, catalogue = (x.astype(config.train.dtype) for x in vectors)
-    user, items, mask, negatives = map(jnp.asarray, batch)
+    """The configured ranking loss of one branch; users' rows stay on their devices, but for those of the batch."""
+    graph, (user, items, mask, negatives) = graph_inputs.graph, map(jnp.asarray, batch)
+    users = graph.shards.take(vectors[0].astype(config.train.dtype), user)
+    catalogue = graph.all_gather(ITEM, vectors[1]).astype(config.train.dtype)
     # Logits include the popularity bias.
     bias = config.model.popularity_weight * jnp.log1p(jnp.asarray(graph_inputs.popularity))
-    common, temperature = (users[user], catalogue, items, mask), config.train.temperature
+    common, temperature = (users, catalogue, items, mask), config.train.temperature
     if config.train.loss == "bpr":
         return losses.bpr(*common, bias, negatives, temperature)
     trained_items = jnp.asarray(graph_inputs.trained_items)  # of all items, where the graph may be a sample of them
