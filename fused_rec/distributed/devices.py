@@ -140,7 +140,7 @@ class Shards:
         return x if self.count == 1 else jax.lax.psum(x, AXIS)
 
     def scatter_sums(self, x: Array) -> Array:
-        """Sums [rows * count, ...], in the order of the global rows, over devices; each device gets its own [rows, ...]."""
+        """Sums [rows * count, ...], in the order of the global rows, over devices; each gets its own [rows, ...]."""
         if self.count == 1:
             return x
         return jax.lax.psum_scatter(x.reshape(-1, self.count, *x.shape[1:]), AXIS, scatter_dimension=1)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fused_rec.config import Config
+from fused_rec.config import Config, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed import processes
 from fused_rec.distributed.devices import (
@@ -29,6 +29,7 @@ from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
 from fused_rec.model.model import Vectors
 from fused_rec.model.review_dropout import DeviceReviews
+from fused_rec.training import lazy_adam
 from fused_rec.training.train_step import (
     GraphInputs,
     Metrics,
@@ -146,6 +147,28 @@ def _mapped_embed(
 ) -> PmappedFn:
     in_axes = sharding_axes(tree_of_structure(params)), graph_inputs_axes(tree_of_structure(tasks))
     return pmap_over_devices(functools.partial(function, config), devices, in_axes=in_axes, out_axes=None)
+
+
+def settle(config: TrainConfig, state: TrainState, devices: int | None = None) -> TrainState:
+    """Brings the ID rows of a sharded state up to date (train.lazy_adam); its buffers are donated.
+
+    Args:
+      config: of the optimizer.
+      state: sharded.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The state that dense AdamW would have.
+    """
+    same = TrainConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    return _mapped_settle(same, devices, jax.tree.structure(state))(state)
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_settle(config: TrainConfig, devices: int | None, states: Hashable) -> PmappedFn:
+    axes = sharding_axes(tree_of_structure(states))
+    function = functools.partial(lazy_adam.caught_up, config)
+    return pmap_over_devices(function, devices, in_axes=(axes,), out_axes=axes, donate=(0,))
 
 
 def tree_of_structure(structure: Any) -> PyTree:

@@ -40,6 +40,8 @@ from fused_rec.model.model import (
     item_degree,
 )
 from fused_rec.model.review_dropout import DeviceReviews, drop_reviews
+from fused_rec.training import lazy_adam
+from fused_rec.training.lazy_adam import B1, B2, EPSILON
 
 Metrics = dict[str, Float32[Array, ""]]
 LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it is the sum of
@@ -115,7 +117,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(_scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
 
 
-def _scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+def _scale_by_adam(b1: float = B1, b2: float = B2, eps: float = EPSILON) -> optax.GradientTransformation:
     """As `optax.scale_by_adam`, without a copy of large moments on a CPU (`fused_rec.kernels.in_place`)."""
 
     def stored(moment: Array) -> Array:
@@ -150,7 +152,10 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
 def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     key = jax.random.key(config.train.seed)
     params = FusedModel(config.model).init(key, graph_inputs.graph)["params"]
-    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, make_optimizer(config.train).init(params))
+    opt_state: PyTree = make_optimizer(config.train).init(params)
+    if config.train.lazy_adam:
+        opt_state = lazy_adam.start(opt_state, params, ID_EMBEDDING)
+    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, opt_state)
 
 
 def sharding_axes(tree: PyTree) -> PyTree:
@@ -172,7 +177,7 @@ def sharding_axes(tree: PyTree) -> PyTree:
 def compile_key(config: Config) -> Config:
     """Returns the config with every setting that the compiled step does not depend on set to a fixed value."""
     same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": "none"}
-    train = dataclasses.replace(config.train, **same, num_neighbors=0, wandb="")
+    train = dataclasses.replace(config.train, **same, num_neighbors=int(config.train.lazy_adam), wandb="")
     return Config(model=config.model, train=train)
 
 
@@ -254,11 +259,52 @@ def train_step(
     Returns:
       The next state, and the metrics of `optimize`.
     """
+    graph, optimizer = graph_inputs.graph, make_optimizer(config.train)
 
     def loss_fn(params: PyTree, graph_inputs: GraphInputs, dropout: PRNGKeyArray) -> LossParts:
-        return batch_loss(config, params, graph_inputs, batch, dropout)
+        own = params if config.train.lazy_adam else _params_of_nodes(graph, params)
+        return batch_loss(config, own, graph_inputs, batch, dropout)
 
-    return optimize(state, graph_inputs, loss_fn, make_optimizer(config.train))
+    if not config.train.lazy_adam:
+        return optimize(state, graph_inputs, loss_fn, optimizer)
+    reached = lazy_adam.caught_up(config.train, _reached_rows(graph, state))
+    dense = dataclasses.replace(reached, opt_state=reached.opt_state.adam)
+    after, metrics = optimize(dense, graph_inputs, loss_fn, optimizer)
+    after = dataclasses.replace(after, opt_state=reached.opt_state._replace(adam=after.opt_state))
+    return _with_reached_rows(graph, state, after), metrics
+
+
+def _reached_rows(graph: DeviceGraph, state: TrainState) -> TrainState:
+    """The state with only the ID rows of a sampled subgraph's nodes, which padding repeats."""
+
+    def rows(name: str, whole: lazy_adam.Rows) -> lazy_adam.Rows:
+        places, _ = _id_rows(graph, name)
+        return jax.tree.map(lambda leaf: leaf[places], whole)
+
+    return lazy_adam.map_rows(rows, state)
+
+
+def _with_reached_rows(graph: DeviceGraph, state: TrainState, after: TrainState) -> TrainState:
+    """The state after a step that changed the rows of `_reached_rows`; all other rows are as in `state`."""
+
+    def rows(name: str, new: lazy_adam.Rows, whole: lazy_adam.Rows) -> lazy_adam.Rows:
+        places, is_padding = _id_rows(graph, name)
+        places = jnp.where(is_padding, len(whole.step), places)
+        new = new._replace(step=jnp.full_like(new.step, after.opt_state.adam[0].count))
+        return jax.tree.map(lambda leaf, part: leaf.at[places].set(part, mode="drop"), whole, new)
+
+    return lazy_adam.map_rows(rows, after, state)
+
+
+def _id_rows(graph: DeviceGraph, name: str) -> tuple[Int32[Array, "n"], Bool[Array, "n"]]:
+    """Where a sampled subgraph's nodes have their ID rows on this device, and which rows are padding: repeated nodes.
+
+    The nodes of a device ascend, and padding is node 0.
+    """
+    node_type = name.removeprefix(ID_EMBEDDING)
+    nodes = graph.global_ids(node_type, jnp.arange(graph.rows(node_type)))
+    places = nodes // graph.shards.count
+    return places, jnp.concatenate([jnp.zeros(1, bool), nodes[1:] == 0])
 
 
 def optimize(
@@ -329,7 +375,7 @@ def batch_loss(
 
     Args:
       config: settings of the model and of training.
-      params: parameters of `FusedModel`.
+      params: parameters of `FusedModel`, of a sampled graph only its nodes' ID embeddings.
       graph_inputs: the graph, whole or sampled.
       batch: this device's share of the batch.
       dropout: random key.
@@ -346,7 +392,7 @@ def batch_loss(
     if graph_inputs.reviews is not None:
         graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
     branches, intermediates = FusedModel(config.model, config.train.dtype).apply(
-        {"params": _params_of_nodes(graph, params)},
+        {"params": params},
         graph,
         dropout,
         mutable=["intermediates"],
@@ -386,10 +432,7 @@ def _params_of_nodes(graph: DeviceGraph, params: PyTree) -> PyTree:
 
     def rows(path: tuple, leaf: Array) -> Array:
         name = str(path[-1].key)
-        if not name.startswith(ID_EMBEDDING):
-            return leaf
-        node_type = name.removeprefix(ID_EMBEDDING)
-        return leaf[graph.global_ids(node_type, jnp.arange(graph.rows(node_type))) // graph.shards.count]
+        return leaf[_id_rows(graph, name)[0]] if name.startswith(ID_EMBEDDING) else leaf
 
     return jax.tree_util.tree_map_with_path(rows, params)
 
@@ -419,18 +462,17 @@ def _of_all_devices(nodes: Int32[Array, "B"], view: Float32[Array, "B K"]) -> lo
     return losses.Candidates(*(part.reshape(-1, *part.shape[2:]) for part in gathered))
 
 
-def _reconstruction_loss(
-    graph: DeviceGraph, users: Reconstruction, items: Reconstruction, batch: Batch
-) -> losses.Sum:
+def _reconstruction_loss(graph: DeviceGraph, users: Reconstruction, items: Reconstruction, batch: Batch) -> losses.Sum:
     """InfoNCE between predicted and real text features of the batch's masked nodes: users, and one positive of each.
 
     Users and items are in one denominator. Nodes without text are left out.
     """
     user, positives, mask, _ = map(jnp.asarray, batch)
     item = positives[:, 0]
+    take = graph.shards.take
     predicted, text, masked = (
-        jnp.concatenate([graph.shards.take(part.astype(jnp.float32), rows) for part, rows in zip(parts, (user, item))])
-        for parts in zip(users, items, strict=True)
+        jnp.concatenate([take(of_users.astype(jnp.float32), user), take(of_items.astype(jnp.float32), item)])
+        for of_users, of_items in zip(users, items, strict=True)
     )
     nodes = jnp.concatenate([user, graph.count(USER) + item])
     counted = jnp.tile(mask[:, 0], 2) * masked * jnp.any(text != 0, axis=1)
