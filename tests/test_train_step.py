@@ -40,7 +40,7 @@ from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
 from fused_rec.model.model import Branch, item_degree
-from fused_rec.training import sharding
+from fused_rec.training import footprint, sharding
 from fused_rec.training import train_step as step_module
 from fused_rec.training.sharding import (
     gather_state,
@@ -214,7 +214,7 @@ def test_the_norm_is_of_the_gradient_of_all_parameters(devices, monkeypatch):
 
 
 def lightgcn_program(users: int, devices: int):
-    """The compiled step of LightGCN over 16 items; no size of it but the number of users is as large."""
+    """The compiled step of LightGCN over 16 items, and its estimate; no size but the number of users is as large."""
     items, config = 16, of_model(config_of("graph", "bpr"), dim=8, num_layers=2, edge_dropout=0.0)
     config = of_model(config, layer_combination="mean", relation_gates=False, id_embedding_dropout=0.0)
     counts = {USER: users, ITEM: items}
@@ -224,17 +224,20 @@ def lightgcn_program(users: int, devices: int):
     graph_inputs = GraphInputs(whole, np.ones(items, bool), np.ones(items, np.float32))
     given = shard_state(init(config, graph_inputs), devices), shard_graph_inputs(graph_inputs, devices)
     step = parallel_train_step(config, devices).compiled(*given)
-    return step.lower(*given, shard_batch(batch_of(0), devices)).compile()
+    estimate = footprint.state_bytes(config, whole, devices) + footprint.backward_bytes(config, whole, devices)
+    estimate += footprint.EDGE * 4 * users // devices
+    return step.lower(*given, shard_batch(batch_of(0), devices)).compile(), estimate
 
 
 def test_users_stay_on_their_devices():
     """The bytes of a user on each device fall as one over the devices, and no array has a row for each user."""
     of_user = []
     for devices in (1, 4):
-        programs = [lightgcn_program(users, devices) for users in (1_004, 2_012)]
+        programs, estimates = zip(*(lightgcn_program(users, devices) for users in (1_004, 2_012)), strict=True)
         analyses = [program.memory_analysis() for program in programs]
         sizes = [found.argument_size_in_bytes + found.temp_size_in_bytes for found in analyses]
         of_user.append((sizes[1] - sizes[0]) / 1_008)
+        assert (estimates[1] - estimates[0]) / 1_008 == pytest.approx(of_user[-1], rel=0.2)
         rows = re.findall(r"f32\[(\d+),8\]", programs[1].as_text())
         assert max(map(int, rows)) == 2_012 // devices
     assert of_user[1] == pytest.approx(of_user[0] / 4, rel=0.05)

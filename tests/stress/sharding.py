@@ -23,7 +23,7 @@ USERS, ITEMS, PAIRS = 29_858, 40_981, 810_128  # of the training part as LightGC
 WORDS = 640  # columns of text: MiniLM's and TF-IDF's
 DIM = 64
 BATCH, POSITIVES = 2_048, 16
-MANY_USERS, FEW_ITEMS, PAIRS_A_USER = (200_000, 400_000), 2_000, 5
+MANY_USERS, FEW_ITEMS, PAIRS_A_USER = (100_000, 200_000), 2_000, 10
 
 
 def main() -> None:
