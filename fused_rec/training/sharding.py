@@ -265,7 +265,8 @@ def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyT
     leaves, shapes = jax.tree.leaves(state), jax.tree.leaves(like)
     sharded = [leaf for axis, leaf in zip(places_of, leaves, strict=True) if axis is not None]
     # One process has all rows, and no device needs to have them.
-    gathered = iter(map(_on_host, sharded) if processes.is_single_process() else _gather(devices)(sharded))
+    on_host = processes.is_single_process() or not sharded
+    gathered = iter(map(_on_host, sharded) if on_host else _gather(devices)(sharded))
     whole = [
         leaf if axis is None else next(gathered)[: len(shape)]
         for axis, leaf, shape in zip(places_of, leaves, shapes, strict=True)

@@ -25,13 +25,14 @@ SAMPLE = 2_000  # users with a held-out item
 MIB = 2**20
 
 
-def expected(pairs: int, nodes: int, dim: int, num_layers: int) -> int:
+def expected(pairs: int, nodes: int, dim: int) -> int:
     """Bytes of a run: the arithmetic of docs/SCALE.md.
 
     A pair: two int32 as given; in each direction a sender, a weight and a place in the order by sender. A node: its
-    embedding and two moments, and in a step its embedding of each layer; six degrees, two row starts, a column of text.
+    embedding and two moments, and in a step four rows, for any number of layers; six degrees, two row starts, a column
+    of text.
     """
-    return pairs * (8 + 2 * 12) + nodes * 4 * (dim * (3 + num_layers + 1) + 9)
+    return pairs * (8 + 2 * 12) + nodes * 4 * (dim * (3 + 4) + 9)
 
 
 def main() -> None:
@@ -197,7 +198,7 @@ def measure(arguments: argparse.Namespace, pairs: int) -> None:
     vectors = tuple(map(_on_host, parallel_embed_nodes(config)(params, given)))
     embed = time.perf_counter() - began
     rate = ranked(vectors, user, item, held_out, sizes[1])
-    law = before + expected(len(user), sum(sizes), arguments.dim, arguments.num_layers) / MIB
+    law = before + expected(len(user), sum(sizes), arguments.dim) / MIB
     print(
         f"{len(user):11,} {sizes[0]:8,} {sizes[1]:7,} {law:13,.0f} {peak:13,.0f} {load:7.1f} {step:7.3f} "
         f"{1e9 * step / len(user):8.0f} {embed:8.2f} {rate:10,.0f}",
