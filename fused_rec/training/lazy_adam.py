@@ -59,7 +59,16 @@ class LazyState(NamedTuple):
 
 
 def start(adam: PyTree, params: PyTree, prefix: str) -> LazyState:
-    """Returns the state at step 0; prefix: of the names of ID embeddings."""
+    """Builds the state at step 0.
+
+    Args:
+      adam: state of the dense optimizer.
+      params: by branch and name.
+      prefix: of the names of ID embeddings.
+
+    Returns:
+      The state.
+    """
     rows = {branch: [name for name in leaves if name.startswith(prefix)] for branch, leaves in params.items()}
     steps = {
         branch: {name: jnp.zeros(len(params[branch][name]), jnp.int32) for name in names}
@@ -96,7 +105,15 @@ def _rows(state: Any, branch: str, name: str) -> Rows:
 
 
 def caught_up(config: TrainConfig, state: Any) -> Any:
-    """Returns a training state whose ID rows have the updates of all steps taken, those without gradient too."""
+    """Brings all ID rows up to date.
+
+    Args:
+      config: of which learning_rate and weight_decay count.
+      state: a `TrainState` whose optimizer state is a `LazyState`.
+
+    Returns:
+      The state whose ID rows have the updates of all steps taken, those without gradient too.
+    """
     return map_rows(lambda _, rows: catch_up(config, rows, state.opt_state.adam[0].count), state)
 
 
