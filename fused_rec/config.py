@@ -344,6 +344,9 @@ class TrainConfig:
     contrastive_weight: float = 0.0
     learning_rate: float = 0.01
     weight_decay: float = 0.1  # decoupled (AdamW)
+    # with num_neighbors, update the ID embeddings that a step reaches, and the others when they are reached: the same
+    # optimizer, faster where most are not reached (docs/SCALE.md)
+    lazy_adam: bool = False
     # dtype of products and collectives in a training step; parameters, sums and evaluation are float32. auto = bfloat16
     # where a probe at the start of the run finds it faster
     compute_dtype: TrainCompute = "float32"
@@ -373,6 +376,11 @@ class TrainConfig:
         _require(self.contrastive_weight >= 0, "train.contrastive_weight", self.contrastive_weight, "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        fits = not self.lazy_adam or self.num_neighbors > 0
+        _require(fits, "train.lazy_adam", self.lazy_adam, "False where train.num_neighbors is 0: all rows are reached")
+        decay = self.learning_rate * self.weight_decay
+        bound = "False where train.learning_rate * train.weight_decay is .09 or more"
+        _require(not self.lazy_adam or decay < 0.09, "train.lazy_adam", self.lazy_adam, bound)
         fits = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
         _require(fits, "train.wandb", self.wandb, "a project name of at most 128 characters without / \\ # ? % :")
         refits = typing.get_args(Refit)

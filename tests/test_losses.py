@@ -103,15 +103,20 @@ def test_info_nce_by_hand():
     # Cosines of node 0's readout (1, 0) with the first rounds (2, 0) and (0, 3): 1 and 0; node 1's (.6, .8): .6 and .8.
     one, other = jnp.array([[5.0, 0.0], [0.3, 0.4], [9.0, 9.0]]), jnp.array([[2.0, 0.0], [0.0, 3.0], [9.0, 9.0]])
     node_0, node_1 = log1p(exp(-2)), log1p(exp(-0.4))  # differences over the temperature .5
-    everyone = jnp.array([0, 1])
-    close(losses.info_nce(one, other, everyone, jnp.ones(2), everyone, TEMPERATURE), node_0 + node_1, 2)
+
+    def check(nodes, mask, everyone, expected, count):
+        candidates = losses.Candidates(everyone, other[everyone])
+        close(losses.info_nce(one[nodes], other[nodes], nodes, mask, candidates, TEMPERATURE), expected, count)
+
+    both = jnp.array([0, 1])
+    check(both, jnp.ones(2), both, node_0 + node_1, 2)
     # Named twice, padded, and masked: the batch is a set.
     nodes, mask = jnp.array([0, 1, 0, 2]), jnp.array([1.0, 1.0, 1.0, 0.0])
     everyone = jnp.array([0, 1, 0, -1])
-    close(losses.info_nce(one, other, nodes, mask, everyone, TEMPERATURE), node_0 + node_1, 2)
+    check(nodes, mask, everyone, node_0 + node_1, 2)
     # Two devices' shares of the same: one has both, the other node 0 alone, which is half of it.
-    close(losses.info_nce(one, other, nodes[:2], mask[:2], everyone, TEMPERATURE), node_0 / 2 + node_1, 1.5)
-    close(losses.info_nce(one, other, nodes[2:], mask[2:], everyone, TEMPERATURE), node_0 / 2, 0.5)
+    check(nodes[:2], mask[:2], everyone, node_0 / 2 + node_1, 1.5)
+    check(nodes[2:], mask[2:], everyone, node_0 / 2, 0.5)
 
 
 def test_no_user_in_the_batch():

@@ -173,8 +173,8 @@ def drawn_edges(config, step, devices=1) -> set[tuple]:
     for device in range(devices):
         real = np.asarray(adjacency.weight[device]) != 0
         senders, receivers = (np.asarray(part[device])[real] for part in (adjacency.senders, adjacency.receivers))
-        received = of_users[senders % devices, senders // devices]
-        found |= set(zip(received.tolist(), of_items[device][receivers].tolist(), strict=True))
+        received = of_items[receivers % devices, receivers // devices]
+        found |= set(zip(of_users[device][senders].tolist(), received.tolist(), strict=True))
     assert of_users[users.users % devices, users.users // devices].tolist() == batches[step].users.tolist()
     for mine, whole in ((users.items, batches[step].items), (users.negatives, batches[step].negatives)):
         np.testing.assert_array_equal(of_items[mine % devices, mine // devices], whole)

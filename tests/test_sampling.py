@@ -137,11 +137,16 @@ def test_what_is_placed_is_the_sample(devices):
         assert np.abs(graph.text[node_type]).sum() == np.abs(GRAPH.text[node_type][nodes]).sum()
     for relation, whole in ADJACENCIES.items():
         edges, seen = found.edges[relation], set()
-        for device, part in enumerate(shard_adjacency(graph.adjacencies[relation], devices, room.edges[relation])):
+        own = shard_adjacency(graph.adjacencies[relation], devices, room.edges[relation], relation.by_sender)
+        for device, part in enumerate(own):
             assert len(part.senders) == room.edges[relation]
             real = part.weight != 0
-            senders = numbers[relation.source][part.senders[real]]
-            receivers = numbers[relation.target][part.receivers[real] * devices + device]
+            senders, receivers = part.senders[real], part.receivers[real]
+            if relation.by_sender:
+                senders = senders * devices + device
+            else:
+                receivers = receivers * devices + device
+            senders, receivers = numbers[relation.source][senders], numbers[relation.target][receivers]
             seen |= set(zip(senders.tolist(), receivers.tolist(), part.weight[real].tolist(), strict=True))
             assert (np.diff(part.senders[part.by_sender]) >= 0).all()
         assert seen == set(zip(*(part.tolist() for part in edges), strict=True))
@@ -155,8 +160,10 @@ def test_what_is_placed_is_the_sample(devices):
 def test_no_sample_is_larger_than_the_bound():
     bound = max_capacity(ADJACENCIES, tiny.COUNTS, 2, 2)
     assert bound.nodes == {USER: 4, ITEM: 3, "sector": 1}
-    # Items 0, 2, 4 have three, two and three holders; items 1 and 3 two each.
-    assert bound.edges[INTERACTS] == 6
+    # The users of each device hold six items; users 0 to 3 keep two of theirs, users 4 and 5 one.
+    assert (bound.edges[INTERACTS], bound.edges[INTERACTED_BY]) == (6, 5)
+    # One item of each user and one user of each item are less than the users of a device hold.
+    assert max_capacity(ADJACENCIES, tiny.COUNTS, 1, 2).edges[INTERACTS] == 5
     for seed in range(5):
         need = required_capacity(sampled({USER: np.arange(7), ITEM: np.arange(6)}, 3, 2, seed=seed), 2)
         assert all(need.nodes[t] <= n for t, n in bound.nodes.items())

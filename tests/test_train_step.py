@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -33,11 +34,12 @@ from fused_rec.config import (
 from fused_rec.data.batches import Batch, batch, steps_per_epoch, user_items
 from fused_rec.distributed.devices import AXIS, pmap_over_devices
 from fused_rec.graph.adjacency import Backend, shard_adjacency
+from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
-from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER
+from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
 from fused_rec.model.model import Branch, item_degree
-from fused_rec.training import sharding
+from fused_rec.training import footprint, sharding
 from fused_rec.training import train_step as step_module
 from fused_rec.training.sharding import (
     gather_state,
@@ -210,6 +212,36 @@ def test_the_norm_is_of_the_gradient_of_all_parameters(devices, monkeypatch):
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def lightgcn_program(users: int, devices: int):
+    """The compiled step of LightGCN over 16 items, and its estimate; no size but the number of users is as large."""
+    items, config = 16, of_model(config_of("graph", "bpr"), dim=8, num_layers=2, edge_dropout=0.0)
+    config = of_model(config, layer_combination="mean", relation_gates=False, id_embedding_dropout=0.0)
+    counts = {USER: users, ITEM: items}
+    pairs = np.repeat(np.arange(users), 2), np.arange(2 * users) % items
+    relations = bidirectional_edges(INTERACTS, INTERACTED_BY, *pairs, counts)
+    whole = device_graph(hetero_graph(counts, relations, np.zeros((users + items, NO_TEXT_DIM), np.float32)))
+    graph_inputs = GraphInputs(whole, np.ones(items, bool), np.ones(items, np.float32))
+    given = shard_state(init(config, graph_inputs), devices), shard_graph_inputs(graph_inputs, devices)
+    step = parallel_train_step(config, devices).compiled(*given)
+    estimate = footprint.state_bytes(config, whole, devices) + footprint.backward_bytes(config, whole, devices)
+    estimate += footprint.EDGE * 4 * users // devices
+    return step.lower(*given, shard_batch(batch_of(0), devices)).compile(), estimate
+
+
+def test_users_stay_on_their_devices():
+    """The bytes of a user on each device fall as one over the devices, and no array has a row for each user."""
+    of_user = []
+    for devices in (1, 4):
+        programs, estimates = zip(*(lightgcn_program(users, devices) for users in (1_004, 2_012)), strict=True)
+        analyses = [program.memory_analysis() for program in programs]
+        sizes = [found.argument_size_in_bytes + found.temp_size_in_bytes for found in analyses]
+        of_user.append((sizes[1] - sizes[0]) / 1_008)
+        assert (estimates[1] - estimates[0]) / 1_008 == pytest.approx(of_user[-1], rel=0.2)
+        rows = re.findall(r"f32\[(\d+),8\]", programs[1].as_text())
+        assert max(map(int, rows)) == 2_012 // devices
+    assert of_user[1] == pytest.approx(of_user[0] / 4, rel=0.05)
+
+
 def test_so_do_eight():
     """As many as a host may have, and more than four of which a child process is made."""
     flags = os.environ["XLA_FLAGS"].replace("count=4", "count=8")
@@ -332,15 +364,25 @@ def test_devices_share_id_rows_and_have_the_rest_whole(devices):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_devices_share_the_edges_by_receiver(count):
-    """Together they have every edge once, each where its receiver's row is."""
+@pytest.mark.parametrize("by_sender", [False, True])
+def test_devices_share_the_edges(count, by_sender):
+    """Together they have every edge once, each where its receiver's or its sender's row is."""
     for relation, adjacency in task_of().graph.adjacencies.items():
-        found = []
-        for device, own in enumerate(shard_adjacency(adjacency, count)):
+        found, degrees = [], adjacency.degrees
+        shards = shard_adjacency(adjacency, count, None, by_sender)
+        for device, own in enumerate(shards):
             real = own.weight != 0
-            assert len(real) == len(shard_adjacency(adjacency, count)[0].weight)
-            receivers = own.receivers[real] * count + device
-            found += zip(own.senders[real].tolist(), receivers.tolist(), own.weight[real].tolist(), strict=True)
+            assert len(real) == len(shards[0].weight)
+            senders, receivers = own.senders[real], own.receivers[real]
+            if by_sender:
+                senders = senders * count + device
+            else:
+                receivers = receivers * count + device
+            found += zip(senders.tolist(), receivers.tolist(), own.weight[real].tolist(), strict=True)
+            log_out = degrees.log_out_degree[device::count] if by_sender else degrees.log_out_degree
+            for whole, part in ((degrees.in_degree[device::count], own.degrees.in_degree), (log_out, own.degrees[2])):
+                np.testing.assert_array_equal(part[: len(whole)], whole)
+                assert not part[len(whole) :].any()
             assert (np.diff(own.receivers) >= 0).all()
             assert (np.diff(own.senders[own.by_sender]) >= 0).all()
             assert own.receiver_start[-1] == own.sender_start[-1] == real.sum()

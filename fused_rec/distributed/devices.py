@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import Array, Float, Int32, PyTree
 
 AnyArray = jax.Array | np.ndarray  # on a device, or on the host until a program asks for it
 
@@ -138,6 +138,30 @@ class Shards:
     def psum(self, x: Array) -> Array:
         """Sums over devices."""
         return x if self.count == 1 else jax.lax.psum(x, AXIS)
+
+    def scatter_sums(self, x: Array) -> Array:
+        """Sums [rows * count, ...], in the order of the global rows, over devices; each gets its own [rows, ...]."""
+        if self.count == 1:
+            return x
+        return jax.lax.psum_scatter(x.reshape(-1, self.count, *x.shape[1:]), AXIS, scatter_dimension=1)
+
+    def take(self, x: Float[AnyArray, "rows ..."], rows: Int32[AnyArray, "m"]) -> Float[Array, "m ..."]:
+        """Takes global rows of a sharded array; only these m rows of each device travel.
+
+        Args:
+          x: [rows, ...], this device's rows.
+          rows: int32 [m], global rows, others on each device.
+
+        Returns:
+          [m, ...], those rows.
+        """
+        if self.count == 1:
+            return jnp.asarray(x)[rows]
+        wanted = jax.lax.all_gather(rows, AXIS)
+        own = wanted % self.count == jax.lax.axis_index(AXIS)
+        found = jnp.asarray(x)[wanted // self.count]
+        found = jnp.where(own.reshape(*own.shape, *[1] * (found.ndim - 2)), found, 0)
+        return jax.lax.psum_scatter(found, AXIS)
 
 
 def select_devices(devices: int | None) -> list[Any]:

@@ -62,9 +62,10 @@ class Degrees(NamedTuple):
 class Adjacency:
     """The edges of one relation, sorted by receiver, with their order by sender.
 
-    With several devices each has the edges into its own rows: receivers are local rows, senders are IDs over all
-    devices. Edges are padded to the largest number on any device: after the last row start, with weight 0, and with a
-    receiver and a sender one past the last. Receivers follow from the row starts and are not stored.
+    With several devices each has the edges into its own rows, whose receivers are local rows and senders IDs over all
+    devices, or those from its own rows (`Relation.by_sender`), the other way around. Edges are padded to the largest
+    number on any device: after the last row start, with weight 0, and with a receiver and a sender one past the last.
+    Receivers follow from the row starts and are not stored.
 
     Attributes:
       senders: int32 [E], source nodes.
@@ -173,13 +174,16 @@ def degree_scale(in_degree: np.ndarray, out_degree: np.ndarray) -> DegreeScale:
     return DegreeScale(float(in_mean), float(deviation), float(out_mean))
 
 
-def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = None) -> list[Adjacency]:
-    """Divides an adjacency over devices by receiver, on the host; the order of edges is kept.
+def shard_adjacency(
+    adjacency: Adjacency, count: int, capacity: int | None = None, by_sender: bool = False
+) -> list[Adjacency]:
+    """Divides an adjacency over devices by receiver or by sender, on the host; the order of edges is kept.
 
     Args:
       adjacency: of the whole relation.
       count: the number of devices; node v belongs to device v mod count.
       capacity: the number of edges to pad each shard to; None: that of the largest shard.
+      by_sender: whether a device has the edges from its nodes, in place of those into its nodes.
 
     Returns:
       One adjacency per device.
@@ -189,32 +193,38 @@ def shard_adjacency(adjacency: Adjacency, count: int, capacity: int | None = Non
     a = adjacency
     n_sources, n_targets = (-(-(len(start) - 1) // count) * count for start in (a.sender_start, a.receiver_start))
     all_receivers = a.receivers
-    own = [np.flatnonzero(all_receivers % count == device) for device in range(count)]
+    owners = (a.senders if by_sender else all_receivers) % count
+    own = [np.flatnonzero(owners == device) for device in range(count)]
     longest = max(map(len, own)) if capacity is None else capacity
     # The last devices may have one node less than rows.
     in_degree, log_in_degree = (
         np.pad(x, (0, n_targets - len(x))).reshape(-1, count).T for x in (a.degrees.in_degree, a.degrees.log_in_degree)
     )
     log_out_degree = np.pad(a.degrees.log_out_degree, (0, n_sources - len(a.degrees.log_out_degree)))
+    sources, targets = (n_sources // count, n_targets) if by_sender else (n_sources, n_targets // count)
     parts = []
     for device, edges in enumerate(own):
         padding = (0, longest - len(edges))
-        senders, receivers = a.senders[edges], all_receivers[edges] // count
+        senders, receivers = a.senders[edges], all_receivers[edges]
+        senders, receivers = (senders // count, receivers) if by_sender else (senders, receivers // count)
         # The restriction of by_sender to this device's edges.
         local = np.full(len(a.senders), -1, np.int32)
         local[edges] = np.arange(len(edges))
         order = local[a.by_sender][local[a.by_sender] >= 0]
-        rows = n_targets // count
         parts.append(
             Adjacency(
-                np.pad(senders, padding, constant_values=n_sources),
+                np.pad(senders, padding, constant_values=sources),
                 np.pad(a.weight[edges], padding),
-                np.searchsorted(receivers, np.arange(rows + 1)).astype(np.int32),
+                row_starts(receivers, targets),
                 np.concatenate([order, np.arange(len(edges), longest)]).astype(np.int32),
-                np.pad(receivers[order], padding, constant_values=rows),
+                np.pad(receivers[order], padding, constant_values=targets),
                 np.pad(a.weight[edges][order], padding),
-                np.searchsorted(senders[order], np.arange(n_sources + 1)).astype(np.int32),
-                Degrees(in_degree[device], log_in_degree[device], log_out_degree),
+                row_starts(senders[order], sources),
+                Degrees(
+                    in_degree[device],
+                    log_in_degree[device],
+                    log_out_degree[device::count] if by_sender else log_out_degree,
+                ),
                 a.backend,
             )
         )

@@ -5,7 +5,7 @@ It is a pytree of NumPy arrays on the host or of JAX arrays inside a program, an
 - the whole graph, from `device_graph`;
 - a sampled subgraph (`fused_rec.graph.sampling`), whose counts are numbers of rows, including rows padded with node 0;
 - the part of one of several devices (`fused_rec.training.sharding.shard_graph_inputs`): a share of the rows of every
-  type and the edges into them. Its counts remain those of all nodes.
+  type and the edges into them, or from its users (`Relation.by_sender`). Its counts remain those of all nodes.
 
 The counts are static, so a new node type or relation adds data, not branches.
 """
@@ -53,6 +53,10 @@ class DeviceGraph:
         """Returns the number of rows of the type on one device, including padding."""
         return self.shards.rows(self.count(node_type))
 
+    def sums_own_rows(self, relation: Relation) -> bool:
+        """Returns whether each device sums its own source rows into all targets: a part of the whole sum."""
+        return self.shards.count > 1 and relation.by_sender
+
     def all_gather(self, node_type: str, x: Array) -> Array:
         """Gathers [rows, ...] of all devices to [nodes of the type, ...] on every device."""
         return self.shards.all_gather(x)[: self.count(node_type)]
@@ -64,7 +68,7 @@ class DeviceGraph:
         return jnp.asarray(self.node_ids[node_type])[rows]
 
     def global_ids_of_all(self, node_type: str, nodes: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
-        """Maps nodes numbered over all devices, such as senders, to node IDs in the whole graph."""
+        """Maps nodes numbered over all devices, such as senders of items, to node IDs in the whole graph."""
         if self.node_ids is None:
             return jnp.asarray(nodes)
         return self.all_gather(node_type, jnp.asarray(self.node_ids[node_type]))[nodes]

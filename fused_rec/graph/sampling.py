@@ -144,14 +144,17 @@ def required_capacity(found: Sample, devices: int) -> Capacity:
 
     Args:
       found: the sample.
-      devices: how many devices share its nodes (v mod devices) and its edges (by receiver).
+      devices: how many devices share its nodes (v mod devices) and its edges (by receiver, or `Relation.by_sender`).
 
     Returns:
       The largest number of rows and edges on any device.
     """
     return Capacity(
         {node_type: _largest(nodes, devices) for node_type, nodes in found.nodes.items()},
-        {relation: _largest(edges.receivers, devices) for relation, edges in found.edges.items()},
+        {
+            relation: _largest(edges.senders if relation.by_sender else edges.receivers, devices)
+            for relation, edges in found.edges.items()
+        },
     )
 
 
@@ -177,7 +180,8 @@ def max_capacity(
     edges = {}
     for relation, adjacency in adjacencies.items():
         kept = np.minimum(np.diff(adjacency.receiver_start), num_neighbors)
-        edges[relation] = int(np.bincount(np.arange(len(kept)) % devices, kept, devices).max())
+        own = np.diff(adjacency.sender_start) if relation.by_sender else kept
+        edges[relation] = min(int(kept.sum()), int(np.bincount(np.arange(len(own)) % devices, own, devices).max()))
     return Capacity({node_type: -(-count // devices) for node_type, count in counts.items()}, edges)
 
 

@@ -17,6 +17,11 @@ class Relation(NamedTuple):
     def __str__(self) -> str:
         return f"{self.source}-{self.name}-{self.target}"
 
+    @property
+    def by_sender(self) -> bool:
+        """Whether devices divide the edges by sender: edges from users to other nodes, so that user rows stay."""
+        return self.source == USER != self.target
+
 
 class Edges(NamedTuple):
     """The edges of one relation, with node IDs local to the node types."""

@@ -124,12 +124,24 @@ def bpr(
     return _over_users(jax.nn.softplus(-margin), mask)
 
 
+class Candidates(NamedTuple):
+    """Nodes in a denominator, and their view.
+
+    Attributes:
+      nodes: int32 [A], IDs; -1 is padding.
+      view: float32 [A, K].
+    """
+
+    nodes: Int32[Array, "A"]
+    view: Float32[Array, "A K"]
+
+
 def info_nce(
-    one: Float32[Array, "n K"],
-    other: Float32[Array, "n K"],
+    one: Float32[Array, "B K"],
+    other: Float32[Array, "B K"],
     nodes: Int32[Array, "B"],
     mask: Float32[Array, "B"],
-    everyone: Int32[Array, "A"],
+    everyone: Candidates,
     temperature: float,
 ) -> Sum:
     """Computes InfoNCE between two views of nodes, with cosine similarity (Oord et al., 2018, arXiv 1807.03748).
@@ -137,24 +149,24 @@ def info_nce(
     The batch is a set: a node that occurs c times counts 1 / c each time, in the denominator and in the sum.
 
     Args:
-      one: float32 [n, K], embeddings of all nodes in the first view.
-      other: float32 [n, K], embeddings of all nodes in the second view.
-      nodes: int32 [B], this device's nodes.
+      one: float32 [B, K], this device's nodes in the first view.
+      other: float32 [B, K], the same nodes in the second view.
+      nodes: int32 [B], their IDs.
       mask: float32 [B], 0 where `nodes` is padded.
-      everyone: int32 [A], the nodes of all devices, whose second views form the denominator; -1 is padding.
+      everyone: the nodes of all devices, whose second views form the denominator.
       temperature: divisor of the cosines, above 0.
 
     Returns:
       float32 scalars (sum of weighted losses, sum of weights).
     """
-    valid = everyone >= 0
-    anchors, candidates = unit(one[nodes]), unit(other[everyone])
-    count = jnp.maximum((everyone[:, None] == everyone[None, :]).sum(axis=1), 1)
+    ids, valid = everyone.nodes, everyone.nodes >= 0
+    anchors, candidates = unit(one), unit(everyone.view)
+    count = jnp.maximum((ids[:, None] == ids[None, :]).sum(axis=1), 1)
     scores = anchors @ candidates.T / temperature - jnp.log(count)[None, :]
     # Not -inf, whose derivative is NaN where no node is valid.
     log_normalizer = jax.nn.logsumexp(jnp.where(valid[None, :], scores, -1e30), axis=-1)
-    positive = jnp.einsum("bk,bk->b", anchors, unit(other[nodes])) / temperature
-    weight = mask / jnp.maximum((nodes[:, None] == everyone[None, :]).sum(axis=1), 1)
+    positive = jnp.einsum("bk,bk->b", anchors, unit(other)) / temperature
+    weight = mask / jnp.maximum((nodes[:, None] == ids[None, :]).sum(axis=1), 1)
     return (weight * (log_normalizer - positive)).sum(), weight.sum()
 
 

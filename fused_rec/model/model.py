@@ -73,8 +73,8 @@ Vectors = tuple[Float32[Array, "U _"], Float32[Array, "I _"]]
 
 ID_EMBEDDING = "id_"  # prefix of parameters with one row a node
 # Entries of the collection "intermediates":
-FIRST_LAYER = "first_layer"  # embeddings of users and items after one layer
-ALIGNED_TEXT = "aligned_text"  # projected text of users and items, to which model.text_alignment draws embeddings
+FIRST_LAYER = "first_layer"  # embeddings of this device's users and items after one layer
+ALIGNED_TEXT = "aligned_text"  # their projected text, to which model.text_alignment draws embeddings
 RECONSTRUCTED = "reconstructed"  # `Reconstruction` of users and of items
 LINEAR = "linear"  # (ID embeddings, text inputs, `PropagationWeights`); the output is linear in the first two
 
@@ -103,7 +103,7 @@ def active_relations(config: ModelConfig, graph: HostGraph | DeviceGraph) -> lis
 
 
 class Reconstruction(NamedTuple):
-    """Text features of all nodes of a type, predicted from final embeddings, and what they are compared with.
+    """Text features of a device's nodes of a type, predicted from final embeddings, and what they are compared with.
 
     Attributes:
       predicted: float32 [n, D].
@@ -117,7 +117,7 @@ class Reconstruction(NamedTuple):
 
 
 class FusedModel(nn.Module):
-    """All branches of a variant: [(user embeddings [U, K], item embeddings [I, K]), ...], float32.
+    """All branches of a variant: [(user embeddings [U, K], item embeddings [I, K]), ...], float32, of a device's rows.
 
     The graph branch comes first. Variant fused adds the text branch where items have text.
 
@@ -175,7 +175,7 @@ def append_popularity_bias(vectors: Vectors, prior: Float32[Array, "I"]) -> Vect
 
 
 class Branch(nn.Module):
-    """One branch: user embeddings [U, K] and item embeddings [I, K], float32, all of them on every device.
+    """One branch: user embeddings [U, K] and item embeddings [I, K], float32, on several devices the rows of each.
 
     The score of a pair is the dot product of its embeddings; with model.score = cosine they have unit length.
 
@@ -206,17 +206,16 @@ class Branch(nn.Module):
             noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, Stream.EMBEDDING_NOISE), numbers)
         layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype)
         if len(layers) > 1:
-            self.sow("intermediates", FIRST_LAYER, tuple(graph.all_gather(t, layers[1][t]) for t in (USER, ITEM)))
+            self.sow("intermediates", FIRST_LAYER, (layers[1][USER], layers[1][ITEM]))
         if self.config.text_alignment:
             project = TextMLP(self.config.dim, self.compute_dtype, name="alignment")
-            views = (USER, project(mean_item_text(graph))), (ITEM, project(graph.text[ITEM]))
-            self.sow("intermediates", ALIGNED_TEXT, tuple(graph.all_gather(t, view) for t, view in views))
+            self.sow("intermediates", ALIGNED_TEXT, (project(mean_item_text(graph)), project(graph.text[ITEM])))
         out = combine_layers(weights, layers)
         if self.config.text_reconstruction:
             self.sow("intermediates", RECONSTRUCTED, self.reconstructions(graph, out, dropout))
         if self.config.score == "cosine":
             out = {t: unit(x) for t, x in out.items()}
-        return graph.all_gather(USER, out[USER]), graph.all_gather(ITEM, out[ITEM])
+        return out[USER], out[ITEM]
 
     @property
     def text_node_types(self) -> tuple[str, ...]:
@@ -313,14 +312,13 @@ class Branch(nn.Module):
           dropout: key of the ID dropout; None: no node is masked.
 
         Returns:
-          Predictions and features of all users, whose feature is `mean_item_text`, and of all items.
+          Predictions and features of this device's users, whose feature is `mean_item_text`, and items.
         """
         found = []
         predict = TextPrediction(graph.text[ITEM].shape[1], self.compute_dtype, name="reconstruction")
         for node_type, text in ((USER, mean_item_text(graph)), (ITEM, jnp.asarray(graph.text[ITEM]))):
             masked = jnp.zeros(len(text), bool) if dropout is None else ~self.kept_ids(graph, node_type, dropout)
-            rows = Reconstruction(predict(out[node_type]), text, masked)
-            found.append(Reconstruction(*(graph.all_gather(node_type, part) for part in rows)))
+            found.append(Reconstruction(predict(out[node_type]), text, masked))
         return found[0], found[1]
 
     def text_projection(self, node_type: str) -> TextInput | TextMLP:
@@ -416,7 +414,7 @@ def _drop_interactions(share: float, graph: DeviceGraph, dropout: PRNGKeyArray |
         graph.global_ids_of_all(ITEM, interacted_by.senders),
     )
     kept_by_user = edge_keep_mask(
-        dropout, share, graph.global_ids_of_all(USER, interacts.senders), graph.global_ids(ITEM, interacts.receivers)
+        dropout, share, graph.global_ids(USER, interacts.senders), graph.global_ids_of_all(ITEM, interacts.receivers)
     )
     return graph.with_adjacencies(
         {

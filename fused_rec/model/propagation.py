@@ -82,8 +82,8 @@ def propagate_layers(
     """Computes h^0 to h^L of `propagate`.
 
     Args:
-      graph: the graph or this device's share: adjacencies, and how many devices share the nodes; source rows are
-        gathered from all of them.
+      graph: the graph or this device's share: adjacencies, and how many devices share the nodes. Source rows are
+        gathered from all of them, except those of users for sums into other nodes, which are added over devices.
       coefficients: weights and gates.
       inputs: h^0 by node type, float32 [rows, K].
       text: the text inputs by node type, float32 [rows, K].
@@ -97,11 +97,17 @@ def propagate_layers(
     layers = [h]
     for level in range(len(coefficients.layer_weights) - 1):
         aggregated: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
-        sources = dict.fromkeys(relation.source for relation in coefficients.edge)
-        source_embeddings = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
+        sources = dict.fromkeys(r.source for r in coefficients.edge if not graph.sums_own_rows(r))
+        gathered = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
         for relation, edge in coefficients.edge.items():
-            scale, gate = coefficients.source_scale[relation], coefficients.gate[relation][level]
-            message = gated_sum(graph.adjacencies[relation], edge, scale, gate, source_embeddings[relation.source])
+            adjacency, gate = graph.adjacencies[relation], coefficients.gate[relation][level]
+            scale = coefficients.source_scale[relation]
+            if graph.sums_own_rows(relation):
+                ones = jnp.ones(len(adjacency.receiver_start) - 1)
+                sums = gated_sum(adjacency, edge, scale, ones, h[relation.source].astype(compute_dtype))
+                message = gate[:, None] * graph.shards.scatter_sums(sums)
+            else:
+                message = gated_sum(adjacency, edge, scale, gate, gathered[relation.source])
             aggregated[relation.target] = (
                 aggregated[relation.target] + message if relation.target in aggregated else message
             )

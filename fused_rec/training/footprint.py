@@ -12,11 +12,13 @@ from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, NO_TEXT_DIM, USER
 from fused_rec.memory import require_device_memory
 from fused_rec.model.late_fusion import LateFusion
+from fused_rec.model.model import active_relations
 from fused_rec.training.finetune import EncoderData
 from fused_rec.training.train_step import GraphInputs
 
 NUMBER = 4  # bytes
 EDGE = 5 * NUMBER  # stored in two orders, by receiver and by sender
+FIXED_LAYERS = 4  # rows of each node that both passes of propagation have at a time, where no factor is learned
 REMEDY = "lower train.batch_size or model.dim, sample neighbors (docs/SCALE.md), raise data.k_core, or use more devices"
 
 
@@ -24,9 +26,14 @@ def _num_branches(config: Config, graph: DeviceGraph) -> int:
     return 2 if config.model.fuses_text and graph.text[ITEM].shape[1] > NO_TEXT_DIM else 1
 
 
-def task_bytes(graph: DeviceGraph, devices: int) -> int:
-    """Returns the bytes of one device's text embeddings and edges."""
+def task_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
+    """Returns the bytes of one device's text embeddings and edges, or of the edge weights that edge dropout changes.
+
+    One CPU device reads those of the host in place.
+    """
     n_edges = sum(count for _, count in graph.relations)
+    if devices == 1 and jax.default_backend() == "cpu":
+        return EDGE * n_edges if config.model.edge_dropout else 0
     width = max(rows.shape[1] for rows in graph.text.values())
     rows = sum(count for _, count in graph.node_types)
     return (NUMBER * rows * width + EDGE * n_edges) // devices
@@ -54,15 +61,35 @@ def state_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
 
 
 def rounds_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
-    """Returns the bytes of all layers of all branches on one device, and one layer gathered from all devices."""
+    """Returns the bytes of all layers of all branches on one device, and of one layer gathered from other devices.
+
+    Rows of users are gathered for edges between users only (`Relation.by_sender`); sums over those of a device take
+    the place of gathered rows.
+    """
     rows = sum(count for _, count in graph.node_types)
-    return (
-        NUMBER
-        * rows
-        * config.model.dim
-        * (_num_branches(config, graph) * (config.model.num_layers + 1) + devices)
-        // devices
-    )
+    layers = rows * _num_branches(config, graph) * (config.model.num_layers + 1) // devices
+    return NUMBER * config.model.dim * (layers + _gathered_rows(config, graph, devices))
+
+
+def _gathered_rows(config: Config, graph: DeviceGraph, devices: int) -> int:
+    """How many rows of one layer a device has from others, and of partial sums; one device: of the next layer."""
+    sources = {relation.source for relation in active_relations(config.model, graph) if not relation.by_sender}
+    nodes = [count if devices == 1 else 2 * count * (name in sources) for name, count in graph.node_types]
+    return sum(nodes)
+
+
+def backward_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
+    """Returns the bytes of the layers on one device in both passes of a step.
+
+    Where gates, source scales and layer weights are learned, their derivatives need every layer, and so do noise and a
+    loss of the first layer. Else no layer is kept: there are one and the next, their sum and its derivative, whatever
+    the number of layers.
+    """
+    if config.model.layer_combination == "learned" or config.model.embedding_noise or config.train.contrastive_weight:
+        return 2 * rounds_bytes(config, graph, devices)
+    rows = sum(count for _, count in graph.node_types)
+    gathered = _gathered_rows(config, graph, devices) if devices > 1 else 0
+    return NUMBER * config.model.dim * (FIXED_LAYERS * rows * _num_branches(config, graph) // devices + gathered)
 
 
 def loss_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
@@ -114,9 +141,9 @@ def require_step(
       InsufficientMemoryError: it does not fit.
     """
     graph, devices = graph_inputs.graph, len(select_devices(None))
-    parts = (state_bytes(config, graph, devices), rounds_bytes(config, graph, devices))
-    need = task_bytes(graph, devices) + review_bytes(graph, num_reviews, devices)
-    need += 2 * parts[1] + parts[0] + loss_bytes(config, graph, devices)
+    need = task_bytes(config, graph, devices) + review_bytes(graph, num_reviews, devices)
+    need += state_bytes(config, graph, devices) + backward_bytes(config, graph, devices)
+    need += loss_bytes(config, graph, devices)
     remedy = REMEDY
     if words is not None:
         need += encoder_bytes(config, words, devices)
@@ -139,7 +166,7 @@ def require_embedding(config: Config, graph_inputs: GraphInputs, remedy: str = R
       InsufficientMemoryError: they do not fit.
     """
     graph, devices = graph_inputs.graph, len(select_devices(None))
-    need = task_bytes(graph, devices) + state_bytes(config, graph, devices) // 4
+    need = task_bytes(config, graph, devices) + state_bytes(config, graph, devices) // 4
     need += rounds_bytes(config, graph, devices) + 2 * vector_bytes(config, graph, graph_inputs.fusion)
     what = f"the embeddings of {graph.count(USER):,} users and {graph.count(ITEM):,} items"
     require_device_memory(need, what, remedy)

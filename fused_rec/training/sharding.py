@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fused_rec.config import Config
+from fused_rec.config import Config, TrainConfig
 from fused_rec.data.batches import Batch
+from fused_rec.distributed import processes
 from fused_rec.distributed.devices import (
     SHARDED,
     AnyArray,
@@ -28,6 +29,7 @@ from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
 from fused_rec.model.model import Vectors
 from fused_rec.model.review_dropout import DeviceReviews
+from fused_rec.training import lazy_adam
 from fused_rec.training.train_step import (
     GraphInputs,
     Metrics,
@@ -147,6 +149,28 @@ def _mapped_embed(
     return pmap_over_devices(functools.partial(function, config), devices, in_axes=in_axes, out_axes=None)
 
 
+def settle(config: TrainConfig, state: TrainState, devices: int | None = None) -> TrainState:
+    """Brings the ID rows of a sharded state up to date (train.lazy_adam); its buffers are donated.
+
+    Args:
+      config: of the optimizer.
+      state: sharded.
+      devices: the number of devices; None: all.
+
+    Returns:
+      The state that dense AdamW would have.
+    """
+    same = TrainConfig(learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    return _mapped_settle(same, devices, jax.tree.structure(state))(state)
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_settle(config: TrainConfig, devices: int | None, states: Hashable) -> PmappedFn:
+    axes = sharding_axes(tree_of_structure(states))
+    function = functools.partial(lazy_adam.caught_up, config)
+    return pmap_over_devices(function, devices, in_axes=(axes,), out_axes=axes, donate=(0,))
+
+
 def tree_of_structure(structure: Any) -> PyTree:
     """Returns a tree of that structure with integers as leaves, for functions of the paths."""
     return jax.tree.unflatten(structure, range(structure.num_leaves))
@@ -165,7 +189,10 @@ def graph_inputs_axes(graph_inputs: GraphInputs) -> GraphInputs:
 def shard_graph_inputs(
     graph_inputs: GraphInputs, devices: int | None = None, capacity: Mapping[Relation, int] | None = None
 ) -> GraphInputs:
-    """Shards text embeddings by node and edges by receiver; item statistics and vectors of reviews are replicated.
+    """Shards text embeddings by node and edges by receiver or sender; the rest is replicated.
+
+    Edges from users to other nodes go to the device of the user (`Relation.by_sender`), whose rows then stay on their
+    device. Item statistics and vectors of reviews are replicated.
 
     Args:
       graph_inputs: unsharded, on the host.
@@ -188,16 +215,18 @@ def _shard_graph(graph: DeviceGraph, devices: int | None, capacity: Mapping[Rela
     """This process's part of text embeddings, node IDs and adjacencies, [devices, ...] each."""
     count = len(select_devices(devices))
     adjacencies = {
-        relation: _shard_adjacency(adjacency, devices, capacity.get(relation))
+        relation: _shard_adjacency(adjacency, devices, capacity.get(relation), relation.by_sender)
         for relation, adjacency in graph.adjacencies.items()
     }
     text, node_ids = jax.tree.map(lambda rows: shard_rows(np.asarray(rows), devices), (graph.text, graph.node_ids))
     return dataclasses.replace(graph, text=text, adjacencies=adjacencies, node_ids=node_ids, shards=Shards(count))
 
 
-def _shard_adjacency(adjacency: Adjacency, devices: int | None, capacity: int | None = None) -> Adjacency:
+def _shard_adjacency(
+    adjacency: Adjacency, devices: int | None, capacity: int | None = None, by_sender: bool = False
+) -> Adjacency:
     """This process's part of an adjacency, [devices, ...] each."""
-    parts = shard_adjacency(adjacency, len(select_devices(devices)), capacity)
+    parts = shard_adjacency(adjacency, len(select_devices(devices)), capacity, by_sender)
     own = [parts[place] for place in local_indices(devices)]
     # One device reads the arrays in place.
     return jax.tree.map(lambda *of_devices: of_devices[0][None] if len(own) == 1 else np.stack(of_devices), *own)
@@ -235,12 +264,23 @@ def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyT
     places_of, structure = jax.tree.flatten(sharding_axes(state), is_leaf=lambda axis: axis is None)
     leaves, shapes = jax.tree.leaves(state), jax.tree.leaves(like)
     sharded = [leaf for axis, leaf in zip(places_of, leaves, strict=True) if axis is not None]
-    gathered = iter(_gather(devices)(sharded) if sharded else ())
+    # One process has all rows, and no device needs to have them.
+    on_host = processes.is_single_process() or not sharded
+    gathered = iter(map(_on_host, sharded) if on_host else _gather(devices)(sharded))
     whole = [
         leaf if axis is None else next(gathered)[: len(shape)]
         for axis, leaf, shape in zip(places_of, leaves, shapes, strict=True)
     ]
     return jax.device_get(jax.tree.unflatten(structure, whole))
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """Copies rows [devices, rows, ...] of this process's devices to [rows * devices, ...], in their global order."""
+    count, rows, *others = leaf.shape
+    whole = np.empty((count * rows, *others), leaf.dtype)
+    for shard in leaf.addressable_shards:
+        whole[shard.index[0].start or 0 :: count] = np.asarray(shard.data)[0]
+    return whole
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 from fused_rec import kernels
 from fused_rec.config import METRICS, Config, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, map_with_axes
+from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, Shards, map_with_axes
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model import losses
@@ -40,6 +40,8 @@ from fused_rec.model.model import (
     item_degree,
 )
 from fused_rec.model.review_dropout import DeviceReviews, drop_reviews
+from fused_rec.training import lazy_adam
+from fused_rec.training.lazy_adam import B1, B2, EPSILON
 
 Metrics = dict[str, Float32[Array, ""]]
 LossParts = tuple[Float32[Array, ""], Metrics]  # a loss, and the parts that it is the sum of
@@ -115,7 +117,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(_scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
 
 
-def _scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+def _scale_by_adam(b1: float = B1, b2: float = B2, eps: float = EPSILON) -> optax.GradientTransformation:
     """As `optax.scale_by_adam`, without a copy of large moments on a CPU (`fused_rec.kernels.in_place`)."""
 
     def stored(moment: Array) -> Array:
@@ -150,7 +152,10 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
 def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     key = jax.random.key(config.train.seed)
     params = FusedModel(config.model).init(key, graph_inputs.graph)["params"]
-    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, make_optimizer(config.train).init(params))
+    opt_state: PyTree = make_optimizer(config.train).init(params)
+    if config.train.lazy_adam:
+        opt_state = lazy_adam.start(opt_state, params, ID_EMBEDDING)
+    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, opt_state)
 
 
 def sharding_axes(tree: PyTree) -> PyTree:
@@ -172,7 +177,7 @@ def sharding_axes(tree: PyTree) -> PyTree:
 def compile_key(config: Config) -> Config:
     """Returns the config with every setting that the compiled step does not depend on set to a fixed value."""
     same = {"seed": 0, "metric": METRICS[0], "max_steps": 1, "eval_every": 1, "patience": 1, "refit": "none"}
-    train = dataclasses.replace(config.train, **same, num_neighbors=0, wandb="")
+    train = dataclasses.replace(config.train, **same, num_neighbors=int(config.train.lazy_adam), wandb="")
     return Config(model=config.model, train=train)
 
 
@@ -221,8 +226,10 @@ def trained_vectors(config: Config, params: PyTree, graph_inputs: GraphInputs) -
       `MODEL`: dot products are temperature * logit; and where there are two branches each of them, `GRAPH_BRANCH` and
       `TEXT_BRANCH`. All of them include the popularity bias.
     """
-    branches: Any = FusedModel(config.model).apply({"params": params}, graph_inputs.graph)
-    whole = concat_branches(branches, graph_inputs.graph.all_gather(ITEM, item_degree(graph_inputs.graph)))
+    graph = graph_inputs.graph
+    own: Any = FusedModel(config.model).apply({"params": params}, graph)
+    branches = [(graph.all_gather(USER, users), graph.all_gather(ITEM, items)) for users, items in own]
+    whole = concat_branches(branches, graph.all_gather(ITEM, item_degree(graph)))
     found = {MODEL: whole}
     if len(branches) > 1:
         found |= dict(zip((GRAPH_BRANCH, TEXT_BRANCH), branches, strict=True))
@@ -252,11 +259,52 @@ def train_step(
     Returns:
       The next state, and the metrics of `optimize`.
     """
+    graph, optimizer = graph_inputs.graph, make_optimizer(config.train)
 
     def loss_fn(params: PyTree, graph_inputs: GraphInputs, dropout: PRNGKeyArray) -> LossParts:
-        return batch_loss(config, params, graph_inputs, batch, dropout)
+        own = params if config.train.lazy_adam else _params_of_nodes(graph, params)
+        return batch_loss(config, own, graph_inputs, batch, dropout)
 
-    return optimize(state, graph_inputs, loss_fn, make_optimizer(config.train))
+    if not config.train.lazy_adam:
+        return optimize(state, graph_inputs, loss_fn, optimizer)
+    reached = lazy_adam.caught_up(config.train, _reached_rows(graph, state))
+    dense = dataclasses.replace(reached, opt_state=reached.opt_state.adam)
+    after, metrics = optimize(dense, graph_inputs, loss_fn, optimizer)
+    after = dataclasses.replace(after, opt_state=reached.opt_state._replace(adam=after.opt_state))
+    return _with_reached_rows(graph, state, after), metrics
+
+
+def _reached_rows(graph: DeviceGraph, state: TrainState) -> TrainState:
+    """The state with only the ID rows of a sampled subgraph's nodes, which padding repeats."""
+
+    def rows(name: str, whole: lazy_adam.Rows) -> lazy_adam.Rows:
+        places, _ = _id_rows(graph, name)
+        return jax.tree.map(lambda leaf: leaf[places], whole)
+
+    return lazy_adam.map_rows(rows, state)
+
+
+def _with_reached_rows(graph: DeviceGraph, state: TrainState, after: TrainState) -> TrainState:
+    """The state after a step that changed the rows of `_reached_rows`; all other rows are as in `state`."""
+
+    def rows(name: str, new: lazy_adam.Rows, whole: lazy_adam.Rows) -> lazy_adam.Rows:
+        places, is_padding = _id_rows(graph, name)
+        places = jnp.where(is_padding, len(whole.step), places)
+        new = new._replace(step=jnp.full_like(new.step, after.opt_state.adam[0].count))
+        return jax.tree.map(lambda leaf, part: leaf.at[places].set(part, mode="drop"), whole, new)
+
+    return lazy_adam.map_rows(rows, after, state)
+
+
+def _id_rows(graph: DeviceGraph, name: str) -> tuple[Int32[Array, "n"], Bool[Array, "n"]]:
+    """Where a sampled subgraph's nodes have their ID rows on this device, and which rows are padding: repeated nodes.
+
+    The nodes of a device ascend, and padding is node 0.
+    """
+    node_type = name.removeprefix(ID_EMBEDDING)
+    nodes = graph.global_ids(node_type, jnp.arange(graph.rows(node_type)))
+    places = nodes // graph.shards.count
+    return places, jnp.concatenate([jnp.zeros(1, bool), nodes[1:] == 0])
 
 
 def optimize(
@@ -327,7 +375,7 @@ def batch_loss(
 
     Args:
       config: settings of the model and of training.
-      params: parameters of `FusedModel`.
+      params: parameters of `FusedModel`, of a sampled graph only its nodes' ID embeddings.
       graph_inputs: the graph, whole or sampled.
       batch: this device's share of the batch.
       dropout: random key.
@@ -344,7 +392,7 @@ def batch_loss(
     if graph_inputs.reviews is not None:
         graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
     branches, intermediates = FusedModel(config.model, config.train.dtype).apply(
-        {"params": _params_of_nodes(graph, params)},
+        {"params": params},
         graph,
         dropout,
         mutable=["intermediates"],
@@ -359,13 +407,14 @@ def batch_loss(
     ):
         if weight:
             [other] = intermediates["intermediates"]["main"][view]
-            found = _contrastive_losses(branches[0], other, batch, temperature, skip_zeros=view == ALIGNED_TEXT)
+            views = branches[0], other
+            found = _contrastive_losses(graph.shards, views, batch, temperature, skip_zeros=view == ALIGNED_TEXT)
             for node_type, (total, count) in zip((USER, ITEM), found, strict=True):
                 shares.append(_mean(weight * total, count))
                 parts[f"loss/{name}_{node_type}"] = shares[-1]
     if config.model.text_reconstruction:
         [(users, items)] = intermediates["intermediates"]["main"][RECONSTRUCTED]
-        total, count = _reconstruction_loss(users, items, batch)
+        total, count = _reconstruction_loss(graph, users, items, batch)
         shares.append(_mean(config.model.text_reconstruction * total, count))
         parts["loss/reconstruction"] = shares[-1]
     return jnp.stack(shares).sum(), parts
@@ -383,16 +432,13 @@ def _params_of_nodes(graph: DeviceGraph, params: PyTree) -> PyTree:
 
     def rows(path: tuple, leaf: Array) -> Array:
         name = str(path[-1].key)
-        if not name.startswith(ID_EMBEDDING):
-            return leaf
-        node_type = name.removeprefix(ID_EMBEDDING)
-        return leaf[graph.global_ids(node_type, jnp.arange(graph.rows(node_type))) // graph.shards.count]
+        return leaf[_id_rows(graph, name)[0]] if name.startswith(ID_EMBEDDING) else leaf
 
     return jax.tree_util.tree_map_with_path(rows, params)
 
 
 def _contrastive_losses(
-    vectors: Vectors, others: Vectors, batch: Batch, temperature: float, skip_zeros: bool
+    shards: Shards, views: tuple[Vectors, Vectors], batch: Batch, temperature: float, skip_zeros: bool
 ) -> list[losses.Sum]:
     """InfoNCE of the batch's users, and of one positive of each, against those of all devices.
 
@@ -402,33 +448,46 @@ def _contrastive_losses(
     user, items, mask, _ = map(jnp.asarray, batch)
     valid = mask[:, 0]
     sums = []
-    for one, other, nodes in zip(vectors, others, (user, items[:, 0]), strict=True):
-        counted = valid * jnp.any(other[nodes] != 0, axis=1) if skip_zeros else valid
-        everyone = jax.lax.all_gather(jnp.where(valid > 0, nodes, -1), AXIS).reshape(-1)
+    for *both, nodes in zip(*views, (user, items[:, 0]), strict=True):
+        one, other = (shards.take(view, nodes) for view in both)
+        counted = valid * jnp.any(other != 0, axis=1) if skip_zeros else valid
+        everyone = _of_all_devices(jnp.where(valid > 0, nodes, -1), other)
         sums.append(losses.info_nce(one, other, nodes, counted, everyone, temperature))
     return sums
 
 
-def _reconstruction_loss(users: Reconstruction, items: Reconstruction, batch: Batch) -> losses.Sum:
+def _of_all_devices(nodes: Int32[Array, "B"], view: Float32[Array, "B K"]) -> losses.Candidates:
+    """Gathers nodes and their view from all devices."""
+    gathered = jax.lax.all_gather((nodes, view), AXIS)
+    return losses.Candidates(*(part.reshape(-1, *part.shape[2:]) for part in gathered))
+
+
+def _reconstruction_loss(graph: DeviceGraph, users: Reconstruction, items: Reconstruction, batch: Batch) -> losses.Sum:
     """InfoNCE between predicted and real text features of the batch's masked nodes: users, and one positive of each.
 
     Users and items are in one denominator. Nodes without text are left out.
     """
     user, positives, mask, _ = map(jnp.asarray, batch)
-    predicted, text, masked = (jnp.concatenate(parts) for parts in zip(users, items, strict=True))
-    nodes = jnp.concatenate([user, len(users.text) + positives[:, 0]])
-    counted = jnp.tile(mask[:, 0], 2) * masked[nodes] * jnp.any(text[nodes] != 0, axis=1)
-    everyone = jax.lax.all_gather(jnp.where(counted > 0, nodes, -1), AXIS).reshape(-1)
+    item = positives[:, 0]
+    take = graph.shards.take
+    predicted, text, masked = (
+        jnp.concatenate([take(of_users.astype(jnp.float32), user), take(of_items.astype(jnp.float32), item)])
+        for of_users, of_items in zip(users, items, strict=True)
+    )
+    nodes = jnp.concatenate([user, graph.count(USER) + item])
+    counted = jnp.tile(mask[:, 0], 2) * masked * jnp.any(text != 0, axis=1)
+    everyone = _of_all_devices(jnp.where(counted > 0, nodes, -1), text)
     return losses.info_nce(predicted, text, nodes, counted, everyone, RECONSTRUCTION_TEMPERATURE)
 
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
-    """The configured ranking loss of one branch."""
-    users, catalogue = (x.astype(config.train.dtype) for x in vectors)
-    user, items, mask, negatives = map(jnp.asarray, batch)
+    """The configured ranking loss of one branch; users' rows stay on their devices, but for those of the batch."""
+    graph, (user, items, mask, negatives) = graph_inputs.graph, map(jnp.asarray, batch)
+    users = graph.shards.take(vectors[0].astype(config.train.dtype), user)
+    catalogue = graph.all_gather(ITEM, vectors[1]).astype(config.train.dtype)
     # Logits include the popularity bias.
     bias = config.model.popularity_weight * jnp.log1p(jnp.asarray(graph_inputs.popularity))
-    common, temperature = (users[user], catalogue, items, mask), config.train.temperature
+    common, temperature = (users, catalogue, items, mask), config.train.temperature
     if config.train.loss == "bpr":
         return losses.bpr(*common, bias, negatives, temperature)
     trained_items = jnp.asarray(graph_inputs.trained_items)  # of all items, where the graph may be a sample of them

@@ -78,7 +78,7 @@ from fused_rec.training.inputs import (
 )
 from fused_rec.training.late_fusion import select_late_fusion, with_late_fusion, with_launch
 from fused_rec.training.launch_weights import select_launch
-from fused_rec.training.sharding import gather_state, shard_state
+from fused_rec.training.sharding import gather_state, settle, shard_state
 from fused_rec.training.train_step import TrainState
 from fused_rec.training.warm_start import PAIRS, read_initial, stored_initial, write_initial, write_pairs
 
@@ -458,6 +458,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Validates, updates early stopping, and writes curves and a checkpoint of the step taken last."""
         values, improved = mean_metrics(self._pending) if self._pending else {}, False
+        if self._config.train.lazy_adam:
+            self._state = settle(self._config.train, self._state)
         if self._validates or self.taken < self._last:
             self._source.refresh(self._state.params)
         if self._validates:

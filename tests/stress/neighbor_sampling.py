@@ -1,7 +1,7 @@
 """What a step over sampled neighbours costs beside the step over the whole graph, on a generated graph.
 
     python tests/stress/neighbor_sampling.py [--pairs=1e6] [--num_neighbors=0,5,10] [--num_layers=3] [--batch=2048]
-    [--steps=8]
+    [--steps=8] [--lazy_adam]
 
 Each row is a process of its own: nodes and edges with room on the device, seconds of processor time a step (host and
 device alike, compilation left out; on a busy machine the clock would tell more of the others) and of that the draw,
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--num_layers", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--lazy_adam", action="store_true", help="for numbers of neighbors above 0")
     parser.add_argument("--alone", action="store_true", help="measure in this process")
     arguments = parser.parse_args()
     if arguments.alone:
@@ -37,6 +38,7 @@ def main() -> None:
     for num_neighbors in arguments.num_neighbors.split(","):
         given = (f"--{name}={getattr(arguments, name)}" for name in ("pairs", "num_layers", "batch", "steps"))
         command = [sys.executable, __file__, *given, f"--num_neighbors={num_neighbors}", "--alone"]
+        command += ["--lazy_adam"] * arguments.lazy_adam
         subprocess.run(command, check=True, cwd=ROOT)
 
 
@@ -68,7 +70,8 @@ def measure(arguments: argparse.Namespace, num_neighbors: int) -> None:
     held_by = np.bincount(pairs.item, minlength=pairs.n_items)
     graph_inputs = GraphInputs(device_graph(graph), held_by > 0, held_by.astype(np.float32))
     config = variant(Config(), "lightgcn")
-    train = dataclasses.replace(config.train, num_neighbors=num_neighbors)
+    lazy_adam = arguments.lazy_adam and num_neighbors > 0
+    train = dataclasses.replace(config.train, num_neighbors=num_neighbors, lazy_adam=lazy_adam)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_layers=arguments.num_layers), train=train
     )
