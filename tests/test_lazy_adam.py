@@ -100,7 +100,8 @@ def test_skipped_steps_by_hand(last, skipped, square):
     """In 64 bits, one step after the other; the epsilon matters where the second moment is small."""
     config = TrainConfig(learning_rate=0.01, weight_decay=0.5)
     embedding, mean, second = 0.7, 0.3 * square**0.5, square
-    rows = Rows(*(jnp.full((1, 1), x, jnp.float32) for x in (embedding, mean, second)), jnp.full(1, last, jnp.int32))
+    table, *moments = (jnp.full((1, 1), x, jnp.float32) for x in (embedding, mean, second))
+    rows = Rows(table, moments[0], moments[1], jnp.full(1, last, jnp.int32))
     for step in range(last + 1, last + skipped + 1):
         mean, second = B1 * mean, B2 * second
         direction = mean / (1 - B1**step) / ((second / (1 - B2**step)) ** 0.5 + EPSILON)

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -99,7 +100,7 @@ def score(config: Config, read: Attributor, user: int, item: int) -> float:
     return float(users[user] @ items[item])
 
 
-def attribute(read: Attributor, user: int, item: int, **settings: int) -> TokenAttribution:
+def attribute(read: Attributor, user: int, item: int, **settings: Any) -> TokenAttribution:
     [found] = attribute_tokens(read, [(user, item)], **settings)
     assert found is not None
     return found

@@ -205,7 +205,7 @@ def shard_adjacency(
     parts = []
     for device, edges in enumerate(own):
         padding = (0, longest - len(edges))
-        senders, receivers = a.senders[edges], all_receivers[edges]
+        senders, receivers = np.asarray(a.senders)[edges], np.asarray(all_receivers)[edges]
         senders, receivers = (senders // count, receivers) if by_sender else (senders, receivers // count)
         # The restriction of by_sender to this device's edges.
         local = np.full(len(a.senders), -1, np.int32)

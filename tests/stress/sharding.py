@@ -47,7 +47,7 @@ def shares(variant: str, words: int, counts: list[int]) -> list[dict[str, Any]]:
     from fused_rec.config import Config, ModelConfig, TrainConfig
 
     model: Any = {"variant": variant, "dim": DIM, "num_layers": 3, "edge_dropout": 0.5}
-    config = Config(ModelConfig(**model), TrainConfig(batch_size=BATCH, positives_per_user=POSITIVES))
+    config = Config(model=ModelConfig(**model), train=TrainConfig(batch_size=BATCH, positives_per_user=POSITIVES))
     rows, alone = [], {}
     for devices in counts:
         program, kept = compiled(config, words, devices, generate(USERS, ITEMS, PAIRS), "segment")
