@@ -67,6 +67,7 @@ def evidence() -> Evidence:
 SETTINGS = {
     "ease": {"l2": 1.0},
     "text_ease": {"l2": 1.0, "l2_text": 2.0, "l2_words": 1.0},
+    "term_ease": {"l2": 2.0, "l2_text": 1.0, "l2_words": 1.5},
     "gf_cf": {"rank": 2, "alpha": 0.3},
     "popularity": {"half_life": 0.0},
     "recent_popularity": {"half_life": 3.0},

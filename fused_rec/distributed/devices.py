@@ -139,6 +139,10 @@ class Shards:
         """Sums over devices."""
         return x if self.count == 1 else jax.lax.psum(x, AXIS)
 
+    def varying(self, x: Array) -> Array:
+        """Marks an array that is the same on all devices as a device's own: its gradient is then not summed."""
+        return x if self.count == 1 else jax.lax.pcast(x, AXIS, to="varying")
+
     def scatter_sums(self, x: Array) -> Array:
         """Sums [rows * count, ...], in the order of the global rows, over devices; each gets its own [rows, ...]."""
         if self.count == 1:

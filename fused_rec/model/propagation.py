@@ -103,7 +103,7 @@ def propagate_layers(
             adjacency, gate = graph.adjacencies[relation], coefficients.gate[relation][level]
             scale = coefficients.source_scale[relation]
             if graph.sums_own_rows(relation):
-                ones = jnp.ones(len(adjacency.receiver_start) - 1)
+                ones = graph.shards.varying(jnp.ones(len(adjacency.receiver_start) - 1))
                 sums = gated_sum(adjacency, edge, scale, ones, h[relation.source].astype(compute_dtype))
                 message = gate[:, None] * graph.shards.scatter_sums(sums)
             else:
