@@ -81,6 +81,13 @@ def test_only_candidates_are_indexed(made):
     np.testing.assert_array_equal(found.items, index.exact(np.arange(N_USERS), K).items)
 
 
+def test_an_index_of_nothing_is_refused(made):
+    scorer, users, items, candidates = made
+    none = dataclasses.replace(candidates, items=np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="0 items may be recommended"):
+        build_index(scorer, users, items, none)
+
+
 def test_lists_are_read_until_the_recall_is_reached(made):
     """What is reported is of users on whom the number was not chosen."""
     index = build_index(*made)
