@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from fused_rec.commands import written_reasons
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter
+from fused_rec.explanation.explained_model import ExplainedModel
 from fused_rec.explanation.reasons import Content
 from fused_rec.serving import approximate
 from fused_rec.serving.approximate import build_index, recalls, set_probes, with_recall
@@ -113,11 +113,12 @@ def test_recall_by_hand():
 
 def test_items_that_the_exact_list_lacks_have_no_set(tmp_path, monkeypatch):
     """Their sets are those without which they would enter it: "you would see this", of an item that is in the file."""
-    dataset = make_synthetic(0, 20, 10)
+    dataset = make_synthetic(0, 20, 20)
     ids = {"user_id": dataset.users["user_id"][:1].to_pylist() * 2, "item_id": dataset.items["item_id"][:2].to_pylist()}
     pyarrow.parquet.write_table(pa.table(ids), tmp_path / "ranked.parquet")
     monkeypatch.setattr(written_reasons, "record", lambda *_: [{"set": {"rank": rank}} for rank in (3, 4)])
-    model: Any = SimpleNamespace(inputs=SimpleNamespace(dataset=dataset))
+    inputs = SimpleNamespace(dataset=dataset)
+    model = ExplainedModel._make(inputs if name == "inputs" else None for name in ExplainedModel._fields)
     file = written_reasons.write_reasons(model, tmp_path / "ranked.parquet", 2, Content(k=3))
     assert [json.loads(line)["set"] for line in file.read_text().splitlines()] == [{"rank": 3}, None]
 
