@@ -5,16 +5,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from jax.tree_util import Partial
 
 import fused_rec as fr
+from fused_rec.commands import written_reasons
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import CandidateFilter
+from fused_rec.explanation.explained_model import ExplainedModel
+from fused_rec.explanation.reasons import Content
 from fused_rec.serving import approximate
 from fused_rec.serving.approximate import build_index, recalls, set_probes, with_recall
 
@@ -81,6 +87,13 @@ def test_only_candidates_are_indexed(made):
     np.testing.assert_array_equal(found.items, index.exact(np.arange(N_USERS), K).items)
 
 
+def test_an_index_of_nothing_is_refused(made):
+    scorer, users, items, candidates = made
+    none = dataclasses.replace(candidates, items=np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="0 items may be recommended"):
+        build_index(scorer, users, items, none)
+
+
 def test_lists_are_read_until_the_recall_is_reached(made):
     """What is reported is of users on whom the number was not chosen."""
     index = build_index(*made)
@@ -96,6 +109,18 @@ def test_recall_by_hand():
     exact = np.array([[1, 2, 3, 4], [5, 6, -1, -1], [-1, -1, -1, -1]], np.int32)
     found = np.array([[4, 2, 9, 8], [6, -1, -1, -1], [-1, -1, -1, -1]], np.int32)
     assert recalls(found, exact).tolist() == [0.5, 0.5, 1]
+
+
+def test_items_that_the_exact_list_lacks_have_no_set(tmp_path, monkeypatch):
+    """Their sets are those without which they would enter it: "you would see this", of an item that is in the file."""
+    dataset = make_synthetic(0, 20, 20)
+    ids = {"user_id": dataset.users["user_id"][:1].to_pylist() * 2, "item_id": dataset.items["item_id"][:2].to_pylist()}
+    pyarrow.parquet.write_table(pa.table(ids), tmp_path / "ranked.parquet")
+    monkeypatch.setattr(written_reasons, "record", lambda *_: [{"set": {"rank": rank}} for rank in (3, 4)])
+    inputs = SimpleNamespace(dataset=dataset)
+    model = ExplainedModel._make(inputs if name == "inputs" else None for name in ExplainedModel._fields)
+    file = written_reasons.write_reasons(model, tmp_path / "ranked.parquet", 2, Content(k=3))
+    assert [json.loads(line)["set"] for line in file.read_text().splitlines()] == [{"rank": 3}, None]
 
 
 def test_the_command(tmp_path):

@@ -10,10 +10,15 @@ import pytest
 
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.batches import batch, user_items
+from fused_rec.data.splits import split
+from fused_rec.data.synthetic import make_synthetic
 from fused_rec.graph.build import bidirectional_edges
 from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, NO_TEXT_DIM, USER
+from fused_rec.training import trainer
+from fused_rec.training.checkpoint import Checkpoints
+from fused_rec.training.inputs import prepare
 from fused_rec.training.lazy_adam import B1, B2, EPSILON, Rows, catch_up
 from fused_rec.training.neighbor_sampling import neighbor_sampler
 from fused_rec.training.sharding import gather_state, parallel_train_step, settle, shard_batch, shard_state
@@ -92,6 +97,28 @@ def test_a_resumed_run_is_the_same_to_the_last_bit():
     """A state between two evaluations is saved with rows that are behind."""
     straight, resumed = (trained(config_of(lazy_adam=True), 1, stop)[1] for stop in (STEPS, 5))
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+
+
+def test_a_training_evaluates_and_saves_rows_that_are_up_to_date(tmp_path, monkeypatch):
+    """The trainer settles them before each evaluation."""
+    config, evaluated = config_of(lazy_adam=True), []
+    train = dataclasses.replace(config.train, max_steps=6, eval_every=3)
+    config = dataclasses.replace(config, train=train)
+    dataset = make_synthetic(0, 100, 40)
+    prepared = prepare(config, dataset, split(dataset, config.split))
+    monkeypatch.setattr(trainer, "sharded_scorer", lambda config, inputs, params: evaluated.append(gathered(params)))
+    monkeypatch.setattr(trainer, "evaluate_mean", lambda *_: {train.metric: float(len(evaluated))})
+
+    def gathered(params):
+        return gather_state(params, init(config, prepared.graph_inputs).params)
+
+    trainer.fit(config, prepared, tmp_path)
+    assert len(evaluated) == 2
+    for step, params in zip((3, 6), evaluated, strict=True):
+        state, _ = Checkpoints(tmp_path / "checkpoints").restore(step, like=init(config, prepared.graph_inputs))
+        for rows in state.opt_state.steps["main"].values():
+            np.testing.assert_array_equal(rows, step)
+        jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 @pytest.mark.parametrize("square", [1e-3, 1e-13])

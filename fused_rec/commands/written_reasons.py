@@ -61,6 +61,9 @@ def write_reasons(
                     found = []
                     for start, end in some:
                         found += record(model, int(user[start]), item[start:end].tolist(), content)
+                    for row in found:  # an approximate list may have items that the exact one lacks
+                        if row.get("set") and row["set"]["rank"] > content.k:
+                            row["set"] = None
                     if words is not None:
                         these = slice(some[0][0], some[-1][1])
                         pairs = list(zip(user[these].tolist(), item[these].tolist(), strict=True))

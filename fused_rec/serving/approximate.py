@@ -136,10 +136,13 @@ def build_index(
 
     Raises:
       ImportError: Faiss is not installed.
+      ValueError: no item may be recommended.
       InsufficientMemoryError: the index does not fit.
     """
     faiss = open_faiss("--index=ivf")
     rows = np.arange(len(items)) if candidates.items is None else np.asarray(candidates.items, np.int64)
+    if not len(rows):
+        raise ValueError("0 items may be recommended, and an index needs at least 1; allow others, or rank without it")
     require_memory(3 * 4 * len(rows) * items.shape[1], "the index of the products", "rank without --index")
     n_lists = max(1, min(round(LISTS_PER_ROOT * math.sqrt(len(rows))), len(rows) // 40))
     quantizer = faiss.IndexFlatIP(items.shape[1])
@@ -232,7 +235,7 @@ def recalls(found: Int32[np.ndarray, "V k"], exact: Int32[np.ndarray, "V k"]) ->
       exact: those of the exact ranking.
     """
     there = exact >= 0
-    hits = ((exact[:, :, None] == found[:, None, :]).any(2) & there).sum(1)
+    hits = np.array([np.isin(one[one >= 0], part).sum() for one, part in zip(exact, found, strict=True)])
     return np.where(there.any(1), hits / np.maximum(there.sum(1), 1), 1).astype(np.float32)
 
 
