@@ -83,8 +83,8 @@ def largest_error(config: Config, params, model: LeaveOneOut, graph_inputs: Grap
     return worst
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_effects_are_those_of_recomputation(name):
+def subject(name: str):
+    """The config of this name, parameters, `leave_one_out` of them, and graph inputs."""
     config = CONFIGS[name]
     fusion = tiny.late_fusion() if config.model.late_fusion else None
     popularity = test_decomposition.graph_inputs().popularity
@@ -93,7 +93,12 @@ def test_effects_are_those_of_recomputation(name):
     graph_inputs = GraphInputs(market(), np.arange(6) < 5, popularity, fusion)
     params = disturbed(config, graph_inputs)
     model = leave_one_out(config, params, OBSERVED, graph_inputs)
-    assert largest_error(config, params, model, graph_inputs, range(7), 20) < TOLERANCE
+    return config, params, model, graph_inputs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_effects_are_those_of_recomputation(name):
+    assert largest_error(*subject(name), range(7), 20) < TOLERANCE
 
 
 def test_effects_in_a_market_with_attributes(opened):  # noqa: F811

@@ -3,12 +3,9 @@
 import jax
 import numpy as np
 import pytest
-import test_decomposition
-import tiny
 from test_faithfulness import opened  # noqa: F401
-from test_leave_one_out import CONFIGS, OBSERVED, TOLERANCE, compiled, disturbed, market
+from test_leave_one_out import CONFIGS, OBSERVED, TOLERANCE, compiled, disturbed, market, subject
 
-from fused_rec.baselines.neighbors import item_counts
 from fused_rec.explanation import set_removal
 from fused_rec.explanation.counterfactual import without_sources
 from fused_rec.explanation.leave_one_out import SetScores, leave_one_out
@@ -42,15 +39,7 @@ def largest_error(config, params, model, graph_inputs, users) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_without_sets_are_those_of_recomputation(name):
-    config = CONFIGS[name]
-    fusion = tiny.late_fusion() if config.model.late_fusion else None
-    popularity = test_decomposition.graph_inputs().popularity
-    if config.model.popularity_half_life:
-        popularity = item_counts(tiny.HELD, OBSERVED.age, config.model.popularity_half_life, 6)
-    graph_inputs = GraphInputs(market(), np.arange(6) < 5, popularity, fusion)
-    params = disturbed(config, graph_inputs)
-    model = leave_one_out(config, params, OBSERVED, graph_inputs)
-    assert largest_error(config, params, model, graph_inputs, (0, 3, 6)) < TOLERANCE
+    assert largest_error(*subject(name), (0, 3, 6)) < TOLERANCE
 
 
 def test_sets_in_a_market_with_attributes(opened, monkeypatch):  # noqa: F811
