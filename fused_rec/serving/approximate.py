@@ -241,6 +241,7 @@ def recalls(found: Int32[np.ndarray, "V k"], exact: Int32[np.ndarray, "V k"]) ->
 
 def open_faiss(what: str) -> Any:
     """Imports Faiss; raises ImportError, saying that `what` needs it."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it logs each build that it tries, as a failure
     try:
         import faiss
     except ImportError as error:
