@@ -322,6 +322,12 @@ class ModelConfig:
         """Hops of the graph that an embedding depends on: the layers, and one more where users start as their items."""
         return self.effective_layers + self.users_start_as_items
 
+    @property
+    def local_text(self) -> bool:
+        """Whether the text of a node enters where that node is alone: not where users start as their items."""
+        both = [self, self.text_branch()] if self.fuses_text else [self]
+        return not any(branch.users_start_as_items for branch in both)
+
     def text_branch(self) -> "ModelConfig":
         """Returns the settings of the second branch of a model that fuses text."""
         return dataclasses.replace(self, variant="text", late_fusion=False, text_alignment=0.0, text_reconstruction=0.0)

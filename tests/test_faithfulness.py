@@ -155,7 +155,7 @@ def test_gradients_are_differences(opened):
     config, prepared, params, *_ = opened
     user, item, graph_inputs = a_user(prepared), 5, prepared.graph_inputs
     user_sources = sources(graph_inputs, user)
-    model = explained_model(config, params, prepared)
+    model = explained_model(config, params, prepared, with_reviews=False)
     found = attributions(model, SetScores(model.leave_one_out, user), item, np.random.default_rng(0))
     for number in range(0, len(user_sources), 3):
         scored = []
@@ -174,7 +174,7 @@ def test_orders_by_their_definitions(opened, monkeypatch):
     """Two-ended effects, Shapley values and integrals of gradients add up to recomputed scores."""
     config, prepared, params, *_ = opened
     user, item, graph_inputs = a_user(prepared), 5, prepared.graph_inputs
-    user_sources, model = sources(graph_inputs, user), explained_model(config, params, prepared)
+    user_sources, model = sources(graph_inputs, user), explained_model(config, params, prepared, with_reviews=False)
     without = SetScores(model.leave_one_out, user)
     everything = range(len(user_sources))
 
@@ -222,7 +222,7 @@ def test_attention_is_the_part_without_its_direction(opened):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1, variant="graph"))
     params = init(config, prepared.graph_inputs).params
     user, item = a_user(prepared), 5
-    user_sources, model = sources(prepared.graph_inputs, user), explained_model(config, params, prepared)
+    user_sources, model = sources(prepared.graph_inputs, user), explained_model(config, params, prepared, with_reviews=False)
     found = attributions(model, SetScores(model.leave_one_out, user), item, np.random.default_rng(0))
     [branch] = model.decomposition.branches
     for source, part, weight in zip(user_sources, found["parts"], found["attention"], strict=True):
@@ -241,7 +241,7 @@ def test_curves_are_scores_without_the_first(opened, monkeypatch):
     user, item = a_user(prepared), 5
     monkeypatch.setattr(subject, "LEAST_SOURCES", 1)
     draw = functools.partial(np.random.default_rng, 3)
-    model, user_sources = explained_model(config, params, prepared), sources(prepared.graph_inputs, user)
+    model, user_sources = explained_model(config, params, prepared, with_reviews=False), sources(prepared.graph_inputs, user)
     found = curves(model, user, item, draw(), seed=5)
     assert found is not None
     order = attributions(model, SetScores(model.leave_one_out, user), item, numbered_rng(5, user))

@@ -16,8 +16,10 @@ from fused_rec.config import Config, ModelConfig
 from fused_rec.data.dataset import empty_reviews, empty_ties
 from fused_rec.data.splits import Observed
 from fused_rec.explanation.counterfactual import without_sources
+from fused_rec.explanation.decomposition import REVIEW
 from fused_rec.explanation.explained_model import contributions_and_effects, explained_model
 from fused_rec.explanation.leave_one_out import LeaveOneOut, effects, leave_one_out
+from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.explanation.sources import sources
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges
 from fused_rec.graph.device_graph import DeviceGraph, device_graph
@@ -63,9 +65,10 @@ def compiled():
     return jax.jit(embed_nodes, static_argnums=0)
 
 
-def recomputed(config: Config, params, observed, graph_inputs, user: int, source) -> np.ndarray:
+def recomputed(config: Config, params, observed, graph_inputs, user: int, source, reviews) -> np.ndarray:
     """Scores of all items without a source."""
-    users, items = compiled()(config, params, without_sources(config, observed, graph_inputs, user, [source]))
+    left = without_sources(config, observed, graph_inputs, user, [source], reviews)
+    users, items = compiled()(config, params, left)
     return np.asarray(users[user] @ items.T)
 
 
@@ -75,10 +78,10 @@ def largest_error(config: Config, params, model: LeaveOneOut, graph_inputs: Grap
     every, worst = np.asarray(given_users @ given_items.T), 0.0
     for user in users:
         found = effects(model, user, range(every.shape[1]))
-        named = sources(graph_inputs.graph, model.reverse, user)
+        named = sources(graph_inputs.graph, model.reverse, user, model.reviews)
         assert list(zip(found.kind, found.source.tolist(), strict=True)) == [(s.kind, s.row) for s in named]
         for place in np.random.default_rng(user).permutation(len(named))[:most].tolist():
-            after = recomputed(config, params, model.observed, graph_inputs, user, named[place])
+            after = recomputed(config, params, model.observed, graph_inputs, user, named[place], model.reviews)
             worst = max(worst, float(np.abs(every[user] - after - found.value[place]).max() / np.abs(every).max()))
     return worst
 
@@ -103,8 +106,12 @@ def test_effects_are_those_of_recomputation(name):
 
 def test_effects_in_a_market_with_attributes(opened):  # noqa: F811
     config, prepared, params, *_ = opened
-    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs)
-    assert largest_error(config, params, model, prepared.graph_inputs, (0, 3, 11), 6) < TOLERANCE
+    reviews = own_reviews(config, prepared)
+    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs, reviews)
+    assert largest_error(config, params, model, prepared.graph_inputs, (0, 3, 11), 9) < TOLERANCE
+    found = effects(model, 3, [4, 7])
+    is_review = np.array(found.kind) == REVIEW
+    assert is_review.any() and np.abs(found.value[is_review]).min() > 1e-4
 
 
 def test_a_few_at_a_time_as_all_at_once(monkeypatch):
@@ -130,6 +137,8 @@ def test_effects_beside_contributions(opened):  # noqa: F811
     found = effects(model.leave_one_out, 3, [4, 7])
     assert np.isnan(effect[contributed.source < 0]).all()
     for kind, source, value in zip(found.kind, found.source, found.value, strict=True):
+        if kind == REVIEW:  # part of the texts of the user and of the item
+            continue
         at = np.array([own == kind for own in contributed.kind]) & (contributed.source == source)
         assert effect[at].tolist() == [value.tolist()]
 
@@ -144,5 +153,6 @@ def test_effects_on_amazon(tmp_path):
     )
     prepared = prepare(config, *read(config))
     params = disturbed(config, prepared.graph_inputs)
-    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs)
-    assert largest_error(config, params, model, prepared.graph_inputs, (0, 100, 1000), 4) < TOLERANCE
+    reviews = own_reviews(config, prepared)
+    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs, reviews)
+    assert largest_error(config, params, model, prepared.graph_inputs, (0, 100, 1000), 6) < TOLERANCE

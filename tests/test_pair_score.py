@@ -8,11 +8,11 @@ import tiny
 from test_leave_one_out import CONFIGS, disturbed, market
 
 from fused_rec.explanation import token_attribution
-from fused_rec.explanation.pair_score import PairScorer, local
+from fused_rec.explanation.pair_score import PairScorer
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.training.train_step import GraphInputs, embed_nodes
 
-LOCAL = [name for name, config in CONFIGS.items() if local(config.model)]
+LOCAL = [name for name, config in CONFIGS.items() if config.model.local_text]
 
 
 def test_where_users_start_as_their_items_texts_are_not_local():

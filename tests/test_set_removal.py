@@ -9,6 +9,7 @@ from test_leave_one_out import CONFIGS, OBSERVED, TOLERANCE, compiled, disturbed
 from fused_rec.explanation import set_removal
 from fused_rec.explanation.counterfactual import without_sources
 from fused_rec.explanation.leave_one_out import SetScores, leave_one_out
+from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.explanation.sources import sources
 from fused_rec.training.train_step import GraphInputs
 
@@ -26,11 +27,12 @@ def largest_error(config, params, model, graph_inputs, users) -> float:
     )
     worst = 0.0
     for user in users:
-        named, given = sources(graph_inputs.graph, model.reverse, user), SetScores(model, user)
+        named, given = sources(graph_inputs.graph, model.reverse, user, model.reviews), SetScores(model, user)
         for sets in drawn_sets(len(named), np.random.default_rng(user)):
             found = given.scores(sets, np.arange(before.shape[1]))
             for gone, scores in zip(sets, found, strict=True):
-                left = without_sources(config, model.observed, graph_inputs, user, [named[n] for n in gone])
+                removed = [named[n] for n in gone]
+                left = without_sources(config, model.observed, graph_inputs, user, removed, model.reviews)
                 vectors = compiled()(config, params, left)
                 after = np.asarray(vectors[0][user] @ vectors[1].T)
                 worst = max(worst, float(np.abs(after - scores).max() / np.abs(before).max()))
@@ -44,7 +46,8 @@ def test_scores_without_sets_are_those_of_recomputation(name):
 
 def test_sets_in_a_market_with_attributes(opened, monkeypatch):  # noqa: F811
     config, prepared, params, *_ = opened
-    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs)
+    reviews = own_reviews(config, prepared)
+    model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs, reviews)
     monkeypatch.setattr(set_removal, "CHUNK", 1000)  # columns and sets a few at a time
     monkeypatch.setattr("fused_rec.explanation.leave_one_out.SET_CHUNK", 1000)
     assert largest_error(config, params, model, prepared.graph_inputs, (0, 3)) < TOLERANCE

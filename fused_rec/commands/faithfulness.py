@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if out.suffix != ".json":
         raise app.UsageError(f"--out is {out.name}; it must end in .json")
     config, prepared, state = load_measured(WORKDIR.value, "test", data_path=DATA_PATH.value, cache=CACHE.value)
-    model = explained_model(config, jax.device_put(state.params), prepared)
+    model = explained_model(config, jax.device_put(state.params), prepared, with_reviews=False)
     rng = np.random.default_rng(SEED.value)
     found, asked = [], 0
     with tqdm(total=USERS.value, desc="faithfulness", unit="customer") as bar:

@@ -36,6 +36,7 @@ MESSAGES = {
         "{n} customers tied to this one ({tie}) lean towards it",
     ),
     "nothing": ("Nothing known of the customer speaks for it; it is ranked by what speaks least against it.",),
+    "review": ("what you wrote about {item}",),
     "similar customers": ("{n} customer with much the same text", "{n} customers with much the same text"),
     "tied customers": ("{n} customer tied to you ({tie})", "{n} customers tied to you ({tie})"),
     "leaves": (

@@ -15,8 +15,9 @@ from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
 from fused_rec.data.splits import Observed
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.explanation.decomposition import INTERACTION, require_trained
+from fused_rec.explanation.decomposition import INTERACTION, REVIEW, require_trained
 from fused_rec.explanation.leave_one_out import LeaveOneOut, SetScores
+from fused_rec.explanation.own_reviews import OwnReviews
 from fused_rec.explanation.sources import Source, sources
 from fused_rec.graph.edit import drop_edges, drop_interaction
 from fused_rec.graph.schema import Relation
@@ -44,8 +45,9 @@ class CounterfactualEffect(NamedTuple):
 def without_interaction(config: Config, prepared: ModelInputs, user: int, item: int) -> GraphInputs:
     """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
-    Text features stay, including the user's reviews of the item, and so does what training fitted: parameters, the
-    standardization of degrees, and the rows of the closed-form components of late fusion, item popularity among them.
+    Text features stay, including the user's reviews of the item, which are sources of their own (`without_sources`), and
+    so does what training fitted: parameters, the standardization of degrees, and the rows of the closed-form components
+    of late fusion, item popularity among them.
     Arrays keep their shapes (`fused_rec.graph.edit`).
 
     Args:
@@ -99,11 +101,16 @@ def edited_inputs(
 
 
 def without_sources(
-    config: Config, observed: Observed, graph_inputs: GraphInputs, user: int, gone: Sequence[Source]
+    config: Config,
+    observed: Observed,
+    graph_inputs: GraphInputs,
+    user: int,
+    gone: Sequence[Source],
+    reviews: OwnReviews | None = None,
 ) -> GraphInputs:
-    """Removes sources of a user from the graph inputs, by `fused_rec.graph.edit.drop_edges`.
+    """Removes sources of a user from the graph inputs: edges by `fused_rec.graph.edit.drop_edges`, and texts.
 
-    As in `without_interaction` text features stay.
+    As in `without_interaction` text features stay, but for those of the reviews among the sources.
 
     Args:
       config: settings of the run.
@@ -111,6 +118,7 @@ def without_sources(
       graph_inputs: graph and item statistics.
       user: user row.
       gone: sources to remove.
+      reviews: those that can be removed; None where no source is a review.
 
     Returns:
       The changed inputs.
@@ -120,6 +128,10 @@ def without_sources(
         for relation, edge in source.edges:
             edges.setdefault(relation, []).append(edge)
     changed = dataclasses.replace(graph_inputs, graph=drop_edges(graph_inputs.graph, edges))
+    if reviewed := [source.row for source in gone if source.kind == REVIEW]:
+        assert reviews is not None
+        text = reviews.edited(changed.graph.text, user, reviewed)
+        changed = dataclasses.replace(changed, graph=changed.graph.with_text(text))
     items = [source.row for source in gone if source.kind == INTERACTION]
     return edited_inputs(config, observed, changed, user, items)
 
@@ -243,7 +255,7 @@ class _Leads:
     ):
         self.model, self.prepared, self.user, self.items, self.k = model, prepared, user, np.asarray(items), k
         self.candidates = np.flatnonzero(eligible)
-        self.sources = sources(model.graph, model.reverse, user)
+        self.sources = sources(model.graph, model.reverse, user, model.reviews)
         self.without = SetScores(model, user)
         self.known: dict[frozenset[int], np.ndarray] = {}
         self.scores = functools.lru_cache(maxsize=16)(self._scores)
@@ -252,7 +264,8 @@ class _Leads:
         """All scores on the graph without these sources, recomputed."""
         removed = [self.sources[place] for place in gone]
         config, inputs = self.model.config, self.prepared
-        edited = without_sources(config, inputs.observed, inputs.graph_inputs, self.user, removed)
+        given = inputs.graph_inputs
+        edited = without_sources(config, inputs.observed, given, self.user, removed, self.model.reviews)
         return np.asarray(_scores(compile_key(config), self.model.params, edited, np.array([self.user], np.int32)))[0]
 
     def compute(self, sets: Iterable[frozenset[int]]) -> None:

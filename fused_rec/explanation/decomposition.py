@@ -42,22 +42,23 @@ from fused_rec.training.train_step import BRANCHES, GraphInputs, score_component
 
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
-OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY, LAUNCH = (
+OWN_ID, OWN_TEXT, INTERACTION, SIMILAR_USERS, POPULARITY, LAUNCH, REVIEW = (
     "own_id",
     "own_text",
     "interaction",
     SIMILAR_TEXT,
     "popularity",
     "launch",
+    "review",
 )
 TIE = "tie:"  # prefix of the social relations, whose names come from the tables
+REVIEWED_BY = Relation(ITEM, "reviewed_by", USER)  # no edges of the graph: a review is text of both
 
 
 def source_kind(relation: Relation) -> str:
     """Returns the kind of contributions whose sources are connected to the user by a relation."""
-    if relation == INTERACTED_BY:
-        return INTERACTION
-    return SIMILAR_USERS if relation.name == SIMILAR_USERS else TIE + relation.name
+    named = {INTERACTED_BY: INTERACTION, REVIEWED_BY: REVIEW}
+    return named.get(relation) or (SIMILAR_USERS if relation.name == SIMILAR_USERS else TIE + relation.name)
 
 
 class BranchTerms(NamedTuple):

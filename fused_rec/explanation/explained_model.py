@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, PyTree
 from fused_rec.config import Config
 from fused_rec.explanation.decomposition import Contributions, ScoreDecomposition, contributions, decompose
 from fused_rec.explanation.leave_one_out import Effects, LeaveOneOut, effects, leave_one_out
+from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.training.inputs import ModelInputs
 
 
@@ -29,13 +30,16 @@ class ExplainedModel(NamedTuple):
     leave_one_out: LeaveOneOut
 
 
-def explained_model(config: Config, params: PyTree, inputs: ModelInputs) -> ExplainedModel:
+def explained_model(
+    config: Config, params: PyTree, inputs: ModelInputs, *, with_reviews: bool = True
+) -> ExplainedModel:
     """Prepares contributions and effects.
 
     Args:
       config: settings of the run.
       params: parameters, not sharded.
       inputs: tables and graph, on the host.
+      with_reviews: whether reviews are sources that can be removed, besides edges of the graph.
 
     Returns:
       The model for `contributions_and_effects`.
@@ -44,7 +48,8 @@ def explained_model(config: Config, params: PyTree, inputs: ModelInputs) -> Expl
       ValueError: the model is a baseline.
     """
     decomposition = decompose(config, params, inputs.graph_inputs)
-    left_out = leave_one_out(config, params, inputs.observed, inputs.graph_inputs)
+    reviews = own_reviews(config, inputs) if with_reviews else None
+    left_out = leave_one_out(config, params, inputs.observed, inputs.graph_inputs, reviews)
     return ExplainedModel(config, params, inputs, decomposition, left_out)
 
 

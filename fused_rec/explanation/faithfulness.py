@@ -57,7 +57,7 @@ def attributions(
     """Attributes a score to the user's sources by each of `ORDERS` except random.
 
     Args:
-      model: of `fused_rec.explanation.explained_model.explained_model`.
+      model: of `fused_rec.explanation.explained_model.explained_model`, without reviews.
       given: scores without sets of a user's sources.
       item: item row.
       rng: of the permutations.
@@ -168,7 +168,7 @@ def curves(model: ExplainedModel, user: int, item: int, rng: np.random.Generator
     """Computes the deletion and insertion curves of one pair for each of `ORDERS`.
 
     Args:
-      model: of `fused_rec.explanation.explained_model.explained_model`.
+      model: of `fused_rec.explanation.explained_model.explained_model`, without reviews.
       user: user row.
       item: item row.
       rng: of the random order.

@@ -1,24 +1,26 @@
 """Leave-one-out effects: how much each source of a user changes a score, for all sources at once and exactly.
 
-The effect of a source (interaction, social edge, text-kNN edge) is the score minus the score on the graph without it:
-edges in both directions, their weights, degrees, gates, popularity, norms, and the standard deviations of late fusion.
-It equals recomputation (`fused_rec.explanation.counterfactual.without_sources`) up to rounding. Embeddings without each
-edge are from `fused_rec.explanation.edge_removal`; user vectors of closed-form components lose one row.
+The effect of a source (interaction, social edge, text-kNN edge, review) is the score minus the score without it: edges
+in both directions, their weights, degrees, gates, popularity, texts, norms, and the standard deviations of late fusion.
+It equals recomputation (`fused_rec.explanation.counterfactual.without_sources`) up to rounding. Embeddings without
+sources are from `fused_rec.explanation.set_removal`; user vectors of closed-form components lose rows.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32, Int, PyTree
+from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from fused_rec.config import Config, ModelConfig
 from fused_rec.data.splits import Observed
-from fused_rec.explanation.decomposition import INTERACTION, TIE, source_kind
-from fused_rec.explanation.edge_removal import Branch, Change, branches, embeddings_without, without_rounding
-from fused_rec.explanation.set_removal import SetRemoval
+from fused_rec.explanation.decomposition import INTERACTION, REVIEWED_BY, TIE, source_kind
+from fused_rec.explanation.branches import Branch, branches
+from fused_rec.explanation.own_reviews import OwnReviews
+from fused_rec.explanation.removed_texts import RemovedTexts
+from fused_rec.explanation.set_removal import Change, SetRemoval, without_rounding
 from fused_rec.explanation.sources import Sources, reverse_relations, senders_of, sources_by_relation
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
@@ -63,11 +65,13 @@ class _Gone(NamedTuple):
       changes: embeddings of each trained branch without them.
       items: rows [P, m] of the items whose interactions are removed; -1 for other sources.
       friends: rows [P, m] of the users whose social edges are removed; -1 for other sources.
+      text: the user's text features; None where they stay.
     """
 
     changes: Sequence[Change]
     items: Int[np.ndarray, "P m"]
     friends: Int[np.ndarray, "P m"]
+    text: Float32[np.ndarray, "P D"] | None = None
 
 
 class _Closed(NamedTuple):
@@ -91,9 +95,16 @@ class LeaveOneOut:
     branches: tuple[Branch, ...]
     closed: tuple[_Closed, ...]
     reverse: Mapping[Relation, Relation | None]
+    reviews: OwnReviews | None
 
 
-def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inputs: GraphInputs) -> LeaveOneOut:
+def leave_one_out(
+    config: Config,
+    params: PyTree,
+    observed: Observed,
+    graph_inputs: GraphInputs,
+    reviews: OwnReviews | None = None,
+) -> LeaveOneOut:
     """Prepares `effects`, once per model and graph.
 
     Args:
@@ -101,6 +112,7 @@ def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inpu
       params: parameters, not sharded.
       observed: interactions of the graph.
       graph_inputs: graph and item statistics, on the host.
+      reviews: of `fused_rec.explanation.own_reviews.own_reviews`; None: reviews are no sources.
 
     Returns:
       Embeddings of all layers, sparse matrices, and covariances of late fusion.
@@ -119,6 +131,7 @@ def leave_one_out(config: Config, params: PyTree, observed: Observed, graph_inpu
         branches(config, params, graph),
         closed,
         reverse_relations(graph),
+        reviews,
     )
 
 
@@ -148,26 +161,39 @@ def effects(model: LeaveOneOut, user: int, items: Sequence[int] | Int[np.ndarray
       where nothing is left of the user, whom `fused_rec.explanation.decomposition.scores` ranks by popularity.
     """
     rows = np.asarray(items, np.int64)
-    kinds: list[str] = []
-    found, values = [], []
     whole = _scores(model, user, _nothing(model, user), rows)
-    groups = sources_by_relation(model.graph, model.reverse, user)
-    # Columns over the nodes: at most four new ones per layer.
+    kinds, found, values = [], [], []
     nodes = sum(count for _, count in model.graph.node_types)
-    layers = max(len(branch.layers) - 1 for branch in model.branches)
-    size = max(1, CHUNK // (nodes * max(4 * layers, 1)))
-    for group in groups:
-        for start in range(0, len(group.rows), size):
-            part = _part(group, slice(start, start + size))
-            changes = [embeddings_without(branch, user, part) for branch in model.branches]
-            kind = np.full((len(part.rows), 1), source_kind(group.relation))
-            without = _scores(model, user, _gone(changes, kind, part.rows[:, None]), rows)
-            values.append(np.broadcast_to(whole - without, (len(part.rows), len(rows))))
-        kinds += [source_kind(group.relation)] * len(group.rows)
-        found.append(group.rows)
-    if not groups:
+    layers = max([1, *(len(branch.layers) - 1 for branch in model.branches)])
+    size = max(1, CHUNK // (nodes * 4 * layers))  # columns over the nodes: at most four new ones a source and layer
+    for some in _divided(_sources(model, user), size):
+        given = SetScores(model, user, some)
+        kinds += given.kinds.tolist()
+        found.append(given.rows)
+        values.append(whole - given.scores(np.arange(len(given.rows))[:, None], rows))
+    if not kinds:
         return Effects([], np.zeros(0, np.int64), np.zeros((0, len(rows))), whole[0])
     return Effects(kinds, np.concatenate(found), np.concatenate(values), whole[0])
+
+
+def _sources(model: LeaveOneOut, user: int) -> list[Sources]:
+    return sources_by_relation(model.graph, model.reverse, user, model.reviews)
+
+
+def _divided(groups: list[Sources], size: int) -> Iterator[list[Sources]]:
+    """Divides sources into parts of at most `size`."""
+    part, room = [], size
+    for group in groups:
+        start = 0
+        while start < len(group.rows):
+            part.append(_part(group, slice(start, start + room)))
+            taken = len(part[-1].rows)
+            start, room = start + taken, room - taken
+            if not room:
+                yield part
+                part, room = [], size
+    if part:
+        yield part
 
 
 class SetScores:
@@ -176,12 +202,15 @@ class SetScores:
     Args:
       model: of `leave_one_out`.
       user: user row.
+      groups: the sources that sets may have; None: all.
     """
 
-    def __init__(self, model: LeaveOneOut, user: int):
-        groups = sources_by_relation(model.graph, model.reverse, user)
+    def __init__(self, model: LeaveOneOut, user: int, groups: list[Sources] | None = None):
+        groups = _sources(model, user) if groups is None else groups
         self.model, self.user = model, user
-        self.removals = [SetRemoval(branch, user, groups) for branch in model.branches]
+        reviewed = model.reviews is not None and any(group.relation == REVIEWED_BY for group in groups)
+        self.texts = RemovedTexts(model.reviews, user, groups) if model.reviews is not None and reviewed else None
+        self.removals = [SetRemoval(branch, user, groups, self.texts) for branch in model.branches]
         self.kinds = np.array([source_kind(group.relation) for group in groups for _ in group.rows])
         self.rows = np.concatenate([np.zeros(0, np.int64), *(group.rows for group in groups)]).astype(np.int64)
 
@@ -191,23 +220,39 @@ class SetScores:
         """Computes the scores without each set.
 
         Args:
-          sets: P sets of m sources, all different, numbered as in `fused_rec.explanation.sources.sources`.
+          sets: P sets of m sources, all different, numbered in the order of the groups: of all sources as in
+            `fused_rec.explanation.sources.sources`.
           items: n item rows.
 
         Returns:
           The scores, as of `effects`.
         """
         rows = np.asarray(items, np.int64)
+        whole = _scores(self.model, self.user, _nothing(self.model, self.user), rows)
         if not sets.shape[1]:
-            return np.repeat(_scores(self.model, self.user, _nothing(self.model, self.user), rows), len(sets), axis=0)
+            return np.repeat(whole, len(sets), axis=0)
         layers = max([1, *(len(branch.layers) for branch in self.model.branches)])
         # Of a set each branch has up to three columns a source, layer and item.
         step = max(1, SET_CHUNK // (len(self.model.popularity) * layers * (3 * sets.shape[1] + 3)))
         found = []
         for some in (sets[start : start + step] for start in range(0, len(sets), step)):
-            changes = [removal.without(some) for removal in self.removals]
-            found.append(_scores(self.model, self.user, _gone(changes, self.kinds[some], self.rows[some]), rows))
+            nodes = np.concatenate([np.zeros((len(some), 1), np.int64), some + 1], axis=1)
+            texts = self.texts and self.texts.of_sets(nodes)
+            changes = [removal.without(nodes, texts) for removal in self.removals]
+            gone = _gone(changes, self.kinds[some], self.rows[some], texts.user if texts else None)
+            found.append(np.where(self._changes(gone)[:, None], _scores(self.model, self.user, gone, rows), whole))
         return np.concatenate(found)
+
+    def _changes(self, gone: _Gone) -> Bool[np.ndarray, "P"]:
+        """Which sets change a score by more than rounding."""
+        found = ((gone.items >= 0) | (gone.friends >= 0)).any(1)
+        if gone.text is not None:
+            found |= (gone.text != np.asarray(self.model.graph.text[USER])[self.user]).any(1)
+        for branch, change in zip(self.model.branches, gone.changes, strict=True):
+            found |= (change.user != branch.out[USER][self.user]).any(1)
+            for term in change.terms:
+                found |= term.row.any(1)
+        return found
 
 
 def _nothing(model: LeaveOneOut, user: int) -> _Gone:
@@ -216,9 +261,12 @@ def _nothing(model: LeaveOneOut, user: int) -> _Gone:
     return _Gone([Change(branch.out[USER][[user]], []) for branch in model.branches], nothing, nothing)
 
 
-def _gone(changes: Sequence[Change], kinds: np.ndarray, rows: Int[np.ndarray, "P m"]) -> _Gone:
+def _gone(
+    changes: Sequence[Change], kinds: np.ndarray, rows: Int[np.ndarray, "P m"], text: np.ndarray | None
+) -> _Gone:
     """Sets of sources of these kinds [P, m] and rows."""
-    return _Gone(changes, np.where(kinds == INTERACTION, rows, -1), np.where(np.char.startswith(kinds, TIE), rows, -1))
+    items, friends = kinds == INTERACTION, np.char.startswith(kinds, TIE)
+    return _Gone(changes, np.where(items, rows, -1), np.where(friends, rows, -1), text)
 
 
 def _part(group: Sources, at: slice) -> Sources:
@@ -263,7 +311,7 @@ def _closed_vectors(graph: DeviceGraph, part: ClosedForm, user: int, gone: _Gone
     if part.user_source == "constant":
         return np.ones((1, 1), np.float32)
     if part.user_source == "text":
-        return np.asarray(graph.text[USER])[[user]]
+        return np.asarray(graph.text[USER])[[user]] if gone.text is None else gone.text
     sums = []
     if part.source.shape[1]:
         source = np.asarray(part.source)
@@ -343,11 +391,11 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
     scored = user @ rows.T
     size, own = (user * user).sum(1), (rows * rows).sum(1)
     spread = 1.0 if cosine else float(items.var(0).sum())
-    terms = [(term.items[wanted].T, term.row) for term in change.terms if term.items is not None and term.row.any()]
+    terms = [(term.items[wanted].T, term.row) for term in change.terms if term.row.any()]
     if not terms:
         return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
     shape = len(user), len(rows)
-    columns = np.stack([np.broadcast_to(column, shape) for column, _ in terms], axis=2)  # [P, n, T]
+    columns = np.stack([column for column, _ in terms], axis=2)  # [P, n, T]
     changes = np.stack([row for _, row in terms], axis=1)  # [P, T, K]
     scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]
     if not cosine:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from fused_rec.config import Config, ModelConfig
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.explanation.edge_removal import Branch, branches
+from fused_rec.explanation.branches import Branch, branches
 from fused_rec.graph.schema import INTERACTS, ITEM, USER
 from fused_rec.model.late_fusion import GRAPH_BRANCH, MIN_VARIANCE, MODEL, TEXT_BRANCH
 from fused_rec.model.text_fusion import Gate, TextInput, TextMLP
@@ -53,7 +53,7 @@ class PairScorer:
     """Scores of pairs as functions of their text features; a node without text stays without, others keep some.
 
     Args:
-      config: settings of the run; `local` holds for it.
+      config: settings of the run, with `model.local_text`.
       params: parameters, not sharded.
       graph_inputs: of the whole graph, on the host.
     """
@@ -169,11 +169,6 @@ class PairScorer:
         }
 
 
-def local(config: ModelConfig) -> bool:
-    """Whether the text of a node enters where that node is alone: not where users start as their items."""
-    return not (config.users_start_as_items or (config.fuses_text and config.text_branch().users_start_as_items))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _scores_and_slopes(
     configs: tuple[ModelConfig, ...], shared: dict[str, Any], pair: Pair, text: Float32[AnyArray, "n 2 D"]
@@ -228,7 +223,7 @@ def _changed_rows(
     with_text = (ITEM,) if not config.user_text_input or config.users_start_as_items else SIDES
     inputs = [
         [
-            _projected(config, params, side, own[number]) * (config.uses_text and side in with_text)
+            projected(config, params, side, own[number][None])[0] * (config.uses_text and side in with_text)
             for own in (before, text)
         ]
         for number, side in enumerate(SIDES)
@@ -261,9 +256,21 @@ def _changed_rows(
     return jnp.stack([jnp.stack(of_node) for of_node in rows])
 
 
-def _projected(config: ModelConfig, params: PyTree, side: str, text: Array) -> Array:
-    """The text input [K] of a node; zero where the branch has none."""
+def projected(
+    config: ModelConfig, params: PyTree, side: str, text: Float32[AnyArray, "n D"]
+) -> Float32[AnyArray, "n K"]:
+    """Computes text inputs of nodes.
+
+    Args:
+      config: settings of the branch.
+      params: its parameters.
+      side: type of the nodes.
+      text: their text features.
+
+    Returns:
+      The inputs; zero where the branch has none.
+    """
     if f"text_{side}" not in params:
-        return jnp.zeros(config.dim)
+        return jnp.zeros((len(text), config.dim))
     made = TextMLP(config.dim) if config.text_projection == "mlp" else TextInput(config.dim, config.id_init_std)
-    return made.apply({"params": params[f"text_{side}"]}, text[None])[0]
+    return made.apply({"params": params[f"text_{side}"]}, text)

@@ -23,6 +23,7 @@ from fused_rec.explanation.decomposition import (
     OWN_ID,
     OWN_TEXT,
     POPULARITY,
+    REVIEW,
     SIMILAR_USERS,
     TIE,
     Contributions,
@@ -149,9 +150,13 @@ def set_sentence(dataset: Dataset, found: CounterfactualSet, catalog: Catalog = 
       found: of `fused_rec.explanation.counterfactual.counterfactual_set`.
       catalog: sentences of a language.
     """
-    items = np.array([source.row for source in found.sources if source.kind == INTERACTION], np.int64)
-    parts = names(dataset.items.take(items), "item_id")
-    for kind, count in Counter(source.kind for source in found.sources if source.kind != INTERACTION).items():
+    held, reviewed = (
+        names(dataset.items.take(np.array([source.row for source in found.sources if source.kind == kind])), "item_id")
+        for kind in (INTERACTION, REVIEW)
+    )
+    parts = held + [catalog.say("review", item=item) for item in reviewed]
+    others = (source.kind for source in found.sources if source.kind not in (INTERACTION, REVIEW))
+    for kind, count in Counter(others).items():
         said = "similar customers" if kind == SIMILAR_USERS else "tied customers"
         parts.append(catalog.say(said, count, **({} if kind == SIMILAR_USERS else {"tie": kind.removeprefix(TIE)})))
     sources, count = catalog.joined(parts), len(found.sources)
@@ -167,7 +172,7 @@ def set_record(dataset: Dataset, found: CounterfactualSet, catalog: Catalog = EN
     """Returns a counterfactual set as JSON values, as `fused_rec.run.Run.counterfactual_set` describes them."""
     ids = dataset.items["item_id"]
     named = [
-        {"kind": source.kind, "item_id": ids[source.row].as_py() if source.kind == INTERACTION else None}
+        {"kind": source.kind, "item_id": ids[source.row].as_py() if source.kind in (INTERACTION, REVIEW) else None}
         for source in found.sources
     ]
     return {

@@ -1,27 +1,49 @@
 """Embeddings of a trained branch without several sources of a user at a time, for many sets of sources and exactly.
 
-As in `fused_rec.explanation.edge_removal` the change of a layer is a sum of few products of a column over the nodes and
-a row. The columns start at the user and at the sources and depend on no set: they are propagated once for all sets. The
-rows of a set follow from the embeddings of the user and of its sources alone.
+Propagation is linear, h^l = M_l h^{l-1} + text (`fused_rec.model.propagation`), and M_l changes little. The removal of
+edges of a relation scales the columns of its matrix A at their senders a (by the normalization with fewer edges and by
+the source scale) and changes the rows at their receivers b (by the normalization and by the gate), and so does another
+text, which has other gates and another text input:
+
+    (M'_l - M_l) h = sum_a A_:a (s_a - 1) h_a + sum_b e_b r_b
+
+with s_a the factor of a column and r_b what row b changes besides. Hence the change of all embeddings after l layers is
+a sum of few products of a column over the nodes and a row of K entries. A column takes one number a node in place of K.
+The columns start at the user and at the sources and depend on no set: they are propagated once for all sets. The rows
+of a set follow from the embeddings of the user and of its sources alone.
 
 P sets of m sources, N nodes (the user and each source), B columns, L layers, K numbers a row.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
-from fused_rec.explanation.edge_removal import Branch, Change, Term, grown, without_rounding
+from fused_rec.explanation.branches import Branch
+from fused_rec.explanation.removed_texts import BranchTexts, RemovedTexts, SetTexts, gate_of
 from fused_rec.explanation.sources import Sources, senders_of
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, SIMILAR_TEXT, USER, Relation
-from fused_rec.model.text_fusion import Gate, TextInput, TextMLP, gate_values, project
+from fused_rec.model.text_fusion import TextInput, TextMLP
 
 CHUNK = 1 << 25  # entries of the columns that are propagated together
+ROUNDING = 3e-6  # of the norm of a sum of float32 rows
+
+
+class Term(NamedTuple):
+    """A part of the change of the items' embeddings: by set the product of a column over the items and a row."""
+
+    row: Float32[np.ndarray, "P K"]
+    items: Float32[np.ndarray, "I P"]
+
+
+class Change(NamedTuple):
+    """Embeddings of a branch without each of P sets: of the user [P, K], and what changes those of items."""
+
+    user: Float32[np.ndarray, "P K"]
+    terms: list[Term]
 
 
 class _Columns(NamedTuple):
@@ -40,6 +62,28 @@ class _Rows(NamedTuple):
     row: Float32[np.ndarray, "P b K"]
 
 
+class _Edited(NamedTuple):
+    """A relation whose edges or gates change in P sets of s nodes.
+
+    Attributes:
+      relation: the relation.
+      between: weights [P, s, s] of its edges between nodes, from the second to the first.
+      removed: of these the removed ones.
+      growth: by how much [P, s, 1] what the nodes send grows.
+      before: gates [L, P, s] of the nodes.
+      after: their gates times the normalization.
+      changed: nodes [P, s] that lose an edge or have another gate.
+    """
+
+    relation: Relation
+    between: Float32[np.ndarray, "P s s"]
+    removed: Float32[np.ndarray, "P s s"]
+    growth: Float32[np.ndarray, "P s 1"]
+    before: Float32[np.ndarray, "L P s"]
+    after: Float32[np.ndarray, "L P s"]
+    changed: Bool[np.ndarray, "P s"]
+
+
 class SetRemoval:
     """A branch without sets of sources of one user.
 
@@ -47,12 +91,13 @@ class SetRemoval:
     sends in each reverse relation.
 
     Args:
-      branch: of `fused_rec.explanation.edge_removal.branches`.
+      branch: of `fused_rec.explanation.branches.branches`.
       user: user row.
       groups: the user's sources by relation; a source's place is its position in all of them.
+      texts: features without reviews; None where no source is a review.
     """
 
-    def __init__(self, branch: Branch, user: int, groups: Sequence[Sources]):
+    def __init__(self, branch: Branch, user: int, groups: Sequence[Sources], texts: RemovedTexts | None):
         self.branch, self.user, self.groups = branch, user, groups
         self.types = [USER] + [group.relation.source for group in groups for _ in group.rows]
         self.rows = np.concatenate([[user], *(group.rows for group in groups)]).astype(np.int64)
@@ -64,7 +109,9 @@ class SetRemoval:
         self.mix = np.asarray(branch.weights.layer_weights)
         self.backs = [g.back for g in groups if g.back is not None and g.back in branch.matrices]
         own = [g.relation for g in groups if g.relation in branch.matrices]
-        self.edited = list(dict.fromkeys([*own, *self.backs]))
+        self.texts = texts and BranchTexts(branch, texts, (self.types, self.rows))
+        gated = [r for r in branch.matrices if r.target in (USER, ITEM)] if self.texts and self.texts.in_gates else []
+        self.edited = list(dict.fromkeys([*own, *self.backs, *gated]))
         self.levels = [self._at_nodes(layer) for layer in branch.layers]
         self.matrices = {r: self._between(r) for r in self.edited}
         self.messages = {
@@ -90,7 +137,8 @@ class SetRemoval:
 
     def _between(self, relation: Relation) -> np.ndarray:
         """The weights [N, N] of a relation from nodes (second) to nodes."""
-        target, source = (self.of_type[side] for side in (relation.target, relation.source))
+        none = np.zeros(len(self.rows), bool)
+        target, source = (self.of_type.get(side, none) for side in (relation.target, relation.source))
         found = np.zeros((len(self.rows), len(self.rows)), np.float32)
         part = self.branch.matrices[relation][self.rows[target]][:, self.rows[source]].toarray()
         found[np.ix_(target, source)] = part
@@ -149,25 +197,32 @@ class SetRemoval:
 
     # --- for sets --------------------------------------------------------------------------------------------------
 
-    def without(self, places: Int[np.ndarray, "P m"]) -> Change:
+    def without(self, nodes: Int[np.ndarray, "P s"], texts: SetTexts | None) -> Change:
         """Computes the embeddings without sets of sources.
 
         Args:
-          places: the sources of each set, all different.
+          nodes: of each set the user, 0, then the sources, from 1, all different.
+          texts: their texts without the reviews among the sources; None where there are none.
 
         Returns:
           The user's embeddings [P, K] and what changes those of items.
         """
-        nodes = np.concatenate([np.zeros((len(places), 1), np.int64), places + 1], axis=1)
         whole = self.branch.out[USER][[self.user]]
-        terms, user = [_Rows(0, nodes, self._input_rows(nodes))], whole
+        rows, by_text = self._input_rows(nodes), None
+        if self.texts and texts is not None:
+            rows, by_text = rows + self.texts.input_rows(texts, nodes), self.texts.layer_rows(texts, nodes)
+        edited = [receivers.edited(self, nodes, texts) for receivers in self.receivers.values()]
+        terms, user = [_Rows(0, nodes, rows)], whole
         for level, share in enumerate(self.mix):
             if level:
                 ends = self.levels[level - 1][nodes] + self._changes(terms, level - 1, nodes)
-                terms = [*terms, self._new_rows(terms, level, nodes, ends)]
+                new = self._new_rows(terms, level, ends, edited)
+                if by_text is not None:
+                    new.row[:, : nodes.shape[1]] += by_text[level - 1]
+                terms = [*terms, new]
             user = user + share * self._changes(terms, level, nodes[:, :1])[:, 0]
         found = [
-            Term({}, term.row[:, place], self.columns[term.start].items[:, term.column[:, place]])
+            Term(term.row[:, place], self.columns[term.start].items[:, term.column[:, place]])
             for term in terms
             for place in range(term.column.shape[1])
         ]
@@ -216,33 +271,24 @@ class SetRemoval:
         start = np.asarray(made.apply({"params": self.branch.params[f"text_{ITEM}"]}, rows.astype(np.float32)))
         return (start - self.branch.layers[0][USER][self.user]) * held.any(1, keepdims=True)
 
-    def _new_rows(self, terms: list[_Rows], level: int, nodes: np.ndarray, ends: np.ndarray) -> _Rows:
-        """The rows of the columns that start in a layer, of the embeddings [P, m + 1, K] of the layer before."""
-        count = len(self.rows)
-        group = self.group[nodes[:, 1:] - 1]
-        grows = np.zeros((*nodes.shape, 1), np.float32)  # what sources send grows by
+    def _new_rows(self, terms: list[_Rows], level: int, ends: np.ndarray, edited: list[_Edited]) -> _Rows:
+        """The rows of the columns that start in a layer, of the embeddings [P, s, K] of the layer before."""
+        nodes, count = terms[0].column, len(self.rows)
+        grows = self.scale[nodes[:, 1:] - 1, None] - 1  # what sources send grows by
         units, sent = np.zeros_like(ends), []
-        grows[:, 1:, 0] = self.scale[nodes[:, 1:] - 1] - 1
-        for relation, receivers in self.receivers.items():
-            sends, receives = receivers.sends[group], receivers.receives[group]
-            of_user = receivers.user_scale(receives.sum(1))[:, None] - 1  # [P, 1]
-            factor = np.concatenate([of_user[:, None], grows[:, 1:] * sends[:, :, None]], 1)
+        for own in edited:
+            relation = own.relation
             if relation in self.backs:
-                sent.append((2 * count - 1 + self.backs.index(relation), of_user * ends[:, 0]))
+                sent.append((2 * count - 1 + self.backs.index(relation), own.growth[:, 0] * ends[:, 0]))
             message = self.messages[relation, level - 1][nodes] + sum(
                 self.columns[t.start].received[relation, level - 1][nodes[:, :, None], t.column[:, None]] @ t.row
                 for t in terms
             )
-            between = self.matrices[relation][nodes[:, :, None], nodes[:, None]]
-            message = message + between @ (factor * ends)
-            edges = np.zeros_like(between)  # removed ones
-            edges[:, 0, 1:] = between[:, 0, 1:] * sends
-            edges[:, 1:, 0] = between[:, 1:, 0] * receives
-            before, after = receivers.gates(level - 1, nodes, sends, edges[:, 0].sum(1))
-            change = (after - before)[:, :, None] * message - after[:, :, None] * (edges @ ((factor + 1) * ends))
-            changed = np.concatenate([sends.any(1, keepdims=True), receives], 1)
-            units += change * changed[:, :, None]
-        rows = [units, grows[:, 1:] * ends[:, 1:], *(row[:, None] for _, row in sent)]
+            message = message + own.between @ (own.growth * ends)
+            before, after = own.before[level - 1][:, :, None], own.after[level - 1][:, :, None]
+            change = (after - before) * message - after * (own.removed @ ((own.growth + 1) * ends))
+            units += change * own.changed[:, :, None]
+        rows = [units, grows * ends[:, 1:], *(row[:, None] for _, row in sent)]
         column = [nodes, nodes[:, 1:] + count - 1, *(np.full((len(nodes), 1), number) for number, _ in sent)]
         return _Rows(level, np.concatenate(column, 1), np.concatenate(rows, 1).astype(np.float32))
 
@@ -259,36 +305,57 @@ class _Receivers:
         self.out_degree = int(np.diff(adjacency.sender_start)[of.user]) if relation.source == USER else 0
         self.in_degree = int(np.diff(adjacency.receiver_start)[of.user]) if relation.target == USER else 0
         self.sum = 0.0
-        if relation.name == SIMILAR_TEXT:
+        self.of_similar = relation.name == SIMILAR_TEXT and relation.target == USER
+        if self.of_similar:
             matrix = branch.matrices[relation][[of.user]]
             self.scales = np.asarray(branch.weights.source_scale[relation])
             self.sum = float((matrix.data / self.scales[matrix.indices]).sum(dtype=np.float64))
             self.raw = _unscaled(of, self.scales)
-        rows = np.where(of.of_type[relation.target], of.rows, 0)
+        is_target = of.of_type.get(relation.target, np.zeros(len(of.rows), bool))
+        rows = np.where(is_target, of.rows, 0)
         self.gate, less = (np.asarray(w.gate[relation])[:, rows] for w in (branch.weights, branch.less))
         degree = np.diff(adjacency.receiver_start)[rows]
-        self.after = less * grown(degree).astype(np.float32)
-        self.of_user = self._user_gates() if self.in_degree and self.sends.any() else np.ones((len(self.gate), 1))
+        loses = is_target & np.concatenate([[False], self.receives[of.group]])
+        growth = np.where(loses, grown(degree), 1).astype(np.float32)
+        self.after = np.where(loses, less, self.gate) * growth
+        self.with_text = self.after
+        if of.texts and of.texts.in_gates:
+            gate = self._gates(of.texts.after, degree - loses)
+            self.with_text = np.where(is_target, gate * growth, self.after)
 
-    def _user_gates(self) -> np.ndarray:
-        """Gates [L, d + 1] of the user by the number of removed edges."""
-        branch, config, scale = self.branch, self.branch.config, self.branch.graph.adjacencies[self.relation].scale
-        degree = self.in_degree - np.arange(self.in_degree + 1)
+    def _gates(self, text: np.ndarray, degree: np.ndarray) -> np.ndarray:
+        """Gates [L, n] of nodes with other texts and degrees."""
+        config, scale = self.branch.config, self.branch.graph.adjacencies[self.relation].scale
         if config.layer_combination != "learned":
             return np.ones((config.effective_layers, len(degree)), np.float32)
         assert scale is not None
-        text = np.asarray(branch.graph.text[USER])[[self.user]]
-        made = Gate(config.effective_layers, config.relation_gates)
-        params = {"params": jax.tree.map(jnp.asarray, branch.params[f"gate_{self.relation}"])}
-        weights: Any = made.apply(params, text.shape[1], method="weights")
-        logits = None
-        if config.fuses_text and weights.by_text is not None:
-            logits = jnp.repeat(project(text, weights.by_text), len(degree), axis=0)
         log_degree = ((np.log1p(degree) - scale.in_mean) / (scale.in_deviation + 1e-6)).astype(np.float32)
-        has_text = jnp.repeat(jnp.abs(text).sum(1) > 0, len(degree))
-        return np.asarray(gate_values(weights, logits, has_text, log_degree))
+        return gate_of(self.branch, f"gate_{self.relation}", text, log_degree)
 
-    def user_scale(self, removed: np.ndarray) -> np.ndarray:
+    def edited(self, of: SetRemoval, nodes: Int[np.ndarray, "P s"], texts: SetTexts | None) -> _Edited:
+        """Computes what changes in sets of nodes, of which the first is the user."""
+        group = of.group[nodes[:, 1:] - 1]
+        sends, receives = self.sends[group], self.receives[group]
+        growth = np.zeros((*nodes.shape, 1), np.float32)
+        growth[:, 0, 0] = self._user_scale(receives.sum(1)) - 1
+        growth[:, 1:, 0] = (of.scale[nodes[:, 1:] - 1] - 1) * sends
+        between = of.matrices[self.relation][nodes[:, :, None], nodes[:, None]]
+        removed = np.zeros_like(between)
+        removed[:, 0, 1:] = between[:, 0, 1:] * sends
+        removed[:, 1:, 0] = between[:, 1:, 0] * receives
+        after = self.after[:, nodes]
+        changed = np.concatenate([sends.any(1, keepdims=True), receives], 1)
+        with_text = texts is not None and of.texts is not None and of.texts.in_gates
+        if texts is not None and with_text:
+            after = np.where(texts.changed, self.with_text[:, nodes], after)
+            changed = changed | texts.changed
+        if self.in_degree and (with_text or sends.any()):
+            text = texts.user if texts is not None else np.asarray(self.branch.graph.text[USER])[[self.user]]
+            text = np.broadcast_to(text, (len(nodes), text.shape[1]))
+            after[:, :, 0] = self._gates(text, self.in_degree - sends.sum(1)) * self._normal(nodes, sends)
+        return _Edited(self.relation, between, removed, growth, self.gate[:, nodes], after, changed)
+
+    def _user_scale(self, removed: np.ndarray) -> np.ndarray:
         """By how much [P] what the user sends grows with so many edges less."""
         left = self.out_degree - removed
         if not self.out_degree or not self.receives.any():
@@ -297,19 +364,16 @@ class _Receivers:
         scaled = np.exp(float(exponent) * (np.log1p(left) - np.log1p(self.out_degree)))
         return (scaled * np.sqrt(self.out_degree / np.maximum(left, 1))).astype(np.float32)
 
-    def gates(self, level: int, nodes: np.ndarray, sends: np.ndarray, removed: np.ndarray) -> tuple:
-        """Gates before, and after times the normalization, [P, m + 1]; `removed` [P]: weights of the user's edges."""
-        before, after = self.gate[level][nodes], self.after[level][nodes].copy()
+    def _normal(self, nodes: np.ndarray, sends: np.ndarray) -> np.ndarray:
+        """By how much [P] the weights of what the user still receives grow."""
         count = sends.sum(1)
         left = np.maximum(self.in_degree - count, 0)
-        if self.relation.name == SIMILAR_TEXT:
+        if self.of_similar:
             weight = (self.raw[nodes[:, 1:]] * sends).sum(1)
             normal = np.where(left > 0, 1 / np.maximum(self.sum - weight, 1e-12), 0)
         else:
             normal = np.sqrt(self.in_degree / np.maximum(left, 1)) * (left > 0)
-        if sends.any():
-            after[:, 0] = self.of_user[level][count] * normal
-        return before, after.astype(np.float32)
+        return np.where(count, normal, 1).astype(np.float32)
 
 
 def _unscaled(of: SetRemoval, scales: np.ndarray) -> np.ndarray:
@@ -319,3 +383,14 @@ def _unscaled(of: SetRemoval, scales: np.ndarray) -> np.ndarray:
         if group.relation.name == SIMILAR_TEXT:
             found[1:][at] = of.branch.matrices[group.relation].data[group.edges] / scales[group.rows]
     return found
+
+
+def grown(degree: np.ndarray) -> np.ndarray:
+    """Returns sqrt(d / (d - 1)), by which 1 / sqrt(d) grows with an edge less; 0 where none is left."""
+    return np.sqrt(degree / np.maximum(degree - 1, 1)) * (degree > 1)
+
+
+def without_rounding(left: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Rows [P, K] of which nothing is left of `whole` [1, K] but rounding become 0: a cosine would be one of noise."""
+    is_left = (left * left).sum(1) > ROUNDING**2 * (whole * whole).sum(1)
+    return left * is_left[:, None]

@@ -1,4 +1,4 @@
-"""Sources of a user: the neighbors in the graph whose messages the user's embedding sums, and the edges they take."""
+"""Sources of a user: neighbors in the graph, with the edges that they take, and items that the user reviewed."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from fused_rec.explanation.decomposition import SIMILAR_USERS, source_kind
+from fused_rec.explanation.decomposition import REVIEWED_BY, SIMILAR_USERS, source_kind
+from fused_rec.explanation.own_reviews import OwnReviews
 from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, USER, Relation
@@ -15,7 +16,7 @@ SIMILAR = Relation(USER, SIMILAR_USERS, USER)
 
 
 class Source(NamedTuple):
-    """Neighbor of the user and the edges removed with it: (relation, index of the edge)."""
+    """Neighbor or reviewed item of the user, and the edges removed with it: (relation, index of the edge)."""
 
     kind: str
     row: int
@@ -26,17 +27,17 @@ class Sources(NamedTuple):
     """The P sources of a user in one relation.
 
     Attributes:
-      relation: from the sources to the user.
+      relation: from the sources to the user; `REVIEWED_BY` of reviews, which have no edges.
       back: the relation with the reverse edges, or None.
       rows: the neighbors, ascending.
-      edges: index of the edge from each source to the user.
+      edges: index of the edge from each source to the user; empty of reviews.
       back_edges: index of the edge from the user to each source, in `back`; empty without one.
     """
 
     relation: Relation
     back: Relation | None
     rows: Int[np.ndarray, "P"]
-    edges: Int[np.ndarray, "P"]
+    edges: Int[np.ndarray, "E"]
     back_edges: Int[np.ndarray, "B"]
 
 
@@ -67,16 +68,19 @@ def _reverse(adjacencies: Mapping[Relation, Adjacency], relation: Relation) -> R
     return None
 
 
-def sources_by_relation(graph: DeviceGraph, reverse: Mapping[Relation, Relation | None], user: int) -> list[Sources]:
-    """Lists the in-neighbors of a user by relation.
+def sources_by_relation(
+    graph: DeviceGraph, reverse: Mapping[Relation, Relation | None], user: int, reviews: OwnReviews | None = None
+) -> list[Sources]:
+    """Lists the in-neighbors of a user by relation, and the items that the user reviewed.
 
     Args:
       graph: the whole graph, on the host.
       reverse: of `reverse_relations`.
       user: user row.
+      reviews: those that can be removed; None: reviews are no sources.
 
     Returns:
-      One entry per relation with edges into the user.
+      One entry per relation with edges into the user, then one of reviews if there are any.
     """
     found = []
     for relation, back in reverse.items():
@@ -89,26 +93,31 @@ def sources_by_relation(graph: DeviceGraph, reverse: Mapping[Relation, Relation 
         if end > start:  # both directions ascend by the neighbor
             rows = np.asarray(adjacency.senders[start:end])
             found.append(Sources(relation, back, rows, np.arange(start, end), back_edges))
+    if reviews is not None and len(items := reviews.of_user(user).items):
+        found.append(Sources(REVIEWED_BY, None, items, np.zeros(0, np.int64), np.zeros(0, np.int64)))
     return found
 
 
-def sources(graph: DeviceGraph, reverse: Mapping[Relation, Relation | None], user: int) -> list[Source]:
-    """Lists the in-neighbors of a user, named as in `decomposition.contributions`.
+def sources(
+    graph: DeviceGraph, reverse: Mapping[Relation, Relation | None], user: int, reviews: OwnReviews | None = None
+) -> list[Source]:
+    """Lists the sources of a user, named as in `decomposition.contributions`.
 
     Args:
       graph: the whole graph, on the host.
       reverse: of `reverse_relations`.
       user: user row.
+      reviews: as in `sources_by_relation`.
 
     Returns:
-      The sources. An interaction or social edge includes its reverse edge; a text-kNN edge has none.
+      The sources. An interaction or social edge includes its reverse edge; a text-kNN edge has none. A review is all
+      that the user wrote about an item, without the interaction.
     """
     found = []
-    for group in sources_by_relation(graph, reverse, user):
+    for group in sources_by_relation(graph, reverse, user, reviews):
+        of_both = [(group.relation, group.edges), (group.back, group.back_edges)]
         for place, row in enumerate(group.rows.tolist()):
-            edges: tuple[tuple[Relation, int], ...] = ((group.relation, int(group.edges[place])),)
-            if group.back is not None:
-                edges = (*edges, (group.back, int(group.back_edges[place])))
+            edges = tuple((relation, int(of[place])) for relation, of in of_both if relation is not None and len(of))
             found.append(Source(source_kind(group.relation), row, edges))
     return found
 

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, PyTree
 from fused_rec.config import Config
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.decomposition import require_trained
-from fused_rec.explanation.pair_score import SIDES, PairScorer, local
+from fused_rec.explanation.pair_score import SIDES, PairScorer
 from fused_rec.text.coverage import foreign_texts
 from fused_rec.text.encode import Tokens, tokens
 from fused_rec.text.encoders.lora import with_adapters
@@ -114,7 +114,7 @@ class Attributor:
       vectors: vectors of all texts, as of `TextFeatures.vectors`.
       means: mean text vector of each node, by side.
       embeddings: of all users and of all items.
-      scorer: of pairs, None where it does not apply (`local`).
+      scorer: of pairs, None without `model.local_text`.
     """
 
     config: Config
@@ -198,7 +198,7 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
     vectors = features.vectors()
     means = {side: node_means(features.texts.links[side], vectors)[0] for side in SIDES}
     embeddings = jax.device_get(_embeddings(compile_key(config), params, prepared.graph_inputs))
-    scorer = PairScorer(config, params, prepared.graph_inputs) if local(config.model) else None
+    scorer = PairScorer(config, params, prepared.graph_inputs) if config.model.local_text else None
     on_device: Any = jax.device_put((params, prepared.graph_inputs, model.params))
     params, graph_inputs, weights = on_device
     return Attributor(config, params, graph_inputs, model, weights, features, vectors, means, embeddings, scorer)
