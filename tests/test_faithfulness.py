@@ -222,7 +222,10 @@ def test_attention_is_the_part_without_its_direction(opened):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1, variant="graph"))
     params = init(config, prepared.graph_inputs).params
     user, item = a_user(prepared), 5
-    user_sources, model = sources(prepared.graph_inputs, user), explained_model(config, params, prepared, with_reviews=False)
+    user_sources, model = (
+        sources(prepared.graph_inputs, user),
+        explained_model(config, params, prepared, with_reviews=False),
+    )
     found = attributions(model, SetScores(model.leave_one_out, user), item, np.random.default_rng(0))
     [branch] = model.decomposition.branches
     for source, part, weight in zip(user_sources, found["parts"], found["attention"], strict=True):
@@ -241,7 +244,10 @@ def test_curves_are_scores_without_the_first(opened, monkeypatch):
     user, item = a_user(prepared), 5
     monkeypatch.setattr(subject, "LEAST_SOURCES", 1)
     draw = functools.partial(np.random.default_rng, 3)
-    model, user_sources = explained_model(config, params, prepared, with_reviews=False), sources(prepared.graph_inputs, user)
+    model, user_sources = (
+        explained_model(config, params, prepared, with_reviews=False),
+        sources(prepared.graph_inputs, user),
+    )
     found = curves(model, user, item, draw(), seed=5)
     assert found is not None
     order = attributions(model, SetScores(model.leave_one_out, user), item, numbered_rng(5, user))

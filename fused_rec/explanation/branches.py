@@ -21,6 +21,7 @@ from fused_rec.model.model import LINEAR, FusedModel
 from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
 from fused_rec.training.train_step import BRANCHES
 
+
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """A trained branch on the whole graph, and what its factors would be with all degrees less by one."""

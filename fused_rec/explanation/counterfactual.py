@@ -45,9 +45,9 @@ class CounterfactualEffect(NamedTuple):
 def without_interaction(config: Config, prepared: ModelInputs, user: int, item: int) -> GraphInputs:
     """Removes one interaction from the graph inputs: edges, their weights, degrees and popularity.
 
-    Text features stay, including the user's reviews of the item, which are sources of their own (`without_sources`), and
-    so does what training fitted: parameters, the standardization of degrees, and the rows of the closed-form components
-    of late fusion, item popularity among them.
+    Text features stay, including the user's reviews of the item, which are sources of their own (`without_sources`).
+    What training fitted stays as well: parameters, the standardization of degrees, and the rows of the closed-form
+    components of late fusion, item popularity among them.
     Arrays keep their shapes (`fused_rec.graph.edit`).
 
     Args:

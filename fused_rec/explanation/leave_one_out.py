@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from fused_rec.config import Config, ModelConfig
 from fused_rec.data.splits import Observed
-from fused_rec.explanation.decomposition import INTERACTION, REVIEWED_BY, TIE, source_kind
 from fused_rec.explanation.branches import Branch, branches
+from fused_rec.explanation.decomposition import INTERACTION, REVIEWED_BY, TIE, source_kind
 from fused_rec.explanation.own_reviews import OwnReviews
 from fused_rec.explanation.removed_texts import RemovedTexts
 from fused_rec.explanation.set_removal import Change, SetRemoval, without_rounding
@@ -261,9 +261,7 @@ def _nothing(model: LeaveOneOut, user: int) -> _Gone:
     return _Gone([Change(branch.out[USER][[user]], []) for branch in model.branches], nothing, nothing)
 
 
-def _gone(
-    changes: Sequence[Change], kinds: np.ndarray, rows: Int[np.ndarray, "P m"], text: np.ndarray | None
-) -> _Gone:
+def _gone(changes: Sequence[Change], kinds: np.ndarray, rows: Int[np.ndarray, "P m"], text: np.ndarray | None) -> _Gone:
     """Sets of sources of these kinds [P, m] and rows."""
     items, friends = kinds == INTERACTION, np.char.startswith(kinds, TIE)
     return _Gone(changes, np.where(items, rows, -1), np.where(friends, rows, -1), text)
@@ -394,7 +392,6 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
     terms = [(term.items[wanted].T, term.row) for term in change.terms if term.row.any()]
     if not terms:
         return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
-    shape = len(user), len(rows)
     columns = np.stack([column for column, _ in terms], axis=2)  # [P, n, T]
     changes = np.stack([row for _, row in terms], axis=1)  # [P, T, K]
     scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]

@@ -3,24 +3,28 @@
 A review is text of its user and of its item. Both features are those of tables without it
 (`fused_rec.explanation.own_reviews`); text-kNN edges, whose weights were made of texts, stay.
 
-P sets of m sources, N nodes (the user and each source), s = m + 1 nodes of a set, L layers, D features, K numbers a row.
+P sets of m sources, N nodes (the user and each source), s = m + 1 nodes of a set, L layers, D features, K numbers a
+row.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int, PyTree
 
+from fused_rec.config import ModelConfig
+from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.branches import Branch
 from fused_rec.explanation.decomposition import REVIEWED_BY
 from fused_rec.explanation.own_reviews import OwnReviews
 from fused_rec.explanation.pair_score import projected
 from fused_rec.explanation.sources import Sources
 from fused_rec.graph.schema import INTERACTED_BY, ITEM, USER
-from fused_rec.model.text_fusion import Gate, gate_values
+from fused_rec.model.text_fusion import Gate, gate_values, project
 
 LEAST_ROWS = 32  # to which rows are padded, then to powers of two: each number of rows is a compilation
 
@@ -127,11 +131,11 @@ class BranchTexts:
 
     def _inputs(self, node_type: str, text: Float32[np.ndarray, "n D"]) -> Float32[np.ndarray, "n K"]:
         """Text inputs of nodes of a type, zero for a type without."""
-        config, params = self.branch.config, self.branch.params
+        config, name = self.branch.config, f"text_{node_type}"
         if node_type not in self.with_text or not config.uses_text:
             return np.zeros((len(text), config.dim), np.float32)
-        params = jax.tree.map(jnp.asarray, params)
-        return padded(lambda rows: projected(config, params, node_type, rows), text)
+        params = {name: self.branch.params[name]}
+        return np.asarray(_projected(config, node_type, params, _padded(text)))[: len(text)]
 
 
 def gate_of(
@@ -141,21 +145,25 @@ def gate_of(
     config = branch.config
     if config.layer_combination != "learned":
         return np.ones((config.effective_layers, len(log_degree)), np.float32)
-    made = Gate(config.effective_layers, config.relation_gates)
-    params = {"params": jax.tree.map(jnp.asarray, branch.params[name])}
-    weights: Any = made.apply(params, text.shape[1], method="weights")
-    reads_text = config.fuses_text and weights.by_text is not None
-    logits = text @ np.asarray(weights.by_text) if reads_text else np.zeros((len(log_degree), config.effective_layers))
-    columns = np.concatenate([logits, np.abs(text).sum(1, keepdims=True) > 0, log_degree[:, None]], axis=1)
-
-    def values(rows: Any) -> Any:
-        given = rows[:, :-2] if reads_text else None
-        return gate_values(weights, given, rows[:, -2] > 0, rows[:, -1]).T
-
-    return padded(values, columns.astype(np.float32)).T
+    rows = _padded(np.concatenate([text, log_degree[:, None]], axis=1))
+    return np.asarray(_gates(config, branch.params[name], rows))[:, : len(text)]
 
 
-def padded(function: Callable[[Any], Any], rows: np.ndarray) -> np.ndarray:
-    """Applies a function of rows to rows that are padded, so that few shapes are compiled."""
+def _padded(rows: Float32[np.ndarray, "n D"]) -> Float32[np.ndarray, "N D"]:
+    """Rows with further ones of zeros, so that few shapes are compiled."""
     size = max(LEAST_ROWS, 1 << (len(rows) - 1).bit_length()) if len(rows) else LEAST_ROWS
-    return np.asarray(function(jnp.asarray(np.pad(rows, ((0, size - len(rows)), (0, 0))))))[: len(rows)]
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gates(config: ModelConfig, params: PyTree, rows: Float32[AnyArray, "n D_plus_1"]) -> Float32[Array, "L n"]:
+    text, log_degree = rows[:, :-1], rows[:, -1]
+    made = Gate(config.effective_layers, config.relation_gates)
+    weights: Any = made.apply({"params": params}, text.shape[1], method="weights")
+    logits = project(text, weights.by_text) if config.fuses_text and weights.by_text is not None else None
+    return gate_values(weights, logits, jnp.abs(text).sum(axis=1) > 0, log_degree)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _projected(config: ModelConfig, side: str, params: PyTree, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
+    return projected(config, params, side, text)

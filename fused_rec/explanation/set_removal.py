@@ -160,15 +160,17 @@ class SetRemoval:
         branch, count = self.branch, len(self.rows)
         wanted = np.arange(self.n_columns)[these]
         found = {t: np.zeros((size, len(wanted)), np.float32) for t, size in branch.graph.node_types}
-        for place, number in enumerate(wanted.tolist()):
-            if number < count:
-                found[self.types[number]][self.rows[number], place] = 1
-                continue
-            node = number - count + 1 if number < 2 * count - 1 else 0
-            relation = self.groups[int(self.group[node - 1])].relation if node else self.backs[number - 2 * count + 1]
-            if start and relation in branch.matrices:
-                gate = np.asarray(branch.weights.gate[relation])[start - 1]
-                found[relation.target][:, place] = gate * branch.columns[relation][:, [self.rows[node]]].toarray()[:, 0]
+        for place in np.flatnonzero(wanted < count).tolist():
+            number = int(wanted[place])
+            found[self.types[number]][self.rows[number], place] = 1
+        of_group = np.concatenate([np.full(count, -1), self.group, np.full(len(self.backs), -1)])[wanted]
+        senders = [(group.relation, of_group == number) for number, group in enumerate(self.groups)]
+        senders += [(back, wanted == 2 * count - 1 + number) for number, back in enumerate(self.backs)]
+        for relation, at in senders:
+            if start and at.any() and relation in branch.matrices:
+                nodes = np.where(wanted < 2 * count - 1, wanted - count + 1, 0)[at]
+                gate = np.asarray(branch.weights.gate[relation])[start - 1][:, None]
+                found[relation.target][:, at] = gate * branch.columns[relation][:, self.rows[nodes]].toarray()
         return found
 
     def _propagated(self, start: int) -> _Columns:
