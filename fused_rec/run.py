@@ -340,7 +340,8 @@ class Run:
     ) -> dict[str, Any] | None:
         """Finds the smallest set of a user's sources without which an item leaves the k best, or enters them.
 
-        Sources are interactions, social edges and users with similar text. The ranking without them is recomputed.
+        Sources are interactions, reviews, social edges and users with similar text. The ranking without them is
+        recomputed. A review is text of the user and of the item, and is removed apart from the interaction.
 
         Args:
           user: user id, as text or integer.

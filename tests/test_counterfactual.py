@@ -8,23 +8,28 @@ from test_decomposition import MARKET
 from test_faithfulness import given, opened  # noqa: F401
 
 from fused_rec.explanation import counterfactual as subject
+from fused_rec.explanation.catalogs import open_catalog
 from fused_rec.explanation.counterfactual import CounterfactualSet, counterfactual_sets, without_sources
 from fused_rec.explanation.leave_one_out import leave_one_out
-from fused_rec.explanation.reasons import set_sentence
+from fused_rec.explanation.own_reviews import own_reviews
+from fused_rec.explanation.reasons import set_record, set_sentence
 from fused_rec.explanation.sources import Source, sources
 
 
 @pytest.fixture(scope="module")
 def left_out(opened):  # noqa: F811
     config, prepared, params, *_ = opened
-    return leave_one_out(config, params, prepared.observed, prepared.graph_inputs)
+    reviews = own_reviews(config, prepared)
+    return leave_one_out(config, params, prepared.observed, prepared.graph_inputs, reviews)
 
 
 def ranked(opened, user: int, gone=()):  # noqa: F811
     """Items that the user has no interaction with, best first, without some sources."""
     config, prepared, params, *_ = opened
-    inputs = without_sources(config, prepared.observed, prepared.graph_inputs, user, gone) if gone else None
-    scores = given(config, params, inputs or prepared.graph_inputs, user).copy()
+    inputs, reviews = prepared.graph_inputs, own_reviews(config, prepared)
+    if gone:
+        inputs = without_sources(config, prepared.observed, inputs, user, gone, reviews)
+    scores = given(config, params, inputs, user).copy()
     scores[prepared.observed.item[prepared.observed.user == user]] = -np.inf
     return np.argsort(-scores, kind="stable").tolist()
 
@@ -51,7 +56,7 @@ def test_sets_are_the_smallest_of_all(opened, left_out, user, place, k):  # noqa
     before = ranked(opened, user)
     item = before[place]
     [found] = counterfactual_sets(left_out, prepared, user, [item], k, eligible(prepared, user))
-    own = sources(left_out.graph, left_out.reverse, user)
+    own = sources(left_out.graph, left_out.reverse, user, left_out.reviews)
     size = smallest(opened, own, user, item, k)
     if found is None:
         assert size == 3 and place >= k and (user, place) != (3, 1)
@@ -110,6 +115,12 @@ def test_a_set_in_words():
     assert set_sentence(MARKET, enters) == (
         "Without Cash, i1 and 1 customer tied to you (referral) you would see this in place of Gold."
     )
+    written = leaves._replace(sources=(Source("review", 3, ()), gone[0], gone[1]))
+    assert set_sentence(MARKET, written, open_catalog("fr")) == (
+        "Vous voyez ceci en raison des éléments suivants\u00a0: Cash, ce que vous avez écrit sur Gold et 1 client lié "
+        "à vous (referral)\u202f; sans eux, ce serait Gold."
+    )
+    assert set_record(MARKET, written)["sources"][0] == {"kind": "review", "item_id": "i3"}
     alike = tuple(Source("similar_text", row, ()) for row in (0, 2))
     assert set_sentence(MARKET, CounterfactualSet(alike, False, 1, 2, -1, 0)) == (
         "You see this because of 2 customers with much the same text; without them it would not be listed."

@@ -1,5 +1,7 @@
 """Scores without sets of sources equal those of the graph without them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from fused_rec.explanation.counterfactual import without_sources
 from fused_rec.explanation.leave_one_out import SetScores, leave_one_out
 from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.explanation.sources import sources
+from fused_rec.graph.schema import USER
+from fused_rec.model.late_fusion import ClosedForm, LateFusion
 from fused_rec.training.train_step import GraphInputs
 
 
@@ -51,6 +55,18 @@ def test_sets_in_a_market_with_attributes(opened, monkeypatch):  # noqa: F811
     monkeypatch.setattr(set_removal, "CHUNK", 1000)  # columns and sets a few at a time
     monkeypatch.setattr("fused_rec.explanation.leave_one_out.SET_CHUNK", 1000)
     assert largest_error(config, params, model, prepared.graph_inputs, (0, 3)) < TOLERANCE
+
+
+def test_reviews_are_text_of_components_too(opened):  # noqa: F811
+    config, prepared, params, *_ = opened
+    rows = np.random.default_rng(0).normal(size=(24, prepared.graph_inputs.graph.text[USER].shape[1]))
+    nothing = np.zeros((24, 0), np.float32)
+    by_text = ClosedForm(np.array(0.5, np.float32), nothing, rows.astype(np.float32), "user_text", "text")
+    trained = {name: np.array(weight, np.float32) for name, weight in (("model", 1.0), ("text_branch", 0.5))}
+    graph_inputs = dataclasses.replace(prepared.graph_inputs, fusion=LateFusion(trained, (by_text,)))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, late_fusion=True))
+    model = leave_one_out(config, params, prepared.observed, graph_inputs, own_reviews(config, prepared))
+    assert largest_error(config, params, model, graph_inputs, (3,)) < TOLERANCE
 
 
 def test_without_no_source_the_score_is_whole():

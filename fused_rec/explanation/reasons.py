@@ -150,10 +150,8 @@ def set_sentence(dataset: Dataset, found: CounterfactualSet, catalog: Catalog = 
       found: of `fused_rec.explanation.counterfactual.counterfactual_set`.
       catalog: sentences of a language.
     """
-    held, reviewed = (
-        names(dataset.items.take(np.array([source.row for source in found.sources if source.kind == kind])), "item_id")
-        for kind in (INTERACTION, REVIEW)
-    )
+    of_items = ([source.row for source in found.sources if source.kind == kind] for kind in (INTERACTION, REVIEW))
+    held, reviewed = (names(dataset.items.take(np.array(rows, np.int64)), "item_id") for rows in of_items)
     parts = held + [catalog.say("review", item=item) for item in reviewed]
     others = (source.kind for source in found.sources if source.kind not in (INTERACTION, REVIEW))
     for kind, count in Counter(others).items():

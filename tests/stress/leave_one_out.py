@@ -32,15 +32,17 @@ def main() -> None:
     from fused_rec.explanation.counterfactual import score_of, without_sources
     from fused_rec.explanation.decomposition import decompose, scores
     from fused_rec.explanation.leave_one_out import effects, leave_one_out
+    from fused_rec.explanation.own_reviews import own_reviews
     from fused_rec.explanation.sources import sources
     from fused_rec.serving.recommender import load_measured
 
     config, prepared, state = load_measured(arguments.workdir, "test")
     graph_inputs, params = prepared.graph_inputs, state.params
     decomposition = decompose(config, params, graph_inputs)
-    leave_one_out(config, params, prepared.observed, graph_inputs)  # compiles
+    reviews = own_reviews(config, prepared)
+    leave_one_out(config, params, prepared.observed, graph_inputs, reviews)  # compiles
     start = time.process_time()
-    model = leave_one_out(config, params, prepared.observed, graph_inputs)
+    model = leave_one_out(config, params, prepared.observed, graph_inputs, reviews)
     setup = time.process_time() - start
     rng = np.random.default_rng(arguments.seed)
     errors, counts, seconds, alone = [], [], [], []
@@ -48,14 +50,15 @@ def main() -> None:
     for user in bar:
         own, given = prepared.observed.item[prepared.observed.user == user], scores(decomposition, user).copy()
         given[own] = -np.inf
-        item, named = int(given.argmax()), sources(model.graph, model.reverse, user)
+        item, named = int(given.argmax()), sources(model.graph, model.reverse, user, reviews)
         start = time.process_time()
         found = effects(model, user, [item])
         seconds.append(time.process_time() - start)
         counts.append(len(named))
         for place in rng.permutation(len(named))[: arguments.most].tolist():
             start = time.process_time()
-            edited = without_sources(config, prepared.observed, graph_inputs, user, [named[place]])
+            gone = [named[place]]
+            edited = without_sources(config, prepared.observed, graph_inputs, user, gone, reviews)
             after = score_of(config, params, edited, user, item)
             alone.append(time.process_time() - start)
             scale = max(abs(float(found.score[0])), 1e-3)
