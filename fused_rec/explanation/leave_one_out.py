@@ -245,7 +245,7 @@ class SetScores:
 
     def _changes(self, gone: _Gone) -> Bool[np.ndarray, "P"]:
         """Which sets change a score by more than rounding."""
-        found = ((gone.items >= 0) | (gone.friends >= 0)).any(1)
+        found = np.array(((gone.items >= 0) | (gone.friends >= 0)).any(1))
         if gone.text is not None:
             found |= (gone.text != np.asarray(self.model.graph.text[USER])[self.user]).any(1)
         for branch, change in zip(self.model.branches, gone.changes, strict=True):

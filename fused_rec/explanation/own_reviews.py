@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset
+from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.text.features import TextFeatures
 from fused_rec.text.whitening import apply_whitening
@@ -78,7 +79,7 @@ class OwnReviews:
         return apply_whitening(self.features.fitted.whitening[node_type], means.astype(np.float32), has_text)[0]
 
     def edited(
-        self, text: Mapping[str, Float32[np.ndarray, "_ D"]], user: int, items: list[int]
+        self, text: Mapping[str, Float32[AnyArray, "_ D"]], user: int, items: list[int]
     ) -> dict[str, Float32[np.ndarray, "_ D"]]:
         """Replaces the features of a user and of items by those without the user's reviews of these items.
 

@@ -256,9 +256,7 @@ def _changed_rows(
     return jnp.stack([jnp.stack(of_node) for of_node in rows])
 
 
-def projected(
-    config: ModelConfig, params: PyTree, side: str, text: Float32[AnyArray, "n D"]
-) -> Float32[AnyArray, "n K"]:
+def projected(config: ModelConfig, params: PyTree, side: str, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:
     """Computes text inputs of nodes.
 
     Args:
@@ -272,5 +270,5 @@ def projected(
     """
     if f"text_{side}" not in params:
         return jnp.zeros((len(text), config.dim))
-    made = TextMLP(config.dim) if config.text_projection == "mlp" else TextInput(config.dim, config.id_init_std)
+    made: Any = TextMLP(config.dim) if config.text_projection == "mlp" else TextInput(config.dim, config.id_init_std)
     return made.apply({"params": params[f"text_{side}"]}, text)
