@@ -28,6 +28,7 @@ from fused_rec.model.text_fusion import Gate, TextInput, TextMLP
 from fused_rec.training.train_step import BRANCHES, GraphInputs
 
 SIDES = (USER, ITEM)
+POINTS = 5  # that are scored together: each number is a compilation
 KEPT = 1 << 28  # bytes of the columns of nodes that are kept
 TINY = 1e-12  # as in `fused_rec.model.losses.unit`
 
@@ -87,7 +88,7 @@ class PairScorer:
         found = [self._branch_pair(place, rows) for place in range(len(self.branches))]
         text = np.stack([np.asarray(self.graph.text[side])[row] for side, row in zip(SIDES, rows, strict=True)])
         pair = Pair(found, text, item, 0.0)
-        [own], _ = _scores_and_slopes(self.configs, self.shared, pair, text[None])
+        [own], _ = self.scores_and_slopes(pair, text[None])
         return pair._replace(rest=score - float(own))
 
     def scores_and_slopes(
@@ -102,7 +103,9 @@ class PairScorer:
         Returns:
           The scores and their gradients.
         """
-        return _scores_and_slopes(self.configs, self.shared, pair, text)
+        padded = np.pad(text, ((0, -len(text) % POINTS), (0, 0), (0, 0)), mode="edge")
+        scores, slopes = _scores_and_slopes(self.configs, self.shared, pair, padded)
+        return scores[: len(text)], slopes[: len(text)]
 
     def _node(self, place: int, side: str, row: int) -> _Node:
         """Propagates the unit column of a node."""

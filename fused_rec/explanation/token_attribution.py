@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int, PyTree
 from fused_rec.config import Config
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.decomposition import require_trained
-from fused_rec.explanation.pair_score import SIDES, PairScorer
+from fused_rec.explanation.pair_score import POINTS, SIDES, PairScorer
 from fused_rec.text.coverage import foreign_texts
 from fused_rec.text.encode import Tokens, tokens
 from fused_rec.text.encoders.lora import with_adapters
@@ -45,10 +45,10 @@ from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 LOG = logging.getLogger(__name__)
 # The score changes most between 0.05 and 0.5; 16 points for the whole path miss MiniLM by up to 16 %.
 PANELS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)  # the first panels of the path
-NODES = 5  # Gauss-Legendre points of a panel
+NODES = POINTS  # Gauss-Legendre points of a panel
 MOST_POINTS = 192
 GROUP_TOKENS = 640  # tokens of the texts of the pairs that are integrated together, for the memory of all layers
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # to which texts are padded: each is a compilation
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # to which texts are padded: each is a compilation
 TOLERANCE = 0.01  # largest relative error of the sum of attributions
 LEAST = 1e-4  # smallest denominator of that error relative to the score, near the precision of float32
 LIMIT = 4  # texts per node that are attributed
