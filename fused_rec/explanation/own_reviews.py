@@ -18,6 +18,8 @@ from fused_rec.text.features import TextFeatures
 from fused_rec.text.whitening import apply_whitening
 from fused_rec.training.inputs import ModelInputs
 
+CHUNK = 4096  # texts whose vectors are copied together
+
 
 class Written(NamedTuple):
     """What a user wrote: rows of the P items, ascending, and of each review the place of its item."""
@@ -40,11 +42,11 @@ class OwnReviews:
         self.features, self.reviews = features, features.texts.reviews
         self.tables: Mapping[str, pa.Table] = {USER: dataset.users, ITEM: dataset.items}
         self.by_user = np.argsort(self.reviews.user, kind="stable")
+        self.users = self.reviews.user[self.by_user]
 
     def of_user(self, user: int) -> Written:
         """Returns what a user wrote; `reviews` are rows of `self.reviews`."""
-        users = self.reviews.user[self.by_user]
-        own = self.by_user[slice(*np.searchsorted(users, [user, user + 1]).tolist())]
+        own = self.by_user[slice(*np.searchsorted(self.users, [user, user + 1]).tolist())]
         items, of = np.unique(self.reviews.item[own], return_inverse=True)
         return Written(items.astype(np.int64), own, of)
 
@@ -71,7 +73,7 @@ class OwnReviews:
         weight = self.reviews.weights[node_type][reviews].astype(np.float64)
         [count] = np.unique(np.round(share / weight)).tolist()
         written = weight[:, None] * self._vectors(self.reviews.text[reviews])
-        reviewed = links.weights[at].astype(np.float64) @ self._vectors(links.texts[at]) - (1 - share) * description
+        reviewed = self._mean(links.texts[at], links.weights[at]) - (1 - share) * description
         left = count - gone.sum(1, keepdims=True)
         kept = (reviewed - gone @ written) * count / np.maximum(left, 1)
         means = np.where(left > 0, (1 - share) * description + kept, description)
@@ -109,6 +111,11 @@ class OwnReviews:
             return np.zeros(self._vectors(texts[:1]).shape[1]), 1.0
         [own] = [text for text in texts.tolist() if self.features.texts.texts[text] == written]
         return self._vectors(np.array([own]))[0], 0.5
+
+    def _mean(self, texts: Int[np.ndarray, "K"], weights: Float32[np.ndarray, "K"]) -> Float64[np.ndarray, "D"]:
+        """The mean vector of a node, of few texts at a time: an item may have very many."""
+        parts = (slice(start, start + CHUNK) for start in range(0, len(texts), CHUNK))
+        return sum(weights[part].astype(np.float64) @ self._vectors(texts[part]) for part in parts)  # pyright: ignore
 
     def _vectors(self, texts: Int[np.ndarray, "K"]) -> Float64[np.ndarray, "K D"]:
         features = self.features
