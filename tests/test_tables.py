@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -154,6 +155,14 @@ def test_every_fault_of_every_file_is_reported_at_once(tmp_path):
     assert report.splitlines()[0] == head
     # What cannot be mended is refused even where a repair is asked for, and it alone is told.
     assert reported(tmp_path, min_value=0.5, repair=True).startswith("6 faults in the input:")
+
+
+def test_an_error_goes_from_one_process_to_another(tmp_path):
+    write(tmp_path, interactions="user_id,item_id\n,i1\n")
+    with pytest.raises(DataError) as error:
+        read_tables(tmp_path)
+    other = pickle.loads(pickle.dumps(error.value))
+    assert (str(other), other.problems) == (str(error.value), error.value.problems)
 
 
 def test_a_repair_mends_counts_and_changes_nothing_else(tmp_path):

@@ -236,3 +236,6 @@ class DataError(ValueError):
         if repairable:
             head += f", {repairable:,} of which can be repaired (--config.data.repair=True; in Python repair=True)"
         super().__init__("\n".join([f"{head}:", *(f"  {problem}" for problem in problems)]))
+
+    def __reduce__(self) -> tuple[type["DataError"], tuple[list[Problem]]]:
+        return type(self), (list(self.problems),)  # else a pool of processes hangs on an error that it cannot unpickle

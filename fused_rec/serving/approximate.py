@@ -215,9 +215,10 @@ def rank_chunks_with(
 
 def describe_recall(about: Mapping[str, Any]) -> str:
     """Says in words what `with_recall` measured."""
+    customers = "1 customer" if about["sample"] == 1 else f"{about['sample']} customers"
     return (
         f"approximate: {about['lists_read']} of {about['lists']} lists of products are read; of the exact lists of "
-        f"{about['sample']} customers {about['recall']:.4f} is found, and {about['complete_lists']:.1%} are complete"
+        f"{customers} {about['recall']:.4f} is found, and {about['complete_lists']:.1%} are complete"
     )
 
 
