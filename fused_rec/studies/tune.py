@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ POLL_SECONDS = 0.5
 def tune(config: Config, folder: str | Path, trials: int) -> Config:
     """Runs trials until `trials` of the folder's study are finished.
 
-    The first trial is `config` itself; later ones are sampled from `space(config)` by a tree-structured Parzen
-    estimator (Bergstra et al., 2011) and pruned below the median of the others. A trial sees only the training and
-    validation splits. All processes with the same folder work on the same study, and return the same config; a single
-    process with equal seeds is deterministic.
+    The first trial is `config` itself, or one for each of `TEMPERATURES` where train.temperature is 0. Later ones are
+    sampled from `space(config)` by a tree-structured Parzen estimator (Bergstra et al., 2011) and pruned below the
+    median of the others. A trial sees only the training and validation splits. All processes with the same folder work
+    on the same study, and return the same config; a single process with equal seeds is deterministic.
 
     A trial is finished when it is complete, pruned or has diverged. If its process was asked to stop, the next process
     resumes it from its checkpoint; if its process died, it is restarted once.
@@ -93,8 +93,10 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
         name = config.model.method
         raise ValueError(f"model.method is {name}, which training itself tunes; tune a model with trained parameters")
     folder = Path(folder)
-    if not config.train.temperature:  # a run would try several; here the trials do
-        config = with_temperature(config, TEMPERATURES[0])
+    firsts = [config]
+    if not config.train.temperature:  # a run would try several; here the first trials do
+        firsts = [with_temperature(config, temperature) for temperature in TEMPERATURES]
+        config = firsts[0]
     check_config(config, folder)
     dataset, data_split = read(config)
     tables, made_of = digest(dataset), contents(dataset)
@@ -103,7 +105,7 @@ def tune(config: Config, folder: str | Path, trials: int) -> Config:
     if not begun or not (folder / JOURNAL).exists() or len(finished_trials(open_study(folder))) < trials:
         prepared = prepare(config, dataset, data_split)
         init_run_dir(config, tables, folder, made_of)
-        work(config, prepared, folder, trials)
+        work(firsts, prepared, folder, trials)
     return write_best(config, folder)
 
 
@@ -129,20 +131,22 @@ def space(config: Config) -> dict[str, BaseDistribution]:
     return {name: _extended(name, found[name], value) for name, value in _settings(config, found).items()}
 
 
-def work(config: Config, prepared: Prepared, folder: Path, trials: int) -> None:
+def work(firsts: Sequence[Config], prepared: Prepared, folder: Path, trials: int) -> None:
     """Runs trials in this process; returns when the trials of all processes are finished.
 
     Args:
-      config: the base config.
+      firsts: configs of the first trials, the base config before those that differ from it in settings of `space`.
       prepared: tables, split and graph.
       folder: of the study.
       trials: finished trials, over all processes.
     """
+    config = firsts[0]
     searched = space(config)
     with _locked(folder / STUDY_LOCK):
         study = open_study(folder)
         if not study.get_trials(deepcopy=False):
-            study.enqueue_trial(_settings(config, searched))
+            for first in firsts:
+                study.enqueue_trial(_settings(first, searched))
     while True:
         # A request to stop finds no trial that is neither drawn nor reported: it waits, except while one trains.
         with signals.deferred(), contextlib.ExitStack() as held:
