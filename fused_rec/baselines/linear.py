@@ -179,7 +179,7 @@ def subspace_iteration(matrix, rank: int, iterations: int) -> tuple[Float[np.nda
 
     decompose: Any = randomized_svd  # its annotations lack the number of iterations and the result
     _, singular, right = decompose(
-        matrix, rank, n_oversamples=OVERSAMPLES, n_iter=iterations, power_iteration_normalizer="QR", random_state=0
+        matrix, rank, n_oversamples=OVERSAMPLES, n_iter=iterations, power_iteration_normalizer="LU", random_state=0
     )
     return singular, right.T
 
