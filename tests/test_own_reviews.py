@@ -18,8 +18,8 @@ from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.explanation.removed_texts import RemovedTexts
 from fused_rec.explanation.sources import sources, sources_by_relation
 from fused_rec.graph.schema import ITEM, USER
-from fused_rec.text.features import apply_features
 from fused_rec.model.late_fusion import ClosedForm, LateFusion
+from fused_rec.text.features import apply_features
 from fused_rec.training.inputs import ModelInputs
 from fused_rec.training.train_step import embed_nodes, init
 
@@ -127,13 +127,13 @@ def test_sets_without_a_review_keep_the_text(opened):  # noqa: F811
     reviews, graph = own_reviews(config, prepared), prepared.graph_inputs.graph
     assert reviews is not None
     model = leave_one_out(config, params, prepared.observed, prepared.graph_inputs, reviews)
-    groups = sources_by_relation(graph, model.reverse, 3, reviews)
-    kinds = np.array([None, *(source.kind for source in sources(graph, model.reverse, 3, reviews))])
-    removed = RemovedTexts(reviews, 3, np.asarray(graph.text[USER])[3], groups)
-    texts = removed.of_sets(np.stack([np.zeros(len(kinds) - 1, np.int64), np.arange(1, len(kinds))], axis=1))
-    assert texts is not None
-    same = (texts.user == np.asarray(graph.text[USER])[3]).all(1)
-    assert same.tolist() == (kinds[1:] != REVIEW).tolist() and not same.all()
+    for user in np.unique(reviews.reviews.user).tolist():
+        own = np.asarray(graph.text[USER])[user]
+        kinds = [source.kind for source in sources(graph, model.reverse, user, reviews)]
+        removed = RemovedTexts(reviews, user, own, sources_by_relation(graph, model.reverse, user, reviews))
+        texts = removed.of_sets(np.array([[0, number + 1] for number in range(len(kinds))]))
+        assert texts is not None
+        assert (texts.user == own).all(1).tolist() == [kind != REVIEW for kind in kinds]
     found = effects(model, 3, range(prepared.dataset.n_items))
     is_read = np.isin(found.kind, [INTERACTION, REVIEW])
     assert not is_read.all() and not found.value[~is_read].any() and found.value[is_read].any(1).all()
