@@ -146,6 +146,9 @@ def _all_reviews(texts: NodeTexts) -> ReviewTexts:
     """The reviews of all pairs; those without an interaction are text of their user and item as well."""
     assert texts.reviews is not None and texts.other_reviews is not None
     both = texts.reviews, texts.other_reviews
-    user, item, text = (np.concatenate([of[place] for of in both]) for place in range(3))
-    weights = {side: np.concatenate([of.weights[side] for of in both]) for side in (USER, ITEM)}
-    return ReviewTexts(user, item, text, weights)
+    return ReviewTexts(
+        np.concatenate([of.user for of in both]),
+        np.concatenate([of.item for of in both]),
+        np.concatenate([of.text for of in both]),
+        {side: np.concatenate([of.weights[side] for of in both]) for side in (USER, ITEM)},
+    )
