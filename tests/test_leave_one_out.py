@@ -19,7 +19,7 @@ from fused_rec.explanation.counterfactual import without_sources
 from fused_rec.explanation.decomposition import REVIEW
 from fused_rec.explanation.explained_model import contributions_and_effects, explained_model
 from fused_rec.explanation.leave_one_out import LeaveOneOut, effects, leave_one_out
-from fused_rec.explanation.own_reviews import own_reviews
+from fused_rec.explanation.own_reviews import OwnReviews, own_reviews
 from fused_rec.explanation.sources import sources
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges
 from fused_rec.graph.device_graph import DeviceGraph, device_graph
@@ -130,11 +130,12 @@ def test_a_source_that_no_part_reads_has_no_effect():
     assert not is_read.all() and not found.value[~is_read].any()
 
 
-def test_effects_beside_contributions(opened):  # noqa: F811
+def test_effects_beside_contributions(opened, monkeypatch):  # noqa: F811
     config, prepared, params, *_ = opened
     model = explained_model(config, params, prepared)
-    contributed, effect = contributions_and_effects(model, 3, [4, 7])
     found = effects(model.leave_one_out, 3, [4, 7])
+    monkeypatch.delattr(OwnReviews, "of_user")  # effects of reviews have no contribution beside them: not computed
+    contributed, effect = contributions_and_effects(model, 3, [4, 7])
     assert np.isnan(effect[contributed.source < 0]).all()
     for kind, source, value in zip(found.kind, found.source, found.value, strict=True):
         if kind == REVIEW:  # part of the texts of the user and of the item

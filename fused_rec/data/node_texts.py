@@ -26,7 +26,7 @@ class NodeTextLinks(NamedTuple):
 
 
 class ReviewTexts(NamedTuple):
-    """The R observed reviews with text whose user and item have an observed interaction."""
+    """R observed reviews with text."""
 
     user: Int32[np.ndarray, "R"]
     item: Int32[np.ndarray, "R"]
@@ -43,11 +43,13 @@ class NodeTexts:
         reviews.
       links: which nodes have which texts, for the node types `USER` and `ITEM`.
       reviews: the part of the links that comes from reviews of observed interactions; None for a control.
+      other_reviews: the part that comes from reviews of other pairs; None for a control.
     """
 
     texts: list[str]
     links: Mapping[str, NodeTextLinks]
     reviews: ReviewTexts | None = None
+    other_reviews: ReviewTexts | None = None
 
 
 def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
@@ -77,9 +79,12 @@ def node_texts(dataset: Dataset, observed: Observed) -> NodeTexts:
         user.astype(np.int64) * dataset.n_items + item
         for user, item in ((nodes[USER], nodes[ITEM]), (observed.user, observed.item))
     )
-    at = np.isin(pairs, interactions)
-    found = ReviewTexts(nodes[USER][at], nodes[ITEM][at], reviews[at], {name: of[at] for name, of in weights.items()})
-    return NodeTexts(encoded.dictionary.to_pylist(), links, found)
+    interacted = np.isin(pairs, interactions)
+    found = [
+        ReviewTexts(nodes[USER][at], nodes[ITEM][at], reviews[at], {name: of[at] for name, of in weights.items()})
+        for at in (interacted, ~interacted)
+    ]
+    return NodeTexts(encoded.dictionary.to_pylist(), links, *found)
 
 
 def _texts(table: pa.Table) -> list[str | None]:

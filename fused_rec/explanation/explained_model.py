@@ -1,5 +1,6 @@
 """A model on one graph with everything that explains its scores, prepared once for many users."""
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,8 @@ def contributions_and_effects(
       text and ID embedding, popularity and launch prior.
     """
     contributed = contributions(model.decomposition, user, items)
-    return contributed, _aligned(effects(model.leave_one_out, user, items), contributed)
+    edges = dataclasses.replace(model.leave_one_out, reviews=None)  # no contribution has a review as its source
+    return contributed, _aligned(effects(edges, user, items), contributed)
 
 
 def _aligned(found: Effects, contributed: Contributions) -> np.ndarray:

@@ -208,8 +208,9 @@ class SetScores:
     def __init__(self, model: LeaveOneOut, user: int, groups: list[Sources] | None = None):
         groups = _sources(model, user) if groups is None else groups
         self.model, self.user = model, user
-        reviewed = model.reviews is not None and any(group.relation == REVIEWED_BY for group in groups)
-        self.texts = RemovedTexts(model.reviews, user, groups) if model.reviews is not None and reviewed else None
+        self.texts = None
+        if model.reviews is not None and any(group.relation == REVIEWED_BY for group in groups):
+            self.texts = RemovedTexts(model.reviews, user, np.asarray(model.graph.text[USER])[user], groups)
         self.removals = [SetRemoval(branch, user, groups, self.texts) for branch in model.branches]
         self.kinds = np.array([source_kind(group.relation) for group in groups for _ in group.rows])
         self.rows = np.concatenate([np.zeros(0, np.int64), *(group.rows for group in groups)]).astype(np.int64)
@@ -245,8 +246,10 @@ class SetScores:
 
     def _changes(self, gone: _Gone) -> Bool[np.ndarray, "P"]:
         """Which sets change a score by more than rounding."""
-        found = np.array(((gone.items >= 0) | (gone.friends >= 0)).any(1))
-        if gone.text is not None:
+        found, closed = np.array((gone.items >= 0).any(1)), [component.part for component in self.model.closed]
+        if any(part.friends is not None for part in closed):
+            found |= (gone.friends >= 0).any(1)
+        if gone.text is not None and any(part.user_source == "text" for part in closed):
             found |= (gone.text != np.asarray(self.model.graph.text[USER])[self.user]).any(1)
         for branch, change in zip(self.model.branches, gone.changes, strict=True):
             found |= (change.user != branch.out[USER][self.user]).any(1)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset
+from fused_rec.data.node_texts import NodeTexts, ReviewTexts
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.text.features import TextFeatures
@@ -30,7 +31,7 @@ class Written(NamedTuple):
 
 
 class OwnReviews:
-    """The reviews of observed interactions, and the text features of their users and items without some of them.
+    """The observed reviews, and the text features of their users and items without some of them.
 
     Args:
       dataset: whose users and items may have a description.
@@ -38,8 +39,7 @@ class OwnReviews:
     """
 
     def __init__(self, dataset: Dataset, features: TextFeatures):
-        assert features.texts.reviews is not None
-        self.features, self.reviews = features, features.texts.reviews
+        self.features, self.reviews = features, _all_reviews(features.texts)
         self.tables: Mapping[str, pa.Table] = {USER: dataset.users, ITEM: dataset.items}
         self.by_user = np.argsort(self.reviews.user, kind="stable")
         self.users = self.reviews.user[self.by_user]
@@ -131,9 +131,24 @@ def own_reviews(config: Config, inputs: ModelInputs) -> OwnReviews | None:
       inputs: tables, texts and graph.
 
     Returns:
-      The reviews; None without any, for controls of the text, with a trained text encoder, and where a text enters
-      elsewhere than at its nodes (model.text_propagation both_ways).
+      The reviews; None without any, for controls of the text, where no text is read (variant graph), with a trained
+      text encoder, and where a text enters elsewhere than at its nodes (model.text_propagation both_ways).
     """
-    found = inputs.text.texts.reviews
-    removable = config.model.local_text and config.text.finetune == "frozen" and found is not None and len(found.text)
-    return OwnReviews(inputs.dataset, inputs.text) if removable else None
+    fusion, texts = inputs.graph_inputs.fusion, inputs.text.texts
+    is_read = config.model.uses_text or any(part.user_source == "text" for part in (fusion.closed if fusion else ()))
+    if not is_read or not config.model.local_text or config.text.finetune != "frozen" or texts.reviews is None:
+        return None
+    found = OwnReviews(inputs.dataset, inputs.text)
+    return found if len(found.users) else None
+
+
+def _all_reviews(texts: NodeTexts) -> ReviewTexts:
+    """The reviews of all pairs; those without an interaction are text of their user and item as well."""
+    assert texts.reviews is not None and texts.other_reviews is not None
+    both = texts.reviews, texts.other_reviews
+    return ReviewTexts(
+        np.concatenate([of.user for of in both]),
+        np.concatenate([of.item for of in both]),
+        np.concatenate([of.text for of in both]),
+        {side: np.concatenate([of.weights[side] for of in both]) for side in (USER, ITEM)},
+    )

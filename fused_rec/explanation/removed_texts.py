@@ -42,11 +42,12 @@ class RemovedTexts:
     Args:
       reviews: those that can be removed.
       user: user row.
+      text: the user's features with all reviews.
       groups: the user's sources by relation.
     """
 
-    def __init__(self, reviews: OwnReviews, user: int, groups: Sequence[Sources]):
-        self.reviews, self.user, self.written = reviews, user, reviews.of_user(user)
+    def __init__(self, reviews: OwnReviews, user: int, text: Float32[np.ndarray, "D"], groups: Sequence[Sources]):
+        self.reviews, self.user, self.text, self.written = reviews, user, text, reviews.of_user(user)
         relations = [None, *(group.relation for group in groups for _ in group.rows)]
         rows = np.concatenate([[-1], *(group.rows for group in groups)]).astype(np.int64)
         self.is_review = np.array([relation == REVIEWED_BY for relation in relations])
@@ -79,8 +80,10 @@ class RemovedTexts:
         changed[:, 0] = is_review.any(1)
         items = np.zeros((len(nodes), len(self.written.items) + 1), bool)
         np.put_along_axis(items, self.review_of[nodes], True, axis=1)  # of all other nodes the last column
-        gone = items[:, self.written.of]
-        return SetTexts(changed, self.reviews.rows(USER, self.user, self.written.reviews, gone))
+        without = changed[:, 0]
+        text = np.repeat(self.text[None], len(nodes), axis=0)
+        text[without] = self.reviews.rows(USER, self.user, self.written.reviews, items[without][:, self.written.of])
+        return SetTexts(changed, text)
 
 
 class BranchTexts:
