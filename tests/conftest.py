@@ -16,9 +16,7 @@ if "jax" in sys.modules:
     )
 
 # Four devices on one host, so that multi-device code runs everywhere the tests do; a test may start a child with more.
-DEVICES = "--xla_force_host_platform_device_count"
-if DEVICES not in (flags := os.environ.get("XLA_FLAGS", "")):
-    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=4".strip()
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # [U] + [U, K] is a forgotten axis far more often than a wish.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -28,7 +26,10 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
 # Each worker has a folder of its own, since JAX does not write programs atomically. The first process removes all.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+FEWER_PASSES = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    if FEWER_PASSES not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{FEWER_PASSES} {flags}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")

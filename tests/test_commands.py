@@ -46,7 +46,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    found = os.environ | {"XLA_FLAGS": ""} | changes
+    found = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | changes
     return {name: value for name, value in found.items() if value is not None}
 
 

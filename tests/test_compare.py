@@ -35,7 +35,7 @@ SETTINGS = {
     "train.eval_every": 2,
 }
 # Four, as tests/conftest.py has them, take longer to compile for.
-ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 RUNS = [("fused", 0), ("fused", 1), ("no_social_edges", 0), ("no_social_edges", 1), ("popularity", 0)]
 
 

@@ -59,7 +59,7 @@ def launch(
             cwd=ROOT,
             env=os.environ
             | {"HOME": str(home(workdir, process))}
-            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"},
+            | {"JAX_NUM_CPU_DEVICES": str(devices // processes)},
             stdout=log,
             stderr=log,
         )

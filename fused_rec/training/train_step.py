@@ -145,17 +145,17 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     Returns:
       The state at step 0, unsharded, on the host.
     """
-    return jax.device_get(_init(config, graph_inputs))
+    return jax.device_get(_init(compile_key(config), config.train.seed, graph_inputs))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
-    key = jax.random.key(config.train.seed)
+def _init(config: Config, seed: int | Array, graph_inputs: GraphInputs) -> TrainState:
+    key = jax.random.key(seed)
     params = FusedModel(config.model).init(key, graph_inputs.graph)["params"]
     opt_state: PyTree = make_optimizer(config.train).init(params)
     if config.train.lazy_adam:
         opt_state = lazy_adam.start(opt_state, params, ID_EMBEDDING)
-    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, opt_state)
+    return TrainState(jnp.int32(0), jnp.asarray(seed, jnp.int32), params, opt_state)
 
 
 def sharding_axes(tree: PyTree) -> PyTree:
