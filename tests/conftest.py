@@ -31,6 +31,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     if FEWER_PASSES not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{FEWER_PASSES} {flags}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+gc.set_threshold(10_000, 20, 10)  # as fused_rec/commands/launch.py has it
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
 os.environ[PROGRAMS] = os.path.join(MADE or os.environ[PROGRAMS], os.environ.get("PYTEST_XDIST_WORKER", ""))

@@ -57,9 +57,7 @@ def launch(
             [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tables.py", *settings]
             + [f"--config.data.path={tables}", f"--workdir={workdir}", *(several if processes > 1 else [])],
             cwd=ROOT,
-            env=os.environ
-            | {"HOME": str(home(workdir, process))}
-            | {"JAX_NUM_CPU_DEVICES": str(devices // processes)},
+            env=os.environ | {"HOME": str(home(workdir, process))} | {"JAX_NUM_CPU_DEVICES": str(devices // processes)},
             stdout=log,
             stderr=log,
         )
