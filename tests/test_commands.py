@@ -17,6 +17,7 @@ CONFIG = "--config=experiments/configs/tables.py"
 SMALL = (
     *("--config.model.variant=graph", "--config.model.dim=4", "--config.model.num_layers=1"),
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
+    "--config.train.temperature=0.15",
 )
 COMMANDS = (
     "backtest",

@@ -31,6 +31,7 @@ SETTINGS = {
     "model.dim": 4,
     "model.num_layers": 1,
     "train.batch_size": 32,
+    "train.temperature": 0.15,
     "train.max_steps": 4,
     "train.eval_every": 2,
 }

@@ -28,6 +28,7 @@ SETTINGS = {
     "model.num_layers": 1,
     "model.late_fusion": False,
     "train.batch_size": 32,
+    "train.temperature": 0.15,
     "train.max_steps": 4,
     "train.eval_every": 2,
 }

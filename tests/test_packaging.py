@@ -184,6 +184,7 @@ if __name__ == "__main__":
 TINY = (
     *("--config.model.variant=graph", "--config.model.dim=8", "--config.model.num_layers=1"),
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
+    "--config.train.temperature=0.15",
 )
 
 
