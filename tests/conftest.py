@@ -25,16 +25,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
-# Each worker has a folder of its own, since JAX does not write programs atomically. The first process removes all.
-FEWER_PASSES = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# XLA takes half the time with these two flags. Each worker has a folder of its own, since JAX does not write programs
+# atomically. The first process removes all.
+QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
-    if FEWER_PASSES not in (flags := os.environ.get("XLA_FLAGS", "")):
-        os.environ["XLA_FLAGS"] = f"{FEWER_PASSES} {flags}".strip()
+    if QUICK_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {flags}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-gc.set_threshold(10_000, 20, 10)  # as fused_rec/commands/launch.py has it
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
 os.environ[PROGRAMS] = os.path.join(MADE or os.environ[PROGRAMS], os.environ.get("PYTEST_XDIST_WORKER", ""))
+# As of commands (fused_rec/commands/launch.py); `release_compiled_programs` collects all after each file.
+gc.set_threshold(10_000, 20, 10)
 
 
 def pytest_unconfigure() -> None:
