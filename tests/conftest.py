@@ -48,10 +48,11 @@ def pytest_unconfigure() -> None:
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
 # one at the end (`make test`).
 LONGEST = (
-    *("trainer", "processes", "notebooks", "tour", "serving", "commands", "density", "backtest", "finetune"),
-    *("baseline_runs", "train_step", "compare", "init_from", "neighbor_sampling", "token_attribution", "sources"),
-    *("evaluate", "pages_in_browser", "diff", "late_fusion", "tasks", "examples", "api", "run", "late_pairs"),
-    *("encoders", "tune", "memory", "storage", "packaging", "serve", "benchmark", "wandb", "weights"),
+    *("trainer", "processes", "commands", "train_step", "serving", "tour", "notebooks", "pages_in_browser", "density"),
+    *("finetune", "backtest", "compare", "neighbor_sampling", "benchmark", "token_attribution", "init_from", "tune"),
+    *("storage", "evaluate", "baseline_runs", "memory", "anonymity", "tasks", "diff", "late_fusion", "pair_score"),
+    *("encode", "serve", "packaging", "examples", "decomposition", "leakage", "export_bundle", "api", "leave_one_out"),
+    *("malformed_inputs", "spmm", "reference", "docs", "sources", "model", "write_rankings", "late_pairs", "wandb"),
 )
 
 
