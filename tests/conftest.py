@@ -16,9 +16,7 @@ if "jax" in sys.modules:
     )
 
 # Four devices on one host, so that multi-device code runs everywhere the tests do; a test may start a child with more.
-DEVICES = "--xla_force_host_platform_device_count"
-if DEVICES not in (flags := os.environ.get("XLA_FLAGS", "")):
-    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}=4".strip()
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # [U] + [U, K] is a forgotten axis far more often than a wish.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -27,12 +25,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
-# Each worker has a folder of its own, since JAX does not write programs atomically. The first process removes all.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA takes half the time with these two flags. Each worker has a folder of its own, since JAX does not write programs
+# atomically. The first process removes all.
+QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    if QUICK_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {flags}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 MADE = "" if PROGRAMS in os.environ else tempfile.mkdtemp(prefix="fused_rec-tests-")
 os.environ[PROGRAMS] = os.path.join(MADE or os.environ[PROGRAMS], os.environ.get("PYTEST_XDIST_WORKER", ""))
+# As of commands (fused_rec/commands/launch.py); `release_compiled_programs` collects all after each file.
+gc.set_threshold(10_000, 20, 10)
 
 
 def pytest_unconfigure() -> None:
@@ -44,10 +48,11 @@ def pytest_unconfigure() -> None:
 # The files that take longest, longest first. Workers take whole files in this order, so that none is left with a long
 # one at the end (`make test`).
 LONGEST = (
-    *("trainer", "processes", "notebooks", "tour", "serving", "commands", "density", "backtest", "finetune"),
-    *("baseline_runs", "train_step", "compare", "init_from", "neighbor_sampling", "token_attribution", "sources"),
-    *("evaluate", "pages_in_browser", "diff", "late_fusion", "tasks", "examples", "api", "run", "late_pairs"),
-    *("encoders", "tune", "memory", "storage", "packaging", "serve", "benchmark", "wandb", "weights"),
+    *("trainer", "processes", "commands", "train_step", "serving", "tour", "notebooks", "pages_in_browser", "density"),
+    *("finetune", "backtest", "compare", "neighbor_sampling", "benchmark", "token_attribution", "init_from", "tune"),
+    *("storage", "evaluate", "baseline_runs", "memory", "anonymity", "tasks", "diff", "late_fusion", "pair_score"),
+    *("encode", "serve", "packaging", "examples", "decomposition", "leakage", "export_bundle", "api", "leave_one_out"),
+    *("malformed_inputs", "spmm", "reference", "docs", "sources", "model", "write_rankings", "late_pairs", "wandb"),
 )
 
 

@@ -75,7 +75,7 @@ def test_explanations(run):
 
 def test_files_of_the_command(folder):
     command = (sys.executable, "-m", "experiments.recommend", f"--workdir={folder}/run", "--k=2", *FLAGS)
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     users = f"--users={CUSTOMERS[0]}"
     done = subprocess.run(
         [*command, users, f"--out={folder}/ranked.csv"], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -278,7 +278,7 @@ checkpoints = Checkpoints(sys.argv[1])
 
 
 def child(code, folder, **environment):
-    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | environment
+    variables = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | environment
     return subprocess.Popen(
         [sys.executable, "-c", CHILD + code, str(folder)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -17,6 +17,7 @@ CONFIG = "--config=experiments/configs/tables.py"
 SMALL = (
     *("--config.model.variant=graph", "--config.model.dim=4", "--config.model.num_layers=1"),
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
+    "--config.train.temperature=0.15",
 )
 COMMANDS = (
     "backtest",
@@ -46,7 +47,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    found = os.environ | {"XLA_FLAGS": ""} | changes
+    found = os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | changes
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -31,11 +31,12 @@ SETTINGS = {
     "model.dim": 4,
     "model.num_layers": 1,
     "train.batch_size": 32,
+    "train.temperature": 0.15,
     "train.max_steps": 4,
     "train.eval_every": 2,
 }
 # Four, as tests/conftest.py has them, take longer to compile for.
-ONE_DEVICE = os.environ | {"XLA_FLAGS": ""}
+ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 RUNS = [("fused", 0), ("fused", 1), ("no_social_edges", 0), ("no_social_edges", 1), ("popularity", 0)]
 
 

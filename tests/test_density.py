@@ -28,6 +28,7 @@ SETTINGS = {
     "model.num_layers": 1,
     "model.late_fusion": False,
     "train.batch_size": 32,
+    "train.temperature": 0.15,
     "train.max_steps": 4,
     "train.eval_every": 2,
 }
@@ -55,7 +56,7 @@ def start(tables: Path, out: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.density", "--config=experiments/configs/tables.py", f"--out={out}"]
     return subprocess.Popen(
         [*command, f"--config.data.path={tables}", *settings, *flags],
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ from fused_rec.runs.run_dir import TEST_METRICS_PER_USER, read_users
 
 SETTINGS = {
     "train": {"batch_size": 32, "max_steps": 10, "eval_every": 5, "learning_rate": 0.02, "refit": "none"},
-    "model": {"dim": 8, "variant": "graph", "late_fusion": False},
+    "model": {"dim": 8, "num_layers": 1, "variant": "graph", "late_fusion": False},
 }
 
 

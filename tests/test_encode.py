@@ -387,7 +387,8 @@ def start_child(tmp_path, name, texts, kill_at=0, stops=""):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},  # one device: batches small enough to be killed in
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},  # one device: batches small enough to be killed in
     )
     return child
 

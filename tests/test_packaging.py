@@ -184,6 +184,7 @@ if __name__ == "__main__":
 TINY = (
     *("--config.model.variant=graph", "--config.model.dim=8", "--config.model.num_layers=1"),
     *("--config.train.max_steps=2", "--config.train.eval_every=2", "--config.train.batch_size=32"),
+    "--config.train.temperature=0.15",
 )
 
 
@@ -200,7 +201,7 @@ def installed(tmp_path_factory) -> Path:
 def ended(folder: Path, *arguments: str, site: Path | None = None, **changes: str) -> subprocess.CompletedProcess:
     """The console script with these arguments in this folder, or what follows `python` where `site` is given."""
     command = [*(() if site else (str(folder / "fused-rec"),)), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(site or folder / "site"), "XLA_FLAGS": ""} | changes
+    environment = os.environ | {"PYTHONPATH": str(site or folder / "site"), "JAX_NUM_CPU_DEVICES": "1"} | changes
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

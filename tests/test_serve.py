@@ -65,7 +65,7 @@ class Server:
 
     def __init__(self, folder: Path, *flags: str):
         command = [sys.executable, "-m", "experiments.serve", f"--workdir={folder}/served", "--port=0", *flags]
-        environment = os.environ | {"XLA_FLAGS": ""}
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
         self.log = folder / "server.log"
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(

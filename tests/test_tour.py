@@ -28,7 +28,7 @@ SIZES = {
 INSTALLS = ("make", "source", "pip")  # how the environment that runs this came to be
 NOT_HERE = ("experiments.doctor",)  # tests/test_doctor.py; its self-test takes as long as all others
 # What tests/conftest.py chooses for tests is not what a reader has.
-OURS = {"XLA_FLAGS", "JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "FUSED_REC_DATA"}
+OURS = {"JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS", "JAX_NUMPY_RANK_PROMOTION", "FUSED_REC_DATA"}
 
 
 def blocks(page: Path, language: str) -> str:

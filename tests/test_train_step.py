@@ -103,16 +103,10 @@ def batch_of(step: int) -> Batch:
     return batch(HELD, step, seed=0, batch_size=BATCH_USERS, positives_per_user=2, num_negatives=2)
 
 
-@functools.cache
-def _params(variant, seed):
-    return jax.device_get(jax.jit(init, static_argnums=0)(config_of(variant, seed=seed), task_of()).params)
-
-
 def start(config) -> TrainState:
-    """What `init` returns, compiled once for all losses and optimisers."""
-    params = jax.tree.map(jnp.asarray, _params(config.model.variant, config.train.seed))
-    seed = jnp.int32(config.train.seed)
-    return TrainState(jnp.int32(0), seed, params, step_module.make_optimizer(config.train).init(params))
+    """What `init` returns, for the optimizer that a test may have put in the place of AdamW."""
+    state = jax.tree.map(jnp.asarray, init(config, task_of()))
+    return dataclasses.replace(state, opt_state=step_module.make_optimizer(config.train).init(state.params))
 
 
 def trained(step, config, devices, steps):
@@ -190,7 +184,7 @@ def test_any_number_of_devices_gives_the_same(variant, loss, monkeypatch):
     alone, params = results[0]
     sharding._mapped_step.cache_clear()
     for name, branch in params.items():  # none stayed where it was
-        moved = jax.tree.map(lambda after, before: np.abs(after - before).max(), branch, _params(variant, 0)[name])
+        moved = jax.tree.map(lambda after, before: np.abs(after - before).max(), branch, start(config).params[name])
         assert max(jax.tree.leaves(moved)) > 0.01, name
     for losses, others in results[1:]:
         np.testing.assert_allclose(losses, alone, rtol=1e-5)
@@ -244,10 +238,11 @@ def test_users_stay_on_their_devices():
 
 def test_so_do_eight():
     """As many as a host may have, and more than four of which a child process is made."""
-    flags = os.environ["XLA_FLAGS"].replace("count=4", "count=8")
     test = f"{__file__}::test_any_number_of_devices_gives_the_same"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "fused", test]
-    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{sum(variant == 'fused' for variant, _ in PAIRS)} passed" in done.stdout
 
@@ -579,12 +574,23 @@ def test_what_a_step_depends_on_makes_another_program(config):
 
 def test_two_seeds_share_one_compilation(learner, caplog):
     step, traces = learner
-    start(OTHER)  # whose own compilation is of `init`
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         trained(step, OTHER, None, 5)
         messages = [record.getMessage() for record in caplog.records]
     assert len(traces) == 1
     assert not [message for message in messages if message.startswith("Finished XLA compilation")]
+
+
+def test_one_program_initializes_every_seed_and_setting_of_training(learner, caplog):
+    first = start(LEARNING)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        same = start(of_training(LEARNING, loss="bpr", learning_rate=0.5, weight_decay=0.0, temperature=1.0))
+        other = start(OTHER)
+        messages = [record.getMessage() for record in caplog.records]
+    assert not [message for message in messages if message.startswith("Finished XLA compilation")]
+    jax.tree.map(np.testing.assert_array_equal, same, first)
+    assert (first.seed, other.seed) == (0, 1)
+    assert not np.array_equal(first.params["main"]["id_item"], other.params["main"]["id_item"])
 
 
 def test_another_seed_is_another_run_and_the_same_each_time(learner):

@@ -24,7 +24,7 @@ SETTINGS = {
 def ran(code: str, workdir: Path) -> subprocess.CompletedProcess:
     """Python in a process of its own, offline; `workdir` is a name there."""
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB__SERVICE_WAIT": "300"}
-    environment |= {"XLA_FLAGS": ""}
+    environment |= {"JAX_NUM_CPU_DEVICES": "1"}
     before = f"from pathlib import Path\nimport fused_rec as fr\nworkdir = Path({str(workdir)!r})\n"
     done = subprocess.run([sys.executable, "-c", before + code], env=environment, capture_output=True, text=True)
     return done

@@ -286,7 +286,7 @@ def tested(tests: tuple[str, ...], platform: str) -> dict[str, Any]:
       `value`, the number of tests that failed (None: they did not end); `seconds`; and `note`, the summary of pytest
       and the names of failed tests.
     """
-    own = {"JAX_PLATFORMS": platform, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    own = {"JAX_PLATFORMS": platform, "JAX_NUM_CPU_DEVICES": "1"}
     # GPUs otherwise multiply float32 with 10 bits of its fraction, which no bound of these tests allows.
     own |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]

@@ -5,6 +5,7 @@ Status and messages are the same for `fused-rec NAME` and `python -m experiments
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import logging
 import os
@@ -29,6 +30,9 @@ from fused_rec.config import Config, from_dict
 FAULTS = (ValueError, OSError, ArithmeticError, ImportError, MemoryError, app.UsageError)
 # The flags that give a setting, by command: the first that a command has is named where the setting is at fault.
 FLAGS_OF = {"data.path": ("config", "data_path", "path"), "text.cache": ("config", "cache")}
+# Of Python's garbage collection, which with its own thresholds takes a tenth of the time until the first step: imports
+# and the tracing of programs make many objects that stay.
+COLLECTION = 10_000, 20, 10
 PROGRAM_BYTES = 2**30  # of compiled programs that are kept
 PROGRAM_SECONDS = 0.1  # of compilation from which on a program is kept
 DEFINE_path(
@@ -127,6 +131,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _reported(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    gc.set_threshold(*COLLECTION)
     import jax
 
     from fused_rec.distributed import processes, signals

@@ -8,11 +8,12 @@ from typing import Any, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec import kernels
-from fused_rec.config import METRICS, Config, TrainConfig
+from fused_rec.config import METRICS, Config, ModelConfig, TrainConfig
 from fused_rec.data.batches import Batch
 from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, Shards, map_with_axes
 from fused_rec.graph.device_graph import DeviceGraph
@@ -145,17 +146,16 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     Returns:
       The state at step 0, unsharded, on the host.
     """
-    return jax.device_get(_init(config, graph_inputs))
+    return jax.device_get(_init(config.model, config.train.lazy_adam, np.int32(config.train.seed), graph_inputs))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(config: Config, graph_inputs: GraphInputs) -> TrainState:
-    key = jax.random.key(config.train.seed)
-    params = FusedModel(config.model).init(key, graph_inputs.graph)["params"]
-    opt_state: PyTree = make_optimizer(config.train).init(params)
-    if config.train.lazy_adam:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: ModelConfig, lazy: bool, seed: Int32[Array, ""], graph_inputs: GraphInputs) -> TrainState:
+    params = FusedModel(config).init(jax.random.key(seed), graph_inputs.graph)["params"]
+    opt_state: PyTree = make_optimizer(TrainConfig()).init(params)  # the same for all settings
+    if lazy:
         opt_state = lazy_adam.start(opt_state, params, ID_EMBEDDING)
-    return TrainState(jnp.int32(0), jnp.int32(config.train.seed), params, opt_state)
+    return TrainState(jnp.int32(0), seed, params, opt_state)
 
 
 def sharding_axes(tree: PyTree) -> PyTree:
