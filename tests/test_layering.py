@@ -190,8 +190,11 @@ def _library_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
             yield line, f"imports jax.pmap; it belongs in {', '.join(PMAP_ONLY_IN)}"
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(_, "pmap") if not _allowed(path, PMAP_ONLY_IN):
-                yield node.lineno, f"uses pmap; it belongs in {', '.join(PMAP_ONLY_IN)}"
+            case ast.Attribute(_, "pmap" | "psum_scatter" as name) if not _allowed(path, PMAP_ONLY_IN):
+                yield node.lineno, f"uses {name}; it belongs in {', '.join(PMAP_ONLY_IN)}"
+            # its derivative is a psum_scatter
+            case ast.Attribute(ast.Attribute(_, "lax"), "all_gather") if not _allowed(path, PMAP_ONLY_IN):
+                yield node.lineno, f"uses all_gather of jax.lax; that of {', '.join(PMAP_ONLY_IN)} is exact"
             case ast.Call(ast.Name(name)) if name in FORBIDDEN_BUILTINS:
                 yield node.lineno, f"calls {name}(); nothing that was read may run"
             case ast.Call(function, _, keywords):
@@ -283,6 +286,8 @@ CLEAN = '"""Doc."""\n'
         ("from os import replace", "training/train_step.py", "imports os.replace"),
         ("import jax\njax.pmap(f)", "training/train_step.py", "uses pmap"),
         ("from jax import pmap", "training/train_step.py", "imports jax.pmap"),
+        ("import jax\njax.lax.psum_scatter(x, 'a')", "training/train_step.py", "uses psum_scatter"),
+        ("import jax\njax.lax.all_gather(x, 'a')", "training/train_step.py", "uses all_gather of jax.lax"),
         ("import orbax.checkpoint as ocp", "training/trainer.py", "imports orbax.checkpoint"),
         ("import jraph", "graph/build.py", "imports jraph"),
         ("from fused_rec.graph.build import x", "model/model.py", "fused_rec.graph.build belongs in graph/*"),

@@ -145,6 +145,32 @@ def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
     assert "results:" not in text_batch(workdir, 1)
 
 
+GATHERS = """
+import jax, numpy as np
+from fused_rec.distributed.devices import AXIS, all_gather, scatter_sum
+
+jax.distributed.initialize("localhost:PORT", 1, 0)
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+factors = np.random.default_rng(0).normal(size=(2, 3, 2, 4)).astype(np.float32)
+gathered = jax.pmap(jax.value_and_grad(lambda x, of: (all_gather(x, 1) * of).sum()), axis_name=AXIS)
+values, slopes = gathered(x, factors)
+np.testing.assert_allclose(values, [(np.stack(x, 1) * of).sum() for of in factors], rtol=1e-5)
+np.testing.assert_allclose(slopes, factors.sum(0).swapaxes(0, 1), rtol=1e-5)
+summed = jax.pmap(lambda of: scatter_sum(of, 1), axis_name=AXIS)
+np.testing.assert_allclose(summed(factors), factors.sum(0).swapaxes(0, 1), rtol=1e-5)
+for compiled in (gathered.lower(x, factors).compile(), summed.lower(factors).compile()):
+    assert "reduce-scatter" not in compiled.as_text()
+"""
+
+
+def test_no_reduce_scatter_runs_between_processes():
+    """On CPUs it would be Gloo's, whose sums are wrong at times (`fused_rec.distributed.devices.scatter_sum`)."""
+    command = [sys.executable, "-c", GATHERS.replace("PORT", str(free_port()))]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_divide_the_texts(tables, alone, tmp_path):
     """Each encodes half of the texts, and has the vectors of all in its cache afterwards."""
     workdir = tmp_path / "run"

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float32, Int32, Int64, PRNGKeyArray, PyTree
 from fused_rec.config import Config, TextConfig
 from fused_rec.data.batches import Batch
 from fused_rec.data.node_texts import ITEM, USER, NodeTextLinks
-from fused_rec.distributed.devices import AXIS, AnyArray, local_indices, select_devices
+from fused_rec.distributed.devices import AXIS, AnyArray, all_gather, local_indices, select_devices
 from fused_rec.model.losses import unit
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.text.encoders.lora import with_adapters
@@ -270,7 +270,7 @@ def _vector_changes(encoder: tuple, weights: PyTree, text_batch: TextBatch) -> F
 
     chunks = jnp.asarray(text_batch.ids), jnp.asarray(text_batch.mask), jnp.asarray(text_batch.cached_vectors)
     change = jax.lax.map(functools.partial(moved, weights), chunks)
-    return jax.lax.all_gather(change, AXIS).reshape(-1, change.shape[-1])
+    return all_gather(change, 0).reshape(-1, change.shape[-1])
 
 
 def update_node_text(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
 from fused_rec import kernels
 from fused_rec.config import METRICS, Config, ModelConfig, TrainConfig
 from fused_rec.data.batches import Batch
-from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, Shards, map_with_axes
+from fused_rec.distributed.devices import AXIS, SHARDED, AnyArray, Shards, all_gather, map_with_axes
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import ITEM, USER
 from fused_rec.model import losses
@@ -458,7 +458,7 @@ def _contrastive_losses(
 
 def _of_all_devices(nodes: Int32[Array, "B"], view: Float32[Array, "B K"]) -> losses.Candidates:
     """Gathers nodes and their view from all devices."""
-    gathered = jax.lax.all_gather((nodes, view), AXIS)
+    gathered = all_gather(nodes, 0), all_gather(view, 0)
     return losses.Candidates(*(part.reshape(-1, *part.shape[2:]) for part in gathered))
 
 
@@ -493,5 +493,5 @@ def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, ba
     trained_items = jnp.asarray(graph_inputs.trained_items)  # of all items, where the graph may be a sample of them
     if config.train.loss == "softmax":
         return losses.softmax(*common, jnp.where(trained_items, bias, -jnp.inf), temperature)
-    shared = losses.Negatives(jax.lax.all_gather(negatives, AXIS).reshape(-1), trained_items.sum())
+    shared = losses.Negatives(all_gather(negatives, 0).reshape(-1), trained_items.sum())
     return losses.sampled_softmax(*common, bias, shared, temperature)
