@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -25,9 +26,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What tests compile runs for microseconds: it is compiled quickly, and once for all files and processes of a worker.
-# XLA takes half the time with these two flags. Each worker has a folder of its own, since JAX does not write programs
-# atomically. The first process removes all.
-QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# XLA takes half the time with these two flags, of which later versions have the second alone and end a process that
+# gives an unknown one. Each worker has a folder of its own, since JAX does not write programs atomically. The first
+# process removes all.
+QUICK_COMPILATION = "--xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_COMPILATION = f"--xla_cpu_use_fusion_emitters=false {QUICK_COMPILATION}"
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     if QUICK_COMPILATION not in (flags := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {flags}".strip()
