@@ -127,8 +127,7 @@ def scatter_sum(x: Array, axis: int) -> Array:
     return jax.lax.psum_scatter(x, AXIS, scatter_dimension=axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def all_gather(x: Array, axis: int) -> Array:
+def all_gather(x: AnyArray, axis: int) -> Array:
     """Gathers arrays of all devices along a new axis; derivatives come back by `scatter_sum`.
 
     Args:
@@ -138,18 +137,19 @@ def all_gather(x: Array, axis: int) -> Array:
     Returns:
       The arrays of all devices.
     """
+    return _all_gather(jnp.asarray(x), axis)
+
+
+def _gathered(x: Array, axis: int) -> Array:
     return jax.lax.all_gather(x, AXIS, axis=axis)
-
-
-def _gathered(x: Array, axis: int) -> tuple[Array, None]:
-    return all_gather(x, axis), None
 
 
 def _gathered_back(axis: int, _: None, derivative: Array) -> tuple[Array]:
     return (scatter_sum(derivative, axis),)
 
 
-all_gather.defvjp(_gathered, _gathered_back)
+_all_gather: Any = jax.custom_vjp(_gathered, nondiff_argnums=(1,))
+_all_gather.defvjp(lambda x, axis: (_gathered(x, axis), None), _gathered_back)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Shards:
         """Gathers [rows, ...] of all devices to [rows * count, ...] on each, in the order of the global rows."""
         if self.count == 1:
             return jnp.asarray(x)
-        return all_gather(jnp.asarray(x), 1).reshape(-1, *x.shape[1:])
+        return all_gather(x, 1).reshape(-1, *x.shape[1:])
 
     def global_ids(self, rows: Int32[AnyArray, "m"]) -> Int32[Array, "m"]:
         """Maps local rows of this device to global rows."""
