@@ -347,12 +347,12 @@ class _Receivers:
         removed[:, 1:, 0] = between[:, 1:, 0] * receives
         after = self.after[:, nodes]
         changed = np.concatenate([sends.any(1, keepdims=True), receives], 1)
-        with_text = texts is not None and of.texts is not None and of.texts.in_gates
-        if texts is not None and with_text:
-            after = np.where(texts.changed, self.with_text[:, nodes], after)
-            changed = changed | texts.changed
-        if self.in_degree and (with_text or sends.any()):
-            text = texts.user if texts is not None else np.asarray(self.branch.graph.text[USER])[[self.user]]
+        read = texts if of.texts is not None and of.texts.in_gates else None
+        if read is not None:
+            after = np.where(read.changed, self.with_text[:, nodes], after)
+            changed = changed | read.changed
+        if self.in_degree and (read is not None or sends.any()):
+            text = read.user if read is not None else np.asarray(self.branch.graph.text[USER])[[self.user]]
             text = np.broadcast_to(text, (len(nodes), text.shape[1]))
             after[:, :, 0] = self._gates(text, self.in_degree - sends.sum(1)) * self._normal(nodes, sends)
         return _Edited(self.relation, between, removed, growth, self.gate[:, nodes], after, changed)
