@@ -215,7 +215,7 @@ def rank(scorer: Scorer, users: Int[np.ndarray, "V"], spec: RankingSpec, k: int)
         np.zeros((n, rules), np.int32),
     )
     sets = spec.seen, *spec.filter.excluded
-    for rows, (ranked, of_rules) in _over_batches(_rank_batch, _Replicated.of(scorer, spec), users, sets, spec, k=k):
+    for rows, (ranked, of_rules) in _over_batches(_rank_batch, scorer, _Replicated.of(spec), users, sets, spec, k=k):
         for whole, part in zip(found[:3], ranked, strict=True):
             whole[rows] = part
         for rule, of_rule in enumerate(of_rules):
@@ -270,8 +270,8 @@ def evaluate(
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(spec.n_items, bool)
     sets, n_users = (spec.seen, truth, *spec.filter.excluded), spec.seen.n_users
-    arrays = _Replicated.of(scorer, spec, item_counts)
-    for _, (values, items) in _over_batches(_evaluate_batch, arrays, users, sets, spec, ks=ks, n_users=n_users):
+    arrays = _Replicated.of(spec, item_counts)
+    for _, (values, items) in _over_batches(_evaluate_batch, scorer, arrays, users, sets, spec, ks=ks, n_users=n_users):
         recommended[items[items >= 0]] = True
         parts.append(values)
     names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "auc"]
@@ -309,35 +309,38 @@ def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
 
 
 class _Replicated(NamedTuple):
-    """Arguments of a batch that every device has whole."""
+    """Arguments of a batch that every device has whole, but the scorer."""
 
-    scorer: Partial
     tests: tuple[Partial, ...]
     candidates: Bool[Array, "I"]
     order: TieBreak
     item_counts: Int32[Array, "I"] | None
 
     @classmethod
-    def of(cls, scorer: Scorer, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
+    def of(cls, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
         counts = None if item_counts is None else jnp.asarray(item_counts, jnp.int32)
         order = random_order(spec.n_items, spec.seed)
-        return cls(as_argument(scorer), spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
+        return cls(spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
 
 
 def _over_batches(
     function: Callable[..., Any],
+    scorer: Scorer,
     arrays: _Replicated,
     users: Int[np.ndarray, "V"],
     sets: tuple[UserItemSets, ...],
     spec: RankingSpec,
     **static: Any,
 ) -> Iterator[tuple[slice, Any]]:
-    """Applies a function to batches of users, divided over devices.
+    """Applies a function to the scores of batches of users, divided over devices.
+
+    Scores are a program of their own: a scorer of other shapes then compiles no metrics anew, which take longest.
 
     Args:
-      function: (arrays, users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading axis is that of
-        the users, and Bool [B], whether all scores of a user are finite; defined at module level, since its
-        compilations are cached.
+      function: (arrays, scores [B, I], users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading
+        axis is that of the users, and Bool [B], whether all scores of a user are finite; defined at module level, since
+        its compilations are cached.
+      scorer: see `Scorer`.
       arrays: replicated on every device.
       users: V user rows.
       sets: item sets.
@@ -353,13 +356,14 @@ def _over_batches(
     if not len(users):
         return
     batches = _pad_to_batches(users, spec.users_at_once, spec.devices)
-    arrays = device_put(arrays, None, spec.devices)
-    mapped = _mapped(function, spec.devices, **static)
+    given, arrays = (device_put(whole, None, spec.devices) for whole in (as_argument(scorer), arrays))
+    scored, mapped = _scored(spec.n_items, spec.devices), _mapped(function, spec.devices, **static)
     bar = tqdm(batches, desc=spec.progress, unit="batch", disable=not spec.progress)
     of_batches = (padded_batches(of_users, batches, spec.devices) for of_users in sets)
     done = 0
     for rows, *of_rows in zip(bar, *of_batches, strict=True):
-        found, finite = jax.device_get(mapped(arrays, shard_rows(rows, spec.devices), tuple(of_rows)))
+        own = shard_rows(rows, spec.devices)
+        found, finite = jax.device_get(mapped(arrays, scored(given, own), own, tuple(of_rows)))
         if not finite.all():
             raise ValueError(
                 f"the scores of user {rows[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
@@ -379,18 +383,30 @@ def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None
 
 @functools.lru_cache(maxsize=16)
 def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """Maps `function` over devices: replicated arrays, then each device's users and their sets."""
+    """Maps `function` over devices: replicated arrays, then the scores of each device's users, the users, their sets."""
     shards = Shards(len(select_devices(devices)))
 
-    def whole(arrays, users, sets):
-        return jax.tree.map(shards.all_gather, function(arrays, users, sets, **static))
+    def whole(arrays, scores, users, sets):
+        return jax.tree.map(shards.all_gather, function(arrays, scores, users, sets, **static))
 
-    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED), out_axes=None)
+    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED, SHARDED), out_axes=None)
 
 
-def _rank_batch(arrays, users, sets, *, k):
+@functools.lru_cache(maxsize=16)
+def _scored(n_items: int, devices: int | None) -> Callable[[Partial, Int32[Array, "B"]], Float32[Array, "B I"]]:
+    """Maps a scorer over devices: the scorer, then each device's users, whose scores stay on it."""
+
+    def scores_of(scorer, users):
+        scores = scorer(users)
+        if scores.shape != (users.shape[0], n_items):
+            raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
+        return scores.astype(jnp.float32)
+
+    return pmap_over_devices(scores_of, devices, in_axes=(None, SHARDED), out_axes=SHARDED)
+
+
+def _rank_batch(arrays, scores, users, sets, *, k):
     n_items = len(arrays.candidates)
-    scores = _scored(arrays.scorer, users, n_items)
     unseen, masks = _unseen(arrays, sets[0]), _passed(arrays.tests, sets[1:], users, n_items)
     refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
     items, top, finite = top_k_filtered(scores, unseen & (refused == 0), arrays.order, k)
@@ -408,10 +424,9 @@ def _rank_batch(arrays, users, sets, *, k):
     return ((items, top, before), of_rules), finite
 
 
-def _evaluate_batch(arrays, users, sets, *, ks, n_users):
+def _evaluate_batch(arrays, scores, users, sets, *, ks, n_users):
     seen, truth, *barred = sets
     n_items = len(arrays.candidates)
-    scores = _scored(arrays.scorer, users, n_items)
     masks = _passed(arrays.tests, barred, users, n_items)
     eligible = functools.reduce(jnp.logical_and, masks, _unseen(arrays, seen))
     items, _, finite = top_k_filtered(scores, eligible, arrays.order, max(*ks, COVERAGE_K))
@@ -423,13 +438,6 @@ def _evaluate_batch(arrays, users, sets, *, ks, n_users):
     if arrays.item_counts is not None:
         values[f"novelty@{COVERAGE_K}"] = metrics.novelty(items, arrays.item_counts, n_users, COVERAGE_K)
     return (values, items[:, :COVERAGE_K]), finite
-
-
-def _scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
-    scores = scorer(users)
-    if scores.shape != (users.shape[0], n_items):
-        raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
-    return scores.astype(jnp.float32)
 
 
 def _unseen(arrays: _Replicated, seen: PaddedSets) -> Bool[Array, "B I"]:
