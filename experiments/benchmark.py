@@ -4,7 +4,7 @@
 
 Suites: train (a LightGCN step, memory, import to first step), evaluate (ranking of all items), encode (texts per second
 of a language model), scale (a step with 1e5 to 1e7 edges), serve (recommendations to one user, by items and width),
-index (users per second and recall of approximate ranking),
+index (users per second and recall of approximate ranking), quality (validation metrics by wall time),
 accelerator (all of these on the default device of JAX, a GPU if it has one, against the floors of the device).
 Each side runs in its own process, competitors in environments of their own (experiments/competitors/*.txt). Sides
 alternate, and medians are reported. Run nothing else on the machine. docs/SPEED.md describes what is measured and how.
@@ -31,7 +31,7 @@ from fused_rec.commands.launch import start
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
 
-SUITES = ("train", "encode", "evaluate", "scale", "serve", "index", "accelerator")
+SUITES = ("train", "encode", "evaluate", "scale", "serve", "index", "quality", "accelerator")
 DATA = {
     "train": ["lastfm", "gowalla", "generated:7947x25975x1e5"],  # the last has the shape of CiteULike-t
     "evaluate": ["lastfm", "gowalla"],
@@ -39,6 +39,7 @@ DATA = {
     "scale": ["generated:1e5", "generated:1e6", "generated:1e7"],
     "serve": ["generated:1e4", "generated:1e5"],
     "index": ["generated:1e4x1e5x1e6"],
+    "quality": ["gowalla"],
     "accelerator": list(accelerator.GROUPS),
 }
 SUITE = flags.DEFINE_enum("suite", None, SUITES, "What is measured.", required=True)
@@ -65,6 +66,7 @@ SIZE = flags.DEFINE_float(
     lower_bound=1e-4,
     upper_bound=1,
 )
+SECONDS = flags.DEFINE_float("seconds", 180.0, "Of quality: training time of each side.", lower_bound=0.1)
 TEXTS = flags.DEFINE_integer("texts", 2000, "Texts that are encoded.", lower_bound=1)
 
 DIM, ROUNDS, BATCH, LEARNING_RATE = 64, 3, 2048, 1e-3
@@ -77,6 +79,12 @@ TYPES = "float32", "bfloat16"  # of products, of a fused step and of encoding
 K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
 PROBES = (1, 4, 16, 64)  # lists that the index reads
+POINTS = 12  # of a curve of quality
+LEARNED = {  # settings of each peer in the suite `quality`, chosen on validation (docs/SPEED.md)
+    PYG: {"learning_rate": 1e-2, "pairs": BATCH},
+    TORCH: {"learning_rate": 1e-2, "pairs": BATCH},
+    ALS: {"regularization": 0.1, "alpha": 10.0},
+}
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
 CACHE = "JAX_COMPILATION_CACHE_DIR"
@@ -554,6 +562,87 @@ def index(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield {**row, **gain, "note": note}
 
 
+def quality(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measures validation metrics by wall time since the start of the process, a tenth of the training pairs held out.
+
+    Ours trains as `experiments/configs/gowalla.py` says, the peers by `LEARNED`. Each side is visited once. Evaluation
+    is no part of the time; writing vectors is.
+    """
+    from experiments.configs.gowalla import get_config
+
+    for name in names:
+        with workplace() as folder:
+            pairs = validation(read_pairs(name))
+            job = job_of(folder, "learn", write_arrays(pairs, folder, final=False), warmup=0, repeats=POINTS - 1)
+            job |= {"segment": SECONDS.value / POINTS, "config": get_config().to_dict()}
+            curves, left_out = {}, {}
+            for side in (OURS, *LEARNED):
+                python = competitors.python_of(side, None if PEERS.value is None else Path(PEERS.value))
+                if python is None:
+                    left_out[side] = "left out: its environment is not there"
+                    continue
+                print(f"{name}: {side.name}", flush=True)
+                files = {"snapshots": str(folder / side.name), "result": str(folder / "result.npy")}
+                competitors.visit(side, python, {**job, **LEARNED.get(side, {}), **files}, {})
+                curves[side] = [_quality(pairs, folder / f"{side.name}_{number}.npz") for number in range(POINTS)]
+            yield from _of_curves(name, curves, left_out)
+
+
+def validation(pairs: Pairs) -> Pairs:
+    """Holds out a random tenth of the training pairs, in place of the test pairs."""
+    held_out = np.random.default_rng(0).random(len(pairs.user)) < 0.1
+    ends = (end[part] for part in (~held_out, held_out) for end in (pairs.user, pairs.item))
+    return Pairs(pairs.n_users, pairs.n_items, *ends)
+
+
+def _quality(pairs: Pairs, file: Path) -> dict[str, float]:
+    """Evaluates the vectors of a file: metrics of the held-out pairs, and the seconds at which they were there."""
+    import jax
+
+    from fused_rec.evaluation.item_sets import item_sets
+    from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean
+
+    with np.load(file, allow_pickle=False) as there:
+        users, items = np.split(jax.numpy.asarray(there["rows"]), [pairs.n_users])
+        seconds = float(there["seconds"])
+    seen, truth = item_sets(pairs.user, pairs.item, pairs.n_users), (pairs.test_user, pairs.test_item)
+    scorer = jax.tree_util.Partial(_inner_products, users, items)
+    found = mean(evaluate(scorer, RankingSpec(seen, pairs.n_items), item_sets(*truth, pairs.n_users), ks=(K,)))
+    return {"seconds": seconds, f"recall@{K}": found[f"recall@{K}"], f"ndcg@{K}": found[f"ndcg@{K}"]}
+
+
+def _inner_products(users, items, batch):
+    return users[batch] @ items.T
+
+
+def _of_curves(name: str, curves: Mapping[Side, list], left_out: Mapping[Side, str]) -> Iterator[dict[str, Any]]:
+    """Yields a row per peer: our last value against its last, and both curves."""
+    metric, own = f"recall@{K}", curves[OURS]
+    common = {"name": f"{metric} on validation, {name}, {SECONDS.value:g} s of training", "unit": metric, **machine()}
+    common |= {"higher_is_better": True, "ours": own[-1][metric], "curve": own, "versions": {}}
+    none = {"peer": None, "peer_name": None, "ratio": None, "peer_curve": None}
+    for side in LEARNED:
+        if side in left_out:
+            yield {**common, **none, "peer_name": side.name, "note": left_out[side]}
+            continue
+        theirs = curves[side]
+        ahead = next((point["seconds"] for point in own if point[metric] >= theirs[-1][metric]), None)
+        note = (
+            f"our curve never reaches {theirs[-1][metric]:.4f}"
+            if ahead is None
+            else f"ours has as much at {ahead:.0f} s"
+        )
+        ratio = own[-1][metric] / theirs[-1][metric]
+        yield {
+            **common,
+            "peer": theirs[-1][metric],
+            "peer_name": side.name,
+            "ratio": ratio,
+            "peer_curve": theirs,
+            "note": note,
+        }
+
+
 def exported_arrays(bundle: Path, folder: Path) -> Path:
     """Writes the vectors of an exported run as arrays of a job, without seen items."""
     from fused_rec.text.vectors import load_vectors
@@ -705,7 +794,7 @@ def keep_to_threads() -> None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Plots the ratios, if there are any and Matplotlib is installed."""
+    """Plots the curves of quality, or the ratios, if there are any and Matplotlib is installed."""
     # A peer that compiles nothing has no time to be divided by; the table has both.
     rows = [row for row in rows if row["ratio"] and not row["name"].endswith(SUFFIXES["compile_s"])]
     if not rows:
@@ -715,15 +804,29 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     else:
         from fused_rec.evaluation import plots
 
-        write_figure(file, plots.by_ratio(rows, rows[0]["hardware"]))
+        by_time = "curve" in rows[0]
+        figure = _curves_of(rows) if by_time else plots.by_ratio(rows, rows[0]["hardware"])
+        write_figure(file, figure)
         print(f"figure: {file}")
+
+
+def _curves_of(rows: Sequence[Mapping[str, Any]]):
+    """Plots the curves of all sides of the first data set."""
+    from fused_rec.evaluation import plots
+
+    first = rows[0]
+    sides = {OURS.name: first["curve"]} | {
+        row["peer_name"]: row["peer_curve"] for row in rows if row["name"] == first["name"]
+    }
+    return plots.by_time(sides, first["unit"], f"{first['name']}\n{first['hardware']}")
 
 
 def main(argv: list[str]) -> None:
     """Parses flags, measures, and prints the table and the paths."""
     keep_to_threads()
     named = {"train": train, "encode": encode, "evaluate": evaluate, "scale": scale, "serve": serve}
-    out, suite = Path(OUT.value), {**named, "index": index, "accelerator": measure_device}[SUITE.value]
+    named |= {"index": index, "quality": quality, "accelerator": measure_device}
+    out, suite = Path(OUT.value), named[SUITE.value]
     busy = os.getloadavg()[0]
     if busy > 0.3:
         print(f"the machine is not alone: load {busy:.1f}; times will be too long, and not evenly", file=sys.stderr)

@@ -60,6 +60,48 @@ def test_the_command_without_any_peer(tmp_path):
     assert "figure: none" in done.stdout and not out.with_suffix(".png").exists()
 
 
+def test_curves_of_quality(tmp_path):
+    """Ours alone; a side that is missing is told, and the metrics are those of vectors at growing times."""
+    out = tmp_path / "rows.json"
+    flags = ("--suite=quality", "--data=generated:200x100x4e3", "--seconds=3", "--threads=1", f"--out={out}")
+    command = [sys.executable, "-W", "error", "-m", "experiments.benchmark", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert [row["peer_name"] for row in rows] == ["PyTorch Geometric", "PyTorch, tuned", "implicit ALS"]
+    assert all(row.keys() >= COLUMNS and "not there" in row["note"] and row["ratio"] is None for row in rows)
+    curve = rows[0]["curve"]
+    assert len(curve) == benchmark.POINTS and rows[0]["ours"] == curve[-1]["recall@20"]
+    assert np.all(np.diff([point["seconds"] for point in curve]) > 0.25 * 0.99)  # a twelfth of three seconds each
+    assert all(0 < point["ndcg@20"] < point["recall@20"] < 1 for point in curve)
+
+
+def test_the_held_out_tenth(pairs):
+    held_out = benchmark.validation(pairs)
+    parts = [
+        set(zip(*ends, strict=True))
+        for ends in ((held_out.user, held_out.item), (held_out.test_user, held_out.test_item))
+    ]
+    assert parts[0] | parts[1] == set(zip(pairs.user, pairs.item, strict=True)) and not parts[0] & parts[1]
+    assert len(parts[1]) == pytest.approx(len(pairs.user) / 10, rel=0.2)
+
+
+def test_triples_hold_what_they_say(pairs):
+    """As batches of the other suites: who holds what, and does not hold what."""
+    sys_path = str(competitors.HERE)
+    sys.path.insert(0, sys_path)
+    try:
+        triples = importlib.import_module("protocol").triples
+    finally:
+        sys.path.remove(sys_path)
+    arrays = {"shape": np.array([pairs.n_users, pairs.n_items]), "user": pairs.user, "item": pairs.item}
+    draw = triples({"pairs": 500}, arrays)
+    (user, item, other), again = draw(), draw()
+    held = set(zip(pairs.user.tolist(), pairs.item.tolist(), strict=True))
+    assert held.issuperset(zip(user.tolist(), item.tolist(), strict=True))
+    assert held.isdisjoint(zip(user.tolist(), other.tolist(), strict=True)) and not np.array_equal(user, again[0])
+
+
 def test_both_sides_take_the_same_step(tmp_path, pairs):
     """Ours and the published equations, written out over dense matrices, start from the same loss."""
     answers, failed = competitors.alternate(PYTHONS, job(tmp_path, pairs, "step", repeats=2), UNCACHED)

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from protocol import Arrays, Job, answer
+from protocol import Arrays, Job, answer, learning
 
 NEEDS = ("scipy.sparse", "threadpoolctl", "implicit.cpu.als")
 
@@ -20,7 +20,9 @@ def opened(job: Job, arrays: Arrays):
     ends, shape = (arrays["user"], arrays["item"]), tuple(map(int, arrays["shape"]))
     held = scipy.sparse.csr_matrix((np.ones(len(arrays["user"]), np.float32), ends), shape=shape)
     factors = arrays["rows"].shape[1]
-    return AlternatingLeastSquares(factors=factors, iterations=1, num_threads=job["threads"], random_state=0), held
+    settings = {name: job[name] for name in ("regularization", "alpha") if name in job}
+    settings |= {"factors": factors, "iterations": 1, "num_threads": job["threads"], "random_state": 0}
+    return AlternatingLeastSquares(**settings), held
 
 
 def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
@@ -34,6 +36,16 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
     return call
 
 
+def learn(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """Iterations until the time is over."""
+    model, held = opened(job, arrays)
+    return learning(
+        job,
+        lambda: model.fit(held, show_progress=False),
+        lambda: np.concatenate([model.user_factors, model.item_factors]),
+    )
+
+
 def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
     """The k best unseen items of every user, from the given vectors."""
     model, held = opened(job, arrays)
@@ -44,4 +56,4 @@ def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
 
 
 if __name__ == "__main__":
-    answer({"step": (NEEDS, step), "rank": (NEEDS, rank)}, ("implicit", "numpy", "scipy"))
+    answer({"step": (NEEDS, step), "learn": (NEEDS, learn), "rank": (NEEDS, rank)}, ("implicit", "numpy", "scipy"))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from protocol import Arrays, Job, answer
+from protocol import Arrays, Job, answer, learning
 
 from fused_rec.distributed.devices import keep_memory
 
@@ -116,6 +116,40 @@ def fused_step(job: Job, arrays: Arrays) -> Callable[[int], float]:
         return float(metrics["loss"])
 
     return call
+
+
+def learn(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """Training steps of a config, with its batches, until the time is over."""
+    import jax
+
+    from fused_rec.config import from_dict
+    from fused_rec.data.batches import user_items
+    from fused_rec.training.batch_sources import batch_of
+    from fused_rec.training.sharding import (
+        parallel_embed_nodes,
+        parallel_train_step,
+        shard_graph_inputs,
+        shard_state,
+    )
+    from fused_rec.training.train_step import GraphInputs, init
+
+    config, (n_users, n_items) = from_dict(job["config"]), map(int, arrays["shape"])
+    held = np.bincount(arrays["item"], minlength=n_items)
+    graph_inputs = GraphInputs(_graph(arrays), held > 0, held.astype(np.float32))
+    state, number = shard_state(init(config, graph_inputs)), 0
+    graph_inputs, once = shard_graph_inputs(graph_inputs), parallel_train_step(config)
+    users = user_items(arrays["user"], arrays["item"], n_users, held > 0)
+
+    def advance() -> None:
+        nonlocal state, number
+        state, _ = once(state, graph_inputs, batch_of(config.train, users, 0, number))
+        jax.block_until_ready(state)
+        number += 1
+
+    def vectors() -> np.ndarray:
+        return np.concatenate(jax.device_get(parallel_embed_nodes(config)(state.params, graph_inputs)))
+
+    return learning(job, advance, vectors)
 
 
 def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
@@ -302,6 +336,7 @@ SHOWN = 1000  # users, and items, whose sums are compared
 
 TASKS = {
     "step": (("fused_rec.training.sharding", "fused_rec.studies.variants"), step),
+    "learn": (("fused_rec.training.sharding",), learn),
     "fused_step": (("fused_rec.training.sharding",), fused_step),
     "rank": (("fused_rec.evaluation.ranking",), rank),
     "rank_index": (("faiss", "fused_rec.serving.approximate"), rank_index),

@@ -106,6 +106,45 @@ def measured(graph_inputs: Task, job: Job) -> dict[str, Any]:
     }
 
 
+def learning(job: Job, advance: Callable[[], None], vectors: Callable[[], np.ndarray]) -> Callable[[int], float]:
+    """Trains for job["segment"] seconds in each call, and keeps the vectors with the time since the process started.
+
+    Args:
+      job: of which `snapshots` is the path of the files, without number and suffix.
+      advance: takes one step.
+      vectors: users' and items' vectors, whose inner products are scores.
+    """
+
+    def call(number: int) -> float:
+        end = time.perf_counter() + job["segment"]
+        while time.perf_counter() < end:
+            advance()
+        np.savez(f"{job['snapshots']}_{number}.npz", rows=vectors(), seconds=time.time() - job["started"])
+        return 0.0
+
+    return call
+
+
+def triples(job: Job, arrays: Arrays) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Samples job["pairs"] training pairs and for each an item that its user does not hold, anew in each call."""
+    n_items, rng = int(arrays["shape"][1]), np.random.default_rng(0)
+    user, item = (arrays[name].astype(np.int64) for name in ("user", "item"))
+    keys = user * n_items + item
+
+    def call():
+        place = rng.integers(0, len(user), job["pairs"])
+        other = rng.integers(0, n_items, job["pairs"])
+        for _ in range(20):
+            key = user[place] * n_items + other
+            held = keys[np.minimum(np.searchsorted(keys, key), len(keys) - 1)] == key
+            if not held.any():
+                break
+            other[held] = rng.integers(0, n_items, held.sum())
+        return user[place], item[place], other
+
+    return call
+
+
 def peak_mb() -> float:
     """The highest resident memory of this process, MiB.
 

@@ -9,7 +9,7 @@ symmetric, so the derivative of the propagation is the propagation of the deriva
 from collections.abc import Callable
 
 import numpy as np
-from protocol import Arrays, Job, answer
+from protocol import Arrays, Job, answer, learning, triples
 
 NEEDS = ("torch", "torch._dynamo", "scipy.sparse")  # the second comes with the first optimiser, and takes seconds
 DECAY = 1e-4  # as LightGCN-PyTorch sets it
@@ -32,8 +32,8 @@ def normalised(arrays: Arrays):
     return torch.sparse_csr_tensor(*positions, torch.from_numpy(rows.data), size=rows.shape)
 
 
-def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
-    """A step of BPR with Adam."""
+def model(job: Job, arrays: Arrays):
+    """(rows, the mean of the layers, a step of BPR with Adam on a triple [B, 3] of rows)."""
     import torch
 
     torch.set_num_threads(job["threads"])
@@ -58,14 +58,10 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
             every += rows
         return every.div_(rounds + 1)
 
-    n_users = int(arrays["shape"][0])
     rows = torch.nn.Parameter(torch.from_numpy(arrays["rows"].copy()).to(device))
     adam = torch.optim.Adam([rows], lr=job["learning_rate"], fused=True)
-    triples = [torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)) for name in ("user", "item", "other")]
-    triples = torch.stack([triples[0], triples[1] + n_users, triples[2] + n_users], dim=1).to(device)
 
-    def call(number: int) -> float:
-        triple = triples[number % len(triples)]
+    def once(triple):
         user, liked, other = Mean.apply(rows)[triple]
         bpr = torch.nn.functional.softplus((user * (other - liked)).sum(dim=1)).mean()
         loss = bpr + DECAY / 2 * rows[triple].square().sum() / triple.shape[1]
@@ -74,7 +70,36 @@ def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
         adam.step()
         return float(bpr.detach())
 
-    return call
+    return rows, mean, once
+
+
+def step(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """A step of BPR with Adam."""
+    import torch
+
+    _, _, once = model(job, arrays)
+    n_users, device = int(arrays["shape"][0]), job.get("device", "cpu")
+    batches = [torch.from_numpy(arrays[f"batch_{name}"].astype(np.int64)) for name in ("user", "item", "other")]
+    batches = torch.stack([batches[0], batches[1] + n_users, batches[2] + n_users], dim=1).to(device)
+    return lambda number: once(batches[number % len(batches)])
+
+
+def learn(job: Job, arrays: Arrays) -> Callable[[int], float]:
+    """Steps on sampled pairs until the time is over."""
+    import torch
+
+    rows, mean, once = model(job, arrays)
+    n_users, drawn = int(arrays["shape"][0]), triples(job, arrays)
+
+    def advance() -> None:
+        user, item, other = map(torch.from_numpy, drawn())
+        once(torch.stack([user, item + n_users, other + n_users]))
+
+    def vectors() -> np.ndarray:
+        with torch.no_grad():
+            return mean(rows).numpy()
+
+    return learning(job, advance, vectors)
 
 
 def rank(job: Job, arrays: Arrays) -> Callable[[int], np.ndarray]:
@@ -127,5 +152,6 @@ def layer_of(product: Callable, n_users: int) -> Callable[[int], np.ndarray]:
 
 
 if __name__ == "__main__":
-    tasks = {"step": (NEEDS, step), "rank": (("torch",), rank), "propagate": (NEEDS, propagate)}
+    learning_tasks = {"step": (NEEDS, step), "learn": (NEEDS, learn)}
+    tasks = {**learning_tasks, "rank": (("torch",), rank), "propagate": (NEEDS, propagate)}
     answer(tasks, ("torch", "numpy", "scipy"))

@@ -270,6 +270,29 @@ def by_task(rows: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
     return figure
 
 
+def by_time(curves: Mapping[str, Sequence[Mapping[str, float]]], metric: str, title: str) -> "Figure":
+    """Plots a metric against the seconds since the start of the process, a line per side.
+
+    curves: by side, points with "seconds" and the metric.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(INK):
+        figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for (name, points), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+            seconds, values = ([point[key] for point in points] for key in ("seconds", metric))
+            axes.plot(seconds, values, color=colour, marker=marker, markersize=4, linewidth=1.4, label=name)
+        axes.set_xlabel("seconds since the start of the process")
+        axes.set_ylabel(metric)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, **PLAIN)
+    return figure
+
+
 def by_ratio(rows: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     """How many times ours is ahead of each peer, a bar a row, in the rows' order; behind in another colour.
 

@@ -383,7 +383,7 @@ def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None
 
 @functools.lru_cache(maxsize=16)
 def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """Maps `function` over devices: replicated arrays, then the scores of each device's users, the users, their sets."""
+    """Maps `function` over devices: replicated arrays, then each device's scores, users and their sets."""
     shards = Shards(len(select_devices(devices)))
 
     def whole(arrays, scores, users, sets):

@@ -3,8 +3,8 @@
 workdir/
   run.json             config, and digests of the tables and of their columns; a run with another config (except the
                        settings of `config.NEUTRAL`) or with changed tables is refused
-  select/              checkpoints and curves of step selection; select_0.3/ with a second temperature, where validation
-                       chooses it
+  select/              checkpoints and curves of step selection; select_0.3/ and select_0.1/ with other temperatures,
+                       where validation chooses it
   refit/, refit_all/   those of the second training, with train.refit "valid" or "all"
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric
   fitted.npz           what serving needs besides parameters: text transforms, degree scales, the ids of ID embeddings;

@@ -20,7 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from fused_rec.baselines.factors import require_singular_vectors
-from fused_rec.config import TEMPERATURES, Config, from_dict, to_dict, with_compute_dtype, with_temperature
+from fused_rec.config import (
+    LOW_TEMPERATURE,
+    TEMPERATURES,
+    Config,
+    from_dict,
+    to_dict,
+    with_compute_dtype,
+    with_temperature,
+)
 from fused_rec.data.batches import UserItems, steps_per_epoch, user_items
 from fused_rec.data.dataset import contents, digest
 from fused_rec.distributed import processes, signals
@@ -278,18 +286,23 @@ def _select(
 ) -> tuple[Config, str, TrainState, Progress, float]:
     """Trains with each temperature to try, and returns config, folder, state and progress of the best, and the seconds.
 
-    Large tables take the first of `TEMPERATURES`: it is the better one there, and a second training takes long.
+    Large tables take the first of `TEMPERATURES`: it is the better one there, and a second training takes long. Others
+    try all of them, and `LOW_TEMPERATURE` where the first is the best.
     """
-    tried = (config.train.temperature,)
-    if not config.train.temperature:
-        tried = TEMPERATURES if len(prepared.observed.item) <= MANY_INTERACTIONS else TEMPERATURES[:1]
-    found, seconds = None, 0.0
-    for number, temperature in enumerate(tried):
-        phase, own = f"select_{temperature:g}" if number else "select", with_temperature(config, temperature)
+    waiting = [config.train.temperature or TEMPERATURES[0]]
+    if not config.train.temperature and len(prepared.observed.item) <= MANY_INTERACTIONS:
+        waiting = list(TEMPERATURES)
+    found, tried, seconds = None, [], 0.0
+    while waiting:
+        temperature = waiting.pop(0)
+        phase, own = f"select_{temperature:g}" if tried else "select", with_temperature(config, temperature)
         state, progress = fit(own, prepared, workdir / phase, metric_writer_of=shown)
         seconds += progress.seconds
+        tried.append(temperature)
         if found is None or (progress.best or 0) > (found[3].best or 0):
             found = own, phase, state, progress
+        if tuple(tried) == TEMPERATURES and found[1] == "select":
+            waiting.append(LOW_TEMPERATURE)
     assert found is not None
     if len(tried) > 1:
         LOG.info("validation chooses the temperature %g of %s", found[0].train.temperature, tried)
