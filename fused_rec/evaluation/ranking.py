@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fused_rec.config import KS
 from fused_rec.distributed.devices import (
     SHARDED,
+    AnyArray,
     Shards,
     device_put,
     pmap_over_devices,
@@ -393,7 +394,7 @@ def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[
 
 
 @functools.lru_cache(maxsize=16)
-def _scored(n_items: int, devices: int | None) -> Callable[[Partial, Int32[Array, "B"]], Float32[Array, "B I"]]:
+def _scored(n_items: int, devices: int | None) -> Callable[[Partial, Int32[AnyArray, "B"]], Float32[Array, "B I"]]:
     """Maps a scorer over devices: the scorer, then each device's users, whose scores stay on it."""
 
     def scores_of(scorer, users):
