@@ -83,7 +83,7 @@ POINTS = 12  # of a curve of quality
 LEARNED = {  # settings of each peer in the suite `quality`, chosen on validation (docs/SPEED.md)
     PYG: {"learning_rate": 1e-2, "pairs": BATCH},
     TORCH: {"learning_rate": 1e-2, "pairs": BATCH},
-    ALS: {"regularization": 0.1, "alpha": 10.0},
+    ALS: {"regularization": 1.0, "alpha": 50.0},
 }
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
