@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from fused_rec.data.dataset import empty_reviews, empty_ties
 from fused_rec.data.splits import Observed
 from fused_rec.explanation.counterfactual import without_sources
 from fused_rec.explanation.decomposition import REVIEW
-from fused_rec.explanation.explained_model import contributions_and_effects, explained_model
-from fused_rec.explanation.leave_one_out import LeaveOneOut, effects, leave_one_out
+from fused_rec.explanation.explained_model import ExplainedModel, contributions_and_effects, explained_model
+from fused_rec.explanation.faithfulness import by_gradient
+from fused_rec.explanation.leave_one_out import LeaveOneOut, SetScores, closed_slopes, effects, leave_one_out
 from fused_rec.explanation.own_reviews import OwnReviews, own_reviews
 from fused_rec.explanation.sources import sources
 from fused_rec.graph.build import bidirectional_edges, text_knn_edges
@@ -128,6 +130,36 @@ def test_a_source_that_no_part_reads_has_no_effect():
     is_read = np.array([kind != "similar_text" for kind in found.kind])
     assert np.abs(found.value[is_read]).max() > 0.01
     assert not is_read.all() and not found.value[~is_read].any()
+
+
+@pytest.mark.parametrize("name", ["fused", "dot", "late_fusion", "decay"])
+@pytest.mark.parametrize("factor", [0.4, 1.0])
+def test_gradients_are_those_of_the_whole_score(name, factor):
+    """By a factor on the edges of each source, closed-form components included, where all sources have one factor."""
+    config, params, model, graph_inputs = subject(name)
+    params = jax.device_put(params)
+    explained = ExplainedModel(config, params, SimpleNamespace(graph_inputs=graph_inputs), None, model)  # pyright: ignore
+    graph, item, compared = graph_inputs.graph, 2, 0
+    own = {relation: np.array(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
+    for user in range(7):
+        named, weights = sources(graph, model.reverse, user), {relation: w.copy() for relation, w in own.items()}
+        for source in named:
+            for relation, edge in source.edges:
+                weights[relation][edge] = factor * own[relation][edge]
+
+        def score(weights, user=user):
+            changed = {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
+            given = dataclasses.replace(graph_inputs, graph=graph.with_adjacencies(changed))
+            users, items = embed_nodes(config, params, given)
+            return users[user] @ items[item]
+
+        slope = jax.jit(jax.grad(score))(weights)
+        expected = [sum(float(slope[r][e]) * float(own[r][e]) for r, e in source.edges) for source in named]
+        found = by_gradient(explained, user, item, named, factor)
+        found += closed_slopes(SetScores(model, user), item) / factor
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5)
+        compared += len(named)
+    assert compared > 30
 
 
 def test_effects_beside_contributions(opened, monkeypatch):  # noqa: F811

@@ -22,14 +22,15 @@ from fused_rec.distributed.devices import AnyArray
 from fused_rec.evaluation.significance import paired_bootstrap, resampled_means
 from fused_rec.explanation.decomposition import contributions
 from fused_rec.explanation.explained_model import ExplainedModel
-from fused_rec.explanation.leave_one_out import SetScores, effects
+from fused_rec.explanation.leave_one_out import SetScores, closed_slopes, effects
 from fused_rec.explanation.sources import Source, sources
 from fused_rec.graph.schema import Relation
+from fused_rec.model.late_fusion import LateFusion
 from fused_rec.rng import numbered_rng
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 ORDERS = ("leave_one_out", "two_ended", "shapley", "integrated", "gradient", "parts", "attention", "random")
-PERMUTATIONS = 50  # of the sources, by which Shapley values are estimated
+PERMUTATIONS, SETS = 50, 1000  # of the sources, by which Shapley values are estimated: at most, and sets of them in all
 POINTS = 8  # Gauss-Legendre points of integrated gradients
 SHARES = np.linspace(0, 1, 6)
 LEAST_SOURCES = 10  # fewest sources of a user: of fewer, a fifth is one or none
@@ -64,7 +65,7 @@ def attributions(
 
     Returns:
       By order, a value per source. leave_one_out: its effect. two_ended: the mean of its effect and of what it adds to
-      no source. shapley: the mean of what it adds to the sources before it in `PERMUTATIONS` drawn permutations.
+      no source. shapley: the mean of what it adds to the sources before it in drawn permutations.
       integrated: integrated gradients along the path that scales all edges of all sources from 0 to 1 and keeps
       degrees. gradient: the derivative of the score by a factor on all edges of the source (gradient x input),
       including their effect on norms and other nodes. parts: its contribution. attention: the source's weight in the
@@ -75,13 +76,14 @@ def attributions(
     split, effect = contributions(model.decomposition, user, [item]), effects(model.leave_one_out, user, [item])
     of = dict(zip(zip(split.kind, split.source.tolist(), strict=True), split.value[:, 0], strict=True))
     nodes, weights = np.polynomial.legendre.leggauss(POINTS)
-    along = [_by_gradient(model, user, item, user_sources, factor) for factor in (nodes + 1) / 2]
+    closed = closed_slopes(given, item)
+    along = [by_gradient(model, user, item, user_sources, factor) + closed / factor for factor in (nodes + 1) / 2]
     return {
         "leave_one_out": effect.value[:, 0],
         "two_ended": (effect.value[:, 0] + _additions(given, item)) / 2,
         "shapley": shapley(given, item, rng),
         "integrated": np.tensordot(weights / 2, along, 1),
-        "gradient": _by_gradient(model, user, item, user_sources, 1.0),
+        "gradient": by_gradient(model, user, item, user_sources, 1.0) + closed,
         "parts": np.array([of.get((source.kind, source.row), 0.0) for source in user_sources]),
         "attention": _attention(model, user, item, user_sources),
     }
@@ -95,7 +97,7 @@ def _additions(given: SetScores, item: int) -> Float[np.ndarray, "n"]:
 
 
 def shapley(
-    given: SetScores, item: int, rng: np.random.Generator, permutations: int = PERMUTATIONS
+    given: SetScores, item: int, rng: np.random.Generator, permutations: int | None = None
 ) -> Float[np.ndarray, "n"]:
     """Estimates Shapley values of the sources (Castro et al., 2009, doi 10.1016/j.cor.2008.04.004).
 
@@ -103,12 +105,13 @@ def shapley(
       given: scores without sets of the user's sources.
       item: item row.
       rng: of the permutations.
-      permutations: number of permutations.
+      permutations: number of permutations; None: `PERMUTATIONS`, fewer where they would have more than `SETS` sets.
 
     Returns:
       A value per source; they sum to the score minus the score without any source.
     """
     count = len(given.rows)
+    permutations = permutations or max(1, min(PERMUTATIONS, SETS // count))
     order = np.stack([rng.permutation(count) for _ in range(permutations)])
     scores = np.stack([given.scores(order[:, :gone], [item])[:, 0] for gone in range(count + 1)], axis=1)
     found = np.zeros(count)
@@ -116,17 +119,22 @@ def shapley(
     return found / permutations
 
 
-def _by_gradient(
+def by_gradient(
     model: ExplainedModel, user: int, item: int, user_sources: Sequence[Source], factor: float
 ) -> Float[np.ndarray, "n"]:
-    """The derivative of the score by a factor on the edges of each source, where those of all have this factor."""
-    graph = model.inputs.graph_inputs.graph
+    """The derivative of the trained components by a factor on the edges of each source, where all have this factor."""
+    graph_inputs = model.inputs.graph_inputs
+    if graph_inputs.fusion is not None:  # closed-form components hold vectors of all nodes, gigabytes in a gradient
+        if not graph_inputs.fusion.trained:
+            return np.zeros(len(user_sources))
+        graph_inputs = dataclasses.replace(graph_inputs, fusion=LateFusion(graph_inputs.fusion.trained))
+    graph = graph_inputs.graph
     own = {relation: np.array(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
     weights = {relation: weight.copy() for relation, weight in own.items()}
     for source in user_sources:
         for relation, edge in source.edges:
             weights[relation][edge] = factor * own[relation][edge]
-    slope = _slope(compile_key(model.config), model.params, model.inputs.graph_inputs, weights, user, item)
+    slope = _slope(compile_key(model.config), model.params, graph_inputs, weights, user, item)
     slope = {relation: np.asarray(value) for relation, value in slope.items()}
     return np.array([sum(float(slope[r][e]) * float(own[r][e]) for r, e in s.edges) for s in user_sources])
 

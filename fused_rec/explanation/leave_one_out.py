@@ -254,7 +254,7 @@ class SetScores:
         for branch, change in zip(self.model.branches, gone.changes, strict=True):
             found |= (change.user != branch.out[USER][self.user]).any(1)
             for term in change.terms:
-                found |= term.row.any(1)
+                found |= term.rows.any((1, 2))
         return found
 
 
@@ -299,6 +299,55 @@ def _scores(model: LeaveOneOut, user: int, gone: _Gone, items: np.ndarray) -> np
     factors = [weight * inverse * (share if name in LAUNCH else 1) for name, weight, inverse, _ in parts]
     scores = (factor[:, None] * part[3].astype(np.float64) for factor, part in zip(factors, parts, strict=True))
     return sum(scores, np.zeros((1, len(items))))
+
+
+def closed_slopes(given: SetScores, item: int) -> Float[np.ndarray, "n"]:
+    """Computes the derivatives of the closed-form components of a score by a factor on the edges of each source.
+
+    A component is w <x, y> / sigma with sigma^2 = x'Cx, and x a sum over sources.
+
+    Args:
+      given: of the user, without reviews.
+      item: item row.
+
+    Returns:
+      A derivative per source, where all factors are 1. With the same factor f on all they are 1 / f of these, since
+      x / sigma stays.
+    """
+    model, found, shares = given.model, np.zeros(len(given.rows)), []
+    nothing = _nothing(model, given.user)
+    for part, covariance in model.closed:
+        x = _closed_vectors(model.graph, part, given.user, nothing)[0].astype(np.float64)
+        along = covariance @ x
+        inverse = float(_inverse(np.atleast_1d(x @ along), (x @ x) * np.trace(covariance))[0])
+        shares.append((part, float(part.weight), inverse, along, x))
+    # The trained components say something about every user who has a source.
+    total = sum((model.trained or {}).values()) + sum(weight for part, weight, *_ in shares if part.name not in LAUNCH)
+    silent = sum(weight for part, weight, inverse, *_ in shares if part.name not in LAUNCH and not inverse)
+    for part, weight, inverse, along, x in shares:
+        by_source, y = _by_source(given, part), np.asarray(part.target)[item]
+        slope = inverse * (by_source @ y) - (x @ y) * inverse**3 * (by_source @ along)
+        found += weight * (1 - silent / total if part.name in LAUNCH else 1) * slope
+    return found
+
+
+def _by_source(given: SetScores, part: ClosedForm) -> Float[np.ndarray, "n R"]:
+    """Derivatives of the user's vector of a closed-form component by a factor on each source's edges."""
+    if part.user_source in ("constant", "text"):
+        return np.zeros((len(given.rows), part.target.shape[1]))
+    blocks = []
+    if part.source.shape[1]:
+        own = (given.kinds == INTERACTION)[:, None]
+        blocks.append(np.where(own, np.asarray(part.source)[np.where(own[:, 0], given.rows, 0)], 0))
+    if part.friends is not None:
+        own, rows = np.char.startswith(given.kinds, TIE)[:, None], np.asarray(part.friends)
+        social = social_relations(given.model.graph)
+        friends = np.concatenate([senders_of(given.model.graph, relation, given.user) for relation in social])
+        count = max(len(friends), 1)  # the sum is divided by its root
+        # At the kink of max(count, 1) the mean of both sides, as JAX has it.
+        less = rows[friends].sum(0) / (2 * count**1.5) * (1 if len(friends) > 1 else 0.5)
+        blocks.append(np.where(own, rows[np.where(own[:, 0], given.rows, 0)] / count**0.5 - less, 0))
+    return np.concatenate(blocks, axis=1).astype(np.float64)
 
 
 def _inverse(variance: np.ndarray, bound: np.ndarray | float) -> np.ndarray:
@@ -348,9 +397,9 @@ def _trained_scores(
         joined = found[0]
     else:
         adjacency = model.graph.adjacencies[INTERACTS]
-        n_interactions = np.broadcast_to(np.diff(adjacency.receiver_start)[wanted], (count, len(wanted))).copy()
-        for item in gone.items.T:
-            n_interactions -= wanted == item[:, None]
+        n_interactions = np.diff(adjacency.receiver_start)[wanted] - _at_items(
+            model, np.ones(gone.items.shape), gone, wanted
+        )
         share = (n_interactions / (n_interactions + 1)).astype(np.float32)
         joined = share * found[0] + (1 - share) * found[1]
     names = (MODEL, GRAPH_BRANCH, TEXT_BRANCH)[: 1 if len(found) == 1 else 3]
@@ -374,12 +423,21 @@ def _popularity_bias(model: LeaveOneOut, user: int, gone: _Gone, wanted: np.ndar
         order = np.argsort(observed.item[own], kind="stable")
         place = np.searchsorted(observed.item[own][order], np.maximum(gone.items, observed.item[own].min()))
         lost = model.age_weight[own][order][place] * (gone.items >= 0)
-        for item, weight in zip(gone.items.T, lost.T, strict=True):
-            counts = counts - weight[:, None] * (wanted == item[:, None])
+        counts = counts - _at_items(model, lost, gone, wanted)
         # Counts with decay are scaled to the number of interactions.
         left = n_edges - (gone.items >= 0).sum(1)
         counts = np.maximum(counts, 0) * (left / np.maximum(n_edges - lost.sum(1), 1e-12))[:, None]
     return (factor * np.log1p(counts)).astype(np.float32)
+
+
+def _at_items(
+    model: LeaveOneOut, values: Float[np.ndarray, "P m"], gone: _Gone, wanted: np.ndarray
+) -> Float[np.ndarray, "P n"]:
+    """The values of removed interactions at their items, 0 at others."""
+    found = np.zeros((len(gone.items), len(model.popularity)))
+    of_set = np.broadcast_to(np.arange(len(gone.items))[:, None], gone.items.shape)
+    np.add.at(found, (of_set, np.maximum(gone.items, 0)), np.where(gone.items >= 0, values, 0))
+    return found[:, wanted]
 
 
 def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -392,11 +450,12 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
     scored = user @ rows.T
     size, own = (user * user).sum(1), (rows * rows).sum(1)
     spread = 1.0 if cosine else float(items.var(0).sum())
-    terms = [(term.items[wanted].T, term.row) for term in change.terms if term.row.any()]
-    if not terms:
+    if not change.terms:
         return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
-    columns = np.stack([column for column, _ in terms], axis=2)  # [P, n, T]
-    changes = np.stack([row for _, row in terms], axis=1)  # [P, T, K]
+    columns = np.concatenate([term.items[wanted] for term in change.terms], axis=2).swapaxes(0, 1)  # [P, n, T]
+    changes = np.concatenate([term.rows for term in change.terms], axis=1)  # [P, T, K]
+    if changes.shape[1] > changes.shape[2]:  # more products than numbers of a row: the rows themselves are fewer
+        return _rebuilt_scores(rows, user, columns, changes, cosine), size, spread
     scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]
     if not cosine:
         return scored, size, spread
@@ -407,3 +466,16 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
         [left] = without_rounding(exact, rows[[item]])
         scored[source, item], squares[source, item] = left @ user[source], left @ left
     return scored / np.sqrt(squares + TINY), size, spread
+
+
+def _rebuilt_scores(
+    rows: np.ndarray, user: np.ndarray, columns: np.ndarray, changes: np.ndarray, cosine: bool
+) -> Float[np.ndarray, "P n"]:
+    """Scores of the items' rows [n, K] with their changes, columns [P, n, T] times rows [P, T, K], set by set."""
+    scored = np.empty((len(user), len(rows)), np.float32)
+    for place, own in enumerate(user):
+        left = without_rounding(rows + columns[place] @ changes[place], rows)
+        scored[place] = left @ own
+        if cosine:
+            scored[place] /= np.sqrt(np.einsum("nk,nk->n", left, left) + TINY)
+    return scored

@@ -33,10 +33,10 @@ ROUNDING = 3e-6  # of the norm of a sum of float32 rows
 
 
 class Term(NamedTuple):
-    """A part of the change of the items' embeddings: by set the product of a column over the items and a row."""
+    """A part of the change of items: by set a sum of b products of a column over the items and a row."""
 
-    row: Float32[np.ndarray, "P K"]
-    items: Float32[np.ndarray, "I P"]
+    rows: Float32[np.ndarray, "P b K"]
+    items: Float32[np.ndarray, "I P b"]
 
 
 class Change(NamedTuple):
@@ -223,11 +223,11 @@ class SetRemoval:
                     new.row[:, : nodes.shape[1]] += by_text[level - 1]
                 terms = [*terms, new]
             user = user + share * self._changes(terms, level, nodes[:, :1])[:, 0]
-        found = [
-            Term(term.row[:, place], self.columns[term.start].items[:, term.column[:, place]])
-            for term in terms
-            for place in range(term.column.shape[1])
-        ]
+        found = []
+        for term in terms:
+            if (there := term.row.any((0, 2))).any():
+                columns = self.columns[term.start].items[:, term.column[:, there]]
+                found.append(Term(term.row[:, there], columns))
         return Change(without_rounding(user, whole), found)
 
     def _changes(self, terms: list[_Rows], level: int, nodes: np.ndarray) -> np.ndarray:
