@@ -80,6 +80,7 @@ K, RANKED = 20, 1000  # ranks; users whose scores a peer holds at a time
 SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of serve
 PROBES = (1, 4, 16, 64)  # lists that the index reads
 POINTS = 12  # of a curve of quality
+LIGHTGCN_DEVIATION = 0.1  # of the first embeddings of LightGCN's authors
 LEARNED = {  # settings of each peer in the suite `quality`, chosen on validation (docs/SPEED.md)
     PYG: {"learning_rate": 1e-2, "pairs": BATCH},
     TORCH: {"learning_rate": 1e-2, "pairs": BATCH},
@@ -237,19 +238,20 @@ def smoothed(pairs: Pairs, rows: np.ndarray) -> np.ndarray:
     return np.stack(every[1:]).mean(axis=0, dtype=np.float32)
 
 
-def write_arrays(pairs: Pairs, folder: Path, *, final: bool) -> Path:
+def write_arrays(pairs: Pairs, folder: Path, *, final: bool, deviation: float = 1.0) -> Path:
     """Writes the arrays of a job, as `experiments/competitors/protocol.py` describes them.
 
     Args:
       pairs: the interactions.
       folder: output folder.
       final: whether the embeddings are for ranking instead of training.
+      deviation: standard deviation of the embeddings.
 
     Returns:
       The file.
     """
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((pairs.n_users + pairs.n_items, DIM), np.float32)
+    rows = np.float32(deviation) * rng.standard_normal((pairs.n_users + pairs.n_items, DIM), np.float32)
     file = folder / "arrays.npz"
     arrays: dict[str, Any] = {
         "shape": np.array([pairs.n_users, pairs.n_items]),
@@ -573,7 +575,8 @@ def quality(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     for name in names:
         with workplace() as folder:
             pairs = validation(read_pairs(name))
-            job = job_of(folder, "learn", write_arrays(pairs, folder, final=False), warmup=0, repeats=POINTS - 1)
+            arrays = write_arrays(pairs, folder, final=False, deviation=LIGHTGCN_DEVIATION)
+            job = job_of(folder, "learn", arrays, warmup=0, repeats=POINTS - 1)
             job |= {"segment": SECONDS.value / POINTS, "config": get_config().to_dict()}
             curves, left_out = {}, {}
             for side in (OURS, *LEARNED):

@@ -53,6 +53,7 @@ need no new compilation. A closure compiles once per closure, and JAX's compilat
 SCORES_PER_DEVICE, SCORES_PER_ACCELERATOR = 3 << 20, 1 << 27
 MIN_USERS_PER_BATCH, MAX_USERS_PER_BATCH = 64, 8192
 COVERAGE_K = 10  # cutoff of coverage and novelty
+LISTS = 4096  # whose metrics are computed together; of one shape, they are compiled once for all scorers and splits
 
 
 def users_per_batch(n_items: int) -> int:
@@ -216,7 +217,7 @@ def rank(scorer: Scorer, users: Int[np.ndarray, "V"], spec: RankingSpec, k: int)
         np.zeros((n, rules), np.int32),
     )
     sets = spec.seen, *spec.filter.excluded
-    for rows, (ranked, of_rules) in _over_batches(_rank_batch, scorer, _Replicated.of(spec), users, sets, spec, k=k):
+    for rows, (ranked, of_rules) in _over_batches(_rank_batch, _Replicated.of(scorer, spec), users, sets, spec, k=k):
         for whole, part in zip(found[:3], ranked, strict=True):
             whole[rows] = part
         for rule, of_rule in enumerate(of_rules):
@@ -265,19 +266,21 @@ def evaluate(
     users = np.flatnonzero(truth.sizes).astype(np.int32)
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
-    # The metrics per batch, and concatenated.
-    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2))
+    # The metrics per block of lists, and concatenated; hits.
+    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2) + max(*ks, COVERAGE_K))
 
+    hits = np.zeros((len(users), max(*ks, COVERAGE_K)), bool)
     parts: list[dict[str, np.ndarray]] = []
     recommended = np.zeros(spec.n_items, bool)
     sets, n_users = (spec.seen, truth, *spec.filter.excluded), spec.seen.n_users
-    arrays = _Replicated.of(spec, item_counts)
-    for _, (values, items) in _over_batches(_evaluate_batch, scorer, arrays, users, sets, spec, ks=ks, n_users=n_users):
+    arrays = _Replicated.of(scorer, spec, item_counts)
+    static = {"k": hits.shape[1], "n_users": n_users}
+    for rows, (hit, values, items) in _over_batches(_evaluate_batch, arrays, users, sets, spec, **static):
+        hits[rows] = hit
         recommended[items[items >= 0]] = True
         parts.append(values)
-    names = [*(f"{name}@{k}" for name in metrics.RANKED for k in ks), "auc"]
-    names += [f"novelty@{COVERAGE_K}"] * (item_counts is not None)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    columns = _list_metrics(hits, truth.sizes[users].astype(np.int32), ks)
+    columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return UserMetrics(users, columns, {f"coverage@{COVERAGE_K}": float(recommended.sum() / allowed.sum())})
 
 
@@ -310,38 +313,35 @@ def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
 
 
 class _Replicated(NamedTuple):
-    """Arguments of a batch that every device has whole, but the scorer."""
+    """Arguments of a batch that every device has whole."""
 
+    scorer: Partial
     tests: tuple[Partial, ...]
     candidates: Bool[Array, "I"]
     order: TieBreak
     item_counts: Int32[Array, "I"] | None
 
     @classmethod
-    def of(cls, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
+    def of(cls, scorer: Scorer, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
         counts = None if item_counts is None else jnp.asarray(item_counts, jnp.int32)
         order = random_order(spec.n_items, spec.seed)
-        return cls(spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
+        return cls(as_argument(scorer), spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
 
 
 def _over_batches(
     function: Callable[..., Any],
-    scorer: Scorer,
     arrays: _Replicated,
     users: Int[np.ndarray, "V"],
     sets: tuple[UserItemSets, ...],
     spec: RankingSpec,
     **static: Any,
 ) -> Iterator[tuple[slice, Any]]:
-    """Applies a function to the scores of batches of users, divided over devices.
-
-    Scores are a program of their own: a scorer of other shapes then compiles no metrics anew, which take longest.
+    """Applies a function to batches of users, divided over devices.
 
     Args:
-      function: (arrays, scores [B, I], users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading
-        axis is that of the users, and Bool [B], whether all scores of a user are finite; defined at module level, since
-        its compilations are cached.
-      scorer: see `Scorer`.
+      function: (arrays, users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading axis is that of
+        the users, and Bool [B], whether all scores of a user are finite; defined at module level, since its
+        compilations are cached.
       arrays: replicated on every device.
       users: V user rows.
       sets: item sets.
@@ -357,14 +357,13 @@ def _over_batches(
     if not len(users):
         return
     batches = _pad_to_batches(users, spec.users_at_once, spec.devices)
-    given, arrays = (device_put(whole, None, spec.devices) for whole in (as_argument(scorer), arrays))
-    scored, mapped = _scored(spec.n_items, spec.devices), _mapped(function, spec.devices, **static)
+    arrays = device_put(arrays, None, spec.devices)
+    mapped = _mapped(function, spec.devices, **static)
     bar = tqdm(batches, desc=spec.progress, unit="batch", disable=not spec.progress)
     of_batches = (padded_batches(of_users, batches, spec.devices) for of_users in sets)
     done = 0
     for rows, *of_rows in zip(bar, *of_batches, strict=True):
-        own = shard_rows(rows, spec.devices)
-        found, finite = jax.device_get(mapped(arrays, scored(given, own), own, tuple(of_rows)))
+        found, finite = jax.device_get(mapped(arrays, shard_rows(rows, spec.devices), tuple(of_rows)))
         if not finite.all():
             raise ValueError(
                 f"the scores of user {rows[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
@@ -384,30 +383,18 @@ def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None
 
 @functools.lru_cache(maxsize=16)
 def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """Maps `function` over devices: replicated arrays, then each device's scores, users and their sets."""
+    """Maps `function` over devices: replicated arrays, then each device's users and their sets."""
     shards = Shards(len(select_devices(devices)))
 
-    def whole(arrays, scores, users, sets):
-        return jax.tree.map(shards.all_gather, function(arrays, scores, users, sets, **static))
+    def whole(arrays, users, sets):
+        return jax.tree.map(shards.all_gather, function(arrays, users, sets, **static))
 
-    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED, SHARDED), out_axes=None)
-
-
-@functools.lru_cache(maxsize=16)
-def _scored(n_items: int, devices: int | None) -> Callable[[Partial, Int32[AnyArray, "B"]], Float32[Array, "B I"]]:
-    """Maps a scorer over devices: the scorer, then each device's users, whose scores stay on it."""
-
-    def scores_of(scorer, users):
-        scores = scorer(users)
-        if scores.shape != (users.shape[0], n_items):
-            raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
-        return scores.astype(jnp.float32)
-
-    return pmap_over_devices(scores_of, devices, in_axes=(None, SHARDED), out_axes=SHARDED)
+    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED), out_axes=None)
 
 
-def _rank_batch(arrays, scores, users, sets, *, k):
+def _rank_batch(arrays, users, sets, *, k):
     n_items = len(arrays.candidates)
+    scores = _scored(arrays.scorer, users, n_items)
     unseen, masks = _unseen(arrays, sets[0]), _passed(arrays.tests, sets[1:], users, n_items)
     refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
     items, top, finite = top_k_filtered(scores, unseen & (refused == 0), arrays.order, k)
@@ -425,20 +412,45 @@ def _rank_batch(arrays, scores, users, sets, *, k):
     return ((items, top, before), of_rules), finite
 
 
-def _evaluate_batch(arrays, scores, users, sets, *, ks, n_users):
+def _evaluate_batch(arrays, users, sets, *, k, n_users):
     seen, truth, *barred = sets
     n_items = len(arrays.candidates)
+    scores = _scored(arrays.scorer, users, n_items)
     masks = _passed(arrays.tests, barred, users, n_items)
     eligible = functools.reduce(jnp.logical_and, masks, _unseen(arrays, seen))
-    items, _, finite = top_k_filtered(scores, eligible, arrays.order, max(*ks, COVERAGE_K))
+    items, _, finite = top_k_filtered(scores, eligible, arrays.order, k)
     relevant = truth.mask(n_items)
     hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
-    n_truth = jnp.diff(truth.starts)
-    values = {f"{name}@{k}": metric(hits, n_truth, k) for name, metric in metrics.RANKED.items() for k in ks}
-    values["auc"] = metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)
+    values = {"auc": metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)}
     if arrays.item_counts is not None:
         values[f"novelty@{COVERAGE_K}"] = metrics.novelty(items, arrays.item_counts, n_users, COVERAGE_K)
-    return (values, items[:, :COVERAGE_K]), finite
+    return (hits, values, items[:, :COVERAGE_K]), finite
+
+
+def _list_metrics(
+    hits: Bool[np.ndarray, "V K"], n_truth: Int32[np.ndarray, "V"], ks: tuple[int, ...]
+) -> dict[str, Float32[np.ndarray, "V"]]:
+    """Computes the metrics of lists: those of `metrics.RANKED` at each cutoff."""
+    missing = -len(hits) % LISTS
+    padded = np.pad(hits, ((0, missing), (0, 0))), np.pad(n_truth, (0, missing), constant_values=1)
+    blocks = zip(*(np.split(part, len(part) // LISTS) for part in padded), strict=True)
+    parts = jax.device_get([_metrics_of_lists(*block, ks) for block in blocks])
+    names = [f"{name}@{k}" for name in metrics.RANKED for k in ks]
+    return {name: np.concatenate([part[name] for part in parts])[: len(hits)] for name in names}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _metrics_of_lists(
+    hits: Bool[AnyArray, "V K"], n_truth: Int32[AnyArray, "V"], ks: tuple[int, ...]
+) -> dict[str, Float32[Array, "V"]]:
+    return {f"{name}@{k}": metric(hits, n_truth, k) for name, metric in metrics.RANKED.items() for k in ks}
+
+
+def _scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
+    scores = scorer(users)
+    if scores.shape != (users.shape[0], n_items):
+        raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
+    return scores.astype(jnp.float32)
 
 
 def _unseen(arrays: _Replicated, seen: PaddedSets) -> Bool[Array, "B I"]:
