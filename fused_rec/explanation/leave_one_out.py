@@ -323,11 +323,11 @@ def closed_slopes(given: SetScores, item: int) -> Float[np.ndarray, "n"]:
         shares.append((part, float(part.weight), inverse, along, x))
     # The trained components say something about every user who has a source.
     total = sum((model.trained or {}).values()) + sum(weight for part, weight, *_ in shares if part.name not in LAUNCH)
-    silent = sum(weight for part, weight, inverse, *_ in shares if part.name not in LAUNCH and not inverse)
+    inactive = sum(weight for part, weight, inverse, *_ in shares if part.name not in LAUNCH and not inverse)
     for part, weight, inverse, along, x in shares:
         by_source, y = _by_source(given, part), np.asarray(part.target)[item]
         slope = inverse * (by_source @ y) - (x @ y) * inverse**3 * (by_source @ along)
-        found += weight * (1 - silent / total if part.name in LAUNCH else 1) * slope
+        found += weight * (1 - inactive / total if part.name in LAUNCH else 1) * slope
     return found
 
 
