@@ -81,7 +81,7 @@ SERVED, WIDTHS = 10_000, (64, 256, 1024)  # users and columns of a vector, of se
 PROBES = (1, 4, 16, 64)  # lists that the index reads
 POINTS = 12  # of a curve of quality
 LIGHTGCN_DEVIATION = 0.1  # of the first embeddings of LightGCN's authors
-LEARNED = {  # settings of each peer in the suite `quality`, chosen on validation (docs/SPEED.md)
+LEARNED = {  # settings of each peer in the suite `quality` (docs/SPEED.md tells what was tried)
     PYG: {"learning_rate": 1e-2, "pairs": BATCH},
     TORCH: {"learning_rate": 1e-2, "pairs": BATCH},
     ALS: {"regularization": 1.0, "alpha": 50.0},
@@ -89,6 +89,7 @@ LEARNED = {  # settings of each peer in the suite `quality`, chosen on validatio
 BATCHES = 32  # distinct batches, taken in turns
 SUFFIXES = {"seconds": "", "peak_mb": ": peak memory", "compile_s": ": compilation", "load_s": ": loading"}
 CACHE = "JAX_COMPILATION_CACHE_DIR"
+UNCACHED = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
 EVERYTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
@@ -578,7 +579,7 @@ def quality(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             arrays = write_arrays(pairs, folder, final=False, deviation=LIGHTGCN_DEVIATION)
             job = job_of(folder, "learn", arrays, warmup=0, repeats=POINTS - 1)
             job |= {"segment": SECONDS.value / POINTS, "config": get_config().to_dict()}
-            curves, left_out = {}, {}
+            curves, versions, left_out = {}, {}, {}
             for side in (OURS, *LEARNED):
                 python = competitors.python_of(side, None if PEERS.value is None else Path(PEERS.value))
                 if python is None:
@@ -586,9 +587,16 @@ def quality(names: Sequence[str]) -> Iterator[dict[str, Any]]:
                     continue
                 print(f"{name}: {side.name}", flush=True)
                 files = {"snapshots": str(folder / side.name), "result": str(folder / "result.npy")}
-                competitors.visit(side, python, {**job, **LEARNED.get(side, {}), **files}, {})
-                curves[side] = [_quality(pairs, folder / f"{side.name}_{number}.npz") for number in range(POINTS)]
-            yield from _of_curves(name, curves, left_out)
+                try:
+                    answer = competitors.visit(side, python, {**job, **LEARNED.get(side, {}), **files}, UNCACHED)
+                    points = [_quality(pairs, folder / f"{side.name}_{number}.npz") for number in range(POINTS)]
+                except (competitors.PeerError, ValueError) as error:  # scores of a peer may not be finite
+                    if side == OURS:
+                        raise
+                    left_out[side] = f"left out: {error}"
+                    continue
+                curves[side], versions[side] = points, answer["versions"]
+            yield from _of_curves(name, curves, versions, left_out)
 
 
 def validation(pairs: Pairs) -> Pairs:
@@ -618,32 +626,25 @@ def _inner_products(users, items, batch):
     return users[batch] @ items.T
 
 
-def _of_curves(name: str, curves: Mapping[Side, list], left_out: Mapping[Side, str]) -> Iterator[dict[str, Any]]:
+def _of_curves(
+    name: str, curves: Mapping[Side, list], versions: Mapping[Side, Any], left_out: Mapping[Side, str]
+) -> Iterator[dict[str, Any]]:
     """Yields a row per peer: our last value against its last, and both curves."""
     metric, own = f"recall@{K}", curves[OURS]
     common = {"name": f"{metric} on validation, {name}, {SECONDS.value:g} s of training", "unit": metric, **machine()}
-    common |= {"higher_is_better": True, "ours": own[-1][metric], "curve": own, "versions": {}}
+    common |= {"higher_is_better": True, "ours": own[-1][metric], "curve": own}
     none = {"peer": None, "peer_name": None, "ratio": None, "peer_curve": None}
     for side in LEARNED:
         if side in left_out:
-            yield {**common, **none, "peer_name": side.name, "note": left_out[side]}
+            absent = {"peer_name": side.name, "note": left_out[side], "versions": {"ours": versions[OURS]}}
+            yield {**common, **none, **absent}
             continue
         theirs = curves[side]
         ahead = next((point["seconds"] for point in own if point[metric] >= theirs[-1][metric]), None)
-        note = (
-            f"our curve never reaches {theirs[-1][metric]:.4f}"
-            if ahead is None
-            else f"ours has as much at {ahead:.0f} s"
-        )
-        ratio = own[-1][metric] / theirs[-1][metric]
-        yield {
-            **common,
-            "peer": theirs[-1][metric],
-            "peer_name": side.name,
-            "ratio": ratio,
-            "peer_curve": theirs,
-            "note": note,
-        }
+        note = "ours never has as much" if ahead is None else f"ours has as much at {ahead:.0f} s"
+        found = {"peer": theirs[-1][metric], "peer_name": side.name, "peer_curve": theirs, "note": note}
+        found["versions"] = {"ours": versions[OURS], "peer": versions[side]}
+        yield {**common, **found, "ratio": own[-1][metric] / theirs[-1][metric]}
 
 
 def exported_arrays(bundle: Path, folder: Path) -> Path:

@@ -61,15 +61,21 @@ def test_the_command_without_any_peer(tmp_path):
 
 
 def test_curves_of_quality(tmp_path):
-    """Ours alone; a side that is missing is told, and the metrics are those of vectors at growing times."""
-    out = tmp_path / "rows.json"
+    """Ours alone; a side that fails or is missing is told, and the metrics are those of vectors at growing times."""
+    out, broken = tmp_path / "rows.json", tmp_path / "envs" / "torch" / "bin" / "python"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
     flags = ("--suite=quality", "--data=generated:200x100x4e3", "--seconds=3", "--threads=1", f"--out={out}")
+    flags = (*flags, f"--competitors={tmp_path / 'envs'}")
     command = [sys.executable, "-W", "error", "-m", "experiments.benchmark", *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert [row["peer_name"] for row in rows] == ["PyTorch Geometric", "PyTorch, tuned", "implicit ALS"]
-    assert all(row.keys() >= COLUMNS and "not there" in row["note"] and row["ratio"] is None for row in rows)
+    assert all(row.keys() >= COLUMNS and row["ratio"] is None and row["versions"]["ours"]["jax"] for row in rows)
+    reported = ("status 3", "status 3", "not there")
+    assert all(why in row["note"] for why, row in zip(reported, rows, strict=True))
     curve = rows[0]["curve"]
     assert len(curve) == benchmark.POINTS and rows[0]["ours"] == curve[-1]["recall@20"]
     assert np.all(np.diff([point["seconds"] for point in curve]) > 0.25 * 0.99)  # a twelfth of three seconds each

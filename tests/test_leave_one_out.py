@@ -139,7 +139,7 @@ def test_gradients_are_those_of_the_whole_score(name, factor):
     config, params, model, graph_inputs = subject(name)
     params = jax.device_put(params)
     explained = ExplainedModel(config, params, SimpleNamespace(graph_inputs=graph_inputs), None, model)  # pyright: ignore
-    graph, item, compared = graph_inputs.graph, 2, 0
+    graph, compared = graph_inputs.graph, 0
     own = {relation: np.array(adjacency.weight) for relation, adjacency in graph.adjacencies.items()}
     for user in range(7):
         named, weights = sources(graph, model.reverse, user), {relation: w.copy() for relation, w in own.items()}
@@ -147,7 +147,9 @@ def test_gradients_are_those_of_the_whole_score(name, factor):
             for relation, edge in source.edges:
                 weights[relation][edge] = factor * own[relation][edge]
 
-        def score(weights, user=user):
+        item = (2, 4)[user % 2]  # the second is new: the launch prior has a score of it
+
+        def score(weights, user=user, item=item):
             changed = {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
             given = dataclasses.replace(graph_inputs, graph=graph.with_adjacencies(changed))
             users, items = embed_nodes(config, params, given)

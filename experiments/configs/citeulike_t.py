@@ -11,7 +11,7 @@ from experiments.configs import config_dict
 
 
 def get_config():
-    """Settings of tables.py, with text terms, dimension and temperature by validation (trials in docs/RESULTS.md)."""
+    """Settings of tables.py, with text terms, dimension and temperature by validation (trials in docs/LAB_NOTES.md)."""
     return config_dict(
         data={"name": "citeulike_t"},
         split={"kind": "random"},

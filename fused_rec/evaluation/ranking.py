@@ -267,7 +267,7 @@ def evaluate(
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
     # The metrics per block of lists, and concatenated; hits.
-    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2) + max(*ks, COVERAGE_K))
+    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2) + 2 * max(*ks, COVERAGE_K))
 
     hits = np.zeros((len(users), max(*ks, COVERAGE_K)), bool)
     parts: list[dict[str, np.ndarray]] = []

@@ -20,7 +20,7 @@ from fused_rec.explanation.branches import Branch, branches
 from fused_rec.explanation.decomposition import INTERACTION, REVIEWED_BY, TIE, source_kind
 from fused_rec.explanation.own_reviews import OwnReviews
 from fused_rec.explanation.removed_texts import RemovedTexts
-from fused_rec.explanation.set_removal import Change, SetRemoval, without_rounding
+from fused_rec.explanation.set_removal import Change, SetRemoval, Term, without_rounding
 from fused_rec.explanation.sources import Sources, reverse_relations, senders_of, sources_by_relation
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Relation
@@ -452,10 +452,10 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
     spread = 1.0 if cosine else float(items.var(0).sum())
     if not change.terms:
         return scored / np.sqrt(own + TINY) if cosine else scored, size, spread
+    if sum(term.rows.shape[1] for term in change.terms) > rows.shape[1]:  # more products than numbers of a row
+        return _rebuilt_scores(rows, user, change.terms, wanted, cosine), size, spread
     columns = np.concatenate([term.items[wanted] for term in change.terms], axis=2).swapaxes(0, 1)  # [P, n, T]
     changes = np.concatenate([term.rows for term in change.terms], axis=1)  # [P, T, K]
-    if changes.shape[1] > changes.shape[2]:  # more products than numbers of a row: the rows themselves are fewer
-        return _rebuilt_scores(rows, user, columns, changes, cosine), size, spread
     scored = scored + (columns @ (changes @ user[:, :, None]))[:, :, 0]
     if not cosine:
         return scored, size, spread
@@ -469,12 +469,13 @@ def _branch_scores(branch: Branch, change: Change, wanted: np.ndarray) -> tuple[
 
 
 def _rebuilt_scores(
-    rows: np.ndarray, user: np.ndarray, columns: np.ndarray, changes: np.ndarray, cosine: bool
+    rows: np.ndarray, user: np.ndarray, terms: Sequence[Term], wanted: np.ndarray, cosine: bool
 ) -> Float[np.ndarray, "P n"]:
-    """Scores of the items' rows [n, K] with their changes, columns [P, n, T] times rows [P, T, K], set by set."""
+    """Scores of the items' rows [n, K] with their changes, set by set."""
     scored = np.empty((len(user), len(rows)), np.float32)
     for place, own in enumerate(user):
-        left = without_rounding(rows + columns[place] @ changes[place], rows)
+        changed = rows + sum(term.items[wanted, place] @ term.rows[place] for term in terms)
+        left = without_rounding(changed, rows)
         scored[place] = left @ own
         if cosine:
             scored[place] /= np.sqrt(np.einsum("nk,nk->n", left, left) + TINY)

@@ -91,7 +91,7 @@ from fused_rec.training.train_step import TrainState
 from fused_rec.training.warm_start import PAIRS, read_initial, stored_initial, write_initial, write_pairs
 
 LOG = logging.getLogger(__name__)
-MANY_INTERACTIONS = 100_000  # above, a temperature is not chosen by training twice
+MANY_INTERACTIONS = 100_000  # above, a temperature is not chosen by training several times
 LOSS_EVERY = 10  # steps between reads of the loss; each read waits for the device
 
 
@@ -286,7 +286,7 @@ def _select(
 ) -> tuple[Config, str, TrainState, Progress, float]:
     """Trains with each temperature to try, and returns config, folder, state and progress of the best, and the seconds.
 
-    Large tables take the first of `TEMPERATURES`: it is the better one there, and a second training takes long. Others
+    Large tables take the first of `TEMPERATURES`: it is the better one there, and further trainings take long. Others
     try all of them, and `LOW_TEMPERATURE` where the first is the best.
     """
     waiting = [config.train.temperature or TEMPERATURES[0]]
