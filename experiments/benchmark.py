@@ -27,6 +27,7 @@ from absl import flags
 
 from experiments import competitors
 from experiments.competitors import ALS, OURS, PYG, RECBOLE, SENTENCES, TORCH, Side, accelerator
+from experiments.competitors.protocol import not_held
 from fused_rec.commands.launch import start
 from fused_rec.commands.places import DEFINE_path, existing_folder, written_file_anywhere
 from fused_rec.storage import write_figure, write_file
@@ -207,11 +208,7 @@ def batches_of(pairs: Pairs, rng: np.random.Generator) -> dict[str, np.ndarray]:
     count = np.diff(start)[user]
     item = pairs.item[start[user] + (rng.random(user.shape) * count).astype(np.int64)]
     keys = pairs.user.astype(np.int64) * pairs.n_items + pairs.item
-    other = rng.integers(0, pairs.n_items, user.shape)
-    for _ in range(20):  # a user who holds half the catalogue is left with a held item once in a million draws
-        key = user * pairs.n_items + other
-        held = keys[np.minimum(np.searchsorted(keys, key), len(keys) - 1)] == key
-        other[held] = rng.integers(0, pairs.n_items, held.sum())
+    other = not_held(user, keys, pairs.n_items, rng)
     return {f"batch_{name}": part.astype(np.int32) for name, part in (("user", user), ("item", item), ("other", other))}
 
 

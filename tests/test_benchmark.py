@@ -215,6 +215,18 @@ def test_the_figure_shows_what_is_behind_in_another_colour():
     assert behind.get_facecolor() != ahead.get_facecolor()
 
 
+def test_curves_are_a_line_a_side():
+    pytest.importorskip("matplotlib", reason="figures need the extra: pip install -e '.[plots]'")
+    curves = {
+        name: [{"seconds": 1.0, "recall@20": value}, {"seconds": 3.0, "recall@20": 2 * value}]
+        for name, value in (("ours", 0.2), ("peer", 0.1))
+    }
+    [axes] = plots.by_time(curves, "recall@20", "here").axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn == {"ours": ([1, 3], [0.2, 0.4]), "peer": ([1, 3], [0.1, 0.2])}
+    assert axes.get_ylim()[0] == axes.get_xlim()[0] == 0
+
+
 @pytest.mark.parametrize(
     "side",
     [getattr(competitors, name) for name in ("PYG", "TORCH", "SDPA", "RECBOLE", "ALS", "SENTENCES")],

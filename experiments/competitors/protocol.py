@@ -133,16 +133,29 @@ def triples(job: Job, arrays: Arrays) -> Callable[[], tuple[np.ndarray, np.ndarr
 
     def call():
         place = rng.integers(0, len(user), job["pairs"])
-        other = rng.integers(0, n_items, job["pairs"])
-        for _ in range(20):
-            key = user[place] * n_items + other
-            held = keys[np.minimum(np.searchsorted(keys, key), len(keys) - 1)] == key
-            if not held.any():
-                break
-            other[held] = rng.integers(0, n_items, held.sum())
-        return user[place], item[place], other
+        return user[place], item[place], not_held(user[place], keys, n_items, rng)
 
     return call
+
+
+def not_held(user: np.ndarray, keys: np.ndarray, n_items: int, rng: np.random.Generator) -> np.ndarray:
+    """Samples for each user an item that is not theirs.
+
+    Args:
+      user: int64 rows, of any shape.
+      keys: user * n_items + item of all training pairs, ascending.
+      n_items: I.
+      rng: the random generator.
+
+    Returns:
+      Item rows; a user who holds half the catalogue is left with a held one once in a million draws.
+    """
+    other = rng.integers(0, n_items, user.shape)
+    for _ in range(20):
+        key = user * n_items + other
+        held = keys[np.minimum(np.searchsorted(keys, key), len(keys) - 1)] == key
+        other[held] = rng.integers(0, n_items, held.sum())
+    return other
 
 
 def peak_mb() -> float:
