@@ -222,7 +222,10 @@ def test_curves_are_a_line_a_side():
         for name, value in (("ours", 0.2), ("peer", 0.1))
     }
     [axes] = plots.by_time(curves, "recall@20", "here").axes
-    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    drawn = {
+        line.get_label(): (np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist())
+        for line in axes.lines
+    }
     assert drawn == {"ours": ([1, 3], [0.2, 0.4]), "peer": ([1, 3], [0.1, 0.2])}
     assert axes.get_ylim()[0] == axes.get_xlim()[0] == 0
 
