@@ -19,7 +19,7 @@ Variant = Literal["fused", "graph", "text"]
 TrainedMethod = Literal["bpr_mf", "lightgcn", "social_lightgcn", "xsimgcl", "rlmrec_con", "rlmrec_gen", "alpharec"]
 Baseline = Literal[
     *("popularity", "item_knn", "user_knn", "friends_mean", "text_mean", "text_gcn", "als", "gf_cf", "ease"),
-    "text_ease",
+    *("text_ease", "tfidf_mean", "term_ease"),
 ]
 BASELINE_NAMES = typing.get_args(Baseline)
 METHODS = (*typing.get_args(TrainedMethod), *BASELINE_NAMES)

@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse
 from market import write_tables
 
-from fused_rec.baselines.linear import ease
+from fused_rec.baselines.linear import ease, text_ease
 from fused_rec.baselines.neighbors import (
     Interactions,
     NotApplicableError,
@@ -254,6 +254,25 @@ def test_what_is_not_reported_is_asked_for():
         text_mean(TINY._replace(item_text=np.zeros((4, 1), np.float32)), own=0.0)
     with pytest.raises(NotApplicableError, match="text_gcn needs text of items"):
         text_gcn(TINY, num_layers=1, user_mean=True)
+
+
+@pytest.mark.parametrize("name", ["tfidf_mean", "term_ease"])
+@pytest.mark.parametrize("terms", [None, scipy.sparse.csr_matrix((4, 0))])
+def test_terms_are_asked_for(name, terms):
+    with pytest.raises(NotApplicableError, match=f"{name} needs TF-IDF terms of items, and there are none; leave it"):
+        BASELINES[name].fit(TINY._replace(item_terms=terms), **BASELINES[name].grid[0])
+
+
+def test_methods_over_terms_read_terms_in_place_of_text_features():
+    rng = np.random.default_rng(3)
+    terms = rng.random((4, 9)).astype(np.float32)
+    terms /= np.linalg.norm(terms, axis=1, keepdims=True)
+    given = TINY._replace(item_terms=scipy.sparse.csr_matrix(terms))
+    plain = given._replace(item_text=terms, user_text=None)
+    for name, fit in ("tfidf_mean", text_mean), ("term_ease", text_ease):
+        for settings in BASELINES[name].grid:
+            got = scores(BASELINES[name].fit(given, **settings), 3)
+            np.testing.assert_allclose(got, scores(fit(plain, **settings), 3), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

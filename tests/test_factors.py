@@ -149,7 +149,7 @@ def _terms(n_items, n_terms):
 def test_tfidf_mean_is_the_similarity_of_terms():
     history, interactions = _random(30, 20, 0.3)
     rows = _terms(20, 50)
-    found = factors.COMPONENTS["tfidf_mean"].make(factors.Evidence(interactions, rows))
+    found = factors.COMPONENTS["tfidf_mean"].make(factors.Evidence(interactions._replace(item_terms=rows)))
     expected = history @ (rows @ rows.T).toarray()
     np.testing.assert_allclose((history @ found.source) @ found.target.T, expected, atol=1e-5)
     assert found.text_columns == found.target.shape[1] == 50
@@ -159,7 +159,7 @@ def test_tfidf_mean_is_the_similarity_of_terms():
 def test_term_ease_is_text_ease_over_all_terms(settings):
     history, interactions = _random(40, 30, 0.3)
     rows = _terms(30, 50)
-    found = factors.COMPONENTS["term_ease"].make(factors.Evidence(interactions, rows), **settings)
+    found = factors.COMPONENTS["term_ease"].make(factors.Evidence(interactions._replace(item_terms=rows)), **settings)
     terms = interactions._replace(item_text=rows.toarray().astype(np.float32))
     scores, expected = _unseen(history, found, text_ease(terms, **settings))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=5e-5)
@@ -193,7 +193,7 @@ def test_shared_columns_keep_inner_products_on_average(monkeypatch):
 
 @pytest.mark.parametrize("rows", [None, csr_matrix((20, 0)), csr_matrix((20, 7))])
 def test_without_terms_there_is_no_tfidf_mean(rows):
-    evidence = factors.Evidence(_random(30, 20, 0.3)[1], rows)
+    evidence = factors.Evidence(_random(30, 20, 0.3)[1]._replace(item_terms=rows))
     assert not evidence.has("item_terms") and evidence.has("item_text")
 
 

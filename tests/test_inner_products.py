@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 
 from fused_rec.baselines import inner_products
 from fused_rec.baselines.inner_products import baseline_vectors
@@ -21,7 +22,8 @@ def interactions(n_users: int, n_items: int) -> Interactions:
     of_user, of_item = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6) for rows in texts)
     ties = rng.integers(0, n_users, (2, 12))
     age = rng.random(len(user)).astype(np.float32)
-    return Interactions(user, item, n_users, n_items, of_user, of_item, *ties, age=age)
+    terms = scipy.sparse.csr_matrix(np.abs(of_item))
+    return Interactions(user, item, n_users, n_items, of_user, of_item, *ties, age=age, item_terms=terms)
 
 
 @pytest.mark.parametrize("sides", [(12, 7), (7, 12)])

@@ -60,8 +60,9 @@ def evidence() -> Evidence:
     text = words()
     ties = np.array([0, 0, 4]), np.array([1, 2, 0])
     pairs = HOLDER, HELD, COUNTS[USER], COUNTS[ITEM]
-    interactions = Interactions(*pairs, text[:7], text[7:13], *ties, age=np.arange(12, dtype=np.float32))
-    return Evidence(interactions, csr_matrix(np.abs(text[7:13])))
+    terms = csr_matrix(np.abs(text[7:13]))
+    ages = np.arange(12, dtype=np.float32)
+    return Evidence(Interactions(*pairs, text[:7], text[7:13], *ties, age=ages, item_terms=terms))
 
 
 SETTINGS = {

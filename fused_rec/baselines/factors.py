@@ -299,15 +299,14 @@ class ClosedFormRecommender:
 
 
 class Evidence:
-    """Interactions with their singular vectors, which are computed once, when first needed, and terms of items.
+    """Interactions with what several components read of them, which is computed once, when first needed.
 
     Attributes:
-      interactions: the training interactions, with text features.
-      item_terms: sparse float [I, V], TF-IDF rows of items, unit or zero; None: no terms.
+      interactions: the training interactions, with text features and terms of items.
     """
 
-    def __init__(self, interactions: Interactions, item_terms: scipy.sparse.csr_matrix | None = None):
-        self.interactions, self.item_terms = interactions, item_terms
+    def __init__(self, interactions: Interactions):
+        self.interactions = interactions
 
     @functools.cached_property
     def singular(self) -> SingularVectors:
@@ -324,15 +323,15 @@ class Evidence:
     @functools.cached_property
     def term_rows(self) -> Float32[np.ndarray, "I R"]:
         """Rows of items over all terms (`term_rows`), of as many columns as `default_rank` would have directions."""
-        nodes = self.interactions.n_users + self.interactions.n_items
-        assert self.item_terms is not None  # `has("item_terms")`
-        return term_rows(self.item_terms, _affordable_columns(nodes))
+        data = self.interactions
+        assert data.item_terms is not None  # `has("item_terms")`
+        return term_rows(data.item_terms, _affordable_columns(data.n_users + data.n_items))
 
     def has(self, what: str) -> bool:
         """Returns whether the tables have item_text, item_terms, user_text, ties or times."""
         data = self.interactions
         if what == "item_terms":
-            return self.item_terms is not None and self.item_terms.nnz > 0
+            return data.item_terms is not None and data.item_terms.nnz > 0
         if what == "ties":
             return data.source is not None and len(data.source) > 0
         if what == "times":

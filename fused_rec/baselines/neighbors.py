@@ -44,6 +44,7 @@ class Interactions(NamedTuple):
       source: int [F], users with a social edge.
       target: int [F], the users it leads to; a repeated edge counts once.
       age: float32 [E], days from each interaction to the newest one.
+      item_terms: sparse float [I, V], TF-IDF rows over all terms, of unit length; zero rows for items without text.
     """
 
     user: Int[np.ndarray, "E"]
@@ -55,6 +56,7 @@ class Interactions(NamedTuple):
     source: Int[np.ndarray, "F"] | None = None
     target: Int[np.ndarray, "F"] | None = None
     age: Float32[np.ndarray, "E"] | None = None
+    item_terms: scipy.sparse.csr_matrix | None = None
 
     def history(self) -> scipy.sparse.csr_array:
         """Returns the interaction matrix, float32 [U, I] of 0 and 1."""

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from jax.tree_util import Partial
 
 from fused_rec.baselines import linear, neighbors
+from fused_rec.baselines.factors import Evidence
+from fused_rec.baselines.neighbors import Interactions, NotApplicableError
 
 
 class Baseline(NamedTuple):
@@ -22,6 +24,21 @@ class Baseline(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
+def _over_terms(name: str, fit: Callable[..., Partial]) -> Callable[..., Partial]:
+    """Returns a method with TF-IDF rows over all terms in place of the text features of items."""
+
+    def fitted(interactions: Interactions, **settings: Any) -> Partial:
+        evidence = Evidence(interactions)
+        if not evidence.has("item_terms"):
+            raise NotApplicableError(
+                f"{name} needs TF-IDF terms of items, and there are none; leave it out for these tables, or for a "
+                "variant that reads no text"
+            )
+        return fit(interactions._replace(item_text=evidence.term_rows, user_text=None), **settings)
+
+    return fitted
+
+
 _NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
 _ALS_GRID = tuple(
     {"factors": k, "regularization": r, "alpha": a, "seed": 0}
@@ -32,6 +49,9 @@ _ALS_GRID = tuple(
 _TEXT_GCN_GRID = tuple({"num_layers": n, "user_mean": mean} for n in (1, 2, 3, 4) for mean in (True, False))
 _TEXT_EASE_GRID = tuple(
     {"l2": l2, "l2_text": t, "l2_words": w} for l2 in (30.0, 300.0) for t in (30.0, 300.0) for w in (10.0, 100.0)
+)
+_TERM_EASE_GRID = tuple(
+    {"l2": l2, "l2_text": t, "l2_words": w} for l2 in (30.0, 300.0) for t in (300.0, 1000.0) for w in (3.0, 10.0)
 )
 BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
@@ -46,4 +66,6 @@ BASELINES: dict[str, Baseline] = {
     "gf_cf": Baseline(linear.gf_cf, tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0))),
     "ease": Baseline(linear.ease, tuple({"l2": l2} for l2 in (10.0, 30.0, 100.0, 300.0, 1000.0))),
     "text_ease": Baseline(linear.text_ease, _TEXT_EASE_GRID, needs=("text",)),
+    "tfidf_mean": Baseline(_over_terms("tfidf_mean", neighbors.text_mean), ({"own": 0.0},), needs=("text",)),
+    "term_ease": Baseline(_over_terms("term_ease", linear.text_ease), _TERM_EASE_GRID, needs=("text",)),
 }

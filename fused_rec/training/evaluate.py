@@ -293,9 +293,9 @@ def _has_equal_scores(scores: Any) -> jax.Array:
 
 
 def interactions_of(prepared: ModelInputs) -> Interactions:
-    """Returns the observed interactions, text features and social edges, as the baselines take them."""
+    """Returns the observed interactions, text features, terms and social edges, as the baselines take them."""
     dataset, observed, graph = prepared.dataset, prepared.observed, prepared.graph_inputs.graph
     text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
-    return Interactions(*pairs, *text, *ties, age=observed.age)
+    return Interactions(*pairs, *text, *ties, age=observed.age, item_terms=prepared.text.term_rows(ITEM))

@@ -16,7 +16,7 @@ from fused_rec.baselines.neighbors import NotApplicableError
 from fused_rec.config import Config
 from fused_rec.distributed import processes
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import INTERACTED_BY, ITEM, USER, Relation
+from fused_rec.graph.schema import INTERACTED_BY, USER, Relation
 from fused_rec.model.late_fusion import ClosedForm, LateFusion, social_relations
 from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
@@ -172,7 +172,7 @@ def validation_users(config: Config, prepared: Prepared) -> ValidationUsers:
 
 
 def _evidence(prepared: ModelInputs) -> Evidence:
-    return Evidence(interactions_of(prepared), prepared.text.term_rows(ITEM))
+    return Evidence(interactions_of(prepared))
 
 
 def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
