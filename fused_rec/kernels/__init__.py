@@ -2,8 +2,8 @@
 
 `fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
 `fused_rec.text.encoders.packed` calls `attention.cc`, and `buffers.cc` has `in_place` and the receivers of an
-adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each caller has a plain JAX version too: the reference, used on accelerators and where no kernel was
-compiled.
+adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each caller has
+a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 
 import ctypes
