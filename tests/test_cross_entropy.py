@@ -110,10 +110,11 @@ def test_the_kernel_computes_what_float64_does(shape):
 
 
 @needs_tiles
-def test_logits_of_any_size_stay_finite():
+@pytest.mark.parametrize("shift", [0, -1000, 1000])
+def test_logits_of_any_size_stay_finite(shift):
     """Exponentials that a float32 does not hold, and items that are far below all others."""
     user, catalogue, targets = large_case(40, 2, 300, 32)
-    arguments = user * 300, catalogue, targets
+    arguments = user * 300, catalogue, targets._replace(bias=targets.bias + shift)
     for one, other in zip(module._compiled(TEMPERATURE, *arguments), in_float64(*arguments), strict=True):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-3 * np.abs(other).max())
@@ -122,7 +123,9 @@ def test_logits_of_any_size_stay_finite():
 @needs_tiles
 def test_a_number_that_is_none_is_not_hidden():
     user, catalogue, targets = large_case(40, 2, 300, 32)
-    assert np.isnan(module._compiled(TEMPERATURE, user.at[3, 5].set(jnp.nan), catalogue, targets)[0])
+    loss, by_user, by_catalogue = module._compiled(TEMPERATURE, user.at[3, 5].set(jnp.nan), catalogue, targets)
+    assert np.isnan(loss) and np.isnan(by_catalogue).all()
+    assert np.isnan(by_user).any(axis=1).nonzero()[0].tolist() == [3]
 
 
 @needs_tiles
