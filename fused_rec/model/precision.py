@@ -101,4 +101,7 @@ _by_tiles.defvjp(_forward_by_tiles, _backward_by_tiles)
 def _tile_product(a: Array, b: Array, over_rows: bool) -> Array:
     """a @ b, or a.T @ b, of float32 or bfloat16."""
     shape = a.shape[1] if over_rows else a.shape[0], b.shape[1]
-    return jax.ffi.ffi_call(kernels.TILE_PRODUCT, jax.ShapeDtypeStruct(shape, jnp.float32))(a, b, over_rows=over_rows)
+    call = jax.ffi.ffi_call(kernels.TILE_PRODUCT, jax.ShapeDtypeStruct(shape, jnp.float32))
+    # JAX takes the result of a call for the same on all devices; a term of the factors tells that it is not.
+    differs = 0 * (a[:1, :1] + b[:1, :1]).astype(jnp.float32)
+    return call(a, b, over_rows=over_rows) + differs
