@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fused_rec import kernels
 from fused_rec.model import cross_entropy as module
 from fused_rec.model.cross_entropy import Targets, cross_entropy
 
@@ -61,3 +62,89 @@ def test_derivatives_have_the_type_of_the_embeddings():
     assert {part.dtype for part in by} == {jnp.dtype(jnp.bfloat16)}
     for one, other in zip(by, jax.grad(plain, (0, 1))(user, catalogue, targets), strict=True):
         np.testing.assert_allclose(*(np.asarray(part, np.float32) for part in (one, other)), rtol=0.01, atol=0.03)
+
+
+needs_tiles = pytest.mark.skipif(not kernels.has_tiles(), reason="this processor has no AMX, or no kernel was compiled")
+
+
+def large_case(users, positives, items, width):
+    """Embeddings in bfloat16: repeated positives, padding at item 0, which does not count, users without positives."""
+    rng = np.random.default_rng(users)
+    user, catalogue = (jnp.asarray(rng.normal(size=(n, width)) / width**0.25, jnp.bfloat16) for n in (users, items))
+    chosen = rng.integers(min(1, items - 1), items, (users, positives))
+    chosen[0] = chosen[0, 0]
+    weight = rng.random((users, positives)) * (rng.random((users, positives)) < 0.7)
+    weight[users // 2] = 0
+    counted = np.isin(np.arange(items), chosen) | (np.arange(items) % 6 > 0)
+    counted[0] = items == 1
+    bias = np.where(counted, rng.normal(size=items), -np.inf)
+    chosen[weight == 0] = 0
+    return user, catalogue, Targets(*map(jnp.asarray, (np.int32(chosen), np.float32(weight), np.float32(bias))))
+
+
+def in_float64(user, catalogue, targets):
+    """Loss and derivatives; those by logits are rounded to bfloat16 before they are multiplied."""
+    x, y = (np.asarray(part, np.float64) for part in (user, catalogue))
+    items, weight, bias = map(np.asarray, targets)
+    logits = x @ y.T / TEMPERATURE + bias
+    highest, whole = logits.max(axis=1, keepdims=True), weight.sum(axis=1, keepdims=True)
+    normalizer = highest + np.log(np.exp(logits - highest).sum(axis=1, keepdims=True))
+    slope = whole * np.exp(logits - normalizer) / TEMPERATURE
+    np.add.at(slope, (np.arange(len(x))[:, None], items), -weight / TEMPERATURE)
+    positive = np.where(weight > 0, np.take_along_axis(logits, items, axis=1), 0)
+    slope = np.asarray(jnp.asarray(slope, jnp.bfloat16), np.float64)
+    return (whole * normalizer).sum() - (weight * positive).sum(), slope @ y, slope.T @ x
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (7, 4, 50, 5), (33, 1, 129, 33), (600, 3, 2100, 70), (64, 2, 256, 64)])
+def test_the_kernel_computes_what_float64_does(shape):
+    """One of everything; widths, users and items that no tile fits; several blocks of each; whole tiles."""
+    arguments = large_case(*shape)
+    found = jax.jit(lambda *given: module._compiled(TEMPERATURE, *given))(*arguments)
+    for one, other in zip(found, in_float64(*arguments), strict=True):
+        largest = np.abs(other).max()
+        # A slope that lies between two numbers of bfloat16 is sometimes rounded to the other one.
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-3 * largest if one.ndim else 1e-6)
+        assert np.abs(np.asarray(one) - other).mean() < 1e-5 * largest + 1e-6
+
+
+@needs_tiles
+@pytest.mark.parametrize("shift", [0, -1000, 1000])
+def test_logits_of_any_size_stay_finite(shift):
+    """Exponentials that a float32 does not hold, and items that are far below all others."""
+    user, catalogue, targets = large_case(40, 2, 300, 32)
+    arguments = user * 300, catalogue, targets._replace(bias=targets.bias + shift)
+    for one, other in zip(module._compiled(TEMPERATURE, *arguments), in_float64(*arguments), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-3 * np.abs(other).max())
+
+
+@needs_tiles
+def test_a_number_that_is_none_is_not_hidden():
+    user, catalogue, targets = large_case(40, 2, 300, 32)
+    loss, by_user, by_catalogue = module._compiled(TEMPERATURE, user.at[3, 5].set(jnp.nan), catalogue, targets)
+    assert np.isnan(loss) and np.isnan(by_catalogue).all()
+    assert np.isnan(by_user).any(axis=1).nonzero()[0].tolist() == [3]
+
+
+@needs_tiles
+def test_the_kernel_refuses_positives_outside_of_the_catalogue():
+    user, catalogue, targets = large_case(7, 2, 50, 8)
+    far = targets._replace(items=targets.items.at[1, 1].set(50), weight=jnp.ones_like(targets.weight))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="positives must be rows of the catalogue"):
+        jax.block_until_ready(module._compiled(TEMPERATURE, user, catalogue, far))
+
+
+@needs_tiles
+def test_the_derivative_in_bfloat16_is_the_kernels(monkeypatch):
+    arguments = large_case(33, 3, 200, 16)
+    kernel = jax.value_and_grad(ours, (0, 1))(*arguments)
+    monkeypatch.setattr(kernels, "has_tiles", lambda: False)
+    plain_jax = jax.value_and_grad(ours, (0, 1))(*arguments)
+    for one, other in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain_jax), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0.01, atol=1e-3 * float(abs(other).max()))
+    monkeypatch.setattr(kernels, "has_tiles", lambda: True)
+    monkeypatch.setattr(module, "_sums", None)  # it is not called
+    jax.grad(ours)(*arguments)

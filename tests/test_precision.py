@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from fused_rec.model.precision import matmul_f32
+from fused_rec import kernels
+from fused_rec.model.precision import _tile_product, matmul_f32, product_in
 
 ONES = jnp.ones((2, 4096), jnp.bfloat16)  # a sum in bfloat16 would stay at 256: 256 + 1 is no number of it
 
@@ -38,3 +40,46 @@ def test_of_float32_it_is_the_product_and_its_derivative():
     theirs = jax.grad(lambda a, b: ((a @ b) * weight).sum(), (0, 1))(a, b)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def rounded(x):
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+
+needs_tiles = pytest.mark.skipif(not kernels.has_tiles(), reason="this processor has no AMX, or no kernel was compiled")
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (33, 65, 17), (300, 40, 9), (2100, 64, 128), (1025, 70, 33)])
+def test_tiles_multiply_what_was_rounded_to_bfloat16(shape, dtype):
+    n, m, k = shape
+    rng = np.random.default_rng(n)
+    a, b, g = (jnp.asarray(rng.normal(size=of), dtype) for of in ((n, m), (m, k), (n, k)))
+    for found, expected in (
+        (_tile_product(a, b, False), rounded(a) @ rounded(b)),
+        (_tile_product(a, g, True), rounded(a).T @ rounded(g)),
+    ):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+
+
+@needs_tiles
+def test_tiles_refuse_matrices_that_do_not_fit():
+    for a, b, over_rows in (((3, 4), (5, 2), False), ((3, 4), (4, 2), True)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="fitting shapes"):
+            jax.block_until_ready(_tile_product(jnp.zeros(a), jnp.zeros(b), over_rows))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=needs_tiles)])
+def test_products_of_a_type_and_their_derivatives(monkeypatch, tiles, dtype):
+    monkeypatch.setattr(kernels, "has_tiles", lambda: tiles)
+    a, b = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(((50, 33), (33, 20))))
+    weight = jax.random.normal(jax.random.key(2), (50, 20))
+    of = rounded if dtype == "bfloat16" else np.float64
+    np.testing.assert_allclose(product_in(dtype, a, b), of(a) @ of(b), atol=1e-5)
+    by_a, by_b = jax.jit(jax.grad(lambda a, b: (product_in(dtype, a, b) * weight).sum(), (0, 1)))(a, b)
+    share = 2**-8 if dtype == "bfloat16" else 0  # plain JAX rounds derivatives to bfloat16
+    np.testing.assert_allclose(by_a, of(weight) @ of(b).T, rtol=share, atol=2e-5)
+    np.testing.assert_allclose(by_b, of(a).T @ of(weight), rtol=share, atol=2e-5)

@@ -2,8 +2,8 @@
 
 `fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
 `fused_rec.text.encoders.packed` calls `attention.cc`, and `buffers.cc` has `in_place` and the receivers of an
-adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and where no kernel was
-compiled.
+adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each caller has
+a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 
 import ctypes
@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF = TARGETS = tuple(
-    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of")
+NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF, CROSS_ENTROPY, TILE_PRODUCT = TARGETS = tuple(
+    f"fused_rec_{name}"
+    for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of", "cross_entropy", "tile_product")
 )
 LOG = logging.getLogger(__name__)
 
@@ -45,6 +46,13 @@ def usable() -> bool:
         LOG.warning(f"{message} --no-build-isolation builds them anew: %s", jax.__version__, error)
         return False
     return True
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Returns whether the kernels are usable and multiply bfloat16 by AMX, the tile registers of newer Xeons."""
+    library = importlib.util.find_spec(LIBRARY) if usable() else None
+    return library is not None and bool(ctypes.CDLL(library.origin).fused_rec_has_tiles())
 
 
 def in_place(x: Array) -> Array:

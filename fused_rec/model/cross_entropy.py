@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
+
+from fused_rec import kernels
 
 # Logits in memory at a time: on a CPU 64 MB of them, of which blocks of half or a quarter are no faster.
 CPU_LOGITS, LOGITS = 1 << 24, 1 << 28
@@ -53,7 +56,9 @@ def cross_entropy(
 
 
 def _forward(temperature: float, user: Array, catalogue: Array, targets: Targets) -> tuple[Array, tuple]:
-    total, *slopes = _sums(temperature, user, catalogue, targets, slopes=True)
+    narrow = user.dtype == catalogue.dtype == jnp.bfloat16
+    sums = _compiled if narrow and kernels.has_tiles() else functools.partial(_sums, slopes=True)
+    total, *slopes = sums(temperature, user, catalogue, targets)
     return total, (*slopes, user, catalogue)
 
 
@@ -99,6 +104,15 @@ def _sums(temperature: float, user: Array, catalogue: Array, targets: Targets, s
     start = jnp.full(catalogue.shape, 0 * user[0, 0], jnp.float32) if slopes else None
     by_catalogue, found = jax.lax.scan(block, start, blocked)
     return found[0].sum(), *(part.reshape(blocks * rows, -1)[: len(user)] for part in found[1:]), by_catalogue
+
+
+def _compiled(temperature: float, user: Array, catalogue: Array, targets: Targets) -> tuple[Any, ...]:
+    """As `_sums` of bfloat16 with derivatives, by a kernel that keeps no logits."""
+    of = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), user.shape, catalogue.shape))
+    call = jax.ffi.ffi_call(kernels.CROSS_ENTROPY, tuple(of))
+    total, *slopes = call(user, catalogue, *targets, temperature=np.float32(temperature))
+    # JAX takes the result of a call for the same on all devices; a term of the factors tells that it is not.
+    return total + 0 * (user[0, 0] + catalogue[0, 0]).astype(jnp.float32), *slopes
 
 
 def _rows_of_block(users: int, items: int) -> int:

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from fused_rec import kernels
+from fused_rec.config import ComputeDtype
+
 FEW_COLUMNS = 16
 
 
@@ -57,3 +60,48 @@ def product_over_rows(a: Float[Array, "n m"], b: Float[Array, "n k"]) -> Float32
 
 
 matmul_f32.defvjp(_forward, _backward)
+
+
+def product_in(
+    compute_dtype: ComputeDtype, a: Float32[Array, "n m"], b: Float32[Array, "m k"]
+) -> Float32[Array, "n k"]:
+    """Multiplies two float32 matrices, rounded to a type, with float32 accumulation.
+
+    Args:
+      compute_dtype: the type of both factors, and of the cotangent before it is multiplied.
+      a: float32 [n, m].
+      b: float32 [m, k].
+
+    Returns:
+      a @ b, float32 [n, k].
+    """
+    if compute_dtype == "bfloat16" and kernels.has_tiles():
+        return _by_tiles(a, b)
+    return matmul_f32(a.astype(compute_dtype), b.astype(compute_dtype))
+
+
+@jax.custom_vjp
+def _by_tiles(a: Array, b: Array) -> Array:
+    """The product in bfloat16 by a kernel that rounds while it reads: no rounded copies."""
+    return _tile_product(a, b, False)
+
+
+def _forward_by_tiles(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _by_tiles(a, b), (a, b)
+
+
+def _backward_by_tiles(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    a, b = residuals
+    return _tile_product(g, b.T, False), _tile_product(a, g, True)  # XLA removes the one that is unused
+
+
+_by_tiles.defvjp(_forward_by_tiles, _backward_by_tiles)
+
+
+def _tile_product(a: Array, b: Array, over_rows: bool) -> Array:
+    """a @ b, or a.T @ b, of float32 or bfloat16."""
+    shape = a.shape[1] if over_rows else a.shape[0], b.shape[1]
+    call = jax.ffi.ffi_call(kernels.TILE_PRODUCT, jax.ShapeDtypeStruct(shape, jnp.float32))
+    # JAX takes the result of a call for the same on all devices; a term of the factors tells that it is not.
+    differs = 0 * (a[:1, :1] + b[:1, :1]).astype(jnp.float32)
+    return call(a, b, over_rows=over_rows) + differs

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float32
 
 from fused_rec.config import ComputeDtype
 from fused_rec.distributed.devices import AnyArray
-from fused_rec.model.precision import matmul_f32
+from fused_rec.model.precision import product_in
 
 RANK = 16  # width of the projection of a text embedding that the gates read
 
@@ -210,4 +210,4 @@ def project(
     Returns:
       float32 [n, K].
     """
-    return matmul_f32(jnp.asarray(text, compute_dtype), matrix.astype(compute_dtype))
+    return product_in(compute_dtype, jnp.asarray(text), matrix)
