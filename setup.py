@@ -10,8 +10,8 @@ from setuptools import Extension, find_packages, setup
 # same, and what JAX has, half as fast, takes their place.
 KERNELS = Extension(
     "fused_rec.kernels._compiled",
-    sources=[f"fused_rec/kernels/{name}.cc" for name in ("sparse_sum", "ranking", "attention", "buffers")],
-    depends=["fused_rec/kernels/parts.h"],
+    sources=[f"fused_rec/kernels/{name}.cc" for name in ("sparse_sum", "ranking", "attention", "layers", "buffers")],
+    depends=["fused_rec/kernels/lanes.h", "fused_rec/kernels/parts.h"],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
     extra_compile_args=["-std=c++17", "-O3", "-w"],  # -w: the headers warn
     language="c++",

@@ -1,8 +1,8 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
 `fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
-`fused_rec.text.encoders.packed` calls `attention.cc`, and `buffers.cc` has `in_place` and the receivers of an
-adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and where no kernel was
+`fused_rec.text.encoders.packed` calls `attention.cc` and `layers.cc`, and `buffers.cc` has `in_place` and the receivers
+of an adjacency. Each caller has a plain JAX version too: the reference, used on accelerators and where no kernel was
 compiled.
 """
 
@@ -10,13 +10,15 @@ import ctypes
 import functools
 import importlib.util
 import logging
+from typing import Any
 
 import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF = TARGETS = tuple(
-    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of")
+NEIGHBOR_SUM, BEST, AUC, ATTENTION, BIAS_GELU, ADD_NORM, DENSE, IN_PLACE, ROWS_OF = TARGETS = tuple(
+    f"fused_rec_{name}"
+    for name in ("neighbor_sum", "best", "auc", "attention", "bias_gelu", "add_norm", "dense", "in_place", "rows_of")
 )
 LOG = logging.getLogger(__name__)
 
@@ -45,6 +47,17 @@ def usable() -> bool:
         LOG.warning(f"{message} --no-build-isolation builds them anew: %s", jax.__version__, error)
         return False
     return True
+
+
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Returns whether `DENSE` works here: the processor has AMX for bfloat16, and the system admits it."""
+    if not usable():
+        return False
+    library: Any = importlib.util.find_spec(LIBRARY)
+    usable_tiles = ctypes.CDLL(library.origin).fused_rec_tiles
+    usable_tiles.restype = ctypes.c_bool
+    return usable_tiles()
 
 
 def in_place(x: Array) -> Array:
