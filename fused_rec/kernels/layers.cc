@@ -156,6 +156,16 @@ bool tiles_usable() {
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 
+// Room for so many numbers that a thread keeps, at the begin of a line of the cache: a tile is read by lines.
+template <int kPurpose>
+uint16_t* room(int64_t count) {
+  constexpr int64_t kLine = 64;
+  static thread_local std::vector<uint16_t> numbers;
+  numbers.resize(count + kLine / sizeof(uint16_t));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(numbers.data());
+  return reinterpret_cast<uint16_t*>((begin + kLine - 1) / kLine * kLine);
+}
+
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -180,10 +190,21 @@ WITH_AMX void pack(const Product& p, int64_t panel, uint16_t* to) {
   }
 }
 
-WITH_AMX INLINE void narrow(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; i += 32) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
-    _mm512_storeu_si512(to + i, reinterpret_cast<const __m512i&>(both));
+WITH_AMX INLINE __m512i narrow(const float* x) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + kLanes), _mm512_loadu_ps(x));
+  return reinterpret_cast<const __m512i&>(both);
+}
+
+// Tiles of rows: 16 rows in one, all depths one after the other, then the next 16 rows; 0 after the last.
+WITH_AMX INLINE void pack_rows(const Product& p, int64_t first, int64_t last, int64_t padded, uint16_t* to) {
+  for (int64_t row = first; row < first + padded; ++row) {
+    const int64_t from = row * p.depth, place = row - first;
+    uint16_t* const tile = to + place / kTile * kTile * p.depth + place % kTile * kDeep;
+    for (int64_t k = 0; k < p.depth; k += kDeep) {
+      __m512i numbers = _mm512_setzero_si512();
+      if (row < last) numbers = p.x ? narrow(p.x + from + k) : _mm512_loadu_si512(p.narrow_x + from + k);
+      _mm512_store_si512(tile + k * kTile, numbers);
+    }
   }
 }
 
@@ -197,7 +218,7 @@ WITH_AMX INLINE void finish(const Product& p, const float* sums, int64_t first, 
       if (p.gelu) y[half] = fused_rec::gelu(y[half]);
     }
     if (p.narrow_y) {
-      narrow(reinterpret_cast<const float*>(y), kBlock, p.narrow_y + place);
+      _mm512_storeu_si512(p.narrow_y + place, narrow(reinterpret_cast<const float*>(y)));
     } else {
       at(p.y + place) = y[0];
       at(p.y + place + kLanes) = y[1];
@@ -207,44 +228,34 @@ WITH_AMX INLINE void finish(const Product& p, const float* sums, int64_t first, 
 
 WITH_AMX void multiply_rows(const Product& p, const uint16_t* packed, int64_t first, int64_t last) {
   const int64_t padded = (last - first + kBlock - 1) / kBlock * kBlock;
-  static thread_local std::vector<uint16_t> scratch;
-  scratch.resize(padded * p.depth);
-  for (int64_t row = 0; row < last - first; ++row) {
-    const int64_t from = (first + row) * p.depth;
-    uint16_t* const to = scratch.data() + row * p.depth;
-    if (p.x) {
-      narrow(p.x + from, p.depth, to);
-    } else {
-      std::memcpy(to, p.narrow_x + from, p.depth * sizeof(uint16_t));
-    }
-  }
-  std::fill(scratch.begin() + (last - first) * p.depth, scratch.end(), 0);
+  uint16_t* const rows = room<1>(padded * p.depth);
+  pack_rows(p, first, last, padded, rows);
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
   alignas(64) float sums[kBlock * kBlock];
-  const int64_t stride = p.depth * sizeof(uint16_t), width = kBlock * sizeof(float);
+  constexpr int64_t kLine = kDeep * sizeof(uint16_t), kWidth = kBlock * sizeof(float);
   for (int64_t column = 0; column < p.columns; column += kBlock) {
     for (int64_t row = 0; row < padded; row += kBlock) {
-      const uint16_t* x = scratch.data() + row * p.depth;
+      const uint16_t* x = rows + row * p.depth;
       const uint16_t* kernel = packed + column * p.depth;
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int64_t k = 0; k < p.depth; k += kDeep, x += kDeep, kernel += 2 * kTileSize) {
-        _tile_loadd(4, x, stride);
-        _tile_loadd(6, kernel, 64);
-        _tile_loadd(7, kernel + kTileSize, 64);
-        _tile_loadd(5, x + kTile * p.depth, stride);
+      for (int64_t k = 0; k < p.depth; k += kDeep, x += kTileSize, kernel += 2 * kTileSize) {
+        _tile_loadd(4, x, kLine);
+        _tile_loadd(6, kernel, kLine);
+        _tile_loadd(7, kernel + kTileSize, kLine);
+        _tile_loadd(5, x + kTile * p.depth, kLine);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
-      _tile_stored(0, sums, width);
-      _tile_stored(1, sums + kTile, width);
-      _tile_stored(2, sums + kTile * kBlock, width);
-      _tile_stored(3, sums + kTile * kBlock + kTile, width);
+      _tile_stored(0, sums, kWidth);
+      _tile_stored(1, sums + kTile, kWidth);
+      _tile_stored(2, sums + kTile * kBlock, kWidth);
+      _tile_stored(3, sums + kTile * kBlock + kTile, kWidth);
       finish(p, sums, first + row, std::min(last, first + row + kBlock), column);
     }
   }
@@ -252,9 +263,7 @@ WITH_AMX void multiply_rows(const Product& p, const uint16_t* packed, int64_t fi
 }
 
 void multiply(ffi::ThreadPool pool, const Product& p) {
-  static thread_local std::vector<uint16_t> packed;
-  packed.resize(p.depth * p.columns);
-  uint16_t* const tiles = packed.data();
+  uint16_t* const tiles = room<0>(p.depth * p.columns);
   const int64_t panels = p.columns / kBlock, parts = (p.rows + kRows - 1) / kRows;
   const int64_t threads = std::min<int64_t>(pool.num_threads(), parts);
   fused_rec::in_parts(pool, threads, panels, [=](int64_t panel) { pack(p, panel, tiles + panel * kBlock * p.depth); });
