@@ -12,9 +12,9 @@ KERNELS = Extension(
     "fused_rec.kernels._compiled",
     sources=[
         f"fused_rec/kernels/{name}.cc"
-        for name in ("sparse_sum", "ranking", "attention", "buffers", "cross_entropy", "products")
+        for name in ("sparse_sum", "ranking", "attention", "layers", "buffers", "cross_entropy", "products")
     ],
-    depends=["fused_rec/kernels/parts.h", "fused_rec/kernels/tiles.h"],
+    depends=[f"fused_rec/kernels/{name}.h" for name in ("lanes", "parts", "tiles")],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],
     extra_compile_args=["-std=c++17", "-O3", "-w"],  # -w: the headers warn
     language="c++",

@@ -1,6 +1,7 @@
 """Texts without padding between them: the vectors of padded batches, and batches that are full."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from pretrained import TINY
 from fused_rec import kernels
 from fused_rec.text import encode
 from fused_rec.text.encoders.bert import BertConfig
-from fused_rec.text.encoders.packed import packed_attention
+from fused_rec.text.encoders.layers import layer_norm
+from fused_rec.text.encoders.packed import AddNorm, PackedDense, packed_attention
 from fused_rec.text.encoders.registry import apply_encoder, apply_packed, encoder, packs
 from fused_rec.text.pretrained import open_model
 
@@ -46,6 +48,39 @@ def test_attention_is_that_of_each_text_alone(width):
             expected = weights @ v / weights.sum(1, keepdims=True)
             # Scores are float32 and reach 12: rounded, they move a weight by up to some 4e-6 of itself.
             np.testing.assert_allclose(found[first:last, head * width : (head + 1) * width], expected, atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("rows, depth, features", [(1, 32, 64), (131, 96, 32), (300, 64, 1504), (7, 40, 48)])
+def test_gelu_of_a_linear_layer_is_that_of_its_formula(monkeypatch, dtype, tiles, rows, depth, features):
+    if tiles and not kernels.has_tiles():
+        pytest.skip("the processor has no tile registers")
+    monkeypatch.setattr(kernels, "has_tiles", lambda: tiles)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((rows, depth), (depth, features)))
+    bias = rng.normal(size=features).astype(np.float32)
+    layer = PackedDense(features, dtype, "gelu")
+    found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.asarray(x))
+    if dtype == "bfloat16":
+        x, kernel = (np.asarray(jnp.asarray(part).astype(dtype), np.float64) for part in (x, kernel))
+    sums = x.astype(np.float64) @ kernel + bias
+    expected = sums * np.vectorize(lambda z: 0.5 * (1 + math.erf(z / 2**0.5)))(sums)
+    assert found.dtype == dtype
+    # Half a step of bfloat16 is up to 2^-8 of a number.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-7.99 * (dtype != "float32"), atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows, size", [(1, 16), (37, 48), (700, 384)])
+def test_normalized_sum_is_that_of_flax(rows, size):
+    rng = np.random.default_rng(0)
+    x, added = (jnp.asarray(3 * rng.normal(size=(rows, size)) + 5, jnp.float32) for _ in range(2))
+    params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name in ("scale", "bias")}
+    found = AddNorm(0.1).apply({"params": params}, x, added)
+    expected = layer_norm(0.1, "norm").apply({"params": params}, x + added)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @needs_kernel

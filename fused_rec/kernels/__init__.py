@@ -1,9 +1,9 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
 `fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
-`fused_rec.text.encoders.packed` calls `attention.cc`, and `buffers.cc` has `in_place` and the receivers of an
-adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each caller has
-a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
+`fused_rec.text.encoders.packed` calls `attention.cc` and `layers.cc`, and `buffers.cc` has `in_place` and the receivers
+of an adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each
+caller has a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
 """
 
 import ctypes
@@ -15,10 +15,14 @@ import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF, CROSS_ENTROPY, TILE_PRODUCT = TARGETS = tuple(
+NEIGHBOR_SUM, BEST, AUC, ATTENTION, BIAS_GELU, ADD_NORM, UP_GELU, IN_PLACE, ROWS_OF, *OF_MODEL = TARGETS = tuple(
     f"fused_rec_{name}"
-    for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of", "cross_entropy", "tile_product")
+    for name in (
+        *("neighbor_sum", "best", "auc", "attention", "bias_gelu", "add_norm", "up_gelu", "in_place", "rows_of"),
+        *("cross_entropy", "tile_product"),
+    )
 )
+CROSS_ENTROPY, TILE_PRODUCT = OF_MODEL
 LOG = logging.getLogger(__name__)
 
 

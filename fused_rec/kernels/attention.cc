@@ -9,41 +9,20 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
 #include "parts.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kLanes = 16;
+using fused_rec::at;
+using fused_rec::kLanes;
+using fused_rec::Lanes;
+
 constexpr int64_t kQueries = 8;        // that are processed together
 constexpr int64_t kPartsOfAThread = 16;
 constexpr int64_t kSmall = 1 << 16;    // multiplications that one thread does sooner than it wakes another
-
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-typedef int32_t Bits __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE const Lanes& at(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
-INLINE Lanes& at(float* x) { return *reinterpret_cast<Lanes*>(x); }
-
-// exp of numbers up to 0: 2^n e^f with |f| at most half of log 2, where eight terms of the series of exp are enough.
-INLINE Lanes exponential(Lanes x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
-  const Lanes n = (x * 1.44269504f + kRound) - kRound;
-  const Lanes f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of few bits
-  Lanes e = f * (1.0f / 5040) + 1.0f / 720;
-  e = e * f + 1.0f / 120;
-  e = e * f + 1.0f / 24;
-  e = e * f + 1.0f / 6;
-  e = e * f + 0.5f;
-  e = e * f + 1.0f;
-  e = e * f + 1.0f;
-  const Bits power = (__builtin_convertvector(n, Bits) + 127) << 23;
-  return e * reinterpret_cast<const Lanes&>(power);
-}
 
 struct Heads {
   const float *query, *key, *value;  // of a token: all heads one after the other
@@ -84,9 +63,8 @@ INLINE void attend(const Heads& h, int64_t head, int64_t first, int64_t last, st
       float highest = high[0];
       for (int64_t i = 1; i < kLanes; ++i) highest = std::max(highest, high[i]);
       Lanes total = {};
-      for (int64_t j = 0; j < padded; j += kLanes) total += at(row + j) = exponential(at(row + j) - highest);
-      normalizer[r] = 0;
-      for (int64_t i = 0; i < kLanes; ++i) normalizer[r] += total[i];
+      for (int64_t j = 0; j < padded; j += kLanes) total += at(row + j) = fused_rec::exponential(at(row + j) - highest);
+      normalizer[r] = fused_rec::sum(total);
     }
     constexpr int64_t kParts = kWidth / kLanes;
     for (int64_t part = 0; part < kParts; part += 2) {

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from fused_rec.config import ComputeDtype
 from fused_rec.text.encoders.config_fields import field, multiple, one_of, positive, require
 from fused_rec.text.encoders.layers import ACTIVATIONS, PRECISION, Dense, Embedding, layer_norm
-from fused_rec.text.encoders.packed import packed_attention
+from fused_rec.text.encoders.packed import AddNorm, PackedDense, packed_attention
 
 SUPPORTED_ACTIVATIONS = ("gelu", "gelu_new", "relu")
 # Names in published checkpoints by names of the modules below; {} is the layer.
@@ -148,24 +148,15 @@ def _segments(stored: Mapping[str, Any]) -> int:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the tokens of a text.
-
-    The second argument is a bias, 0 for tokens and very negative for padding; or the starts of texts that lie one after
-    the other in one row, int32 [S + 1].
-    """
+    """Multi-head attention over the tokens of a text; the bias is 0 for tokens and very negative for padding."""
 
     config: BertConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float32[Array, "B L D"], bias: Float32[Array, "B #H #L L"] | Int32[Array, "S_plus_1"]
-    ) -> Float32[Array, "B L D"]:
+    def __call__(self, x: Float32[Array, "B L D"], bias: Float32[Array, "B #H #L L"]) -> Float32[Array, "B L D"]:
         heads, dtype = self.config.num_attention_heads, self.config.compute_dtype
         batch, length, size = x.shape
         query, key, value = (Dense(size, compute_dtype=dtype, name=name)(x) for name in ("query", "key", "value"))
-        if bias.ndim == 1:
-            mixed = packed_attention(query[0], key[0], value[0], bias, heads)[None]
-            return Dense(size, compute_dtype=dtype, name="output")(mixed)
         query, key, value = (part.reshape(batch, length, heads, size // heads) for part in (query, key, value))
         scores = jnp.einsum("bqhk,bshk->bhqs", query * (size // heads) ** -0.5, key, precision=PRECISION) + bias
         # Normalizes after the weighted sum: K numbers per token instead of L.
@@ -183,7 +174,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float32[Array, "B L D"], bias: Float32[Array, "B #H #L L"] | Int32[Array, "S_plus_1"]
+        self, x: Float32[Array, "B L D"], bias: Float32[Array, "B #H #L L"]
     ) -> tuple[Float32[Array, "B L D"], None]:
         config, dtype = self.config, self.config.compute_dtype
         attended = SelfAttention(config, name="attention")(x, bias)
@@ -191,6 +182,36 @@ class Layer(nn.Module):
         inner = Dense(config.intermediate_size, compute_dtype=dtype, name="up")(x)
         outer = Dense(config.hidden_size, compute_dtype=dtype, name="down")(ACTIVATIONS[config.hidden_act](inner))
         return layer_norm(config.layer_norm_eps, "output_norm")(x + outer), None
+
+
+class PackedSelfAttention(nn.Module):
+    """`SelfAttention` over texts that lie one after the other."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Float32[Array, "N D"], starts: Int32[Array, "S_plus_1"]) -> Float32[Array, "N D"]:
+        size, dtype = x.shape[1], self.config.compute_dtype
+        query, key, value = (PackedDense(size, dtype, name=name)(x) for name in ("query", "key", "value"))
+        mixed = packed_attention(query, key, value, starts, self.config.num_attention_heads)
+        return PackedDense(size, dtype, name="output")(mixed)
+
+
+class PackedLayer(nn.Module):
+    """`Layer` over texts that lie one after the other, with the same parameters."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float32[Array, "N D"], starts: Int32[Array, "S_plus_1"]
+    ) -> tuple[Float32[Array, "N D"], None]:
+        config, dtype = self.config, self.config.compute_dtype
+        attended = PackedSelfAttention(config, name="attention")(x, starts)
+        x = AddNorm(config.layer_norm_eps, name="attention_norm")(x, attended)
+        inner = PackedDense(config.intermediate_size, dtype, config.hidden_act, name="up")(x)
+        outer = PackedDense(config.hidden_size, dtype, name="down")(inner)
+        return AddNorm(config.layer_norm_eps, name="output_norm")(x, outer), None
 
 
 class BertEncoder(nn.Module):
@@ -216,18 +237,20 @@ class BertEncoder(nn.Module):
             segment = Embedding(config.type_vocab_size, config.hidden_size, name="segment")
             x = x + segment(jnp.zeros((1, 1), jnp.int32))
         x = layer_norm(config.layer_norm_eps, "norm")(x)
-        bias = jnp.where(mask, 0.0, -1e9).astype(jnp.float32)[:, None, None, :] if starts is None else starts
+        bias = jnp.where(mask, 0.0, -1e9).astype(jnp.float32)[:, None, None, :]
         if config.distance_buckets:
             near = Embedding(config.distance_buckets, config.num_attention_heads, name="distance")
             bias = bias + jnp.moveaxis(near(jnp.asarray(_distance_buckets(x.shape[1]))), 2, 0)[None]
         layers = nn.scan(
-            Layer,
+            Layer if starts is None else PackedLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=config.num_hidden_layers,
         )
-        return layers(config, name="layers")(x, bias)[0]
+        if starts is None:
+            return layers(config, name="layers")(x, bias)[0]
+        return layers(config, name="layers")(x[0], starts)[0][None]
 
 
 def _positions(

@@ -73,6 +73,15 @@ def narrowed(weight: Shaped[Array, "*W"]) -> BFloat16[Array, "*W"]:
     return jax.lax.bitcast_convert_type(weight, jnp.bfloat16)
 
 
+def product(
+    x: Float[Array, "*B D"], kernel: Shaped[Array, "D F"], compute_dtype: ComputeDtype
+) -> Float32[Array, "*B F"]:
+    """Multiplies factors of this type, with float32 sums."""
+    if compute_dtype == "float32":
+        return jnp.dot(x, widened(kernel), precision=PRECISION)
+    return jnp.dot(x.astype(jnp.bfloat16), narrowed(kernel), preferred_element_type=jnp.float32)
+
+
 class Dense(nn.Module):
     """Linear layer with float32 sums.
 
@@ -89,11 +98,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float32[Array, "*B D"]) -> Float32[Array, "*B {self.features}"]:
         kernel: Any = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        kernel = jnp.asarray(kernel)
-        if self.compute_dtype == "float32":
-            x = jnp.dot(x, widened(kernel), precision=PRECISION)
-        else:
-            x = jnp.dot(x.astype(jnp.bfloat16), narrowed(kernel), preferred_element_type=jnp.float32)
+        x = product(x, jnp.asarray(kernel), self.compute_dtype)
         if not self.use_bias:
             return x
         bias: Any = self.param("bias", nn.initializers.zeros, (self.features,))

@@ -1,19 +1,79 @@
 """Packed batches: texts that lie one after the other in one row of tokens, without padding, on a CPU.
 
-The kernel attends within each text. A batch has one shape whatever the lengths of its texts, so that one program is
-compiled.
+The kernels attend within each text and compute what lies between products; none has a derivative. A batch has one shape
+whatever the lengths of its texts, so that one program is compiled.
 
-Dimensions: N tokens, S texts, D hidden size.
+Dimensions: N tokens, S texts, D hidden size, F features.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec import kernels
+from fused_rec.config import ComputeDtype
+from fused_rec.text.encoders.layers import ACTIVATIONS, narrowed, product, widened
 from fused_rec.text.encoders.pooling import Pooling, normalized
 
 WIDTHS = (32, 64, 96, 128)  # of a head, that the kernel is compiled for
+LANES = 16  # rows of the kernels are multiples of it
+TILE = 32  # both sides of a matrix that is multiplied in tiles are multiples of it
+
+
+class PackedDense(nn.Module):
+    """Linear layer with float32 sums, and an activation; parameters as of `Dense`.
+
+    Attributes:
+      features: F, output dimension, a multiple of 16.
+      compute_dtype: the type of the factors of the product.
+      activation: a name in `ACTIVATIONS`; None for none.
+    """
+
+    features: int
+    compute_dtype: ComputeDtype
+    activation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N {self.features}"]:
+        shape, gelu, narrow = (x.shape[1], self.features), self.activation == "gelu", self.compute_dtype == "bfloat16"
+        kernel: Any = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias: Any = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = jnp.asarray(kernel), widened(jnp.asarray(bias))
+        # The product after a GELU reads it in its type.
+        result = jax.ShapeDtypeStruct((len(x), self.features), jnp.bfloat16 if gelu and narrow else jnp.float32)
+        # Without an activation XLA's product is as fast.
+        if gelu and narrow and kernels.has_tiles() and not any(size % TILE for size in shape):
+            y = jax.ffi.ffi_call(kernels.UP_GELU, result)(x, narrowed(kernel), bias)
+        elif gelu:
+            in_place = {} if narrow else {0: 0}
+            call = jax.ffi.ffi_call(kernels.BIAS_GELU, result, input_output_aliases=in_place)
+            y = call(product(x, kernel, self.compute_dtype), bias)
+        else:
+            y = product(x, kernel, self.compute_dtype) + bias[None]
+        return y if gelu or self.activation is None else ACTIVATIONS[self.activation](y)
+
+
+class AddNorm(nn.Module):
+    """Layer normalization of a sum, with the two-pass variance; parameters as of `layer_norm`.
+
+    Attributes:
+      epsilon: is added to the variance.
+    """
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float32[Array, "N D"], added: Float32[Array, "N D"]) -> Float32[Array, "N D"]:
+        scale: Any = self.param("scale", nn.initializers.ones, (x.shape[1],))
+        bias: Any = self.param("bias", nn.initializers.zeros, (x.shape[1],))
+        result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        call = jax.ffi.ffi_call(kernels.ADD_NORM, result, input_output_aliases={1: 0})
+        scale, bias = widened(jnp.asarray(scale)), widened(jnp.asarray(bias))
+        return call(x, added, scale, bias, epsilon=np.float32(self.epsilon))
 
 
 def packed_attention(

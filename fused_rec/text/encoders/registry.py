@@ -18,7 +18,7 @@ from fused_rec.text.encoders.bert import BertConfig, BertEncoder
 from fused_rec.text.encoders.decoder import Decoder, DecoderConfig
 from fused_rec.text.encoders.layers import Params
 from fused_rec.text.encoders.modernbert import ModernBert, ModernBertConfig
-from fused_rec.text.encoders.packed import attends, pool_packed
+from fused_rec.text.encoders.packed import LANES, attends, pool_packed
 from fused_rec.text.encoders.pooling import Pooling, pool
 
 EncoderConfig = BertConfig | DecoderConfig | ModernBertConfig
@@ -165,7 +165,9 @@ def apply_packed(
 def packs(config: EncoderConfig) -> bool:
     """Returns whether `apply_packed` encodes with this config on this machine."""
     of_family = isinstance(config, BertConfig) and not config.distance_buckets
-    return of_family and attends(config.num_attention_heads, config.hidden_size)
+    return (
+        of_family and not config.intermediate_size % LANES and attends(config.num_attention_heads, config.hidden_size)
+    )
 
 
 def flops(config: EncoderConfig, lengths: Int32[np.ndarray, "T"]) -> Float32[np.ndarray, "T"]:

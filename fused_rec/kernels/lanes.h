@@ -1,0 +1,74 @@
+// Sixteen float32 numbers at a time, as the compiler has them for each generation of processors.
+
+#ifndef FUSED_REC_KERNELS_LANES_H_
+#define FUSED_REC_KERNELS_LANES_H_
+
+#include <cstdint>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace fused_rec {
+
+constexpr int64_t kLanes = 16;
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int32_t Bits __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(sizeof(int32_t)), may_alias));
+
+INLINE const Lanes& at(const float* x) { return *reinterpret_cast<const Lanes*>(x); }
+INLINE Lanes& at(float* x) { return *reinterpret_cast<Lanes*>(x); }
+
+INLINE float sum(Lanes x) {
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+// exp of numbers up to 0: 2^n e^f with |f| at most half of log 2, where eight terms of the series of exp are enough.
+INLINE Lanes exponential(Lanes x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room for a fraction
+  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Lanes n = (x * 1.44269504f + kRound) - kRound;
+  const Lanes f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first of few bits
+  Lanes e = f * (1.0f / 5040) + 1.0f / 720;
+  e = e * f + 1.0f / 120;
+  e = e * f + 1.0f / 24;
+  e = e * f + 1.0f / 6;
+  e = e * f + 0.5f;
+  e = e * f + 1.0f;
+  e = e * f + 1.0f;
+  const Bits power = (__builtin_convertvector(n, Bits) + 127) << 23;
+  return e * reinterpret_cast<const Lanes&>(power);
+}
+
+// GELU (Hendrycks and Gimpel, 2016, arXiv 1606.08415), x times the normal distribution function. erf is the rational
+// approximation of Eigen and XLA, which is 1 in float32 from 4 on.
+INLINE Lanes gelu(Lanes x) {
+  Lanes z = x * 0.707106781f;
+  z = z < -4.0f ? Lanes{} - 4.0f : z;
+  z = z > 4.0f ? Lanes{} + 4.0f : z;
+  const Lanes s = z * z;
+  Lanes p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  Lanes q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  const Lanes half = x * 0.5f;
+  return half + half * (z * p / q);
+}
+
+// bfloat16 is the upper half of a float32; the nearest one, of two the even one.
+INLINE void store_narrow(Lanes x, uint16_t* to) {
+  typedef uint32_t Wide __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+  typedef uint16_t Narrow __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+  const Wide bits = reinterpret_cast<const Wide&>(x);
+  *reinterpret_cast<Narrow*>(to) = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Narrow);
+}
+
+}  // namespace fused_rec
+
+#endif  // FUSED_REC_KERNELS_LANES_H_
