@@ -15,8 +15,9 @@ import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF = TARGETS = tuple(
-    f"fused_rec_{name}" for name in ("neighbor_sum", "best", "auc", "attention", "in_place", "rows_of")
+NEIGHBOR_SUM, NEIGHBOR_SUM_OF, SPREAD_FROM, BEST, AUC, ATTENTION, IN_PLACE, ROWS_OF = TARGETS = tuple(
+    f"fused_rec_{name}"
+    for name in "neighbor_sum neighbor_sum_of spread_from best auc attention in_place rows_of".split()
 )
 LOG = logging.getLogger(__name__)
 
