@@ -25,23 +25,22 @@ USERS_A_PAIR, ITEMS_A_PAIR, POWER = 1 / 50, 1 / 500, 2.2
 BLOCK = 2**17  # users whose pairs are drawn at a time
 SAMPLE = 2_000  # users with a held-out item
 TEXT_WIDTH = 64  # of `fused`
-ROWS = {"lightgcn": 4, "fused": 8}
+ROWS = {"lightgcn": 4, "fused": 8}  # of a node in a step of three layers
 MIB = 2**20
 
 
-def expected(arguments: argparse.Namespace, pairs: int, users: int, items: int) -> float:
-    """Bytes of a run: the arithmetic of docs/SCALE.md.
+def expected(arguments: argparse.Namespace, pairs: int, users: int, items: int) -> int:
+    """Bytes of a run to its last step: the arithmetic of docs/SCALE.md.
 
-    A pair: two int32 as given; in each direction a sender, a weight and a place in the order by sender. A node: six
-    degrees, two row starts, columns of text; rows of the embedding and two moments, and of a step (`ROWS`).
+    A pair: two int32 as given, and an int64 by which negatives are drawn; in each direction a sender, a weight and a
+    place in the order by sender; with edge dropout four weights. A node: six degrees, two row starts; its embedding and
+    two moments, if it has one, and the rows of a step. An item: columns of text.
     """
-    nodes, row = users + items, 4 * arguments.dim
-    known = pairs * (8 + 2 * 12) + nodes * 4 * 8
-    if arguments.variant == "lightgcn":
-        return known + nodes * 4 + nodes * row * (3 + ROWS["lightgcn"])
-    embedded = items + users * arguments.user_ids
-    known += 3 * row * embedded + items * 4 * TEXT_WIDTH + 8 * pairs
-    return known
+    nodes, row, fused = users + items, 4 * arguments.dim, arguments.variant == "fused"
+    embedded = items + users * (arguments.user_ids or not fused)
+    text = 4 * (items * TEXT_WIDTH if fused else nodes)
+    of_pair = 8 + 8 + 2 * 12 + 16 * (arguments.edge_dropout > 0)
+    return pairs * of_pair + nodes * 4 * 8 + text + row * (3 * embedded + ROWS[arguments.variant] * nodes)
 
 
 def main() -> None:
