@@ -518,6 +518,7 @@ def scale(names: Sequence[str]) -> Iterator[dict[str, Any]]:
             pairs = read_pairs(name)
             arrays = write_arrays(pairs, folder, final=False)
             title = f"step, {len(pairs.user):,} pairs"
+            del pairs  # memory is for the sides
             measured = compared(title, (PYG, TORCH), job_of(folder, "step", arrays), same_loss, STEP)
             yield from all_rows(measured, "peak_mb", "load_s", "compile_s")
 

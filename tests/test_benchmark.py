@@ -173,6 +173,12 @@ def test_a_peer_that_fails_is_left_out_and_ours_is_not(tmp_path, pairs):
     assert answers == {} and "it does not take the data" in failed[NUMPY]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_peer_that_is_killed_is_left_out_for_want_of_memory(tmp_path, pairs):
+    answers, failed = competitors.alternate({NUMPY: Path(sys.executable)}, job(tmp_path, pairs, "is_killed"), {})
+    assert answers == {} and "memory was not enough" in failed[NUMPY]
+
+
 def test_the_clock_runs_from_the_start_of_the_process(tmp_path, pairs):
     began = time.time()
     answer = competitors.visit(

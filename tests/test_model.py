@@ -472,3 +472,23 @@ def test_a_new_item_is_scored_by_its_words_alone():
     swapped, _ = scores(market_with_new_items(swapped=True))
     np.testing.assert_allclose(swapped[:, [7, 6]], fused[:, [6, 7]], atol=1e-6)
     np.testing.assert_allclose(swapped[:, 5], fused[:, 5], atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [FUSED, TEXT_ONLY], ids=lambda config: config.variant)
+def test_products_with_the_text_of_users_without_text_are_left_out(config):
+    """Parameters, embeddings and derivatives are those of a product with zeros; texts given later are read."""
+    blank = tiny.words()
+    blank[: tiny.COUNTS[USER]] = 0
+    skipped = tiny.whole(blank)
+    assert skipped.textless == (USER, "sector")
+    multiplied, params = dataclasses.replace(skipped, textless=()), anywhere(config)
+
+    def found(graph):
+        return jax.value_and_grad(lambda params: sum((x * x[:, :1]).sum() for x in run(config, params, graph)))(params)
+
+    assert jax.tree.structure(Branch(config).init(jax.random.key(0), skipped)["params"]) == jax.tree.structure(params)
+    for one, other in zip(jax.tree.leaves(found(skipped)), jax.tree.leaves(found(multiplied)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    again = skipped.with_text({USER: tiny.words()[: tiny.COUNTS[USER]]})
+    assert again.textless == ("sector",)
+    np.testing.assert_array_equal(out(config, params, again)[0], out(config, params)[0])

@@ -206,3 +206,29 @@ def test_every_round_gets_its_own_noise_and_passes_it_on():
             assert not step[~received].any()
             steps += [*np.round(np.abs(step[received]), 4)]
     assert len({tuple(step) for step in steps}) == len(steps)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("rounds", [0, 1, ROUNDS])
+def test_the_rows_of_some_users_are_those_of_all(rounds, noisy):
+    """In every layer, and so are the derivatives of all inputs; a user may be wanted twice."""
+    every, users = random_coefficients(), jnp.array([4, 0, 6, 4])
+    gates, texts = ({k: gate[:rounds] for k, gate in part.items()} for part in (every.gate, every.text_gate))
+    coefficients = dataclasses.replace(
+        every, gate=gates, text_gate=texts, layer_weights=every.layer_weights[: rounds + 1]
+    )
+    noise = Noise(0.2, jax.random.key(0), NUMBERS) if noisy else None
+
+    def of_all(inputs, text):
+        layers = propagate_layers(TINY, coefficients, inputs, text, noise)
+        return [{**h, "user": h["user"][users]} for h in layers]
+
+    def of_some(inputs, text):
+        return propagate_layers(TINY, coefficients, inputs, text, noise, users=users)
+
+    (found, back), (expected, back_of_all) = (jax.vjp(f, random_nodes(0), random_nodes(1)) for f in (of_some, of_all))
+    assert len(found) == rounds + 1
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    for one, other in zip(back(expected), back_of_all(expected), strict=True):
+        close(one, other)

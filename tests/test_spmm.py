@@ -1,5 +1,6 @@
 """The sparse sum and its other half against dense matrices, with every derivative, on all backends."""
 
+import functools
 import shutil
 import typing
 
@@ -15,7 +16,7 @@ from jax.test_util import check_grads
 
 from fused_rec.graph.adjacency import Backend, build_adjacency, default_backend
 from fused_rec.graph.schema import Edges
-from fused_rec.graph.spmm import edge_dot, gated_sum, neighbor_sum
+from fused_rec.graph.spmm import edge_dot, gated_sum, gated_sum_of, neighbor_sum
 
 BACKENDS: list[Backend] = [
     backend for backend in typing.get_args(Backend) if backend != "compiled" or default_backend() == backend
@@ -280,3 +281,65 @@ def test_factors_with_narrow_rows(backend):
     np.testing.assert_allclose(by_scale, [8, 6, 0, 0], rtol=1e-6)
     assert by_x.dtype == jnp.bfloat16
     np.testing.assert_allclose(by_x[:2, 0].astype(jnp.float32), [4 / 3, 1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [3, 16, 64])
+def test_some_rows_are_rows_of_all(backend, width):
+    """With all four derivatives; a row may be wanted twice, and target 2 has no source."""
+    matrix, x, _ = random_case(6, width=width)
+    matrix[2] = 0
+    adjacency = build_adjacency(edges_of(matrix), 6, 5, backend)
+    rng, rows = np.random.default_rng(7), jnp.array([3, 2, 3, 0])
+    y = rng.normal(size=(4, width)).astype(np.float32)
+    scale, gate = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (6, 5))
+
+    def from_all(weight, scale, gate, x):
+        return (gated_sum(adjacency, weight, scale, gate, x)[rows] * y).sum()
+
+    def some(weight, scale, gate, x):
+        return (gated_sum_of(adjacency, weight, scale, gate[rows], x, rows) * y).sum()
+
+    arguments = jnp.asarray(adjacency.weight), scale, gate, x
+    expected, found = (jax.value_and_grad(function, (0, 1, 2, 3))(*arguments) for function in (from_all, some))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_rows_of_narrow_rows(backend):
+    """Derivatives as of the whole sum: products are float32, and the derivative of x is rounded to its type."""
+    adjacency = build_adjacency(HAND, 4, 3, backend)
+    x, scale, rows = jnp.ones((4, 2), jnp.bfloat16), jnp.full(4, 1 / 3), jnp.array([2, 0])
+    gate = jnp.array([3.0, 2.0])
+    y, back = jax.vjp(lambda x: gated_sum_of(adjacency, adjacency.weight, scale, gate, x, rows), x)
+    np.testing.assert_allclose(y, [[-1, -1], [10 / 3] * 2], rtol=1e-6)
+    [by_x] = back(jnp.ones((2, 2)))
+    assert by_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(by_x[:2, 0].astype(jnp.float32), [4 / 3, 1], rtol=1e-2)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="no kernel was compiled here")
+def test_some_rows_by_several_threads_are_those_by_one():
+    """Enough edges for every thread; each row of the derivative is added to by one of them, in the order of rows."""
+    rng = np.random.default_rng(8)
+    senders, receivers = np.sort(rng.choice(300, (200, 40)).ravel()), np.repeat(np.arange(200), 40)
+    edges = Edges(senders, receivers, rng.normal(size=8000).astype(np.float32))
+    x, rows = jnp.asarray(rng.normal(size=(300, 64)), jnp.float32), jnp.asarray(rng.integers(0, 200, 900))
+    by_backend = [build_adjacency(edges, 300, 200, backend) for backend in ("compiled", "segment")]
+
+    def values(adjacency):
+        function = functools.partial(gated_sum_of, adjacency, adjacency.weight, jnp.ones(300), jnp.ones(900), rows=rows)
+        y, back = jax.vjp(lambda x: function(x), x)
+        return y, *back(y)
+
+    for found, expected in zip(*map(values, by_backend), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="no kernel was compiled here")
+@pytest.mark.parametrize("row", [-1, 3])
+def test_the_kernel_refuses_a_row_that_is_not_there(row):
+    adjacency = build_adjacency(HAND, 4, 3, "compiled")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="one row of the sums"):
+        gated_sum_of(adjacency, adjacency.weight, jnp.ones(4), jnp.ones(1), jnp.ones((4, 2)), jnp.array([row]))

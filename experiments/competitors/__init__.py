@@ -6,6 +6,7 @@ The harness's half of the protocol in `protocol.py`; scripts import that file an
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,8 @@ def visit(side: Side, python: Path, job: Mapping[str, Any], variables: Mapping[s
         answer = json.loads(lines[-1]) if done.returncode == 0 and lines else None
     except json.JSONDecodeError:
         answer = None
+    if done.returncode == -signal.SIGKILL:
+        raise PeerError(f"{side.name} was killed (SIGKILL): the machine's memory was not enough for it")
     if not isinstance(answer, dict):
         stderr_tail = "\n".join(done.stderr.splitlines()[-8:])
         raise PeerError(f"{side.name} ({python} {side.script}) ended with status {done.returncode}:\n{stderr_tail}")

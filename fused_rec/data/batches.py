@@ -46,15 +46,18 @@ def user_items(
       ValueError: there is no pair.
     """
     n_items = len(trained_items)
-    order = np.lexsort((item, user))
-    start = np.searchsorted(user[order], np.arange(n_users + 1)).astype(np.int64)
+    pairs = user.astype(np.int64)
+    pairs *= n_items
+    pairs += item
+    if not (pairs[1:] > pairs[:-1]).all():
+        order = np.argsort(pairs)
+        pairs, item, user = pairs[order], item[order], user[order]
+    start = np.searchsorted(user, np.arange(n_users + 1)).astype(np.int64)
     active = np.flatnonzero(np.diff(start)).astype(np.int32)
     if not len(active):
         raise ValueError("the training split has no interactions; use more data or other split fractions")
-    pairs = user[order].astype(np.int64) * n_items + item[order]
-    return UserItems(
-        start, item[order].astype(np.int32), pairs, active, np.flatnonzero(trained_items).astype(np.int32), n_items
-    )
+    trained = np.flatnonzero(trained_items).astype(np.int32)
+    return UserItems(start, item.astype(np.int32, copy=False), pairs, active, trained, n_items)
 
 
 def steps_per_epoch(user_items_of: UserItems, batch_size: int) -> int:

@@ -36,6 +36,7 @@ class DeviceGraph:
       relations: (relation, number of edges in the whole graph) of each relation, in order.
       node_ids: of a sampled subgraph, by node type: int32 [rows], IDs of its nodes in the whole graph; else None.
       shards: how many devices share the rows.
+      textless: the types of which no node has text, for which no product with text is computed.
     """
 
     text: Mapping[str, Float32[AnyArray, "_ D"]]
@@ -44,6 +45,7 @@ class DeviceGraph:
     relations: tuple[tuple[Relation, int], ...] = flax.struct.field(pytree_node=False)
     node_ids: Mapping[str, Int32[AnyArray, "_"]] | None = None
     shards: Shards = flax.struct.field(pytree_node=False, default=Shards())
+    textless: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def count(self, node_type: str) -> int:
         """Returns the number of nodes of the type, over all devices."""
@@ -75,7 +77,8 @@ class DeviceGraph:
 
     def with_text(self, text: Mapping[str, Float32[AnyArray, "_ D"]]) -> "DeviceGraph":
         """Returns this graph with other text embeddings of the types given."""
-        return dataclasses.replace(self, text={**self.text, **text})
+        textless = tuple(node_type for node_type in self.textless if node_type not in text)
+        return dataclasses.replace(self, text={**self.text, **text}, textless=textless)
 
     def with_adjacencies(self, adjacencies: Mapping[Relation, Adjacency]) -> "DeviceGraph":
         """Returns this graph with other adjacencies of the relations given."""
@@ -96,4 +99,6 @@ def device_graph(
       Text embeddings, which share memory with the graph's, and adjacencies.
     """
     text = {node_type: graph.text_of(node_type) for node_type, _ in graph.node_types}
-    return DeviceGraph(text, build_adjacencies(graph, backend, scales), graph.node_types, graph.relations)
+    textless = tuple(node_type for node_type, rows in text.items() if not rows.any())
+    adjacencies = build_adjacencies(graph, backend, scales)
+    return DeviceGraph(text, adjacencies, graph.node_types, graph.relations, textless=textless)

@@ -261,7 +261,7 @@ def build_subgraph(
             build_adjacency(part, n_sources, n_targets, whole.backend), degrees=degrees
         )
     node_types = tuple((node_type, capacity.nodes[node_type] * devices) for node_type, _ in graph.node_types)
-    return DeviceGraph(text, adjacencies, node_types, graph.relations, node_ids), places
+    return DeviceGraph(text, adjacencies, node_types, graph.relations, node_ids, textless=graph.textless), places
 
 
 def _places(nodes: np.ndarray, devices: int) -> np.ndarray:

@@ -15,7 +15,7 @@ products and sums are float32 in every backend.
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec import kernels
 from fused_rec.distributed.devices import AnyArray
@@ -76,6 +76,58 @@ def _gated_sum(
 ) -> Array:
     """`gated_sum`; by_sender: as of `_neighbor_sum`."""
     return jnp.asarray(gate)[:, None] * _to_receivers(adjacency, weight, x, scale)
+
+
+@jax.custom_vjp
+def gated_sum_of(
+    adjacency: Adjacency,
+    weight: Float32[AnyArray, "E"],
+    scale: Float32[AnyArray, "sources"],
+    gate: Float32[AnyArray, "B"],
+    x: Float[AnyArray, "sources K"],
+    rows: Int32[AnyArray, "B"],
+) -> Float32[Array, "B K"]:
+    """Computes rows of `gated_sum` alone: y[b] = gate[b] sum_{e = (u, rows[b])} weight[e] scale[u] x[u].
+
+    With the compiled kernels both passes read the edges of these rows only.
+
+    Args:
+      adjacency: as of `gated_sum`.
+      weight: as of `gated_sum`.
+      scale: as of `gated_sum`.
+      gate: float32 [B], factors of these target nodes.
+      x: as of `gated_sum`.
+      rows: int32 [B], target nodes, which may be repeated; no derivative.
+
+    Returns:
+      float32 [B, K].
+    """
+    return jnp.asarray(gate)[:, None] * _sums_of(adjacency, weight, scale, x, rows)
+
+
+def _sums_of(adjacency: Adjacency, weight: AnyArray, scale: AnyArray, x: AnyArray, rows: AnyArray) -> Array:
+    """Sums source rows, times `scale`, into some receivers."""
+    a = adjacency
+    if a.backend != "compiled":
+        return _to_receivers(a, weight, x, scale)[rows]
+    kernels.usable()
+    call = jax.ffi.ffi_call(kernels.NEIGHBOR_SUM_OF, jax.ShapeDtypeStruct((len(rows), x.shape[1]), jnp.float32))
+    return call(a.receiver_start, a.senders, weight, scale, x, rows)
+
+
+def _from_some(adjacency: Adjacency, weight: AnyArray, y: AnyArray, rows: AnyArray) -> Array:
+    """Sums float32 rows of some receivers into their senders, over reversed edges."""
+    a, n_sources = adjacency, len(adjacency.sender_start) - 1
+    if a.backend != "compiled":
+        return _to_senders(a, _by_sender(a, weight), _scattered(a, y, rows))
+    kernels.usable()
+    call = jax.ffi.ffi_call(kernels.SPREAD_FROM, jax.ShapeDtypeStruct((n_sources, y.shape[1]), jnp.float32))
+    return call(a.receiver_start, a.senders, weight, y, rows)
+
+
+def _scattered(adjacency: Adjacency, y: AnyArray, rows: AnyArray) -> Array:
+    """Adds rows of some receivers to zeros of all."""
+    return jnp.zeros((len(adjacency.receiver_start) - 1, y.shape[1])).at[rows].add(y)
 
 
 def _by_sender(adjacency: Adjacency, weight: AnyArray) -> AnyArray:
@@ -170,6 +222,22 @@ def _gated_backward(residuals: tuple, g: Float[AnyArray, "targets K"]) -> tuple:
     return None, by_edge, None, by_scale, (g * sums).sum(axis=1), (scale[:, None] * back).astype(x.dtype)
 
 
+def _some_forward(
+    adjacency: Adjacency, weight: AnyArray, scale: AnyArray, gate: AnyArray, x: AnyArray, rows: AnyArray
+) -> tuple[Array, tuple]:
+    sums = _sums_of(adjacency, weight, scale, x, rows)
+    return jnp.asarray(gate)[:, None] * sums, (adjacency, weight, scale, gate, x, rows, sums)
+
+
+def _some_backward(residuals: tuple, g: Float[AnyArray, "B K"]) -> tuple:
+    adjacency, weight, scale, gate, x, rows, sums = residuals
+    gated = gate[:, None] * g.astype(x.dtype)
+    back = _from_some(adjacency, weight, gated, rows)
+    by_edge = edge_dot(adjacency, _scattered(adjacency, gated, rows), x) * scale[adjacency.senders]
+    by_scale = (x.astype(jnp.float32) * back).sum(axis=1)
+    return None, by_edge, by_scale, (g * sums).sum(axis=1), (scale[:, None] * back).astype(x.dtype), None
+
+
 def _dot_forward(adjacency: Adjacency, target: AnyArray, source: AnyArray) -> tuple[Array, tuple]:
     return edge_dot(adjacency, target, source), (adjacency, target, source)
 
@@ -185,4 +253,5 @@ def _dot_backward(residuals: tuple, g: Float[AnyArray, "E"]) -> tuple:
 
 _neighbor_sum.defvjp(_sum_forward, _sum_backward)
 _gated_sum.defvjp(_gated_forward, _gated_backward)
+gated_sum_of.defvjp(_some_forward, _some_backward)
 edge_dot.defvjp(_dot_forward, _dot_backward)

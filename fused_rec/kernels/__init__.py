@@ -15,14 +15,15 @@ import jax
 from jaxtyping import Array
 
 LIBRARY = "fused_rec.kernels._compiled"
-NEIGHBOR_SUM, BEST, AUC, ATTENTION, BIAS_GELU, ADD_NORM, UP_GELU, IN_PLACE, ROWS_OF, *OF_MODEL = TARGETS = tuple(
+TARGETS = tuple(
     f"fused_rec_{name}"
     for name in (
-        *("neighbor_sum", "best", "auc", "attention", "bias_gelu", "add_norm", "up_gelu", "in_place", "rows_of"),
-        *("cross_entropy", "tile_product"),
+        *("neighbor_sum", "neighbor_sum_of", "spread_from", "best", "auc", "attention", "bias_gelu", "add_norm"),
+        *("up_gelu", "in_place", "rows_of", "cross_entropy", "tile_product"),
     )
 )
-CROSS_ENTROPY, TILE_PRODUCT = OF_MODEL
+NEIGHBOR_SUM, NEIGHBOR_SUM_OF, SPREAD_FROM, BEST, AUC, ATTENTION, BIAS_GELU, ADD_NORM, *_OTHERS = TARGETS
+UP_GELU, IN_PLACE, ROWS_OF, CROSS_ENTROPY, TILE_PRODUCT = _OTHERS
 LOG = logging.getLogger(__name__)
 
 

@@ -1,4 +1,5 @@
-// y[v] = sum over the edges e of row v of weight[e] * scale[from[e]] * x[from[e]], for XLA on CPUs; fused_rec/graph/spmm.py calls it.
+// y[v] = sum over the edges e of row v of weight[e] * scale[from[e]] * x[from[e]], for XLA on CPUs, of all rows or of
+// some; and its transpose for some rows. fused_rec/graph/spmm.py calls them.
 //
 // The time goes into fetching the rows of x, which lie anywhere: they are asked for some edges ahead, and the sum stays
 // in registers until its row is done. Each row is summed by one thread in the order of its edges, so the result does
@@ -35,14 +36,15 @@ inline float widened(uint16_t bfloat16) {
   return x;
 }
 
-// Columns c to c + kWidth of the rows first to last.
+// Columns c to c + kWidth of the rows first to last of y, which are these rows of the sums, or some: rows[first] and so
+// on. The edges end at `end`.
 template <int64_t kWidth, typename X>
 FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int64_t c, float* y, int64_t first,
-                                    int64_t last) {
-  const int64_t end = edges.start[last];
+                                    int64_t last, const int32_t* rows, int64_t end) {
   for (int64_t v = first; v < last; ++v) {
+    const int64_t row_of_sums = rows ? rows[v] : v;
     float sum[kWidth] = {};
-    for (int64_t e = edges.start[v]; e < edges.start[v + 1]; ++e) {
+    for (int64_t e = edges.start[row_of_sums]; e < edges.start[row_of_sums + 1]; ++e) {
       if (e + kAhead < end) {
         const char* next = reinterpret_cast<const char*>(x + edges.from[e + kAhead] * width + c);
         for (int64_t byte = 0; byte < static_cast<int64_t>(kWidth * sizeof(X)); byte += kLine) {
@@ -58,12 +60,26 @@ FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int6
 }
 
 template <typename X>
-void sum_rows(Edges edges, const X* x, int64_t width, float* y, int64_t first, int64_t last) {
+void sum_rows(Edges edges, const X* x, int64_t width, float* y, int64_t first, int64_t last, const int32_t* rows,
+              int64_t end) {
   int64_t c = 0;
-  for (; c + 128 <= width; c += 128) sum_columns<128>(edges, x, width, c, y, first, last);
-  for (; c + 64 <= width; c += 64) sum_columns<64>(edges, x, width, c, y, first, last);
-  for (; c + 16 <= width; c += 16) sum_columns<16>(edges, x, width, c, y, first, last);
-  for (; c < width; ++c) sum_columns<1>(edges, x, width, c, y, first, last);
+  for (; c + 128 <= width; c += 128) sum_columns<128>(edges, x, width, c, y, first, last, rows, end);
+  for (; c + 64 <= width; c += 64) sum_columns<64>(edges, x, width, c, y, first, last, rows, end);
+  for (; c + 16 <= width; c += 16) sum_columns<16>(edges, x, width, c, y, first, last, rows, end);
+  for (; c < width; ++c) sum_columns<1>(edges, x, width, c, y, first, last, rows, end);
+}
+
+// z[from[e]] += weight[e] * y[v] over the edges e of rows[v], for the rows u of z with u mod parts = part.
+FOR_EACH_PROCESSOR void spread_rows(Edges edges, const int32_t* rows, int64_t count, const float* y, int64_t width,
+                                    float* z, int64_t part, int64_t parts) {
+  for (int64_t v = 0; v < count; ++v) {
+    const float* of = y + v * width;
+    for (int64_t e = edges.start[rows[v]]; e < edges.start[rows[v] + 1]; ++e) {
+      if (edges.from[e] % parts != part) continue;
+      float* to = z + edges.from[e] * width;
+      for (int64_t i = 0; i < width; ++i) to[i] += edges.weight[e] * of[i];
+    }
+  }
 }
 
 // Where part number p of `parts` begins: rows and edges before it are p / parts of all.
@@ -85,9 +101,32 @@ void sum(ffi::ThreadPool pool, Edges edges, const X* x, int64_t rows, int64_t wi
   const int64_t count = threads == 1 ? 1 : threads * kPartsOfAThread;
   fused_rec::on_large_pages(y, rows * width * sizeof(float));
   fused_rec::in_parts(pool, threads, count, [=](int64_t p) {
-    sum_rows(edges, x, width, y, beginning(edges.start, rows, p, count),
-             p + 1 == count ? rows : beginning(edges.start, rows, p + 1, count));
+    const int64_t last = p + 1 == count ? rows : beginning(edges.start, rows, p + 1, count);
+    sum_rows(edges, x, width, y, beginning(edges.start, rows, p, count), last, nullptr, edges.start[last]);
   });
+}
+
+// How many threads share the edges of some rows.
+int64_t threads_of(ffi::ThreadPool pool, Edges edges, const int32_t* rows, int64_t count, int64_t width) {
+  int64_t work = 0;
+  for (int64_t v = 0; v < count; ++v) work += edges.start[rows[v] + 1] - edges.start[rows[v]];
+  return std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), work * width / kSmall));
+}
+
+template <typename X>
+void sum_some(ffi::ThreadPool pool, Edges edges, const X* x, const int32_t* rows, int64_t count, int64_t width,
+              int64_t end, float* y) {
+  const int64_t threads = threads_of(pool, edges, rows, count, width);
+  const int64_t parts = threads == 1 ? 1 : threads * kPartsOfAThread;
+  fused_rec::in_parts(pool, threads, parts, [=](int64_t p) {
+    sum_rows(edges, x, width, y, count * p / parts, count * (p + 1) / parts, rows, end);
+  });
+}
+
+// Whether all rows are among the `count` rows that there are.
+bool inside(ffi::Buffer<ffi::S32> rows, int64_t count) {
+  const int32_t *first = rows.typed_data(), *last = first + rows.element_count();
+  return std::all_of(first, last, [=](int32_t row) { return row >= 0 && row < count; });
 }
 
 ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
@@ -120,6 +159,61 @@ ffi::Error neighbor_sum(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::
   }
 }
 
+// Of y only some rows: y[b] is the sum of the row rows[b].
+ffi::Error neighbor_sum_of(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
+                           ffi::Buffer<ffi::F32> weight, ffi::Buffer<ffi::F32> scale, ffi::AnyBuffer x,
+                           ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> y) {
+  const auto shape = y->dimensions(), of_x = x.dimensions();
+  const int64_t edges_of = static_cast<int64_t>(start.element_count()) - 1;
+  if (shape.size() != 2 || of_x.size() != 2 || of_x[1] != shape[1] || scale.element_count() != of_x[0]) {
+    return ffi::Error::InvalidArgument("x and y must be matrices of one width, with one factor for each row of x");
+  }
+  if (static_cast<int64_t>(rows.element_count()) != shape[0] || !inside(rows, edges_of)) {
+    return ffi::Error::InvalidArgument("there must be one row of the sums for each row of y");
+  }
+  const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data(), scale.typed_data()};
+  const int64_t end = edges.start[edges_of];
+  switch (x.element_type()) {
+    case ffi::F32:
+      sum_some(pool, edges, x.typed_data<float>(), rows.typed_data(), shape[0], shape[1], end, y->typed_data());
+      return ffi::Error::Success();
+    case ffi::BF16:
+      sum_some(pool, edges, static_cast<const uint16_t*>(x.untyped_data()), rows.typed_data(), shape[0], shape[1], end,
+               y->typed_data());
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("x must be float32 or bfloat16");
+  }
+}
+
+// The transpose: z[u] = sum over the edges e of each row rows[b] with from[e] = u of weight[e] * y[b].
+ffi::Error spread_from(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::Buffer<ffi::S32> from,
+                       ffi::Buffer<ffi::F32> weight, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::S32> rows,
+                       ffi::ResultBuffer<ffi::F32> z) {
+  const auto shape = z->dimensions(), of_y = y.dimensions();
+  if (shape.size() != 2 || of_y.size() != 2 || of_y[1] != shape[1]) {
+    return ffi::Error::InvalidArgument("y and z must be matrices of one width");
+  }
+  if (static_cast<int64_t>(rows.element_count()) != of_y[0] ||
+      !inside(rows, static_cast<int64_t>(start.element_count()) - 1)) {
+    return ffi::Error::InvalidArgument("there must be one row of the sums for each row of y");
+  }
+  const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data(), nullptr};
+  const int64_t width = shape[1], count = of_y[0], numbers = shape[0] * width;
+  const int32_t* chosen = rows.typed_data();
+  const float* of = y.typed_data();
+  float* to = z->typed_data();
+  fused_rec::on_large_pages(to, numbers * sizeof(float));
+  const int64_t clearing = std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), numbers / kSmall));
+  fused_rec::in_parts(pool, clearing, clearing, [=](int64_t p) {
+    std::fill(to + numbers * p / clearing, to + numbers * (p + 1) / clearing, 0.0f);
+  });
+  const int64_t threads = threads_of(pool, edges, chosen, count, width);
+  fused_rec::in_parts(pool, threads, threads,
+                      [=](int64_t p) { spread_rows(edges, chosen, count, of, width, to, p, threads); });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
@@ -130,4 +224,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum, neighbor_sum,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_neighbor_sum_of, neighbor_sum_of,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_spread_from, spread_from,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

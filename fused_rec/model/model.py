@@ -119,7 +119,8 @@ class Reconstruction(NamedTuple):
 class FusedModel(nn.Module):
     """All branches of a variant: [(user embeddings [U, K], item embeddings [I, K]), ...], float32, of a device's rows.
 
-    The graph branch comes first. Variant fused adds the text branch where items have text.
+    The graph branch comes first. Variant fused adds the text branch where items have text. Of users [B], on one device,
+    only their rows [B, K] are computed where a layer allows: a loss reads no others.
 
     Attributes:
       config: the model's settings.
@@ -131,11 +132,13 @@ class FusedModel(nn.Module):
     compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
-    def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> list[Vectors]:
-        branches = [Branch(self.config, self.compute_dtype, name="main")(graph, dropout)]
+    def __call__(
+        self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None, users: Int32[Array, "B"] | None = None
+    ) -> list[Vectors]:
+        branches = [Branch(self.config, self.compute_dtype, name="main")(graph, dropout, users)]
         if self.config.fuses_text and graph.text[ITEM].shape[1] > NO_TEXT_DIM:
             text_config = self.config.text_branch()
-            branches.append(Branch(text_config, self.compute_dtype, name="words")(graph, dropout))
+            branches.append(Branch(text_config, self.compute_dtype, name="words")(graph, dropout, users))
         return branches
 
 
@@ -188,7 +191,9 @@ class Branch(nn.Module):
     compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
-    def __call__(self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None) -> Vectors:
+    def __call__(
+        self, graph: DeviceGraph, dropout: PRNGKeyArray | None = None, users: Int32[Array, "B"] | None = None
+    ) -> Vectors:
         text, gates = self.text_terms(graph)
         ids = self.id_embeddings(graph, dropout)
         # The ID embedding of an item without interactions, or of a user without neighbors, is untrained noise.
@@ -199,18 +204,20 @@ class Branch(nn.Module):
         ids[USER] = ids[USER] * (sum(in_degrees, jnp.zeros(len(ids[USER]))) > 0)[:, None]
         weights = self.weights(_drop_interactions(self.config.edge_dropout, graph, dropout), gates)
         self.sow("intermediates", LINEAR, (ids, text, weights))
-        both = {node_type: ids[node_type] + text[node_type] for node_type in ids}
+        both = {node_type: ids[node_type] + text[node_type] for node_type in ids if self.has_input(graph, node_type)}
         noise = None
         if dropout is not None and self.config.embedding_noise:
-            numbers = {t: graph.global_ids(t, jnp.arange(graph.rows(t))) for t in both}
+            numbers = {t: graph.global_ids(t, jnp.arange(graph.rows(t))) for t in ids}
             noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, Stream.EMBEDDING_NOISE), numbers)
-        layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype)
+        layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype, users)
         if len(layers) > 1:
             self.sow("intermediates", FIRST_LAYER, (layers[1][USER], layers[1][ITEM]))
         if self.config.text_alignment:
             project = TextMLP(self.config.dim, self.compute_dtype, name="alignment")
             self.sow("intermediates", ALIGNED_TEXT, (project(mean_item_text(graph)), project(graph.text[ITEM])))
         out = combine_layers(weights, layers)
+        rows = {USER: graph.rows(USER) if users is None else len(users), ITEM: graph.rows(ITEM)}
+        out = {t: out.get(t, jnp.zeros((count, self.config.dim))) for t, count in rows.items()}
         if self.config.text_reconstruction:
             self.sow("intermediates", RECONSTRUCTED, self.reconstructions(graph, out, dropout))
         if self.config.score == "cosine":
@@ -222,6 +229,15 @@ class Branch(nn.Module):
         """Node types whose own text is an input feature."""
         own = self.config.user_text_input and not self.config.users_start_as_items
         return (USER, ITEM) if own else (ITEM,)
+
+    def has_input(self, graph: DeviceGraph, node_type: str) -> bool:
+        """Returns whether any node of the type has an ID embedding or text as input; if not, its input is zero."""
+        config = self.config
+        if config.uses_ids and (node_type != USER or config.user_id_embedding):
+            return True
+        if node_type == USER and config.users_start_as_items:
+            return True
+        return config.uses_text and node_type in self.text_node_types and node_type not in graph.textless
 
     def id_embeddings(self, graph: DeviceGraph, dropout: PRNGKeyArray | None) -> dict[str, AnyArray]:
         """Looks up ID embeddings.
@@ -266,10 +282,12 @@ class Branch(nn.Module):
             text, gates = graph.text[node_type], self.gates(graph, node_type)
             read = config.uses_text and node_type in self.text_node_types
             projection = self.text_projection(node_type) if read else None
-            matrices = {name: gate.by_text for name, (gate, _) in gates.items() if config.fuses_text}
+            no_text = node_type in graph.textless  # parameters are the same: other tables may have texts
+            matrices = {name: gate.by_text for name, (gate, _) in gates.items() if config.fuses_text and not no_text}
             logits = products(text, {k: v for k, v in matrices.items() if v is not None}, self.compute_dtype)
             if projection is not None:
-                inputs[node_type] = projection(text)
+                projected = projection(text[:0] if no_text else text)
+                inputs[node_type] = inputs[node_type] if no_text else projected
                 if config.users_start_as_items:
                     inputs[USER] = projection(mean_item_text(graph))
             has_text = jnp.abs(text).sum(axis=1) > 0
@@ -350,7 +368,7 @@ class Branch(nn.Module):
             edge[relation] = adjacency.weight
             source_scale[relation] = self.source_scale(f"source_scale_{relation}", adjacency.degrees.log_out_degree)
             relation_gates[relation] = gate(f"gate_{relation}", relation.target)
-        own = self.text_node_types if config.fuses_text else ()
+        own = [t for t in self.text_node_types if config.fuses_text and t not in graph.textless]
         text_gate = {node_type: gate(f"gate_text_{node_type}", node_type) for node_type in own}
         if config.layer_combination == "mean_without_input":
             layer_weights = jnp.full(levels + 1, 1 / levels).at[0].set(0)

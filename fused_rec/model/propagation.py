@@ -23,8 +23,8 @@ from jaxtyping import Array, Float32, Int32, PRNGKeyArray
 from fused_rec.config import ComputeDtype
 from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.device_graph import DeviceGraph
-from fused_rec.graph.schema import Relation
-from fused_rec.graph.spmm import gated_sum
+from fused_rec.graph.schema import USER, Relation
+from fused_rec.graph.spmm import gated_sum, gated_sum_of
 
 Nodes = Mapping[str, Float32[AnyArray, "_ K"]]  # one row per node, by node type
 
@@ -78,6 +78,7 @@ def propagate_layers(
     text: Nodes,
     noise: Noise | None = None,
     compute_dtype: ComputeDtype = "float32",
+    users: Int32[AnyArray, "B"] | None = None,
 ) -> list[dict[str, Float32[Array, "_ K"]]]:
     """Computes h^0 to h^L of `propagate`.
 
@@ -85,40 +86,89 @@ def propagate_layers(
       graph: the graph or this device's share: adjacencies, and how many devices share the nodes. Source rows are
         gathered from all of them, except those of users for sums into other nodes, which are added over devices.
       coefficients: weights and gates.
-      inputs: h^0 by node type, float32 [rows, K].
+      inputs: h^0 by node type, float32 [rows, K]; absent where all of it is zero, which is then not summed.
       text: the text inputs by node type, float32 [rows, K].
       noise: noise to add to every layer but h^0; None: none.
       compute_dtype: the type of messages and of rows sent to other devices; sums are float32.
+      users: int32 [B], the users whose rows are returned, on one device; None: all. The last layer then sums into
+        these alone.
 
     Returns:
-      One mapping from node types to float32 [rows, K] per layer, L + 1 in all.
+      One mapping from node types to float32 [rows, K] per layer, L + 1 in all; a type of zeros may be absent.
     """
     h: dict[str, Array] = {node_type: jnp.asarray(x) for node_type, x in inputs.items()}
-    layers = [h]
-    for level in range(len(coefficients.layer_weights) - 1):
-        aggregated: dict[str, Array] = {t: gate[level][:, None] * text[t] for t, gate in coefficients.text_gate.items()}
-        sources = dict.fromkeys(r.source for r in coefficients.edge if not graph.sums_own_rows(r))
-        gathered = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
-        for relation, edge in coefficients.edge.items():
-            adjacency, gate = graph.adjacencies[relation], coefficients.gate[relation][level]
-            scale = coefficients.source_scale[relation]
-            if graph.sums_own_rows(relation):
-                ones = graph.shards.varying(jnp.ones(len(adjacency.receiver_start) - 1))
-                sums = gated_sum(adjacency, edge, scale, ones, h[relation.source].astype(compute_dtype))
-                message = gate[:, None] * graph.shards.scatter_sums(sums)
-            else:
-                message = gated_sum(adjacency, edge, scale, gate, gathered[relation.source])
-            aggregated[relation.target] = (
-                aggregated[relation.target] + message if relation.target in aggregated else message
-            )
-        # A type without incoming relations is zero from layer 1 on; the layer combination has its input from h^0.
-        h = {node_type: aggregated.get(node_type, 0 * x) for node_type, x in h.items()}
+    levels, layers = len(coefficients.layer_weights) - 1, []
+    for level in range(levels):
+        h, shown = _with_users(h, users)
+        layers.append(shown)
+        only = {USER: jnp.asarray(users)} if users is not None and level == levels - 1 else {}
+        h = _next_layer(graph, coefficients, level, h, text, only, compute_dtype)
         if noise is not None:
             key = jax.random.fold_in(noise.key, level)
-            keys = {node_type: jax.random.fold_in(key, number) for number, node_type in enumerate(sorted(h))}
-            h = {t: x + noise_like(x, noise.length, keys[t], noise.node_ids[t]) for t, x in h.items()}
-        layers.append(h)
-    return layers
+            keys = {t: jax.random.fold_in(key, number) for number, (t, _) in enumerate(sorted(graph.node_types))}
+            ids = {t: _part(only, t, noise.node_ids[t]) for t in h}
+            h = {t: x + noise_like(x, noise.length, keys[t], ids[t]) for t, x in h.items()}
+    return [*layers, h if levels else _with_users(h, users)[1]]
+
+
+def _next_layer(
+    graph: DeviceGraph,
+    coefficients: PropagationWeights,
+    level: int,
+    h: Nodes,
+    text: Nodes,
+    only: Mapping[str, Int32[Array, "B"]],
+    compute_dtype: ComputeDtype,
+) -> dict[str, Float32[Array, "_ K"]]:
+    """Computes h^(level + 1) of h^level; `only`: by node type, the rows that are computed, where not all."""
+    aggregated: dict[str, Array] = {
+        t: _part(only, t, gate[level])[:, None] * _part(only, t, text[t]) for t, gate in coefficients.text_gate.items()
+    }
+    edges = {relation: edge for relation, edge in coefficients.edge.items() if relation.source in h}
+    sources = dict.fromkeys(r.source for r in edges if not graph.sums_own_rows(r))
+    gathered = {t: graph.shards.all_gather(h[t].astype(compute_dtype)) for t in sources}
+    for relation, edge in edges.items():
+        adjacency, scale = graph.adjacencies[relation], coefficients.source_scale[relation]
+        gate = _part(only, relation.target, coefficients.gate[relation][level])
+        if graph.sums_own_rows(relation):
+            ones = graph.shards.varying(jnp.ones(len(adjacency.receiver_start) - 1))
+            sums = gated_sum(adjacency, edge, scale, ones, h[relation.source].astype(compute_dtype))
+            message = gate[:, None] * graph.shards.scatter_sums(sums)
+        elif relation.target in only:
+            message = gated_sum_of(adjacency, edge, scale, gate, gathered[relation.source], only[relation.target])
+        else:
+            message = gated_sum(adjacency, edge, scale, gate, gathered[relation.source])
+        aggregated[relation.target] = (
+            aggregated[relation.target] + message if relation.target in aggregated else message
+        )
+    # A type without incoming relations is zero from layer 1 on; the layer combination has its input from h^0.
+    return {t: 0 * _part(only, t, x) for t, x in h.items() if t not in aggregated} | aggregated
+
+
+def _part(only: Mapping[str, Int32[Array, "B"]], node_type: str, rows: AnyArray) -> Array:
+    """The rows of a type that are computed."""
+    rows = jnp.asarray(rows)
+    return rows[only[node_type]] if node_type in only else rows
+
+
+def _with_users(h: dict[str, Array], users: AnyArray | None) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns a layer for the next one to read, and for the caller, with the rows of these users."""
+    if users is None or USER not in h:
+        return h, h
+    whole, rows = _taken(h[USER], users)
+    return {**h, USER: whole}, {**h, USER: rows}
+
+
+@jax.custom_vjp
+def _taken(x: AnyArray, rows: AnyArray) -> tuple[Array, Array]:
+    """Returns x and some of its rows, whose derivative is added to that of x in its memory."""
+    return jnp.asarray(x), jnp.asarray(x)[rows]
+
+
+_taken.defvjp(
+    lambda x, rows: ((jnp.asarray(x), jnp.asarray(x)[rows]), rows),
+    lambda rows, derivatives: (derivatives[0].at[rows].add(derivatives[1]), None),
+)
 
 
 def combine_layers(
@@ -128,14 +178,15 @@ def combine_layers(
 
     Args:
       coefficients: of which the layer weights count.
-      layers: h^0 to h^L.
+      layers: h^0 to h^L; a type that is absent from a layer is zero there.
 
     Returns:
       float32 [rows, K] by node type.
     """
-    out = {node_type: coefficients.layer_weights[0] * x for node_type, x in layers[0].items()}
-    for level, h in enumerate(layers[1:], start=1):
-        out = {node_type: out[node_type] + coefficients.layer_weights[level] * x for node_type, x in h.items()}
+    out: dict[str, Array] = {}
+    for weight, h in zip(coefficients.layer_weights, layers, strict=True):
+        weighted = {node_type: weight * x for node_type, x in h.items()}
+        out |= {node_type: out[node_type] + x if node_type in out else x for node_type, x in weighted.items()}
     return out
 
 

@@ -391,13 +391,22 @@ def batch_loss(
     graph = graph_inputs.graph
     if graph_inputs.reviews is not None:
         graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
+    only = jnp.asarray(batch.users) if _reads_batch_users_only(config, graph) else None
     branches, intermediates = FusedModel(config.model, config.train.dtype).apply(
         {"params": params},
         graph,
         dropout,
+        only,
         mutable=["intermediates"],
     )
-    sums = [_branch_loss(config, vectors, graph_inputs, batch) for vectors in branches]
+    if only is None:  # rows of users stay on their devices, but for those of the batch
+        dtype = config.train.dtype
+        branches_of_batch = [
+            (graph.shards.take(users.astype(dtype), jnp.asarray(batch.users)), items) for users, items in branches
+        ]
+    else:
+        branches_of_batch = branches
+    sums = [_branch_loss(config, vectors, graph_inputs, batch) for vectors in branches_of_batch]
     names = (GRAPH_BRANCH, TEXT_BRANCH)[0 if config.model.uses_ids else 1 :][: len(sums)]
     parts = {f"loss/{name}": _mean(*own) for name, own in zip(names, sums, strict=True)}
     shares = [_mean(jnp.stack([total for total, _ in sums]).sum(), sums[0][1])]
@@ -418,6 +427,13 @@ def batch_loss(
         shares.append(_mean(config.model.text_reconstruction * total, count))
         parts["loss/reconstruction"] = shares[-1]
     return jnp.stack(shares).sum(), parts
+
+
+def _reads_batch_users_only(config: Config, graph: DeviceGraph) -> bool:
+    """Whether a step needs the final embeddings of no other users than those of the batch, which one device has."""
+    model = config.model
+    others = config.train.contrastive_weight or model.text_alignment or model.text_reconstruction
+    return graph.shards.count == 1 and not others
 
 
 def _mean(total: Float32[Array, ""], count: Float32[Array, ""]) -> Float32[Array, ""]:
@@ -481,9 +497,9 @@ def _reconstruction_loss(graph: DeviceGraph, users: Reconstruction, items: Recon
 
 
 def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
-    """The configured ranking loss of one branch; users' rows stay on their devices, but for those of the batch."""
-    graph, (user, items, mask, negatives) = graph_inputs.graph, map(jnp.asarray, batch)
-    users = graph.shards.take(vectors[0].astype(config.train.dtype), user)
+    """The configured ranking loss of one branch, of the batch's users and all items."""
+    graph, (_, items, mask, negatives) = graph_inputs.graph, map(jnp.asarray, batch)
+    users = vectors[0].astype(config.train.dtype)
     catalogue = graph.all_gather(ITEM, vectors[1]).astype(config.train.dtype)
     # Logits include the popularity bias.
     bias = config.model.popularity_weight * jnp.log1p(jnp.asarray(graph_inputs.popularity))

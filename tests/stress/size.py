@@ -1,12 +1,14 @@
-"""LightGCN over a whole generated graph of up to 1e8 pairs: memory by arithmetic and as measured, and seconds.
+"""A model over a whole generated graph of up to 1e8 pairs: memory by arithmetic and as measured, and seconds.
 
-    python tests/stress/size.py --pairs=1e5,1e6,1e7 [--steps=3] [--dim=64] [--num_layers=3]
+    python tests/stress/size.py --pairs=1e5,1e6,1e7 [--variant=fused] [--user_ids] [--edge_dropout=.5] [--steps=3]
 
 About 50 pairs a user and 500 an item, items by a power law. Each size is a process of its own: it generates the pairs,
-builds the graph, takes steps of 2,048 users with one positive and one negative item, embeds all nodes, measures
-recall of one held-out item of 2,000 users, and ranks 10 items for as many. The memory is the highest of the process to
-its last step; the expected one is what it has after its imports and steps on two tiny graphs, and the arithmetic of
-docs/SCALE.md.
+builds the graph, takes steps, embeds all nodes while the state is there, measures recall of one held-out item of 2,000
+users, and ranks 10 items for as many. A step of `lightgcn` has 2,048 users with one positive and one negative item; of
+`fused` 512 users with up to 64 positives, a softmax over all items, text features of items in 64 columns, no user IDs
+(as in config `tables`, but for --user_ids) and no late fusion. The memory is the highest of the process to its last
+step, and in the next column to its end. The expected one is what it has after its imports and steps on two tiny graphs,
+and the arithmetic of docs/SCALE.md to the last step.
 """
 
 import argparse
@@ -22,23 +24,32 @@ ROOT = Path(__file__).parents[2]
 USERS_A_PAIR, ITEMS_A_PAIR, POWER = 1 / 50, 1 / 500, 2.2
 BLOCK = 2**17  # users whose pairs are drawn at a time
 SAMPLE = 2_000  # users with a held-out item
+TEXT_WIDTH = 64  # of `fused`
+ROWS = {"lightgcn": 4, "fused": 8}  # of a node in a step of three layers
 MIB = 2**20
 
 
-def expected(pairs: int, nodes: int, dim: int) -> int:
-    """Bytes of a run: the arithmetic of docs/SCALE.md.
+def expected(arguments: argparse.Namespace, pairs: int, users: int, items: int) -> int:
+    """Bytes of a run to its last step: the arithmetic of docs/SCALE.md.
 
-    A pair: two int32 as given; in each direction a sender, a weight and a place in the order by sender. A node: its
-    embedding and two moments, and in a step four rows, for any number of layers; six degrees, two row starts, a column
-    of text.
+    A pair: two int32 as given, and an int64 by which negatives are drawn; in each direction a sender, a weight and a
+    place in the order by sender; with edge dropout four weights. A node: six degrees, two row starts; its embedding and
+    two moments, if it has one, and the rows of a step. An item: columns of text.
     """
-    return pairs * (8 + 2 * 12) + nodes * 4 * (dim * (3 + 4) + 9)
+    nodes, row, fused = users + items, 4 * arguments.dim, arguments.variant == "fused"
+    embedded = items + users * (arguments.user_ids or not fused)
+    text = 4 * (items * TEXT_WIDTH if fused else nodes)
+    of_pair = 8 + 8 + 2 * 12 + 16 * (arguments.edge_dropout > 0)
+    return pairs * of_pair + nodes * 4 * 8 + text + row * (3 * embedded + ROWS[arguments.variant] * nodes)
 
 
 def main() -> None:
     """Prints one row a size."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pairs", default="1e5,1e6,1e7")
+    parser.add_argument("--variant", choices=("lightgcn", "fused"), default="lightgcn")
+    parser.add_argument("--user_ids", action="store_true", help="of fused: users have ID embeddings")
+    parser.add_argument("--edge_dropout", type=float, default=0.0, help="of fused")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--num_layers", type=int, default=3)
@@ -47,12 +58,11 @@ def main() -> None:
     if arguments.alone:
         measure(arguments, int(float(arguments.pairs)))
         return
-    print(
-        "      pairs    users   items  expected MiB  measured MiB  load s  step s  ns/pair  embed s  rank users/s",
-        flush=True,
-    )
+    columns = "expected MiB  measured MiB  to the end  load s  step s  ns/pair  embed s  rank users/s"
+    print(f"      pairs    users   items  {columns}", flush=True)
+    names = "variant", "edge_dropout", "steps", "dim", "num_layers"
+    given = [f"--{name}={getattr(arguments, name)}" for name in names] + ["--user_ids"] * arguments.user_ids
     for pairs in arguments.pairs.split(","):
-        given = (f"--{name}={getattr(arguments, name)}" for name in ("steps", "dim", "num_layers"))
         subprocess.run([sys.executable, __file__, *given, f"--pairs={pairs}", "--alone"], check=True, cwd=ROOT)
 
 
@@ -73,8 +83,8 @@ def generate(pairs: int):
     return np.concatenate(users), np.concatenate(items), n_users, n_items
 
 
-def inputs(user, item, n_users: int, n_items: int):
-    """Graph inputs on the host; the pairs are theirs to keep or not."""
+def inputs(user, item, n_users: int, n_items: int, text_width: int):
+    """Graph inputs on the host, with random text features of items; the pairs are theirs to keep or not."""
     import numpy as np
 
     from fused_rec.graph.build import bidirectional_edges
@@ -85,40 +95,42 @@ def inputs(user, item, n_users: int, n_items: int):
 
     counts = {USER: n_users, ITEM: n_items}
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, user, item, counts)
-    graph = hetero_graph(counts, relations, np.zeros((n_users + n_items, NO_TEXT_DIM), np.float32))
+    text = np.zeros((n_users + n_items, text_width), np.float32)
+    if text_width > NO_TEXT_DIM:
+        text[n_users:] = np.random.default_rng(2).standard_normal((n_items, text_width), np.float32)
+        text[n_users:] /= np.linalg.norm(text[n_users:], axis=1, keepdims=True)
+    graph = hetero_graph(counts, relations, text)
     del relations
     held = np.bincount(item, minlength=n_items)
     return GraphInputs(device_graph(graph), held > 0, held.astype(np.float32))
 
 
-def batches(user, item, n_users: int, n_items: int, count: int):
-    """Batches of 2,048 users with one positive; a negative is held by its user once in a thousand draws or less."""
+def batches(config, user, item, sizes, count: int):
+    """Batches of the config's users and positives, as training draws them."""
     import numpy as np
 
-    from fused_rec.data.batches import Batch
+    from fused_rec.data.batches import batch, user_items
 
-    rng, start = np.random.default_rng(1), np.searchsorted(user, np.arange(n_users + 1))
-    active, found = np.flatnonzero(np.diff(start)), []
-    for _ in range(count):
-        users = rng.choice(active, 2048).astype(np.int32)
-        place = start[users] + (rng.random(2048) * np.diff(start)[users]).astype(np.int64)
-        negative = rng.integers(0, n_items, 2048).astype(np.int32)
-        found.append(Batch(users, item[place][:, None], np.ones((2048, 1), np.float32), negative[:, None]))
-    return found
+    settings = {name: getattr(config.train, name) for name in ("seed", "batch_size", "positives_per_user")}
+    settings["num_negatives"] = 1 if config.train.loss == "bpr" else config.train.num_negatives
+    of_users = user_items(user, item, sizes[0], np.bincount(item, minlength=sizes[1]) > 0)
+    for step in range(count):
+        yield batch(of_users, step, **settings)
 
 
 def train(config, user, item, sizes, steps: int):
     """Takes steps; returns the state and inputs on the device, seconds of loading, and of each step but the first."""
     import jax
 
+    from fused_rec.graph.schema import NO_TEXT_DIM
     from fused_rec.training.sharding import parallel_train_step, shard_graph_inputs, shard_state
     from fused_rec.training.train_step import init
 
     began = time.perf_counter()
-    given = inputs(user, item, *sizes)
+    given = inputs(user, item, *sizes, TEXT_WIDTH if config.model.uses_text else NO_TEXT_DIM)
     state, given = shard_state(init(config, given)), shard_graph_inputs(given)
     load, step, seconds = time.perf_counter() - began, parallel_train_step(config), []
-    for users in batches(user, item, *sizes, count=steps + 1):
+    for users in batches(config, user, item, sizes, count=steps + 1):
         began = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, given, users))
         seconds.append(time.perf_counter() - began)
@@ -177,13 +189,9 @@ def measure(arguments: argparse.Namespace, pairs: int) -> None:
     from fused_rec.distributed.devices import keep_memory
 
     keep_memory()
-    from fused_rec.config import Config
-    from fused_rec.studies.variants import variant
     from fused_rec.training.sharding import parallel_embed_nodes
 
-    config = variant(Config(), "lightgcn")
-    model = dataclasses.replace(config.model, dim=arguments.dim, num_layers=arguments.num_layers)
-    config = dataclasses.replace(config, model=model)
+    config = config_of(arguments)
     for few in (10_000, 20_000):  # a compiled program stays, and each size has its own
         tiny = generate(few)
         train(config, *tiny[:2], tiny[2:], 1)
@@ -192,18 +200,30 @@ def measure(arguments: argparse.Namespace, pairs: int) -> None:
     user, item, held_out = hold_out(user, item, sizes[0])
     state, given, load, seconds = train(config, user, item, sizes, arguments.steps)
     peak, step = memory("VmHWM"), statistics.median(seconds)
-    params = state.params
-    del state
     began = time.perf_counter()
-    vectors = tuple(map(_on_host, parallel_embed_nodes(config)(params, given)))
+    vectors = tuple(map(_on_host, parallel_embed_nodes(config)(state.params, given)))
     embed = time.perf_counter() - began
     rate = ranked(vectors, user, item, held_out, sizes[1])
-    law = before + expected(len(user), sum(sizes), arguments.dim) / MIB
+    law = before + expected(arguments, len(user), *sizes) / MIB
     print(
-        f"{len(user):11,} {sizes[0]:8,} {sizes[1]:7,} {law:13,.0f} {peak:13,.0f} {load:7.1f} {step:7.3f} "
-        f"{1e9 * step / len(user):8.0f} {embed:8.2f} {rate:10,.0f}",
+        f"{len(user):11,} {sizes[0]:8,} {sizes[1]:7,} {law:13,.0f} {peak:13,.0f} {memory('VmHWM'):11,.0f} {load:7.1f} "
+        f"{step:7.3f} {1e9 * step / len(user):8.0f} {embed:8.2f} {rate:14,.0f}",
         flush=True,
     )
+
+
+def config_of(arguments: argparse.Namespace):
+    """The config that is measured."""
+    from fused_rec.config import Config
+    from fused_rec.studies.variants import variant
+
+    config = variant(Config(), arguments.variant)
+    settings = {"dim": arguments.dim, "num_layers": arguments.num_layers}
+    if arguments.variant == "fused":
+        settings |= {"user_id_embedding": arguments.user_ids, "edge_dropout": arguments.edge_dropout}
+    step = {} if arguments.variant == "fused" else {"batch_size": 2048, "positives_per_user": 1}
+    parts = {"model": settings, "train": step}
+    return dataclasses.replace(config, **{k: dataclasses.replace(getattr(config, k), **v) for k, v in parts.items()})
 
 
 def _on_host(x):
