@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from fused_rec import kernels
+from fused_rec.distributed.devices import SHARDED, Shards, pmap_over_devices, shard_rows
 from fused_rec.model import cross_entropy as module
 from fused_rec.model.cross_entropy import Targets, cross_entropy
+from fused_rec.model.precision import product_in
 
 USERS, POSITIVES, ITEMS, WIDTH, TEMPERATURE = 7, 4, 50, 5, 0.3
 
@@ -148,3 +150,30 @@ def test_the_derivative_in_bfloat16_is_the_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "has_tiles", lambda: True)
     monkeypatch.setattr(module, "_sums", None)  # it is not called
     jax.grad(ours)(*arguments)
+
+
+@needs_tiles
+def test_derivatives_over_two_devices_are_those_of_one():
+    """Of a matrix that all devices have, through both kernels; each device has its own half of the users."""
+    user, catalogue, targets = large_case(32, 2, 200, 16)
+    text, matrix = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(((32, 40), (40, 16))))
+
+    def sums(devices: int):
+        shards = Shards(devices)
+
+        def mapped(shared, of_user):
+            catalogue, bias, matrix = (shards.varying(x) for x in shared)
+            user, text, items, weight = of_user
+
+            def loss(matrix):
+                embedded = (product_in("bfloat16", text, matrix) + user).astype(jnp.bfloat16)
+                return cross_entropy(TEMPERATURE, embedded, catalogue, Targets(items, weight, bias))
+
+            return jax.tree.map(shards.psum, jax.value_and_grad(loss)(matrix))
+
+        call = pmap_over_devices(mapped, devices, in_axes=(None, SHARDED), out_axes=None)
+        rows = (np.asarray(x) for x in (user.astype(jnp.float32), text, targets.items, targets.weight))
+        return call((catalogue, targets.bias, matrix), tuple(shard_rows(x, devices) for x in rows))
+
+    for one, two in zip(sums(1), sums(2), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * float(np.abs(one).max()))

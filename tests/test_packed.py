@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def test_gelu_of_a_linear_layer_is_that_of_its_formula(monkeypatch, dtype, tiles
     x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((rows, depth), (depth, features)))
     bias = rng.normal(size=features).astype(np.float32)
     layer = PackedDense(features, dtype, "gelu")
-    found = layer.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.asarray(x))
+    found: Any = layer.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.asarray(x))
     if dtype == "bfloat16":
         x, kernel = (np.asarray(jnp.asarray(part).astype(dtype), np.float64) for part in (x, kernel))
     sums = x.astype(np.float64) @ kernel + bias
@@ -78,8 +79,8 @@ def test_normalized_sum_is_that_of_flax(rows, size):
     rng = np.random.default_rng(0)
     x, added = (jnp.asarray(3 * rng.normal(size=(rows, size)) + 5, jnp.float32) for _ in range(2))
     params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name in ("scale", "bias")}
-    found = AddNorm(0.1).apply({"params": params}, x, added)
-    expected = layer_norm(0.1, "norm").apply({"params": params}, x + added)
+    found: Any = AddNorm(0.1).apply({"params": params}, x, added)
+    expected: Any = layer_norm(0.1, "norm").apply({"params": params}, x + added)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -77,7 +77,7 @@ def test_products_of_a_type_and_their_derivatives(monkeypatch, tiles, dtype):
     monkeypatch.setattr(kernels, "has_tiles", lambda: tiles)
     a, b = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(((50, 33), (33, 20))))
     weight = jax.random.normal(jax.random.key(2), (50, 20))
-    of = rounded if dtype == "bfloat16" else np.float64
+    of: Any = rounded if dtype == "bfloat16" else np.float64
     np.testing.assert_allclose(product_in(dtype, a, b), of(a) @ of(b), atol=1e-5)
     by_a, by_b = jax.jit(jax.grad(lambda a, b: (product_in(dtype, a, b) * weight).sum(), (0, 1)))(a, b)
     share = 2**-8 if dtype == "bfloat16" else 0  # plain JAX rounds derivatives to bfloat16

@@ -127,7 +127,7 @@ def train(config, user, item, sizes, steps: int):
     from fused_rec.training.train_step import init
 
     began = time.perf_counter()
-    given = inputs(user, item, *sizes, TEXT_WIDTH if config.model.uses_text else NO_TEXT_DIM)
+    given = inputs(user, item, *sizes, text_width=TEXT_WIDTH if config.model.uses_text else NO_TEXT_DIM)
     state, given = shard_state(init(config, given)), shard_graph_inputs(given)
     load, step, seconds = time.perf_counter() - began, parallel_train_step(config), []
     for users in batches(config, user, item, sizes, count=steps + 1):
