@@ -259,7 +259,7 @@ def test_what_is_not_reported_is_asked_for():
 @pytest.mark.parametrize("name", ["tfidf_mean", "term_ease"])
 @pytest.mark.parametrize("terms", [None, scipy.sparse.csr_matrix((4, 0))])
 def test_terms_are_asked_for(name, terms):
-    with pytest.raises(NotApplicableError, match=f"{name} needs TF-IDF terms of items, and there are none; leave it"):
+    with pytest.raises(NotApplicableError, match=f"{name} needs TF-IDF terms of items, and there are none; set"):
         BASELINES[name].fit(TINY._replace(item_terms=terms), **BASELINES[name].grid[0])
 
 

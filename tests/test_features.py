@@ -118,12 +118,12 @@ def test_term_rows_by_hand():
     """Unit means of TF-IDF rows over all terms, zero for a node without text; without terms there is no column."""
     texts = NodeTexts(CHAIN, {ITEM: links_of([0, 2, 2], [0, 1, 3], [1, 0.25, 0.75], n_nodes=4)})
     model, tfidf = fit_tfidf(CHAIN, 1)
-    found = fit_features(texts, np.ones((6, 3), np.float32), model, tfidf).term_rows(ITEM).toarray()
+    found = fit_features(texts, np.ones((6, 3), np.float32), model, tfidf).item_terms.toarray()
     rows = tfidf.weights.toarray()
     mean = 0.25 * rows[1] + 0.75 * rows[3]
     assert found.shape == (4, len(model.terms))
     np.testing.assert_allclose(found, [rows[0], 0 * mean, mean / np.linalg.norm(mean), 0 * mean], rtol=1e-6)
-    assert without_tfidf(texts, np.ones((6, 3), np.float32)).term_rows(ITEM).shape == (4, 0)
+    assert without_tfidf(texts, np.ones((6, 3), np.float32)).item_terms.shape == (4, 0)
 
 
 def test_whitening_evens_out_the_directions():

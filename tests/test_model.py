@@ -16,6 +16,7 @@ from fused_rec.graph.device_graph import device_graph
 from fused_rec.graph.hetero import hetero_graph
 from fused_rec.graph.schema import INTERACTED_BY, INTERACTS, ITEM, USER, Edges, Relation
 from fused_rec.model.model import (
+    FIRST_LAYER,
     Branch,
     FusedModel,
     active_relations,
@@ -491,4 +492,21 @@ def test_products_with_the_text_of_users_without_text_are_left_out(config):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     again = skipped.with_text({USER: tiny.words()[: tiny.COUNTS[USER]]})
     assert again.textless == ("sector",)
-    np.testing.assert_array_equal(out(config, params, again)[0], out(config, params)[0])
+    np.testing.assert_array_equal(run(config, params, again)[0], out(config, params)[0])
+
+
+@pytest.mark.parametrize("users", [None, [0, 0, 6]])
+@pytest.mark.parametrize("blank", [slice(7, 13), slice(None)], ids=["items", "all"])
+@pytest.mark.parametrize("config", [FUSED, TEXT_ONLY], ids=lambda config: config.variant)
+def test_items_without_text_are_zeros(config, blank, users):
+    """Embeddings, of the first layer too, are those of a product with zeros."""
+    text, users = tiny.words(), None if users is None else jnp.asarray(users)
+    text[blank] = 0
+    skipped, params, found = tiny.whole(text), anywhere(config), []
+    for graph in skipped, dataclasses.replace(skipped, textless=()):
+        apply = functools.partial(Branch(config).apply, mutable=["intermediates"])
+        found.append(jax.jit(apply)({"params": params}, graph, None, users))
+    (ours, seen), (wanted, expected) = found
+    first, first_expected = (of["intermediates"][FIRST_LAYER][0] for of in (seen, expected))
+    for one, other in zip((*ours, *first), (*wanted, *first_expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -131,7 +131,7 @@ def test_a_few_texts_are_a_small_batch():
 @needs_kernel
 def test_encoded_texts_do_not_depend_on_packing(monkeypatch):
     tiny = open_model(TINY)
-    config = dataclasses.replace(tiny.config, hidden_size=64, num_attention_heads=2)
+    config = dataclasses.replace(tiny.config, hidden_size=64, num_attention_heads=2, intermediate_size=48)
     model = dataclasses.replace(tiny, config=config, params=jax.tree.map(np.asarray, params_of(config)))
     texts = [" ".join(["rate", "fund", "of", "shares"][: 1 + place % 4] * (1 + place % 7)) for place in range(90)] + [
         ""

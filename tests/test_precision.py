@@ -83,3 +83,11 @@ def test_products_of_a_type_and_their_derivatives(monkeypatch, tiles, dtype):
     share = 2**-8 if dtype == "bfloat16" else 0  # plain JAX rounds derivatives to bfloat16
     np.testing.assert_allclose(by_a, of(weight) @ of(b).T, rtol=share, atol=2e-5)
     np.testing.assert_allclose(by_b, of(a).T @ of(weight), rtol=share, atol=2e-5)
+
+
+@needs_tiles
+@pytest.mark.parametrize("shapes", [((0, 3), (3, 2)), ((4, 0), (0, 2))])
+def test_empty_factors_have_derivatives(shapes):
+    a, b = (jnp.ones(shape) for shape in shapes)
+    by_a, by_b = jax.grad(lambda a, b: product_in("bfloat16", a, b).sum(), (0, 1))(a, b)
+    assert (by_a.shape, by_b.shape) == shapes and not by_b.any()

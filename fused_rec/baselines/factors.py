@@ -325,7 +325,10 @@ class Evidence:
         """Rows of items over all terms (`term_rows`), of as many columns as `default_rank` would have directions."""
         data = self.interactions
         assert data.item_terms is not None  # `has("item_terms")`
-        return term_rows(data.item_terms, _affordable_columns(data.n_users + data.n_items))
+        columns = min(_affordable_columns(data.n_users + data.n_items), data.item_terms.shape[1])
+        remedy = "raise data.k_core, or set text.tfidf_dim to 0"
+        require_memory(12 * data.n_items * columns, f"{columns:,} columns of terms of {data.n_items:,} items", remedy)
+        return term_rows(data.item_terms, columns)
 
     def has(self, what: str) -> bool:
         """Returns whether the tables have item_text, item_terms, user_text, ties or times."""

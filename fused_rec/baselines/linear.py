@@ -163,6 +163,8 @@ def _require_room(name: str, seen: Interactions, words: bool) -> None:
     n = min(n_users, n_items)
     inverse = 4 * n_users**2 if n_users < n_items else 0  # in addition to scores; weights reuse its memory
     need = max(8 * n * n_items, inverse + (8 if words else 4) * n * n_items)
+    if words and seen.item_text is not None:
+        need += 24 * seen.item_text.size  # in float64: text, its product with an inverse, and one more of its size
     require_memory(need, f"{name} of {n:,} x {n_items:,} {'scores' if inverse else 'weights'}", LESS)
 
 

@@ -31,8 +31,8 @@ def _over_terms(name: str, fit: Callable[..., Partial]) -> Callable[..., Partial
         evidence = Evidence(interactions)
         if not evidence.has("item_terms"):
             raise NotApplicableError(
-                f"{name} needs TF-IDF terms of items, and there are none; leave it out for these tables, or for a "
-                "variant that reads no text"
+                f"{name} needs TF-IDF terms of items, and there are none; set text.tfidf_dim above 0, or leave it out "
+                "for these tables, or for a variant that reads no text"
             )
         return fit(interactions._replace(item_text=evidence.term_rows, user_text=None), **settings)
 

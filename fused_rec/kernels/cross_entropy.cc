@@ -312,8 +312,9 @@ ffi::Error cross_entropy(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> user, ffi:
                          ffi::ResultBuffer<ffi::F32> by_catalogue) {
 #ifdef FUSED_REC_TILES
   const auto of_user = user.dimensions(), of_items = catalogue.dimensions(), of_positives = items.dimensions();
-  if (of_user.size() != 2 || of_items.size() != 2 || of_user[1] != of_items[1] || of_user[1] < 1) {
-    return ffi::Error::InvalidArgument("embeddings of users and items must be matrices of one width");
+  if (of_user.size() != 2 || of_items.size() != 2 || of_user[1] != of_items[1] || of_user[0] < 1 ||
+      of_user[1] < 1) {
+    return ffi::Error::InvalidArgument("embeddings of users and items must be matrices of one width, and not empty");
   }
   if (of_positives.size() != 2 || of_positives[0] != of_user[0] || weight.element_count() != items.element_count()) {
     return ffi::Error::InvalidArgument("there must be positives and their weights for each user");

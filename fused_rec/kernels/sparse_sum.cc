@@ -43,6 +43,10 @@ FOR_EACH_PROCESSOR void sum_columns(Edges edges, const X* x, int64_t width, int6
                                     int64_t last, const int32_t* rows, int64_t end) {
   for (int64_t v = first; v < last; ++v) {
     const int64_t row_of_sums = rows ? rows[v] : v;
+    if (rows && v > first && rows[v] == rows[v - 1]) {  // padding of a batch is one row again and again
+      std::memcpy(y + v * width + c, y + (v - 1) * width + c, kWidth * sizeof(float));
+      continue;
+    }
     float sum[kWidth] = {};
     for (int64_t e = edges.start[row_of_sums]; e < edges.start[row_of_sums + 1]; ++e) {
       if (e + kAhead < end) {
@@ -74,6 +78,7 @@ FOR_EACH_PROCESSOR void spread_rows(Edges edges, const int32_t* rows, int64_t co
                                     float* z, int64_t part, int64_t parts) {
   for (int64_t v = 0; v < count; ++v) {
     const float* of = y + v * width;
+    if (std::all_of(of, of + width, [](float one) { return one == 0.0f; })) continue;  // padding of a batch
     for (int64_t e = edges.start[rows[v]]; e < edges.start[rows[v] + 1]; ++e) {
       if (edges.from[e] % parts != part) continue;
       float* to = z + edges.from[e] * width;
@@ -194,9 +199,9 @@ ffi::Error spread_from(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::B
   if (shape.size() != 2 || of_y.size() != 2 || of_y[1] != shape[1]) {
     return ffi::Error::InvalidArgument("y and z must be matrices of one width");
   }
-  if (static_cast<int64_t>(rows.element_count()) != of_y[0] ||
+  if (from.element_count() != weight.element_count() || static_cast<int64_t>(rows.element_count()) != of_y[0] ||
       !inside(rows, static_cast<int64_t>(start.element_count()) - 1)) {
-    return ffi::Error::InvalidArgument("there must be one row of the sums for each row of y");
+    return ffi::Error::InvalidArgument("there must be one weight for each edge, and one row of the sums for each row of y");
   }
   const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data(), nullptr};
   const int64_t width = shape[1], count = of_y[0], numbers = shape[0] * width;

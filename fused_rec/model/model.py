@@ -210,14 +210,15 @@ class Branch(nn.Module):
             numbers = {t: graph.global_ids(t, jnp.arange(graph.rows(t))) for t in ids}
             noise = Noise(self.config.embedding_noise, jax.random.fold_in(dropout, Stream.EMBEDDING_NOISE), numbers)
         layers = propagate_layers(graph, weights, both, text, noise, self.compute_dtype, users)
+        rows = {USER: graph.rows(USER) if users is None else len(users), ITEM: graph.rows(ITEM)}
+        zeros = {t: jnp.zeros((count, self.config.dim)) for t, count in rows.items()}  # of types without any input
         if len(layers) > 1:
-            self.sow("intermediates", FIRST_LAYER, (layers[1][USER], layers[1][ITEM]))
+            first = zeros | layers[1]
+            self.sow("intermediates", FIRST_LAYER, (first[USER], first[ITEM]))
         if self.config.text_alignment:
             project = TextMLP(self.config.dim, self.compute_dtype, name="alignment")
             self.sow("intermediates", ALIGNED_TEXT, (project(mean_item_text(graph)), project(graph.text[ITEM])))
-        out = combine_layers(weights, layers)
-        rows = {USER: graph.rows(USER) if users is None else len(users), ITEM: graph.rows(ITEM)}
-        out = {t: out.get(t, jnp.zeros((count, self.config.dim))) for t, count in rows.items()}
+        out = zeros | combine_layers(weights, layers)
         if self.config.text_reconstruction:
             self.sow("intermediates", RECONSTRUCTED, self.reconstructions(graph, out, dropout))
         if self.config.score == "cosine":

@@ -7,6 +7,7 @@ Dimensions: T texts, H width of the language model, L TF-IDF directions, D = H +
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from fused_rec.config import TextConfig
 from fused_rec.data.controls import random_texts, shuffle_texts
 from fused_rec.data.node_texts import NodeTextLinks, NodeTexts
+from fused_rec.graph.schema import ITEM
 from fused_rec.memory import require_memory
 from fused_rec.text.coverage import Coverage, measure_coverage
 from fused_rec.text.encode import encode_texts
@@ -92,9 +94,10 @@ class TextFeatures:
             found[node_type] = NodeRows(*apply_whitening(self.fitted.whitening[node_type], means, has_text))
         return found
 
-    def term_rows(self, node_type: str) -> "csr_matrix":
-        """Returns the mean TF-IDF rows of the nodes of a type over all terms, sparse [n, V], unit length or zero."""
-        rows: Any = _link_weights(self.texts.links[node_type], len(self.lm)) @ self.tfidf.weights
+    @functools.cached_property
+    def item_terms(self) -> "csr_matrix":
+        """The mean TF-IDF rows of items over all terms, sparse [I, V], of unit length or zero."""
+        rows: Any = _link_weights(self.texts.links[ITEM], len(self.lm)) @ self.tfidf.weights
         norms = np.sqrt(rows.power(2).sum(1))
         return rows.multiply(1 / np.where(norms > 0, norms, 1)).tocsr()
 

@@ -298,4 +298,4 @@ def interactions_of(prepared: ModelInputs) -> Interactions:
     text = (np.asarray(graph.text[node_type]) for node_type in (USER, ITEM))
     ties = (column(observed.ties, name) for name in ("source", "target"))
     pairs = observed.user, observed.item, dataset.n_users, dataset.n_items
-    return Interactions(*pairs, *text, *ties, age=observed.age, item_terms=prepared.text.term_rows(ITEM))
+    return Interactions(*pairs, *text, *ties, age=observed.age, item_terms=prepared.text.item_terms)

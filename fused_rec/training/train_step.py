@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float32, Int32, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray, PyTree
 
 from fused_rec import kernels
 from fused_rec.config import METRICS, Config, ModelConfig, TrainConfig
@@ -496,7 +496,12 @@ def _reconstruction_loss(graph: DeviceGraph, users: Reconstruction, items: Recon
     return losses.info_nce(predicted, text, nodes, counted, everyone, RECONSTRUCTION_TEMPERATURE)
 
 
-def _branch_loss(config: Config, vectors: Vectors, graph_inputs: GraphInputs, batch: Batch) -> losses.Sum:
+def _branch_loss(
+    config: Config,
+    vectors: tuple[Float[Array, "B _"], Float[Array, "I _"]],
+    graph_inputs: GraphInputs,
+    batch: Batch,
+) -> losses.Sum:
     """The configured ranking loss of one branch, of the batch's users and all items."""
     graph, (_, items, mask, negatives) = graph_inputs.graph, map(jnp.asarray, batch)
     users = vectors[0].astype(config.train.dtype)
