@@ -1,5 +1,7 @@
 """Products of bfloat16: what is exact there, what float32 sums must keep, and what is rounded."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np

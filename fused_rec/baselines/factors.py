@@ -10,7 +10,7 @@ full method. Rankings exclude these items.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import scipy.sparse
@@ -323,12 +323,11 @@ class Evidence:
     @functools.cached_property
     def term_rows(self) -> Float32[np.ndarray, "I R"]:
         """Rows of items over all terms (`term_rows`), of as many columns as `default_rank` would have directions."""
-        data = self.interactions
-        assert data.item_terms is not None  # `has("item_terms")`
-        columns = min(_affordable_columns(data.n_users + data.n_items), data.item_terms.shape[1])
+        data, terms = self.interactions, cast("Any", self.interactions.item_terms)  # there are some: `has`
+        columns = min(_affordable_columns(data.n_users + data.n_items), terms.shape[1])
         remedy = "raise data.k_core, or set text.tfidf_dim to 0"
         require_memory(12 * data.n_items * columns, f"{columns:,} columns of terms of {data.n_items:,} items", remedy)
-        return term_rows(data.item_terms, columns)
+        return term_rows(terms, columns)
 
     def has(self, what: str) -> bool:
         """Returns whether the tables have item_text, item_terms, user_text, ties or times."""

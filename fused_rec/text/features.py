@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from fused_rec.config import TextConfig
 from fused_rec.data.controls import random_texts, shuffle_texts
 from fused_rec.data.node_texts import NodeTextLinks, NodeTexts
-from fused_rec.graph.schema import ITEM
+from fused_rec.data.nodes import ITEM
 from fused_rec.memory import require_memory
 from fused_rec.text.coverage import Coverage, measure_coverage
 from fused_rec.text.encode import encode_texts
