@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse
 from market import write_tables
 
+from fused_rec import memory
 from fused_rec.baselines.linear import ease, text_ease
 from fused_rec.baselines.neighbors import (
     Interactions,
@@ -261,6 +262,15 @@ def test_what_is_not_reported_is_asked_for():
 def test_terms_are_asked_for(name, terms):
     with pytest.raises(NotApplicableError, match=f"{name} needs TF-IDF terms of items, and there are none; set"):
         BASELINES[name].fit(TINY._replace(item_terms=terms), **BASELINES[name].grid[0])
+
+
+@pytest.mark.parametrize("name", ["tfidf_mean", "term_ease"])
+def test_terms_that_do_not_fit_are_refused(name, monkeypatch):
+    monkeypatch.setattr(memory, "ALWAYS_ALLOWED", 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 12 * 4 * 9 - 1)
+    given = TINY._replace(item_terms=scipy.sparse.csr_matrix(np.ones((4, 9), np.float32)))
+    with pytest.raises(memory.InsufficientMemoryError, match="9 columns of terms of 4 items"):
+        BASELINES[name].fit(given, **BASELINES[name].grid[0])
 
 
 def test_methods_over_terms_read_terms_in_place_of_text_features():

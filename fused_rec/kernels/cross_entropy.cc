@@ -32,7 +32,8 @@ constexpr int64_t kPartItems = 1024;  // of a part, at least
 constexpr int64_t kSums = 1 << 24;    // floats of the sums of all parts, at most
 constexpr float kLowest = -1e38f;     // below every logit that counts
 
-// exp of numbers up to 0: 2^n e^f with |f| at most half of log 2, where eight terms of the series of exp are enough.
+// As `exponential` in lanes.h, but 0 below -87, since items outside of the denominator must not count at all, and NaN
+// stays.
 INLINE __m512 exponential(__m512 x) {
   const __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // and NaN, which stays
   const __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
