@@ -206,14 +206,21 @@ def test_the_norm_is_of_the_gradient_of_all_parameters(devices, monkeypatch):
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def lightgcn_program(users: int, devices: int):
-    """The compiled step of LightGCN over 16 items, and its estimate; no size but the number of users is as large."""
-    items, config = 16, of_model(config_of("graph", "bpr"), dim=8, num_layers=2, edge_dropout=0.0)
-    config = of_model(config, layer_combination="mean", relation_gates=False, id_embedding_dropout=0.0)
+def step_program(users: int, devices: int, learned: bool):
+    """The compiled step over 16 items, and its estimate; no size but the number of users is as large.
+
+    Either LightGCN's, or that of a graph with learned gates and layer weights and items with text.
+    """
+    items, config = 16, of_model(config_of("fused" if learned else "graph", "bpr"), dim=64, num_layers=3)
+    config = of_model(config, edge_dropout=0.0, id_embedding_dropout=0.0)
+    if not learned:
+        config = of_model(config, layer_combination="mean", relation_gates=False)
     counts = {USER: users, ITEM: items}
     pairs = np.repeat(np.arange(users), 2), np.arange(2 * users) % items
     relations = bidirectional_edges(INTERACTS, INTERACTED_BY, *pairs, counts)
-    whole = device_graph(hetero_graph(counts, relations, np.zeros((users + items, NO_TEXT_DIM), np.float32)))
+    text = np.zeros((users + items, 2 if learned else NO_TEXT_DIM), np.float32)
+    text[users:] = float(learned)
+    whole = device_graph(hetero_graph(counts, relations, text))
     graph_inputs = GraphInputs(whole, np.ones(items, bool), np.ones(items, np.float32))
     given = shard_state(init(config, graph_inputs), devices), shard_graph_inputs(graph_inputs, devices)
     step = parallel_train_step(config, devices).compiled(*given)
@@ -222,19 +229,31 @@ def lightgcn_program(users: int, devices: int):
     return step.lower(*given, shard_batch(batch_of(0), devices)).compile(), estimate
 
 
+def bytes_of_user(devices: int, learned: bool):
+    """Bytes of a user on each device, of the compiled step and by the estimate; and the larger one of two steps."""
+    built = [step_program(users, devices, learned) for users in (1_004, 2_012)]
+    programs, estimates = zip(*built, strict=True)
+    analyses = [program.memory_analysis() for program in programs]
+    sizes = [found.argument_size_in_bytes + found.temp_size_in_bytes for found in analyses]
+    return (sizes[1] - sizes[0]) / 1_008, (estimates[1] - estimates[0]) / 1_008, programs[1]
+
+
 def test_users_stay_on_their_devices():
     """The bytes of a user on each device fall as one over the devices, and no array has a row for each user."""
     of_user = []
     for devices in (1, 2, 4):
-        programs, estimates = zip(*(lightgcn_program(users, devices) for users in (1_004, 2_012)), strict=True)
-        analyses = [program.memory_analysis() for program in programs]
-        sizes = [found.argument_size_in_bytes + found.temp_size_in_bytes for found in analyses]
-        of_user.append((sizes[1] - sizes[0]) / 1_008)
-        assert (estimates[1] - estimates[0]) / 1_008 == pytest.approx(of_user[-1], rel=0.2)
-        rows = re.findall(r"f32\[(\d+),8\]", programs[1].as_text())
+        found, estimate, program = bytes_of_user(devices, learned=False)
+        of_user.append(found)
+        assert estimate == pytest.approx(found, rel=0.2)
+        rows = re.findall(r"f32\[(\d+),64\]", program.as_text())
         assert max(map(int, rows)) == 2_012 // devices
     assert of_user[2] == pytest.approx(of_user[1] / 2, rel=0.05)
     assert of_user[0] < 4 * of_user[2]  # one device sums into the batch's users only in the last layer
+
+
+def test_the_estimate_is_the_memory_of_learned_layers():
+    found, estimate, _ = bytes_of_user(1, learned=True)
+    assert estimate == pytest.approx(found, rel=0.2)
 
 
 def test_so_do_eight():

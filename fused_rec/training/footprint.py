@@ -14,7 +14,7 @@ from fused_rec.memory import require_device_memory
 from fused_rec.model.late_fusion import LateFusion
 from fused_rec.model.model import active_relations
 from fused_rec.training.finetune import EncoderData
-from fused_rec.training.train_step import GraphInputs
+from fused_rec.training.train_step import GraphInputs, reads_batch_users_only
 
 NUMBER = 4  # bytes
 EDGE = 5 * NUMBER  # stored in two orders, by receiver and by sender
@@ -81,15 +81,20 @@ def _gathered_rows(config: Config, graph: DeviceGraph, devices: int) -> int:
 def backward_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:
     """Returns the bytes of the layers on one device in both passes of a step.
 
-    Where gates, source scales and layer weights are learned, their derivatives need every layer, and so do noise and a
-    loss of the first layer. Else no layer is kept: there are one and the next, their sum and its derivative, whatever
+    Where gates, source scales and layer weights are learned, their derivatives need the rows and the sums of every
+    layer of the first branch, and so do noise and a loss of the first layer; the text branch, of one layer, takes the
+    place of rows that are no longer needed. The last layer is that of the batch's users where `reads_batch_users_only`.
+    Where no factor is learned, no layer is kept: there are one and the next, their sum and its derivative, whatever
     the number of layers.
     """
-    if config.model.layer_combination == "learned" or config.model.embedding_noise or config.train.contrastive_weight:
-        return 2 * rounds_bytes(config, graph, devices)
-    rows = sum(count for _, count in graph.node_types)
-    gathered = _gathered_rows(config, graph, devices) if devices > 1 else 0
-    return NUMBER * config.model.dim * (FIXED_LAYERS * rows * _num_branches(config, graph) // devices + gathered)
+    model, gathered = config.model, _gathered_rows(config, graph, devices) if devices > 1 else 0
+    nodes = sum(count for _, count in graph.node_types)
+    if model.layer_combination == "learned" or model.embedding_noise or config.train.contrastive_weight:
+        rows = nodes if model.uses_ids or model.users_start_as_items else graph.count(ITEM)
+        layers = model.effective_layers + (1 if reads_batch_users_only(config, devices) else 2)
+        return 2 * NUMBER * model.dim * (rows * layers // devices + gathered)
+    rows = FIXED_LAYERS * nodes * _num_branches(config, graph)
+    return NUMBER * model.dim * (rows // devices + gathered)
 
 
 def loss_bytes(config: Config, graph: DeviceGraph, devices: int) -> int:

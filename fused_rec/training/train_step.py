@@ -391,7 +391,7 @@ def batch_loss(
     graph = graph_inputs.graph
     if graph_inputs.reviews is not None:
         graph = drop_reviews(graph_inputs.reviews, graph, config.model.edge_dropout, dropout)
-    only = jnp.asarray(batch.users) if _reads_batch_users_only(config, graph) else None
+    only = jnp.asarray(batch.users) if reads_batch_users_only(config, graph.shards.count) else None
     branches, intermediates = FusedModel(config.model, config.train.dtype).apply(
         {"params": params},
         graph,
@@ -429,11 +429,16 @@ def batch_loss(
     return jnp.stack(shares).sum(), parts
 
 
-def _reads_batch_users_only(config: Config, graph: DeviceGraph) -> bool:
-    """Whether a step needs the final embeddings of no other users than those of the batch, which one device has."""
+def reads_batch_users_only(config: Config, devices: int) -> bool:
+    """Returns whether a step needs the final embeddings of no other users than those of the batch.
+
+    Args:
+      config: settings of the model and of training.
+      devices: the number of devices; only one has all users of a batch.
+    """
     model = config.model
     others = config.train.contrastive_weight or model.text_alignment or model.text_reconstruction
-    return graph.shards.count == 1 and not others
+    return devices == 1 and not others
 
 
 def _mean(total: Float32[Array, ""], count: Float32[Array, ""]) -> Float32[Array, ""]:
