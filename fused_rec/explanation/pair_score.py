@@ -93,7 +93,7 @@ class PairScorer:
 
     def scores_and_slopes(
         self, pair: Pair, text: Float32[np.ndarray, "n 2 D"]
-    ) -> tuple[Float32[Array, "n"], Float32[Array, "n 2 D"]]:
+    ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n 2 D"]]:
         """Computes the score with other text features, and its derivatives.
 
         Args:
@@ -104,7 +104,7 @@ class PairScorer:
           The scores and their gradients.
         """
         padded = np.pad(text, ((0, -len(text) % POINTS), (0, 0), (0, 0)), mode="edge")
-        scores, slopes = _scores_and_slopes(self.configs, self.shared, pair, padded)
+        scores, slopes = jax.device_get(_scores_and_slopes(self.configs, self.shared, pair, padded))
         return scores[: len(text)], slopes[: len(text)]
 
     def _node(self, place: int, side: str, row: int) -> _Node:

@@ -136,7 +136,22 @@ def parallel_trained_vectors(
     return functools.partial(_embed, trained_vectors, compile_key(config), devices)
 
 
+def embed_on_one_device(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
+    """Computes the embeddings of all users and items; with the program of `parallel_embed_nodes` for one device.
+
+    Args:
+      config: settings of the model and of training.
+      params: parameters, unsharded.
+      graph_inputs: of the whole graph, unsharded.
+
+    Returns:
+      User and item embeddings, on the first device.
+    """
+    return parallel_embed_nodes(config, 1)(shard_state(params, 1, own=False), shard_graph_inputs(graph_inputs, 1))
+
+
 def _embed(function: Callable, config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Any:
+    devices = None if devices == len(select_devices(None)) else devices  # one key of the compiled program
     structures = jax.tree.structure(params), jax.tree.structure(graph_inputs)
     return _mapped_embed(function, config, devices, *structures)(params, graph_inputs)
 
@@ -232,22 +247,23 @@ def _shard_adjacency(
     return jax.tree.map(lambda *of_devices: of_devices[0][None] if len(own) == 1 else np.stack(of_devices), *own)
 
 
-def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
+def shard_state(state: PyTree, devices: int | None = None, *, own: bool = True) -> PyTree:
     """Shards ID embeddings and their moments by row and replicates the other leaves.
 
     Args:
       state: an unsharded state, or its parameters.
       devices: the number of devices; None: all.
+      own: copy what a CPU device could read in place, for steps, which donate it.
 
     Returns:
       The same tree on the devices.
     """
     axes = sharding_axes(state)
 
-    def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
+    def part(axis: int | None, leaf: Any) -> np.ndarray:
         return np.asarray(leaf) if axis is None else shard_rows(np.asarray(leaf), devices)
 
-    return device_put(map_with_axes(part, axes, state), axes, devices, own=True)
+    return device_put(map_with_axes(part, axes, state), axes, devices, own=own)
 
 
 def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:
@@ -311,7 +327,7 @@ def shard_batch(batch: Batch, devices: int | None = None) -> Batch:
         mask=_pad(batch.mask, rows),
         negatives=_pad(batch.negatives, rows, fill=-1),
     )
-    return Batch(*(part.reshape(count, -1, *part.shape[1:])[local_indices(devices)] for part in padded))
+    return Batch(*(part.reshape(count, len(part) // count, *part.shape[1:])[local_indices(devices)] for part in padded))
 
 
 def _pad(part: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:

@@ -149,6 +149,13 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     return jax.device_get(_init(config.model, config.train.lazy_adam, np.int32(config.train.seed), graph_inputs))
 
 
+def init_shapes(config: Config, graph_inputs: GraphInputs) -> TrainState:
+    """Returns the shapes and types of `init` without a compilation: a tree of `jax.ShapeDtypeStruct`."""
+    return jax.eval_shape(
+        functools.partial(_init, config.model, config.train.lazy_adam), np.int32(config.train.seed), graph_inputs
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(config: ModelConfig, lazy: bool, seed: Int32[Array, ""], graph_inputs: GraphInputs) -> TrainState:
     params = FusedModel(config).init(jax.random.key(seed), graph_inputs.graph)["params"]
