@@ -14,7 +14,6 @@ from fused_rec.data.batches import Batch
 from fused_rec.distributed import processes
 from fused_rec.distributed.devices import (
     SHARDED,
-    AnyArray,
     PmappedFn,
     Shards,
     device_put,
