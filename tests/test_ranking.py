@@ -358,7 +358,7 @@ def test_half_precision_scores_are_ranked():
 
 
 def test_one_program_evaluates_all_scorers_and_splits(monkeypatch):
-    """Vectors of three widths and a table, splits of 13 and 15 users: a program that is traced once is compiled once."""
+    """Vectors of three widths and a table, splits of 13 and 15 users: what is traced once is compiled once."""
     traced, auc = [], ranking.metrics.pairwise_auc
     monkeypatch.setattr(ranking.metrics, "pairwise_auc", lambda *arrays: [traced.append(1), auc(*arrays)][1])
     rng = np.random.default_rng(0)

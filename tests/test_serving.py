@@ -64,7 +64,7 @@ def test_a_state_to_fill_is_like_an_initial_one(run, lazy):
     given, expected = (make(config, run.prepared) for make in (state_like, init_state))
     assert jax.tree.structure(given) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert isinstance(one, np.ndarray) and (one.shape, one.dtype) == (other.shape, other.dtype)
     assert (given.step, given.seed) == (expected.step, expected.seed)
 
 

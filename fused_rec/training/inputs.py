@@ -316,7 +316,7 @@ def state_like(config: Config, prepared: ModelInputs) -> TrainState:
         return init_state(config, prepared)
     shapes = init_shapes(config, prepared.graph_inputs)
     state = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
-    return dataclasses.replace(state, seed=np.int32(config.train.seed))
+    return dataclasses.replace(state, seed=np.array(config.train.seed, np.int32))
 
 
 def with_finetuned_text(config: Config, prepared: AnyInputs, state: TrainState) -> AnyInputs:
