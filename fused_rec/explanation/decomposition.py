@@ -12,7 +12,6 @@ with layer weights a, the dot product of each term with v_i / |u| is its contrib
 score up to rounding. Every h splits further into a part from ID embeddings and a part from text.
 """
 
-import functools
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,8 +35,10 @@ from fused_rec.model.late_fusion import (
     friends_scale,
     social_relations,
 )
+from fused_rec.model.model import Vectors
 from fused_rec.model.propagation import PropagationWeights
-from fused_rec.training.train_step import GraphInputs, compile_key, score_components
+from fused_rec.training.sharding import trained_on_one_device
+from fused_rec.training.train_step import GraphInputs, components_of
 
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
@@ -137,7 +138,7 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
     """
     require_trained(config)
     branches = _branch_terms(config.model, params, graph_inputs.graph)
-    arrays = jax.device_get(_components(compile_key(config), params, graph_inputs))
+    arrays = jax.device_get(_components(trained_on_one_device(config, params, graph_inputs), graph_inputs))
     fusion = graph_inputs.fusion
     names = [MODEL] if fusion is None else component_names(fusion)
     parts = [_HostComponent(name, *rows) for name, rows in zip(names, arrays, strict=True)]
@@ -260,10 +261,10 @@ def _branch_terms(config: ModelConfig, params: PyTree, graph: DeviceGraph) -> li
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _components(config: Config, params: PyTree, graph_inputs: GraphInputs) -> list[tuple]:
+@jax.jit
+def _components(trained: dict[str, Vectors], graph_inputs: GraphInputs) -> list[tuple]:
     """The components of the score, without the names, which are no arrays."""
-    return [tuple(part[1:]) for part in score_components(config, params, graph_inputs)]
+    return [tuple(part[1:]) for part in components_of(trained, graph_inputs)]
 
 
 def scores(decomposition: ScoreDecomposition, user: int) -> Float32[np.ndarray, "I"]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import flax.struct
@@ -214,7 +214,11 @@ def score_components(config: Config, params: PyTree, graph_inputs: GraphInputs) 
     Returns:
       The components; `embed_nodes` concatenates them.
     """
-    trained = trained_vectors(config, params, graph_inputs)
+    return components_of(trained_vectors(config, params, graph_inputs), graph_inputs)
+
+
+def components_of(trained: Mapping[str, Vectors], graph_inputs: GraphInputs) -> list[Component]:
+    """Computes the same from `trained_vectors`."""
     if graph_inputs.fusion is None:
         users, items = trained[MODEL]
         return [Component(MODEL, jnp.ones(len(users)), users, items)]
