@@ -73,7 +73,8 @@ def average_precision(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: i
     """
     cut = hits[:, :k]
     ranks = jnp.arange(1, cut.shape[1] + 1, dtype=jnp.float32)[None, :]
-    precisions = jnp.cumsum(cut, axis=1, dtype=jnp.int32).astype(jnp.float32) / ranks
+    # Of all ranks, so that the sums of all cutoffs are one in a compiled program.
+    precisions = jnp.cumsum(hits, axis=1, dtype=jnp.int32)[:, :k].astype(jnp.float32) / ranks
     return jnp.where(cut, precisions, 0.0).sum(1) / n_truth.astype(jnp.float32)
 
 
