@@ -302,7 +302,7 @@ def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
 
     Of each user in a batch there are two float32 scores and four masks per item.
     """
-    batch = min(spec.users_at_once, max(n_users, 1))
+    batch = min(spec.users_at_once, _padded_users(n_users))
     what = f"a ranking of {spec.n_items:,} items for {batch:,} users at a time"
     remedy = "rank fewer users at a time (batch_size), or raise data.k_core"
     require_device_memory(12 * batch * spec.n_items, what, remedy)
@@ -370,10 +370,14 @@ def _over_batches(
 
 def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None) -> Int32[np.ndarray, "M B"]:
     count = len(select_devices(devices))
-    own = -(-len(users) // count)
-    batch = min(batch, 1 << (own - 1).bit_length()) * count  # a power of two, so that splits share compilations
+    batch = min(batch, _padded_users(-(-len(users) // count))) * count
     padding = np.full(-len(users) % batch, users[-1])  # repeats the last user; removed from the results
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
+
+
+def _padded_users(count: int) -> int:
+    """The next power of two, so that splits of about as many users share compilations."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=16)
