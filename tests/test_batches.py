@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from fused_rec.config import TrainConfig
 from fused_rec.data.batches import Batch, batch, steps_per_epoch, user_items
+from fused_rec.training.batch_sources import batch_of
 
 # user         items held        user 3 holds nothing; item 15 does not exist while training
 HELD = {0: [0, 1, 2, 3, 4], 1: [5], 2: [0, 6], 4: [1, 3, 5], 5: [2, 4]}
@@ -136,3 +138,11 @@ def test_a_user_who_holds_half_the_catalogue_is_safe_but_for_a_few():
     drawn = draw(0, held, batch_size=1, num_negatives=20_000).negatives
     # Eleven draws miss with probability 2 ** -11, so 10 of 20,000 are expected.
     assert (drawn < 500).sum() < 30
+
+
+@pytest.mark.parametrize(("loss", "count"), [("softmax", 0), ("sampled_softmax", 4), ("bpr", 3)])
+def test_a_loss_draws_the_negatives_that_it_reads(loss, count):
+    drawn = batch_of(TrainConfig(loss=loss, batch_size=2, positives_per_user=3, num_negatives=4), held_of(), 0, 1)
+    assert drawn.negatives.shape == (2, count)
+    for part, whole in zip(drawn[:3], draw(1)[:3], strict=True):
+        np.testing.assert_array_equal(part, whole)

@@ -27,11 +27,11 @@ from fused_rec.model.late_fusion import (
 )
 from fused_rec.model.model import item_degree
 from fused_rec.serving.recommender import load, load_measured
-from fused_rec.training import late_fusion
+from fused_rec.training import late_fusion, sharding
 from fused_rec.training.evaluate import evaluate_mean, scorer, user_item_vectors
 from fused_rec.training.inputs import init_state, prepare, read
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
-from fused_rec.training.train_step import GraphInputs, embed_nodes, init, score_components
+from fused_rec.training.train_step import GraphInputs, embed_nodes, init, score_components, trained_vectors
 
 CONFIG = Config(model=ModelConfig(dim=3, num_layers=2, id_init_std=1.0), train=TrainConfig(temperature=0.5))
 HISTORY = np.zeros((7, 6), np.float32)
@@ -103,6 +103,24 @@ def test_devices_agree(devices):
     users, items = parallel_embed_nodes(CONFIG, count)(shard_state(params(), count), shard_graph_inputs(given, count))
     one, other = EMBED(CONFIG, params(), given)
     np.testing.assert_allclose(np.asarray(users @ items.T), np.asarray(one @ other.T), rtol=1e-4, atol=1e-4)
+
+
+def test_other_components_need_no_other_program_of_the_model(monkeypatch):
+    """Nor do explanations on one device."""
+    traced = []
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return trained_vectors(*arguments)
+
+    monkeypatch.setattr(sharding, "trained_vectors", counted)
+    whole = tiny.late_fusion()
+    for fusion in (whole, LateFusion(whole.trained, whole.closed[:1])):
+        found = sharding.embed_on_one_device(CONFIG, params(), inputs(fusion))
+        for one, other in zip(found, EMBED(CONFIG, params(), inputs(fusion)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    sharding.trained_on_one_device(CONFIG, params(), inputs(whole))
+    assert len(traced) == 1
 
 
 def test_a_component_that_says_nothing_of_a_user_has_no_part():

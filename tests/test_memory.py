@@ -238,7 +238,7 @@ def test_other_steps_are_refused_before_they_begin():
         "the embeddings of 400,000 users and 100,000 items",
         "graph.text_knn, 100 neighbors of each of 3,000,000 nodes",
         "the rankings of 3,000,000 users",
-        "a ranking of 100,000,000 items for 3 users at a time",
+        "a ranking of 100,000,000 items for 4 users at a time",  # a power of two
         "a bootstrap of 40 runs over 3,000,000 users",
         "a table of 1,000 products for 10,000,000 customers",
     ]

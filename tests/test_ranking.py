@@ -11,6 +11,7 @@ from ir_measures import AP, RR, P, R, Success, nDCG
 from jax.tree_util import Partial
 
 from fused_rec import kernels
+from fused_rec.evaluation import ranking
 from fused_rec.evaluation import top_k as top_k_module
 from fused_rec.evaluation.item_sets import UserItemSets, contained, item_sets
 from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank, users_per_batch
@@ -354,6 +355,37 @@ def test_half_precision_scores_are_ranked():
     )
     assert items.tolist() == [[1, 2]]
     assert scores.dtype == np.float32
+
+
+def test_one_program_evaluates_all_scorers_and_splits(monkeypatch):
+    """Vectors of three widths and a table, splits of 13 and 15 users: what is traced once is compiled once."""
+    traced, auc = [], ranking.metrics.pairwise_auc
+    monkeypatch.setattr(ranking.metrics, "pairwise_auc", lambda *arrays: [traced.append(1), auc(*arrays)][1])
+    rng = np.random.default_rng(0)
+    kind = rng.choice(3, (16, 67), p=[0.1, 0.5, 0.4])
+    splits = [sets_where((kind == 0) & (np.arange(16) < count)[:, None]) for count in (13, 15)]
+    for width in (2, 3, 4):
+        users, items = (rng.normal(size=(count, width)).astype(np.float32) for count in (16, 67))
+        for truth in splits:
+            scorer = Partial(_product, jnp.asarray(users), jnp.asarray(items))
+            found = evaluate(scorer, RankingSpec(sets_where(kind == 1), 67, devices=1), truth, ks=(5, 10))
+            table = scorer_of(users @ items.T)
+            whole = evaluate(table, RankingSpec(sets_where(kind == 1), 67, devices=1), truth, ks=(5, 10))
+            np.testing.assert_allclose(found.metrics["ndcg@5"], whole.metrics["ndcg@5"])
+    assert len(traced) == 1
+
+
+def _product(users, items, batch):
+    return users[batch] @ items.T
+
+
+def test_subsets_of_the_usual_cutoffs_share_a_program():
+    """Metrics are those of a call with other cutoffs too, which has a program of its own."""
+    one, other = (evaluate(scorer_of(TABLE), RankingSpec(sets_of(SEEN), 5), sets_of(TRUTH), ks=ks)
+                  for ks in ((5, 20), (3, 5, 20)))  # fmt: skip
+    assert set(one.metrics) == {name for name in other.metrics if not name.endswith("@3")}
+    for name, values in one.metrics.items():
+        np.testing.assert_array_equal(values, other.metrics[name], err_msg=name)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from fused_rec.serving.recommender import load_measured, model_digest
 from fused_rec.training.checkpoint import Checkpoints
 from fused_rec.training.evaluate import scorer
 from fused_rec.training.fitted import FITTED, read_fitted, write_fitted
-from fused_rec.training.inputs import ModelInputs
+from fused_rec.training.inputs import ModelInputs, init_state, state_like
 
 MODEL = str(Path(__file__).parent / "golden" / "tiny_bert")
 
@@ -54,6 +55,17 @@ def run(market, folder) -> fr.Run:
 
 def scores(run: fr.Run) -> np.ndarray:
     return np.asarray(scorer(run.config, run.prepared, run.state)(jnp.arange(run.prepared.dataset.n_users)))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_state_to_fill_is_like_an_initial_one(run, lazy):
+    neighbors = {"loss": "bpr", "num_neighbors": 2} if lazy else {}
+    config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, lazy_adam=lazy, **neighbors))
+    given, expected = (make(config, run.prepared) for make in (state_like, init_state))
+    assert jax.tree.structure(given) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True):
+        assert isinstance(one, np.ndarray) and (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert (given.step, given.seed) == (expected.step, expected.seed)
 
 
 # --- all rows ------------------------------------------------------------------------------------------------------

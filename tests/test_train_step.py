@@ -342,6 +342,7 @@ def test_split_batch_by_hand():
     assert two.items.tolist() == [[[1, 2], [3, 4]], [[5, 6], [0, 0]]]
     assert two.mask.tolist() == [[[1, 1], [1, 0]], [[1, 1], [0, 0]]]
     assert two.negatives.tolist() == [[[1], [2]], [[3], [-1]]]  # -1: none of the negatives that devices share
+    assert shard_batch(whole._replace(negatives=whole.negatives[:, :0]), 2).negatives.shape == (2, 2, 0)
     for part, same in zip(shard_batch(whole, 3), whole, strict=True):
         np.testing.assert_array_equal(part[:, 0], same)
     assert shard_batch(whole, 4).users.tolist() == [[7], [8], [9], [0]]

@@ -421,13 +421,11 @@ def entries(matrix: scipy.sparse.csr_array) -> Entries:
         )
     # A zero past the end, for reads beyond a row or of an empty matrix.
     columns, values = np.append(matrix.indices, 0), np.append(matrix.data, 0)
-    return Entries(
-        jnp.asarray(matrix.indptr, jnp.int32), jnp.asarray(columns, jnp.int32), jnp.asarray(values, jnp.float32)
-    )
+    return Entries(*map(jnp.asarray, (matrix.indptr.astype(np.int32), columns.astype(np.int32), np.float32(values))))
 
 
 def _zeros(n_items: int) -> Float32[Array, "I"]:
-    return jnp.zeros(n_items, jnp.float32)
+    return jnp.asarray(np.zeros(n_items, np.float32))
 
 
 def same_for_all(scores: Float32[Array, "I"], users: Int32[Array, "B"]) -> Float32[Array, "B I"]:

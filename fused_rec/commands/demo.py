@@ -74,7 +74,7 @@ def _write_page(workdir: Path, prepared: Any, measured: dict[str, Any]) -> str:
 
     first, others = user_rows(prepared.dataset, [CUSTOMER]), sample(prepared, DRAWN)
     users = np.concatenate([first, np.setdiff1d(others, first)])
-    model = load(workdir / "fused")
+    model = load(workdir / "fused", dataset=prepared.dataset)
     customers = recommended(model, candidate_filter(prepared.dataset), users, Explain(5, passages(*model)))
     print(f"\nFor customer {customers[0].user_id}:\n")
     for item in customers[0].items:

@@ -204,6 +204,8 @@ def _holdings(
     rng: np.random.Generator, users: LatentFactors, items: LatentFactors, source: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples pairs (user, item) of highest utility; a Gumbel term makes this sampling without replacement."""
+    from scipy.sparse import csr_matrix  # here: its import takes a fifth of a second
+
     n_users, n_items = len(users.theme), len(items.theme)
     utility = (
         3.0 * (users.theme[:, None] == items.theme)
@@ -216,9 +218,9 @@ def _holdings(
     )
     count = np.minimum(4 + rng.lognormal(1.65, 1.1, n_users).astype(np.int64), n_items // 4)
     wanted = np.argsort(np.argsort(-utility, axis=1), axis=1) < count[:, None]
-    n_tied = np.zeros((n_users, n_items))  # number of connected users with this item
-    np.add.at(n_tied, target, wanted[source])
-    np.add.at(n_tied, source, wanted[target])
+    ends = np.concatenate([target, source]), np.concatenate([source, target])
+    ties = csr_matrix((np.ones(len(ends[0])), ends), (n_users, n_users))
+    n_tied = ties @ wanted.astype(np.float64)  # number of connected users with this item
     ranked = np.argsort(-(utility + 1.2 * np.minimum(n_tied, 2)), axis=1)
     held = np.arange(n_items) < count[:, None]
     return np.nonzero(held)[0], ranked[held]

@@ -64,15 +64,14 @@ def item_sets(user: Int[np.ndarray, "E"], item: Int[np.ndarray, "E"], n_users: i
 class PaddedSets(NamedTuple):
     """Item sets of a batch, padded to the same shape for all batches: row b has `items[starts[b]:starts[b + 1]]`."""
 
-    starts: Int32[AnyArray, "rows"]
+    starts: Int32[AnyArray, "ends"]  # ends = B + 1
+    rows: Int32[AnyArray, "F"]  # row of each item; B = padding
     items: Int32[AnyArray, "F"]
 
     def mask(self, n_items: int) -> Bool[Array, "B I"]:
         """Converts the sets to a dense mask."""
         n_rows = self.starts.shape[0] - 1
-        slots = jnp.arange(self.items.shape[0])
-        row = jnp.searchsorted(self.starts[1:], slots, side="right")  # padding gets row B and is dropped
-        return jnp.zeros((n_rows, n_items), bool).at[row, self.items].set(True, mode="drop")
+        return jnp.zeros((n_rows, n_items), bool).at[self.rows, self.items].set(True, mode="drop")
 
 
 def contained(
@@ -93,27 +92,39 @@ def contained(
     return np.append(keys, -1)[np.searchsorted(keys, wanted)] == wanted
 
 
-def padded_batches(sets: UserItemSets, batches: Int32[np.ndarray, "M B"], devices: int | None) -> Iterator[PaddedSets]:
-    """Yields for each batch the padded sets of this process's devices, stacked.
+def padded_batches(
+    sets: tuple[UserItemSets, ...], batches: Int32[np.ndarray, "M B"], devices: int | None
+) -> Iterator[tuple[PaddedSets, ...]]:
+    """Yields the item sets of each batch, each device's own along the leading axis.
 
     Args:
       sets: item sets of all users.
-      batches: users of each batch.
-      devices: number of devices that share a batch; None = all.
+      batches: users of each batch; device d has the users d, d + devices, d + 2 * devices, ... of it.
+      devices: number of devices, None = all.
+
+    Yields:
+      The sets of this process's devices, `starts` [devices, rows] and the rest [devices, F]. All have one F, a power of
+      two, so that splits and chunks of users share compilations.
     """
     count = len(select_devices(devices))
-    sizes = sets.sizes[batches].reshape(len(batches), -1, count)
-    # A power of two, so that calls for different chunks of users share compilations.
-    width = 1 << max(0, int(sizes.sum(1).max()) - 1).bit_length()
-    for users, size in zip(batches, sizes, strict=True):
-        stacked = []
-        for place in local_indices(devices):
-            own, starts = size[:, place], np.concatenate([[0], np.cumsum(size[:, place])])
-            items = np.zeros(width, np.int32)
-            source = np.repeat(sets.indptr[users[place::count]] - starts[:-1], own) + np.arange(starts[-1])
-            items[: starts[-1]] = sets.items[source]
-            stacked.append((starts.astype(np.int32), items))
-        yield PaddedSets(*map(np.stack, zip(*stacked, strict=True)))
+    most = [of_users.sizes[batches].reshape(len(batches), -1, count).sum(1).max() for of_users in sets]
+    width = 1 << max(0, int(max(most)) - 1).bit_length()
+    for users in batches:
+        yield tuple(_padded(of_users, users, width, devices) for of_users in sets)
+
+
+def _padded(sets: UserItemSets, users: Int32[np.ndarray, "B"], width: int, devices: int | None) -> PaddedSets:
+    """The sets of one batch."""
+    count, stacked = len(select_devices(devices)), []
+    for place in local_indices(devices):
+        own = users[place::count]
+        sizes = sets.indptr[own + 1] - sets.indptr[own]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        rows, items = np.full(width, len(own), np.int32), np.zeros(width, np.int32)
+        rows[: starts[-1]] = np.repeat(np.arange(len(own)), sizes)
+        items[: starts[-1]] = sets.items[np.repeat(sets.indptr[own] - starts[:-1], sizes) + np.arange(starts[-1])]
+        stacked.append((starts.astype(np.int32), rows, items))
+    return PaddedSets(*map(np.stack, zip(*stacked, strict=True)))
 
 
 def check_sets(users: Int[np.ndarray, "V"], n_items: int, **sets: UserItemSets | tuple[UserItemSets, ...]) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from fused_rec import kernels
+from fused_rec.distributed.devices import AnyArray
 
 
 def map_rows(function: Callable[..., Any], *arrays: Array) -> Any:
@@ -72,7 +73,8 @@ def average_precision(hits: Bool[Array, "B K"], n_truth: Int32[Array, "B"], k: i
     """
     cut = hits[:, :k]
     ranks = jnp.arange(1, cut.shape[1] + 1, dtype=jnp.float32)[None, :]
-    precisions = jnp.cumsum(cut, axis=1, dtype=jnp.int32).astype(jnp.float32) / ranks
+    # Of all ranks, so that the sums of all cutoffs are one in a compiled program.
+    precisions = jnp.cumsum(hits, axis=1, dtype=jnp.int32)[:, :k].astype(jnp.float32) / ranks
     return jnp.where(cut, precisions, 0.0).sum(1) / n_truth.astype(jnp.float32)
 
 
@@ -134,7 +136,9 @@ def _pairwise_auc(
     return map_rows(of_row, scores, negative, starts[:-1], starts[1:])
 
 
-def novelty(items: Int32[Array, "B K"], item_counts: Int[Array, "I"], n_users: int, k: int) -> Float32[Array, "B"]:
+def novelty(
+    items: Int32[AnyArray, "B K"], item_counts: Int[AnyArray, "I"], n_users: int | Int32[AnyArray, ""], k: int
+) -> Float32[Array, "B"]:
     """Computes the mean self-information of the first k items in bits, log2(U / item degree) (Zhou et al., PNAS 2010).
 
     Args:

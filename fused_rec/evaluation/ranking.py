@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 from tqdm import tqdm
 
 from fused_rec.config import KS
@@ -217,7 +217,7 @@ def rank(scorer: Scorer, users: Int[np.ndarray, "V"], spec: RankingSpec, k: int)
         np.zeros((n, rules), np.int32),
     )
     sets = spec.seen, *spec.filter.excluded
-    for rows, (ranked, of_rules) in _over_batches(_rank_batch, _Replicated.of(scorer, spec), users, sets, spec, k=k):
+    for rows, (ranked, of_rules) in _over_batches(_rank_batch, scorer, users, sets, spec, k=k):
         for whole, part in zip(found[:3], ranked, strict=True):
             whole[rows] = part
         for rule, of_rule in enumerate(of_rules):
@@ -267,21 +267,19 @@ def evaluate(
     if len(users) == 0:
         raise ValueError("no user has a held-out item among the candidates; nothing can be evaluated")
     # The metrics per block of lists, and concatenated; hits.
-    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2) + 2 * max(*ks, COVERAGE_K))
+    _require_room(len(users), spec, 8 * (len(metrics.RANKED) * len(ks) + 2) + 2 * max(*ks, COVERAGE_K) + 4 * COVERAGE_K)
 
     hits = np.zeros((len(users), max(*ks, COVERAGE_K)), bool)
-    parts: list[dict[str, np.ndarray]] = []
-    recommended = np.zeros(spec.n_items, bool)
-    sets, n_users = (spec.seen, truth, *spec.filter.excluded), spec.seen.n_users
-    arrays = _Replicated.of(scorer, spec, item_counts)
-    static = {"k": hits.shape[1], "n_users": n_users}
-    for rows, (hit, values, items) in _over_batches(_evaluate_batch, arrays, users, sets, spec, **static):
-        hits[rows] = hit
-        recommended[items[items >= 0]] = True
-        parts.append(values)
-    columns = _list_metrics(hits, truth.sizes[users].astype(np.int32), ks)
-    columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return UserMetrics(users, columns, {f"coverage@{COVERAGE_K}": float(recommended.sum() / allowed.sum())})
+    auc = np.zeros(len(users), np.float32)
+    first = np.zeros((len(users), COVERAGE_K), np.int32)
+    sets = spec.seen, truth, *spec.filter.excluded
+    for rows, found in _over_batches(_evaluate_batch, scorer, users, sets, spec, k=hits.shape[1]):
+        hits[rows], auc[rows], first[rows] = found
+    columns = _list_metrics(hits, truth.sizes[users].astype(np.int32), ks) | {"auc": auc}
+    if item_counts is not None:
+        columns[f"novelty@{COVERAGE_K}"] = _novelty(first, item_counts, spec.seen.n_users)
+    coverage = np.isin(np.arange(spec.n_items), first).sum() / allowed.sum()
+    return UserMetrics(users, columns, {f"coverage@{COVERAGE_K}": float(coverage)})
 
 
 def _check_truth(spec: RankingSpec, truth: UserItemSets, item_counts: Int[np.ndarray, "I"] | None) -> None:
@@ -304,7 +302,7 @@ def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
 
     Of each user in a batch there are two float32 scores and four masks per item.
     """
-    batch = min(spec.users_at_once, max(n_users, 1))
+    batch = min(spec.users_at_once, _padded_users(n_users))
     what = f"a ranking of {spec.n_items:,} items for {batch:,} users at a time"
     remedy = "rank fewer users at a time (batch_size), or raise data.k_core"
     require_device_memory(12 * batch * spec.n_items, what, remedy)
@@ -315,34 +313,29 @@ def _require_room(n_users: int, spec: RankingSpec, bytes_a_user: int) -> None:
 class _Replicated(NamedTuple):
     """Arguments of a batch that every device has whole."""
 
-    scorer: Partial
     tests: tuple[Partial, ...]
-    candidates: Bool[Array, "I"]
+    candidates: Bool[AnyArray, "I"]
     order: TieBreak
-    item_counts: Int32[Array, "I"] | None
-
-    @classmethod
-    def of(cls, scorer: Scorer, spec: RankingSpec, item_counts: np.ndarray | None = None) -> "_Replicated":
-        counts = None if item_counts is None else jnp.asarray(item_counts, jnp.int32)
-        order = random_order(spec.n_items, spec.seed)
-        return cls(as_argument(scorer), spec.filter.tests, jnp.asarray(spec.candidate_mask()), order, counts)
 
 
 def _over_batches(
     function: Callable[..., Any],
-    arrays: _Replicated,
+    scorer: Scorer,
     users: Int[np.ndarray, "V"],
     sets: tuple[UserItemSets, ...],
     spec: RankingSpec,
     **static: Any,
 ) -> Iterator[tuple[slice, Any]]:
-    """Applies a function to batches of users, divided over devices.
+    """Applies a function to the scores of batches of users, divided over devices.
+
+    Scores are computed by a program of their own: the other one, which takes longer to compile, is the same for all
+    scorers.
 
     Args:
-      function: (arrays, users [B], `PaddedSets` of each of `sets`, **static) to results, whose leading axis is that of
-        the users, and Bool [B], whether all scores of a user are finite; defined at module level, since its
-        compilations are cached.
-      arrays: replicated on every device.
+      function: (`_Replicated`, scores [B, I], users [B], `PaddedSets` of each of `sets`, **static) to results, whose
+        leading axis is that of the users, and Bool [B], whether all scores of a user are finite; defined at module
+        level, since its compilations are cached.
+      scorer: see `Scorer`.
       users: V user rows.
       sets: item sets.
       spec: batch size, devices and progress bar.
@@ -357,13 +350,14 @@ def _over_batches(
     if not len(users):
         return
     batches = _pad_to_batches(users, spec.users_at_once, spec.devices)
-    arrays = device_put(arrays, None, spec.devices)
-    mapped = _mapped(function, spec.devices, **static)
+    arrays = _Replicated(spec.filter.tests, spec.candidate_mask(), random_order(spec.n_items, spec.seed))
+    arrays, scorer = device_put((arrays, as_argument(scorer)), None, spec.devices)
+    score, mapped = _mapped_scorer(spec.n_items, spec.devices), _mapped(function, spec.devices, **static)
     bar = tqdm(batches, desc=spec.progress, unit="batch", disable=not spec.progress)
-    of_batches = (padded_batches(of_users, batches, spec.devices) for of_users in sets)
     done = 0
-    for rows, *of_rows in zip(bar, *of_batches, strict=True):
-        found, finite = jax.device_get(mapped(arrays, shard_rows(rows, spec.devices), tuple(of_rows)))
+    for rows, of_rows in zip(bar, padded_batches(sets, batches, spec.devices), strict=True):
+        own = shard_rows(rows, spec.devices)
+        found, finite = jax.device_get(mapped(arrays, score(scorer, own), own, of_rows))
         if not finite.all():
             raise ValueError(
                 f"the scores of user {rows[np.argmin(finite)]} hold NaN or infinity; scores must be finite "
@@ -376,25 +370,36 @@ def _over_batches(
 
 def _pad_to_batches(users: Int[np.ndarray, "V"], batch: int, devices: int | None) -> Int32[np.ndarray, "M B"]:
     count = len(select_devices(devices))
-    batch = min(batch, -(-len(users) // count)) * count
+    batch = min(batch, _padded_users(-(-len(users) // count))) * count
     padding = np.full(-len(users) % batch, users[-1])  # repeats the last user; removed from the results
     return np.concatenate([users, padding]).astype(np.int32).reshape(-1, batch)
 
 
+def _padded_users(count: int) -> int:
+    """The next power of two, so that splits of about as many users share compilations."""
+    return 1 << max(0, count - 1).bit_length()
+
+
 @functools.lru_cache(maxsize=16)
 def _mapped(function: Callable, devices: int | None, **static: Any) -> Callable[..., Any]:
-    """Maps `function` over devices: replicated arrays, then each device's users and their sets."""
+    """Maps `function` over devices: replicated arrays, then each device's scores, users and their sets."""
     shards = Shards(len(select_devices(devices)))
 
-    def whole(arrays, users, sets):
-        return jax.tree.map(shards.all_gather, function(arrays, users, sets, **static))
+    def whole(arrays, scores, users, sets):
+        return jax.tree.map(shards.all_gather, function(arrays, scores, users, sets, **static))
 
-    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED), out_axes=None)
+    return pmap_over_devices(whole, devices, in_axes=(None, SHARDED, SHARDED, SHARDED), out_axes=None)
 
 
-def _rank_batch(arrays, users, sets, *, k):
+@functools.lru_cache(maxsize=16)
+def _mapped_scorer(n_items: int, devices: int | None) -> Callable[..., Any]:
+    """Maps a scorer over devices: the scorer, then each device's users."""
+    scored = functools.partial(_scored, n_items)
+    return pmap_over_devices(scored, devices, in_axes=(None, SHARDED), out_axes=SHARDED)
+
+
+def _rank_batch(arrays, scores, users, sets, *, k):
     n_items = len(arrays.candidates)
-    scores = _scored(arrays.scorer, users, n_items)
     unseen, masks = _unseen(arrays, sets[0]), _passed(arrays.tests, sets[1:], users, n_items)
     refused = sum((~mask).astype(jnp.int32) for mask in masks) if masks else jnp.zeros(unseen.shape, jnp.int32)
     items, top, finite = top_k_filtered(scores, unseen & (refused == 0), arrays.order, k)
@@ -412,31 +417,51 @@ def _rank_batch(arrays, users, sets, *, k):
     return ((items, top, before), of_rules), finite
 
 
-def _evaluate_batch(arrays, users, sets, *, k, n_users):
+def _evaluate_batch(arrays, scores, users, sets, *, k):
     seen, truth, *barred = sets
     n_items = len(arrays.candidates)
-    scores = _scored(arrays.scorer, users, n_items)
     masks = _passed(arrays.tests, barred, users, n_items)
     eligible = functools.reduce(jnp.logical_and, masks, _unseen(arrays, seen))
     items, _, finite = top_k_filtered(scores, eligible, arrays.order, k)
     relevant = truth.mask(n_items)
     hits = jnp.take_along_axis(relevant, jnp.maximum(items, 0), axis=1) & (items >= 0)
-    values = {"auc": metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)}
-    if arrays.item_counts is not None:
-        values[f"novelty@{COVERAGE_K}"] = metrics.novelty(items, arrays.item_counts, n_users, COVERAGE_K)
-    return (hits, values, items[:, :COVERAGE_K]), finite
+    auc = metrics.pairwise_auc(scores, eligible & ~relevant, truth.starts, truth.items)
+    return (hits, auc, items[:, :COVERAGE_K]), finite
 
 
 def _list_metrics(
     hits: Bool[np.ndarray, "V K"], n_truth: Int32[np.ndarray, "V"], ks: tuple[int, ...]
 ) -> dict[str, Float32[np.ndarray, "V"]]:
     """Computes the metrics of lists: those of `metrics.RANKED` at each cutoff."""
-    missing = -len(hits) % LISTS
-    padded = np.pad(hits, ((0, missing), (0, 0))), np.pad(n_truth, (0, missing), constant_values=1)
-    blocks = zip(*(np.split(part, len(part) // LISTS) for part in padded), strict=True)
-    parts = jax.device_get([_metrics_of_lists(*block, ks) for block in blocks])
+    computed = KS if {*ks} <= {*KS} else ks  # one compilation for all subsets of the usual cutoffs
+    hits = np.pad(hits, ((0, 0), (0, max(*computed, COVERAGE_K) - hits.shape[1])))
+    parts = [_metrics_of_lists(*block, computed) for block in _blocks(hits, n_truth)]
     names = [f"{name}@{k}" for name in metrics.RANKED for k in ks]
     return {name: np.concatenate([part[name] for part in parts])[: len(hits)] for name in names}
+
+
+def _novelty(
+    items: Int32[np.ndarray, "V K"], item_counts: Int[np.ndarray, "I"], n_users: int
+) -> Float32[np.ndarray, "V"]:
+    """Computes the novelty of lists."""
+    counts, total = item_counts.astype(np.int32), np.int32(n_users)
+    return np.concatenate([_novelty_of_lists(*block, counts, total) for block in _blocks(items)])[: len(items)]
+
+
+def _blocks(*arrays: Shaped[np.ndarray, "V ..."]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Divides arrays of lists into blocks of `LISTS`, the last one padded with ones."""
+    for start in range(0, len(arrays[0]), LISTS):
+        parts = (part[start : start + LISTS] for part in arrays)
+        yield tuple(
+            np.pad(part, [(0, LISTS - len(part))] + [(0, 0)] * (part.ndim - 1), constant_values=1) for part in parts
+        )
+
+
+@jax.jit
+def _novelty_of_lists(
+    items: Int32[AnyArray, "V K"], item_counts: Int32[AnyArray, "I"], n_users: Int32[AnyArray, ""]
+) -> Float32[Array, "V"]:
+    return metrics.novelty(items, item_counts, n_users, COVERAGE_K)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -446,7 +471,7 @@ def _metrics_of_lists(
     return {f"{name}@{k}": metric(hits, n_truth, k) for name, metric in metrics.RANKED.items() for k in ks}
 
 
-def _scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[Array, "B I"]:
+def _scored(n_items: int, scorer: Scorer, users: Int32[Array, "B"]) -> Float32[Array, "B I"]:
     scores = scorer(users)
     if scores.shape != (users.shape[0], n_items):
         raise ValueError(f"the scorer returned shape {scores.shape}; it must be {(users.shape[0], n_items)}")
@@ -454,7 +479,7 @@ def _scored(scorer: Scorer, users: Int32[Array, "B"], n_items: int) -> Float32[A
 
 
 def _unseen(arrays: _Replicated, seen: PaddedSets) -> Bool[Array, "B I"]:
-    return arrays.candidates[None, :] & ~seen.mask(len(arrays.candidates))
+    return jnp.asarray(arrays.candidates)[None, :] & ~seen.mask(len(arrays.candidates))
 
 
 def _passed(

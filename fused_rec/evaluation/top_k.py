@@ -50,7 +50,7 @@ def random_order(n_items: int, seed: int) -> TieBreak:
     rng = np.random.default_rng(seed)
     n_rows = max(1, math.isqrt(n_items // MAX_K))  # balances the search for MAX_K columns and for MAX_K items in them
     columns, rows = rng.permutation(-(-n_items // n_rows)), rng.permutation(n_rows)
-    return TieBreak(jnp.asarray(columns, jnp.int32), jnp.asarray(rows, jnp.int32))
+    return TieBreak(columns.astype(np.int32), rows.astype(np.int32))
 
 
 def top_k_filtered(

@@ -6,7 +6,7 @@ change few columns and rows of M_l: `fused_rec.explanation.set_removal`, `fused_
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ import scipy.sparse
 from jaxtyping import PyTree
 
 from fused_rec.config import Config, ModelConfig
+from fused_rec.distributed.devices import AnyArray
 from fused_rec.graph.adjacency import Adjacency, degrees_of
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
@@ -49,13 +50,51 @@ def branches(config: Config, params: PyTree, graph: DeviceGraph) -> tuple[Branch
     Returns:
       The graph branch, and the text branch where the model has one.
     """
-    static = Config(model=config.model, train=config.train)
-    captured, fewer = jax.device_get(_captured(static, params, graph, _with_fewer_edges(graph)))
-    settings = [config.model] if len(captured) == 1 else [config.model, config.model.text_branch()]
+    found, fewer = (linear_inputs(config.model, params, given) for given in (graph, _with_fewer_edges(graph)))
+    settings = [config.model] if len(found) == 1 else [config.model, config.model.text_branch()]
     return tuple(
-        _branch(own, graph, params.get(name, {}), found, less)
-        for own, name, found, less in zip(settings, BRANCHES, captured, fewer, strict=False)
+        _branch(own, graph, params.get(name, {}), inputs, less.weights)
+        for own, name, inputs, less in zip(settings, BRANCHES, found, fewer, strict=False)
     )
+
+
+class LinearInputs(NamedTuple):
+    """What the layers of a branch are a linear function of, by node type, and the coefficients."""
+
+    ids: dict[str, np.ndarray]
+    text: dict[str, np.ndarray]
+    weights: PropagationWeights
+
+
+def linear_inputs(config: ModelConfig, params: PyTree, graph: DeviceGraph) -> list[LinearInputs]:
+    """Computes the inputs of each trained branch.
+
+    Args:
+      config: settings of the model.
+      params: parameters, not sharded.
+      graph: the whole graph, on the host.
+
+    Returns:
+      Those of the graph branch, and of the text branch where the model has one, as NumPy arrays.
+    """
+    return [LinearInputs(*found) for found in jax.device_get(_captured(config, params, graph))]
+
+
+def layers_of(
+    graph: DeviceGraph, weights: PropagationWeights, inputs: dict[str, np.ndarray], text: dict[str, np.ndarray]
+) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Propagates inputs of a branch.
+
+    Args:
+      graph: the whole graph, on the host.
+      weights: of `linear_inputs`.
+      inputs: h^0, by node type.
+      text: what the text gates add to later layers.
+
+    Returns:
+      h^0 to h^L, and the weighted sum of them, as NumPy arrays.
+    """
+    return jax.device_get(_propagated(graph, weights, inputs, text))
 
 
 def _with_fewer_edges(graph: DeviceGraph) -> DeviceGraph:
@@ -70,23 +109,26 @@ def _with_fewer_edges(graph: DeviceGraph) -> DeviceGraph:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _captured(config: Config, params: PyTree, graph: DeviceGraph, fewer: DeviceGraph) -> Any:
-    """(ID embeddings, layers, output, weights) of each branch, and the weights with fewer edges."""
-    found = []
-    for given in (graph, fewer):
-        captured: Any
-        vectors, captured = FusedModel(config.model).apply({"params": params}, given, mutable=["intermediates"])
-        found.append([captured["intermediates"][name][LINEAR][0] for name in BRANCHES[: len(vectors)]])
-    whole = []
-    for ids, text, weights in found[0]:
-        layers = propagate_layers(graph, weights, {t: ids[t] + text[t] for t in ids}, text)
-        whole.append((ids, layers, combine_layers(weights, layers), weights))
-    return whole, [weights for _, _, weights in found[1]]
+def _captured(config: ModelConfig, params: PyTree, graph: DeviceGraph) -> Any:
+    captured: Any
+    vectors, captured = FusedModel(config).apply({"params": params}, graph, mutable=["intermediates"])
+    return [captured["intermediates"][name][LINEAR][0] for name in BRANCHES[: len(vectors)]]
 
 
-def _branch(config: ModelConfig, graph: DeviceGraph, params: PyTree, found: tuple, less: PropagationWeights) -> Branch:
-    """Builds the matrices of a branch."""
-    ids, layers, out, weights = found
+@jax.jit
+def _propagated(
+    graph: DeviceGraph, weights: PropagationWeights, inputs: dict[str, AnyArray], text: dict[str, AnyArray]
+) -> Any:
+    layers = propagate_layers(graph, weights, inputs, text)
+    return layers, combine_layers(weights, layers)
+
+
+def _branch(
+    config: ModelConfig, graph: DeviceGraph, params: PyTree, found: LinearInputs, less: PropagationWeights
+) -> Branch:
+    """Propagates the inputs of a branch, and builds its matrices."""
+    ids, text, weights = found
+    layers, out = layers_of(graph, weights, {t: ids[t] + text[t] for t in ids}, text)
     matrices = {}
     for relation, edge in weights.edge.items():
         adjacency = graph.adjacencies[relation]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
@@ -23,7 +23,8 @@ from fused_rec.graph.edit import drop_edges, drop_interaction
 from fused_rec.graph.schema import Relation
 from fused_rec.training.evaluate import scores_of
 from fused_rec.training.inputs import ModelInputs
-from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
+from fused_rec.training.sharding import embed_on_one_device
+from fused_rec.training.train_step import GraphInputs
 
 LARGEST_SET = 3  # sources: smaller sets are searched exhaustively
 MOST_SETS = 5000  # of one size that are tested
@@ -167,7 +168,7 @@ def counterfactual_effect(
     candidates[removed_item] = False
     found = []
     for graph_inputs in (prepared.graph_inputs, without_interaction(config, prepared, user, removed_item)):
-        given = np.asarray(_scores(compile_key(config), params, graph_inputs, np.array([user], np.int32)))[0]
+        given = _scores(config, params, graph_inputs, user)
         found += [float(given[item]), 1 + int((given[candidates] > given[item]).sum())]
     return CounterfactualEffect(*found)
 
@@ -185,14 +186,13 @@ def score_of(config: Config, params: PyTree, graph_inputs: GraphInputs, user: in
     Returns:
       The sum of the components, also for a user of whom nothing is known.
     """
-    return float(_score(compile_key(config), params, graph_inputs, user, item))
+    return float(_score(*embed_on_one_device(config, params, graph_inputs), user, item))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _score(
-    config: Config, params: PyTree, graph_inputs: GraphInputs, user: int | AnyArray, item: int | AnyArray
+    users: Float32[AnyArray, "U D"], items: Float32[AnyArray, "I D"], user: int | AnyArray, item: int | AnyArray
 ) -> Float32[Array, ""]:
-    users, items = embed_nodes(config, params, graph_inputs)
     return users[user] @ items[item]
 
 
@@ -266,7 +266,7 @@ class _Leads:
         config, inputs = self.model.config, self.prepared
         given = inputs.graph_inputs
         edited = without_sources(config, inputs.observed, given, self.user, removed, self.model.reviews)
-        return np.asarray(_scores(compile_key(config), self.model.params, edited, np.array([self.user], np.int32)))[0]
+        return _scores(config, self.model.params, edited, self.user)
 
     def compute(self, sets: Iterable[frozenset[int]]) -> None:
         """Computes by how much each item is ahead of the k-th best other without each set, all of one size.
@@ -377,8 +377,10 @@ class _SetSearch:
         return CounterfactualSet(named, smallest, self.rank, rank, self.item, leaving)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(
-    config: Config, params: PyTree, graph_inputs: GraphInputs, users: Int32[AnyArray, "B"]
-) -> Float32[Array, "B I"]:
-    return scores_of(*embed_nodes(config, params, graph_inputs), graph_inputs.popularity, users)
+def _scores(config: Config, params: PyTree, graph_inputs: GraphInputs, user: int) -> Float32[np.ndarray, "I"]:
+    """All scores of a user, recomputed."""
+    embeddings = embed_on_one_device(config, params, graph_inputs)
+    return np.asarray(_scores_of(*embeddings, graph_inputs.popularity, np.array([user], np.int32)))[0]
+
+
+_scores_of = jax.jit(scores_of)

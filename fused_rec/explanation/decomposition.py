@@ -12,18 +12,17 @@ with layer weights a, the dot product of each term with v_i / |u| is its contrib
 score up to rounding. Every h splits further into a part from ID embeddings and a part from text.
 """
 
-import functools
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int, PyTree
 
 from fused_rec.baselines.launch import PRIOR
-from fused_rec.config import Config, TrainedMethod
+from fused_rec.config import Config, ModelConfig, TrainedMethod
+from fused_rec.explanation.branches import layers_of, linear_inputs
 from fused_rec.graph.adjacency import Adjacency
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import INTERACTED_BY, ITEM, SIMILAR_TEXT, USER, Relation
@@ -36,9 +35,10 @@ from fused_rec.model.late_fusion import (
     friends_scale,
     social_relations,
 )
-from fused_rec.model.model import LINEAR, FusedModel
-from fused_rec.model.propagation import PropagationWeights, combine_layers, propagate_layers
-from fused_rec.training.train_step import BRANCHES, GraphInputs, score_components
+from fused_rec.model.model import Vectors
+from fused_rec.model.propagation import PropagationWeights
+from fused_rec.training.sharding import trained_on_one_device
+from fused_rec.training.train_step import GraphInputs, components_of
 
 Layers = list[dict[str, Float32[np.ndarray, "_ K"]]]  # h^0 to h^L, by node type
 
@@ -137,9 +137,8 @@ def decompose(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Scor
       ValueError: the model is a baseline.
     """
     require_trained(config)
-    branches, arrays = jax.device_get(
-        _branch_terms(Config(model=config.model, train=config.train), params, graph_inputs)
-    )
+    branches = _branch_terms(config.model, params, graph_inputs.graph)
+    arrays = jax.device_get(_components(trained_on_one_device(config, params, graph_inputs), graph_inputs))
     fusion = graph_inputs.fusion
     names = [MODEL] if fusion is None else component_names(fusion)
     parts = [_HostComponent(name, *rows) for name, rows in zip(names, arrays, strict=True)]
@@ -225,7 +224,7 @@ def _summed(graph: DeviceGraph, closed: ClosedForm, part: _HostComponent, friend
     columns, relations, source = slice(0, width), [INTERACTED_BY], {ITEM: np.asarray(closed.source)}
     if friends:
         columns, relations, source = slice(width, None), social_relations(graph), {USER: np.asarray(closed.friends)}
-        scale = np.asarray(friends_scale(graph))
+        scale = np.asarray(_friends_scale(graph))
     weights = PropagationWeights(
         edge={r: (np.asarray(graph.adjacencies[r].weight) > 0).astype(np.float32) for r in relations},
         source_scale={r: np.ones(graph.count(r.source), np.float32) for r in relations},
@@ -241,29 +240,31 @@ def _summed(graph: DeviceGraph, closed: ClosedForm, part: _HostComponent, friend
     return BranchTerms(ids, text, weights, norm, part.items[:, columns])
 
 
+_friends_scale = jax.jit(friends_scale)
+
+
 def _columns_of(layer: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
     return {node_type: rows * kept for node_type, rows in layer.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _branch_terms(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
-    """(layers from IDs, layers from text, weights, |u|) of each trained branch, and the components of the score."""
-    captured: Any
-    vectors, captured = FusedModel(config.model).apply(
-        {"params": params}, graph_inputs.graph, mutable=["intermediates"]
-    )
-    branches = []
-    for name in BRANCHES[: len(vectors)]:
-        [(ids, text, coefficients)] = captured["intermediates"][name][LINEAR]
-        zeros = {node_type: 0 * x for node_type, x in text.items()}
-        by_ids = propagate_layers(graph_inputs.graph, coefficients, ids, zeros)
-        by_text = propagate_layers(graph_inputs.graph, coefficients, text, text)
-        out = combine_layers(coefficients, by_ids)[USER] + combine_layers(coefficients, by_text)[USER]
-        cosine = config.model.score == "cosine"
-        length = jnp.sqrt((out * out).sum(1) + 1e-12) if cosine else jnp.ones(len(out))  # as in `unit`
-        branches.append((by_ids, by_text, coefficients, length))
-    parts = score_components(config, params, graph_inputs)
-    return branches, [tuple(part[1:]) for part in parts]  # without the names, which are no arrays
+def _branch_terms(config: ModelConfig, params: PyTree, graph: DeviceGraph) -> list[tuple]:
+    """(layers from IDs, layers from text, weights, |u|) of each trained branch."""
+    found = []
+    for ids, text, weights in linear_inputs(config, params, graph):
+        zeros = {node_type: np.zeros_like(rows) for node_type, rows in text.items()}
+        by_ids, of_ids = layers_of(graph, weights, ids, zeros)
+        by_text, of_text = layers_of(graph, weights, text, text)
+        out = of_ids[USER] + of_text[USER]
+        cosine = config.score == "cosine"
+        length = np.sqrt((out * out).sum(1) + np.float32(1e-12)) if cosine else np.ones(len(out), np.float32)
+        found.append((by_ids, by_text, weights, length))  # the norm as in `unit`
+    return found
+
+
+@jax.jit
+def _components(trained: dict[str, Vectors], graph_inputs: GraphInputs) -> list[tuple]:
+    """The components of the score, without the names, which are no arrays."""
+    return [tuple(part[1:]) for part in components_of(trained, graph_inputs)]
 
 
 def scores(decomposition: ScoreDecomposition, user: int) -> Float32[np.ndarray, "I"]:

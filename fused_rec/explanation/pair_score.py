@@ -93,7 +93,7 @@ class PairScorer:
 
     def scores_and_slopes(
         self, pair: Pair, text: Float32[np.ndarray, "n 2 D"]
-    ) -> tuple[Float32[Array, "n"], Float32[Array, "n 2 D"]]:
+    ) -> tuple[Float32[np.ndarray, "n"], Float32[np.ndarray, "n 2 D"]]:
         """Computes the score with other text features, and its derivatives.
 
         Args:
@@ -104,7 +104,7 @@ class PairScorer:
           The scores and their gradients.
         """
         padded = np.pad(text, ((0, -len(text) % POINTS), (0, 0), (0, 0)), mode="edge")
-        scores, slopes = _scores_and_slopes(self.configs, self.shared, pair, padded)
+        scores, slopes = jax.device_get(_scores_and_slopes(self.configs, self.shared, pair, padded))
         return scores[: len(text)], slopes[: len(text)]
 
     def _node(self, place: int, side: str, row: int) -> _Node:
@@ -231,32 +231,32 @@ def _changed_rows(
         ]
         for number, side in enumerate(SIDES)
     ]
-    rows = [[after - old] for old, after in inputs]
+
+    levels = config.effective_layers
 
     def gate(name: str, own: Array, degree: Array) -> Array:
         if config.layer_combination != "learned":
-            return jnp.ones(config.effective_layers)
-        made: Any = Gate(config.effective_layers, config.relation_gates)
+            return jnp.ones(levels)
+        made: Any = Gate(levels, config.relation_gates)
         return made.apply({"params": params[name]}, own[None], jnp.reshape(degree, 1))[:, 0]
 
-    for level in range(config.effective_layers):
-        new = []
-        for number, side in enumerate(SIDES):
-            row = jnp.zeros(config.dim)
-            for relation, part in received[number].items() if config.fuses_text else ():
-                changes = sum(
-                    jnp.einsum("j,jk->k", part["change"][level, other, : level + 1], jnp.stack(rows[other]))
-                    for other in range(2)
-                )
-                grown = gate(f"gate_{relation}", text[number], part["degree"])[level] - part["gate"][level]
-                row = row + grown * (part["messages"][level] + changes)
-            if config.fuses_text and side in with_text:
-                old, after = (gate(f"gate_text_{side}", own[number], jnp.zeros(()))[level] for own in (before, text))
-                row = row + after * inputs[number][1] - old * inputs[number][0]
-            new.append(row)
-        for number, row in enumerate(new):
-            rows[number].append(row)
-    return jnp.stack([jnp.stack(of_node) for of_node in rows])
+    # Of all layers at once: the part of a row that needs no other rows, and what it takes of each.
+    constant, taken = [], []
+    for number, side in enumerate(SIDES):
+        rows, factors = jnp.zeros((levels, config.dim)), jnp.zeros((levels, 2, levels + 1))
+        for relation, part in received[number].items() if config.fuses_text else ():
+            grown = gate(f"gate_{relation}", text[number], part["degree"]) - part["gate"]
+            rows, factors = rows + grown[:, None] * part["messages"], factors + grown[:, None, None] * part["change"]
+        if config.fuses_text and side in with_text:
+            old, after = (gate(f"gate_text_{side}", own[number], jnp.zeros(())) for own in (before, text))
+            rows = rows + jnp.outer(after, inputs[number][1]) - jnp.outer(old, inputs[number][0])
+        constant.append(rows)
+        taken.append(factors)
+    found = [jnp.stack([after - old for old, after in inputs])]
+    for level in range(levels):
+        others = jnp.einsum("noj,ojk->nk", jnp.stack(taken)[:, level, :, : level + 1], jnp.stack(found, axis=1))
+        found.append(jnp.stack(constant)[:, level] + others)
+    return jnp.stack(found, axis=1)
 
 
 def projected(config: ModelConfig, params: PyTree, side: str, text: Float32[AnyArray, "n D"]) -> Float32[Array, "n K"]:

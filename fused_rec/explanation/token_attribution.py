@@ -40,6 +40,7 @@ from fused_rec.text.pretrained import PretrainedModel
 from fused_rec.text.tfidf import TfidfModel
 from fused_rec.training import finetune
 from fused_rec.training.inputs import ModelInputs
+from fused_rec.training.sharding import embed_on_one_device
 from fused_rec.training.train_step import GraphInputs, compile_key, embed_nodes
 
 LOG = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Attributor:
         """Returns the function from text features [n, 2, D] of a pair to scores [n] and gradients."""
         if self.scorer is not None:
             pair = self.scorer.pair(*rows, self.score(rows))
-            return lambda text: jax.device_get(self.scorer.scores_and_slopes(pair, text))  # pyright: ignore
+            return functools.partial(self.scorer.scores_and_slopes, pair)
         settings, at = compile_key(self.config), np.array(rows, np.int32)
 
         def found(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,16 +198,11 @@ def attributor(config: Config, params: PyTree, prepared: ModelInputs) -> Attribu
         model, features = dataclasses.replace(model, params=weights), features.with_lm(encoded.vectors)
     vectors = features.vectors()
     means = {side: node_means(features.texts.links[side], vectors)[0] for side in SIDES}
-    embeddings = jax.device_get(_embeddings(compile_key(config), params, prepared.graph_inputs))
+    embeddings = jax.device_get(embed_on_one_device(config, params, prepared.graph_inputs))
     scorer = PairScorer(config, params, prepared.graph_inputs) if config.model.local_text else None
     on_device: Any = jax.device_put((params, prepared.graph_inputs, model.params))
     params, graph_inputs, weights = on_device
     return Attributor(config, params, graph_inputs, model, weights, features, vectors, means, embeddings, scorer)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embeddings(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Any:
-    return embed_nodes(config, params, graph_inputs)
 
 
 def attribute_tokens(

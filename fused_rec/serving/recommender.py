@@ -30,10 +30,10 @@ from fused_rec.training.fitted import FITTED, Fitted, read_fitted, trained_param
 from fused_rec.training.inputs import (
     ModelInputs,
     Prepared,
-    init_state,
     prepare,
     read_dataset,
     serving_inputs,
+    state_like,
     with_finetuned_text,
 )
 from fused_rec.training.late_fusion import selection_of, with_late_fusion
@@ -109,7 +109,7 @@ def load(
         LOG.warning("%d %s", count, what)
     if checkpoints is None:
         return config, inputs, fitted_state(config, inputs, read_results(workdir)["settings"])
-    state = restore_parameters(checkpoints, step, init_state(config, inputs), fitted, dataset)
+    state = restore_parameters(checkpoints, step, state_like(config, inputs), fitted, dataset)
     inputs = with_finetuned_text(config, inputs, state)
     return config, with_late_fusion(inputs, selection_of(read_results(workdir))), state
 
@@ -143,7 +143,7 @@ def load_measured(
     prepared = prepare(config, dataset, data_split, splits, stored_initial(workdir))
     if checkpoints is None:
         return config, prepared, fitted_state(config, prepared, read_results(workdir)["settings"])
-    state, _ = checkpoints.restore(step, like=init_state(config, prepared))
+    state, _ = checkpoints.restore(step, like=state_like(config, prepared))
     prepared = with_finetuned_text(config, prepared, state)
     return config, with_late_fusion(prepared, selection_of(read_results(workdir))), state
 

@@ -164,13 +164,15 @@ def batch_of(settings: TrainConfig, user_items_of: UserItems, seed: int, step: i
     Returns:
       The batch, on the host; a function of the arguments.
     """
+    # The softmax is over all items.
+    num_negatives = {"softmax": 0, "sampled_softmax": settings.num_negatives, "bpr": settings.positives_per_user}
     return batch(
         user_items_of,
         step,
         seed=seed,
         batch_size=settings.batch_size,
         positives_per_user=settings.positives_per_user,
-        num_negatives=settings.positives_per_user if settings.loss == "bpr" else settings.num_negatives,
+        num_negatives=num_negatives[settings.loss],
     )
 
 

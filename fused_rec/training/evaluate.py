@@ -118,7 +118,7 @@ def scorer(config: Config, prepared: ModelInputs, state: TrainState) -> jax.tree
     """
     if not config.model.is_trained:
         return state.params  # of `fused_rec.training.baseline_runs.fitted_state`
-    return sharded_scorer(config, shard_graph_inputs(prepared.graph_inputs), shard_state(state.params))
+    return sharded_scorer(config, shard_graph_inputs(prepared.graph_inputs), shard_state(state.params, own=False))
 
 
 def sharded_scorer(config: Config, graph_inputs: GraphInputs, params: PyTree) -> jax.tree_util.Partial:
@@ -171,7 +171,7 @@ def user_item_vectors(
     if config.model.is_trained:
         require_embedding(config, prepared.graph_inputs, "lower model.dim, or set model.late_fusion to False")
         graph_inputs = shard_graph_inputs(prepared.graph_inputs)
-        users, items = parallel_embed_nodes(config)(shard_state(state.params), graph_inputs)
+        users, items = parallel_embed_nodes(config)(shard_state(state.params, own=False), graph_inputs)
     else:
         fitted, _ = state.params.args  # as `baseline` makes it
         users, items = baseline_vectors(config.model.method, fitted, prepared.dataset.n_users)

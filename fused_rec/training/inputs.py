@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+import jax
 import numpy as np
 import pyarrow as pa
 
@@ -28,7 +29,7 @@ from fused_rec.text.features import FittedFeatures, TextFeatures, apply_features
 from fused_rec.text.tfidf import apply_tfidf
 from fused_rec.training import finetune
 from fused_rec.training.fitted import Fitted, node_ids, trained_parameters
-from fused_rec.training.train_step import GraphInputs, TrainState, init
+from fused_rec.training.train_step import GraphInputs, TrainState, init, init_shapes
 from fused_rec.training.warm_start import Initial
 
 LOG = logging.getLogger(__name__)
@@ -299,6 +300,23 @@ def init_state(config: Config, prepared: ModelInputs) -> TrainState:
     params = trained_parameters(initial.params, state.params, initial.fitted, prepared.dataset, keep_new=True)
     encoder_snapshot = state.encoder_snapshot if prepared.encoder_data is None else params[finetune.ENCODER]
     return dataclasses.replace(state, params=params, encoder_snapshot=encoder_snapshot)
+
+
+def state_like(config: Config, prepared: ModelInputs) -> TrainState:
+    """Makes a state like those of `init_state`, to be filled from a checkpoint: nothing is drawn or compiled for it.
+
+    Args:
+      config: all settings.
+      prepared: the graph inputs and encoder data.
+
+    Returns:
+      A state of the same structure, shapes and types with the seed of the config; other values do not count.
+    """
+    if prepared.encoder_data is not None:
+        return init_state(config, prepared)
+    shapes = init_shapes(config, prepared.graph_inputs)
+    state = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes)
+    return dataclasses.replace(state, seed=np.array(config.train.seed, np.int32))
 
 
 def with_finetuned_text(config: Config, prepared: AnyInputs, state: TrainState) -> AnyInputs:

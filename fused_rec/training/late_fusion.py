@@ -54,9 +54,8 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
         raise ValueError(
             f"late fusion is selected on data prepared from {', '.join(prepared.splits)}; prepare the split train alone"
         )
-    vectors = jax.device_get(
-        parallel_trained_vectors(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
-    )
+    params, graph_inputs = shard_state(state.params, own=False), shard_graph_inputs(prepared.graph_inputs)
+    vectors = jax.device_get(parallel_trained_vectors(config)(params, graph_inputs))
     found = None
     if processes.is_primary():
         on = validation_users(config, prepared)

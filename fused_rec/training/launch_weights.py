@@ -67,7 +67,7 @@ def select_launch(config: Config, prepared: Prepared, state: TrainState) -> Laun
       The prior, the same in all processes; None where none finds more held-out new items.
     """
     users, items = jax.device_get(
-        parallel_embed_nodes(config)(shard_state(state.params), shard_graph_inputs(prepared.graph_inputs))
+        parallel_embed_nodes(config)(shard_state(state.params, own=False), shard_graph_inputs(prepared.graph_inputs))
     )
     found = None
     if processes.is_primary():

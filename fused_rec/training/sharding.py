@@ -14,7 +14,6 @@ from fused_rec.data.batches import Batch
 from fused_rec.distributed import processes
 from fused_rec.distributed.devices import (
     SHARDED,
-    AnyArray,
     PmappedFn,
     Shards,
     device_put,
@@ -27,6 +26,7 @@ from fused_rec.distributed.devices import (
 from fused_rec.graph.adjacency import Adjacency, shard_adjacency
 from fused_rec.graph.device_graph import DeviceGraph
 from fused_rec.graph.schema import Relation
+from fused_rec.model.late_fusion import concat_components
 from fused_rec.model.model import Vectors
 from fused_rec.model.review_dropout import DeviceReviews
 from fused_rec.training import lazy_adam
@@ -35,6 +35,7 @@ from fused_rec.training.train_step import (
     Metrics,
     TrainState,
     compile_key,
+    components_of,
     embed_nodes,
     sharding_axes,
     train_step,
@@ -118,7 +119,7 @@ def parallel_embed_nodes(config: Config, devices: int | None = None) -> Embed:
       A function of (sharded parameters, sharded graph inputs) that returns the embeddings of all users and items,
       replicated on every device.
     """
-    return functools.partial(_embed, embed_nodes, compile_key(config), devices)
+    return functools.partial(_embed_nodes, compile_key(config), _all_or(devices))
 
 
 def parallel_trained_vectors(
@@ -133,7 +134,49 @@ def parallel_trained_vectors(
     Returns:
       A function of (sharded parameters, sharded graph inputs) that returns the vectors, replicated on every device.
     """
-    return functools.partial(_embed, trained_vectors, compile_key(config), devices)
+    return functools.partial(_embed, trained_vectors, compile_key(config), _all_or(devices))
+
+
+def _embed_nodes(config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
+    """`embed_nodes`; with late fusion from `trained_vectors`, whose program other weights and components share."""
+    if graph_inputs.fusion is None:
+        return _embed(embed_nodes, config, devices, params, graph_inputs)
+    trained = _embed(trained_vectors, config, devices, params, dataclasses.replace(graph_inputs, fusion=None))
+    return _mapped_fusion(devices, jax.tree.structure(graph_inputs))(trained, graph_inputs)
+
+
+@functools.lru_cache(maxsize=8)
+def _mapped_fusion(devices: int | None, tasks: Hashable) -> PmappedFn:
+    def fused(trained: dict[str, Vectors], graph_inputs: GraphInputs) -> Vectors:
+        return concat_components(components_of(trained, graph_inputs))
+
+    in_axes = None, graph_inputs_axes(tree_of_structure(tasks))
+    return pmap_over_devices(fused, devices, in_axes=in_axes, out_axes=None)
+
+
+def trained_on_one_device(config: Config, params: PyTree, graph_inputs: GraphInputs) -> dict[str, Vectors]:
+    """Computes `trained_vectors`; arguments as of `embed_on_one_device`."""
+    placed = shard_state(params, 1, own=False), shard_graph_inputs(dataclasses.replace(graph_inputs, fusion=None), 1)
+    return parallel_trained_vectors(config, 1)(*placed)
+
+
+def embed_on_one_device(config: Config, params: PyTree, graph_inputs: GraphInputs) -> Vectors:
+    """Computes the embeddings of all users and items; with the program of `parallel_embed_nodes` for one device.
+
+    Args:
+      config: settings of the model and of training.
+      params: parameters, unsharded.
+      graph_inputs: of the whole graph, unsharded.
+
+    Returns:
+      User and item embeddings, on the first device.
+    """
+    return parallel_embed_nodes(config, 1)(shard_state(params, 1, own=False), shard_graph_inputs(graph_inputs, 1))
+
+
+def _all_or(devices: int | None) -> int | None:
+    """None where these are all devices: one key of a compiled program."""
+    return None if devices == len(select_devices(None)) else devices
 
 
 def _embed(function: Callable, config: Config, devices: int | None, params: PyTree, graph_inputs: GraphInputs) -> Any:
@@ -232,22 +275,23 @@ def _shard_adjacency(
     return jax.tree.map(lambda *of_devices: of_devices[0][None] if len(own) == 1 else np.stack(of_devices), *own)
 
 
-def shard_state(state: PyTree, devices: int | None = None) -> PyTree:
+def shard_state(state: PyTree, devices: int | None = None, *, own: bool = True) -> PyTree:
     """Shards ID embeddings and their moments by row and replicates the other leaves.
 
     Args:
       state: an unsharded state, or its parameters.
       devices: the number of devices; None: all.
+      own: copy what a CPU device could read in place, for steps, which donate it.
 
     Returns:
       The same tree on the devices.
     """
     axes = sharding_axes(state)
 
-    def part(axis: int | None, leaf: AnyArray) -> np.ndarray:
+    def part(axis: int | None, leaf: Any) -> np.ndarray:
         return np.asarray(leaf) if axis is None else shard_rows(np.asarray(leaf), devices)
 
-    return device_put(map_with_axes(part, axes, state), axes, devices, own=True)
+    return device_put(map_with_axes(part, axes, state), axes, devices, own=own)
 
 
 def gather_state(state: PyTree, like: PyTree, devices: int | None = None) -> PyTree:
@@ -311,7 +355,7 @@ def shard_batch(batch: Batch, devices: int | None = None) -> Batch:
         mask=_pad(batch.mask, rows),
         negatives=_pad(batch.negatives, rows, fill=-1),
     )
-    return Batch(*(part.reshape(count, -1, *part.shape[1:])[local_indices(devices)] for part in padded))
+    return Batch(*(part.reshape(count, len(part) // count, *part.shape[1:])[local_indices(devices)] for part in padded))
 
 
 def _pad(part: np.ndarray, rows: int, fill: int = 0) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import flax.struct
@@ -149,6 +149,13 @@ def init(config: Config, graph_inputs: GraphInputs) -> TrainState:
     return jax.device_get(_init(config.model, config.train.lazy_adam, np.int32(config.train.seed), graph_inputs))
 
 
+def init_shapes(config: Config, graph_inputs: GraphInputs) -> TrainState:
+    """Returns the shapes and types of `init` without a compilation: a tree of `jax.ShapeDtypeStruct`."""
+    return jax.eval_shape(
+        functools.partial(_init, config.model, config.train.lazy_adam), np.int32(config.train.seed), graph_inputs
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(config: ModelConfig, lazy: bool, seed: Int32[Array, ""], graph_inputs: GraphInputs) -> TrainState:
     params = FusedModel(config).init(jax.random.key(seed), graph_inputs.graph)["params"]
@@ -207,7 +214,11 @@ def score_components(config: Config, params: PyTree, graph_inputs: GraphInputs) 
     Returns:
       The components; `embed_nodes` concatenates them.
     """
-    trained = trained_vectors(config, params, graph_inputs)
+    return components_of(trained_vectors(config, params, graph_inputs), graph_inputs)
+
+
+def components_of(trained: Mapping[str, Vectors], graph_inputs: GraphInputs) -> list[Component]:
+    """Computes the same from `trained_vectors`."""
     if graph_inputs.fusion is None:
         users, items = trained[MODEL]
         return [Component(MODEL, jnp.ones(len(users)), users, items)]
