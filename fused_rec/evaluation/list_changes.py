@@ -5,7 +5,6 @@ V users, k ranks, I items. Items of both lists are numbered alike; -1 stands at 
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Num
-from scipy.stats import rankdata
 
 PERSISTENCE = 0.9  # of rank-biased overlap: the first ten ranks have 86 % of the weight
 
@@ -75,6 +74,8 @@ def rank_correlation(one: Num[np.ndarray, "V n"], other: Num[np.ndarray, "V n"])
     Returns:
       The correlation of each row; NaN where a row has a single value.
     """
+    from scipy.stats import rankdata  # a quarter of a second, which commands without correlations need not wait
+
     ranks = [rankdata(values.astype(np.float64), axis=1) for values in (one, other)]  # newer SciPy keeps the type
     a, b = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
