@@ -34,6 +34,8 @@ struct Free {
   void operator()(void* x) const { std::free(x); }
 };
 
+using Storage = std::unique_ptr<char[], Free>;
+
 // Aligned memory; its contents are undefined.
 template <typename T>
 std::unique_ptr<T[], Free> scratch(int64_t count) {
@@ -109,6 +111,17 @@ INLINE __m512i two_rows(const float* one, const float* other, int64_t columns) {
   const __m512 low = one ? _mm512_maskz_loadu_ps(there, one) : _mm512_setzero_ps();
   const __m512 high = other ? _mm512_maskz_loadu_ps(there, other) : _mm512_setzero_ps();
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+// The bfloat16 nearest to the numbers of two rows, one row after the other, and in place what they lack.
+INLINE __m512i next_part(__m512& one, __m512& other) {
+  const __m512i part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(other, one));
+  const auto wide = [](__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  one = _mm512_sub_ps(one, wide(_mm512_castsi512_si256(part)));
+  other = _mm512_sub_ps(other, wide(_mm512_extracti64x4_epi64(part, 1)));
+  return part;
 }
 
 // Two rows of 16 numbers as one line of a right tile.
