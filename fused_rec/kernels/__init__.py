@@ -1,9 +1,10 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
-`fused_rec.text.encoders.packed` calls `attention.cc`, `layers.cc` and `dense.cc`, and `buffers.cc` has `in_place` and the receivers
-of an adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each
-caller has a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`, packed texts in
+`fused_rec.text.encoders` call `attention.cc` and `layers.cc`, and `buffers.cc` has `in_place` and the receivers of an
+adjacency. Where `has_tiles`, packed texts call `dense.cc` too, and `fused_rec.model` calls `products.cc` and
+`cross_entropy.cc` in bfloat16. Each caller has a plain JAX version too: the reference, used on accelerators and where
+no kernel was compiled.
 """
 
 import ctypes

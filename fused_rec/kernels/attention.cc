@@ -222,14 +222,17 @@ INLINE void pack_head(const Heads& h, int64_t group, int64_t first, int64_t leng
 
 // Weights of the keys begin to end, multiples of 32, of which low to high are seen; returns their sum.
 INLINE float softmax(float* scores, int64_t begin, int64_t end, int64_t low, int64_t high, uint16_t* weights) {
-  Lanes most = Lanes{} - INFINITY;
+  __m512 most = _mm512_set1_ps(-INFINITY);
   for (int64_t j = begin; j < end; j += kLanes) {
+    __m512 x = _mm512_loadu_ps(scores + j);
     if (j < low || j + kLanes > high) {
-      for (int64_t i = j; i < j + kLanes; ++i) scores[i] = i < low || i >= high ? -INFINITY : scores[i];
+      const auto below = [j](int64_t end) { return (1u << std::clamp<int64_t>(end - j, 0, kLanes)) - 1; };
+      x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), below(high) & ~below(low), x);
+      _mm512_storeu_ps(scores + j, x);
     }
-    most = at(scores + j) > most ? at(scores + j) : most;
+    most = _mm512_max_ps(most, x);
   }
-  const float highest = _mm512_reduce_max_ps(reinterpret_cast<const __m512&>(most));
+  const float highest = _mm512_reduce_max_ps(most);
   Lanes total = {};
   for (int64_t j = begin; j < end; j += kDepth) {
     const Lanes one = fused_rec::exponential(at(scores + j) - highest);
@@ -275,11 +278,11 @@ INLINE void attend_tiled(const Heads& h, int64_t head, int64_t first, int64_t la
                           {tiled.keys.get() + j / kTile * kSteps * kBytes, 64, kBytes, kSteps * kBytes}, kSteps,
                           scores + j, line, false);
     }
-    float normalizer[kDepth];
+    float share[kDepth];
     for (int64_t r = 0; r < kDepth; ++r) {
       const int64_t place = std::min(q + r, length - 1), low = std::max<int64_t>(0, place + 1 - h.window);
       const int64_t high = h.causal ? place + 1 : std::min(length, place + h.window);
-      normalizer[r] = softmax(scores + r * line, begin, end, low, high, weights + r * line);
+      share[r] = 1.0f / softmax(scores + r * line, begin, end, low, high, weights + r * line);
     }
     for (int64_t c = 0; c < kWidth; c += kDepth) {
       const char* const values = tiled.values.get() + (begin / kDepth * kBlocks + c / kTile) * kBytes;
@@ -287,8 +290,8 @@ INLINE void attend_tiled(const Heads& h, int64_t head, int64_t first, int64_t la
                           (end - begin) / kDepth, mixed, kDepth, false);
       for (int64_t r = 0; r < there; ++r) {
         const int64_t place = (first + q + r) * size + head * kWidth + c;
-        h.out.store(at(mixed + r * kDepth) / normalizer[r], place);
-        h.out.store(at(mixed + r * kDepth + kLanes) / normalizer[r], place + kLanes);
+        h.out.store(at(mixed + r * kDepth) * share[r], place);
+        h.out.store(at(mixed + r * kDepth + kLanes) * share[r], place + kLanes);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Linear layers of packed texts by tile registers (AMX), for XLA on CPUs; fused_rec/text/encoders/packed.py calls them.
+// Linear layers of packed texts by tile registers (AMX), for XLA on CPUs; fused_rec/text/encoders/packed_decoder.py calls them.
 //
 // Factors are bfloat16, or float32 as sums of bfloat16: a number is the sum of three, the nearest one and those of what
 // is left, and of the nine products of parts the six largest are summed, the others being below the rounding of float32
@@ -81,14 +81,14 @@ INLINE void multiply(const Left& left, const Kernel& kernel, int64_t row, int64_
   // The smallest products first.
   constexpr int8_t kPairs[6][2] = {{0, 2}, {2, 0}, {1, 1}, {0, 1}, {1, 0}, {0, 0}};
   const int64_t stride = left.depth * 2, steps = left.depth / kDepth;
-  bool add = false;
+  fused_rec::clear_sums();
   for (const auto& [x, k] : kPairs) {
     if (x >= left.parts || k >= kernel.parts) continue;
     const uint16_t* const begin = left.x + (x * left.rows + row) * left.depth;
-    fused_rec::multiply({begin, stride, 64, kTile * stride},
-                        {kernel.strip(k, column), 64, kBytes, left.depth * 2 * kTile}, steps, sums, line, add);
-    add = true;
+    fused_rec::accumulate({begin, stride, 64, kTile * stride},
+                          {kernel.strip(k, column), 64, kBytes, left.depth * 2 * kTile}, steps);
   }
+  fused_rec::store_sums(sums, line);
 }
 
 void dense_rows(const Left& left, const Kernel& kernel, const float* bias, int64_t first, int64_t last, float* out) {

@@ -43,17 +43,18 @@ def hidden_states(
     input_ids = jnp.pad(input_ids, (0, -count % TILE))
     layers, turns = params["layers"], _turns(len(input_ids), starts, config)
 
-    def layer(carry: tuple, at: tuple) -> tuple[tuple, None]:
-        x, y = _add_norm(*carry, _of_layer(layers["attention_norm"]["scale"], at[0]), config)
-        x, y = _add_norm(x, _attention(y, layers["attention"], at, starts, turns, config),
-                         _of_layer(layers["inner_norm"]["scale"], at[0]), config)
-        return (x, _dense(_gated(y, layers, at[0], config), layers["down"], at[0], config)), None
+    def step(carry: tuple, at: tuple) -> tuple[tuple, None]:
+        layer, _ = at
+        x, y = _add_norm(*carry, layers["attention_norm"], layer, config)
+        mixed = _attention(y, layers["attention"], at, starts, turns, config)
+        x, y = _add_norm(x, mixed, layers["inner_norm"], layer, config)
+        return (x, _dense(_gated(y, layers, layer, config), layers["down"], layer, config)), None
 
-    x = widened(params["word"]["embedding"][input_ids])
+    x = widened(jnp.asarray(params["word"]["embedding"])[input_ids])
     places = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-    carry, _ = jax.lax.scan(layer, (x, jnp.zeros_like(x)), (places, jnp.array(config.windows, jnp.int32)))
+    (x, added), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), (places, jnp.array(config.windows, jnp.int32)))
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    return _normalized(*carry, widened(params["norm"]["scale"]), config.rms_norm_eps, result)[1][:count]
+    return _normalized(x, added, widened(jnp.asarray(params["norm"]["scale"])), config.rms_norm_eps, result)[1][:count]
 
 
 def _parts(config: DecoderConfig) -> int:
@@ -73,6 +74,7 @@ def _factor(rows: int, size: int, config: DecoderConfig) -> jax.ShapeDtypeStruct
 
 
 def _of_layer(weights: Any, layer: Int32[Array, ""]) -> Float32[Array, "..."]:
+    """Returns the weights of a layer, of those of all layers."""
     return widened(jax.lax.dynamic_index_in_dim(jnp.asarray(weights), layer, keepdims=False))
 
 
@@ -100,8 +102,14 @@ def _normalized(
 
 
 def _add_norm(
-    x: Float32[Array, "N D"], added: Float32[Array, "N D"], scale: Float32[Array, "D"], config: DecoderConfig
+    x: Float32[Array, "N D"],
+    added: Float32[Array, "N D"],
+    weights: Params,
+    layer: Int32[Array, ""],
+    config: DecoderConfig,
 ) -> tuple[Float32[Array, "N D"], Float[Array, "..."]]:
+    """Returns x + added, and its normalization as a factor."""
+    scale = _of_layer(weights["scale"], layer)
     return _normalized(x, added, scale, config.rms_norm_eps, _factor(*x.shape, config))
 
 
