@@ -41,9 +41,10 @@ def tiles(request, monkeypatch):
     if request.param and not kernels.has_tiles():
         pytest.skip("the processor has no tile registers")
     monkeypatch.setattr(kernels, "has_tiles", lambda: request.param)
-    jax.clear_caches()  # programs are traced for one answer
+    compiled: Any = apply_packed
+    compiled.clear_cache()  # programs are traced for one answer
     yield request.param
-    jax.clear_caches()
+    compiled.clear_cache()
 
 
 def rounded(x):
@@ -94,8 +95,8 @@ def test_attention_by_formula(width, heads, groups, causal, window, narrow):
     turns = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1), jnp.float32)
     starts = np.concatenate([[0], ends, ends[-1:]]).astype(np.int32)  # one padded text
     reach = Reach(jnp.int32(window), turns, causal, narrow)
-    given = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
-    found = np.asarray(packed_attention(*given, jnp.asarray(starts), heads, reach))
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
+    found = np.asarray(packed_attention(q, k, v, jnp.asarray(starts), heads, reach))
     assert not found[ends[-1] :].any()
     for first, last in zip(starts[:-2], starts[1:-1], strict=True):
         places = np.arange(last - first)
@@ -184,8 +185,9 @@ def packed_and_padded(config, params, pooling):
 
 
 @needs_kernel
-@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name, pooling", [*((name, "lasttoken") for name in FAMILIES), ("llama", "mean"), ("qwen2", "cls")]
+)
 def test_vectors_are_those_of_padded_batches(name, pooling, tiles):
     found, expected = packed_and_padded(FAMILIES[name], params_of(FAMILIES[name]), pooling)
     assert not found[LENGTHS == 0].any()
@@ -193,11 +195,11 @@ def test_vectors_are_those_of_padded_batches(name, pooling, tiles):
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "both directions"])
 def test_vectors_in_bfloat16_are_near_those_of_padded_batches(name, tiles):
     config = dataclasses.replace(FAMILIES[name], compute_dtype="bfloat16")
     found, expected = packed_and_padded(config, params_of(config), "mean")
-    exact, _ = packed_and_padded(FAMILIES[name], params_of(config), "mean")
+    exact, _ = packed_and_padded(FAMILIES[name], params_of(config), "mean")  # in float32
     there = LENGTHS > 0
     ours, theirs = (1 - (x * exact).sum(1)[there] for x in (found, expected))
     assert 0 < ours.max() < 2 * theirs.max() + 1e-5

@@ -43,9 +43,9 @@ def hidden_states(
     input_ids = jnp.pad(input_ids, (0, -count % TILE))
     layers, turns = params["layers"], _turns(len(input_ids), starts, config)
 
-    def step(carry: tuple, at: tuple) -> tuple[tuple, None]:
-        layer, _ = at
-        x, y = _add_norm(*carry, layers["attention_norm"], layer, config)
+    def step(carry: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (x, added), (layer, _) = carry, at
+        x, y = _add_norm(x, added, layers["attention_norm"], layer, config)
         mixed = _attention(y, layers["attention"], at, starts, turns, config)
         x, y = _add_norm(x, mixed, layers["inner_norm"], layer, config)
         return (x, _dense(_gated(y, layers, layer, config), layers["down"], layer, config)), None
@@ -110,7 +110,7 @@ def _add_norm(
 ) -> tuple[Float32[Array, "N D"], Float[Array, "..."]]:
     """Returns x + added, and its normalization as a factor."""
     scale = _of_layer(weights["scale"], layer)
-    return _normalized(x, added, scale, config.rms_norm_eps, _factor(*x.shape, config))
+    return _normalized(x, added, scale, config.rms_norm_eps, _factor(x.shape[0], x.shape[1], config))
 
 
 def _kernel_and_bias(weights: Params, layer: Int32[Array, ""]) -> tuple[Array, Float32[Array, "..."], Int32[Array, ""]]:
@@ -168,6 +168,6 @@ def _attention(
 
     query, key, value = (heads(name) for name in ("query", "key", "value"))
     reach = Reach(window, turns, config.causal, _parts(config) == 1)
-    result = _factor(*query.shape, config)
+    result = _factor(query.shape[0], query.shape[1], config)
     mixed = packed_attention(query, key, value, starts, config.num_attention_heads, reach, result)
     return _dense(mixed, weights["output"], layer, config)
