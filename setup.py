@@ -12,7 +12,7 @@ KERNELS = Extension(
     "fused_rec.kernels._compiled",
     sources=[
         f"fused_rec/kernels/{name}.cc"
-        for name in ("sparse_sum", "ranking", "attention", "layers", "buffers", "cross_entropy", "products")
+        for name in ("sparse_sum", "ranking", "attention", "layers", "dense", "buffers", "cross_entropy", "products")
     ],
     depends=[f"fused_rec/kernels/{name}.h" for name in ("lanes", "parts", "tiles")],
     include_dirs=[str(Path(jaxlib.__file__).with_name("include"))],

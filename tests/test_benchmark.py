@@ -284,6 +284,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(accelerator, "SMOLLM2", {**accelerator.SMOLLM2, **narrow, "num_key_value_heads": 1})
     monkeypatch.setattr(accelerator, "BY_LAYER", {"Qwen2.5-7B": accelerator.qwen2(32, 28, 4, 2, 48)})
     monkeypatch.setattr(accelerator, "LENGTH", 8)
+    monkeypatch.setattr(accelerator, "LONG", 12)
     monkeypatch.setattr(accelerator, "GRAPHS", dict([*accelerator.GRAPHS.items()][:1]))
 
 
@@ -296,9 +297,11 @@ def test_every_row_of_the_accelerator(tmp_path, in_this_process):
     peaks, others = rows[:4], rows[4:]
     assert [row["unit"] for row in peaks] == ["GB/s", *["TFLOP/s"] * 3]
     assert {row["name"].split(",")[0] for row in others} == {"propagation", "step", "fused step", "ranking", "encode"}
-    assert [row["name"] for row in others if row["peer_name"] in (None, "PyTorch with SDPA")][-4:] == [
+    assert [row["name"] for row in others if row["peer_name"] in (None, "PyTorch with SDPA")][-7:] == [
         *("encode, MiniLM-L6 in float32", "encode, MiniLM-L6 in bfloat16"),
-        *("encode, SmolLM2-135M in bfloat16", "encode, Qwen2.5-7B in bfloat16"),
+        *("encode, SmolLM2-135M in float32", "encode, SmolLM2-135M in bfloat16"),
+        *("encode, SmolLM2-135M in float32, long texts", "encode, SmolLM2-135M in bfloat16, long texts"),
+        "encode, Qwen2.5-7B in bfloat16",
     ]
     for row in others:
         better = row["ours"] / row["floor"] if row["higher_is_better"] else row["floor"] / row["ours"]

@@ -43,7 +43,7 @@ FUSED_GRAPH, RANKED_GRAPH = (7_947, 25_975, 110_000), (20_000, 1_000_000, 1_000_
 LEAST = 64  # users and items of a graph that is made smaller
 COPIED, MULTIPLIED = 2 << 30, 8192  # bytes; rows of square matrices
 FUSED_USERS, FUSED_DIM, FUSED_TEXT, BRANCHES = 512, 128, 640, 2  # of the task `fused_step`
-LENGTH = 128  # tokens of a text
+LENGTH, LONG = 128, 2500  # tokens of a text
 BY_DEFAULT = "float32 as JAX multiplies it by default"  # what training and ranking use
 NO_TORCH = "left out: PyTorch has no name for this kind of device"
 
@@ -229,7 +229,7 @@ def ranking_case(n_users: int, n_items: int, dim: int) -> Case:
 
 
 def encode_cases(size: float) -> list[Case]:
-    """Returns the encoding of texts of `LENGTH` random tokens in models with random weights.
+    """Returns the encoding of texts of `LENGTH` or `LONG` random tokens in models with random weights.
 
     Of the models of `BY_LAYER` one layer is measured with a vocabulary of 1,000 and counted as often as the model has
     layers: the whole one would not fit into every memory.
@@ -237,25 +237,27 @@ def encode_cases(size: float) -> list[Case]:
     Args:
       size: share of the full number of texts.
     """
-    whole = [("MiniLM-L6", MINILM, dtype, 512) for dtype in ("float32", "bfloat16")]
-    whole += [("SmolLM2-135M", SMOLLM2, "bfloat16", 128)]
+    whole = [("MiniLM-L6", MINILM, dtype, 512, LENGTH) for dtype in ("float32", "bfloat16")]
+    whole += [("SmolLM2-135M", SMOLLM2, dtype, 128, LENGTH) for dtype in ("float32", "bfloat16")]
+    whole += [("SmolLM2-135M", SMOLLM2, dtype, 8, LONG) for dtype in ("float32", "bfloat16")]
+    by_layer = [(name, config, "bfloat16", 64, LENGTH) for name, config in BY_LAYER.items()]
     found = []
-    for name, config, dtype, texts in (*whole, *((name, config, "bfloat16", 64) for name, config in BY_LAYER.items())):
+    for name, config, dtype, texts, length in (*whole, *by_layer):
         layers = config["num_hidden_layers"] if name in BY_LAYER else 1
         measured = {**config, "num_hidden_layers": config["num_hidden_layers"] // layers}
         texts = max(round(texts * size), 1)
-        tokens = texts * LENGTH
+        tokens = texts * length
         found.append(
             Case(
-                f"encode, {name} in {dtype}",
+                f"encode, {name} in {dtype}" + (", long texts" if length == LONG else ""),
                 "encode_shape",
-                {"config": measured, "compute_dtype": dtype, "texts": texts, "length": LENGTH},
-                f"{texts} texts of {LENGTH} tokens, random weights, no tokenizer"
+                {"config": measured, "compute_dtype": dtype, "texts": texts, "length": length},
+                f"{texts} texts of {length:,} tokens, random weights, no tokenizer"
                 + (f"; one layer measured, counted {layers} times" if layers > 1 else ""),
                 (SDPA,),
                 work=tokens / layers,
                 unit="tokens/s",
-                flops=tokens * flops_per_token(measured, LENGTH),
+                flops=tokens * flops_per_token(measured, length),
                 product=dtype,
             )
         )

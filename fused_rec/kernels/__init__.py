@@ -1,9 +1,10 @@
 """C++ kernels for what XLA does slowly on a CPU, compiled at installation where a compiler is available.
 
-`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`,
-`fused_rec.text.encoders.packed` calls `attention.cc` and `layers.cc`, and `buffers.cc` has `in_place` and the receivers
-of an adjacency. Where `has_tiles`, `fused_rec.model` calls `products.cc` and `cross_entropy.cc` in bfloat16. Each
-caller has a plain JAX version too: the reference, used on accelerators and where no kernel was compiled.
+`fused_rec.graph.spmm` calls `sparse_sum.cc`, `fused_rec.evaluation` calls `ranking.cc`, packed texts in
+`fused_rec.text.encoders` call `attention.cc` and `layers.cc`, and `buffers.cc` has `in_place` and the receivers of an
+adjacency. Where `has_tiles`, packed texts call `dense.cc` too, and `fused_rec.model` calls `products.cc` and
+`cross_entropy.cc` in bfloat16. Each caller has a plain JAX version too: the reference, used on accelerators and where
+no kernel was compiled.
 """
 
 import ctypes
@@ -20,10 +21,11 @@ TARGETS = tuple(
     for name in (
         *("neighbor_sum", "neighbor_sum_of", "spread_from", "best", "auc", "attention", "bias_gelu", "add_norm"),
         *("up_gelu", "in_place", "rows_of", "cross_entropy", "tile_product"),
+        *("add_rms_norm", "gate_up", "dense", "gated"),
     )
 )
 NEIGHBOR_SUM, NEIGHBOR_SUM_OF, SPREAD_FROM, BEST, AUC, ATTENTION, BIAS_GELU, ADD_NORM, *_OTHERS = TARGETS
-UP_GELU, IN_PLACE, ROWS_OF, CROSS_ENTROPY, TILE_PRODUCT = _OTHERS
+UP_GELU, IN_PLACE, ROWS_OF, CROSS_ENTROPY, TILE_PRODUCT, ADD_RMS_NORM, GATE_UP, DENSE, GATED = _OTHERS
 LOG = logging.getLogger(__name__)
 
 

@@ -3,6 +3,7 @@
 #ifndef FUSED_REC_KERNELS_LANES_H_
 #define FUSED_REC_KERNELS_LANES_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #define INLINE inline __attribute__((always_inline))
@@ -61,13 +62,53 @@ INLINE Lanes gelu(Lanes x) {
   return half + half * (z * p / q);
 }
 
-// bfloat16 is the upper half of a float32; the nearest one, of two the even one.
-INLINE void store_narrow(Lanes x, uint16_t* to) {
-  typedef uint32_t Wide __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
-  typedef uint16_t Narrow __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
-  const Wide bits = reinterpret_cast<const Wide&>(x);
-  *reinterpret_cast<Narrow*>(to) = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Narrow);
+// SiLU (Elfwing et al., 2017, arXiv 1702.03118), x times the logistic function.
+INLINE Lanes silu(Lanes x) {
+  const Lanes e = exponential(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : Lanes{} + 1.0f) / (e + 1.0f);
 }
+
+typedef uint32_t Wide __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+
+// The bits of the nearest bfloat16, of two the even one, in the upper halves; the lower ones are arbitrary.
+INLINE Wide rounded(Lanes x) {
+  const Wide bits = reinterpret_cast<const Wide&>(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// bfloat16 is the upper half of a float32.
+INLINE void store_narrow(Lanes x, uint16_t* to) {
+  typedef uint16_t Narrow __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+  *reinterpret_cast<Narrow*>(to) = __builtin_convertvector(rounded(x) >> 16, Narrow);
+}
+
+// A matrix of float32, or of bfloat16 in parts that add up to the numbers: one, which rounds, or three, which do not.
+struct Rows {
+  float* wide;       // null for bfloat16
+  uint16_t* narrow;  // null for float32
+  int64_t parts, plane;  // plane: numbers of a part
+
+  INLINE void store(Lanes x, int64_t place) const {
+    if (wide) {
+      at(wide + place) = x;
+      return;
+    }
+    store_narrow(x, narrow + place);
+    for (int64_t part = 1; part < parts; ++part) {
+      const Wide upper = rounded(x) & 0xffff0000;
+      x -= reinterpret_cast<const Lanes&>(upper);
+      store_narrow(x, narrow + part * plane + place);
+    }
+  }
+
+  // Zeros for the numbers first to last.
+  void clear(int64_t first, int64_t last) const {
+    if (wide) std::fill(wide + first, wide + last, 0.0f);
+    for (int64_t part = 0; narrow && part < parts; ++part) {
+      std::fill(narrow + part * plane + first, narrow + part * plane + last, uint16_t{0});
+    }
+  }
+};
 
 }  // namespace fused_rec
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "lanes.h"
 #include "parts.h"
@@ -19,6 +20,7 @@ namespace {
 using fused_rec::at;
 using fused_rec::kLanes;
 using fused_rec::Lanes;
+using fused_rec::Rows;
 #ifdef FUSED_REC_TILES
 using fused_rec::kBytes;
 using fused_rec::kDepth;
@@ -121,6 +123,66 @@ ffi::Error add_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
   return ffi::Error::Success();
 }
 
+// RMS normalization (Zhang and Sennrich, 2019, arXiv 1910.07467) of x + added, which takes the place of x.
+struct RmsNorm {
+  float* x;
+  const float *added, *scale;  // added: null for none
+  Rows y;
+  int64_t columns;
+  float epsilon;
+};
+
+FOR_EACH_PROCESSOR void rms_rows(RmsNorm n, int64_t first, int64_t last) {
+  const float share = 1.0f / static_cast<float>(n.columns);
+  for (int64_t place = first * n.columns; place < last * n.columns; place += n.columns) {
+    float* const x = n.x + place;
+    Lanes squares = {};
+    for (int64_t c = 0; c < n.columns; c += kLanes) {
+      if (n.added) at(x + c) += at(n.added + place + c);
+      squares += at(x + c) * at(x + c);
+    }
+    const float factor = 1.0f / std::sqrt(fused_rec::sum(squares) * share + n.epsilon);
+    for (int64_t c = 0; c < n.columns; c += kLanes) n.y.store(at(x + c) * (at(n.scale + c) * factor), place + c);
+  }
+}
+
+ffi::Error add_rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> added,
+                        ffi::Buffer<ffi::F32> scale, float epsilon, ffi::ResultBuffer<ffi::F32> sum,
+                        ffi::Result<ffi::AnyBuffer> y) {
+  const auto shape = x.dimensions();
+  const int64_t columns = scale.element_count();
+  const auto to = fused_rec::as_rows(*y, x.element_count());
+  const bool adds = added.element_count() > 0;
+  if (shape.size() != 2 || shape[1] != columns || columns % kLanes || !to ||
+      (adds && added.element_count() != x.element_count()) || sum->element_count() != x.element_count()) {
+    return ffi::Error::InvalidArgument("rows must have as many numbers as the scale, a multiple of 16");
+  }
+  if (sum->typed_data() != x.typed_data()) std::memcpy(sum->typed_data(), x.typed_data(), x.size_bytes());
+  const RmsNorm norm{sum->typed_data(), adds ? added.typed_data() : nullptr, scale.typed_data(), *to, columns, epsilon};
+  rows_in_parts(pool, shape[0], columns, [=](int64_t first, int64_t last) { rms_rows(norm, first, last); });
+  return ffi::Error::Success();
+}
+
+FOR_EACH_PROCESSOR void gate_numbers(const float* gate, const float* up, Rows y, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += kLanes) y.store(fused_rec::silu(at(gate + i)) * at(up + i), i);
+}
+
+// silu(gate) * up.
+ffi::Error gate_up(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buffer<ffi::F32> up,
+                   ffi::Result<ffi::AnyBuffer> y) {
+  const int64_t count = gate.element_count();
+  const auto to = fused_rec::as_rows(*y, count);
+  if (static_cast<int64_t>(up.element_count()) != count || count % kLanes || !to) {
+    return ffi::Error::InvalidArgument("both must have as many numbers, a multiple of 16");
+  }
+  const float *const one = gate.typed_data(), *const other = up.typed_data();
+  const Rows rows = *to;
+  rows_in_parts(pool, count / kLanes, kLanes, [=](int64_t first, int64_t last) {
+    gate_numbers(one, other, rows, first * kLanes, last * kLanes);
+  });
+  return ffi::Error::Success();
+}
+
 constexpr int64_t kRows = 128;  // of a part of `up`: its tiles stay in the cache
 
 #ifdef FUSED_REC_TILES
@@ -212,6 +274,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_add_norm, add_norm,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("epsilon")
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_add_rms_norm, add_rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("epsilon")
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_gate_up, gate_up,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(fused_rec_up_gelu, up_gelu,
                               ffi::Ffi::Bind()

@@ -10,11 +10,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "lanes.h"
 #include "xla/ffi/api/ffi.h"
 
 // The loader picks the compilation that fits.
@@ -51,6 +53,15 @@ void in_parts(xla::ffi::ThreadPool pool, int64_t threads, int64_t count, Part pa
   take();
   std::unique_lock<std::mutex> lock(parts->mutex);
   parts->all_done.wait(lock, [&] { return parts->done.load() == count; });
+}
+
+// A buffer of so many numbers, in float32 or in one or three parts of bfloat16; nothing for any other.
+inline std::optional<Rows> as_rows(xla::ffi::AnyBuffer& x, int64_t count) {
+  const int64_t all = x.element_count(), parts = count ? all / count : 1;
+  if (parts * count != all) return std::nullopt;
+  if (x.element_type() == xla::ffi::F32 && parts == 1) return Rows{static_cast<float*>(x.untyped_data()), nullptr, 1, count};
+  if (x.element_type() != xla::ffi::BF16 || (parts != 1 && parts != 3)) return std::nullopt;
+  return Rows{nullptr, static_cast<uint16_t*>(x.untyped_data()), parts, count};
 }
 
 // Asks for large pages, where the system gives them on request: rows that lie anywhere are then found sooner, and the

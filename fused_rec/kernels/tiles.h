@@ -34,6 +34,8 @@ struct Free {
   void operator()(void* x) const { std::free(x); }
 };
 
+using Storage = std::unique_ptr<char[], Free>;
+
 // Aligned memory; its contents are undefined.
 template <typename T>
 std::unique_ptr<T[], Free> scratch(int64_t count) {
@@ -61,24 +63,11 @@ struct Tiles {
   int64_t line, along, across;
 };
 
-// c = a b, or c + a b: 32 x 32 numbers, over `steps` tiles each. line: floats between rows of c.
-INLINE void multiply(Tiles a, Tiles b, int64_t steps, float* c, int64_t line, bool add) {
+// Adds a b, 32 x 32 numbers over `steps` tiles each, to the sums in the tile registers 0 to 3.
+INLINE void accumulate(Tiles a, Tiles b, int64_t steps) {
   const char* left = static_cast<const char*>(a.begin);
   const char* right = static_cast<const char*>(b.begin);
-  float* const below = c + kTile * line;
-  const int64_t bytes = line * sizeof(float);
   asm volatile("" : : : "memory");  // the intrinsics do not tell the compiler what memory they read
-  if (add) {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, c + kTile, bytes);
-    _tile_loadd(2, below, bytes);
-    _tile_loadd(3, below + kTile, bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
   for (int64_t step = 0; step < steps; ++step, left += a.along, right += b.along) {
     _tile_loadd(4, left, a.line);
     _tile_loadd(6, right, b.line);
@@ -89,11 +78,41 @@ INLINE void multiply(Tiles a, Tiles b, int64_t steps, float* c, int64_t line, bo
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+}
+
+INLINE void clear_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// line: floats between rows of c.
+INLINE void store_sums(float* c, int64_t line) {
+  float* const below = c + kTile * line;
+  const int64_t bytes = line * sizeof(float);
   _tile_stored(0, c, bytes);
   _tile_stored(1, c + kTile, bytes);
   _tile_stored(2, below, bytes);
   _tile_stored(3, below + kTile, bytes);
   asm volatile("" : : : "memory");
+}
+
+// c = a b, or c + a b: 32 x 32 numbers, over `steps` tiles each. line: floats between rows of c.
+INLINE void multiply(Tiles a, Tiles b, int64_t steps, float* c, int64_t line, bool add) {
+  if (add) {
+    float* const below = c + kTile * line;
+    const int64_t bytes = line * sizeof(float);
+    asm volatile("" : : : "memory");
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + kTile, bytes);
+    _tile_loadd(2, below, bytes);
+    _tile_loadd(3, below + kTile, bytes);
+  } else {
+    clear_sums();
+  }
+  accumulate(a, b, steps);
+  store_sums(c, line);
 }
 
 // Sixteen numbers of each of two rows, as bfloat16 one row after the other; only `columns` are read, the others are 0.
@@ -109,6 +128,17 @@ INLINE __m512i two_rows(const float* one, const float* other, int64_t columns) {
   const __m512 low = one ? _mm512_maskz_loadu_ps(there, one) : _mm512_setzero_ps();
   const __m512 high = other ? _mm512_maskz_loadu_ps(there, other) : _mm512_setzero_ps();
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+// The bfloat16 nearest to the numbers of two rows, one row after the other, and in place what they lack.
+INLINE __m512i next_part(__m512& one, __m512& other) {
+  const __m512i part = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(other, one));
+  const auto wide = [](__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  one = _mm512_sub_ps(one, wide(_mm512_castsi512_si256(part)));
+  other = _mm512_sub_ps(other, wide(_mm512_extracti64x4_epi64(part, 1)));
+  return part;
 }
 
 // Two rows of 16 numbers as one line of a right tile.

@@ -6,7 +6,7 @@ whatever the lengths of its texts, so that one program is compiled.
 Dimensions: N tokens, S texts, D hidden size, F features.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from fused_rec import kernels
 from fused_rec.config import ComputeDtype
+from fused_rec.text.encoders.config_fields import LARGEST
 from fused_rec.text.encoders.layers import ACTIVATIONS, narrowed, product, widened
 from fused_rec.text.encoders.pooling import Pooling, normalized
 
@@ -76,27 +77,49 @@ class AddNorm(nn.Module):
         return call(x, added, scale, bias, epsilon=np.float32(self.epsilon))
 
 
+class Reach(NamedTuple):
+    """What a token attends to, and how queries and keys are rotated.
+
+    Attributes:
+      window: int32 scalar; a token attends to tokens less than `window` positions away.
+      turns: float32 [N, K], the cosines, then the sines of the angles of each token's rotary position; or empty.
+      causal: whether a token attends only to itself and earlier tokens.
+      narrow: whether factors are rounded to bfloat16, which takes tile registers (`kernels.has_tiles`).
+    """
+
+    window: Int32[Array, ""]
+    turns: Float32[Array, "..."]
+    causal: bool
+    narrow: bool
+
+
 def packed_attention(
     query: Float32[Array, "N D"],
-    key: Float32[Array, "N D"],
-    value: Float32[Array, "N D"],
+    key: Float32[Array, "N G"],
+    value: Float32[Array, "N G"],
     starts: Int32[Array, "S_plus_1"],
     heads: int,
-) -> Float32[Array, "N D"]:
+    reach: Reach | None = None,
+    result: jax.ShapeDtypeStruct | None = None,
+) -> Float[Array, "..."]:
     """Computes softmax attention of each token over its text, in the kernel; there is no derivative.
 
     Args:
       query: float32 [N, D], the heads one after the other.
-      key: float32 [N, D].
-      value: float32 [N, D].
+      key: float32 [N, G], of as many heads or fewer, each for as many heads of queries.
+      value: float32 [N, G].
       starts: int32 [S + 1], the first token of each text and the end of the last; the tokens after it are padding.
-      heads: number of heads.
+      heads: number of heads of queries.
+      reach: what a token attends to; None for all of its text, without rotation.
+      result: float32 or bfloat16 [N, D], or bfloat16 [P, N, D], P parts that add up; None for float32.
 
     Returns:
-      float32 [N, D]; zeros for padding.
+      The weighted means of values, as `result` says; zeros for padding.
     """
-    call = jax.ffi.ffi_call(kernels.ATTENTION, jax.ShapeDtypeStruct(query.shape, jnp.float32))
-    return call(query, key, value, starts, heads=heads)
+    result = result or jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    window, turns, causal, narrow = reach or Reach(jnp.int32(LARGEST), jnp.zeros((0, 0)), False, False)
+    call = jax.ffi.ffi_call(kernels.ATTENTION, result)
+    return call(query, key, value, starts, window, turns, heads=heads, causal=causal, narrow=narrow)
 
 
 def attends(heads: int, size: int) -> bool:

@@ -19,6 +19,7 @@ from fused_rec.text.encoders.decoder import Decoder, DecoderConfig
 from fused_rec.text.encoders.layers import Params
 from fused_rec.text.encoders.modernbert import ModernBert, ModernBertConfig
 from fused_rec.text.encoders.packed import LANES, attends, pool_packed
+from fused_rec.text.encoders.packed_decoder import hidden_states, packs_decoder
 from fused_rec.text.encoders.pooling import Pooling, pool
 
 EncoderConfig = BertConfig | DecoderConfig | ModernBertConfig
@@ -157,6 +158,8 @@ def apply_packed(
     Returns:
       One vector per text.
     """
+    if isinstance(config, DecoderConfig):
+        return pool_packed(hidden_states(params, input_ids, starts, config), starts, pooling, normalize)
     mask = jnp.arange(len(input_ids)) < starts[-1]
     hidden: Any = encoder(config).apply({"params": params}, input_ids[None], mask[None], starts)
     return pool_packed(hidden[0], starts, pooling, normalize)
@@ -164,6 +167,8 @@ def apply_packed(
 
 def packs(config: EncoderConfig) -> bool:
     """Returns whether `apply_packed` encodes with this config on this machine."""
+    if isinstance(config, DecoderConfig):
+        return packs_decoder(config)
     of_family = isinstance(config, BertConfig) and not config.distance_buckets
     return (
         of_family and not config.intermediate_size % LANES and attends(config.num_attention_heads, config.hidden_size)
