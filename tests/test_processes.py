@@ -21,12 +21,14 @@ from fused_rec.distributed import processes as processes_module
 from fused_rec.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
+TINY = Path(__file__).parent / "golden" / "tiny_bert"
 STOP_SECONDS = 60  # promised: a process whose neighbour died ends after so many at most
 SETTINGS = (
     *("model.dim=8", "model.num_layers=1", "train.eval_every=5", "train.patience=100000", "train.temperature=0.15"),
     # Without rows of users a cosine does not see how long they are: some factors would have no gradient but rounding
     # errors, which AdamW makes as large as any other.
     "model.user_id_embedding=True",
+    f"text.model={TINY}",
 )
 ENDLESS = 100_000  # steps
 LATE = float(os.environ.get("FUSED_REC_LATE", "3"))  # seconds
