@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import fused_rec as fr
-from fused_rec.baselines.factors import COMPONENTS
+from fused_rec.baselines import factors
+from fused_rec.baselines.factors import COMPONENTS, singular_vectors
 from fused_rec.baselines.launch import Launch
 from fused_rec.config import Config, ModelConfig, TrainConfig
 from fused_rec.data.synthetic import make_synthetic
@@ -300,5 +301,23 @@ def test_a_market_without_text_and_ties_has_fewer_components(market, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, name="synthetic"))
     dataset, data_split = read(config)
     prepared = prepare(config, dataset, data_split)
-    found = late_fusion.select_late_fusion(config, prepared, init_state(config, prepared))
+    _, found = late_fusion.select_late_fusion(config, prepared, init_state(config, prepared))
     assert set(found.single) == {"model", "popularity", "recent_popularity", "ease", "gf_cf"}
+
+
+def test_what_is_selected_is_added_without_computing_singular_vectors_again(finished, monkeypatch):
+    config, prepared, state = load_measured(finished.workdir, "valid")
+    computed = []
+
+    def counted(interactions, rank):
+        computed.append(rank)
+        return singular_vectors(interactions, rank)
+
+    monkeypatch.setattr(factors, "singular_vectors", counted)
+    selected, selection = late_fusion.select_late_fusion(config, prepared, state)
+    assert len(computed) == 1
+    again = late_fusion.with_late_fusion(prepared, selection)
+    expected, found = (jax.tree.leaves(inputs.graph_inputs.fusion) for inputs in (again, selected))
+    assert len(expected) == len(found) > 2
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -35,8 +35,8 @@ from fused_rec.training.train_step import TrainState
 LOG = logging.getLogger(__name__)
 
 
-def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) -> Selection:
-    """Builds the components, and chooses their settings and weights on validation.
+def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) -> tuple[Prepared, Selection]:
+    """Builds the components, chooses their settings and weights on validation, and adds what was chosen.
 
     Args:
       config: all settings; train.seed decides which users are ranked where there are more than `MAX_USERS`.
@@ -44,7 +44,7 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
       state: the trained state, unsharded.
 
     Returns:
-      The selection, the same in all processes.
+      `prepared` with the late fusion in its graph inputs, and the selection, the same in all processes.
 
     Raises:
       ValueError: `prepared` includes the validation split.
@@ -56,12 +56,13 @@ def select_late_fusion(config: Config, prepared: Prepared, state: TrainState) ->
         )
     params, graph_inputs = shard_state(state.params, own=False), shard_graph_inputs(prepared.graph_inputs)
     vectors = jax.device_get(parallel_trained_vectors(config)(params, graph_inputs))
-    found = None
+    found, evidence = None, _evidence(prepared)
     if processes.is_primary():
         on = validation_users(config, prepared)
-        found = select_weights(_candidates(prepared, vectors, on.users), on)
+        found = select_weights(_candidates(prepared, vectors, evidence, on.users), on)
         found = dataclasses.asdict(found)
-    return Selection(**processes.broadcast_json(found))
+    selection = Selection(**processes.broadcast_json(found))
+    return _fused(prepared, selection, evidence), selection
 
 
 def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInputs:
@@ -76,9 +77,11 @@ def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInp
     Returns:
       `prepared` with other graph inputs.
     """
-    if selection is None:
-        return prepared
-    evidence = _evidence(prepared)
+    return prepared if selection is None else _fused(prepared, selection, _evidence(prepared))
+
+
+def _fused(prepared: AnyInputs, selection: Selection, evidence: Evidence) -> AnyInputs:
+    """`with_late_fusion`, with what the tables tell the components."""
     trained, closed = {}, []
     # Items that no other component orders are ordered by popularity, in the selection and here.
     for name, weight in {"popularity": FALLBACK, **selection.weights}.items():
@@ -174,11 +177,12 @@ def _evidence(prepared: ModelInputs) -> Evidence:
     return Evidence(interactions_of(prepared))
 
 
-def _candidates(prepared: Prepared, vectors: Mapping[str, Any], users: Int[np.ndarray, "V"]) -> Iterator[Candidate]:
+def _candidates(
+    prepared: Prepared, vectors: Mapping[str, Any], evidence: Evidence, users: Int[np.ndarray, "V"]
+) -> Iterator[Candidate]:
     """Yields the trained components and the closed-form ones that the tables allow, with each of their settings."""
     for name, (of_users, items) in vectors.items():
         yield Candidate(name, {}, of_users[users], items)
-    evidence = _evidence(prepared)
     for name, recommender in COMPONENTS.items():
         if not all(map(evidence.has, recommender.needs)):
             continue

@@ -198,8 +198,9 @@ def _select_and_test(
         require_singular_vectors(prepared.dataset.n_users, prepared.dataset.n_items)
     config, phase, state, progress, seconds = _select(config, prepared, workdir, shown)
     prepared = with_finetuned_text(config, prepared, state)
-    fusion = select_late_fusion(config, prepared, state) if config.model.late_fusion else None
-    prepared = with_late_fusion(prepared, fusion)
+    fusion = None
+    if config.model.late_fusion:
+        prepared, fusion = select_late_fusion(config, prepared, state)
     if fusion and config.model.launch_cost and (launch := select_launch(config, prepared, state)):
         fusion = dataclasses.replace(fusion, launch=dataclasses.asdict(launch))
         prepared = with_launch(prepared, launch)
