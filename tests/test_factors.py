@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 
 from fused_rec.baselines import factors
 from fused_rec.baselines.linear import ease, gf_cf, text_ease
-from fused_rec.baselines.neighbors import Interactions, NotApplicableError
+from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item_knn
 
 SHAPES = pytest.mark.parametrize(("n_users", "n_items"), [(60, 25), (25, 60), (40, 40)])
 
@@ -63,6 +63,24 @@ def test_all_directions_give_gf_cf(n_users, n_items, rank, alpha):
     found = factors.gf_cf_factors(*factors.Evidence(interactions).normalized, rank=rank, alpha=alpha)
     full = gf_cf(interactions, rank=rank, alpha=alpha)
     np.testing.assert_allclose(*_unseen(history, found, full, without=[0]), rtol=0, atol=2e-5)
+
+
+@SHAPES
+@pytest.mark.parametrize(("num_neighbors", "shrink"), [(3, 0.0), (8, 10.0)])
+def test_a_column_per_item_gives_item_knn(n_users, n_items, num_neighbors, shrink):
+    history, interactions = _random(n_users, n_items, 0.3)
+    settings = {"num_neighbors": num_neighbors, "shrink": shrink}
+    found = factors.item_knn_factors(interactions, **settings)
+    assert found.source.dtype == found.target.dtype == np.float32
+    scores, expected = _unseen(history, found, item_knn(interactions, **settings))
+    np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_users", "n_items", "few"), [(10, 2048, True), (10, 2049, False), (10**6, 400, False)])
+def test_item_knn_is_for_catalogs_of_few_items(n_users, n_items, few):
+    """A million users have a column for each of 387 items: (U + I) R^2 is at most 1.5e11."""
+    nobody = np.zeros(0, np.int32)
+    assert factors.Evidence(Interactions(nobody, nobody, n_users, n_items)).has("few_items") is few
 
 
 def test_few_directions_are_the_largest():

@@ -197,9 +197,8 @@ def finished(market, tmp_path_factory):
 def test_results_tell_the_components(finished):
     found = json.loads((finished.workdir / "results.json").read_text())["late_fusion"]
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
-    assert {"model", "graph_branch", "text_branch", "popularity", "ease", "tfidf_mean", "social_ease"} <= set(
-        found["single"]
-    )
+    expected = {"model", "graph_branch", "text_branch", "popularity", "ease", "item_knn", "tfidf_mean", "social_ease"}
+    assert expected <= set(found["single"])
     assert found["fused"] >= max(found["single"].values()) - 1e-6
     assert "by late fusion of components" in (finished.workdir / "README.md").read_text()
 
@@ -302,7 +301,7 @@ def test_a_market_without_text_and_ties_has_fewer_components(market, tmp_path):
     dataset, data_split = read(config)
     prepared = prepare(config, dataset, data_split)
     _, found = late_fusion.select_late_fusion(config, prepared, init_state(config, prepared))
-    assert set(found.single) == {"model", "popularity", "recent_popularity", "ease", "gf_cf"}
+    assert set(found.single) == {"model", "popularity", "recent_popularity", "ease", "gf_cf", "item_knn"}
 
 
 def test_what_is_selected_is_added_without_computing_singular_vectors_again(finished, monkeypatch):

@@ -70,6 +70,7 @@ SETTINGS = {
     "text_ease": {"l2": 1.0, "l2_text": 2.0, "l2_words": 1.0},
     "term_ease": {"l2": 2.0, "l2_text": 1.0, "l2_words": 1.5},
     "gf_cf": {"rank": 2, "alpha": 0.3},
+    "item_knn": {"num_neighbors": 3, "shrink": 1.0},
     "popularity": {"half_life": 0.0},
     "recent_popularity": {"half_life": 3.0},
     "social_ease": {"l2": 1.0, "weight": 2.0},

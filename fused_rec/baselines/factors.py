@@ -17,7 +17,13 @@ import scipy.sparse
 from jaxtyping import Float, Float32
 
 from fused_rec.baselines.linear import EXACT, OVERSAMPLES, exact_singular_vectors, normalized, subspace_iteration
-from fused_rec.baselines.neighbors import Interactions, NotApplicableError, item_counts
+from fused_rec.baselines.neighbors import (
+    NEIGHBOR_GRID,
+    Interactions,
+    NotApplicableError,
+    item_counts,
+    nearest_items,
+)
 from fused_rec.memory import require_memory
 from fused_rec.rng import Stream, numpy_rng
 
@@ -218,6 +224,20 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
     return Factors(item_text, item_text, item_text.shape[1])
 
 
+def item_knn_factors(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Factors:
+    """Returns `fused_rec.baselines.neighbors.item_knn`: a column for each item, the target its similarities.
+
+    Singular directions would need as many columns: similarities that end at the nearest neighbors have no low rank.
+
+    Args:
+      interactions: X.
+      num_neighbors: neighbors per item, 1 or more.
+      shrink: shrinkage of similarities with few common users, 0 or more.
+    """
+    similar = nearest_items(interactions, num_neighbors, shrink)
+    return Factors(np.eye(interactions.n_items, dtype=np.float32), similar.T.toarray().astype(np.float32))
+
+
 def term_rows(item_terms: Any, columns: int) -> Float32[np.ndarray, "I R"]:
     """Computes dense rows whose inner products are those of TF-IDF rows over all terms, or have them as expectation.
 
@@ -289,7 +309,8 @@ class ClosedFormRecommender:
       make: called with `Evidence` and one of the settings.
       grid: settings among which validation chooses.
       user_source: where the user vectors come from.
-      needs: what the tables must have: "item_text", "item_terms", "user_text", "ties", "times".
+      needs: what the tables must have: "item_text", "item_terms", "user_text", "ties", "times", or "few_items", at most
+        as many as there may be columns.
     """
 
     make: Callable[..., Factors]
@@ -330,8 +351,10 @@ class Evidence:
         return term_rows(terms, columns)
 
     def has(self, what: str) -> bool:
-        """Returns whether the tables have item_text, item_terms, user_text, ties or times."""
+        """Returns whether the tables have item_text, item_terms, user_text, ties, times or few_items."""
         data = self.interactions
+        if what == "few_items":
+            return data.n_items <= _affordable_columns(data.n_users + data.n_items)
         if what == "item_terms":
             return data.item_terms is not None and data.item_terms.nnz > 0
         if what == "ties":
@@ -374,6 +397,11 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     "gf_cf": ClosedFormRecommender(
         lambda evidence, **settings: gf_cf_factors(*evidence.normalized, **settings),
         tuple({"rank": k, "alpha": a} for k in (16, 128) for a in (0.1, 0.3, 1.0, 3.0)),
+    ),
+    "item_knn": ClosedFormRecommender(
+        lambda evidence, **settings: item_knn_factors(evidence.interactions, **settings),
+        NEIGHBOR_GRID,
+        needs=("few_items",),
     ),
     "text_mean": ClosedFormRecommender(
         lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)

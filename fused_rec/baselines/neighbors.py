@@ -100,6 +100,10 @@ class Interactions(NamedTuple):
         return self.item_text
 
 
+# Settings of `item_knn` and `user_knn` that are tried on validation.
+NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
+
+
 def popularity(interactions: Interactions, *, half_life: float = 0) -> Partial:
     """Recommends the items with most users (TopPop of Cremonesi et al., RecSys 2010): score = number of users.
 
@@ -155,9 +159,22 @@ def item_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -
     Returns:
       The scorer.
     """
-    history = interactions.history()
-    similar = _nearest("item_knn", history.T.tocsr(), num_neighbors, shrink)
-    return Partial(sum_sparse_rows, entries(history), entries(similar), _zeros(interactions.n_items))
+    similar = nearest_items(interactions, num_neighbors, shrink)
+    return Partial(sum_sparse_rows, entries(interactions.history()), entries(similar), _zeros(interactions.n_items))
+
+
+def nearest_items(interactions: Interactions, num_neighbors: int, shrink: float) -> scipy.sparse.csr_array:
+    """Computes the similarities of `item_knn`.
+
+    Args:
+      interactions: the inputs.
+      num_neighbors: neighbors per item, 1 or more.
+      shrink: shrinkage of similarities with few common users, 0 or more.
+
+    Returns:
+      float32 [I, I]: row i has those of the neighbors of item i, and zeros.
+    """
+    return _nearest("item_knn", interactions.history().T.tocsr(), num_neighbors, shrink)
 
 
 def user_knn(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Partial:

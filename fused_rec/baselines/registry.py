@@ -39,7 +39,6 @@ def _over_terms(name: str, fit: Callable[..., Partial]) -> Callable[..., Partial
     return fitted
 
 
-_NEIGHBOR_GRID = tuple({"num_neighbors": n, "shrink": s} for n in (20, 100, 500) for s in (0.0, 10.0))
 _ALS_GRID = tuple(
     {"factors": k, "regularization": r, "alpha": a, "seed": 0}
     for k in (32, 64)
@@ -57,8 +56,8 @@ BASELINES: dict[str, Baseline] = {
     "popularity": Baseline(
         neighbors.popularity, tuple({"half_life": days} for days in (0.0, 365.0, 180.0, 90.0, 30.0))
     ),
-    "item_knn": Baseline(neighbors.item_knn, _NEIGHBOR_GRID),
-    "user_knn": Baseline(neighbors.user_knn, _NEIGHBOR_GRID),
+    "item_knn": Baseline(neighbors.item_knn, neighbors.NEIGHBOR_GRID),
+    "user_knn": Baseline(neighbors.user_knn, neighbors.NEIGHBOR_GRID),
     "friends_mean": Baseline(neighbors.friends_mean, ({},), needs=("ties",)),
     "text_mean": Baseline(neighbors.text_mean, tuple({"own": w} for w in (0.0, 0.25, 0.5, 1.0, 2.0)), needs=("text",)),
     "text_gcn": Baseline(neighbors.text_gcn, _TEXT_GCN_GRID, needs=("text",)),

@@ -90,7 +90,7 @@ def _fused(prepared: AnyInputs, selection: Selection, evidence: Evidence) -> Any
             continue
         recommender = COMPONENTS[name]
         if absent := [what for what in recommender.needs if not evidence.has(what)]:
-            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
+            LOG.warning("%s is left out of the score: it needs %s of the tables", name, " and ".join(absent))
             continue
         made = _factors(name, recommender, evidence, selection.settings.get(name, recommender.grid[0]))
         if made is None:
