@@ -12,7 +12,7 @@ from market import write_tables
 import fused_rec as fr
 from fused_rec import api
 from fused_rec.data.dataset import column
-from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.ranking import mean, rank
 from fused_rec.serving.recommender import load_measured
 from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users, held_out
 from fused_rec.training.inputs import prepare, read, with_pretrained_text
@@ -68,6 +68,20 @@ def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monke
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-1 - len(BASELINES) :]]
     assert rows == [[name, *(f"{by_api[name][metric]:.4f}" for metric in shown)] for name in (*BASELINES, "fused")]
+
+
+def test_novelty_counts_the_interactions_of_training(tmp_path):
+    """Also where the last split is evaluated, before which there are others."""
+    data = {"name": "tables", "path": str(write_tables(tmp_path))}
+    config = fr.configure(data=data, model={"variant": "graph"})
+    prepared = prepare(config, *read(config))
+    popular = baseline("popularity", prepared, {"half_life": 0.0})
+    found = evaluate_users(prepared, popular, "test")
+    items = rank(popular, found.users, held_out(prepared, "test")[0], k=10).items
+    trained = column(prepared.dataset.interactions, "item")[prepared.split.train]
+    counts = np.maximum(np.bincount(trained, minlength=prepared.dataset.n_items), 1)
+    expected = np.log2(prepared.dataset.n_users / counts)[items].mean(1)
+    np.testing.assert_allclose(found.metrics["novelty@10"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
