@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 from test_decomposition import MARKET
 from test_faithfulness import given, opened  # noqa: F401
 
+from fused_rec.config import Config, ModelConfig
 from fused_rec.explanation import counterfactual as subject
 from fused_rec.explanation.catalogs import open_catalog
 from fused_rec.explanation.counterfactual import CounterfactualSet, counterfactual_sets, without_sources
@@ -14,6 +16,7 @@ from fused_rec.explanation.leave_one_out import leave_one_out
 from fused_rec.explanation.own_reviews import own_reviews
 from fused_rec.explanation.reasons import set_record, set_sentence
 from fused_rec.explanation.sources import Source, sources
+from fused_rec.training.train_step import GraphInputs, init
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,16 @@ def test_beyond_three_the_search_is_greedy_and_says_so(opened, left_out, monkeyp
         assert before[0] in ranked(opened, 0, [other for other in found.sources if other != source])[:2]
     monkeypatch.setattr(subject, "LARGEST_SET", 0)
     assert counterfactual_sets(left_out, prepared, 0, [before[0]], 24, eligible(prepared, 0)) == [None]
+
+
+def test_a_user_of_whom_nothing_is_left_is_scored_by_popularity():
+    popularity = np.array([2, 5, 1, 4, 3, 0], np.float32)
+    inputs = GraphInputs(tiny.whole(), np.ones(6, bool), popularity)
+    config = Config(model=ModelConfig(dim=3, num_layers=2, popularity_weight=0.0))
+    params = init(config, inputs).params
+    found = [subject._scores(config, params, inputs, user) for user in (0, 6)]
+    assert len(np.unique(found[0])) > 1 and not np.array_equal(found[0], popularity)
+    np.testing.assert_array_equal(found[1], popularity)
 
 
 def test_a_set_in_words():

@@ -12,9 +12,9 @@ from market import write_tables
 import fused_rec as fr
 from fused_rec import api
 from fused_rec.data.dataset import column
-from fused_rec.evaluation.ranking import mean
+from fused_rec.evaluation.ranking import mean, rank
 from fused_rec.serving.recommender import load_measured
-from fused_rec.training.evaluate import baseline, choose_settings, evaluate_users, held_out
+from fused_rec.training.evaluate import baseline, choose_settings, evaluate_slices, evaluate_users, held_out
 from fused_rec.training.inputs import prepare, read, with_pretrained_text
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
@@ -68,6 +68,34 @@ def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monke
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-1 - len(BASELINES) :]]
     assert rows == [[name, *(f"{by_api[name][metric]:.4f}" for metric in shown)] for name in (*BASELINES, "fused")]
+
+
+@pytest.fixture(scope="module")
+def popular(tmp_path_factory):
+    """Inputs of the training split of the small market, and the scorer by popularity."""
+    data = {"name": "tables", "path": str(write_tables(tmp_path_factory.mktemp("popular")))}
+    config = fr.configure(data=data, model={"variant": "graph"})
+    prepared = prepare(config, *read(config))
+    return prepared, baseline("popularity", prepared, {"half_life": 0.0})
+
+
+def test_novelty_counts_the_interactions_of_training(popular):
+    """Also where the last split is evaluated, before which there are others."""
+    prepared, scorer = popular
+    found = evaluate_users(prepared, scorer, "test")
+    items = rank(scorer, found.users, held_out(prepared, "test")[0], k=10).items
+    trained = column(prepared.dataset.interactions, "item")[prepared.split.train]
+    counts = np.maximum(np.bincount(trained, minlength=prepared.dataset.n_items), 1)
+    expected = np.log2(prepared.dataset.n_users / counts)[items].mean(1)
+    np.testing.assert_allclose(found.metrics["novelty@10"], expected, rtol=1e-5)
+
+
+def test_slices_of_items_are_those_of_the_test_split(popular):
+    prepared, scorer = popular
+    slices = evaluate_slices(prepared, scorer, evaluate_users(prepared, scorer, "test"))["item_interactions"]
+    interactions, split = prepared.dataset.interactions, prepared.split
+    test, valid = (np.unique(column(interactions, "item")[rows]) for rows in (split.test, split.valid))
+    assert sum(found["items"] for name, found in slices.items() if name != "1+") == len(test) != len(valid)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

@@ -22,6 +22,7 @@ from fused_rec.serving import export_bundle
 from fused_rec.storage import SaveError
 from fused_rec.studies.variants import variant
 from fused_rec.text.vectors import load_vectors, save_vectors
+from fused_rec.training import evaluate
 from fused_rec.training.checkpoint import named_leaves
 from fused_rec.training.evaluate import scorer, user_item_vectors
 from fused_rec.training.inputs import init_state, prepare, read
@@ -93,7 +94,8 @@ def test_products_are_the_scores(config, name):
     np.testing.assert_allclose(users @ items.T, scores, rtol=1e-4, atol=1e-6)
 
 
-def test_who_is_unknown_gets_what_is_popular_by_a_product_too(config):
+def test_who_is_unknown_gets_what_is_popular_by_a_product_too(config, monkeypatch):
+    monkeypatch.setattr(evaluate, "users_per_batch", lambda n_items: 7)  # the unknown user is in a later batch
     config = variant(config, "lightgcn")
     prepared, state = prepared_with(config)
     users, items = user_item_vectors(config, prepared, state)

@@ -14,7 +14,7 @@ from fused_rec import kernels
 from fused_rec.evaluation import ranking
 from fused_rec.evaluation import top_k as top_k_module
 from fused_rec.evaluation.item_sets import UserItemSets, contained, item_sets
-from fused_rec.evaluation.ranking import RankingSpec, evaluate, mean, rank, users_per_batch
+from fused_rec.evaluation.ranking import CandidateFilter, RankingSpec, evaluate, mean, rank, users_per_batch
 from fused_rec.evaluation.top_k import random_order, top_k_filtered
 
 
@@ -140,6 +140,33 @@ def test_evaluate_among_candidates():
     assert per_user.metrics["mrr@2"] == [1 / 2]
     assert per_user.metrics["auc"] == [0]
     assert per_user.aggregate == {"coverage@10": pytest.approx(2 / 3)}
+
+
+def test_evaluate_without_excluded_items():
+    # User 0 must not get 1 and 2 and is given 3 and 4; of the held-out 2 and 4, 2 counts as missed but is in no pair
+    # of AUC as a negative: 2 and 4 against 3.
+    barred = CandidateFilter(("barred",), excluded=(sets_of([[1, 2], [], [1]]),))
+    per_user, without = _by_hand(filter=barred), _by_hand()
+    expected = {"recall@2": 1 / 2, "mrr@2": 1 / 2, "map@4": 1 / 4, "auc": 1 / 2, "novelty@10": np.log2(3 / 2) / 2}
+    for name, value in expected.items():
+        np.testing.assert_allclose(per_user.metrics[name][0], value, rtol=1e-6, err_msg=name)
+        assert per_user.metrics[name][1] == without.metrics[name][1], name
+
+
+def test_blocks_of_lists_change_nothing(monkeypatch):
+    """More lists than are computed together, in blocks of which the last is not full."""
+    rng = np.random.default_rng(0)
+    kind, table = rng.choice(3, (8, 9)), rng.normal(size=(8, 9))
+    kind[:, 0] = 0  # every user is evaluated
+    spec, truth, counts = RankingSpec(sets_where(kind == 1), 9), sets_where(kind == 0), np.arange(9) % 5
+    found = []
+    for lists in (ranking.LISTS, 3):
+        monkeypatch.setattr(ranking, "LISTS", lists)
+        found.append(evaluate(scorer_of(table), spec, truth, item_counts=counts, ks=(1, 3)))
+    assert len(found[0].users) == 8
+    for name, values in found[0].metrics.items():
+        assert len(np.unique(values)) > 1
+        np.testing.assert_array_equal(values, found[1].metrics[name], err_msg=name)
 
 
 def test_mean_leaves_out_users_without_pairs():
