@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, PyTree
+from jaxtyping import Bool, Float, Float32, PyTree
 
 from fused_rec.baselines.neighbors import item_counts
 from fused_rec.config import Config
 from fused_rec.data.splits import Observed
-from fused_rec.distributed.devices import AnyArray
 from fused_rec.explanation.decomposition import INTERACTION, REVIEW, require_trained
 from fused_rec.explanation.leave_one_out import LeaveOneOut, SetScores
 from fused_rec.explanation.own_reviews import OwnReviews
@@ -171,29 +170,6 @@ def counterfactual_effect(
         given = _scores(config, params, graph_inputs, user)
         found += [float(given[item]), 1 + int((given[candidates] > given[item]).sum())]
     return CounterfactualEffect(*found)
-
-
-def score_of(config: Config, params: PyTree, graph_inputs: GraphInputs, user: int, item: int) -> float:
-    """Computes one score.
-
-    Args:
-      config: settings of the run.
-      params: parameters.
-      graph_inputs: graph and item statistics.
-      user: user row.
-      item: item row.
-
-    Returns:
-      The sum of the components, also for a user of whom nothing is known.
-    """
-    return float(_score(*embed_on_one_device(config, params, graph_inputs), user, item))
-
-
-@jax.jit
-def _score(
-    users: Float32[AnyArray, "U D"], items: Float32[AnyArray, "I D"], user: int | AnyArray, item: int | AnyArray
-) -> Float32[Array, ""]:
-    return users[user] @ items[item]
 
 
 class CounterfactualSet(NamedTuple):
