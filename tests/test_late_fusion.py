@@ -304,6 +304,17 @@ def test_a_market_without_text_and_ties_has_fewer_components(market, tmp_path):
     assert set(found.single) == {"model", "popularity", "recent_popularity", "ease", "gf_cf", "item_knn"}
 
 
+def test_item_knn_is_not_selected_of_many_items_but_stays_when_tables_grow(finished, monkeypatch):
+    config, prepared, state = load_measured(finished.workdir, "valid")
+    monkeypatch.setattr(factors, "MIN_RANK", 4)
+    monkeypatch.setattr(factors, "MAX_RANK", 4)
+    _, found = late_fusion.select_late_fusion(config, prepared, state)
+    assert "ease" in found.single and "item_knn" not in found.single
+    chosen = {"item_knn": COMPONENTS["item_knn"].grid[0]}
+    selection = late_fusion.Selection(dict.fromkeys(chosen, 1.0), chosen, {}, 0.0, 0)
+    assert component_names(late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion)[-1] == "item_knn"
+
+
 def test_what_is_selected_is_added_without_computing_singular_vectors_again(finished, monkeypatch):
     config, prepared, state = load_measured(finished.workdir, "valid")
     computed = []

@@ -233,7 +233,13 @@ def item_knn_factors(interactions: Interactions, *, num_neighbors: int, shrink: 
       interactions: X.
       num_neighbors: neighbors per item, 1 or more.
       shrink: shrinkage of similarities with few common users, 0 or more.
+
+    Raises:
+      InsufficientMemoryError: the columns of items and users do not fit in memory.
     """
+    users, items = interactions.n_users, interactions.n_items
+    need = 4 * items * (users + 2 * items)
+    require_memory(need, f"item_knn in the score, with a column for each of {items:,} items", "train the model again")
     similar = nearest_items(interactions, num_neighbors, shrink)
     return Factors(np.eye(interactions.n_items, dtype=np.float32), similar.T.toarray().astype(np.float32))
 
@@ -309,14 +315,16 @@ class ClosedFormRecommender:
       make: called with `Evidence` and one of the settings.
       grid: settings among which validation chooses.
       user_source: where the user vectors come from.
-      needs: what the tables must have: "item_text", "item_terms", "user_text", "ties", "times", or "few_items", at most
-        as many as there may be columns.
+      needs: what the tables must have: "item_text", "item_terms", "user_text", "ties", "times".
+      few_items: whether it is chosen only where the tables have few items (`Evidence.few_items`). Tables that grow keep
+        it.
     """
 
     make: Callable[..., Factors]
     grid: tuple[dict[str, Any], ...]
     user_source: UserSource = "items"
     needs: tuple[str, ...] = ()
+    few_items: bool = False
 
 
 class Evidence:
@@ -350,11 +358,15 @@ class Evidence:
         require_memory(12 * data.n_items * columns, f"{columns:,} columns of terms of {data.n_items:,} items", remedy)
         return term_rows(terms, columns)
 
-    def has(self, what: str) -> bool:
-        """Returns whether the tables have item_text, item_terms, user_text, ties, times or few_items."""
+    @property
+    def few_items(self) -> bool:
+        """Whether there are at most as many items as `default_rank` would have directions."""
         data = self.interactions
-        if what == "few_items":
-            return data.n_items <= _affordable_columns(data.n_users + data.n_items)
+        return data.n_items <= _affordable_columns(data.n_users + data.n_items)
+
+    def has(self, what: str) -> bool:
+        """Returns whether the tables have item_text, item_terms, user_text, ties or times."""
+        data = self.interactions
         if what == "item_terms":
             return data.item_terms is not None and data.item_terms.nnz > 0
         if what == "ties":
@@ -401,7 +413,7 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     "item_knn": ClosedFormRecommender(
         lambda evidence, **settings: item_knn_factors(evidence.interactions, **settings),
         NEIGHBOR_GRID,
-        needs=("few_items",),
+        few_items=True,
     ),
     "text_mean": ClosedFormRecommender(
         lambda evidence: text_mean_factors(evidence.interactions.item_text), ({},), needs=("item_text",)

@@ -88,7 +88,7 @@ def _fused(prepared: AnyInputs, selection: Selection, evidence: Evidence) -> Any
         if name not in COMPONENTS:
             trained[name] = np.asarray(weight, np.float32)
         elif absent := [what for what in COMPONENTS[name].needs if not evidence.has(what)]:
-            LOG.warning("%s is left out of the score: it needs %s of the tables", name, " and ".join(absent))
+            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
         else:
             weights[name] = weight
     # Items that no other component orders are ordered by popularity, in the selection and here.
@@ -188,7 +188,7 @@ def _candidates(
     for name, (of_users, items) in vectors.items():
         yield Candidate(name, {}, of_users[users], items)
     for name, recommender in COMPONENTS.items():
-        if not all(map(evidence.has, recommender.needs)):
+        if not all(map(evidence.has, recommender.needs)) or (recommender.few_items and not evidence.few_items):
             continue
         for settings in recommender.grid:
             try:
