@@ -106,26 +106,6 @@ def test_users_of_whom_a_component_says_nothing_are_ranked_by_popularity():
     assert cw.select_weights([_candidate("x", scores)], on).single == {"x": pytest.approx(1)}
 
 
-def test_the_better_popularity_orders_what_no_component_orders():
-    """Of most users component a knows the item, of the others nothing: they take the item that is popular now."""
-    n_users, n_items, now, once = 40, 12, 3, 4
-    known = np.zeros((n_users, n_items))
-    known[np.arange(n_users) % 4 < 3, 7] = 1
-    truth = [(u, 7 if u % 4 < 3 else now) for u in range(n_users)]
-    counts = np.eye(n_items, dtype=np.float32)
-    everybody = np.ones((n_users, 1), np.float32)
-    candidates = [
-        _candidate("a", known),
-        cw.Candidate("popularity", {}, everybody, counts[once][:, None]),
-        cw.Candidate("recent_popularity", {"half_life": 30.0}, everybody, counts[now][:, None]),
-    ]
-    on = dataclasses.replace(_users(truth, n_items), popularity=counts[once])
-    found = cw.select_weights(candidates, on)
-    assert found.weights == {"a": 1.0, "recent_popularity": cw.FALLBACK}
-    assert found.settings == {"a": {}, "recent_popularity": {"half_life": 30.0}}
-    assert found.fused == pytest.approx(1)
-
-
 def test_the_selection_standardizes_and_measures_as_the_devices_do():
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)

@@ -33,7 +33,6 @@ FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a componen
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
 FALLBACK = 1e-5  # standard deviations of popularity, beside scores of standard deviation 1
-POPULARITY = ("popularity", "recent_popularity")  # one of them orders what no other component orders
 ROUNDING = 1e-6  # of the largest score of a user: their standard deviation, where equal scores are computed in float32
 CHUNK = 1 << 25  # scores that are held at once
 
@@ -69,8 +68,7 @@ class ValidationUsers:
       truth: held-out items of all users.
       seen: items of all users that are not ranked.
       allowed: bool [I], the candidates of the split.
-      popularity: float32 [I], by which items are ordered that a component does not order, until validation has chosen
-        among the components of `POPULARITY`.
+      popularity: float32 [I], by which items are ordered that a component does not order.
     """
 
     users: Int[np.ndarray, "V"]
@@ -110,8 +108,7 @@ def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Sele
       on: validation users.
 
     Returns:
-      The selection. Its weights are those of standardized scores. Where popularity has no part in the sum, the better
-      one of `POPULARITY` has the weight `FALLBACK`.
+      The selection. Its weights are those of standardized scores.
     """
     best: dict[str, tuple[float, Candidate]] = {}
     for candidate in candidates:
@@ -121,15 +118,10 @@ def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Sele
             best[candidate.name] = value, candidate
     single = {name: value for name, (value, _) in best.items()}
     chosen = [candidate for _, candidate in best.values()]
-    fallback = max((name for name in POPULARITY if name in best), key=lambda name: single[name], default=None)
-    if fallback is not None:
-        on = dataclasses.replace(on, popularity=best[fallback][1].items[:, 0])
     lists = _short_lists(chosen, on)
     start = max(range(len(chosen)), key=lambda number: single[chosen[number].name])
     weights, value = forward_selection(lists, start)
     used = {c.name: w for c, w in zip(chosen, weights, strict=True) if w}
-    if fallback is not None and not used.keys() & {*POPULARITY}:
-        used[fallback] = FALLBACK
     LOG.info("late fusion: %s, validation ndcg@%d %.4f", used, K, value)
     return Selection(used, {n: dict(best[n][1].settings) for n in used}, single, value, len(on.users))
 

@@ -22,7 +22,6 @@ from fused_rec.rng import Stream, numpy_rng
 from fused_rec.training.component_weights import (
     FALLBACK,
     MAX_USERS,
-    POPULARITY,
     Candidate,
     Selection,
     ValidationUsers,
@@ -83,19 +82,16 @@ def with_late_fusion(prepared: AnyInputs, selection: Selection | None) -> AnyInp
 
 def _fused(prepared: AnyInputs, selection: Selection, evidence: Evidence) -> AnyInputs:
     """`with_late_fusion`, with what the tables tell the components."""
-    trained, closed, weights = {}, [], {}
-    for name, weight in selection.weights.items():
+    trained, closed = {}, []
+    # Items that no other component orders are ordered by popularity, in the selection and here.
+    for name, weight in {"popularity": FALLBACK, **selection.weights}.items():
         if name not in COMPONENTS:
             trained[name] = np.asarray(weight, np.float32)
-        elif absent := [what for what in COMPONENTS[name].needs if not evidence.has(what)]:
-            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
-        else:
-            weights[name] = weight
-    # Items that no other component orders are ordered by popularity, in the selection and here.
-    if not weights.keys() & {*POPULARITY}:
-        weights = {"popularity": FALLBACK, **weights}
-    for name, weight in weights.items():
+            continue
         recommender = COMPONENTS[name]
+        if absent := [what for what in recommender.needs if not evidence.has(what)]:
+            LOG.warning("%s is left out of the score: the tables have no %s", name, " and no ".join(absent))
+            continue
         made = _factors(name, recommender, evidence, selection.settings.get(name, recommender.grid[0]))
         if made is None:
             continue
