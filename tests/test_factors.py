@@ -79,8 +79,8 @@ def test_a_column_per_item_gives_item_knn(n_users, n_items, num_neighbors, shrin
 @pytest.mark.parametrize(("n_users", "n_items", "few"), [(10, 2048, True), (10, 2049, False), (10**6, 400, False)])
 def test_item_knn_is_for_catalogs_of_few_items(n_users, n_items, few):
     """A million users have a column for each of 387 items: (U + I) R^2 is at most 1.5e11."""
-    nobody = np.zeros(0, np.int32)
-    assert factors.Evidence(Interactions(nobody, nobody, n_users, n_items)).few_items is few
+    none = np.zeros(0, np.int32)
+    assert factors.Evidence(Interactions(none, none, n_users, n_items)).few_items is few
 
 
 def test_few_directions_are_the_largest():
