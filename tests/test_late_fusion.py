@@ -312,7 +312,8 @@ def test_item_knn_is_not_selected_of_many_items_but_stays_when_tables_grow(finis
     assert "ease" in found.single and "item_knn" not in found.single
     chosen = {"item_knn": COMPONENTS["item_knn"].grid[0]}
     selection = late_fusion.Selection(dict.fromkeys(chosen, 1.0), chosen, {}, 0.0, 0)
-    assert component_names(late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion)[-1] == "item_knn"
+    fusion = late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
+    assert fusion is not None and component_names(fusion)[-1] == "item_knn"
 
 
 def test_what_is_selected_is_added_without_computing_singular_vectors_again(finished, monkeypatch):
