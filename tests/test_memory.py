@@ -247,6 +247,17 @@ def test_other_steps_are_refused_before_they_begin():
         assert line.startswith(f"{first}: needs ") and " available; " in line, line
 
 
+@LINUX
+def test_neighbors_in_a_small_catalog_need_little():
+    """Late fusion tries them after training: a block of the size that large catalogs need would be refused here."""
+    shape = limited("""
+        small = seen(200, 100)
+        limit(300_000_000)
+        print(neighbors.nearest_items(small, 20, 0.0).shape)
+    """)
+    assert shape == "(100, 100)\n"
+
+
 def test_blocks_of_neighbors_change_nothing(monkeypatch):
     from fused_rec.baselines import neighbors
 

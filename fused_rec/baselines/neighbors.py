@@ -374,7 +374,8 @@ def _nearest(name: str, vectors: scipy.sparse.csr_array, num_neighbors: int, shr
     most = np.minimum(abs(vectors) @ np.diff(transposed.indptr).astype(np.float64), n)
     kept = int(np.minimum(most, num_neighbors).sum())
     what = f"{name} with up to {num_neighbors} neighbors of each of {n:,} {'items' if name == 'item_knn' else 'users'}"
-    require_memory(24 * kept + 64 * SIMILARITIES, what, f"raise data.k_core, or leave {name} out")
+    block = int(min(most.sum(), SIMILARITIES))
+    require_memory(24 * kept + 64 * block, what, f"raise data.k_core, or leave {name} out")
     blocks = []
     for rows in _row_blocks(most):
         common = (vectors[rows] @ transposed).tocoo()
