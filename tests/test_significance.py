@@ -16,6 +16,7 @@ from fused_rec.evaluation.significance import (
     differences,
     holm,
     paired_bootstrap,
+    paired_bootstraps,
     summarize,
 )
 from fused_rec.evaluation.slices import bands, item_slices, user_slices
@@ -128,6 +129,19 @@ def test_users_without_a_value_are_left_out_of_both():
         paired_bootstrap(a, b[:, :3])
     with pytest.raises(ValueError, match="draws is 0"):
         paired_bootstrap(a, b, draws=0)
+
+
+def test_pairs_tested_together_are_tested_as_alone():
+    """With other users without a value, with one run or several of either model, and of the same users."""
+    holes = noise(3, 60, seed=4)
+    holes[1, 7] = np.nan
+    runs = [noise(3, 60, seed=1), noise(3, 60, seed=2) - 0.2, holes, noise(1, 60, seed=3), noise(4, 60, seed=5)]
+    pairs = [(a, b) for a in runs for b in runs]
+    together = [dataclasses.astuple(found) for found in paired_bootstraps(pairs, draws=200, seed=6)]
+    alone = [dataclasses.astuple(paired_bootstrap(a, b, draws=200, seed=6)) for a, b in pairs]
+    np.testing.assert_allclose(together, alone, rtol=1e-10)  # sums of products differ in the last bits
+    assert len({found[1] for found in alone}) > len(runs)
+    assert paired_bootstraps([]) == []
 
 
 def test_blocks_of_draws_change_nothing(monkeypatch):

@@ -6,10 +6,10 @@ S seeds, V evaluated users, N resamples ("draws").
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 
 from fused_rec.memory import require_memory
 
@@ -66,48 +66,124 @@ def paired_bootstrap(
       ValueError: different users, no user with values in all runs, or draws below 1.
       InsufficientMemoryError: the resamples do not fit.
     """
+    return paired_bootstraps([(a, b)], draws=draws, seed=seed)[0]
+
+
+def paired_bootstraps(
+    pairs: Sequence[tuple[Float[np.ndarray, "_ _"], Float[np.ndarray, "_ _"]]], *, draws: int = 10_000, seed: int = 0
+) -> list[Difference]:
+    """Tests several pairs of models, each as `paired_bootstrap` does alone.
+
+    Pairs with values of the same users have the same resamples, which are drawn once for all of them: they take most of
+    the time.
+
+    Args:
+      pairs: the metric of the first and of the second model, as `paired_bootstrap` takes them.
+      draws: N.
+      seed: random seed, the same for each pair.
+
+    Returns:
+      The differences, in the order of the pairs.
+
+    Raises:
+      ValueError, InsufficientMemoryError: as `paired_bootstrap`.
+    """
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
-    a, b = _common_users(a, b)
-    mean_a, mean_b = a.mean(), b.mean()
-    of_a, of_b = _drawn_means(a, b, draws, np.random.default_rng(seed))
-    rounding = ROUNDING * max(np.abs(a).mean(), np.abs(b).mean())
-    difference, drawn = (np.where(np.abs(x) <= rounding, 0.0, x) for x in (mean_a - mean_b, of_a - of_b))
-    # Sums in another order differ in their last bits; what is equal must count as equal.
-    strays = np.abs(drawn - difference) >= np.abs(difference) * (1 - 1e-9)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(of_b == 0, np.nan, drawn / of_b)
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    relative_low, relative_high = np.quantile(ratio, (0.025, 0.975))
-    relative = difference / mean_b if mean_b else math.nan
-    values = (difference, low, high, relative, relative_low, relative_high, (1 + strays.sum()) / (1 + draws))
-    return Difference(*map(float, values))
+    prepared = [_pair(a, b) for a, b in pairs]
+    of_users: dict[bytes, list[int]] = {}
+    for place, pair in enumerate(prepared):
+        of_users.setdefault(np.packbits(pair.known).tobytes(), []).append(place)
+    found: dict[int, Difference] = {}
+    for places in of_users.values():
+        n = len(prepared[places[0]].of_users)
+        # The columns, what a block of draws counts, and the means, once more while blocks are joined.
+        need = 16 * len(places) * (n + 2 * draws) + 24 * max(BLOCK, n)
+        what = f"a bootstrap of {len(places):,} pairs over {n:,} users"
+        require_memory(need, what, "compare fewer variants at a time, or fewer users")
+        rng = np.random.default_rng(seed)
+        means = resampled_means(np.concatenate([prepared[place].of_users for place in places], axis=1), draws, rng)
+        after = rng.bit_generator.state
+        for column, place in enumerate(places):
+            rng.bit_generator.state = after  # each pair goes on as if it were alone
+            drawn = means[:, 2 * column : 2 * column + 2] + _noise_of_seeds(prepared[place].of_seeds, draws, rng)
+            found[place] = _difference(prepared[place], drawn)
+    return [found[place] for place in range(len(pairs))]
 
 
-def _common_users(
-    a: Float[np.ndarray, "S_a V"], b: Float[np.ndarray, "S_b W"]
-) -> tuple[Float64[np.ndarray, "S_a K"], Float64[np.ndarray, "S_b K"]]:
-    """Returns the values of the K users with a value in every run; raises as `paired_bootstrap`."""
+class _Pair(NamedTuple):
+    """What a bootstrap of two models draws from.
+
+    Attributes:
+      known: bool [V], users with a value in every run: K.
+      of_users: float64 [K, 2], the values of both models by user, averaged over seeds.
+      of_seeds: for each m of `paired_bootstrap`, the share of its variance and the means of both models by seed.
+      means: of both models.
+      rounding: differences up to this are 0.
+    """
+
+    known: Bool[np.ndarray, "V"]
+    of_users: Float64[np.ndarray, "K 2"]
+    of_seeds: tuple[tuple[float, Float64[np.ndarray, "_ 2"]], ...]
+    means: tuple[float, float]
+    rounding: float
+
+
+def _pair(a: Float[np.ndarray, "S_a V"], b: Float[np.ndarray, "S_b W"]) -> _Pair:
+    """Takes the users with a value in every run; raises as `paired_bootstrap`."""
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has {a.shape[1]} users and b {b.shape[1]}; they must be the same users")
     n, runs = a.shape[1], len(a) + len(b)
-    # In float64, their differences, and the interaction of users and seeds; and what a block of draws counts.
+    # In float64, their differences, and the interaction of users and seeds.
     what = f"a bootstrap of {runs} runs over {n:,} users"
-    require_memory(
-        24 * runs * n + 24 * max(BLOCK, n), what, "compare fewer variants or seeds at a time, or fewer users"
-    )
+    require_memory(24 * runs * n, what, "compare fewer variants or seeds at a time, or fewer users")
     known = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
     if not known.any():
         raise ValueError("no user has a value in every run; there is nothing to compare")
-    return a[:, known].astype(np.float64), b[:, known].astype(np.float64)
+    a, b = a[:, known].astype(np.float64), b[:, known].astype(np.float64)
+    apart = [(a, b.mean(0, keepdims=True)), (a.mean(0, keepdims=True), b)]
+    of_seeds = tuple(
+        (_share_of_seeds(of_a - of_b), np.stack(np.broadcast_arrays(of_a.mean(1), of_b.mean(1)), axis=1))
+        for of_a, of_b in ([(a, b)] if len(a) == len(b) else apart)
+    )
+    rounding = ROUNDING * max(float(np.abs(a).mean()), float(np.abs(b).mean()))
+    of_users = np.stack([a.mean(0), b.mean(0)], axis=1)
+    return _Pair(known, of_users, of_seeds, (float(a.mean()), float(b.mean())), rounding)
 
 
-def mean_interval(
-    values: Float[np.ndarray, "S V"], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Computes the mean over users and seeds, and the ends of its 95 % interval (`paired_bootstrap` against 0)."""
-    found = paired_bootstrap(values, np.zeros_like(values[:1]), draws=draws, seed=seed)
-    return found.difference, found.low, found.high
+def _difference(pair: _Pair, drawn: Float64[np.ndarray, "N 2"]) -> Difference:
+    """Computes the interval and p-value of a pair from the drawn means of both models."""
+    mean_a, mean_b = pair.means
+    of_a, of_b = drawn.T
+    difference, drawn_difference = (
+        np.where(np.abs(x) <= pair.rounding, 0.0, x) for x in (np.float64(mean_a - mean_b), of_a - of_b)
+    )
+    # Sums in another order differ in their last bits; what is equal must count as equal.
+    strays = np.abs(drawn_difference - difference) >= np.abs(difference) * (1 - 1e-9)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(of_b == 0, np.nan, drawn_difference / of_b)
+    low, high = np.quantile(drawn_difference, (0.025, 0.975))
+    relative_low, relative_high = np.quantile(ratio, (0.025, 0.975))
+    relative = difference / mean_b if mean_b else math.nan
+    values = (difference, low, high, relative, relative_low, relative_high, (1 + strays.sum()) / (1 + len(drawn)))
+    return Difference(*map(float, values))
+
+
+def mean_intervals(
+    of_models: Sequence[Float[np.ndarray, "_ _"]], *, draws: int = 10_000, seed: int = 0
+) -> list[tuple[float, float, float]]:
+    """Computes means over users and seeds, and the ends of their 95 % intervals (`paired_bootstrap` against 0).
+
+    Args:
+      of_models: the metric of each model by seed and user.
+      draws: number of resamples.
+      seed: random seed, the same for each model.
+
+    Returns:
+      Mean, low end and high end of each model.
+    """
+    tested = paired_bootstraps([(values, np.zeros_like(values[:1])) for values in of_models], draws=draws, seed=seed)
+    return [(found.difference, found.low, found.high) for found in tested]
 
 
 def resampled_means(
@@ -125,23 +201,20 @@ def resampled_means(
     return np.concatenate(list(blocks))
 
 
-def _drawn_means(
-    a: Float64[np.ndarray, "S_a V"], b: Float64[np.ndarray, "S_b V"], draws: int, rng: np.random.Generator
-) -> tuple[Float64[np.ndarray, "N"], Float64[np.ndarray, "N"]]:
-    """Draws the means of both models, as `paired_bootstrap` describes."""
-    drawn = resampled_means(np.stack([a.mean(0), b.mean(0)], axis=1), draws, rng)
-    apart = [(a, b.mean(0, keepdims=True)), (a.mean(0, keepdims=True), b)]
-    for of_a, of_b in [(a, b)] if len(a) == len(b) else apart:
-        share = _share_of_seeds(of_a - of_b)
+def _noise_of_seeds(
+    of_seeds: tuple[tuple[float, Float64[np.ndarray, "_ 2"]], ...], draws: int, rng: np.random.Generator
+) -> Float64[np.ndarray, "N 2"]:
+    """Draws the noise of both means that `paired_bootstrap` adds for the seeds."""
+    noise = np.zeros((draws, 2))
+    for share, means in of_seeds:
         if not share:
             continue
-        of_seeds = np.stack(np.broadcast_arrays(of_a.mean(1), of_b.mean(1)), axis=1)
-        n = len(of_seeds)
+        n = len(means)
         # Normal weights, the same for both models: their difference gets noise of variance s^2 / S, and after division
         # by the root of chi^2 / (S - 1), t noise.
         weights = rng.standard_normal((draws, n)) / np.sqrt(n * rng.chisquare(n - 1, (draws, 1)))
-        drawn += math.sqrt(share) * weights @ (of_seeds - of_seeds.mean(0))
-    return drawn[:, 0], drawn[:, 1]
+        noise += math.sqrt(share) * weights @ (means - means.mean(0))
+    return noise
 
 
 def _share_of_seeds(values: Float64[np.ndarray, "S V"]) -> float:
@@ -182,18 +255,18 @@ def differences(values: Mapping[str, Mapping[str, np.ndarray]], reference: str) 
       A dictionary per metric and variant with the fields of `Difference` (reference minus variant) and `p_holm`,
       adjusted within the metric.
     """
-    found: list[dict[str, Any]] = []
+    others = [name for name in values if name != reference]
+    keys = [(metric, name) for metric in values[reference] for name in others]
+    tested = paired_bootstraps([(values[reference][metric], values[name][metric]) for metric, name in keys])
+    rows: list[dict[str, Any]] = [
+        {"reference": reference, "variant": name, "metric": metric} | dataclasses.asdict(test)
+        for (metric, name), test in zip(keys, tested, strict=True)
+    ]
     for metric in values[reference]:
-        family: list[dict[str, Any]] = [
-            {"reference": reference, "variant": name, "metric": metric}
-            | dataclasses.asdict(paired_bootstrap(values[reference][metric], of_variant[metric]))
-            for name, of_variant in values.items()
-            if name != reference
-        ]
+        family = [row for row in rows if row["metric"] == metric]
         for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p
-        found += family
-    return found
+    return rows
 
 
 def summarize(
@@ -216,6 +289,8 @@ def summarize(
       An entry per variant: number of seeds, and by metric the mean, its standard deviation over seeds (None for one)
       and its 95 % interval over users and seeds (`paired_bootstrap`).
     """
+    keys = [(name, metric) for name in values for metric in values[name]]
+    intervals = dict(zip(keys, mean_intervals([values[name][metric] for name, metric in keys]), strict=True))
     entries = []
     for name in names:
         own = [row for row in rows if row["variant"] == name]
@@ -223,7 +298,7 @@ def summarize(
         entry: dict[str, Any] = {"variant": name, "seeds": len(own), "failed": failed, "metrics": {}}
         for metric in values.get(name, ()) if not failed else ():
             of_seeds = [row["test"][metric] for row in own]
-            _, low, high = mean_interval(values[name][metric])
+            _, low, high = intervals[name, metric]
             entry["metrics"][metric] = {
                 "mean": float(np.mean(of_seeds)),
                 "sd": float(np.std(of_seeds, ddof=1)) if len(own) > 1 else None,

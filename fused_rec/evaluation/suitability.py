@@ -21,7 +21,7 @@ from fused_rec.data.io.arrow import known, pc
 from fused_rec.data.io.plain import is_single
 from fused_rec.evaluation.item_sets import UserItemSets, contained
 from fused_rec.evaluation.ranking import CandidateFilter, FilteredRanking, RankingSpec, Scorer, evaluate
-from fused_rec.evaluation.significance import Difference, paired_bootstrap, resampled_means
+from fused_rec.evaluation.significance import Difference, paired_bootstraps, resampled_means
 from fused_rec.rng import numbered_rng
 
 DAY = 86_400  # seconds
@@ -106,7 +106,7 @@ def suitable_share(fine: Bool[np.ndarray, "V k"], items: Int[np.ndarray, "V k"])
 def rule_costs(
     scorer: Scorer, spec: RankingSpec, truth: UserItemSets, metric: str = "ndcg@10", ks: Sequence[int] = KS
 ) -> dict[str, Difference]:
-    """Computes the cost of each rule in a metric, paired over users (`significance.paired_bootstrap`).
+    """Computes the cost of each rule in a metric, paired over users (`significance.paired_bootstraps`).
 
     Held-out items that a rule refuses count as missed.
 
@@ -126,7 +126,8 @@ def rule_costs(
 
     with_all = values(spec.filter)
     others = {"": CandidateFilter()} | {name: spec.filter.without(name) for name in spec.filter.names}
-    return {name: paired_bootstrap(values(under), with_all) for name, under in others.items()}
+    tested = paired_bootstraps([(values(under), with_all) for under in others.values()])
+    return dict(zip(others, tested, strict=True))
 
 
 def period_returns(prices: pa.Table, item_ids: pa.ChunkedArray, start: int, days: int) -> Float64[np.ndarray, "I"]:

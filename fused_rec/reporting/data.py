@@ -12,7 +12,7 @@ from fused_rec.config import Config
 from fused_rec.data.dataset import Dataset, column
 from fused_rec.data.io.arrow import pc
 from fused_rec.evaluation.ranking import CandidateFilter, UserMetrics
-from fused_rec.evaluation.significance import Difference, mean_interval, paired_bootstrap
+from fused_rec.evaluation.significance import Difference, mean_intervals, paired_bootstraps
 from fused_rec.evaluation.suitability import Gaps, group_gaps, groups_of, suitable
 from fused_rec.explanation.catalogs import ENGLISH, SOURCE, Catalog
 from fused_rec.explanation.counterfactual import CounterfactualEffect, counterfactual_effect, counterfactual_sets
@@ -174,16 +174,19 @@ class Explain(NamedTuple):
 
 def compared(measured: Mapping[str, UserMetrics], own: str) -> tuple[Model, ...]:
     """Computes means with 95 % intervals, and paired differences of the own model minus each other; the own is last."""
-    found = []
-    for name in [*(other for other in measured if other != own), own]:
-        values = {metric: measured[name].metrics[metric][None] for metric in METRICS}
-        metrics = {metric: mean_interval(values[metric], draws=DRAWS) for metric in METRICS}
-        against = None
-        if name != own:
-            ours = measured[own].metrics
-            against = {m: paired_bootstrap(ours[m][None], values[m], draws=DRAWS) for m in METRICS}
-        found.append(Model(name, metrics, against))
-    return tuple(found)
+    others = [other for other in measured if other != own]
+    values = {name: [measured[name].metrics[metric][None] for metric in METRICS] for name in measured}
+    means = iter(mean_intervals([one for name in (*others, own) for one in values[name]], draws=DRAWS))
+    pairs = [pair for name in others for pair in zip(values[own], values[name], strict=True)]
+    tested = iter(paired_bootstraps(pairs, draws=DRAWS))
+    return tuple(
+        Model(
+            name,
+            {metric: next(means) for metric in METRICS},
+            None if name == own else {metric: next(tested) for metric in METRICS},
+        )
+        for name in (*others, own)
+    )
 
 
 def sliced(prepared: Prepared, per_user: UserMetrics, groups: Sequence[str]) -> tuple[Sliced, ...]:

@@ -28,7 +28,7 @@ from fused_rec.evaluation.list_changes import (
     rank_correlation,
 )
 from fused_rec.evaluation.ranking import users_per_batch
-from fused_rec.evaluation.significance import mean_interval, paired_bootstrap
+from fused_rec.evaluation.significance import mean_intervals, paired_bootstrap
 from fused_rec.explanation.explained_model import ExplainedModel, explained_model
 from fused_rec.explanation.reasons import names
 from fused_rec.explanation.stability import ReasonAgreement, agreement, explained_items, survives
@@ -364,5 +364,5 @@ def _mean(values: Float64[np.ndarray, "V"]) -> dict[str, Any]:
     known = values[~np.isnan(values)]
     if not len(known):
         return {"mean": None, "low": None, "high": None, "users": 0}
-    mean, low, high = mean_interval(known[None], draws=DRAWS)
+    ((mean, low, high),) = mean_intervals([known[None]], draws=DRAWS)
     return {"mean": mean, "low": low, "high": high, "users": len(known)}

@@ -43,7 +43,7 @@ from fused_rec.evaluation import plots
 from fused_rec.evaluation.item_sets import item_sets
 from fused_rec.evaluation.ranking import RankingSpec, Scorer, evaluate
 from fused_rec.evaluation.result_tables import csv_table, interval_text, markdown_table, relative_text
-from fused_rec.evaluation.significance import holm, mean_interval, paired_bootstrap
+from fused_rec.evaluation.significance import holm, mean_intervals, paired_bootstraps
 from fused_rec.runs import run_dir
 from fused_rec.runs.run_dir import lock_run_dir
 from fused_rec.serving import recommender
@@ -243,7 +243,7 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interval(values: np.ndarray) -> dict[str, float]:
-    mean, low, high = mean_interval(values)
+    ((mean, low, high),) = mean_intervals([values])
     return {"mean": mean, "low": low, "high": high}
 
 
@@ -275,7 +275,7 @@ def _pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for metric in SHOWN:
         reference = found[RETRAIN]["values"][metric]
         others = [name for name in found if name != RETRAIN]
-        tests = [paired_bootstrap(found[name]["values"][metric], reference) for name in others]
+        tests = paired_bootstraps([(found[name]["values"][metric], reference) for name in others])
         for name, test, p in zip(others, tests, holm([test.p for test in tests]), strict=True):
             found[name].setdefault("to_retrain", {})[metric] = dataclasses.asdict(test) | {"p_holm": p}
     for of_strategy in found.values():

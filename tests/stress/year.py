@@ -52,7 +52,7 @@ from fused_rec.data.io.writers import named
 from fused_rec.data.synthetic import make_synthetic
 from fused_rec.evaluation import plots
 from fused_rec.evaluation.result_tables import interval_text, markdown_table, relative_text
-from fused_rec.evaluation.significance import mean_interval, paired_bootstrap
+from fused_rec.evaluation.significance import mean_intervals, paired_bootstrap
 from fused_rec.storage import write_figure
 
 ROOT = Path(__file__).parents[2]
@@ -330,7 +330,7 @@ def pooled(parts: Sequence[Mapping[str, Mapping[str, Mapping[str, float]]]], ref
 
 
 def _interval(values: np.ndarray) -> dict[str, Any]:
-    return dict(zip(("mean", "low", "high"), mean_interval(values), strict=True)) | {"users": values.shape[1]}
+    return dict(zip(("mean", "low", "high"), *mean_intervals([values]), strict=True)) | {"users": values.shape[1]}
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], bank: Bank, asked: argparse.Namespace) -> dict[str, Any]:
