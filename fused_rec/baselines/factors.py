@@ -129,7 +129,7 @@ def _largest(interactions: Interactions, matrix: Any, rank: int) -> SingularVect
     else:
         values, right = subspace_iteration(matrix, rank, iterations=4)
     kept = values > 1e-6 * max(values.max(initial=0), 1e-300)
-    return SingularVectors(values[kept], right[:, kept])
+    return SingularVectors(values[kept].astype(np.float64), right[:, kept].astype(np.float64))
 
 
 def ease_factors(singular: SingularVectors, *, l2: float) -> Factors:
@@ -158,17 +158,48 @@ def ease_factors(singular: SingularVectors, *, l2: float) -> Factors:
     return Factors(rows.astype(np.float32), (rows / one_minus_norm[:, None]).astype(np.float32))
 
 
-def text_ease_factors(
-    singular: SingularVectors, item_text: Float32[np.ndarray, "I D"], *, l2: float, l2_text: float, l2_words: float
-) -> Factors:
-    """Computes EASE with text regularization (`fused_rec.baselines.linear.text_ease`) on R singular directions.
+class TextDirections(NamedTuple):
+    """Text features T in the basis Q of eigenvectors of T'T, in which a ridge inverse of T'T is a division.
 
-    In the notation there, with l = l2 + l2_text, P = (I - V diag(f) V') / l and W = T R', the score of an item that
-    the user has not interacted with is x'B_i = l2_text (x'P T) R_i + x' V diag(f) V_i n_i / l.
+    Attributes:
+      rows: float32 [I, D], T Q, without the eigenvectors of eigenvalue 0.
+      values: float64 [D], the eigenvalues.
+      of_singular: float32 [R, D], V'T Q, with the singular vectors V.
+    """
+
+    rows: Float32[np.ndarray, "I D"]
+    values: Float[np.ndarray, "D"]
+    of_singular: Float32[np.ndarray, "R D"]
+
+
+def text_directions(singular: SingularVectors, item_text: Float32[np.ndarray, "I C"]) -> TextDirections:
+    """Computes what `text_ease_factors` needs of text features with any penalties.
 
     Args:
       singular: of the training interactions.
       item_text: text features T, unit rows or zero.
+    """
+    import scipy.linalg  # not at the top: --help would take a fifth longer
+
+    wide = item_text.astype(np.float64)
+    values, vectors = scipy.linalg.eigh(wide.T @ wide)
+    kept = values > 1e-10 * max(values.max(initial=0), 1e-300)
+    rows = item_text @ vectors[:, kept].astype(np.float32)
+    return TextDirections(rows, values[kept], singular.right.astype(np.float32).T @ rows)
+
+
+def text_ease_factors(
+    singular: SingularVectors, text: TextDirections, *, l2: float, l2_text: float, l2_words: float
+) -> Factors:
+    """Computes EASE with text regularization (`fused_rec.baselines.linear.text_ease`) on R singular directions.
+
+    In the notation there, with l = l2 + l2_text, P = (I - V diag(f) V') / l and W = T R', the score of an item that
+    the user has not interacted with is x'B_i = l2_text (x'P T) R_i + x' V diag(f) V_i n_i / l. Text features are in
+    the basis of `TextDirections`, which changes no inner product.
+
+    Args:
+      singular: of the training interactions.
+      text: of the text features.
       l2: the ridge penalty.
       l2_text: penalty of the distance from the weights S that text gives.
       l2_words: ridge penalty of S.
@@ -176,18 +207,18 @@ def text_ease_factors(
     Returns:
       The factors, of D + R columns.
     """
-    text = item_text.astype(np.float64)
-    smooth = np.linalg.solve(text.T @ text + l2_words * np.eye(text.shape[1]), text.T)  # N T' of `text_ease`
-    right_text = (smooth / (1 - (text.T * smooth).sum(0))).T
+    smooth = text.rows / (text.values + l2_words).astype(np.float32)  # T N of `text_ease`
+    right_text = smooth / (1 - np.einsum("id,id->i", text.rows, smooth))[:, None]
     ridge = l2 + l2_text
-    filtered = singular.right * (singular.values**2 / (singular.values**2 + ridge))
-    p_text = (text - filtered @ (singular.right.T @ text)) / ridge  # P T
-    p_diagonal = (1 - (filtered * singular.right).sum(1)) / ridge
-    multiplier = (1 + l2_text * (p_text * right_text).sum(1)) / p_diagonal  # n
+    filter_ = singular.values**2 / (singular.values**2 + ridge)
+    p_diagonal = (1 - np.square(singular.right) @ filter_) / ridge
+    filtered = singular.right.astype(np.float32) * filter_.astype(np.float32)
+    p_text = (text.rows - filtered @ text.of_singular) / np.float32(ridge)  # P T
+    multiplier = (1 + l2_text * np.einsum("id,id->i", p_text, right_text)) / p_diagonal  # n
     return Factors(
-        np.concatenate([l2_text * p_text, filtered], axis=1).astype(np.float32),
-        np.concatenate([right_text, singular.right * (multiplier / ridge)[:, None]], axis=1).astype(np.float32),
-        text_columns=text.shape[1],
+        np.concatenate([np.float32(l2_text) * p_text, filtered], axis=1),
+        np.concatenate([right_text, (singular.right * (multiplier / ridge)[:, None]).astype(np.float32)], axis=1),
+        text_columns=text.rows.shape[1],
     )
 
 
@@ -362,6 +393,16 @@ class Evidence:
         require_memory(12 * data.n_items * columns, f"{columns:,} columns of terms of {data.n_items:,} items", remedy)
         return term_rows(terms, columns)
 
+    @functools.cached_property
+    def text_directions(self) -> TextDirections:
+        """Of the text features of items."""
+        return text_directions(self.singular, self.interactions.require_item_text("text_ease"))
+
+    @functools.cached_property
+    def term_directions(self) -> TextDirections:
+        """Of `term_rows`."""
+        return text_directions(self.singular, self.term_rows)
+
     @property
     def few_items(self) -> bool:
         """Whether there are at most as many items as `default_rank` would have directions."""
@@ -394,7 +435,7 @@ def _user_text(evidence: Evidence) -> Factors:
 
 
 def _term_ease(evidence: Evidence, **penalties: float) -> Factors:
-    return text_ease_factors(evidence.singular, evidence.term_rows, **penalties)
+    return text_ease_factors(evidence.singular, evidence.term_directions, **penalties)
 
 
 # To add a component: its factors, the settings to try, and what it needs.
@@ -427,9 +468,7 @@ COMPONENTS: dict[str, ClosedFormRecommender] = {
     ),
     "user_text": ClosedFormRecommender(_user_text, ({},), user_source="text", needs=("item_text", "user_text")),
     "text_ease": ClosedFormRecommender(
-        lambda evidence, **penalties: text_ease_factors(
-            evidence.singular, evidence.interactions.item_text, **penalties
-        ),
+        lambda evidence, **penalties: text_ease_factors(evidence.singular, evidence.text_directions, **penalties),
         tuple(
             {"l2": l2, "l2_text": t, "l2_words": w}
             for l2 in (30.0, 300.0)

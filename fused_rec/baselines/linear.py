@@ -175,10 +175,17 @@ def _require_subspace(name: str, seen: Interactions, rank: int, remedy: str) -> 
     require_memory(need, f"{name}, with {columns} directions of {seen.n_users + seen.n_items:,} nodes", remedy)
 
 
-def subspace_iteration(matrix, rank: int, iterations: int) -> tuple[Float[np.ndarray, "k"], Float[np.ndarray, "I k"]]:
-    """Computes the largest singular values and right singular vectors by subspace iteration (Halko et al., 2011)."""
+def subspace_iteration(
+    matrix, rank: int, iterations: int
+) -> tuple[Float32[np.ndarray, "k"], Float32[np.ndarray, "I k"]]:
+    """Computes the largest singular values and right singular vectors by subspace iteration (Halko et al., 2011).
+
+    In float32, in which it takes half the time: the vectors are orthonormal within 1e-5, and the last of them are
+    approximate anyway.
+    """
     from sklearn.utils.extmath import randomized_svd  # imported here, as in `fused_rec.text.tfidf`
 
+    matrix = matrix.astype(np.float32)
     decompose: Any = randomized_svd  # its annotations lack the number of iterations and the result
     _, singular, right = decompose(
         matrix, rank, n_oversamples=OVERSAMPLES, n_iter=iterations, power_iteration_normalizer="LU", random_state=0

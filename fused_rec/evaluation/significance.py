@@ -137,7 +137,7 @@ def _pair(a: Float[np.ndarray, "S_a V"], b: Float[np.ndarray, "S_b W"]) -> _Pair
     # In float64, their differences, and the interaction of users and seeds.
     what = f"a bootstrap of {runs} runs over {n:,} users"
     require_memory(24 * runs * n, what, "compare fewer variants or seeds at a time, or fewer users")
-    known = ~(np.isnan(a).any(0) | np.isnan(b).any(0))
+    known = np.asarray(~(np.isnan(a).any(0) | np.isnan(b).any(0)))
     if not known.any():
         raise ValueError("no user has a value in every run; there is nothing to compare")
     a, b = a[:, known].astype(np.float64), b[:, known].astype(np.float64)
