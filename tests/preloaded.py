@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +77,11 @@ def _serve() -> None:
     gc.collect()
     gc.freeze()  # forks share it
     while line := sys.stdin.readline():
-        if pid := os.fork():
-            print(os.waitpid(pid, 0)[1], flush=True)
-        else:
+        with warnings.catch_warnings(action="ignore"):  # Python 3.12 warns of threads; jemalloc's outlives a fork
+            pid = os.fork()
+        if not pid:
             return _run(*json.loads(line))
+        print(os.waitpid(pid, 0)[1], flush=True)
 
 
 def _run(folder: str, module: str, *arguments: str) -> None:
