@@ -6,6 +6,9 @@ PYTEST_ARGS ?= -n 2 --dist=loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# Containers of Python set it. Modules are installed without bytecode: the first process that imports one has to keep
+# it, or each of hundreds of processes compiles all of JAX anew, which takes 3 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 REQUIREMENTS := setup.py $(wildcard fused_rec/kernels/*.cc fused_rec/kernels/*.h) requirements-minilm.txt

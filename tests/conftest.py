@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+import preloaded
 import pytest
 
 if "jax" in sys.modules:
@@ -44,7 +45,8 @@ gc.set_threshold(10_000, 20, 10)
 
 
 def pytest_unconfigure() -> None:
-    """Removes the folder of compiled programs, where this process has made it."""
+    """Ends the processes of `preloaded`, and removes the folder of compiled programs where this process has made it."""
+    preloaded.close()
     if MADE:
         shutil.rmtree(MADE, ignore_errors=True)
 

@@ -1,12 +1,10 @@
 """No output about a customer has the id or the name of another one, in a market with ties and with similar users."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pyarrow as pa
 import pyarrow.csv
 import pytest
@@ -74,12 +72,8 @@ def test_explanations(run):
 
 
 def test_files_of_the_command(folder):
-    command = (sys.executable, "-m", "experiments.recommend", f"--workdir={folder}/run", "--k=2", *FLAGS)
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    users = f"--users={CUSTOMERS[0]}"
-    done = subprocess.run(
-        [*command, users, f"--out={folder}/ranked.csv"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    asked = (f"--workdir={folder}/run", "--k=2", *FLAGS, f"--users={CUSTOMERS[0]}", f"--out={folder}/ranked.csv")
+    done = preloaded.run("experiments.recommend", *asked, JAX_NUM_CPU_DEVICES="1")
     assert done.returncode == 0, done.stderr
     lines = (folder / "reasons.jsonl").read_text().splitlines()
     assert [json.loads(line)["user_id"] for line in lines] == [user for user in CUSTOMERS[:1] for _ in range(2)]

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import preloaded
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -311,8 +311,7 @@ def test_the_commands_take_a_method(run_of, tmp_path):
     path, run = run_of("popularity").config.data.path, tmp_path / "run"
 
     def ended(module: str, *given: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={run}", *given]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return preloaded.run(f"experiments.{module}", f"--workdir={run}", *given)
 
     data = f"--config.data.path={path}", "--config.data.repair=True"
     done = ended("train", "--config=tables", *data, "--config.model.method=item_knn")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pyarrow.csv
 import pytest
 from market import write_tables
@@ -41,7 +42,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with tables in `tables` and a run that was finished on them in `run`."""
     folder = tmp_path_factory.mktemp("commands")
     write_tables(folder / "tables")
-    done = ended(folder, "train", CONFIG, *SMALL, f"--config.data.path={folder}/tables", f"--workdir={folder}/run")
+    done = ended("train", CONFIG, *SMALL, f"--config.data.path={folder}/tables", f"--workdir={folder}/run")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -51,8 +52,13 @@ def environment(**changes: str | None) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def ended(folder: Path, module: str, *flags: str, **changes: str | None) -> subprocess.CompletedProcess:
-    """The command, with these changes of its environment, when it is over."""
+def ended(module: str, *flags: str) -> subprocess.CompletedProcess:
+    """The command when it is over, from a process that has its libraries."""
+    return preloaded.run(f"experiments.{module}", *flags, JAX_NUM_CPU_DEVICES="1")
+
+
+def started(module: str, *flags: str, **changes: str | None) -> subprocess.CompletedProcess:
+    """The command, started by Python with these changes of its environment, when it is over."""
     command = [sys.executable, "-m", f"experiments.{module}", *flags]
     return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300)
 
@@ -66,7 +72,7 @@ def copied(place, tmp_path) -> Path:
 
 
 def again(place: Path, copied: Path, tables: Path) -> subprocess.CompletedProcess:
-    return ended(place, "train", CONFIG, *SMALL, f"--config.data.path={tables}", f"--workdir={copied}/run")
+    return ended("train", CONFIG, *SMALL, f"--config.data.path={tables}", f"--workdir={copied}/run")
 
 
 # --- a finished run and its tables -----------------------------------------------------------------------------------
@@ -114,18 +120,18 @@ def test_tables_that_moved_are_found_again(place, copied):
     (copied / "run" / "run.json").write_text(json.dumps(run))
     (copied / "tables").rename(moved)
     asked = ("recommend", f"--workdir={copied}/run", "--users=C0001", f"--out={copied}/ranked.csv")
-    done = ended(place, *asked)
+    done = ended(*asked)
     assert done.returncode == 1 and "(data.path is set by --data_path=DIR)" in done.stderr
     assert "--config" not in done.stderr, "the command has no such flag"
-    assert ended(place, *asked, f"--data_path={moved}").returncode == 0
+    assert ended(*asked, f"--data_path={moved}").returncode == 0
     (moved / "ties.csv").rename(copied / "ties.csv")
-    done = ended(place, *asked, f"--data_path={moved}")
+    done = ended(*asked, f"--data_path={moved}")
     assert done.returncode == 3 and "ties had" in done.stderr
     (copied / "ties.csv").rename(moved / "ties.csv")
     done = again(place, copied, moved)
     assert done.returncode == 0, done.stderr
     assert json.loads((copied / "run" / "run.json").read_text())["config"]["data"]["path"] == str(moved)
-    assert ended(place, *asked).returncode == 0
+    assert ended(*asked).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, com
         (copied / "run" / "run.json").read_text().replace(f"{place}/tables", f"{place}/gone")
     )
     flags = [flag.format(copied) for flag in command[1:]]
-    done = ended(place, command[0], f"--workdir={copied}/run", f"--data_path={copied}/tables", *flags)
+    done = started(command[0], f"--workdir={copied}/run", f"--data_path={copied}/tables", *flags)
     assert done.returncode == 0, done.stderr
 
 
@@ -171,15 +177,15 @@ def test_every_command_on_a_run_takes_the_place_of_its_tables(place, copied, com
     ids=lambda value: " ".join(value)[:60].encode("ascii", "replace").decode() if isinstance(value, tuple) else "",
 )
 def test_a_flag_that_cannot_serve_is_refused_in_a_line(place, command, said):
-    done = ended(place, *(part.replace("{}", str(place)) for part in command))
+    done = ended(*(part.replace("{}", str(place)) for part in command))
     assert done.returncode == 1 and done.stdout == ""
     assert said.replace("{}", str(place)) in done.stderr.splitlines()[-1], done.stderr
     assert len(done.stderr.splitlines()) <= 2
     assert not (place / "new").exists() and not (place / "r.csv").exists()
 
 
-def test_help_is_no_fault(place):
-    done = ended(place, "recommend", "--help")
+def test_help_is_no_fault():
+    done = started("recommend", "--help")
     assert done.returncode == 0 and "--data_path" in done.stdout and done.stderr == ""
 
 
@@ -275,28 +281,28 @@ def homeless(tmp_path) -> dict[str, str | None]:
 def test_without_a_home_directory_the_cache_has_to_be_named(place, tmp_path, homeless):
     (tmp_path / "texts.txt").write_text("hello\n")
     asked = (f"--input={tmp_path}/texts.txt", f"--out={tmp_path}/v.safetensors")
-    done = ended(place, "encode", *asked, **homeless)
+    done = started("encode", *asked, **homeless)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the home directory is not known" in done.stderr and "--cache=DIR" in done.stderr
     fused = (CONFIG, *SMALL, "--config.model.variant=fused", f"--config.data.path={place}/tables")
-    done = ended(place, "train", *fused, f"--workdir={tmp_path}/run", **homeless)
+    done = started("train", *fused, f"--workdir={tmp_path}/run", **homeless)
     assert done.returncode == 1 and "--config.text.cache=DIR" in done.stderr and "customers" not in done.stderr
     asked = ("recommend", f"--workdir={place}/run", "--users=C0001", f"--out={tmp_path}/ranked.csv")
-    done = ended(place, *asked, **homeless)  # a run without words needs none
+    done = started(*asked, **homeless)  # a run without words needs none
     assert done.returncode == 0, done.stderr
 
 
 def test_a_cache_that_cannot_be_made_is_reported_before_the_tables_are_read(place, tmp_path):
     (tmp_path / "file").write_text("")
     fused = (CONFIG, *SMALL, "--config.model.variant=fused", f"--config.data.path={place}/tables")
-    done = ended(place, "train", *fused, f"--workdir={tmp_path}/run", f"--config.text.cache={tmp_path}/file")
+    done = ended("train", *fused, f"--workdir={tmp_path}/run", f"--config.text.cache={tmp_path}/file")
     assert done.returncode == 1 and "text vectors cannot be kept" in done.stderr and "customers" not in done.stderr
     assert "--config.text.cache=DIR" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_64_bit_types_of_jax_change_nothing(place, tmp_path):
     asked = (CONFIG, *SMALL, f"--config.data.path={place}/tables", f"--workdir={tmp_path}/run")
-    done = ended(place, "train", *asked, JAX_ENABLE_X64="1")
+    done = started("train", *asked, JAX_ENABLE_X64="1")
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((folder / "run" / "results.json").read_text()) for folder in (tmp_path, place))
     assert (one["valid"], one["test"]) == (two["valid"], two["test"])
@@ -309,13 +315,13 @@ def test_a_platform_that_is_not_there_is_named(place, tmp_path, command):
         "recommend": (f"--workdir={place}/run", f"--out={tmp_path}/r.csv"),
         "encode": (f"--input={place}/tables/items.csv", f"--out={tmp_path}/v.safetensors"),
     }[command]
-    done = ended(place, command, *asked, JAX_PLATFORMS="nonsense")
+    done = started(command, *asked, JAX_PLATFORMS="nonsense")
     assert done.returncode == 1 and "JAX_PLATFORMS is 'nonsense'; unset it" in done.stderr
     assert "Traceback" not in done.stderr and "customers" not in done.stderr
 
 
 def test_the_doctor_ends_without_a_traceback_where_nothing_is_sound(place, homeless):
-    done = ended(place, "doctor", **homeless, JAX_PLATFORMS="nonsense", FUSED_REC_DATA="/none")
+    done = started("doctor", **homeless, JAX_PLATFORMS="nonsense", FUSED_REC_DATA="/none")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     failed = [line[6:21].strip() for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert failed == ["devices", "data", "cache"]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from market import write_tables
 
@@ -36,7 +37,7 @@ SETTINGS = {
     "train.eval_every": 2,
 }
 # Four, as tests/conftest.py has them, take longer to compile for.
-ONE_DEVICE = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+ONE_DEVICE = {"JAX_NUM_CPU_DEVICES": "1"}
 RUNS = [("fused", 0), ("fused", 1), ("no_social_edges", 0), ("no_social_edges", 1), ("popularity", 0)]
 
 
@@ -56,12 +57,12 @@ def small(tables: Path) -> Config:
 
 def command(tables: Path, out: Path, *flags: str) -> list[str]:
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    start = [sys.executable, "-m", "experiments.compare", "--config=experiments/configs/tables.py", f"--out={out}"]
+    start = ["experiments.compare", "--config=experiments/configs/tables.py", f"--out={out}"]
     return [*start, f"--config.data.path={tables}", *settings, *flags]
 
 
 def run(tables: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(tables, out, *flags), env=ONE_DEVICE, capture_output=True, text=True, check=False)
+    return preloaded.run(*command(tables, out, *flags), **ONE_DEVICE)
 
 
 WHOLE = ("--variants=fused,no_social_edges,popularity", "--num_seeds=2")
@@ -159,8 +160,8 @@ def test_a_killed_study_ends_as_if_never_stopped(tables, compared, tmp_path, sig
     """A signal when the second run has its first checkpoint; the same command then gives the same rows."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        command(tables, out, *WHOLE),
-        env=ONE_DEVICE,
+        [sys.executable, "-m", *command(tables, out, *WHOLE)],
+        env=os.environ | ONE_DEVICE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

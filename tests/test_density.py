@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from market import write_tables
 
@@ -197,7 +198,7 @@ def test_tables_without_text_are_refused_before_any_run(tables, tmp_path):
     ],
 )
 def test_wrong_flags_are_refused(tables, tmp_path, flag, message):
-    process = start(tables, tmp_path / "out", flag)
-    _, stderr = process.communicate()
-    assert process.returncode == 1 and message in stderr and "Traceback" not in stderr
+    asked = "--config=experiments/configs/tables.py", f"--config.data.path={tables}", f"--out={tmp_path}/out", flag
+    done = preloaded.run("experiments.density", *asked, JAX_NUM_CPU_DEVICES="1")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import preloaded
 import pyarrow as pa
 import pytest
 from market import write_tables
@@ -177,9 +178,7 @@ def test_the_command(place, first, second, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/out/diff.html"
-    done = subprocess.run(
-        [*command[:3], asked[0], "--after=none", asked[2]], capture_output=True, text=True, check=False
-    )
+    done = preloaded.run("experiments.diff", asked[0], "--after=none", asked[2])
     assert done.returncode == 1 and "--after has none: there is no such folder" in done.stderr
 
 

@@ -402,22 +402,19 @@ def ask_to_stop(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) 
     patch.setattr(owner, name, asking)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "kept"),
-    [
-        pytest.param(batch_sources, "batch", 3, {"select": 3}, id="before anything was encoded anew"),
-        pytest.param(batch_sources, "batch", 7, {"select": 7}, id="between two evaluations"),
-        pytest.param(finetune, "encode_all_texts", 3, {"select": 8}, id="while all texts are encoded"),
-        pytest.param(batch_sources, "batch", 17, {"select": 10, "refit": 7}, id="in the second phase"),
-    ],
-)
-def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, finished, owner, name, call, kept):
+def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, finished):
     config = run_of(tables, cache)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
-        ask_to_stop(patch, owner, name, call)
-        trainer.run_training(config, tmp_path / "run")
-    folders = (tmp_path / "run").glob("*/checkpoints")
-    assert {folder.parent.name: Checkpoints(folder).last_good() for folder in folders} == kept
+    for owner, name, call, kept in (
+        (batch_sources, "batch", 3, {"select": 3}),  # before anything was encoded anew
+        (batch_sources, "batch", 4, {"select": 7}),  # between two evaluations
+        (finetune, "encode_all_texts", 2, {"select": 8}),
+        (batch_sources, "batch", 9, {"select": 10, "refit": 7}),  # in the second phase
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
+            ask_to_stop(patch, owner, name, call)
+            trainer.run_training(config, tmp_path / "run")
+        folders = (tmp_path / "run").glob("*/checkpoints")
+        assert {folder.parent.name: Checkpoints(folder).last_good() for folder in folders} == kept
     trainer.run_training(config, tmp_path / "run")
     assert differences(tmp_path / "run", finished) == []
 

@@ -222,25 +222,30 @@ def test_another_start_is_refused_like_another_config(market, warm, earlier, fol
         fr.train(settings(folder), tmp_path / "new", market, init_from=tmp_path)
 
 
-@pytest.mark.parametrize("stop", [("select", 0), ("select", 5), ("refit_all", 0)])
-def test_a_killed_run_resumes_without_the_earlier_one(market, warm, earlier, monkeypatch, tmp_path, stop):
-    """Stopped right after a checkpoint; then the same call, which does not read the earlier run."""
-    of_phase, at = stop
-    write = trainer.Trainer.checkpoint
+def test_a_killed_run_resumes_without_the_earlier_one(market, warm, earlier, monkeypatch, tmp_path):
+    """Stopped right after three checkpoints; each time the same call, which does not read the earlier run."""
+    stops, write = [("select", 0), ("select", 5), ("refit_all", 0)], trainer.Trainer.checkpoint
 
     def dies(self, *, best=False):
         write(self, best=best)
-        if (self._folder.name, self.taken) == (of_phase, at):
+        if stops and (self._folder.name, self.taken) == stops[0]:
+            del stops[0]
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "checkpoint", dies)
-        with pytest.raises(KeyboardInterrupt):
-            fr.train(warm.config, tmp_path / "run", market, init_from=earlier.workdir)
+    def train() -> fr.Run:
+        return fr.train(warm.config, tmp_path / "run", market, init_from=earlier.workdir)
+
+    monkeypatch.setattr(trainer.Trainer, "checkpoint", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train()
     assert (tmp_path / "run" / INIT).exists()
     monkeypatch.setattr(trainer, "read_initial", lambda *_: pytest.fail("the earlier run is read again"))
-    resumed = fr.train(warm.config, tmp_path / "run", market, init_from=earlier.workdir)
-    assert differences(resumed.workdir, warm.workdir) == ["results.json, config"]  # the folder of the tables
+    for left in (1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            train()
+        assert len(stops) == left
+    # The folder of the tables differs.
+    assert differences(train().workdir, warm.workdir) == ["results.json, config"]
 
 
 def test_no_step_is_a_choice(market, folder, earlier, tmp_path):

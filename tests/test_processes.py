@@ -104,8 +104,22 @@ def wait_for_step(workdir: Path, started: list[subprocess.Popen]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tables, tmp_path_factory):
+def together(tables, tmp_path_factory) -> Path:
+    """The workdir of two processes without text vectors, one of which comes late."""
+    workdir = tmp_path_factory.mktemp("together") / "run"
+    assert run(tables, workdir, 2, late=LATE, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(tables, together, tmp_path_factory) -> Path:
+    """The workdir of one process that has the text vectors of the two.
+
+    Some processors round those of a text differently in batches of another shape, and ten steps of AdamW make 1e-5 of
+    1e-7 where a gradient is nearly zero.
+    """
     workdir = tmp_path_factory.mktemp("alone") / "run"
+    shutil.copytree(home(together), home(workdir))
     assert run(tables, workdir, 1, variant="text") == [0], text_batch(workdir)
     return workdir
 
@@ -131,20 +145,12 @@ def home(workdir: Path, process: int = 0) -> Path:
     return workdir.with_name(f"{workdir.name}.{process}.home")
 
 
-def test_two_processes_give_what_one_gives(tables, alone, tmp_path):
-    """One of them comes late; only the first writes. Sums of two devices are the same in any order.
-
-    All have the same text vectors: some processors round those of a text differently in batches of another shape, and
-    ten steps of AdamW make 1e-5 of 1e-7 where a gradient is nearly zero.
-    """
-    workdir = tmp_path / "run"
-    for process in range(2):
-        shutil.copytree(home(alone), home(workdir, process))
-    assert run(tables, workdir, 2, late=LATE, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
-    check_metrics(workdir, alone)
-    check_parameters(workdir, alone)
-    assert "ndcg@10" in text_batch(workdir)
-    assert "results:" not in text_batch(workdir, 1)
+def test_two_processes_give_what_one_gives(together, alone):
+    """Only the first writes. Sums of two devices are the same in any order."""
+    check_metrics(together, alone)
+    check_parameters(together, alone)
+    assert "ndcg@10" in text_batch(together)
+    assert "results:" not in text_batch(together, 1)
 
 
 GATHERS = """
@@ -173,14 +179,12 @@ def test_no_reduce_scatter_runs_between_processes():
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_divide_the_texts(tables, alone, tmp_path):
-    """Each encodes half of the texts, and has the vectors of all in its cache afterwards."""
-    workdir = tmp_path / "run"
-    assert run(tables, workdir, 2, variant="text") == [0, 0], text_batch(workdir) + text_batch(workdir, 1)
-    caches = [cached(alone), cached(workdir), cached(workdir, 1)]
+def test_two_processes_divide_the_texts(together, alone):
+    """Each encodes half of the texts, and has the vectors of all in its cache afterwards: one process finds no more."""
+    caches = [cached(alone), cached(together), cached(together, 1)]
     assert len(caches[0]) > 30
     assert caches[0] == caches[1] == caches[2]
-    encoded = [int(re.findall(r" (\d+)/\1 texts, ", text_batch(workdir, process))[-1]) for process in range(2)]
+    encoded = [int(re.findall(r" (\d+)/\1 texts, ", text_batch(together, process))[-1]) for process in range(2)]
     assert sum(encoded) == len(caches[0])
     assert abs(encoded[0] - encoded[1]) <= 1
 

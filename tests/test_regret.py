@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 
 from fused_rec.config import SLICE_METRICS
@@ -118,25 +119,16 @@ def test_comparisons_that_cannot_be_used_say_why(tmp_path):
 
 
 def test_the_command_prints_the_table_and_refuses_wrong_folders(tmp_path):
-    folder = compared(tmp_path / "a")
-
-    def ended(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "experiments.regret", f"--out={tmp_path}/out", *flags]
-        return subprocess.run(
-            command,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+    folder, out = compared(tmp_path / "a"), f"--out={tmp_path}/out"
 
     for given, message in (
         (f"{folder},{folder}", "each once"),
         (f"{tmp_path}/nowhere", "there is no such folder"),
     ):
-        done = ended(f"--compared={given}")
+        done = preloaded.run("experiments.regret", out, f"--compared={given}", JAX_NUM_CPU_DEVICES="1")
         assert done.returncode == 1 and message in done.stderr and not (tmp_path / "out").exists()
-    done = ended(f"--compared={folder}")
+    command = [sys.executable, "-m", "experiments.regret", out, f"--compared={folder}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "regret.md").read_text() in done.stdout and "regret.csv" in done.stdout

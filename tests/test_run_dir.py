@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 
 from fused_rec.config import (
@@ -64,8 +65,8 @@ def test_a_second_process_is_refused_and_reported_by_whom_until_the_first_is_gon
     said = rf"{folder} is in use by process {holder.pid} on \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\S+; wait for it"
     with pytest.raises(BusyError, match=said), lock_run_dir(folder):
         pytest.fail("went on")
-    command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/synthetic.py"]
-    done = subprocess.run([*command, f"--workdir={folder}"], capture_output=True, text=True, check=False)
+    asked = "--config=experiments/configs/synthetic.py", f"--workdir={folder}"
+    done = preloaded.run("experiments.train", *asked)
     assert done.returncode == 1
     assert f"BusyError: {folder} is in use by process {holder.pid}" in done.stderr and "Traceback" not in done.stderr
     holder.send_signal(signal.SIGKILL)

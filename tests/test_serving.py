@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import preloaded
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -340,8 +339,8 @@ def test_a_moved_folder_of_newer_tables_is_served_by_the_commands(plain, market,
         "export": [f"--out={tmp_path}/exported"],
         "report": ["--users=K1", "--k=2", "--baselines=popularity", f"--out={tmp_path}/page.html"],
     }.items():
-        command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={plain.workdir}", *flags]
-        done = subprocess.run([*command, f"--tables={tmp_path}/newer"], capture_output=True, text=True, check=False)
+        asked = [f"--workdir={plain.workdir}", f"--tables={tmp_path}/newer", *flags]
+        done = preloaded.run(f"experiments.{module}", *asked)
         assert done.returncode == 0, done.stderr
     audit = json.loads((tmp_path / "ranked.parquet.audit.json").read_text())["inputs"]
     assert audit["served"] == fr.load(plain.workdir, dataset=tables(rows)).prepared.served()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 
 from fused_rec.data.dataset import Dataset, digest
@@ -40,16 +41,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def convert(tables: Path, out: Path, layout: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.convert", f"--path={tables}", f"--to={layout}", f"--out={out}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def undisturbed(tables, tmp_path_factory) -> Path:
+    """A folder with the tables in every layout, under its name."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for layout in LAYOUTS:
+        save_dataset(read_tables(tables), folder / layout / "out", layout)
+    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_conversion_that_was_stopped_half_way_is_made_by_the_same_command(tables, tmp_path, layout, signum):
+def test_a_conversion_that_was_stopped_half_way_is_made_by_the_same_command(
+    tables, undisturbed, tmp_path, layout, signum
+):
     out = tmp_path / "out"
-    process = convert(tables, out, layout)
+    command = ["experiments.convert", f"--path={tables}", f"--to={layout}", f"--out={out}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     partial = tmp_path / f".out.{process.pid}.partial"
     while not (partial.is_dir() and any(file.is_file() for file in partial.rglob("*"))):
         assert process.poll() is None, process.communicate()
@@ -59,11 +69,10 @@ def test_a_conversion_that_was_stopped_half_way_is_made_by_the_same_command(tabl
     assert process.returncode != 0
     assert not out.exists()
     assert partial.exists() == (signum == signal.SIGKILL)
-    again = convert(tables, out, layout)
-    assert again.communicate()[1] == "" and again.returncode == 0
+    again = preloaded.run(*command)
+    assert again.stderr == "" and again.returncode == 0
     assert os.listdir(tmp_path) == ["out"]
-    save_dataset(read_tables(tables), tmp_path / "undisturbed" / "out", layout)
-    assert contents(out) == contents(tmp_path / "undisturbed" / "out")
+    assert contents(out) == contents(undisturbed / layout / "out")
 
 
 def test_a_leftover_is_no_table(tables, tmp_path):
@@ -117,19 +126,22 @@ from fused_rec.data.io.tables import read_tables
 from fused_rec.data.io.writers import save_dataset
 dataset = read_tables(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-try:
-    save_dataset(dataset, sys.argv[2], sys.argv[3])
-except OSError as error:
-    print(type(error).__name__, error)
+for layout in sys.argv[3:]:
+    try:
+        save_dataset(dataset, sys.argv[2], layout)
+    except OSError as error:
+        print(type(error).__name__, error)
 """
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_that_cannot_grow_end_a_conversion(tables, tmp_path, layout):
-    command = [sys.executable, "-c", LIMITED, str(tables), str(tmp_path / "out"), layout]
+def test_files_that_cannot_grow_end_a_conversion(tables, tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(tables), str(tmp_path / "out"), *LAYOUTS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.startswith(f"SaveError {tmp_path}/out could not be written: "), done
-    assert "File too large" in done.stdout and "the same command goes on" in done.stdout
+    reported = done.stdout.splitlines()
+    assert len(reported) == len(LAYOUTS), done
+    for line in reported:
+        assert line.startswith(f"SaveError {tmp_path}/out could not be written: ")
+        assert "File too large" in line and "the same command goes on" in line
     assert os.listdir(tmp_path) == []
 
 

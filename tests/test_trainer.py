@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import preloaded
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -83,25 +85,21 @@ def small(tables: Path, cache: Path, **changes: object) -> Config:
     return from_dict(values)
 
 
-def command(module: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", f"experiments.{module}", *flags]
-
-
 def train_command(tables: Path, cache: Path, workdir: Path) -> list[str]:
     settings = SETTINGS | {"data.path": tables, "text.cache": cache, "train.refit": "valid"}
-    return command(
-        "train",
+    return [
+        "experiments.train",
         f"--config={CONFIG}",
         f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in settings.items()),
-    )
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tables: Path, cache: Path, tmp_path_factory) -> Path:
     """The workdir of a run that nothing stopped."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = subprocess.run(train_command(tables, cache, workdir), capture_output=True, text=True, check=False)
+    done = preloaded.run(*train_command(tables, cache, workdir))
     assert done.returncode == 0, done.stderr
     assert "results.json" in done.stdout
     return workdir
@@ -130,7 +128,7 @@ def test_results_hold_what_is_promised(finished):
 def test_a_run_killed_again_and_again_ends_as_if_never_stopped(tables, cache, tmp_path, finished):
     """A signal soon after a checkpoint, three times; the same command then finishes, bit for bit as undisturbed."""
     workdir = tmp_path / "run"
-    begun = train_command(tables, cache, workdir)
+    begun = [sys.executable, "-m", *train_command(tables, cache, workdir)]
     resumed = ""
     for signum, milestone in (
         (signal.SIGTERM, "select/checkpoints/5"),
@@ -177,69 +175,52 @@ def ask_to_stop(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     patch.setattr(owner, name, asking)
 
 
-@pytest.mark.parametrize(
-    ("stops", "kept"),
-    [
-        pytest.param([("prepare", 1)], [{}], id="before anything is kept"),
-        pytest.param([("batch", 1)], [{"select": 1}], id="in the first step, which compiles"),
-        pytest.param([("batch", 8)], [{"select": 8}], id="between two evaluations"),
-        pytest.param([("batch", 10)], [{"select": 10}], id="before an evaluation"),
-        pytest.param([("evaluate_mean", 2)], [{"select": 10}], id="in an evaluation"),
-        pytest.param([("evaluate_mean", 4)], [{"select": 20}], id="in the last evaluation"),
-        pytest.param(
-            [("evaluate_mean", 1), ("evaluate_mean", 1), ("batch", 2), ("batch", 1)],
-            [{"select": 5}, {"select": 5}, {"select": 7}, {"select": 8}],
-            id="four times",
-        ),
-        pytest.param([("batch", 23)], [{"select": 20, "refit": 3}], id="in the second phase"),
-        pytest.param([("evaluate_users", 1)], [None], id="in the test part's measurement"),
-        pytest.param([("write_json", 1)], [None], id="before the results are written"),
-    ],
-)
-def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed, stops, kept):
-    """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
-    config = small(tables, cache, model__variant="graph", train__refit="valid")
-    for (name, call), expected in zip(stops, kept, strict=True):
+def check_stops(config: Config, workdir: Path, stops: Sequence[tuple[str, int, dict[str, int] | None]]) -> None:
+    """Stops a run at each of these calls in turn, and takes it up again to the end."""
+    for name, call, kept in stops:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped) as stopped, signals.handle_signals():
             ask_to_stop(patch, name, call)
-            run_training(config, tmp_path / "run")
-        folders = (tmp_path / "run").glob("*/checkpoints")
-        newest = {folder.parent.name: Checkpoints(folder).last_good() for folder in folders}
-        assert expected is None or newest == expected
-        if expected:
+            run_training(config, workdir)
+        newest = {found.parent.name: Checkpoints(found).last_good() for found in workdir.glob("*/checkpoints")}
+        assert kept is None or newest == kept, (name, call)
+        if kept and name in ("batch", "evaluate_mean"):  # of a phase
             [note] = stopped.value.__notes__
             assert f"step {list(newest.values())[-1]} of " in note and list(newest)[-1] in note
-        assert not list((tmp_path / "run").rglob(".*")) and not (tmp_path / "run" / "run.lock").exists()
-    run_training(config, tmp_path / "run")
+        assert not list(workdir.rglob(".*")) and not (workdir / "run.lock").exists()
+    run_training(config, workdir)
+
+
+def test_a_run_asked_to_stop_ends_as_if_never_stopped(tables, cache, tmp_path, undisturbed):
+    """Within a step, whatever it was at, with all of it saved; the same call goes on from there."""
+    stops = (
+        ("prepare", 1, {}),
+        ("batch", 1, {"select": 1}),  # in the first step, which compiles
+        ("evaluate_mean", 1, {"select": 5}),
+        ("evaluate_mean", 1, {"select": 5}),  # in the same one
+        ("batch", 2, {"select": 7}),  # between two evaluations
+        ("batch", 1, {"select": 8}),  # in the first step after a stop
+        ("batch", 2, {"select": 10}),  # before an evaluation
+        ("evaluate_mean", 3, {"select": 20}),  # in the last one
+        ("batch", 3, {"select": 20, "refit": 3}),  # in the second phase
+        ("evaluate_users", 1, None),  # in the test part's measurement
+        ("write_json", 1, None),  # before the results are written
+    )
+    check_stops(small(tables, cache, model__variant="graph", train__refit="valid"), tmp_path / "run", stops)
     assert differences(tmp_path / "run", undisturbed) == []
 
 
-@pytest.fixture(scope="module")
-def undisturbed_all(tables, cache, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("undisturbed_all") / "run"
-    run_training(small(tables, cache, model__variant="graph", train__refit="all"), workdir)
-    return workdir
-
-
-@pytest.mark.parametrize(
-    ("stop", "kept"),
-    [
-        pytest.param(("prepare", 2), {"select": 20}, id="before the last phase"),
-        pytest.param(("batch", 23), {"select": 20, "refit_all": 3}, id="in the last phase"),
-        pytest.param(("write_json", 1), {"select": 20}, id="before the results are written"),
-    ],
-)
-def test_the_training_on_all_rows_is_resumed(tables, cache, tmp_path, undisturbed_all, stop, kept):
+def test_the_training_on_all_rows_is_resumed(tables, cache, tmp_path):
     config = small(tables, cache, model__variant="graph", train__refit="all")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped), signals.handle_signals():
-        ask_to_stop(patch, *stop)
-        run_training(config, tmp_path / "run")
-    newest = {found.parent.name: Checkpoints(found).last_good() for found in (tmp_path / "run").glob("*/checkpoints")}
-    best = json.loads((undisturbed_all / "results.json").read_text())["best_step"]
-    assert newest == kept | ({"refit_all": best} if stop[0] == "write_json" else {})
-    run_training(config, tmp_path / "run")
-    assert differences(tmp_path / "run", undisturbed_all) == []
-    assert (tmp_path / "run" / "fitted.npz").read_bytes() == (undisturbed_all / "fitted.npz").read_bytes()
+    run_training(config, tmp_path / "straight")
+    best = json.loads((tmp_path / "straight" / "results.json").read_text())["best_step"]
+    stops = (
+        ("prepare", 2, {"select": 20}),  # before the last phase
+        ("batch", 3, {"select": 20, "refit_all": 3}),  # in it
+        ("write_json", 1, {"select": 20, "refit_all": best}),  # before the results are written
+    )
+    check_stops(config, tmp_path / "run", stops)
+    assert differences(tmp_path / "run", tmp_path / "straight") == []
+    assert (tmp_path / "run" / "fitted.npz").read_bytes() == (tmp_path / "straight" / "fitted.npz").read_bytes()
 
 
 def test_a_damaged_best_state_is_reported_at_once(tables, cache, tmp_path, undisturbed):
@@ -283,12 +264,8 @@ def test_recommend_writes_and_explains_what_is_not_held(tables, finished, tmp_pa
     held = pyarrow.csv.read_csv(tables / "interactions.csv").to_pylist()
     holds = {(row["user_id"], row["item_id"]) for row in held}
     out = tmp_path / "ranked.parquet"
-    done = subprocess.run(
-        command("recommend", f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}", "--explain"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = f"--workdir={finished}", "--users=C0001,C0002", "--k=4", f"--out={out}", "--explain"
+    done = preloaded.run("experiments.recommend", *asked)
     assert done.returncode == 0, done.stderr
     ranked = pyarrow.parquet.read_table(out)
     assert ranked.column_names == ["user_id", "rank", "item_id", "score", "name"]
@@ -300,12 +277,8 @@ def test_recommend_writes_and_explains_what_is_not_held(tables, finished, tmp_pa
         assert scores == sorted(scores, reverse=True)
     check_reasons(tmp_path, ranked)
 
-    done = subprocess.run(
-        command("recommend", f"--workdir={finished}", "--users=C0001,nobody", f"--out={tmp_path}/all.csv"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = f"--workdir={finished}", "--users=C0001,nobody", f"--out={tmp_path}/all.csv"
+    done = preloaded.run("experiments.recommend", *asked)
     assert done.returncode != 0
     assert "'nobody'" in done.stderr
 
@@ -319,8 +292,7 @@ def test_recommend_reads_ids_from_files_and_filters_items(finished, tables, tmp_
     asked = [f"--workdir={finished}", f"--users_file={tmp_path}/users.csv", f"--items_file={tmp_path}/items.txt"]
 
     def ended(*more: str) -> subprocess.CompletedProcess:
-        arguments = command("recommend", *asked, f"--out={out}", *more)
-        return subprocess.run(arguments, capture_output=True, text=True, check=False)
+        return preloaded.run("experiments.recommend", *asked, f"--out={out}", *more)
 
     done = ended("--where=risk_band <= 3", "--k=30", "--include_seen", "--names", "--explain")
     assert done.returncode == 0, done.stderr
@@ -347,12 +319,8 @@ def test_recommend_reads_ids_from_files_and_filters_items(finished, tables, tmp_
 
 
 def test_evaluate_repeats_the_results_and_shows_baselines(finished):
-    done = subprocess.run(
-        command("evaluate", f"--workdir={finished}", "--split=test", "--baselines=popularity"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = f"--workdir={finished}", "--split=test", "--baselines=popularity"
+    done = preloaded.run("experiments.evaluate", *asked)
     assert done.returncode == 0, done.stderr
     results = json.loads((finished / "results.json").read_text())
     line = next(line for line in done.stdout.splitlines() if line.startswith("fused"))
@@ -384,6 +352,7 @@ def test_the_card_of_a_finished_run_takes_new_statements(tables, cache, tmp_path
     results = run_training(config, workdir)
     assert "| Owner | Risk |" in (workdir / "README.md").read_text()
     assert results["config"]["card"]["owner"] == "Risk" and before["config"]["card"]["owner"] == ""
+    # It is not trained again: even the time at which it was finished is the same.
     kept = {name: value for name, value in results.items() if name != "config"}
     assert kept == {name: value for name, value in before.items() if name != "config"}
     assert differences(workdir, undisturbed) == ["results.json, config"]
@@ -395,15 +364,8 @@ def test_a_page_about_a_run(tmp_path, finished):
     rules = tmp_path / "rules.json"
     rules.write_text('{"rules": [{"name": "calm", "require": ["item.risk_band", "at_most", 4]}]}')
     out = tmp_path / "page.html"
-    asked = ["--users=C0001,C0002", "--k=3", f"--rules={rules}"]
-    done = subprocess.run(
-        command(
-            "report", f"--workdir={finished}", f"--out={out}", "--groups=age_band", "--baselines=popularity", *asked
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = ["--users=C0001,C0002", "--k=3", f"--rules={rules}", "--groups=age_band", "--baselines=popularity"]
+    done = preloaded.run("experiments.report", f"--workdir={finished}", f"--out={out}", *asked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"page: {out}"
     page = Page(out.read_text(encoding="utf-8"))
@@ -427,23 +389,16 @@ def test_a_page_about_a_run(tmp_path, finished):
     assert page.inside("h4", "bdi") == expected
 
 
-@pytest.mark.parametrize("variant", ["text", "graph"])
-def test_every_variant_trains(tables, cache, tmp_path, variant):
-    results = run_training(small(tables, cache, model__variant=variant, train__max_steps=10), tmp_path)
-    assert results["variant"] == variant
-    assert results["test"]["auc"] > 0.5
+def test_every_variant_trains(tables, cache, tmp_path, undisturbed):
+    trained = run_training(small(tables, cache, model__variant="text", train__max_steps=10), tmp_path)
+    for variant, results in (("text", trained), ("graph", json.loads((undisturbed / "results.json").read_text()))):
+        assert results["variant"] == variant
+        assert results["test"]["auc"] > 0.5
 
 
 def test_a_split_by_time_needs_ties_with_times(tables, cache, tmp_path):
     with pytest.raises(ValueError, match="ties have no timestamp"):
         run_training(small(tables, cache, split__kind="time"), tmp_path)
-
-
-def test_a_finished_run_is_not_trained_again(tables, cache, finished):
-    before = (finished / "select" / "curves.jsonl").read_text()
-    again = subprocess.run(train_command(tables, cache, finished), capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert (finished / "select" / "curves.jsonl").read_text() == before
 
 
 def test_a_diverged_run_names_the_step_and_the_checkpoint(tables, cache, tmp_path):
@@ -481,7 +436,7 @@ def test_bad_input_is_one_report_before_any_work(tables, cache, tmp_path):
     (bad / "interactions.csv").write_text(
         "user_id,item_id,timestamp\nA,X,1700000000\nA,Y,soon\n,X,1700000001\nB,X,1700000002\n"
     )
-    done = subprocess.run(train_command(bad, cache, tmp_path / "run"), capture_output=True, text=True, check=False)
+    done = preloaded.run(*train_command(bad, cache, tmp_path / "run"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "interactions.csv, row 3" in done.stderr
@@ -516,16 +471,8 @@ def test_changed_tables_are_refused(tables, cache, tmp_path):
 
 
 def test_a_mistyped_setting_is_named(tmp_path):
-    done = subprocess.run(
-        [
-            *command(
-                "train", "--config=experiments/configs/synthetic.py", "--config.model.dimm=8", f"--workdir={tmp_path}"
-            )
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = "--config=experiments/configs/synthetic.py", "--config.model.dimm=8", f"--workdir={tmp_path}"
+    done = preloaded.run("experiments.train", *asked)
     assert done.returncode == 1
     assert "dimm" in done.stderr and "Traceback" not in done.stderr
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import optuna
+import preloaded
 import pytest
 from market import write_tables
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -159,12 +160,7 @@ def test_the_best_config_loads_from_its_file_and_trains_to_its_value(swept, tmp_
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert from_dict(module.get_config().to_dict()) == best
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", f"--config={folder}/best.py", f"--workdir={tmp_path}/run"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = preloaded.run("experiments.train", f"--config={folder}/best.py", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     value = json.loads((folder / "best.json").read_text())["value"]
