@@ -14,7 +14,14 @@ from fused_rec import api
 from fused_rec.data.dataset import column
 from fused_rec.evaluation.ranking import mean, rank
 from fused_rec.serving.recommender import load_measured
-from fused_rec.training.evaluate import baseline, choose_settings, evaluate_slices, evaluate_users, held_out
+from fused_rec.training.evaluate import (
+    baseline,
+    choose_settings,
+    evaluate_slices,
+    evaluate_users,
+    evaluate_validation,
+    held_out,
+)
 from fused_rec.training.inputs import prepare, read, with_pretrained_text
 
 TINY = str(Path(__file__).parent / "golden" / "tiny_bert")
@@ -88,6 +95,19 @@ def test_novelty_counts_the_interactions_of_training(popular):
     counts = np.maximum(np.bincount(trained, minlength=prepared.dataset.n_items), 1)
     expected = np.log2(prepared.dataset.n_users / counts)[items].mean(1)
     np.testing.assert_allclose(found.metrics["novelty@10"], expected, rtol=1e-5)
+
+
+def test_a_small_validation_split_says_what_it_cannot_tell(popular, caplog):
+    prepared, scorer = popular
+    values = evaluate_users(prepared, scorer, "valid").metrics["recall@10"]
+    found = evaluate_validation(prepared, scorer, "recall@10")
+    assert found["recall@10"] == pytest.approx(values.mean())
+    (record,) = caplog.records
+    error = np.std(values, ddof=1) / len(values) ** 0.5
+    assert error > 0.05 * values.mean()
+    assert record.levelname == "WARNING"
+    assert f"a standard error of {error:.4f} over {len(values)} users" in record.getMessage()
+    assert "a larger split.valid" in record.getMessage()
 
 
 def test_slices_of_items_are_those_of_the_test_split(popular):

@@ -27,11 +27,40 @@ from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs
 from fused_rec.training.train_step import GraphInputs, TrainState
 
 LOG = logging.getLogger(__name__)
+FIRM = 0.05  # of the validation metric: a larger standard error is a warning
 
 
 def evaluate_mean(prepared: Prepared, scorer: Scorer, split: str) -> dict[str, float]:
     """Averages `evaluate_users` over users (`fused_rec.evaluation.ranking.mean`)."""
     return mean(evaluate_users(prepared, scorer, split))
+
+
+def evaluate_validation(prepared: Prepared, scorer: Scorer, metric: str) -> dict[str, float]:
+    """Averages `evaluate_users` over validation users, and logs how precise the metric is that choices are made by.
+
+    Args:
+      prepared: tables and split.
+      scorer: see `fused_rec.evaluation.ranking.Scorer`.
+      metric: train.metric.
+
+    Returns:
+      The means of all metrics.
+    """
+    per_user = evaluate_users(prepared, scorer, "valid")
+    found = mean(per_user)
+    if metric in per_user.metrics:
+        known = per_user.metrics[metric][~np.isnan(per_user.metrics[metric])]
+        error = float(known.std()) / max(len(known) - 1, 1) ** 0.5
+        level, remedy = logging.INFO, ""
+        if error > FIRM * found[metric]:
+            level, remedy = logging.WARNING, "; more users, or a larger split.valid, make choices firmer"
+        LOG.log(
+            level,
+            "validation %s is %.4f, with a standard error of %.4f over %d users: settings and components whose values "
+            "are closer may be chosen by chance%s",
+            *(metric, found[metric], error, len(known), remedy),
+        )
+    return found
 
 
 def evaluate_users(prepared: Prepared, scorer: Scorer, split: str) -> UserMetrics:

@@ -69,6 +69,7 @@ from fused_rec.training.evaluate import (
     evaluate_mean,
     evaluate_slices,
     evaluate_users,
+    evaluate_validation,
     scorer,
     sharded_scorer,
 )
@@ -204,7 +205,7 @@ def _select_and_test(
     if fusion and config.model.launch_cost and (launch := select_launch(config, prepared, state)):
         fusion = dataclasses.replace(fusion, launch=dataclasses.asdict(launch))
         prepared = with_launch(prepared, launch)
-    valid = evaluate_mean(prepared, scorer(config, prepared, state), "valid")
+    valid = evaluate_validation(prepared, scorer(config, prepared, state), config.train.metric)
 
     selected = _fitted(config, prepared)
     if config.train.refit == "valid":
