@@ -210,9 +210,9 @@ def text_ease_factors(
     smooth = text.rows / (text.values + l2_words).astype(np.float32)  # T N of `text_ease`
     right_text = smooth / (1 - np.einsum("id,id->i", text.rows, smooth))[:, None]
     ridge = l2 + l2_text
-    filter_ = singular.values**2 / (singular.values**2 + ridge)
-    p_diagonal = (1 - np.square(singular.right) @ filter_) / ridge
-    filtered = singular.right.astype(np.float32) * filter_.astype(np.float32)
+    shrinkage = singular.values**2 / (singular.values**2 + ridge)
+    p_diagonal = (1 - np.square(singular.right) @ shrinkage) / ridge
+    filtered = singular.right.astype(np.float32) * shrinkage.astype(np.float32)
     p_text = (text.rows - filtered @ text.of_singular) / np.float32(ridge)  # P T
     multiplier = (1 + l2_text * np.einsum("id,id->i", p_text, right_text)) / p_diagonal  # n
     return Factors(

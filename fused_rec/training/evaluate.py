@@ -27,7 +27,7 @@ from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs
 from fused_rec.training.train_step import GraphInputs, TrainState
 
 LOG = logging.getLogger(__name__)
-FIRM = 0.05  # of the validation metric: a larger standard error is a warning
+LARGE_ERROR = 0.05  # of the validation metric: a larger standard error is a warning
 
 
 def evaluate_mean(prepared: Prepared, scorer: Scorer, split: str) -> dict[str, float]:
@@ -52,8 +52,8 @@ def evaluate_validation(prepared: Prepared, scorer: Scorer, metric: str) -> dict
         known = per_user.metrics[metric][~np.isnan(per_user.metrics[metric])]
         error = float(known.std()) / max(len(known) - 1, 1) ** 0.5
         level, remedy = logging.INFO, ""
-        if error > FIRM * found[metric]:
-            level, remedy = logging.WARNING, "; more users, or a larger split.valid, make choices firmer"
+        if error > LARGE_ERROR * found[metric]:
+            level, remedy = logging.WARNING, "; with more validation users choices are more certain"
         LOG.log(
             level,
             "validation %s is %.4f, with a standard error of %.4f over %d users: settings and components whose values "
