@@ -71,6 +71,26 @@ def test_noise_does_not_move_the_sum():
     assert moved <= 3
 
 
+@pytest.mark.parametrize(
+    ("lead", "trained", "start"),
+    [
+        (0.04, True, 1),  # less than one standard error: .5 / sqrt(100) = .05
+        (0.06, True, 0),
+        (0.04, False, 0),  # among closed-form components the best one
+        (-0.01, True, 1),
+    ],
+)
+def test_a_trained_component_is_the_start_where_it_leads_by_a_standard_error(lead, trained, start):
+    """The differences of 100 users are `lead` ± .5; the last component is worse than both."""
+    noise = np.tile(np.array([0.5, -0.5], np.float32), 50)
+    closed = np.full(100, 0.6, np.float32)
+    assert cw.start_of([(closed + np.float32(lead) + noise, trained), (closed, False), (closed - 0.5, False)]) == start
+
+
+def test_without_closed_form_components_the_best_trained_one_is_the_start():
+    assert cw.start_of([(np.zeros(2, np.float32), True), (np.ones(2, np.float32), True)]) == 1
+
+
 def test_validation_chooses_the_settings_of_a_component():
     scores = np.zeros((2, 12), np.float32)
     scores[0, 3] = scores[1, 5] = 1

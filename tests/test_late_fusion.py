@@ -29,6 +29,7 @@ from fused_rec.model.late_fusion import (
 from fused_rec.model.model import item_degree
 from fused_rec.serving.recommender import load, load_measured
 from fused_rec.training import late_fusion, sharding
+from fused_rec.training.component_weights import select_weights
 from fused_rec.training.evaluate import evaluate_mean, scorer, user_item_vectors
 from fused_rec.training.inputs import init_state, prepare, read
 from fused_rec.training.sharding import parallel_embed_nodes, shard_graph_inputs, shard_state
@@ -199,7 +200,7 @@ def test_results_tell_the_components(finished):
     assert set(found["weights"]) == set(found["settings"]) <= set(found["single"])
     expected = {"model", "graph_branch", "text_branch", "popularity", "ease", "item_knn", "tfidf_mean", "social_ease"}
     assert expected <= set(found["single"])
-    assert found["fused"] >= max(found["single"].values()) - 1e-6
+    assert found["fused"] >= max(value for name, value in found["single"].items() if name in COMPONENTS) - 1e-6
     assert "by late fusion of components" in (finished.workdir / "README.md").read_text()
 
 
@@ -314,6 +315,22 @@ def test_item_knn_is_not_selected_of_many_items_but_stays_when_tables_grow(finis
     selection = late_fusion.Selection(dict.fromkeys(chosen, 1.0), chosen, {}, 0.0, 0)
     fusion = late_fusion.with_late_fusion(prepared, selection).graph_inputs.fusion
     assert fusion is not None and component_names(fusion)[-1] == "item_knn"
+
+
+def test_components_of_the_model_are_told_from_closed_forms(finished, monkeypatch):
+    """The selection starts from a trained component only where it leads clearly."""
+    config, prepared, state = load_measured(finished.workdir, "valid")
+    trained = {}
+
+    def recorded(candidates, on):
+        candidates = list(candidates)
+        trained.update((candidate.name, candidate.trained) for candidate in candidates)
+        return select_weights(candidates, on)
+
+    monkeypatch.setattr(late_fusion, "select_weights", recorded)
+    late_fusion.select_late_fusion(config, prepared, state)
+    assert {name for name, of in trained.items() if of} == {"model", "graph_branch", "text_branch"}
+    assert len(trained) > 8
 
 
 def test_what_is_selected_is_added_without_computing_singular_vectors_again(finished, monkeypatch):

@@ -4,9 +4,11 @@ The fused score is a weighted sum of components (`fused_rec.model.late_fusion`):
 branches, and closed-form recommenders. Scores of a component are standardized per user, so one weight per component is
 enough.
 
-Selection is that of Caruana et al. (2004), from the best single component, with one change: a step is taken only where
-its mean gain in NDCG@10 exceeds `MIN_GAIN` standard errors of the gain over the users. On small or uninformative
-validation splits the sum therefore stays at the best single component.
+Selection is that of Caruana et al. (2004), from the best single component, with two changes. A step is taken only where
+its mean gain in NDCG@10 exceeds `MIN_GAIN` standard errors of the gain over the users: on small or uninformative
+validation splits the sum stays at a single component. And that is the best closed-form one where no trained one is
+better by more than one standard error (the one-standard-error rule of Breiman et al., 1984): the step of a trained
+component was chosen among many on the same users, so its value is too high.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ K = 10  # the cutoff of NDCG
 MAX_USERS = 5000  # validation users that are ranked, at most
 DEPTH = 100  # best items of each component among which a sum is ranked
 MIN_GAIN = 1.5  # standard errors
+MIN_LEAD = 1.0  # standard errors, of a trained component over the closed-form ones, to start from it
 FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
@@ -46,12 +49,14 @@ class Candidate:
       settings: plain values.
       users: float32 [V, R], of the ranked users.
       items: float32 [I, R].
+      trained: whether its training was stopped by validation, on the ranked users.
     """
 
     name: str
     settings: Mapping[str, Any]
     users: Float32[np.ndarray, "V R"]
     items: Float32[np.ndarray, "I R"]
+    trained: bool = False
 
     @functools.cached_property
     def item_variance(self) -> float:
@@ -110,20 +115,48 @@ def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Sele
     Returns:
       The selection. Its weights are those of standardized scores.
     """
-    best: dict[str, tuple[float, Candidate]] = {}
+    best: dict[str, tuple[np.ndarray, Candidate]] = {}
     for candidate in candidates:
-        value = float(np.mean(_ndcg_of(candidate, on)))
-        LOG.info("%s %s: validation ndcg@%d %.4f", candidate.name, dict(candidate.settings), K, value)
-        if candidate.name not in best or value > best[candidate.name][0]:
-            best[candidate.name] = value, candidate
-    single = {name: value for name, (value, _) in best.items()}
+        values = _ndcg_of(candidate, on)
+        LOG.info("%s %s: validation ndcg@%d %.4f", candidate.name, dict(candidate.settings), K, values.mean())
+        if candidate.name not in best or values.mean() > best[candidate.name][0].mean():
+            best[candidate.name] = values, candidate
+    single = {name: float(values.mean()) for name, (values, _) in best.items()}
     chosen = [candidate for _, candidate in best.values()]
     lists = _short_lists(chosen, on)
-    start = max(range(len(chosen)), key=lambda number: single[chosen[number].name])
+    start = start_of([(values, candidate.trained) for values, candidate in best.values()])
+    LOG.info("late fusion starts from %s", chosen[start].name)
     weights, value = forward_selection(lists, start)
     used = {c.name: w for c, w in zip(chosen, weights, strict=True) if w}
     LOG.info("late fusion: %s, validation ndcg@%d %.4f", used, K, value)
     return Selection(used, {n: dict(best[n][1].settings) for n in used}, single, value, len(on.users))
+
+
+def start_of(components: Sequence[tuple[Float32[np.ndarray, "V"], bool]]) -> int:
+    """Chooses the component from which the sum starts.
+
+    Args:
+      components: of each the NDCG@10 of every user, and whether it is trained.
+
+    Returns:
+      The number of the best one, or of the best closed-form one where the best is trained and leads by at most
+      `MIN_LEAD` standard errors of the difference over the users.
+    """
+
+    def best(numbers: Iterable[int]) -> int:
+        return max(numbers, key=lambda number: float(components[number][0].mean()))
+
+    first, closed = best(range(len(components))), [n for n, (_, trained) in enumerate(components) if not trained]
+    if not components[first][1] or not closed:
+        return first
+    other = best(closed)
+    lead = components[first][0] - components[other][0]
+    return first if lead.mean() > MIN_LEAD * standard_error(lead) else other
+
+
+def standard_error(values: Float32[np.ndarray, "V"]) -> float:
+    """Computes the standard error of a mean over users."""
+    return float(values.std()) / max(len(values), 1) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +213,7 @@ def _moves(lists: ShortLists, weights: list[float], total, values, number: int) 
         if sum(weights) - now + weight == 0:
             continue
         gain = lists.ndcg(total + np.float32(weight - now) * lists.scores[number]) - values
-        error = float(gain.std()) / max(len(gain), 1) ** 0.5
-        if gain.mean() > max(MIN_GAIN * error, 1e-6):
+        if gain.mean() > max(MIN_GAIN * standard_error(gain), 1e-6):
             yield float(gain.mean()), number, weight
 
 

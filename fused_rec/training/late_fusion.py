@@ -182,7 +182,7 @@ def _candidates(
 ) -> Iterator[Candidate]:
     """Yields the trained components and the closed-form ones that the tables allow, with each of their settings."""
     for name, (of_users, items) in vectors.items():
-        yield Candidate(name, {}, of_users[users], items)
+        yield Candidate(name, {}, of_users[users], items, trained=True)
     for name, recommender in COMPONENTS.items():
         if not all(map(evidence.has, recommender.needs)) or (recommender.few_items and not evidence.few_items):
             continue
