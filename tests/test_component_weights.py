@@ -74,21 +74,29 @@ def test_noise_does_not_move_the_sum():
 @pytest.mark.parametrize(
     ("lead", "trained", "start"),
     [
-        (0.04, True, 1),  # less than one standard error: .5 / sqrt(100) = .05
-        (0.06, True, 0),
-        (0.04, False, 0),  # among closed-form components the best one
-        (-0.01, True, 1),
+        (0.07, True, [0, 1]),  # less than 1.5 standard errors of .5 / sqrt(100)
+        (0.08, True, [0]),
+        (-0.07, True, [1, 0]),
+        (-0.08, True, [1]),
+        (0.01, False, [0]),  # no two of a kind
     ],
 )
-def test_a_trained_component_is_the_start_where_it_leads_by_a_standard_error(lead, trained, start):
+def test_where_validation_cannot_tell_the_sum_starts_from_the_best_of_both_kinds(lead, trained, start):
     """The differences of 100 users are `lead` ± .5; the last component is worse than both."""
     noise = np.tile(np.array([0.5, -0.5], np.float32), 50)
     closed = np.full(100, 0.6, np.float32)
-    assert cw.start_of([(closed + np.float32(lead) + noise, trained), (closed, False), (closed - 0.5, False)]) == start
+    components = [(closed + np.float32(lead) + noise, trained), (closed, False), (closed - 0.5, False)]
+    assert cw.start_of(components) == start
 
 
-def test_without_closed_form_components_the_best_trained_one_is_the_start():
-    assert cw.start_of([(np.zeros(2, np.float32), True), (np.ones(2, np.float32), True)]) == 1
+def test_two_components_that_are_as_good_are_summed_where_no_step_gains_enough():
+    """Each ranks the held-out item of other 6 of 100 users first, which is too few for a step from either."""
+    model, ease = np.zeros((2, 100, 30), np.float32)
+    model[:6, 3], ease[6:12, 3] = 1, 1
+    model[6:, 4:], ease[:6, 4:], ease[12:, 4:] = 1, 1, 1
+    candidates, on = [_candidate("model", model), _candidate("ease", ease)], _users([(u, 3) for u in range(100)], 30)
+    trained = [dataclasses.replace(candidates[0], trained=True), candidates[1]]
+    assert cw.select_weights(trained, on).weights == {"model": 1.0, "ease": 1.0}
 
 
 def test_validation_chooses_the_settings_of_a_component():

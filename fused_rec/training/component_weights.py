@@ -4,11 +4,10 @@ The fused score is a weighted sum of components (`fused_rec.model.late_fusion`):
 branches, and closed-form recommenders. Scores of a component are standardized per user, so one weight per component is
 enough.
 
-Selection is that of Caruana et al. (2004), from the best single component, with two changes. A step is taken only where
-its mean gain in NDCG@10 exceeds `MIN_GAIN` standard errors of the gain over the users: on small or uninformative
-validation splits the sum stays at a single component. And that is the best closed-form one where no trained one is
-better by more than one standard error (the one-standard-error rule of Breiman et al., 1984): the step of a trained
-component was chosen among many on the same users, so its value is too high.
+Selection is that of Caruana et al. (2004) with two changes. A step is taken only where its mean gain in NDCG@10 exceeds
+`MIN_GAIN` standard errors of the gain over the users: on small or uninformative validation splits the sum stays where
+it starts. And it starts from the best component alone only where that leads by as much, otherwise from the sum of the
+best trained and the best closed-form one: where validation cannot tell them apart, a sum is rarely worse than either.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ K = 10  # the cutoff of NDCG
 MAX_USERS = 5000  # validation users that are ranked, at most
 DEPTH = 100  # best items of each component among which a sum is ranked
 MIN_GAIN = 1.5  # standard errors
-MIN_LEAD = 1.0  # standard errors, of a trained component over the closed-form ones, to start from it
 FIRST_WEIGHTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5, 2.0)  # of a component that joins the sum
 CHANGES = (0.0, 0.5, 0.75, 1.33, 2.0)  # factors of the weight of one that is in it
 MAX_MOVES = 12
@@ -49,7 +47,7 @@ class Candidate:
       settings: plain values.
       users: float32 [V, R], of the ranked users.
       items: float32 [I, R].
-      trained: whether its training was stopped by validation, on the ranked users.
+      trained: whether it is the trained model or a branch of it; others are closed forms.
     """
 
     name: str
@@ -125,33 +123,33 @@ def select_weights(candidates: Iterable[Candidate], on: ValidationUsers) -> Sele
     chosen = [candidate for _, candidate in best.values()]
     lists = _short_lists(chosen, on)
     start = start_of([(values, candidate.trained) for values, candidate in best.values()])
-    LOG.info("late fusion starts from %s", chosen[start].name)
+    LOG.info("late fusion starts from %s", " and ".join(chosen[number].name for number in start))
     weights, value = forward_selection(lists, start)
     used = {c.name: w for c, w in zip(chosen, weights, strict=True) if w}
     LOG.info("late fusion: %s, validation ndcg@%d %.4f", used, K, value)
     return Selection(used, {n: dict(best[n][1].settings) for n in used}, single, value, len(on.users))
 
 
-def start_of(components: Sequence[tuple[Float32[np.ndarray, "V"], bool]]) -> int:
-    """Chooses the component from which the sum starts.
+def start_of(components: Sequence[tuple[Float32[np.ndarray, "V"], bool]]) -> list[int]:
+    """Chooses the components from whose sum the selection starts.
 
     Args:
       components: of each the NDCG@10 of every user, and whether it is trained.
 
     Returns:
-      The number of the best one, or of the best closed-form one where the best is trained and leads by at most
-      `MIN_LEAD` standard errors of the difference over the users.
+      The number of the best one; where it leads the best one of the other kind, trained or closed-form, by at most
+      `MIN_GAIN` standard errors of the difference over the users, the numbers of both.
     """
 
     def best(numbers: Iterable[int]) -> int:
         return max(numbers, key=lambda number: float(components[number][0].mean()))
 
-    first, closed = best(range(len(components))), [n for n, (_, trained) in enumerate(components) if not trained]
-    if not components[first][1] or not closed:
-        return first
-    other = best(closed)
-    lead = components[first][0] - components[other][0]
-    return first if lead.mean() > MIN_LEAD * standard_error(lead) else other
+    first = best(range(len(components)))
+    others = [number for number, (_, trained) in enumerate(components) if trained != components[first][1]]
+    if not others:
+        return [first]
+    lead = components[first][0] - components[other := best(others)][0]
+    return [first] if lead.mean() > MIN_GAIN * standard_error(lead) else [first, other]
 
 
 def standard_error(values: Float32[np.ndarray, "V"]) -> float:
@@ -182,19 +180,21 @@ class ShortLists:
         return ndcg_of_lists(np.where(self.listed, total + self.fallback, -np.inf), self.truth, self.n_truth)
 
 
-def forward_selection(lists: ShortLists, start: int) -> tuple[list[float], float]:
+def forward_selection(lists: ShortLists, start: Iterable[int]) -> tuple[list[float], float]:
     """Adds, changes and removes components while the gain exceeds its own noise.
 
     Args:
       lists: scores of the components.
-      start: the component that the sum starts from, with weight 1.
+      start: the components that the sum starts from, each with weight 1.
 
     Returns:
       The weight of each component, 0 where it is left out, and the mean NDCG@10 of the sum.
     """
     weights = [0.0] * len(lists.scores)
-    weights[start] = 1.0
-    total = lists.scores[start].copy()
+    total = np.zeros_like(lists.fallback)
+    for number in start:
+        weights[number] = 1.0
+        total += lists.scores[number]
     values = lists.ndcg(total)
     for _ in range(MAX_MOVES):
         found = [move for number in range(len(weights)) for move in _moves(lists, weights, total, values, number)]
