@@ -1,17 +1,21 @@
 """Commands in processes that do not spend seconds on imports: forks of a process that has imported the libraries.
 
-Each is a process of its own with its arguments, environment, output and status, as if `python -m` had started it. Tests
-of signals, of killed processes and of what happens before the imports start Python itself.
+Each is a process of its own with its arguments, environment, output and status, as if `python -m` or `python -c` had
+started it; its id is its own, and signals stop and kill it like any other. Tests of what happens before or during the
+imports, of standard input and of closed pipes start Python itself.
 """
 
 import gc
 import importlib
 import json
+import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -26,25 +30,14 @@ LIBRARIES = (
     "transformers.models.bert.tokenization_bert",
 )
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # to install PyTorch; of the import alone
-# JAX reads its variables when it is imported, so each environment has a process of its own.
-_started: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
+PAUSE = 0.02  # seconds between two looks at whether a process has ended
 
 
-def run(module: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module arguments` from the checkout to its end.
+class _Parent:
+    """A process that has imported the libraries. It forks, and waits for a fork, when asked."""
 
-    Args:
-      module: such as experiments.train.
-      arguments: of the command line.
-      changes: variables of the environment that differ from those of this process.
-
-    Returns:
-      The status and all output.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | changes
-    key = frozenset(environment.items())
-    if key not in _started:
-        _started[key] = subprocess.Popen(
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
             env=environment | {NO_ADVICE: "1"},
@@ -52,45 +45,165 @@ def run(module: str, *arguments: str, **changes: str) -> subprocess.CompletedPro
             stdout=subprocess.PIPE,
             text=True,
         )
-    process = _started[key]
-    assert process.stdin is not None and process.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps([folder, module, *arguments]), file=process.stdin, flush=True)
-        status = os.waitstatus_to_exitcode(int(process.stdout.readline()))
-        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([module, *arguments], status, out, err)
+        self._folder = tempfile.TemporaryDirectory(prefix="fused_rec-output-")
+        self._commands = 0
+
+    def start(self, arguments: list[str]) -> "Process":
+        """Forks for a command, whose output goes to files of its own."""
+        self._commands += 1
+        out, err = (Path(self._folder.name) / f"{self._commands}.{name}" for name in ("out", "err"))
+        for file in (out, err):
+            file.touch()  # it is there even if a signal comes before the fork opens it
+        pid = self.ask("start", str(out), str(err), *arguments)
+        assert pid is not None
+        return Process(self, pid, arguments, out, err)
+
+    def ask(self, *question: str | int) -> int | None:
+        """Sends one line, and returns what the line that answers it holds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process, and all commands that still run."""
+        self._process.communicate()
+        self._folder.cleanup()
+
+
+class Process:
+    """A command that runs or ran, with the methods of `subprocess.Popen`.
+
+    Attributes:
+      args: the command line, from the name of the module on.
+      pid: the id of the process. No other one gets it before `returncode` is known.
+      returncode: the status; below 0, the signal that ended the process; None while it is not known to have ended.
+      out: file of what it writes to standard output; `communicate` removes it.
+      err: likewise, to standard error.
+    """
+
+    def __init__(self, parent: _Parent, pid: int, args: list[str], out: Path, err: Path) -> None:
+        self.args, self.pid, self.out, self.err = args, pid, out, err
+        self.returncode: int | None = None
+        self._parent = parent
+
+    def poll(self) -> int | None:
+        """Returns the status, None while the process runs."""
+        if self.returncode is None:
+            self.returncode = self._parent.ask("wait", self.pid, os.WNOHANG)
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """Waits for the end of the process.
+
+        Args:
+          timeout: after how many seconds `subprocess.TimeoutExpired` is raised.
+
+        Returns:
+          The status.
+        """
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if timeout == math.inf:
+                self.returncode = self._parent.ask("wait", self.pid, 0)
+            elif time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            else:
+                time.sleep(PAUSE)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float = math.inf) -> tuple[str, str]:
+        """Waits as `wait` does, and returns all that was written to standard output and standard error. Once only."""
+        self.wait(timeout)
+        out, err = self.out.read_text(), self.err.read_text()
+        self.out.unlink()
+        self.err.unlink()
+        return out, err
+
+    def send_signal(self, signum: int) -> None:
+        """Sends a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+
+# JAX reads its variables when it is imported, so each environment has a process of its own.
+_parents: dict[frozenset[tuple[str, str]], _Parent] = {}
+
+
+def start(module: str, *arguments: str, **changes: str) -> Process:
+    """Starts `python -m module arguments` from the checkout.
+
+    Args:
+      module: such as experiments.train; or -c, and the first of the arguments is code.
+      arguments: of the command line.
+      changes: variables of the environment that differ from those of this process.
+
+    Returns:
+      The process, which runs.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | changes
+    key = frozenset(environment.items())
+    if key not in _parents:
+        _parents[key] = _Parent(environment)
+    return _parents[key].start([module, *arguments])
+
+
+def run(module: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs to its end what `start` starts with the same arguments.
+
+    Returns:
+      The status and all output.
+    """
+    process = start(module, *arguments, **changes)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def close() -> None:
     """Ends the processes that have imported the libraries."""
-    for process in _started.values():
-        process.communicate()
-    _started.clear()
+    for parent in _parents.values():
+        parent.close()
+    _parents.clear()
 
 
 def _serve() -> None:
-    """Imports the libraries, and forks for each line that comes in, until there is no more."""
+    """Imports the libraries, and does what each line that comes in asks for, until there is no more."""
     sys.path[0] = str(ROOT)
     for module in LIBRARIES:
         importlib.import_module(module)
     del os.environ[NO_ADVICE]
     gc.collect()
     gc.freeze()  # forks share it
+    running = set()
     while line := sys.stdin.readline():
-        with warnings.catch_warnings(action="ignore"):  # Python 3.12 warns of threads; jemalloc's outlives a fork
-            pid = os.fork()
-        if not pid:
-            return _run(*json.loads(line))
-        print(os.waitpid(pid, 0)[1], flush=True)
+        asked, *given = json.loads(line)
+        if asked == "start":
+            with warnings.catch_warnings(action="ignore"):  # Python 3.12 warns of threads; jemalloc's outlives a fork
+                answer = os.fork()
+            if not answer:
+                return _run(*given)
+            running.add(answer)
+        else:
+            ended, status = os.waitpid(*given)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+            running.discard(ended)
+        print(json.dumps(answer), flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def _run(folder: str, module: str, *arguments: str) -> None:
+def _run(out: str, err: str, module: str, *arguments: str) -> None:
     """Runs a module as a process that was just forked, which then ends as usual."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    for number, name in ((1, out), (2, err)):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    if module == "-c":
+        sys.argv = [module, *arguments[1:]]
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

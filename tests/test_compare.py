@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -159,13 +158,7 @@ def test_another_config_is_refused_before_any_work(tables, compared):
 def test_a_killed_study_ends_as_if_never_stopped(tables, compared, tmp_path, signum):
     """A signal when the second run has its first checkpoint; the same command then gives the same rows."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command(tables, out, *WHOLE)],
-        env=os.environ | ONE_DEVICE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = preloaded.start(*command(tables, out, *WHOLE), **ONE_DEVICE)
     milestone = out / "runs" / "fused" / "1" / "select" / "checkpoints" / "2"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not milestone.exists():

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -52,16 +49,10 @@ def small(tables: Path, **changes):
     return from_dict(values)
 
 
-def start(tables: Path, out: Path, *flags: str) -> subprocess.Popen:
+def start(tables: Path, out: Path, *flags: str) -> preloaded.Process:
     settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, "-m", "experiments.density", "--config=experiments/configs/tables.py", f"--out={out}"]
-    return subprocess.Popen(
-        [*command, f"--config.data.path={tables}", *settings, *flags],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["experiments.density", "--config=experiments/configs/tables.py", f"--out={out}"]
+    return preloaded.start(*command, f"--config.data.path={tables}", *settings, *flags, JAX_NUM_CPU_DEVICES="1")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import preloaded
@@ -174,8 +172,7 @@ def test_files_and_stability(place, first, second, tmp_path):
 
 def test_the_command(place, first, second, tmp_path):
     asked = [f"--before={first.workdir}", f"--after={second.workdir}", f"--out={tmp_path}/out", "--num_users=5"]
-    command = [sys.executable, "-m", "experiments.diff", *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = preloaded.run("experiments.diff", *asked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/out/diff.html"
     done = preloaded.run("experiments.diff", asked[0], "--after=none", asked[2])

@@ -1,11 +1,9 @@
 """One evaluation of a run and of baselines beside it, whoever asks for it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from market import write_tables
 
@@ -68,10 +66,7 @@ def test_command_api_and_report_agree_on_a_finetuned_run(finetuned, split, monke
             assert model.metrics[metric][0] == pytest.approx(by_api[model.name][metric], abs=1e-6), (model, metric)
 
     flags = f"--workdir={finetuned.workdir}", f"--split={split}", f"--baselines={','.join(BASELINES)}"
-    command = [sys.executable, "-m", "experiments.evaluate", *flags, f"--metrics={','.join(shown)}"]
-    done = subprocess.run(
-        command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True, timeout=300
-    )
+    done = preloaded.run("experiments.evaluate", *flags, f"--metrics={','.join(shown)}", JAX_NUM_CPU_DEVICES="1")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[-1 - len(BASELINES) :]]
     assert rows == [[name, *(f"{by_api[name][metric]:.4f}" for metric in shown)] for name in (*BASELINES, "fused")]

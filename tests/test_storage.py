@@ -57,9 +57,7 @@ def test_a_conversion_that_was_stopped_half_way_is_made_by_the_same_command(
 ):
     out = tmp_path / "out"
     command = ["experiments.convert", f"--path={tables}", f"--to={layout}", f"--out={out}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = preloaded.start(*command)
     partial = tmp_path / f".out.{process.pid}.partial"
     while not (partial.is_dir() and any(file.is_file() for file in partial.rglob("*"))):
         assert process.poll() is None, process.communicate()

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,14 +127,14 @@ def test_results_hold_what_is_promised(finished):
 def test_a_run_killed_again_and_again_ends_as_if_never_stopped(tables, cache, tmp_path, finished):
     """A signal soon after a checkpoint, three times; the same command then finishes, bit for bit as undisturbed."""
     workdir = tmp_path / "run"
-    begun = [sys.executable, "-m", *train_command(tables, cache, workdir)]
+    begun = train_command(tables, cache, workdir)
     resumed = ""
     for signum, milestone in (
         (signal.SIGTERM, "select/checkpoints/5"),
         (signal.SIGKILL, "select/checkpoints/15"),
         (signal.SIGKILL, "refit/checkpoints/5"),
     ):
-        process = subprocess.Popen(begun, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = preloaded.start(*begun)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline and not (workdir / milestone).exists():
             time.sleep(0.005)
@@ -149,7 +148,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_stopped(tables, cache, tm
             assert process.returncode == 143
             assert "stopped by SIGTERM; step " in stderr and "is saved in" in stderr and "Traceback" not in stderr
             assert f"To go on, give the same command again:\n  python -m experiments.train --config={CONFIG}" in stderr
-    again = subprocess.run(begun, capture_output=True, text=True, check=False)
+    again = preloaded.run(*begun)
     assert again.returncode == 0, again.stderr
     assert resumed in again.stderr
     assert differences(workdir, finished) == []

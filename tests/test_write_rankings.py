@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -93,6 +93,7 @@ def test_the_file_and_its_log(tmp_path, suffix):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[3])
 import test_write_rankings
 real, calls = os.fsync, 0
 def killing(descriptor):
@@ -112,13 +113,7 @@ test_write_rankings.written(Path(sys.argv[1]))
 )
 def test_a_kill_in_the_middle_of_any_file_loses_no_more_than_it(tmp_path, syncs, parts, there):
     out = tmp_path / "ranked.parquet"
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(out), str(syncs)],
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    child = preloaded.run("-c", CHILD, str(out), str(syncs), str(Path(__file__).parent))
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert len(list((tmp_path / "ranked.parquet.parts").glob("0*.parquet"))) == parts
     assert out.exists() == there and not (tmp_path / "ranked.parquet.audit.json").exists()
@@ -244,13 +239,8 @@ runpy.run_module("experiments.recommend", run_name="__main__", alter_sys=True)
 
 
 def recommend(finished: Path, out: Path, *flags: str, kill_at: int = 0) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, str(kill_at), f"--workdir={finished}", f"--out={out}", "--k=3", *flags],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = f"--workdir={finished}", f"--out={out}", "--k=3", *flags
+    return preloaded.run("-c", DRIVER, str(kill_at), *asked)
 
 
 def test_the_command_under_rules_killed_and_taken_up_again(finished, tmp_path):
