@@ -318,7 +318,7 @@ def test_item_knn_is_not_selected_of_many_items_but_stays_when_tables_grow(finis
     assert fusion is not None and component_names(fusion)[-1] == "item_knn"
 
 
-def test_components_of_the_model_are_told_from_closed_forms(finished, monkeypatch):
+def test_components_of_the_model_are_marked_as_trained(finished, monkeypatch):
     """The selection starts from the best one of both kinds where validation cannot tell them apart."""
     config, prepared, state = load_measured(finished.workdir, "valid")
     trained = {}
