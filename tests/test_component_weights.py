@@ -90,10 +90,10 @@ def test_where_validation_cannot_tell_the_sum_starts_from_the_best_of_both_kinds
 
 
 def test_two_components_that_are_as_good_are_summed_where_no_step_gains_enough():
-    """Each ranks the held-out item of other 6 of 100 users first, which is too few for a step from either."""
+    """Each ranks the held-out item of other 2 of 100 users first, which is too few for a step from either."""
     model, ease = np.zeros((2, 100, 30), np.float32)
-    model[:6, 3], ease[6:12, 3] = 1, 1
-    model[6:, 4:], ease[:6, 4:], ease[12:, 4:] = 1, 1, 1
+    model[:2, 3], ease[2:4, 3] = 1, 1
+    model[2:, 4:], ease[:2, 4:], ease[4:, 4:] = 1, 1, 1
     candidates, on = [_candidate("model", model), _candidate("ease", ease)], _users([(u, 3) for u in range(100)], 30)
     trained = [dataclasses.replace(candidates[0], trained=True), candidates[1]]
     assert cw.select_weights(trained, on).weights == {"model": 1.0, "ease": 1.0}

@@ -7,7 +7,7 @@ enough.
 Selection is that of Caruana et al. (2004) with two changes. A step is taken only where its mean gain in NDCG@10 exceeds
 `MIN_GAIN` standard errors of the gain over the users: on small or uninformative validation splits the sum stays where
 it starts. And it starts from the best component alone only where that leads by as much, otherwise from the sum of the
-best trained and the best closed-form one: where validation cannot tell them apart, a sum is rarely worse than either.
+best trained and the best closed-form one: where validation cannot tell them apart, the sum is better on average.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ def start_of(components: Sequence[tuple[Float32[np.ndarray, "V"], bool]]) -> lis
     """Chooses the components from whose sum the selection starts.
 
     Args:
-      components: of each the NDCG@10 of every user, and whether it is trained.
+      components: for each component, the NDCG@10 of every user, and whether it is trained.
 
     Returns:
       The number of the best one; where it leads the best one of the other kind, trained or closed-form, by at most
