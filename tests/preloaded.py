@@ -71,7 +71,7 @@ class _Parent:
 
 
 class Process:
-    """A command that runs or ran, with the methods of `subprocess.Popen`.
+    """A command that runs or ran, with some of the methods of `subprocess.Popen`.
 
     Attributes:
       args: the command line, from the name of the module on.
@@ -103,12 +103,9 @@ class Process:
         """
         deadline = time.monotonic() + timeout
         while self.poll() is None:
-            if timeout == math.inf:
-                self.returncode = self._parent.ask("wait", self.pid, 0)
-            elif time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            else:
-                time.sleep(PAUSE)
+            time.sleep(PAUSE)
         assert self.returncode is not None
         return self.returncode
 

@@ -20,6 +20,7 @@ def test_several_run_at_a_time_and_end_in_any_order():
         second.wait(timeout=0.01)
     for process, signum in ((second, signal.SIGTERM), (first, signal.SIGKILL)):
         while not process.out.read_text():
+            assert process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.send_signal(signum)
         out, _ = process.communicate(timeout=60)
