@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -36,8 +37,10 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 
 def limited(code: str) -> str:
     """What the code prints in a process of its own."""
-    program = LIMITED + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    program = [sys.executable, "-c", LIMITED + textwrap.dedent(code)]
+    # One heap for all threads: a thread of JAX's that first allocates after `limit` would take 64 MB of it for its own.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
