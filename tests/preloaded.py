@@ -30,6 +30,7 @@ LIBRARIES = (
     "transformers.models.bert.tokenization_bert",
 )
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # to install PyTorch; of the import alone
+LONGEST = 600  # seconds that a command may take
 PAUSE = 0.02  # seconds between two looks at whether a process has ended
 
 
@@ -61,8 +62,16 @@ class _Parent:
     def ask(self, *question: str | int) -> int | None:
         """Sends one line, and returns what the line that answers it holds."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except BaseException:  # what comes later is not the answer to another question
+            self._process.kill()
+            raise
+
+    def runs(self) -> bool:
+        """Tells whether the process still answers."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """Ends the process, and all commands that still run."""
@@ -140,6 +149,8 @@ def start(module: str, *arguments: str, **changes: str) -> Process:
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | changes
     key = frozenset(environment.items())
+    if key in _parents and not _parents[key].runs():
+        _parents.pop(key).close()
     if key not in _parents:
         _parents[key] = _Parent(environment)
     return _parents[key].start([module, *arguments])
@@ -150,9 +161,16 @@ def run(module: str, *arguments: str, **changes: str) -> subprocess.CompletedPro
 
     Returns:
       The status and all output.
+
+    Raises:
+      subprocess.TimeoutExpired: it took longer than `LONGEST`, and was killed.
     """
     process = start(module, *arguments, **changes)
-    out, err = process.communicate()
+    try:
+        out, err = process.communicate(LONGEST)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        raise
     return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 

@@ -25,7 +25,7 @@ def _users(truth, n_items, seen=((), ()), allowed=None):
 def _candidate(name, scores, **settings):
     """A component with exactly these scores."""
     scores = np.asarray(scores, np.float32)
-    return cw.Candidate(name, settings, scores, np.eye(scores.shape[1], dtype=np.float32))
+    return cw.Candidate(name, settings, scores, np.eye(scores.shape[1], dtype=np.float32), trained=False)
 
 
 def test_standardized_scores_have_deviation_one():
@@ -139,7 +139,7 @@ def test_the_selection_standardizes_and_measures_as_the_devices_do():
     users, items = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)
     users[1] = 0
     expected = np.asarray(inverse_deviation(users, items))[:, None] * (users @ items.T)
-    found = cw.standardized_scores(cw.Candidate("x", {}, users, items), slice(0, 6))
+    found = cw.standardized_scores(cw.Candidate("x", {}, users, items, trained=False), slice(0, 6))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     truth = rng.random((6, 40)) < 0.2
     hits = np.take_along_axis(truth, np.argsort(-found, axis=1, kind="stable"), axis=1)
@@ -153,3 +153,20 @@ def test_held_out_items_are_listed_on_the_same_terms_as_others():
     on = _users([(0, 5), (0, 120)], n_items=150)
     lists = cw._short_lists([_candidate("x", -np.arange(150, dtype=np.float32)[None])], on)
     assert lists.listed.sum() == cw.DEPTH and lists.truth.sum() == 1 and lists.n_truth.tolist() == [2]
+
+
+def test_a_component_whose_scores_are_not_finite_is_refused():
+    scores = np.ones((3, 4), np.float32)
+    scores[1, 2] = np.nan
+    on = _users([(0, 0), (1, 1), (2, 2)], n_items=4)
+    with pytest.raises(FloatingPointError, match=r"component odd with \{'l2': 3\} has .* \(validation user 1\)"):
+        cw.select_weights([_candidate("odd", scores, l2=3)], on)
+
+
+def test_one_validation_user_moves_nothing():
+    """The best component is not left, and the start is the sum, as a single user has no noise to compare with."""
+    worse, better = np.array([[1.0, 2, 3, 4]]), np.array([[4.0, 3, 2, 1]])
+    on = _users([(0, 0)], n_items=4)
+    assert cw.select_weights([_candidate("worse", worse), _candidate("better", better)], on).weights == {"better": 1.0}
+    values = np.ones(1, np.float32)
+    assert cw.start_of([(values, True), (0 * values, False)]) == [0, 1]

@@ -23,7 +23,8 @@ def _market(new_truth):
     user, item = np.array(pairs).T
     truth, seen = item_sets(user, item, USERS), item_sets(np.array([], int), np.array([], int), USERS)
     on = ValidationUsers(np.arange(USERS), truth, seen, np.ones(ITEMS, bool), np.zeros(ITEMS, np.float32))
-    return Candidate("sum", {"share": np.ones(USERS, np.float32)}, np.eye(USERS, dtype=np.float32), scores.T.copy()), on
+    share, users = np.ones(USERS, np.float32), np.eye(USERS, dtype=np.float32)
+    return Candidate("sum", {"share": share}, users, scores.T.copy(), trained=False), on
 
 
 def test_popular_new_items_are_raised_by_expected_popularity():
@@ -45,7 +46,7 @@ def test_taste_tells_who_takes_which():
     rows = np.zeros((USERS, ITEMS), np.float32)
     rows[:, IS_NEW] = rng.normal(size=(USERS, NEW)) * 0.3
     rows[np.arange(USERS), taken] += 3
-    taste = Candidate("launch_taste", {"weight": 0.3}, np.eye(USERS, dtype=np.float32), rows.T.copy())
+    taste = Candidate("launch_taste", {"weight": 0.3}, np.eye(USERS, dtype=np.float32), rows.T.copy(), trained=False)
     found = best_launch(score, taste, IS_NEW, np.zeros(ITEMS), on, COST)
     assert found is not None and found.taste > 0 and found.slope == 0
 

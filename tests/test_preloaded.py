@@ -29,3 +29,12 @@ def test_several_run_at_a_time_and_end_in_any_order():
         process.send_signal(signum)  # which is of no use
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+
+
+def test_a_server_that_has_died_is_replaced():
+    died = preloaded.start("-c", "print('before')", PRELOADED_TEST="1")
+    died.wait()
+    parent = died._parent._process
+    parent.kill()
+    parent.wait()
+    assert preloaded.run("-c", "print('after')", PRELOADED_TEST="1").stdout == "after\n"

@@ -13,6 +13,7 @@ best trained and the best closed-form one: where validation cannot tell them apa
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Candidate:
     settings: Mapping[str, Any]
     users: Float32[np.ndarray, "V R"]
     items: Float32[np.ndarray, "I R"]
-    trained: bool = False
+    trained: bool
 
     @functools.cached_property
     def item_variance(self) -> float:
@@ -153,8 +154,8 @@ def start_of(components: Sequence[tuple[Float32[np.ndarray, "V"], bool]]) -> lis
 
 
 def standard_error(values: Float32[np.ndarray, "V"]) -> float:
-    """Computes the standard error of a mean over users."""
-    return float(values.std()) / max(len(values), 1) ** 0.5
+    """Computes the standard error of a mean over users, infinite for a single one."""
+    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +285,19 @@ def standardized_scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray
 
     Returns:
       Float32 [B, I].
+
+    Raises:
+      FloatingPointError: scores that are not finite.
     """
     users = candidate.users[rows]
     scores = users @ candidate.items.T
     variance = scores.var(1)
+    if not np.isfinite(variance).all():
+        user = rows.start + int(np.argmin(np.isfinite(variance)))
+        raise FloatingPointError(
+            f"late fusion: component {candidate.name} with {dict(candidate.settings)} has scores that are not finite "
+            f"(validation user {user}); train with model.late_fusion=False, or look for extreme values in the tables"
+        )
     rounding = np.maximum(
         MIN_VARIANCE * (users * users).sum(1) * candidate.item_variance, (ROUNDING * np.abs(scores).max(1)) ** 2
     )

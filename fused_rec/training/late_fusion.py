@@ -195,7 +195,7 @@ def _candidates(
             rows = user_rows(
                 closed_form(name, 1.0, factors, recommender.user_source), prepared.graph_inputs.graph, users
             )
-            yield Candidate(name, settings, rows, factors.target)
+            yield Candidate(name, settings, rows, factors.target, trained=False)
 
 
 def user_rows(part: ClosedForm, graph: DeviceGraph, users: Int[np.ndarray, "V"]) -> Float32[np.ndarray, "V R"]:

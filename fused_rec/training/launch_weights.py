@@ -76,9 +76,9 @@ def select_launch(config: Config, prepared: Prepared, state: TrainState) -> Laun
         for part in launch_parts(interactions, Launch(level=1.0, taste=1.0)):
             if part.name == TASTE:
                 rows = user_rows(closed_form(*part), prepared.graph_inputs.graph, on.users)
-                taste = Candidate(part.name, {"weight": part.weight}, rows, part.factors.target)
+                taste = Candidate(part.name, {"weight": part.weight}, rows, part.factors.target, trained=False)
         share = _active_share(prepared.graph_inputs.fusion, users[on.users])
-        score = Candidate("sum", {"share": share}, users[on.users], items)
+        score = Candidate("sum", {"share": share}, users[on.users], items, trained=False)
         found = best_launch(
             score, taste, new_items(interactions), expected_popularity(interactions), on, config.model.launch_cost
         )
