@@ -35,7 +35,7 @@ TextProjection = Literal["linear", "mlp"]
 TextPropagation = Literal["to_users", "both_ways"]
 Loss = Literal["softmax", "sampled_softmax", "bpr"]
 TEMPERATURES = (0.15, 0.3)  # tried where train.temperature is 0
-FURTHER_TEMPERATURES = {0.15: 0.1, 0.3: 0.5}  # tried as well, by which of them is the better
+LOW_TEMPERATURE = 0.1  # tried as well, where the first of them is the better
 ComputeDtype = Literal["float32", "bfloat16"]
 TrainCompute = Literal["float32", "bfloat16", "auto"]
 TextFeatureSource = Literal["real", "shuffled", "random"]
@@ -340,7 +340,7 @@ class TrainConfig:
 
     loss: Loss = "softmax"
     # divides the scores in every loss; 1 for LightGCN's BPR over dot products; 0 = chosen on validation among
-    # TEMPERATURES and FURTHER_TEMPERATURES; large tables take the first
+    # TEMPERATURES and LOW_TEMPERATURE; large tables take the first
     temperature: float = 0.15
     batch_size: int = 512  # users per step
     positives_per_user: int = 64  # most positive items sampled per user and step

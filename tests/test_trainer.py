@@ -532,17 +532,19 @@ def test_a_run_over_sampled_neighbors_resumes_bit_for_bit(tables, cache, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
-@pytest.mark.parametrize(("seed", "third"), [(0, "select_0.5"), (1, "select_0.1")])
-def test_the_temperature_is_chosen_on_validation(seed, third, tables, cache, tmp_path):
-    """A run per temperature, with .1 where .15 is better than .3, else with .5; the best is what a run alone is."""
-    folders = sorted(["select", "select_0.3", third])
+THREE = ["select", "select_0.1", "select_0.3"]
+
+
+@pytest.mark.parametrize(("seed", "folders"), [(0, ["select", "select_0.3"]), (1, THREE), (2, THREE)])
+def test_the_temperature_is_chosen_on_validation(seed, folders, tables, cache, tmp_path):
+    """A run per temperature, .1 where .15 is better than .3; the best one is what a run with it alone is."""
     changes = {"model__variant": "graph", "model__late_fusion": True, "train__seed": seed}
     results = run_training(small(tables, cache, train__temperature=0.0, **changes), tmp_path / "chosen")
     assert sorted(path.name for path in (tmp_path / "chosen").glob("select*")) == folders
     best = {name: max(line["valid/ndcg@10"] for line in read_curves(tmp_path / "chosen" / name)) for name in folders}
     assert results["phase"] == max(folders, key=lambda name: best[name])
-    assert (third == "select_0.1") == (best["select"] > best["select_0.3"])
-    assert results["temperature"] == float(results["phase"].replace("select", "").lstrip("_") or 0.15)
+    assert ("select_0.1" in folders) == (best["select"] > best["select_0.3"])
+    assert results["temperature"] == {"select": 0.15, "select_0.1": 0.1, "select_0.3": 0.3}[results["phase"]]
     given = small(tables, cache, train__temperature=results["temperature"], **changes)
     alone = run_training(given, tmp_path / "alone")
     assert (alone["valid"], alone["test"]) == (results["valid"], results["test"])

@@ -16,7 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from fused_rec.config import FURTHER_TEMPERATURES, TEMPERATURES, Config, portable
+from fused_rec.config import LOW_TEMPERATURE, TEMPERATURES, Config, portable
 from fused_rec.runs.run_dir import REFIT, REFIT_ALL
 from fused_rec.storage import persist, write_file
 
@@ -126,7 +126,7 @@ def metric_writer(config: Config, workdir: Path) -> Iterator[MetricWriter | None
         raise ValueError(f"Weights & Biases does not start a run: {error}; {remedy}") from error
     failed = True
     try:
-        further = (*TEMPERATURES[1:], *FURTHER_TEMPERATURES.values())
+        further = (*TEMPERATURES[1:], LOW_TEMPERATURE)
         phases = "select", *(f"select_{temperature:g}" for temperature in further), REFIT, REFIT_ALL
         for phase in phases:  # steps of its own: W&B's count would drop what a resumed run repeats
             run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")

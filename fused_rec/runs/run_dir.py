@@ -3,7 +3,7 @@
 workdir/
   run.json             config, and digests of the tables and of their columns; a run with another config (except the
                        settings of `config.NEUTRAL`) or with changed tables is refused
-  select/              checkpoints and curves of step selection; select_0.3/ and the like with other temperatures,
+  select/              checkpoints and curves of step selection; select_0.3/ and select_0.1/ with other temperatures,
                        where validation chooses it
   refit/, refit_all/   those of the second training, with train.refit "valid" or "all"
   test_metrics_per_user.npz   test metrics per user: `user` (row in the users table) and one float32 array per metric

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fused_rec.baselines.factors import require_singular_vectors
 from fused_rec.config import (
-    FURTHER_TEMPERATURES,
+    LOW_TEMPERATURE,
     TEMPERATURES,
     Config,
     from_dict,
@@ -289,7 +289,7 @@ def _select(
     """Trains with each temperature to try, and returns config, folder, state and progress of the best, and the seconds.
 
     Large tables take the first of `TEMPERATURES`: it is the better one there, and further trainings take long. Others
-    try all of them, and of `FURTHER_TEMPERATURES` the one beyond the best, so that it is not the last one tried.
+    try all of them, and `LOW_TEMPERATURE` where the first is the best.
     """
     waiting = [config.train.temperature or TEMPERATURES[0]]
     if not config.train.temperature and len(prepared.observed.item) <= MANY_INTERACTIONS:
@@ -303,8 +303,8 @@ def _select(
         tried.append(temperature)
         if found is None or (progress.best or 0) > (found[3].best or 0):
             found = own, phase, state, progress
-        if tuple(tried) == TEMPERATURES:
-            waiting.append(FURTHER_TEMPERATURES[found[0].train.temperature])
+        if tuple(tried) == TEMPERATURES and found[1] == "select":
+            waiting.append(LOW_TEMPERATURE)
     assert found is not None
     if len(tried) > 1:
         LOG.info("validation chooses the temperature %g of %s", found[0].train.temperature, tried)
