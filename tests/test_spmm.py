@@ -320,14 +320,15 @@ def test_some_rows_of_narrow_rows(backend):
 
 
 @pytest.mark.skipif("compiled" not in BACKENDS, reason="no kernel was compiled here")
-def test_some_rows_by_several_threads_are_those_by_one():
-    """Enough edges for every thread; each row of the derivative is added to by one of them, in the order of rows."""
+@pytest.mark.parametrize("width", [5, 16, 40, 64, 209])  # threads share rows of one cache line, columns of longer ones
+def test_some_rows_by_several_threads_are_those_by_one(width):
+    """Enough edges for every thread; each number of the derivative is added to by one of them, in the order of rows."""
     rng = np.random.default_rng(8)
     senders, receivers = np.sort(rng.choice(300, (200, 40)).ravel()), np.repeat(np.arange(200), 40)
     edges = Edges(senders, receivers, rng.normal(size=8000).astype(np.float32))
     chosen = rng.integers(0, 200, 900)
     chosen[500:600] = chosen[-90:] = 7  # as the padding of a batch, of which some has no derivative
-    x, rows = jnp.asarray(rng.normal(size=(300, 64)), jnp.float32), jnp.asarray(chosen)
+    x, rows = jnp.asarray(rng.normal(size=(300, width)), jnp.float32), jnp.asarray(chosen)
     by_backend = [build_adjacency(edges, 300, 200, backend) for backend in ("compiled", "segment")]
 
     def values(adjacency):
