@@ -67,6 +67,7 @@ class _Parent:
             return json.loads(self._process.stdout.readline())
         except BaseException:  # what comes later is not the answer to another question
             self._process.kill()
+            self._process.wait()
             raise
 
     def runs(self) -> bool:

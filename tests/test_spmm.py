@@ -1,7 +1,10 @@
 """The sparse sum and its other half against dense matrices, with every derivative, on all backends."""
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
 import typing
 
 import hypothesis
@@ -338,6 +341,31 @@ def test_some_rows_by_several_threads_are_those_by_one(width):
 
     for found, expected in zip(*map(values, by_backend), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif("compiled" not in BACKENDS, reason="no kernel was compiled here")
+def test_no_number_of_threads_changes_a_bit():
+    """One, and more threads than a row of 40 numbers has cache lines: they share its columns, and the rows as well."""
+    found = set()
+    for threads in ("1", "7"):  # NPROC is what XLA sizes its pool by
+        environment = os.environ | {"NPROC": threads, "JAX_NUM_CPU_DEVICES": "1"}
+        done = subprocess.run([sys.executable, "-c", DERIVATIVES], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1, found
+
+
+DERIVATIVES = """
+import hashlib, jax, numpy as np
+from fused_rec import kernels
+assert kernels.usable()
+rng = np.random.default_rng(0)
+start, senders = np.arange(201, dtype=np.int32) * 40, rng.integers(0, 300, 8000).astype(np.int32)
+weight, rows = rng.normal(size=8000).astype(np.float32), rng.integers(0, 200, 900).astype(np.int32)
+y = rng.normal(size=(900, 40)).astype(np.float32)
+call = jax.ffi.ffi_call("fused_rec_spread_from", jax.ShapeDtypeStruct((300, 40), np.float32))
+print(hashlib.sha256(np.asarray(call(start, senders, weight, y, rows)).tobytes()).hexdigest())
+"""
 
 
 @pytest.mark.skipif("compiled" not in BACKENDS, reason="no kernel was compiled here")

@@ -74,34 +74,41 @@ void sum_rows(Edges edges, const X* x, int64_t width, float* y, int64_t first, i
   for (; c < width; ++c) sum_columns<1>(edges, x, width, c, y, first, last, rows, end);
 }
 
-// z[from[e]] += weight[e] * y[v] over the edges e of rows[v], in the columns c to c + kWidth, for the rows u of z with
-// u mod parts = part.
-template <int64_t kWidth>
+// z[from[e]] += weight[e] * y[v] over the edges e of rows[v], in kWidth columns from c on, or, unless kAll, in the first
+// `some` of them; for the rows u of z with u mod parts = part.
+template <int64_t kWidth, bool kAll>
 FOR_EACH_PROCESSOR void spread_columns(Edges edges, const int32_t* rows, int64_t count, const float* y, int64_t width,
-                                       int64_t c, float* z, int64_t part, int64_t parts) {
+                                       int64_t c, float* z, int64_t part, int64_t parts, int64_t some) {
+  const int64_t columns = kAll ? kWidth : some;
   for (int64_t v = 0; v < count; ++v) {
+    const float* whole = y + v * width;  // what is left out does not depend on how many threads there are
+    bool zero = true;  // std::all_of is not compiled for each processor, and doubled the time of a call
+    for (int64_t i = 0; i < width; ++i) zero &= whole[i] == 0.0f;
+    if (zero) continue;  // padding of a batch
     float of[kWidth];
-    std::memcpy(of, y + v * width + c, sizeof of);
-    if (std::all_of(of, of + kWidth, [](float one) { return one == 0.0f; })) continue;  // padding of a batch
+    std::memcpy(of, whole + c, columns * sizeof(float));
     const int64_t end = edges.start[rows[v] + 1];
     for (int64_t e = edges.start[rows[v]]; e < end; ++e) {
       if (parts > 1 && edges.from[e] % parts != part) continue;
-      if (e + kAhead < end) __builtin_prefetch(z + edges.from[e + kAhead] * width + c, 1);
+      if (e + kAhead < end) {
+        const float* next = z + edges.from[e + kAhead] * width + c;
+        for (int64_t line = 0; line < kWidth; line += kNumbers) __builtin_prefetch(next + line, 1);
+      }
       float* to = z + edges.from[e] * width + c;
-      for (int64_t i = 0; i < kWidth; ++i) to[i] += edges.weight[e] * of[i];
+      for (int64_t i = 0; i < columns; ++i) to[i] += edges.weight[e] * of[i];
     }
   }
 }
 
 // The columns first to last of z, for the rows u with u mod parts = part.
-void spread_rows(Edges edges, const int32_t* rows, int64_t count, const float* y, int64_t n, int64_t width, float* z,
-                 int64_t first, int64_t last, int64_t part, int64_t parts) {
-  for (int64_t u = part; u < n; u += parts) std::fill(z + u * width + first, z + u * width + last, 0.0f);
+void spread_rows(Edges edges, const int32_t* rows, int64_t count, const float* y, int64_t width, float* z, int64_t first,
+                 int64_t last, int64_t part, int64_t parts) {
   int64_t c = first;
-  for (; c + 64 <= last; c += 64) spread_columns<64>(edges, rows, count, y, width, c, z, part, parts);
-  for (; c + 32 <= last; c += 32) spread_columns<32>(edges, rows, count, y, width, c, z, part, parts);
-  for (; c + 16 <= last; c += 16) spread_columns<16>(edges, rows, count, y, width, c, z, part, parts);
-  for (; c < last; ++c) spread_columns<1>(edges, rows, count, y, width, c, z, part, parts);
+  for (; c + 128 <= last; c += 128) spread_columns<128, true>(edges, rows, count, y, width, c, z, part, parts, 128);
+  for (; c + 64 <= last; c += 64) spread_columns<64, true>(edges, rows, count, y, width, c, z, part, parts, 64);
+  for (; c + 32 <= last; c += 32) spread_columns<32, true>(edges, rows, count, y, width, c, z, part, parts, 32);
+  for (; c + 16 <= last; c += 16) spread_columns<16, true>(edges, rows, count, y, width, c, z, part, parts, 16);
+  if (c < last) spread_columns<16, false>(edges, rows, count, y, width, c, z, part, parts, last - c);
 }
 
 // Where part number p of `parts` begins: rows and edges before it are p / parts of all.
@@ -221,11 +228,15 @@ ffi::Error spread_from(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::B
     return ffi::Error::InvalidArgument("there must be one weight for each edge, and one row of the sums for each row of y");
   }
   const Edges edges{start.typed_data(), from.typed_data(), weight.typed_data(), nullptr};
-  const int64_t n = shape[0], width = shape[1], count = of_y[0];
+  const int64_t width = shape[1], count = of_y[0], numbers = shape[0] * width;
   const int32_t* chosen = rows.typed_data();
   const float* of = y.typed_data();
   float* to = z->typed_data();
-  fused_rec::on_large_pages(to, n * width * sizeof(float));
+  fused_rec::on_large_pages(to, numbers * sizeof(float));
+  const int64_t clearing = std::max<int64_t>(1, std::min<int64_t>(pool.num_threads(), numbers / kSmall));
+  fused_rec::in_parts(pool, clearing, clearing, [=](int64_t p) {
+    std::fill(to + numbers * p / clearing, to + numbers * (p + 1) / clearing, 0.0f);
+  });
   // Threads share the columns, as far as each has whole cache lines: all read all edges, and none has to ask of each
   // edge whether it is its own. Where there are more threads, they share the rows of z as well.
   const int64_t threads = threads_of(pool, edges, chosen, count, width), lines = (width + kNumbers - 1) / kNumbers;
@@ -233,7 +244,7 @@ ffi::Error spread_from(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> start, ffi::B
   fused_rec::in_parts(pool, threads, by_column * by_row, [=](int64_t p) {
     const int64_t block = p % by_column;
     const int64_t first = lines * block / by_column * kNumbers, last = lines * (block + 1) / by_column * kNumbers;
-    spread_rows(edges, chosen, count, of, n, width, to, first, std::min(last, width), p / by_column, by_row);
+    spread_rows(edges, chosen, count, of, width, to, first, std::min(last, width), p / by_column, by_row);
   });
   return ffi::Error::Success();
 }

@@ -292,11 +292,10 @@ def standardized_scores(candidate: Candidate, rows: slice) -> Float32[np.ndarray
     users = candidate.users[rows]
     scores = users @ candidate.items.T
     variance = scores.var(1)
-    if not np.isfinite(variance).all():
-        user = rows.start + int(np.argmin(np.isfinite(variance)))
+    if not np.isfinite(variance).all() and not np.isfinite(scores).all():  # the variance of finite ones may overflow
         raise FloatingPointError(
-            f"late fusion: component {candidate.name} with {dict(candidate.settings)} has scores that are not finite "
-            f"(validation user {user}); train with model.late_fusion=False, or look for extreme values in the tables"
+            f"late fusion: component {candidate.name} with {dict(candidate.settings)} has scores that are not finite; "
+            "train with model.late_fusion=False, or look for extreme values in the tables"
         )
     rounding = np.maximum(
         MIN_VARIANCE * (users * users).sum(1) * candidate.item_variance, (ROUNDING * np.abs(scores).max(1)) ** 2
