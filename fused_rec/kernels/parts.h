@@ -62,7 +62,7 @@ void in_parts(xla::ffi::ThreadPool pool, int64_t threads, int64_t count, Part pa
   };
   for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(std::function<void()>(take));
   take();
-  // A sleeping thread is woken some ten microseconds late, on virtual machines later; the last part rarely takes longer.
+  // To sleep and be woken takes longer than the last part of a small call.
   for (int look = 0; look < kLooks && threads > 1; ++look) {
     if (parts->done.load() == count) return;
     pause();
